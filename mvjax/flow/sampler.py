@@ -1,0 +1,74 @@
+"""The two-step Adams-Bashforth video sampler, and the noise of published runs."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def step_coefficients(sigmas: np.ndarray) -> np.ndarray:
+    """Coefficients (a, b, c) of x' = a x + b x0 + c x0_previous for every step, float64 [n, 3].
+
+    The first step is Euler in x0 form; later ones are exponential two-step Adams-Bashforth in
+    λ = -ln σ. Source: Cosmos-Predict2, `RectifiedFlowAB2Scheduler`, `res_x0_rk2_step`.
+    """
+    lam = -np.log(np.asarray(sigmas, np.float64))
+    table = [(sigmas[1] / sigmas[0], 1 - sigmas[1] / sigmas[0], 0.0)]
+    for previous, here, after in zip(lam, lam[1:], lam[2:]):
+        h = after - here
+        phi1 = np.expm1(-h) / -h
+        phi2 = (phi1 - 1) / -h
+        b2 = phi2 / ((previous - here) / h)
+        table.append((np.exp(-h), h * (phi1 - b2), h * b2))
+    return np.asarray(table, np.float64)
+
+
+def sample_video(
+    denoise: Callable[[Array, Array], Array], noise: Array, sigmas: np.ndarray, stop_step: int
+) -> Array:
+    """The noisy latents at σ[stop_step], reached by `stop_step` full evaluations.
+
+    With stop_step = 0 nothing is denoised: the result is σ_max · noise, and one partial forward
+    pass on it gives the plan. The evaluation at σ[stop_step] itself is the caller's: the partial
+    pass of the policy, or the final clean prediction at stop_step = len(sigmas) - 1.
+
+    Args:
+        denoise: called with noisy latents and σ [b, 1]; returns the clean prediction.
+        noise: standard normal [b, t, h, w, c].
+        sigmas: decreasing noise levels, float64 [steps + 1].
+        stop_step: between 0 and `steps`.
+    """
+    if not 0 <= stop_step < len(sigmas):
+        raise ValueError(
+            f"stop_step must be between 0 and {len(sigmas) - 1} (the number of sampling steps), "
+            f"got {stop_step}."
+        )
+    x = noise * sigmas[0]
+    if stop_step == 0:
+        return x
+    table = step_coefficients(sigmas)[:stop_step]
+
+    def step(carry, inputs):
+        x, previous = carry
+        sigma, (a, b, c) = inputs
+        x0 = denoise(x, jnp.full((x.shape[0], 1), sigma))
+        return (a * x + b * x0 + c * previous, x0), None
+
+    inputs = jnp.asarray(sigmas[:stop_step], jnp.float32), jnp.asarray(table, jnp.float32)
+    return jax.lax.scan(step, (x, jnp.zeros_like(x)), inputs)[0][0]
+
+
+def published_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 noise of the release, the same on every machine.
+
+    For video the published order of axes is channels first; noise [b, t, h, w, c] is drawn in that
+    order and transposed.
+    """
+    draw = np.random.RandomState(seed).standard_normal
+    if len(shape) != 5:
+        return draw(shape).astype(np.float32)
+    b, t, h, w, c = shape
+    return draw((b, c, t, h, w)).astype(np.float32).transpose(0, 2, 3, 4, 1)

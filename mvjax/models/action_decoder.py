@@ -1,0 +1,214 @@
+"""The action decoder of mimic-video (`World2ActionDIT`): reads the video's residual stream."""
+
+from dataclasses import dataclass
+from math import log
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from mvjax.models.attention import Attention, KeysValues
+from mvjax.models.layers import (
+    MLP,
+    LayerNorm,
+    Linear,
+    RMSNorm,
+    gelu,
+    stack,
+    truncated_normal,
+)
+from mvjax.models.modulation import Modulation, modulate
+from mvjax.models.pair_time import PairTimeEmbedding
+from mvjax.parallel.rules import constrain
+
+Array = jax.Array
+PROPRIO_TIME = 1e-3  # the fixed flow time of proprioception tokens
+
+
+@dataclass(frozen=True)
+class ActionDecoderConfig:
+    """Sizes of an action decoder; `mvjax.models.presets` names the released ones."""
+
+    width: int
+    num_blocks: int
+    num_heads: int
+    context_dim: int
+    adaln_rank: int
+    time_rank: int
+    action_dim: int
+    action_horizon: int
+    proprio_dim: int
+    proprio_horizon: int = 1
+    mlp_ratio: int = 4
+    dtype: str = "float32"
+
+    def __post_init__(self):
+        for name in ("action_horizon", "proprio_horizon", "action_dim", "proprio_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"Decoder width {self.width} is not a multiple of num_heads {self.num_heads}."
+            )
+
+
+def embedder_widths(d_in: int, d: int) -> list[int]:
+    """Layer widths of an embedder: about ×4 per layer from `d_in` to `d` (release, `target_mult=4`)."""
+    ratio = d / d_in
+    hops = max(1, round(log(ratio, 4)))
+    widths = [d_in]
+    for _ in range(hops - 1):
+        widths.append(round(widths[-1] * ratio ** (1 / hops)))
+    return [*widths, d]
+
+
+class Embedder(nnx.Module):
+    """Lifts actions or proprioception to the width: linears with GELU between, times 1/√d."""
+
+    def __init__(self, key: Array, d_in: int, d: int):
+        widths = embedder_widths(d_in, d)
+        self.d, self.depth = d, len(widths) - 1
+        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+            setattr(self, f"layer{i}", Linear(jax.random.fold_in(key, i), a, b, (None, None), bias=True))
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [b, n, d_in] to [b, n, d]."""
+        for i in range(self.depth):
+            x = getattr(self, f"layer{i}")(gelu(x) if i else x)
+        return x * self.d**-0.5
+
+
+class Block(nnx.Module):
+    """Cross-attention to the video context, self-attention, MLP; modulated per token."""
+
+    def __init__(self, key: Array, config: ActionDecoderConfig):
+        keys = jax.random.split(key, 6)
+        d, rank = config.width, config.adaln_rank
+        self.cross_attn = Attention(keys[0], d, config.context_dim, config.num_heads)
+        self.self_attn = Attention(keys[1], d, d, config.num_heads)
+        self.mlp = MLP(keys[2], d, config.mlp_ratio * d)
+        self.adaln_cross_attn = Modulation(keys[3], config.time_rank, d, rank, 3)
+        self.adaln_self_attn = Modulation(keys[4], config.time_rank, d, rank, 3)
+        self.adaln_mlp = Modulation(keys[5], config.time_rank, d, rank, 3)
+
+    def __call__(self, x: Array, embedding: Array, shared: Array, context_kv: KeysValues) -> Array:
+        """One block on tokens x [r·b, n, d] whose context is shared by the r draws of a sample."""
+        shift, scale, gate = self.adaln_cross_attn(embedding, shared)
+        x = x + gate * self._cross(modulate(x, shift, scale), context_kv)
+        shift, scale, gate = self.adaln_self_attn(embedding, shared)
+        u = modulate(x, shift, scale)
+        x = x + gate * self.self_attn(u, self.self_attn.keys_values(u))
+        shift, scale, gate = self.adaln_mlp(embedding, shared)
+        return x + gate * self.mlp(modulate(x, shift, scale))
+
+    def _cross(self, u: Array, context_kv: KeysValues) -> Array:
+        # Without positions or mask, the draws of one sample are simply more queries to its context.
+        samples, (_, n, d) = context_kv[0].shape[0], u.shape
+        folded = u.reshape(-1, samples, n, d).swapaxes(0, 1).reshape(samples, -1, d)
+        y = self.cross_attn(folded, context_kv)
+        return y.reshape(samples, -1, n, d).swapaxes(0, 1).reshape(u.shape)
+
+
+class FinalLayer(nnx.Module):
+    """Modulated layer norm and the projection to actions."""
+
+    def __init__(self, key: Array, config: ActionDecoderConfig):
+        keys = jax.random.split(key)
+        self.adaln = Modulation(keys[0], config.time_rank, config.width, config.adaln_rank, 2)
+        self.linear = Linear(keys[1], config.width, config.action_dim, ("embed", None))
+
+    def __call__(self, x: Array, embedding: Array, shared: Array) -> Array:
+        """Maps tokens [b, n, d] to [b, n, action_dim]."""
+        return self.linear(modulate(x, *self.adaln(embedding, shared)))
+
+
+class ActionDecoder(nnx.Module):
+    """Predicts the flow velocity of an action chunk from proprioception and the video's plan."""
+
+    def __init__(self, config: ActionDecoderConfig, key: Array):
+        keys = jax.random.split(key, 7)
+        d, tokens = config.width, config.proprio_horizon + config.action_horizon
+        self.config = config
+        self.context_norm = LayerNorm(config.context_dim)
+        self.proprio_embedder = Embedder(keys[0], config.proprio_dim, d)
+        self.action_embedder = Embedder(keys[1], config.action_dim, d)
+        self.proprio_mask_token = nnx.Param(truncated_normal(keys[2], (1, 1, d), d), axes=(None,) * 3)
+        self.position = nnx.Param(truncated_normal(keys[3], (1, tokens, d), d), axes=(None,) * 3)
+        self.t_embedder = PairTimeEmbedding(keys[4], d, config.time_rank)
+        self.t_embedding_norm = RMSNorm(config.time_rank)
+        self.blocks = stack(lambda k: Block(k, config), keys[5], config.num_blocks)
+        self.final_layer = FinalLayer(keys[6], config)
+
+    def context_keys_values(self, context: Array) -> KeysValues:
+        """Every block's keys and values of the context: computed once, reused by all Euler steps.
+
+        Args:
+            context: hidden states of the video DiT [b, m, context_dim].
+
+        Returns:
+            keys, values: [num_blocks, b, m, heads, head_dim].
+        """
+        context = self.context_norm(context.astype(self.config.dtype))
+        one = lambda _, block: (None, block.cross_attn.keys_values(context))  # noqa: E731
+        return jax.lax.scan(one, None, self.blocks)[1]
+
+    def __call__(
+        self,
+        proprio: Array,
+        noisy_actions: Array,
+        action_time: Array,
+        video_sigma: Array,
+        context_kv: KeysValues,
+        drop_proprio: Array | None = None,
+    ) -> Array:
+        """The velocity ε - x0 of the action chunk.
+
+        With r action-noise draws per video pass, the leading axis of the first four arguments is
+        r·b (draw-major) while the context has b samples.
+
+        Args:
+            proprio: normalised proprioception [b, proprio_horizon, proprio_dim].
+            noisy_actions: (1 - t) x0 + t ε, scaled by `flow.action.scale_noisy_actions`,
+                [b, action_horizon, action_dim].
+            action_time: flow time of the actions [b, 1].
+            video_sigma: noise level σ of the video the context comes from [b, 1].
+            context_kv: from `context_keys_values`.
+            drop_proprio: 1 where the mask token replaces the proprioception [b], or None.
+
+        Returns:
+            float32 [b, action_horizon, action_dim].
+        """
+        b, p, _ = proprio.shape
+        times = jnp.broadcast_to(action_time, (b, noisy_actions.shape[1]))
+        times = jnp.concatenate([jnp.full((b, p), PROPRIO_TIME), times], axis=1)
+        out = self.tokens(proprio, noisy_actions, times, video_sigma, context_kv, drop_proprio)
+        return out[:, p:]
+
+    def tokens(
+        self, proprio, noisy_actions, token_times, video_sigma, context_kv, drop_proprio=None
+    ) -> Array:
+        """As `__call__`, with a flow time for every token [b, n]; the output of all n tokens."""
+        config = self.config
+        p, n = config.proprio_horizon, config.proprio_horizon + config.action_horizon
+        if (proprio.shape[1], noisy_actions.shape[1]) != (p, n - p):
+            raise ValueError(
+                f"The decoder was built for {p} proprioception and {n - p} action steps, got "
+                f"{proprio.shape[1]} and {noisy_actions.shape[1]}."
+            )
+        state = self.proprio_embedder(proprio.astype(config.dtype))
+        if drop_proprio is not None:
+            drop = drop_proprio[:, None, None].astype(config.dtype)
+            state = (1 - drop) * state + drop * self.proprio_mask_token[...].astype(config.dtype)
+        actions = self.action_embedder(noisy_actions.astype(config.dtype))
+        x = jnp.concatenate([state, actions], axis=1) + self.position[...].astype(config.dtype)
+        x = constrain(x, "batch", None, None)
+
+        z, shared = self.t_embedder(token_times, video_sigma / (1 + video_sigma), config.dtype)
+        embedding = self.t_embedding_norm(z)
+
+        def step(x, block_and_kv):
+            block, kv = block_and_kv
+            return block(x, embedding, shared, kv), None
+
+        x, _ = jax.lax.scan(step, x, (self.blocks, context_kv))
+        return self.final_layer(x, embedding, shared).astype(jnp.float32)

@@ -1,0 +1,138 @@
+"""The layers every network here is made of: linear with optional LoRA, norms, sinusoids."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters on the linear layers whose attribute name is in `targets`.
+
+    The published video fine-tuning uses rank 256, alpha 32 (mimic-video release,
+    `configs/experiment/video2world.py`).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    def __post_init__(self):
+        if self.rank < 1:
+            raise ValueError(f"LoRA rank must be at least 1, got {self.rank}.")
+
+
+def truncated_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
+    """Normal with std 1/√fan_in cut at ±3 std: the release's initialisation of every kernel."""
+    return jax.random.truncated_normal(key, -3.0, 3.0, shape) / np.sqrt(fan_in)
+
+
+def stack(make_block, key: Array, count: int):
+    """Builds `count` blocks with one call of `make_block(key)`, stacked on a leading layer axis."""
+    return jax.vmap(make_block)(jax.random.split(key, count))
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), with W [in, out]; plus (alpha / rank) x A B where the layer has an adapter.
+
+    Args:
+        key: PRNG key of the initialisation.
+        d_in, d_out: feature sizes.
+        axes: logical axis names of the kernel, for sharding.
+        name: the attribute name under which LoRA targets find this layer.
+        lora: adapters to add, or None.
+        bias: whether there is a bias, started at zero.
+        zero: start the kernel at zero instead of the truncated normal.
+    """
+
+    def __init__(
+        self,
+        key: Array,
+        d_in: int,
+        d_out: int,
+        axes: tuple[str | None, str | None],
+        *,
+        name: str = "",
+        lora: LoRA | None = None,
+        bias: bool = False,
+        zero: bool = False,
+    ):
+        kernel_key, lora_key = jax.random.split(key)
+        kernel = (
+            jnp.zeros((d_in, d_out)) if zero else truncated_normal(kernel_key, (d_in, d_out), d_in)
+        )
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.bias = nnx.Param(jnp.zeros(d_out), axes=(axes[1],)) if bias else None
+        self.adapted = lora is not None and name in lora.targets
+        if self.adapted:
+            self.lora_scale = lora.alpha / lora.rank
+            bound = 1 / np.sqrt(d_in)  # peft's default: kaiming-uniform(a=√5) for A, zero for B
+            a = jax.random.uniform(lora_key, (d_in, lora.rank), minval=-bound, maxval=bound)
+            self.lora_a = nnx.Param(a, axes=(axes[0], "lora"))
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, d_out)), axes=("lora", axes[1]))
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., d_in] to [..., d_out] in the dtype of `x`."""
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.adapted:
+            low = x @ self.lora_a[...].astype(x.dtype)
+            y += (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)
+        return y
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last axis, eps 1e-6, computed in float32."""
+
+    def __init__(self, d: int):
+        self.scale = nnx.Param(jnp.ones(d), axes=(None,))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [..., d]."""
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: Array) -> Array:
+    """Parameter-free layer norm over the last axis, eps 1e-6, computed in float32."""
+    wide = x.astype(jnp.float32)
+    wide -= jnp.mean(wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, eps 1e-6 (the decoder's norm of the video context)."""
+
+    def __init__(self, d: int):
+        self.scale = nnx.Param(jnp.ones(d), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(d), axes=(None,))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [..., d]."""
+        scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
+        return layer_norm(x) * scale + bias
+
+
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU, as published; not the tanh approximation."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+class MLP(nnx.Module):
+    """Linear → exact GELU → Linear, no biases."""
+
+    def __init__(self, key: Array, d: int, hidden: int, lora: LoRA | None = None):
+        keys = jax.random.split(key)
+        self.layer1 = Linear(keys[0], d, hidden, ("embed", "mlp"), name="layer1", lora=lora)
+        self.layer2 = Linear(keys[1], hidden, d, ("mlp", "embed"), name="layer2", lora=lora)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [b, l, d] to [b, l, d]."""
+        return self.layer2(gelu(self.layer1(x)))

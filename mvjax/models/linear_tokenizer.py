@@ -1,0 +1,125 @@
+"""A linear video tokenizer: the stand-in for the Wan VAE where no weights can be downloaded.
+
+Same interface and same shape of latents as the Wan VAE: 8× in space, 4× in time, 16 channels,
+causal in time (the first frame alone, then groups of four), roughly unit variance. Each 8×8 patch
+of a frame, or of four frames, is projected on its 16 leading principal components, scaled to unit
+variance. The fit is closed-form: a covariance and its eigenvectors.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+PATCH, GROUP, CHANNELS = 8, 4, 16
+
+
+class Projection(NamedTuple):
+    """Affine maps between flat patches [p] and latents [16]."""
+
+    mean: Array  # [p]
+    encode: Array  # [p, 16]
+    decode: Array  # [16, p]
+
+
+class LinearTokenizer(NamedTuple):
+    """The two projections; a pytree, stored like any parameters."""
+
+    first: Projection
+    group: Projection
+
+    def encode(self, video: Array) -> Array:
+        """Video [b, 1 + 4k, h, w, 3] in [-1, 1] to latents [b, 1 + k, h/8, w/8, 16]."""
+        _, t, h, w, _ = video.shape
+        check_frames(t)
+        if h % PATCH or w % PATCH:
+            raise ValueError(f"Frames of {h}x{w}: height and width must be multiples of {PATCH}.")
+        latents = [
+            (to_patches(part, size) - p.mean) @ p.encode
+            for part, size, p in (
+                (video[:, :1], 1, self.first),
+                (video[:, 1:], GROUP, self.group),
+            )
+        ]
+        return jnp.concatenate(latents, axis=1)
+
+    def decode(self, latents: Array) -> Array:
+        """Latents [b, 1 + k, h/8, w/8, 16] to video [b, 1 + 4k, h, w, 3]."""
+        parts = [
+            from_patches(part @ p.decode + p.mean, size)
+            for part, size, p in (
+                (latents[:, :1], 1, self.first),
+                (latents[:, 1:], GROUP, self.group),
+            )
+        ]
+        return jnp.concatenate(parts, axis=1)
+
+
+def check_frames(frames: int) -> None:
+    """Raises ValueError unless the clip has 1 + 4k frames."""
+    if frames < 1 or (frames - 1) % GROUP:
+        lower = max(1, (frames - 1) // GROUP * GROUP + 1)
+        raise ValueError(
+            f"A clip of {frames} frames cannot be tokenized: the first frame stands alone and the "
+            f"others are taken four at a time, so use 1 + 4k frames, e.g. {lower} or "
+            f"{lower + GROUP}."
+        )
+
+
+def fit_linear_tokenizer(clips: Iterable[np.ndarray]) -> LinearTokenizer:
+    """Fits both projections to clips.
+
+    Args:
+        clips: batches of video, float32 [b, 1 + 4k, h, w, 3] in [-1, 1], k at least 1.
+    """
+    moments = [_Moments(PATCH**2 * 3), _Moments(GROUP * PATCH**2 * 3)]
+    for video in clips:
+        check_frames(video.shape[1])
+        moments[0].add(to_patches(video[:, :1], 1))
+        moments[1].add(to_patches(video[:, 1:], GROUP))
+    return LinearTokenizer(*(m.projection() for m in moments))
+
+
+class _Moments:
+    """Running sums of patches and of their outer products, float64."""
+
+    def __init__(self, size: int):
+        self.count, self.sum, self.outer = 0, np.zeros(size), np.zeros((size, size))
+
+    def add(self, patches) -> None:
+        x = np.asarray(patches, np.float64).reshape(-1, len(self.sum))
+        self.count += len(x)
+        self.sum += x.sum(axis=0)
+        self.outer += x.T @ x
+
+    def projection(self) -> Projection:
+        if self.count < CHANNELS:
+            raise ValueError(f"The tokenizer needs more video than {self.count} patches to be fitted.")
+        mean = self.sum / self.count
+        values, vectors = np.linalg.eigh(self.outer / self.count - np.outer(mean, mean))
+        values, vectors = values[::-1][:CHANNELS], vectors[:, ::-1][:, :CHANNELS]
+        # The sign of an eigenvector is arbitrary: fix it, so that equal data gives equal latents.
+        vectors *= np.sign(vectors[np.abs(vectors).argmax(axis=0), np.arange(CHANNELS)])
+        std = np.sqrt(np.maximum(values, 1e-8))
+        maps = mean, vectors / std, (vectors * std).T
+        return Projection(*(jnp.asarray(m, jnp.float32) for m in maps))
+
+
+def to_patches(video, group: int):
+    """[b, n·group, h, w, 3] to [b, n, h/8, w/8, group·192]."""
+    b, t, h, w, c = video.shape
+    x = video.reshape(b, t // group, group, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(
+        b, t // group, h // PATCH, w // PATCH, group * PATCH**2 * c
+    )
+
+
+def from_patches(x, group: int):
+    """The inverse of `to_patches`."""
+    b, n, h, w, size = x.shape
+    c = size // (group * PATCH**2)
+    x = x.reshape(b, n, h, w, group, PATCH, PATCH, c)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, n * group, h * PATCH, w * PATCH, c)

@@ -1,0 +1,52 @@
+"""Rotary position embedding over (time, height, width)."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Array = jax.Array
+
+
+def rope_table(
+    grid_thw: tuple[int, int, int], head_dim: int, ratio_thw: tuple[float, float, float]
+) -> tuple[Array, Array]:
+    """Cosines and sines for every token of a (t, h, w) grid, tokens in row-major order.
+
+    A head's channels are divided into a time part and equal height and width parts
+    (head_dim // 6 · 2 each); each axis stretches its base frequency by ratio^(d / (d - 2)) so that
+    a larger grid stays inside the range seen in training (NTK scaling). Positions are plain
+    indices: no frame-rate scaling. Source: Cosmos-Predict2, `VideoRopePosition3DEmb`.
+
+    Args:
+        grid_thw: latent frames, patch rows, patch columns.
+        head_dim: channels of one head; 12 or more, even.
+        ratio_thw: extrapolation ratios.
+
+    Returns:
+        cos, sin: float32 [t·h·w, head_dim / 2].
+    """
+    d_space = head_dim // 6 * 2
+    sizes = (head_dim - 2 * d_space, d_space, d_space)
+    if min(sizes) < 4:
+        raise ValueError(
+            f"head_dim {head_dim} leaves {min(sizes)} channels for one of the three rotary axes; "
+            "each needs at least 4: use a head_dim of 12 or more (width / num_heads)."
+        )
+    angles = []
+    for axis, (length, size, ratio) in enumerate(zip(grid_thw, sizes, ratio_thw)):
+        theta = 10000.0 * ratio ** (size / (size - 2))
+        frequencies = jnp.asarray(theta ** (-np.arange(0, size, 2) / size), jnp.float32)
+        angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+        shape = [1, 1, 1, size // 2]
+        shape[axis] = length
+        angles.append(jnp.broadcast_to(angle.reshape(shape), (*grid_thw, size // 2)))
+    angle = jnp.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
+    return jnp.cos(angle), jnp.sin(angle)
+
+
+def rotate(x_blhd: Array, cos_lf: Array, sin_lf: Array) -> Array:
+    """Rotates channel pairs (i, i + head_dim / 2) of [b, l, heads, head_dim] in float32."""
+    first, second = jnp.split(x_blhd.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_lf[:, None, :], sin_lf[:, None, :]
+    out = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return out.astype(x_blhd.dtype)

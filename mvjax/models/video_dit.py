@@ -1,0 +1,217 @@
+"""The video diffusion transformer of Cosmos-Predict2 (`MinimalV1LVGDiT`), channels last."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from mvjax.models.attention import Attention
+from mvjax.models.layers import MLP, Linear, LoRA, RMSNorm, stack
+from mvjax.models.modulation import Modulation, modulate
+from mvjax.models.rope import rope_table
+from mvjax.parallel.rules import constrain
+
+Array = jax.Array
+PATCH = 2  # a token covers 2×2 latents of one latent frame
+
+
+@dataclass(frozen=True)
+class VideoDiTConfig:
+    """Sizes of a video DiT; `mvjax.models.presets` names the released ones."""
+
+    width: int
+    num_blocks: int
+    num_heads: int
+    text_dim: int
+    adaln_rank: int
+    rope_ratio_thw: tuple[float, float, float]
+    mlp_ratio: int = 4
+    latent_channels: int = 16
+    dtype: str = "float32"
+    lora: LoRA | None = None
+
+    def __post_init__(self):
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"Video DiT width {self.width} is not a multiple of num_heads {self.num_heads}."
+            )
+
+
+class Block(nnx.Module):
+    """Self-attention, cross-attention to the text, MLP; each modulated by the noise level."""
+
+    def __init__(self, key: Array, config: VideoDiTConfig):
+        keys = jax.random.split(key, 6)
+        d, heads, lora = config.width, config.num_heads, config.lora
+        self.self_attn = Attention(keys[0], d, d, heads, lora)
+        self.cross_attn = Attention(keys[1], d, config.text_dim, heads, lora)
+        self.mlp = MLP(keys[2], d, config.mlp_ratio * d, lora)
+        self.adaln_self_attn = Modulation(keys[3], d, d, config.adaln_rank, 3)
+        self.adaln_cross_attn = Modulation(keys[4], d, d, config.adaln_rank, 3)
+        self.adaln_mlp = Modulation(keys[5], d, d, config.adaln_rank, 3)
+
+    def __call__(self, x: Array, embedding: Array, shared: Array, text: Array, rope) -> Array:
+        """One block on tokens x [b, l, d]; `embedding` and `shared` are per latent frame."""
+
+        def modulation(layer):
+            return [per_token(m, x.shape[1]) for m in layer(embedding, shared)]
+
+        shift, scale, gate = modulation(self.adaln_self_attn)
+        u = modulate(x, shift, scale)
+        x = x + gate * self.self_attn(u, self.self_attn.keys_values(u, rope), rope)
+        shift, scale, gate = modulation(self.adaln_cross_attn)
+        u = modulate(x, shift, scale)
+        x = x + gate * self.cross_attn(u, self.cross_attn.keys_values(text))
+        shift, scale, gate = modulation(self.adaln_mlp)
+        x = x + gate * self.mlp(modulate(x, shift, scale))
+        return constrain(x, "batch", "length", None)
+
+
+class TimeEmbedding(nnx.Module):
+    """The sinusoid of the time, and the modulation term that all sublayers share."""
+
+    def __init__(self, key: Array, d: int, lora: LoRA | None):
+        keys = jax.random.split(key)
+        axes = ("embed", "mlp"), ("mlp", "embed")
+        self.linear_1 = Linear(keys[0], d, d, axes[0], name="linear_1", lora=lora)
+        self.linear_2 = Linear(keys[1], d, 3 * d, axes[1], name="linear_2", lora=lora)
+
+    def __call__(self, sinusoid: Array) -> Array:
+        """Maps [b, t, d] to [b, t, 3 d]."""
+        return self.linear_2(jax.nn.silu(self.linear_1(sinusoid)))
+
+
+class FinalLayer(nnx.Module):
+    """Modulated layer norm and the projection of a token to its latents."""
+
+    def __init__(self, key: Array, config: VideoDiTConfig):
+        keys = jax.random.split(key)
+        d, features = config.width, PATCH**2 * config.latent_channels
+        self.adaln = Modulation(keys[0], d, d, config.adaln_rank, 2)
+        self.linear = Linear(keys[1], d, features, ("embed", None))
+
+    def __call__(self, x: Array, embedding: Array, shared: Array) -> Array:
+        """Maps tokens [b, l, d] to [b, l, 4 · latent_channels]."""
+        shift, scale = (per_token(m, x.shape[1]) for m in self.adaln(embedding, shared))
+        return self.linear(modulate(x, shift, scale))
+
+
+class VideoDiT(nnx.Module):
+    """Predicts the flow velocity of a latent video; its residual stream is the plan.
+
+    Inputs of both public methods:
+        latents: noisy latents, already scaled to (1 - τ) x0 + τ ε, [b, t, h, w, c].
+        timesteps: τ of every latent frame [b, t], or one for all [b, 1].
+        text: text embedding [b, l, text_dim]; padding is zeros and is attended to, as published.
+        condition_mask: 1 where the latents are clean conditioning frames, [b, t] or [b, t, h, w].
+        padding_mask: 1 where the picture is padding [b, h, w]; None for none.
+    """
+
+    def __init__(self, config: VideoDiTConfig, key: Array):
+        keys = jax.random.split(key, 4)
+        d, lora = config.width, config.lora
+        features = PATCH**2 * (config.latent_channels + 2)  # + condition and padding mask
+        self.config = config
+        self.x_embedder = Linear(
+            keys[0], features, d, (None, "embed"), name="x_embedder", lora=lora
+        )
+        self.t_embedder = TimeEmbedding(keys[1], d, lora)
+        self.t_embedding_norm = RMSNorm(d)
+        self.blocks = stack(lambda k: Block(k, config), keys[2], config.num_blocks)
+        self.final_layer = FinalLayer(keys[3], config)
+
+    def hidden(
+        self,
+        latents: Array,
+        timesteps: Array,
+        text: Array,
+        condition_mask: Array,
+        padding_mask: Array | None = None,
+        *,
+        layer: int,
+    ) -> Array:
+        """The residual stream after block `layer` (0 = patch embedding), [b, t·h/2·w/2, width].
+
+        Later blocks are not run. Tokens are in (t, h, w) row-major order. Published name:
+        `return_only_hidden_states_up_to`.
+        """
+        embedding, shared = self._time(timesteps)
+        x = self._embed(latents, condition_mask, padding_mask)
+        return self._run(x, latents.shape, embedding, shared, text, layer)
+
+    def __call__(
+        self,
+        latents: Array,
+        timesteps: Array,
+        text: Array,
+        condition_mask: Array,
+        padding_mask: Array | None = None,
+    ) -> Array:
+        """The flow velocity ε - x0, float32 [b, t, h, w, c]."""
+        embedding, shared = self._time(timesteps)
+        x = self._embed(latents, condition_mask, padding_mask)
+        x = self._run(x, latents.shape, embedding, shared, text, self.config.num_blocks)
+        return unpatchify(self.final_layer(x, embedding, shared), latents.shape).astype(jnp.float32)
+
+    def _time(self, timesteps: Array) -> tuple[Array, Array]:
+        sinusoid = time_sinusoid(timesteps, self.config.width).astype(self.config.dtype)
+        return self.t_embedding_norm(sinusoid), self.t_embedder(sinusoid)
+
+    def _embed(self, latents: Array, condition_mask: Array, padding_mask: Array | None) -> Array:
+        b, t, h, w, _ = latents.shape
+        if condition_mask.ndim == 2:
+            condition_mask = condition_mask[:, :, None, None]
+        padding = jnp.zeros((b, h, w)) if padding_mask is None else padding_mask
+        masks = jnp.broadcast_to(condition_mask, (b, t, h, w)), padding[:, None]
+        masks = [jnp.broadcast_to(m, (b, t, h, w))[..., None].astype(latents.dtype) for m in masks]
+        x = patchify(jnp.concatenate([latents, *masks], axis=-1)).astype(self.config.dtype)
+        return constrain(self.x_embedder(x), "batch", "length", None)
+
+    def _run(self, x, shape, embedding, shared, text, layer: int) -> Array:
+        if not 0 <= layer <= self.config.num_blocks:
+            raise ValueError(
+                f"Layer {layer} does not exist: this video DiT has blocks 1 to "
+                f"{self.config.num_blocks} (0 is the patch embedding)."
+            )
+        _, t, h, w, _ = shape
+        config = self.config
+        grid, head_dim = (t, h // PATCH, w // PATCH), config.width // config.num_heads
+        rope = rope_table(grid, head_dim, config.rope_ratio_thw)
+        text = text.astype(config.dtype)
+        blocks = jax.tree.map(lambda p: p[:layer], self.blocks)
+        step = lambda x, block: (block(x, embedding, shared, text, rope), None)  # noqa: E731
+        return jax.lax.scan(step, x, blocks)[0]
+
+
+def time_sinusoid(timesteps: Array, d: int) -> Array:
+    """concat(cos, sin) of t · 10000^(-i / (d/2)), i < d/2; [b, t] to float32 [b, t, d]."""
+    frequencies = jnp.asarray(np.exp(-np.log(10000.0) * np.arange(d // 2) / (d // 2)), jnp.float32)
+    angles = timesteps.astype(jnp.float32)[..., None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def per_token(m: Array, tokens: int) -> Array:
+    """Repeats a per-frame vector [b, t, d] for the tokens of its frame: [b, tokens, d]."""
+    b, t, d = m.shape
+    return jnp.broadcast_to(m[:, :, None], (b, t, tokens // t, d)).reshape(b, tokens, d)
+
+
+def patchify(x: Array) -> Array:
+    """[b, t, h, w, c] to [b, t·h/2·w/2, 4 c]; within a token the channel is slowest."""
+    b, t, h, w, c = x.shape
+    if h % PATCH or w % PATCH:
+        raise ValueError(
+            f"Latents of {h}x{w} cannot be cut into 2x2 patches; use pictures whose height and "
+            "width are multiples of 16 pixels."
+        )
+    x = x.reshape(b, t, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    return x.transpose(0, 1, 2, 4, 6, 3, 5).reshape(b, -1, PATCH**2 * c)
+
+
+def unpatchify(x: Array, shape: tuple[int, ...]) -> Array:
+    """[b, tokens, 4 c] to [b, t, h, w, c]; within a token the channel is fastest (as published)."""
+    b, t, h, w, c = shape
+    x = x.reshape(b, t, h // PATCH, w // PATCH, PATCH, PATCH, c)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h, w, c)

@@ -1,0 +1,201 @@
+"""The networks, losses and samplers reproduce the published implementation's numbers."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvjax.checkpoints import published_names
+from mvjax.flow import action, noise_levels, sampler, video
+from mvjax.models import presets
+from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
+from mvjax.models.layers import LoRA
+from mvjax.models.parameters import Network
+from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+def relative_rms(ours, theirs) -> float:
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return float(np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2)))
+
+
+def last(x):
+    """Channels first, as published, to channels last."""
+    return jnp.asarray(np.moveaxis(np.asarray(x), 1, -1))
+
+
+def load(name):
+    arrays = dict(np.load(GOLDEN / f"{name}.npz"))
+    config = json.loads(str(arrays.pop("meta")))["config"]
+    tensors = {k.removeprefix("net."): v for k, v in arrays.items() if k.startswith("net.")}
+    return arrays, config, tensors
+
+
+@pytest.fixture(scope="module")
+def dit():
+    golden, c, tensors = load("video_dit")
+    config = VideoDiTConfig(
+        width=c["model_channels"],
+        num_blocks=c["num_blocks"],
+        num_heads=c["num_heads"],
+        text_dim=c["text_dim"],
+        adaln_rank=c["adaln_lora_dim"],
+        rope_ratio_thw=tuple(c["rope"]),
+    )
+    network = Network(lambda key: VideoDiT(config, key))
+    params = published_names.to_params(tensors, published_names.VIDEO_DIT)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network.abstract)
+    return golden, c, network, params
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    golden, c, tensors = load("action_decoder")
+    config = ActionDecoderConfig(
+        width=c["width"],
+        num_blocks=c["blocks"],
+        num_heads=c["heads"],
+        context_dim=c["ctx"],
+        adaln_rank=c["adaln"],
+        time_rank=c["rank"],
+        action_dim=c["adim"],
+        action_horizon=c["horizon"],
+        proprio_dim=c["adim"],
+        proprio_horizon=c["obs"],
+    )
+    network = Network(lambda key: ActionDecoder(config, key))
+    params = published_names.to_params(tensors, published_names.action_decoder(1))
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network.abstract)
+    return golden, c, network, params
+
+
+def test_video_dit_velocity_and_hidden_states(dit):
+    golden, c, network, params = dit
+    latents, text = last(golden["in.latents_bcthw"]), golden["in.text_bld"]
+    mask, padding = golden["in.condition_mask_b1thw"][:, 0], golden["in.padding_mask_b1hw"][:, 0]
+    net = network.bind(params)
+    velocity = jax.jit(lambda net, t: net(latents, t, text, mask, padding))
+    out = velocity(net, golden["in.timesteps_bt"])
+    assert relative_rms(out, last(golden["out.velocity_bcthw"])) < 1e-5
+    out = velocity(net, golden["in.timesteps_b1"])
+    assert relative_rms(out, last(golden["out.velocity_from_b1"])) < 1e-5
+    for k in range(c["num_blocks"] + 1):
+        out = net.hidden(latents, golden["in.timesteps_bt"], text, mask, padding, layer=k)
+        theirs = golden[f"out.hidden_{k}_bthwd"]
+        assert relative_rms(out.reshape(theirs.shape), theirs) < 1e-5, k
+
+
+def test_video_denoising_and_loss(dit):
+    golden, c, network, params = dit
+    x0, noise = last(golden["denoise.x0"]), last(golden["denoise.noise"])
+    sigma, text = jnp.asarray(golden["denoise.sigma_b1"]), golden["in.text_bld"]
+    mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
+    net = network.bind(params)
+    noisy = x0 + sigma[..., None, None, None] * noise
+    prediction = video.denoise(lambda i: net(*i[:2], text, i[2]), noisy, x0, sigma, mask)
+    assert relative_rms(prediction, last(golden["denoise.x0_pred"])) < 1e-5
+    theirs = golden["denoise.weighted_sq_err_mean_per_sample"]
+    assert relative_rms(video.video_loss(x0, prediction, sigma), theirs) < 1e-5
+
+
+def test_sigma_table_and_every_sampler_step(dit):
+    golden, c, network, params = dit
+    np.testing.assert_allclose(noise_levels.karras_sigmas(35), golden["sampler.sigmas_35"], rtol=1e-12)
+    sigmas = noise_levels.karras_sigmas(c["steps"])
+    np.testing.assert_allclose(sigmas, golden["sampler.sigmas"], rtol=1e-12)
+
+    x0, noise = last(golden["denoise.x0"]), last(golden["sampler.noise"])
+    text = golden["in.text_bld"]
+    mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
+    net = network.bind(params)
+
+    def denoise(x, sigma):
+        return video.denoise(lambda i: net(*i[:2], text, i[2]), x, x0, sigma, mask)
+
+    for k in range(c["steps"] + 1):
+        sample = sampler.sample_video(denoise, noise, sigmas, stop_step=k)
+        if k:
+            assert relative_rms(sample, last(golden["sampler.samples_after_step"][k - 1])) < 1e-5, k
+        sigma = jnp.full((c["B"], 1), sigmas[k])
+        i = video.network_input(sample, x0, sigma, mask)
+        context = net.hidden(*i[:2], text, i[2], layer=c["layer"])
+        theirs = golden["sampler.context_at_step"][k]
+        assert relative_rms(context.reshape(theirs.shape), theirs) < 1e-5, k
+    assert relative_rms(denoise(sample, sigma), last(golden["sampler.final_x0"])) < 1e-5
+
+
+def test_action_decoder_velocity(decoder):
+    golden, _, network, params = decoder
+    net = network.bind(params)
+    inputs = [
+        golden[f"in.{k}"]
+        for k in ("state_bod", "noisy_actions_bha", "timesteps_bt", "video_sigma_b1")
+    ]
+    kv = net.context_keys_values(jnp.asarray(golden["in.context_bnd"]))
+    assert relative_rms(net.tokens(*inputs, kv), golden["out.velocity_bta"]) < 1e-5
+    dropped = net.tokens(*inputs, kv, jnp.ones(2))
+    assert relative_rms(dropped, golden["out.velocity_state_dropped"]) < 1e-5
+
+
+def test_action_loss_and_ten_euler_steps(decoder):
+    golden, _, network, params = decoder
+    net = network.bind(params)
+    kv = net.context_keys_values(jnp.asarray(golden["in.context_bnd"]))
+
+    def velocity(noisy, time):
+        return net(golden["in.state_bod"], noisy, time, golden["in.video_sigma_b1"], kv)
+
+    actions, noise, t = (jnp.asarray(golden[f"loss.{k}"]) for k in ("actions", "noise", "t_b1"))
+    loss = 10 * action.action_loss(velocity, actions, noise, t).mean()
+    assert relative_rms(loss, golden["loss.mse_times_10"]) < 1e-5
+    sample = action.sample_actions(velocity, jnp.asarray(golden["sample.noise"]), steps=10)
+    assert relative_rms(sample, golden["sample.actions_normalized"]) < 1e-5
+
+
+def test_draws_share_one_context(decoder):
+    """r noise draws on one video pass give what r separate passes give."""
+    golden, _, network, params = decoder
+    net = network.bind(params)
+    kv = net.context_keys_values(jnp.asarray(golden["in.context_bnd"]))
+    one = [golden[f"in.{k}"] for k in ("state_bod", "noisy_actions_bha", "timesteps_bt")]
+    two = [np.concatenate([x, x[:, ::-1] * 0.5]) for x in one]
+    sigma = np.concatenate([golden["in.video_sigma_b1"]] * 2)
+    both = net.tokens(*two, sigma, kv)
+    for r in range(2):
+        alone = net.tokens(*[x[2 * r : 2 * r + 2] for x in two], sigma[:2], kv)
+        np.testing.assert_allclose(both[2 * r : 2 * r + 2], alone, rtol=1e-5, atol=1e-6)
+
+
+def test_published_noise_is_numpys():
+    noise = sampler.published_noise(0, (1, 2, 3, 4, 16))
+    np.testing.assert_array_equal(
+        noise[0, :, :, :, 0].ravel()[:3], np.float32([1.7640524, 0.4001572, 0.978738])
+    )
+
+
+@pytest.mark.parametrize(
+    ("preset", "count"),
+    [("cosmos2b", 1_956_413_440), ("cosmos14b", 14_265_285_632)],
+)
+def test_video_dit_parameter_counts(preset, count):
+    config = presets.VIDEO_DITS[preset]
+    assert Network(lambda key: VideoDiT(config, key)).num_parameters == count
+
+
+@pytest.mark.parametrize(("preset", "count"), [("bridge", 498_990_730), ("libero", 499_036_810)])
+def test_action_decoder_parameter_counts(preset, count):
+    config = presets.ACTION_DECODERS[preset]
+    assert Network(lambda key: ActionDecoder(config, key)).num_parameters == count
+
+
+def test_published_lora_parameter_count():
+    lora = LoRA(rank=256, alpha=32, targets=presets.PUBLISHED_LORA_TARGETS)
+    config = dataclasses.replace(presets.VIDEO_DITS["cosmos2b"], lora=lora)
+    adapted = Network(lambda key: VideoDiT(config, key)).num_parameters
+    assert adapted - 1_956_413_440 == 370_690_048
