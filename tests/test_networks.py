@@ -13,7 +13,7 @@ from mvjax.checkpoints import published_names
 from mvjax.flow import action, noise_levels, sampler, video
 from mvjax.models import presets
 from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
-from mvjax.models.layers import LoRA
+from mvjax.models.lora import LoRA
 from mvjax.models.parameters import Network
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -106,7 +106,9 @@ def test_video_denoising_and_loss(dit):
 
 def test_sigma_table_and_every_sampler_step(dit):
     golden, c, network, params = dit
-    np.testing.assert_allclose(noise_levels.karras_sigmas(35), golden["sampler.sigmas_35"], rtol=1e-12)
+    np.testing.assert_allclose(
+        noise_levels.karras_sigmas(35), golden["sampler.sigmas_35"], rtol=1e-12
+    )
     sigmas = noise_levels.karras_sigmas(c["steps"])
     np.testing.assert_allclose(sigmas, golden["sampler.sigmas"], rtol=1e-12)
 

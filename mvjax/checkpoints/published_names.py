@@ -75,7 +75,9 @@ def _with_bias(theirs: str, ours: str) -> Rules:
     return [(f"{theirs}.weight", f"{ours}.kernel"), (f"{theirs}.bias", f"{ours}.bias")]
 
 
-def to_params(tensors: Mapping[str, np.ndarray], rules: Iterable[tuple[str, str]]) -> dict[str, Any]:
+def to_params(
+    tensors: Mapping[str, np.ndarray], rules: Iterable[tuple[str, str]]
+) -> dict[str, Any]:
     """Our parameter tree from published tensors (prefix `net.` removed).
 
     Raises:

@@ -47,7 +47,9 @@ def network_input(noisy: Array, clean: Array, sigma: Array, mask: Array) -> Netw
     return NetworkInput(latents, times, mask)
 
 
-def clean_prediction(velocity: Array, noisy: Array, clean: Array, sigma: Array, mask: Array) -> Array:
+def clean_prediction(
+    velocity: Array, noisy: Array, clean: Array, sigma: Array, mask: Array
+) -> Array:
     """x0 = (1 - τ) x - τ v; conditioning frames are returned as they are."""
     tau = flow_time(sigma)[:, :, None, None, None]
     m = mask[:, :, None, None, None]

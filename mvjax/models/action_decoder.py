@@ -69,7 +69,9 @@ class Embedder(nnx.Module):
         widths = embedder_widths(d_in, d)
         self.d, self.depth = d, len(widths) - 1
         for i, (a, b) in enumerate(zip(widths, widths[1:])):
-            setattr(self, f"layer{i}", Linear(jax.random.fold_in(key, i), a, b, (None, None), bias=True))
+            setattr(
+                self, f"layer{i}", Linear(jax.random.fold_in(key, i), a, b, (None, None), bias=True)
+            )
 
     def __call__(self, x: Array) -> Array:
         """Maps [b, n, d_in] to [b, n, d]."""
@@ -132,7 +134,9 @@ class ActionDecoder(nnx.Module):
         self.context_norm = LayerNorm(config.context_dim)
         self.proprio_embedder = Embedder(keys[0], config.proprio_dim, d)
         self.action_embedder = Embedder(keys[1], config.action_dim, d)
-        self.proprio_mask_token = nnx.Param(truncated_normal(keys[2], (1, 1, d), d), axes=(None,) * 3)
+        self.proprio_mask_token = nnx.Param(
+            truncated_normal(keys[2], (1, 1, d), d), axes=(None,) * 3
+        )
         self.position = nnx.Param(truncated_normal(keys[3], (1, tokens, d), d), axes=(None,) * 3)
         self.t_embedder = PairTimeEmbedding(keys[4], d, config.time_rank)
         self.t_embedding_norm = RMSNorm(config.time_rank)

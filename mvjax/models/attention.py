@@ -3,7 +3,8 @@
 import jax
 from flax import nnx
 
-from mvjax.models.layers import Linear, LoRA, RMSNorm
+from mvjax.models.layers import Linear, RMSNorm
+from mvjax.models.lora import LoRA
 from mvjax.models.rope import rotate
 from mvjax.parallel.rules import constrain
 

@@ -1,30 +1,13 @@
 """The layers every network here is made of: linear with optional LoRA, norms, sinusoids."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mvjax.models.lora import LoRA
+
 Array = jax.Array
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Low-rank adapters on the linear layers whose attribute name is in `targets`.
-
-    The published video fine-tuning uses rank 256, alpha 32 (mimic-video release,
-    `configs/experiment/video2world.py`).
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    def __post_init__(self):
-        if self.rank < 1:
-            raise ValueError(f"LoRA rank must be at least 1, got {self.rank}.")
 
 
 def truncated_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
@@ -70,7 +53,7 @@ class Linear(nnx.Module):
         self.bias = nnx.Param(jnp.zeros(d_out), axes=(axes[1],)) if bias else None
         self.adapted = lora is not None and name in lora.targets
         if self.adapted:
-            self.lora_scale = lora.alpha / lora.rank
+            self.lora_scale = lora.scale
             bound = 1 / np.sqrt(d_in)  # peft's default: kaiming-uniform(a=√5) for A, zero for B
             a = jax.random.uniform(lora_key, (d_in, lora.rank), minval=-bound, maxval=bound)
             self.lora_a = nnx.Param(a, axes=(axes[0], "lora"))

@@ -7,6 +7,7 @@ variance. The fit is closed-form: a covariance and its eigenvectors.
 """
 
 from collections.abc import Iterable
+from pathlib import Path
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,7 @@ class LinearTokenizer(NamedTuple):
     first: Projection
     group: Projection
 
+    @jax.jit
     def encode(self, video: Array) -> Array:
         """Video [b, 1 + 4k, h, w, 3] in [-1, 1] to latents [b, 1 + k, h/8, w/8, 16]."""
         _, t, h, w, _ = video.shape
@@ -46,6 +48,7 @@ class LinearTokenizer(NamedTuple):
         ]
         return jnp.concatenate(latents, axis=1)
 
+    @jax.jit
     def decode(self, latents: Array) -> Array:
         """Latents [b, 1 + k, h/8, w/8, 16] to video [b, 1 + 4k, h, w, 3]."""
         parts = [
@@ -56,6 +59,33 @@ class LinearTokenizer(NamedTuple):
             )
         ]
         return jnp.concatenate(parts, axis=1)
+
+
+def save_tokenizer(path: Path, tokenizer: LinearTokenizer) -> None:
+    """Writes a fitted tokenizer as .npz, all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    arrays = {
+        f"{part}.{name}": np.asarray(value)
+        for part, projection in tokenizer._asdict().items()
+        for name, value in projection._asdict().items()
+    }
+    with partial.open("wb") as file:
+        np.savez(file, **arrays)
+    partial.replace(path)
+
+
+def load_tokenizer(path: Path) -> LinearTokenizer:
+    """Reads what `save_tokenizer` wrote."""
+    if not path.exists():
+        raise FileNotFoundError(f"There is no fitted tokenizer at {path}; fit one first.")
+    with np.load(path) as arrays:
+        return LinearTokenizer(
+            *(
+                Projection(*(jnp.asarray(arrays[f"{part}.{name}"]) for name in Projection._fields))
+                for part in LinearTokenizer._fields
+            )
+        )
 
 
 def check_frames(frames: int) -> None:
@@ -97,7 +127,9 @@ class _Moments:
 
     def projection(self) -> Projection:
         if self.count < CHANNELS:
-            raise ValueError(f"The tokenizer needs more video than {self.count} patches to be fitted.")
+            raise ValueError(
+                f"The tokenizer needs more video than {self.count} patches to be fitted."
+            )
         mean = self.sum / self.count
         values, vectors = np.linalg.eigh(self.outer / self.count - np.outer(mean, mean))
         values, vectors = values[::-1][:CHANNELS], vectors[:, ::-1][:, :CHANNELS]

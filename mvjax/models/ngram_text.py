@@ -19,7 +19,9 @@ class NgramTextEncoder:
 
     def __init__(self, length: int, dim: int):
         if dim % 8 or not 8 <= dim <= 512:
-            raise ValueError(f"The n-gram encoder's dim must be a multiple of 8 up to 512, got {dim}.")
+            raise ValueError(
+                f"The n-gram encoder's dim must be a multiple of 8 up to 512, got {dim}."
+            )
         self.length, self.dim = length, dim
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:

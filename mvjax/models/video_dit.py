@@ -8,7 +8,8 @@ import numpy as np
 from flax import nnx
 
 from mvjax.models.attention import Attention
-from mvjax.models.layers import MLP, Linear, LoRA, RMSNorm, stack
+from mvjax.models.layers import MLP, Linear, RMSNorm, stack
+from mvjax.models.lora import LoRA
 from mvjax.models.modulation import Modulation, modulate
 from mvjax.models.rope import rope_table
 from mvjax.parallel.rules import constrain

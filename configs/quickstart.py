@@ -1,0 +1,145 @@
+"""Everything the quickstart's phases share: data, lengths, networks, evaluation.
+
+`bash launch/quickstart.sh` runs all phases; `configs/quickstart_video.py` and
+`configs/quickstart_action.py` add what the two training stages need. Memory: under 6 GB; two CPU
+cores, no accelerator. The recipe is tuned for minutes, not for records: a real simulator
+(Meta-World v3), 64x64 video, networks of about two million parameters with the released structure.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
+
+ROBOT_TASKS = (
+    "drawer-close-v3",
+    "button-press-topdown-v3",
+    "window-open-v3",
+    "drawer-open-v3",
+    "coffee-button-v3",
+    "door-open-v3",
+)
+VIDEO_TASKS = (
+    *ROBOT_TASKS,
+    "window-close-v3",
+    "door-close-v3",
+    "faucet-open-v3",
+    "handle-press-v3",
+    "button-press-v3",
+    "plate-slide-v3",
+)
+
+
+def get_config(size: str = "full") -> ConfigDict:
+    """The shared sections; lengths that follow from others are derived by `mvjax.clip`.
+
+    Args:
+        size: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute or
+            two (`--config=configs/quickstart.py:smoke`); its policy has learned nothing.
+    """
+    if size not in ("", "full", "smoke"):
+        raise ValueError(f"The quickstart's size must be full or smoke, got {size!r}.")
+    smoke = size == "smoke"
+    run = FieldReference("runs/quickstart")
+    config = ConfigDict()
+    config.run_dir = run
+    config.size = size or "full"
+
+    # Scripted experts in simulation; `seed` and the attempt's number decide an episode.
+    robot_tasks = ROBOT_TASKS[:2] if smoke else ROBOT_TASKS
+    video_tasks = VIDEO_TASKS[:3] if smoke else VIDEO_TASKS
+    config.recording = dict(
+        robot=dict(kind="robot", tasks=robot_tasks, episodes=4 if smoke else 24, seed=0),
+        video=dict(kind="video", tasks=video_tasks, episodes=4 if smoke else 10, seed=1000),
+    )
+    # Initial states from seeds that no recording uses.
+    config.evaluation = dict(
+        suite="metaworld",
+        tasks=robot_tasks,
+        episodes_per_task=2 if smoke else 20,
+        first_seed=90_000,
+        execute=8,
+        max_steps=40 if smoke else 200,
+        workers=2 if smoke else 6,
+        videos_per_task=1,
+        sweep_episodes=2 if smoke else 10,  # per task, for stop steps other than 0 and the oracle
+        oracle_step=6,  # σ 1.1, τ 0.52: noise enough to match training, with the future still there
+    )
+
+    # 13 frames at 20 fps = 4 latent frames of 8x8; 2 of them observed.
+    config.clip = dict(height=64, width=64, observed_frames=5, future_frames=8, fps=20.0)
+    config.policy_io = dict(
+        action=dict(horizon=16, fps=80.0, shift=0.0, dim=4),
+        proprio=dict(horizon=1, fps=80.0, dim=4),
+    )
+    config.datasets = dict(
+        robot=dict(
+            name="robot",
+            format="lerobot",
+            path=run + "/data/robot",
+            records=run + "/records/robot",
+            embodiment="metaworld_sawyer",
+            video="observation.images.corner",
+            action="action",
+            proprio="observation.state",
+            anchor_fps=80.0,
+            weight=3.0,
+        ),
+        video=dict(
+            name="video",
+            format="video_folder",
+            path=run + "/data/video",
+            records=run + "/records/video",
+            embodiment="metaworld_sawyer",
+            video="video",
+            action="",
+            proprio="",
+            anchor_fps=20.0,
+            weight=1.0,
+        ),
+    )
+    config.validation_share = 0.25 if smoke else 0.04
+    config.tokenizer = run + "/tokenizer.npz"
+    config.text = dict(length=8, dim=64)
+
+    dit, decoder = VIDEO_DITS["tiny"], ACTION_DECODERS["tiny"]
+    config.video_model = _without(dit, "text_dim", "latent_channels", "lora")
+    config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)
+    config.context_layer = 3
+    config.decoder = _without(
+        decoder, "context_dim", "action_dim", "action_horizon", "proprio_dim", "proprio_horizon"
+    )
+    config.sampler = dict(video_steps=10, action_steps=10, sigma_max=80.0, seed=0)
+
+    steps = 20 if smoke else 1500
+    config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
+    config.rules = ConfigDict()
+    config.init_from = ""
+    config.optimizer = dict(
+        learning_rate=1e-3,
+        schedule="cosine",
+        warmup_steps=50,
+        decay_steps=steps,
+        final_fraction=0.02,
+        b1=0.9,
+        b2=0.98,
+        eps=1e-8,
+        weight_decay=0.01,
+        clip_norm=1.0,
+    )
+    config.training = dict(
+        steps=steps,
+        batch_size=16,
+        seed=0,
+        ema_decay=0.99,
+        log_every=max(steps // 75, 1),
+        checkpoint_every=steps // 4,
+        keep=1,
+        episodes_per_task=config_dict.placeholder(int),
+    )
+    return config
+
+
+def _without(preset, *derived: str) -> dict:
+    return {k: v for k, v in dataclasses.asdict(preset).items() if k not in derived}

@@ -1,0 +1,75 @@
+"""What a recording of demonstrations is, and the units of work it falls into."""
+
+from dataclasses import dataclass
+
+from mvjax.evaluation.suites.metaworld import TASKS, MetaWorld
+
+VIDEO_STRIDE = 4  # control steps per frame of kind video: 80 Hz -> 20 fps
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Episodes `first` ... `first + count - 1` of a task."""
+
+    task: str
+    first: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Its folder's name."""
+        return f"{self.task}-{self.first:05d}"
+
+
+@dataclass(frozen=True)
+class Recording:
+    """What to record; two recordings with equal settings are equal byte for byte.
+
+    Attributes:
+        kind: "robot" or "video".
+        tasks: Meta-World tasks, e.g. "drawer-open-v3".
+        episodes: successful demonstrations per task.
+        noise: standard deviation of the noise on executed actions (labels stay clean).
+        seed: with the task and the attempt's number, it decides an episode completely.
+        height: of the frames, pixels.
+        width: of the frames, pixels.
+        unit_episodes: episodes recorded between two saves; of kind robot they share a video file.
+    """
+
+    kind: str
+    tasks: tuple[str, ...]
+    episodes: int
+    noise: float = 0.1
+    seed: int = 0
+    height: int = 192
+    width: int = 192
+    unit_episodes: int = 4
+
+    def __post_init__(self):
+        unknown = [task for task in self.tasks if task not in TASKS]
+        if self.kind not in ("robot", "video"):
+            raise ValueError(f"kind must be 'robot' or 'video', got {self.kind!r}")
+        if not self.tasks or unknown:
+            raise ValueError(f"unknown tasks {unknown}; choose from {', '.join(TASKS)}")
+        if len(set(self.tasks)) != len(self.tasks):
+            raise ValueError(f"every task may be named once, got {', '.join(self.tasks)}")
+        if self.episodes < 1 or self.unit_episodes < 1:
+            raise ValueError(f"episodes and unit_episodes must be at least 1, got {self}")
+
+    def units(self) -> list[Unit]:
+        """The work, in the order of the finished dataset."""
+        return [
+            Unit(task, first, min(self.unit_episodes, self.episodes - first))
+            for task in self.tasks
+            for first in range(0, self.episodes, self.unit_episodes)
+        ]
+
+    @property
+    def stride(self) -> int:
+        """Control steps per frame."""
+        return VIDEO_STRIDE if self.kind == "video" else 1
+
+    @property
+    def fps(self) -> int:
+        """Frames per second."""
+        return MetaWorld.control_hz // self.stride

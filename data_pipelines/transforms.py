@@ -1,0 +1,75 @@
+"""Small pure functions between a stream's values and what a network is given."""
+
+import numpy as np
+from PIL import Image
+
+
+def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes frames without aliasing.
+
+    Where both sides shrink by whole factors every output pixel is the rounded mean of its box;
+    otherwise Pillow's antialiased bilinear filter is used, which is the release's resize.
+
+    Args:
+        frames: uint8 [t, h, w, 3].
+        height: output height, pixels.
+        width: output width, pixels.
+
+    Returns:
+        uint8 [t, height, width, 3]; the input itself when it already has that size.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(
+            f"Frames are {frames.dtype} {frames.shape}; resize_area expects uint8 [t, h, w, 3]."
+        )
+    _, h, w, _ = frames.shape
+    if (h, w) == (height, width):
+        return frames
+    if h % height or w % width:
+        images = [
+            Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+            for frame in frames
+        ]
+        return np.stack([np.asarray(image) for image in images])
+    rows, columns = h // height, w // width
+    area = rows * columns
+    # Adding whole strided planes is several times faster than reducing over tiny axes.
+    total = np.full(
+        (len(frames), height, width, 3), area // 2, np.uint32 if area > 256 else np.uint16
+    )
+    for row in range(rows):
+        for column in range(columns):
+            total += frames[:, row::rows, column::columns]
+    return (total // area).astype(np.uint8)
+
+
+def relative_poses(poses: np.ndarray, base: np.ndarray) -> np.ndarray:
+    """Expresses poses in the frame of a base pose: `inv(base) @ pose`.
+
+    Args:
+        poses: homogeneous matrices [..., t, 4, 4].
+        base: homogeneous matrix [..., 4, 4] (the last observed pose, in the release).
+
+    Returns:
+        [..., t, 4, 4] in the dtype of `poses`.
+    """
+    inverse = np.linalg.inv(np.asarray(base, np.float64))[..., None, :, :]
+    return (inverse @ poses).astype(poses.dtype)
+
+
+def rotation_to_6d(rotation: np.ndarray) -> np.ndarray:
+    """First two rows of rotation matrices [..., 3, 3] as six numbers [..., 6] (release layout)."""
+    return rotation[..., :2, :].reshape(*rotation.shape[:-2], 6)
+
+
+def rotation_from_6d(values: np.ndarray) -> np.ndarray:
+    """Rotation matrices [..., 3, 3] from six numbers [..., 6], which need not be orthonormal.
+
+    Gram-Schmidt on the two rows; the third row is their cross product (Zhou et al. 2019, with rows
+    for columns as the release does).
+    """
+    first, second = values[..., :3], values[..., 3:]
+    first = first / np.linalg.norm(first, axis=-1, keepdims=True)
+    second = second - np.sum(first * second, axis=-1, keepdims=True) * first
+    second = second / np.linalg.norm(second, axis=-1, keepdims=True)
+    return np.stack([first, second, np.cross(first, second)], axis=-2)

@@ -1,0 +1,284 @@
+"""Video files through PyAV: deterministic encoding, and exact random access by frame number."""
+
+import os
+import threading
+from bisect import bisect_left, bisect_right
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+
+from data_pipelines.episode import NANOSECONDS
+
+GOP = 10  # a keyframe every 10 frames: any frame costs at most 10 decodes, at ~1.3x the size
+DECODE_ON = 8  # frames that are cheaper to decode and drop than to seek over
+
+
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> int:
+    """Encode frames as H.264 (yuv420p), atomically; equal frames give equal bytes.
+
+    Args:
+        path: the .mp4 to make; it appears only when complete.
+        frames: uint8 [h, w, 3] each, even height and width.
+        fps: frames per second.
+        crf: x264's quality, 0 (lossless) to 51; 18-23 is usual.
+
+    Returns:
+        The number of frames written.
+
+    Raises:
+        ValueError: for no frames, or frames of a wrong type or size.
+        OSError: if the folder cannot be written or the disk is full.
+    """
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    count = 0
+    try:
+        with av.open(str(part), "w", format="mp4") as container:
+            stream = None
+            for frame in frames:
+                if stream is None:
+                    stream = _h264_stream(container, frame, fps, crf)
+                _check_frame(frame, (stream.height, stream.width))
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture.pts, picture.time_base = count, Fraction(1, fps)
+                container.mux(stream.encode(picture))
+                count += 1
+            if stream is None:
+                raise ValueError(f"{path}: no frames were given to write")
+            container.mux(stream.encode(None))
+        os.replace(part, path)
+    except OSError as error:  # PyAV's write errors are OSErrors that name no file
+        raise OSError(error.errno, f"{path}: cannot write the video: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+    return count
+
+
+def _check_frame(frame: np.ndarray, size: tuple[int, int]) -> None:
+    if frame.dtype != np.uint8 or frame.shape != (*size, 3):
+        raise ValueError(
+            f"video frames must be uint8 {[*size, 3]}, got {frame.dtype} {list(frame.shape)}"
+        )
+
+
+def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
+    height, width = frame.shape[:2]
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 needs an even height and width, got {height}x{width}")
+    # One thread and no scene-cut keyframes: the bytes depend on the frames alone.
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "x264-params": "scenecut=0"}
+    stream = container.add_stream("libx264", rate=fps, options=options)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.gop_size, stream.max_b_frames = GOP, 0
+    stream.codec_context.thread_count = 1
+    return stream
+
+
+@dataclass(frozen=True)
+class _Index:
+    """Every frame of a file, in display order, in the stream's time base."""
+
+    pts: list[int]
+    keyframes: list[int]  # their pts
+    time_base: Fraction
+
+
+class VideoPool:
+    """What files of one dataset share: an index per file, and a bounded number of open decoders.
+
+    Safe to use from several threads; pickling keeps the limit and drops the rest.
+    """
+
+    def __init__(self, max_open: int = 16):
+        self._max_open = max_open
+        self._lock = threading.Lock()
+        self._indices: dict[Path, _Index] = {}
+        self._decoders: OrderedDict[Path, _Decoder] = OrderedDict()
+
+    def __reduce__(self):
+        return VideoPool, (self._max_open,)
+
+    def index(self, path: Path) -> _Index:
+        """The frames of a file, from its packets (nothing is decoded)."""
+        with self._lock:
+            if path not in self._indices:
+                self._indices[path] = _read_index(path)
+            return self._indices[path]
+
+    def read(self, path: Path, pts: list[int]) -> list[np.ndarray]:
+        """Frames at increasing presentation times of one file."""
+        index = self.index(path)
+        with self._lock:
+            decoder = self._decoders.pop(path, None) or _Decoder(path, index)
+            self._decoders[path] = decoder  # most recent last
+            surplus = []
+            while len(self._decoders) > self._max_open:
+                surplus.append(self._decoders.popitem(last=False)[1])
+        for old in surplus:
+            old.close()
+        return decoder.read(pts)
+
+
+class VideoFile:
+    """A `FrameReader` over (a part of) a video file.
+
+    Args:
+        path: the file.
+        start: seconds; the first frame is the one shown at this time.
+        end: seconds, exclusive; None for the file's end.
+        pool: shared by the videos of a dataset; a private one if not given.
+
+    Raises:
+        ValueError: at first use, if the file cannot be read or has no frames in that part.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        start: float = 0.0,
+        end: float | None = None,
+        pool: VideoPool | None = None,
+    ):
+        self.path = Path(path)
+        self.start = start
+        self.end = end
+        self._pool = pool or VideoPool(max_open=1)
+        self._pts: list[int] | None = None
+
+    def __len__(self) -> int:
+        return len(self._frames())
+
+    @property
+    def timestamps(self) -> np.ndarray:
+        """int64 [n] nanoseconds since the part's first frame."""
+        pts = self._frames()
+        base = self._pool.index(self.path).time_base
+        scale, half = NANOSECONDS * base.numerator, base.denominator // 2
+        return np.array([((p - pts[0]) * scale + half) // base.denominator for p in pts], np.int64)
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3]."""
+        pts = self._frames()
+        indices = [int(i) for i in indices]
+        if not indices:
+            raise ValueError(f"{self.path}: no frame indices were given")
+        bad = [i for i in indices if not 0 <= i < len(pts)]
+        if bad:
+            raise IndexError(f"{self.path}: frame {bad[0]} asked for, but there are {len(pts)}")
+        unique = sorted(set(indices))
+        frames = dict(zip(unique, self._pool.read(self.path, [pts[i] for i in unique])))
+        return np.stack([frames[i] for i in indices])
+
+    def _frames(self) -> list[int]:
+        if self._pts is None:
+            index = self._pool.index(self.path)
+            # Cut half a frame early: the times of parts are sums of rounded durations.
+            half = (index.pts[-1] - index.pts[0]) / max(len(index.pts) - 1, 1) / 2
+            first = bisect_left(index.pts, self.start / index.time_base - half)
+            last = len(index.pts)
+            if self.end is not None:
+                last = bisect_left(index.pts, self.end / index.time_base - half)
+            self._pts = index.pts[first:last]
+            if not self._pts:
+                last_s = float(index.pts[-1] * index.time_base)
+                raise ValueError(
+                    f"{self.path}: no frames between {self.start} s and {self.end} s; the last one "
+                    f"is at {last_s:.3f} s"
+                )
+        return self._pts
+
+
+class _Decoder:
+    """One open file; goes on decoding where it stopped when that is cheaper than a seek."""
+
+    def __init__(self, path: Path, index: _Index):
+        self._path = path
+        self._index = index
+        self._lock = threading.Lock()
+        self._container = None
+        self.seeks = 0
+
+    def read(self, pts: list[int]) -> list[np.ndarray]:
+        with self._lock:
+            try:
+                if self._container is None:
+                    self._open()
+                return [self._frame(p) for p in pts]
+            except av.FFmpegError as error:
+                self._close()
+                raise ValueError(_unreadable(self._path, error)) from error
+
+    def close(self) -> None:
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _open(self) -> None:
+        self._container = av.open(str(self._path))
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1  # the loader's own threads fill the cores
+        self._decoded = self._container.decode(self._stream)
+        self._last: av.VideoFrame | None = None
+
+    def _frame(self, pts: int) -> np.ndarray:
+        if self._last is None or self._last.pts != pts:
+            self._advance(pts)
+        return self._last.to_ndarray(format="rgb24")
+
+    def _advance(self, pts: int) -> None:
+        index = self._index
+        last = self._last.pts if self._last is not None else index.pts[0] - 1
+        key = index.keyframes[max(bisect_right(index.keyframes, pts) - 1, 0)]
+        ahead = bisect_left(index.pts, key) - bisect_right(index.pts, last)
+        if pts < last or ahead > DECODE_ON:
+            self._container.seek(key, stream=self._stream, backward=True)
+            self._decoded = self._container.decode(self._stream)
+            self.seeks += 1
+        for frame in self._decoded:
+            if frame.pts is not None and frame.pts >= pts:
+                self._last = frame
+                break
+        else:
+            self._close()
+            raise ValueError(_unreadable(self._path, "it ends before its own frame list does"))
+        if self._last.pts != pts:
+            found = self._last.pts
+            self._close()
+            raise ValueError(_unreadable(self._path, f"frame at {pts} is missing, next is {found}"))
+
+
+def _unreadable(path: Path, reason: object) -> str:
+    return f"{path}: not a readable video ({reason}); copy or encode it again"
+
+
+def _read_index(path: Path) -> _Index:
+    if not path.is_file():
+        raise ValueError(f"{path}: the video is missing; copy or encode it again")
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ValueError(_unreadable(path, "it has no video stream"))
+            stream = container.streams.video[0]
+            packets = [
+                (p.pts, p.is_keyframe)
+                for p in container.demux(stream)
+                if p.pts is not None and p.size
+            ]
+            declared, time_base = stream.frames, stream.time_base
+    except av.FFmpegError as error:
+        raise ValueError(_unreadable(path, error)) from error
+    if not packets or len(packets) < declared:
+        raise ValueError(_unreadable(path, f"{len(packets)} of {declared} frames are there"))
+    return _Index(
+        pts=sorted(p for p, _ in packets),
+        keyframes=sorted(p for p, key in packets if key),
+        time_base=time_base,
+    )

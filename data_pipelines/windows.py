@@ -1,0 +1,185 @@
+"""Windows by time: which values of a stream belong to an anchor, whatever the stream's rate.
+
+A window asks for `horizon` instants spaced 1/fps apart that end at the anchor (observations) or
+start `shift` seconds after it (actions, future frames). The stream answers each instant with the
+nearest or previous value, or with an interpolated one; instants outside the stream get the edge
+value and are marked as padding. Semantics: `ChunkReader` of the release.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from data_pipelines.episode import Stream
+
+Interpolation = Literal["nearest", "previous", "linear", "pose", "quaternion"]
+SECOND_NS = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class WindowSpec:
+    """A request for part of one stream around an anchor.
+
+    Attributes:
+        stream: name of the stream in `Episode.streams`.
+        horizon: number of instants.
+        fps: instants per second.
+        shift: seconds added to every instant.
+        interpolation: how an instant between two stored values is answered; "pose" interpolates
+            4x4 matrices (translation linearly, rotation by slerp), "quaternion" xyzw rotations.
+        look: "past" windows end at the anchor, "future" windows start there (both plus shift).
+    """
+
+    stream: str
+    horizon: int
+    fps: float
+    shift: float = 0.0
+    interpolation: Interpolation = "nearest"
+    look: Literal["past", "future"] = "future"
+
+    def __post_init__(self) -> None:
+        if self.horizon < 1 or self.fps <= 0:
+            raise ValueError(
+                f"Window of stream {self.stream!r} has horizon {self.horizon} and fps {self.fps}; "
+                "the horizon must be at least 1 and fps positive."
+            )
+        if self.interpolation not in get_args(Interpolation) or self.look not in ("past", "future"):
+            raise ValueError(
+                f"Window of stream {self.stream!r} has interpolation {self.interpolation!r} and "
+                f"look {self.look!r}; choose from {get_args(Interpolation)} and "
+                "('past', 'future')."
+            )
+
+
+def anchors(
+    video: np.ndarray, actions: Sequence[np.ndarray] = (), max_fps: float | None = None
+) -> np.ndarray:
+    """The instants at which an episode can be cut into windows.
+
+    With action streams: every video timestamp between the latest first and the earliest last
+    action timestamp (the release's window index, padded tails included). Without: every frame.
+    The release's video-only stage draws an anchor uniformly from `[0, n + step * (observed - 1))`;
+    for the anchors that are frames its indices are those of a "nearest" window, and its few
+    anchors past the last frame (windows that show one still image to the end) are left out.
+
+    Args:
+        video: int64 timestamps of the video [n], nanoseconds.
+        actions: int64 timestamps of each action stream.
+        max_fps: keep anchors at most this often; None keeps all.
+
+    Returns:
+        int64 nanoseconds [k]; empty when the streams do not overlap.
+    """
+    chosen = np.asarray(video, np.int64)
+    if actions:
+        first = max(times[0] for times in actions)
+        last = min(times[-1] for times in actions)
+        chosen = chosen[(chosen >= first) & (chosen <= last)]
+    if max_fps is None or len(chosen) == 0:
+        return chosen
+    # One anchor per period; a tenth of a period of slack absorbs jitter in the timestamps.
+    period = np.floor((chosen - chosen[0]) * (max_fps / SECOND_NS) + 0.1).astype(np.int64)
+    return chosen[np.unique(period, return_index=True)[1]]
+
+
+def request_times(spec: WindowSpec, anchor: np.ndarray | int) -> np.ndarray:
+    """The instants a window asks for.
+
+    Args:
+        spec: the window.
+        anchor: int64 nanoseconds, any shape.
+
+    Returns:
+        int64 nanoseconds [*anchor.shape, horizon].
+    """
+    duration = math.ceil((spec.horizon - 1) / spec.fps * SECOND_NS)
+    start = round(spec.shift * SECOND_NS) - (duration if spec.look == "past" else 0)
+    # Offsets are added as integers: float64 nanoseconds since 1970 are only exact to 256 ns.
+    offsets = np.rint(np.linspace(start, start + duration, spec.horizon)).astype(np.int64)
+    return np.asarray(anchor, np.int64)[..., None] + offsets
+
+
+def nearest_indices(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Index of the stored timestamp nearest to each instant; the earlier one on a tie."""
+    after = np.searchsorted(timestamps, times).clip(1, max(len(timestamps) - 1, 1))
+    after = np.minimum(after, len(timestamps) - 1)
+    before = np.maximum(after - 1, 0)
+    return np.where(times - timestamps[before] <= timestamps[after] - times, before, after)
+
+
+def previous_indices(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:
+    """Index of the last stored timestamp at or before each instant; 0 before the first."""
+    return np.maximum(np.searchsorted(timestamps, times, side="right") - 1, 0)
+
+
+def read_window(
+    stream: Stream, spec: WindowSpec, anchor: np.ndarray | int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts the windows of one or many anchors out of a stream.
+
+    Args:
+        stream: timestamps [n] and values [n, ...] (an array, or a frame reader for video).
+        spec: the window; its `stream` field is only used in error messages.
+        anchor: int64 nanoseconds, any shape.
+
+    Returns:
+        values [*anchor.shape, horizon, ...] and a bool mask [*anchor.shape, horizon] that is true
+        where the instant lies outside the stream, so that the edge value was repeated.
+    """
+    times = request_times(spec, anchor)
+    stamps = np.asarray(stream.timestamps)
+    if len(stamps) == 0:
+        raise ValueError(f"Stream {spec.stream!r} is empty; drop the episode.")
+    padded = (times < stamps[0]) | (times > stamps[-1])
+    if spec.interpolation == "nearest":
+        values = _take(stream.values, nearest_indices(stamps, times))
+    elif spec.interpolation == "previous":
+        values = _take(stream.values, previous_indices(stamps, times))
+    else:
+        values = _interpolate(stamps, np.asarray(stream.values), times, spec)
+    return values, padded
+
+
+def _take(values, indices: np.ndarray) -> np.ndarray:
+    if isinstance(values, np.ndarray):
+        return values[indices]
+    # A reader decodes: ask for each frame once, in order.
+    unique, inverse = np.unique(indices, return_inverse=True)
+    return values.read(unique)[inverse.reshape(indices.shape)]
+
+
+def _interpolate(
+    stamps: np.ndarray, values: np.ndarray, times: np.ndarray, spec: WindowSpec
+) -> np.ndarray:
+    expected = {"pose": (4, 4), "quaternion": (4,)}.get(spec.interpolation)
+    if expected and values.shape[1:] != expected:
+        raise ValueError(
+            f"Stream {spec.stream!r} has values of shape {values.shape[1:]}, but interpolation "
+            f"{spec.interpolation!r} needs {expected}."
+        )
+    dtype = values.dtype if np.issubdtype(values.dtype, np.floating) else np.float32
+    times = np.clip(times, stamps[0], stamps[-1])
+    before = np.minimum(previous_indices(stamps, times), max(len(stamps) - 2, 0))
+    after = np.minimum(before + 1, len(stamps) - 1)
+    gap = np.maximum(stamps[after] - stamps[before], 1)
+    weight = (times - stamps[before]) / gap
+    start, end = values[before].astype(np.float64), values[after].astype(np.float64)
+    if spec.interpolation == "quaternion":
+        ends = Rotation.from_quat(start.reshape(-1, 4)), Rotation.from_quat(end.reshape(-1, 4))
+        return _slerp(*ends, weight).as_quat().reshape(start.shape).astype(dtype)
+    blend = weight.reshape(weight.shape + (1,) * (values.ndim - 1))
+    mixed = start + blend * (end - start)
+    if spec.interpolation == "pose":
+        matrices = (side[..., :3, :3].reshape(-1, 3, 3) for side in (start, end))
+        rotation = _slerp(*map(Rotation.from_matrix, matrices), weight)
+        mixed[..., :3, :3] = rotation.as_matrix().reshape(*weight.shape, 3, 3)
+    return mixed.astype(dtype)
+
+
+def _slerp(start: Rotation, end: Rotation, weight: np.ndarray) -> Rotation:
+    turn = (start.inv() * end).as_rotvec()
+    return start * Rotation.from_rotvec(turn * weight.reshape(-1, 1))

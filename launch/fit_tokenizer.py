@@ -1,0 +1,31 @@
+"""Fits the linear video tokenizer to a sample of all datasets' clips.
+
+python -m launch.fit_tokenizer --config=configs/quickstart.py
+"""
+
+from pathlib import Path
+
+from data_pipelines.fit_tokenizer import sample_clips
+from data_pipelines.sources.open import open_config
+from launch.entry import config_flag, run
+from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
+
+CONFIG = config_flag()
+
+
+def main() -> None:
+    """Writes `config.tokenizer`; a tokenizer that is already there stays."""
+    config = CONFIG.value
+    path = Path(config.tokenizer)
+    if path.exists():
+        print(f"{path} is already fitted.")
+        return
+    sources = [(open_config(dataset), dataset) for dataset in config.datasets.values()]
+    clips = sample_clips(
+        sources, config.clip, config.policy_io, episodes_per_source=48, clips_per_episode=8
+    )
+    save_tokenizer(path, fit_linear_tokenizer(clips))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,35 @@
+"""Writes predicted and true future video of held-out episodes, as pairs of mp4 files.
+
+    python -m launch.predict --config=configs/quickstart_action.py \
+        --checkpoint=runs/quickstart/action --out=runs/quickstart/predictions
+"""
+
+from pathlib import Path
+
+from absl import flags
+
+from data_pipelines.sources.open import open_config
+from launch.entry import config_flag, run
+from mvjax.evaluation.prediction import write_predictions
+from mvjax.policy.load import load_policy
+from mvjax.policy.policy import Sampling
+
+CONFIG = config_flag()
+CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training directory of the stage-2 run.")
+OUT = flags.DEFINE_string("out", None, "Folder of the videos.")
+COUNT = flags.DEFINE_integer("count", 4, "Pairs per dataset.")
+
+
+def main() -> None:
+    """Predicts `--count` clips of every dataset."""
+    config = CONFIG.value
+    policy = load_policy(config, Path(CHECKPOINT.value), Sampling(**config.sampler), batch_size=1)
+    for dataset in config.datasets.values():
+        write_predictions(
+            policy, open_config(dataset), dataset, config, Path(OUT.value), COUNT.value
+        )
+
+
+if __name__ == "__main__":
+    flags.mark_flags_as_required(["checkpoint", "out"])
+    run(main)

@@ -1,0 +1,108 @@
+"""The quickstart: data from a simulator, two training stages, a robot driven, a report.
+
+    bash launch/quickstart.sh                 set-up, then all of this
+    python -m launch.quickstart --study       also the sample-efficiency study (longer)
+
+Every phase is a command of its own, printed before it runs; phases that are done are not repeated.
+"""
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+
+from configs import quickstart as quickstart_config
+from launch.phases import Phase, python, run_phases
+from launch.preflight import require
+from mvjax.evaluation.environment import write_environment
+from mvjax.evaluation.report import build_report
+
+
+def phases(run_dir: str, size: str) -> list[Phase]:
+    """What the quickstart does, in order."""
+    config = quickstart_config.get_config(size)
+    oracle_step, full = config.evaluation.oracle_step, config.sampler.video_steps
+    suffix = "" if size == "full" else f":{size}"
+
+    def configured(name: str) -> tuple[str, str]:
+        return f"--config=configs/{name}.py{suffix}", f"--config.run_dir={run_dir}"
+
+    def record(name: str) -> tuple[str, ...]:
+        what = config.recording[name]
+        return python(
+            "data_pipelines.record",
+            f"--out={run_dir}/data/{name}",
+            f"--kind={what.kind}",
+            f"--tasks={','.join(what.tasks)}",
+            f"--episodes={what.episodes}",
+            f"--seed={what.seed}",
+        )
+
+    def train(stage: str) -> tuple[str, ...]:
+        config = configured(f"quickstart_{stage}")
+        return python("launch.train", *config, f"--workdir={run_dir}/{stage}")
+
+    def evaluate(modes: str, *more: str) -> tuple[str, ...]:
+        return python(
+            "launch.evaluate",
+            *configured("quickstart_action"),
+            f"--checkpoint={run_dir}/action",
+            f"--out={run_dir}/evaluation",
+            f"--modes={modes}",
+            *more,
+        )
+
+    few = f"--config.evaluation.episodes_per_task={config.evaluation.sweep_episodes}"
+    return [
+        Phase("record robot demonstrations", record("robot")),
+        Phase("record video without actions", record("video")),
+        Phase("fit the video tokenizer", python("launch.fit_tokenizer", *configured("quickstart"))),
+        Phase("encode", python("launch.encode", *configured("quickstart"))),
+        Phase("stage 1: video model", train("video")),
+        Phase("stage 2: action decoder", train("action")),
+        Phase("evaluate the policy", evaluate("policy")),
+        Phase("evaluate the baselines", evaluate("expert,none")),
+        Phase(
+            "sweep the stop step",
+            evaluate("policy", f"--stop_steps={full // 2},{full}", few),
+        ),
+        Phase(
+            "evaluate with the true future", evaluate("oracle", f"--stop_steps={oracle_step}", few)
+        ),
+        Phase(
+            "predict held-out video",
+            python(
+                "launch.predict",
+                *configured("quickstart_action"),
+                f"--checkpoint={run_dir}/action",
+                f"--out={run_dir}/predictions",
+            ),
+        ),
+    ]
+
+
+def main() -> None:
+    """Runs all phases, then draws the report."""
+    parser = argparse.ArgumentParser(
+        prog="launch/quickstart.sh", description="Train a video-action model and drive a robot."
+    )
+    parser.add_argument("--run-dir", default="runs/quickstart", help="folder of the run")
+    parser.add_argument(
+        "--size", default="full", choices=("full", "smoke"), help="smoke: see it run"
+    )
+    parser.add_argument("--study", action="store_true", help="add the sample-efficiency study")
+    arguments = parser.parse_args()
+    run_dir = Path(arguments.run_dir)
+    require(run_dir)
+    run_dir.mkdir(parents=True, exist_ok=True)
+    words = ["bash", "launch/quickstart.sh", *sys.argv[1:]]
+    (run_dir / "command.txt").write_text(shlex.join(words) + "\n")
+
+    run_phases(phases(arguments.run_dir, arguments.size), run_dir / "phases.json")
+    write_environment(run_dir)
+    build_report(run_dir, run_dir / "report.html")
+    print(f"The report is {run_dir / 'report.html'}.")
+
+
+if __name__ == "__main__":
+    main()

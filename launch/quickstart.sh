@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# The whole quickstart with one command, set-up included: bash launch/quickstart.sh [--study] [...]
+# Every flag goes to `python -m launch.quickstart`. Paths in flags are relative to the repository.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
+
+ensure_environment requirements.txt
+ensure_gl || exit 2
+cd "$root"
+exec "$python" -m launch.quickstart ${1+"$@"}

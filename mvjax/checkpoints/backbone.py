@@ -1,0 +1,96 @@
+"""The stage bridge: the video DiT of a stage-1 run, LoRA merged, for stage 2 and the policy."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from mvjax.checkpoints.bridge import read_meta, restore_params
+from mvjax.checkpoints.tree_match import CheckpointMismatch
+from mvjax.models.build import video_dit_config, video_network
+from mvjax.models.lora import merge_lora
+from mvjax.models.parameters import Network, Params
+from mvjax.models.video_dit import VideoDiTConfig
+from mvjax.parallel.rules import Rules, sharding_tree
+
+
+def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig, Params]:
+    """Restores a stage-1 backbone onto this mesh, every device reading only its part.
+
+    Args:
+        config: `backbone.checkpoint` (a stage-1 training directory; "" for an untrained backbone,
+            the baseline of sample-efficiency studies, drawn from `training.seed`),
+            `backbone.dtype`, and the sections that describe the video model, which must agree with
+            what was trained.
+        mesh, rules: where and how it is sharded.
+
+    Returns:
+        The backbone's configuration without LoRA, and its parameters in `backbone.dtype`.
+
+    Raises:
+        CheckpointMismatch: if the directory holds another stage or another model.
+    """
+    dtype = config.backbone.dtype
+    if not config.backbone.checkpoint:
+        model = dataclasses.replace(video_dit_config(config), lora=None, dtype=dtype)
+        network = video_network(model)
+        make = jax.jit(
+            lambda key: _cast(network.init(key), dtype),
+            out_shardings=sharding_tree(network.axes, mesh, rules, network.abstract),
+        )
+        return model, make(jax.random.key(config.training.seed))
+    directory = Path(config.backbone.checkpoint)
+    meta = read_meta(directory)
+    if meta["stage"] != "video":
+        raise CheckpointMismatch(
+            f"backbone.checkpoint {directory} is a run of stage {meta['stage']!r}; a video run "
+            "(stage 1) is needed."
+        )
+    stored = ConfigDict(meta["config"])
+    for section in ("clip", "video_model", "text"):
+        here, there = dict(config[section]), dict(stored[section])
+        different = sorted(
+            k for k in {*here, *there} if _plain(here.get(k)) != _plain(there.get(k))
+        )
+        if different:
+            raise CheckpointMismatch(
+                f"The backbone in {directory} does not fit this configuration: "
+                + "; ".join(
+                    f"{section}.{k} is {there.get(k)} there, {here.get(k)} here" for k in different
+                )
+                + "."
+            )
+    trained = video_dit_config(stored)
+    model = dataclasses.replace(trained, lora=None, dtype=dtype)
+    params = restore_params(directory, _placed(video_network(trained), mesh, rules))
+    finish = jax.jit(
+        lambda p: _cast(merge_lora(p, trained.lora) if trained.lora else p, dtype),
+        out_shardings=sharding_tree(video_network(model).axes, mesh, rules),
+        donate_argnums=0,
+    )
+    return model, finish(params)
+
+
+def load_decoder(directory: Path, network: Network, mesh: Mesh, rules: Rules) -> Params:
+    """Restores the action decoder of a stage-2 run onto this mesh."""
+    return restore_params(directory, _placed(network, mesh, rules))
+
+
+def _placed(network: Network, mesh: Mesh, rules: Rules) -> Params:
+    shardings = sharding_tree(network.axes, mesh, rules, network.abstract)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        network.abstract,
+        shardings,
+    )
+
+
+def _cast(params: Params, dtype: str) -> Params:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple | list) else value

@@ -1,0 +1,81 @@
+"""Success in a simulator: one setting (mode and stop step) of a trained policy at a time."""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mvjax.checkpoints.bridge import read_meta
+from mvjax.evaluation.results import EpisodeResult, Setting, write_setting
+from mvjax.evaluation.rollout import run_rollouts
+from mvjax.evaluation.suites.metaworld import MetaWorld
+from mvjax.policy.load import load_policy
+from mvjax.policy.observation import ObservationSpec
+from mvjax.policy.policy import Sampling
+
+SUITES = {"metaworld": MetaWorld}
+
+
+def settings_for(mode: str, stop_steps: Sequence[int], video_steps: int) -> dict[str, Setting]:
+    """The settings of one mode by folder name: one per stop step, or one for "expert" and "none".
+
+    The first policy setting is the one of the report's headline.
+    """
+    if mode == "expert":
+        return {"expert": Setting("scripted expert", mode)}
+    if mode == "none":
+        return {"none": Setting("do nothing", mode)}
+    if mode not in ("policy", "oracle"):
+        raise ValueError(f"mode must be policy, oracle, expert or none, got {mode!r}.")
+    of = f"of {video_steps}"
+    labels = {"policy": "stop after {} " + of, "oracle": "true future, noise of step {} " + of}
+    return {
+        f"{mode}_k{k}": Setting(labels[mode].format(k), mode, k, main=mode == "policy" and k == 0)
+        for k in stop_steps
+    }
+
+
+def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> list[EpisodeResult]:
+    """Plays every episode of `config.evaluation` under one setting; resumes what is on file.
+
+    Args:
+        config: configuration of the stage-2 run, with `evaluation {suite, tasks,
+            episodes_per_task, first_seed, execute, max_steps, workers, videos_per_task}`.
+        checkpoint: training directory of the stage-2 run; unused by "expert" and "none".
+        folder: where results, recordings and the setting's description go.
+        setting: mode and stop step.
+    """
+    protocol, io = config.evaluation, config.policy_io
+    if protocol.suite not in SUITES:
+        raise ValueError(f"Unknown suite {protocol.suite!r}; known: {', '.join(SUITES)}.")
+    oracle = setting.mode == "oracle"
+    identity, controller = "", setting.mode
+    if setting.mode in ("policy", "oracle"):
+        sampling = Sampling(**config.sampler, stop_step=setting.stop_step, oracle=oracle)
+        controller = load_policy(config, checkpoint, sampling, protocol.workers).plan
+        identity = str(read_meta(checkpoint)) + str(sampling)
+    protocol_text = "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
+    write_setting(folder, setting)
+    return run_rollouts(
+        suite=protocol.suite,
+        make_simulator=SUITES[protocol.suite],
+        episodes=[
+            (task, protocol.first_seed + i)
+            for task in protocol.tasks
+            for i in range(protocol.episodes_per_task)
+        ],
+        controller=controller,
+        spec=ObservationSpec(
+            observed_frames=config.clip.observed_frames,
+            fps=config.clip.fps,
+            proprio_horizon=io.proprio.horizon,
+            proprio_fps=io.proprio.fps,
+            execute=protocol.execute,
+        ),
+        folder=folder,
+        config_hash=hashlib.sha256((identity + protocol_text).encode()).hexdigest()[:16],
+        oracle_frames=config.clip.future_frames if oracle else 0,
+        max_steps=protocol.max_steps,
+        workers=protocol.workers,
+        videos_per_task=protocol.videos_per_task,
+    )

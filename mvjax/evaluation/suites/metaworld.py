@@ -1,0 +1,245 @@
+"""Meta-World v3 (Yu et al. 2019; `pip install metaworld`): 50 tabletop tasks, scripted experts.
+
+Conventions are the public ones: camera corner2 at [0.75, 0.075, 0.7] turned upright, 4-d actions
+(dx, dy, dz, gripper) in [-1, 1], proprioception = hand position (m) and gripper opening (0..1), and
+80 control steps per simulated second (5 substeps of 2.5 ms).
+"""
+
+import copy
+import os
+import sys
+import warnings
+
+import numpy as np
+
+CAMERA = "corner2"
+CAMERA_POSITION = (0.75, 0.075, 0.7)
+CAMERA_JITTER_M = 0.04
+CAMERA_JITTER_FOVY = 3.0  # degrees
+
+TASKS: dict[str, str] = {
+    "assembly-v3": "pick up the ring and slide it onto the peg",
+    "basketball-v3": "drop the basketball into the hoop",
+    "bin-picking-v3": "move the cube from one bin to the other",
+    "box-close-v3": "put the lid on the box",
+    "button-press-topdown-v3": "press the button down from above",
+    "button-press-topdown-wall-v3": "reach over the wall and press the button down",
+    "button-press-v3": "push the button in",
+    "button-press-wall-v3": "go around the wall and push the button in",
+    "coffee-button-v3": "press the button of the coffee machine",
+    "coffee-pull-v3": "pull the mug away from the coffee machine",
+    "coffee-push-v3": "push the mug under the coffee machine",
+    "dial-turn-v3": "turn the dial",
+    "disassemble-v3": "lift the ring off the peg",
+    "door-close-v3": "close the door",
+    "door-lock-v3": "turn the lock of the door to lock it",
+    "door-open-v3": "open the door",
+    "door-unlock-v3": "turn the lock of the door to unlock it",
+    "drawer-close-v3": "close the drawer",
+    "drawer-open-v3": "open the drawer",
+    "faucet-close-v3": "turn the faucet handle to close it",
+    "faucet-open-v3": "turn the faucet handle to open it",
+    "hammer-v3": "hammer the nail into the block",
+    "hand-insert-v3": "push the block into the hole with the gripper",
+    "handle-press-side-v3": "press the sideways handle down",
+    "handle-press-v3": "press the handle down",
+    "handle-pull-side-v3": "pull the sideways handle up",
+    "handle-pull-v3": "pull the handle up",
+    "lever-pull-v3": "pull the lever up",
+    "peg-insert-side-v3": "insert the peg into the hole in the side of the box",
+    "peg-unplug-side-v3": "pull the peg out of the side of the box",
+    "pick-out-of-hole-v3": "take the puck out of the hole",
+    "pick-place-v3": "pick up the puck and bring it to the goal",
+    "pick-place-wall-v3": "lift the puck over the wall and bring it to the goal",
+    "plate-slide-back-side-v3": "slide the plate sideways out of the cabinet",
+    "plate-slide-back-v3": "slide the plate back out of the cabinet",
+    "plate-slide-side-v3": "slide the plate sideways into the cabinet",
+    "plate-slide-v3": "slide the plate into the cabinet",
+    "push-back-v3": "pull the puck back to the goal",
+    "push-v3": "push the puck to the goal",
+    "push-wall-v3": "push the puck around the wall to the goal",
+    "reach-v3": "move the gripper to the goal",
+    "reach-wall-v3": "move the gripper past the wall to the goal",
+    "shelf-place-v3": "put the puck on the shelf",
+    "soccer-v3": "kick the ball into the goal",
+    "stick-pull-v3": "pull the thermos with the stick",
+    "stick-push-v3": "push the thermos with the stick",
+    "sweep-into-v3": "sweep the puck into the hole",
+    "sweep-v3": "sweep the puck off the table",
+    "window-close-v3": "slide the window shut",
+    "window-open-v3": "slide the window open",
+}
+
+NO_GL = (
+    "MuJoCo cannot draw here ({reason}): install a software OpenGL (Debian: libegl1 "
+    "libgl1-mesa-dri, or libosmesa6) and set MUJOCO_GL=egl or MUJOCO_GL=osmesa before starting"
+)
+
+
+class MetaWorld:
+    """One Meta-World task (see `mvjax.evaluation.simulator.Simulator` for the methods).
+
+    Args:
+        task: a key of `TASKS`.
+        height: of the pictures, pixels.
+        width: of the pictures, pixels.
+        camera_jitter_seed: if given, every reset moves the camera a little (up to 4 cm and 3
+            degrees of field of view), decided by this seed and the reset's seed.
+
+    Raises:
+        ValueError: for an unknown task.
+        ModuleNotFoundError: if metaworld is not installed.
+        RuntimeError: at the first picture, if no OpenGL can be found.
+    """
+
+    control_hz = 80
+    max_steps = 500
+
+    def __init__(
+        self, task: str, height: int = 192, width: int = 192, camera_jitter_seed: int | None = None
+    ):
+        if task not in TASKS:
+            raise ValueError(f"unknown Meta-World task {task!r}; the tasks are {', '.join(TASKS)}")
+        mujoco, env_classes, experts = _import_metaworld()
+        self.task = task
+        self.instruction = TASKS[task]
+        self._mujoco = mujoco
+        self._size = (height, width)
+        self._jitter_seed = camera_jitter_seed
+        self._env = _make_env(env_classes[task])
+        self._expert = experts[task]()
+        self._renderer = None
+        self._obs = None
+        model = self._env.model
+        # Software OpenGL spends most of its time on shadows and multisampling: both are off (before
+        # the drawing context is made, or it has no effect). Pictures must not mix the two settings.
+        model.vis.quality.offsamples = 0
+        model.vis.quality.shadowsize = 0
+        model.vis.global_.offheight = max(model.vis.global_.offheight, height)
+        model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
+        self._camera = model.camera(CAMERA).id
+        self._fovy = float(model.cam_fovy[self._camera])
+        model.cam_pos[self._camera] = CAMERA_POSITION
+
+    def reset(self, seed: int) -> None:
+        """Place the objects by `seed` and put the arm in its start pose."""
+        env, model = self._env, self._env.model
+        env.seed(seed)
+        env.reset()
+        if self._jitter_seed is not None:
+            draw = np.random.default_rng([self._jitter_seed, seed]).uniform(-1, 1, 4)
+            model.cam_pos[self._camera] = CAMERA_POSITION + CAMERA_JITTER_M * draw[:3]
+            model.cam_fovy[self._camera] = self._fovy + CAMERA_JITTER_FOVY * draw[3]
+        # The reset moves bodies in the model after the last forward pass, so what depends on them
+        # (pictures and observations) is one placement old until this call.
+        self._mujoco.mj_forward(model, env.data)
+        env._prev_obs = env._get_curr_obs_combined_no_goal()
+        self._obs = env._get_obs()
+
+    def step(self, action: np.ndarray) -> bool:
+        """Apply (dx, dy, dz, gripper) in [-1, 1] for 12.5 ms; True when the task is done."""
+        if self._obs is None:
+            raise RuntimeError("call reset(seed) before step(action)")
+        action = np.asarray(action, np.float32)
+        if action.shape != (4,):
+            raise ValueError(f"a Meta-World action has shape [4], got {list(action.shape)}")
+        self._obs, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0))
+        return bool(info["success"])
+
+    def render(self) -> np.ndarray:
+        """The corner camera, upright: uint8 [height, width, 3]."""
+        mujoco = self._mujoco
+        if self._renderer is None:
+            try:
+                self._renderer = mujoco.Renderer(self._env.model, *self._size)
+            except Exception as error:  # every GL backend raises its own kind
+                raise RuntimeError(NO_GL.format(reason=error)) from error
+        self._renderer.update_scene(self._env.data, self._camera)
+        flags = self._renderer.scene.flags  # update_scene sets them anew every time
+        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
+        flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
+        return np.ascontiguousarray(self._renderer.render()[::-1, ::-1])  # mounted upside down
+
+    def proprio(self) -> np.ndarray:
+        """Hand position (m) and gripper opening (0..1): float32 [4]."""
+        return self._obs[:4].astype(np.float32)
+
+    def expert_action(self) -> np.ndarray:
+        """The scripted policy's action, clipped to [-1, 1]: float32 [4]."""
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it warns at every response beyond 1, which we clip
+            action = self._expert.get_action(
+                self._obs.copy()
+            )  # some experts edit what they are given
+        return np.clip(action, -1.0, 1.0).astype(np.float32)
+
+    def lookahead(self, steps: int, stride: int) -> np.ndarray:
+        """Frames `stride`, `2 * stride`, ... up to `steps` control steps ahead under the expert.
+
+        The episode itself is untouched: stepping on afterwards is bit-identical.
+        """
+        env = self._env
+        data, obs, attributes = env.data, self._obs, _small_attributes(env)
+        env.data = copy.copy(
+            data
+        )  # the future happens in a copy, contacts and warm starts included
+        frames = []
+        for step in range(1, steps + 1):
+            self.step(self.expert_action())
+            if step % stride == 0:
+                frames.append(self.render())
+        env.data, self._obs = data, obs
+        for name, (value, content) in attributes.items():
+            setattr(env, name, value)
+            if content is not None:
+                value[...] = content
+        return np.stack(frames) if frames else np.zeros((0, *self._size, 3), np.uint8)
+
+    def close(self) -> None:
+        """Free the renderer now: left to the interpreter's exit, EGL prints tracebacks."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._env.close()
+
+
+def _import_metaworld():
+    """mujoco, the environment classes and the experts by task name."""
+    if sys.platform == "linux":
+        os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco reads it once, when it is imported
+    try:
+        import mujoco
+        from metaworld.env_dict import ENV_CLS_MAP
+        from metaworld.policies import ENV_POLICY_MAP
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"Meta-World needs the package {error.name!r}: pip install metaworld packaging"
+        ) from error
+    except Exception as error:  # a missing GL library surfaces as whatever PyOpenGL stumbles over
+        raise RuntimeError(NO_GL.format(reason=error)) from error
+    return mujoco, ENV_CLS_MAP, ENV_POLICY_MAP
+
+
+def _make_env(env_class):
+    """The environment with a visible goal, free placements and no path limit."""
+    env = env_class()
+    env._partially_observable = False  # the experts read the goal from the observation
+    vars(env).pop("sawyer_observation_space", None)  # cached, and computed for the hidden goal
+    env._set_task_called = True
+    env._freeze_rand_vec = False
+    env.seeded_rand_vec = True  # draw placements from env.seed(...), not from numpy's global state
+    env.max_path_length = sys.maxsize  # it would raise after 500 steps; our callers count steps
+    return env
+
+
+def _small_attributes(env) -> dict:
+    """What an environment keeps in Python: name -> (object, its content if it is an array).
+
+    Arrays are restored in place: some of them are views into mjData and must stay so.
+    """
+    kept = (bool, int, float, str, tuple, type(None), np.generic)
+    return {
+        name: (value, value.copy() if isinstance(value, np.ndarray) else None)
+        for name, value in vars(env).items()
+        if isinstance(value, (*kept, np.ndarray))
+    }

@@ -1,0 +1,144 @@
+"""One simulator process: plays episodes and asks the evaluating process for actions.
+
+The process is started by `mvjax.evaluation.rollout` and speaks over one pipe. It receives an
+`Order` or a chunk of actions, and sends a `Query`, an `Outcome` or a `Failure`. It imports no jax:
+accelerators belong to the evaluating process, and a worker should start in a second.
+"""
+
+import itertools
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+import numpy as np
+
+from mvjax.evaluation.simulator import Simulator
+from mvjax.policy.observation import History, Observation, ObservationSpec, control_stride
+
+MakeSimulator = Callable[[str], Simulator]  # task -> its simulator; importable by name
+
+
+@dataclass(frozen=True)
+class Job:
+    """What stays the same over all episodes of a worker.
+
+    Attributes:
+        make_simulator: builds the simulator of a task.
+        spec: how observations are made.
+        mode: who acts: "policy", "oracle", "expert" or "none".
+        oracle_frames: true future frames per observation in oracle mode.
+        max_steps: step limit of an episode; None for the simulator's own.
+    """
+
+    make_simulator: MakeSimulator
+    spec: ObservationSpec
+    mode: str
+    oracle_frames: int
+    max_steps: int | None
+
+
+@dataclass(frozen=True)
+class Order:
+    """The next episode to play; `video` is the file to record it in, or None."""
+
+    task: str
+    seed: int
+    video: Path | None
+
+
+@dataclass(frozen=True)
+class Query:
+    """An observation that waits for a chunk of actions."""
+
+    observation: Observation
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """An episode that ended."""
+
+    success: bool
+    steps: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception in the simulator, as text."""
+
+    traceback: str
+
+
+def serve(file_descriptor: int) -> None:
+    """Runs the worker on its end of the pipe until the other end closes."""
+    connection = Connection(file_descriptor)
+    simulator, task = None, None
+    try:
+        job: Job = connection.recv()
+        while True:
+            order: Order = connection.recv()
+            if order.task != task:  # rebuilding costs about a second: the queue avoids it
+                if simulator is not None:
+                    simulator.close()
+                simulator, task = job.make_simulator(order.task), order.task
+            connection.send(play(simulator, order, job, connection))
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        pass  # the evaluation ended, or was killed
+    except Exception:
+        connection.send(Failure(traceback.format_exc()))
+    finally:
+        if simulator is not None:
+            simulator.close()
+
+
+def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -> Outcome:
+    """Plays one episode to success or the step limit."""
+    simulator.reset(order.seed)
+    history = History(job.spec, simulator.control_hz)
+    stride = control_stride(simulator.control_hz, job.spec.fps)
+    asks = job.mode in ("policy", "oracle")
+    recorded: list[np.ndarray] = []
+    success, steps, max_steps = False, 0, job.max_steps or simulator.max_steps
+
+    def observe() -> None:
+        frame = history.record(simulator.proprio(), simulator.render) if asks else None
+        if order.video is not None and steps % stride == 0:
+            recorded.append(simulator.render() if frame is None else frame)
+
+    def ask() -> np.ndarray:
+        future = None
+        if job.mode == "oracle":  # what the expert would make happen from here
+            future = simulator.lookahead(job.oracle_frames * stride, stride)
+        connection.send(Query(history.observation(simulator.instruction, future)))
+        return connection.recv()
+
+    observe()
+    for action in _actions(simulator, job.mode, ask):
+        success, steps = bool(simulator.step(action)), steps + 1
+        if success or steps >= max_steps:
+            break
+        observe()
+    if order.video is not None:
+        recorded.append(simulator.render())  # how it ended
+        _record(order.video, recorded, job.spec.fps)
+    return Outcome(success, steps)
+
+
+def _actions(
+    simulator: Simulator, mode: str, ask: Callable[[], np.ndarray]
+) -> Iterator[np.ndarray]:
+    """The endless actions of an episode, each decided when it is needed."""
+    if mode == "none":
+        yield from itertools.repeat(np.zeros_like(simulator.expert_action()))
+    while mode == "expert":
+        yield simulator.expert_action()
+    while True:
+        yield from ask()
+
+
+def _record(path: Path, frames: list[np.ndarray], fps: float) -> None:
+    from data_pipelines.video import write_video  # PyAV is needed only for recordings
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_video(path, frames, round(fps))

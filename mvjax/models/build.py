@@ -1,0 +1,62 @@
+"""From a configuration to networks: lengths and widths that follow from others are filled in."""
+
+from typing import Any
+
+from mvjax.clip import CHANNELS
+from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
+from mvjax.models.lora import LoRA
+from mvjax.models.ngram_text import NgramTextEncoder
+from mvjax.models.parameters import Network
+from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
+
+
+def video_dit_config(config: Any) -> VideoDiTConfig:
+    """The video DiT of a configuration.
+
+    Args:
+        config: with `video_model` (fields of VideoDiTConfig), `text.dim`, and `lora` (fields of
+            LoRA; rank 0 means none).
+    """
+    rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
+    if rank < 0:
+        raise ValueError(f"lora.rank must be 0 (full training) or more, got {rank}.")
+    fields = dict(config.video_model)
+    fields["rope_ratio_thw"] = tuple(fields["rope_ratio_thw"])
+    return VideoDiTConfig(
+        **fields,
+        text_dim=config.text.dim,
+        latent_channels=CHANNELS,
+        lora=LoRA(rank, alpha, targets) if rank else None,
+    )
+
+
+def action_decoder_config(config: Any) -> ActionDecoderConfig:
+    """The action decoder of a configuration.
+
+    Args:
+        config: with `decoder` (fields of ActionDecoderConfig), `policy_io` and `video_model.width`.
+    """
+    action, proprio = config.policy_io.action, config.policy_io.proprio
+    return ActionDecoderConfig(
+        **config.decoder,
+        context_dim=config.video_model.width,
+        action_dim=action.dim,
+        action_horizon=action.horizon,
+        proprio_dim=proprio.dim,
+        proprio_horizon=proprio.horizon,
+    )
+
+
+def video_network(config: VideoDiTConfig) -> Network:
+    """A video DiT without weights."""
+    return Network(lambda key: VideoDiT(config, key))
+
+
+def decoder_network(config: ActionDecoderConfig) -> Network:
+    """An action decoder without weights."""
+    return Network(lambda key: ActionDecoder(config, key))
+
+
+def text_encoder(config: Any) -> NgramTextEncoder:
+    """The text encoder of a configuration (`text.length` tokens of `text.dim`)."""
+    return NgramTextEncoder(config.text.length, config.text.dim)

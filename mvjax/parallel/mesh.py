@@ -1,0 +1,49 @@
+"""The device mesh: which devices work together, and along which axis."""
+
+from collections.abc import Mapping, Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+MESH_AXES = ("data", "fsdp", "context", "tensor")
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arranges the devices of every process in a mesh with axes data, fsdp, context, tensor.
+
+    `data` copies the parameters and splits the batch; `fsdp` splits both; `context` splits the
+    token sequence; `tensor` splits heads and MLP columns. Axis types are Auto: the compiler fills
+    in what the rules table leaves open.
+
+    Args:
+        sizes: Devices per axis, e.g. `{"data": -1, "fsdp": 4}`. An axis not given is 1; one axis
+            may be -1, which means all remaining devices.
+        devices: The devices to use; all of them when None.
+
+    Raises:
+        ValueError: On an unknown axis, or if the sizes do not multiply to the device count.
+    """
+    devices = jax.devices() if devices is None else list(devices)
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"mesh has the unknown axis {unknown[0]!r}; the axes are {MESH_AXES}.")
+    shape = _resolve({axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}, len(devices))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+
+
+def _resolve(sizes: dict[str, int], device_count: int) -> tuple[int, ...]:
+    given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
+        raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {given}.")
+    fixed = 1
+    for size in sizes.values():
+        fixed *= size if size != -1 else 1
+    if device_count % fixed or (not open_axes and fixed != device_count):
+        kind = "a divisor of" if open_axes else "exactly"
+        raise ValueError(
+            f"mesh {given} needs {kind} the device count with a product of {fixed}, but there are "
+            f"{device_count} devices; change config.mesh (one axis may be -1 for the rest)."
+        )
+    return tuple(device_count // fixed if size == -1 else size for size in sizes.values())

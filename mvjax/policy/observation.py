@@ -1,0 +1,141 @@
+"""What a policy is given at a query, and the history that builds it from control steps."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Observation:
+    """One query to the policy.
+
+    Attributes:
+        frames: uint8 [observed_frames, h, w, 3], oldest first, `clip.fps` apart, the last one now.
+        proprio: float32 [proprio_horizon, proprio_dim], oldest first, raw units.
+        instruction: the task in words.
+        future: uint8 [future_frames, h, w, 3], the true frames that follow, `clip.fps` apart; only
+            in oracle mode, otherwise None.
+    """
+
+    frames: np.ndarray
+    proprio: np.ndarray
+    instruction: str
+    future: np.ndarray | None = None
+
+
+@dataclass(frozen=True)
+class ObservationSpec:
+    """How control steps become observations.
+
+    Attributes:
+        observed_frames: frames per observation (`clip.observed_frames`).
+        fps: their rate in hertz (`clip.fps`).
+        proprio_horizon: proprioceptive states per observation.
+        proprio_fps: their rate in hertz.
+        execute: control steps executed between two queries.
+    """
+
+    observed_frames: int
+    fps: float
+    proprio_horizon: int
+    proprio_fps: float
+    execute: int
+
+    def __post_init__(self) -> None:
+        """Checks the counts.
+
+        Raises:
+            ValueError: one of them is not positive.
+        """
+        for name in ("observed_frames", "proprio_horizon", "execute"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}.")
+
+
+def control_stride(control_hz: float, fps: float, what: str = "clip.fps") -> int:
+    """Control steps between two samples at `fps`.
+
+    Raises:
+        ValueError: `control_hz` is not a whole multiple of `fps`.
+    """
+    stride = round(control_hz / fps)
+    if stride < 1 or abs(control_hz / fps - stride) > 1e-6:
+        raise ValueError(
+            f"The robot is controlled at {control_hz:g} Hz, which is not a whole multiple of "
+            f"{what} = {fps:g}: set {what} to {control_hz:g} divided by a whole number."
+        )
+    return stride
+
+
+class History:
+    """The recent frames and states of one episode, rendering no frame that no query will read.
+
+    Queries are at control steps 0, execute, 2·execute, ... and each reads the frames 0, 1, ...,
+    observed_frames - 1 strides before it. Before the episode's start its first frame and state are
+    repeated, as the training windows do. With execute 8 at 80 Hz and 20 fps, two new frames are
+    rendered per query.
+    """
+
+    def __init__(self, spec: ObservationSpec, control_hz: float) -> None:
+        """Starts an empty history for a robot controlled at `control_hz` hertz."""
+        self._spec = spec
+        self._stride = control_stride(control_hz, spec.fps)
+        self._proprio_stride = control_stride(control_hz, spec.proprio_fps, "policy_io.proprio.fps")
+        self._step = -1
+        self._frames: dict[int, np.ndarray] = {}
+        self._proprio: dict[int, np.ndarray] = {}
+
+    def needs_frame(self, step: int) -> bool:
+        """Whether any query will read the frame of control step `step`."""
+        execute = self._spec.execute
+        last_reader = step + (self._spec.observed_frames - 1) * self._stride
+        next_query = -(-step // execute) * execute
+        queries = range(next_query, last_reader + 1, execute)
+        return any((query - step) % self._stride == 0 for query in queries)
+
+    def record(self, proprio: np.ndarray, render: Callable[[], np.ndarray]) -> np.ndarray | None:
+        """Takes in the next control step; the first call is step 0, before any action.
+
+        Args:
+            proprio: float32 [proprio_dim], raw units.
+            render: draws uint8 [h, w, 3]; called only if a query will read this frame.
+
+        Returns:
+            The frame if it was rendered.
+        """
+        self._step += 1
+        frame = render() if self.needs_frame(self._step) else None
+        if frame is not None:
+            self._frames[self._step] = frame
+        self._proprio[self._step] = np.asarray(proprio, np.float32)
+        _drop_before(self._frames, self._step - (self._spec.observed_frames - 1) * self._stride)
+        _drop_before(
+            self._proprio, self._step - (self._spec.proprio_horizon - 1) * self._proprio_stride
+        )
+        return frame
+
+    def observation(self, instruction: str, future: np.ndarray | None = None) -> Observation:
+        """The observation at the present control step.
+
+        Raises:
+            ValueError: the present step is not a multiple of `execute`, so its frames are missing.
+        """
+        if self._step < 0 or self._step % self._spec.execute:
+            raise ValueError(
+                f"A query at control step {self._step} was not foreseen: with execute = "
+                f"{self._spec.execute}, frames are kept for steps 0, {self._spec.execute}, "
+                f"{2 * self._spec.execute}, ... only."
+            )
+        frames = self._last(self._frames, self._spec.observed_frames, self._stride)
+        proprio = self._last(self._proprio, self._spec.proprio_horizon, self._proprio_stride)
+        return Observation(frames, proprio, instruction, future)
+
+    def _last(self, kept: dict[int, np.ndarray], count: int, stride: int) -> np.ndarray:
+        steps = [max(0, self._step - back * stride) for back in reversed(range(count))]
+        return np.stack([kept[step] for step in steps])
+
+
+def _drop_before(kept: dict[int, np.ndarray], oldest: int) -> None:
+    for step in [step for step in kept if step < oldest]:
+        del kept[step]

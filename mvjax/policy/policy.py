@@ -1,0 +1,177 @@
+"""The policy: frames, proprioception and an instruction in, an action chunk out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from data_pipelines.normalizer import Normalizer
+from data_pipelines.transforms import resize_area
+from mvjax.clip import Clip
+from mvjax.flow.action import sample_actions
+from mvjax.flow.noise_levels import karras_sigmas
+from mvjax.flow.sampler import published_noise, sample_video
+from mvjax.flow.video import condition_mask, denoise, network_input
+from mvjax.models.parameters import Network, Params
+from mvjax.models.video_dit import VideoDiT
+from mvjax.policy.observation import Observation
+
+Array = jax.Array
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a query is answered.
+
+    Attributes:
+        video_steps: steps of the full video schedule (published: 35).
+        stop_step: K, evaluations of the video before the partial pass; 0 (published) denoises
+            nothing, `video_steps` denoises fully.
+        action_steps: Euler steps of the action chunk (published: 10).
+        sigma_max: noise level the video starts from (published: 80).
+        oracle: take the true future video, noised at σ_K, instead of generating one.
+        seed: of the video and action noise, the same at every query (published: 0).
+    """
+
+    video_steps: int = 35
+    stop_step: int = 0
+    action_steps: int = 10
+    sigma_max: float = 80.0
+    oracle: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True, eq=False)  # compared and hashed by identity: `self` is static under jit
+class Policy:
+    """A trained video-action model. `plan` answers a batch of observations.
+
+    Deterministic: equal observations give equal chunks, in whatever batch they are asked.
+    """
+
+    clip: Clip
+    layer: int
+    tokenizer: Any
+    text_encoder: Any
+    backbone: Network
+    backbone_params: Params
+    decoder: Network
+    decoder_params: Params
+    normalizer: Normalizer
+    sampling: Sampling = Sampling()
+    batch_size: int = 8
+    _texts: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def __post_init__(self):
+        steps, stop = self.sampling.video_steps, self.sampling.stop_step
+        if not 0 <= stop <= steps:
+            raise ValueError(f"stop_step must be between 0 and video_steps = {steps}, got {stop}.")
+
+    def plan(self, observations: Sequence[Observation]) -> np.ndarray:
+        """Action chunks in environment units, float32 [n, action_horizon, action_dim].
+
+        Queries are answered in compiled batches of `batch_size`, the last one padded.
+        """
+        chunks = []
+        for batch in self._batches(observations):
+            video = self._frames(batch, with_future=self.sampling.oracle)
+            proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
+            chunks.append(np.asarray(self._act(self._params, video, self._text(batch), proprio)))
+        actions = np.concatenate(chunks)[: len(observations)]
+        return self.normalizer.unnormalize("actions", actions)
+
+    def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
+        """Fully denoised video with the observed frames first, uint8 [n, frames, h, w, 3]."""
+        videos = [
+            np.asarray(self._predict(self._params, self._frames(batch, False), self._text(batch)))
+            for batch in self._batches(observations)
+        ]
+        return np.concatenate(videos)[: len(observations)]
+
+    def _batches(self, observations):
+        for start in range(0, len(observations), self.batch_size):
+            batch = list(observations[start : start + self.batch_size])
+            yield batch + batch[-1:] * (self.batch_size - len(batch))
+
+    def _frames(self, batch: Sequence[Observation], with_future: bool) -> np.ndarray:
+        clips = []
+        for o in batch:
+            parts = [o.frames]
+            if with_future:
+                if o.future is None:
+                    raise ValueError("Oracle mode needs observations with the true future frames.")
+                parts.append(o.future)
+            clips.append(resize_area(np.concatenate(parts), self.clip.height, self.clip.width))
+        return np.stack(clips)
+
+    def _text(self, batch: Sequence[Observation]) -> np.ndarray:
+        new = sorted({o.instruction for o in batch} - self._texts.keys())
+        if new:
+            self._texts.update(zip(new, self.text_encoder.encode(new)))
+        return np.stack([self._texts[o.instruction] for o in batch])
+
+    @property
+    def _params(self):
+        return self.tokenizer, self.backbone_params, self.decoder_params
+
+    @cached_property
+    def _sigmas(self) -> np.ndarray:
+        return karras_sigmas(self.sampling.video_steps, sigma_max=self.sampling.sigma_max)
+
+    def _encode(self, tokenizer, video: Array) -> Array:
+        """Latents [b, latent_frames, ...]; those past the given frames are zeros."""
+        latents = tokenizer.encode(video.astype(jnp.float32) / 127.5 - 1)
+        missing = self.clip.latent_frames - latents.shape[1]
+        return jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+
+    def _noise(self, shape: tuple[int, ...]) -> Array:
+        """The same noise for every sample, so that a chunk does not depend on its batch."""
+        return jnp.broadcast_to(published_noise(self.sampling.seed, (1, *shape[1:])), shape)
+
+    def _generate(self, net: VideoDiT, clean: Array, text: Array, stop_step: int):
+        """Noisy latents after `stop_step` evaluations, and the denoiser that made them."""
+        mask = self._condition_mask(len(clean))
+
+        def denoiser(x, sigma):
+            velocity = lambda i: net(i.latents, i.timesteps, text, i.condition_mask)  # noqa: E731
+            return denoise(velocity, x, clean, sigma, mask)
+
+        noise = self._noise(clean.shape)
+        return sample_video(denoiser, noise, self._sigmas, stop_step), denoiser
+
+    def _condition_mask(self, samples: int) -> Array:
+        return condition_mask(
+            jnp.full(samples, self.clip.condition_latents), self.clip.latent_frames
+        )
+
+    @partial(jax.jit, static_argnums=0)
+    def _act(self, params, video: Array, text: Array, proprio: Array) -> Array:
+        tokenizer, backbone_params, decoder_params = params
+        net, decoder = self.backbone.bind(backbone_params), self.decoder.bind(decoder_params)
+        k = self.sampling.stop_step
+        clean = self._encode(tokenizer, video)
+        sigma = jnp.full((len(clean), 1), self._sigmas[k])
+        if self.sampling.oracle:
+            x = clean + self._sigmas[k] * self._noise(clean.shape)
+        else:
+            x, _ = self._generate(net, clean, text, k)
+        i = network_input(x, clean, sigma, self._condition_mask(len(clean)))
+        context = net.hidden(i.latents, i.timesteps, text, i.condition_mask, layer=self.layer)
+
+        context_kv = decoder.context_keys_values(context)
+        shape = (len(clean), decoder.config.action_horizon, decoder.config.action_dim)
+        velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
+        return sample_actions(velocity, self._noise(shape), self.sampling.action_steps)
+
+    @partial(jax.jit, static_argnums=0)
+    def _predict(self, params, video: Array, text: Array) -> Array:
+        tokenizer, backbone_params, _ = params
+        clean = self._encode(tokenizer, video)
+        net, last = self.backbone.bind(backbone_params), self.sampling.video_steps
+        x, denoiser = self._generate(net, clean, text, last)
+        x0 = denoiser(x, jnp.full((len(x), 1), self._sigmas[last]))
+        frames = (tokenizer.decode(x0) + 1) * 127.5
+        return jnp.clip(jnp.round(frames), 0, 255).astype(jnp.uint8)

@@ -1,0 +1,66 @@
+"""One training run from its configuration: records, normalizer, stage and loop put together."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from data_pipelines.loader import make_loader
+from data_pipelines.mixture import action_statistics
+from data_pipelines.records import RecordDataset
+from mvjax.clip import Clip
+from mvjax.models.build import action_decoder_config, video_dit_config
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules
+from mvjax.training import stages
+from mvjax.training.loop import train
+from mvjax.training.metrics import Record
+
+
+def run(config: Any, workdir: Path) -> Record:
+    """Trains `config.stage` on the encoded datasets of `config.datasets`; see `loop.train`.
+
+    Stage 1 reads every dataset; stage 2 those with actions, and writes `normalizer.json` beside
+    its checkpoints.
+    """
+    acting, clip = config.stage == "action", Clip(**config.clip)
+    video_dit_config(config)  # wrong settings are said before any data is read
+    if acting:
+        action_decoder_config(config)
+    chosen = [d for d in config.datasets.values() if d.action or not acting]
+    datasets = [RecordDataset(d.records) for d in chosen]
+    _check_clips(datasets, clip)
+    settings = config.training
+    normalizer = None
+    if acting:
+        normalizer = action_statistics(datasets, settings.episodes_per_task, settings.seed)
+        normalizer.save(Path(workdir) / "normalizer.json")
+    loader = make_loader(
+        datasets,
+        [d.weight for d in chosen],
+        settings.batch_size,
+        settings.seed,
+        "train",
+        normalizer,
+        settings.episodes_per_task,
+        with_actions=acting,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    with jax.set_mesh(mesh):
+        stage = stages.build(config, mesh, rules)
+    meta = {"data_fingerprint": [d.fingerprint for d in datasets]}
+    if normalizer is not None:
+        meta["normalizer_fingerprint"] = normalizer.fingerprint
+    return train(config, stage, loader, Path(workdir), meta)
+
+
+def _check_clips(datasets: Sequence[RecordDataset], clip: Clip) -> None:
+    for dataset in datasets:
+        if dataset.shapes["latents"] != clip.latent_shape:
+            raise ValueError(
+                f"The records of {dataset.name!r} hold latents of shape {dataset.shapes['latents']}, "
+                f"but config.clip asks for {clip.latent_shape}; encode them again for this clip."
+            )

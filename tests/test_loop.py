@@ -1,0 +1,226 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from toy_training import main, toy_config, toy_loader, toy_stage
+
+from mvjax.checkpoints.bridge import abstract_params, restore_params
+from mvjax.checkpoints.tree_match import CheckpointMismatch
+from mvjax.training import loop
+from mvjax.training.loop import TrainingDiverged, train
+from mvjax.training.metrics import read_records
+
+TIMES = ("time", "data_seconds", "step_seconds", "save_seconds", "compile_seconds")
+PROGRAM = Path(__file__).with_name("toy_training.py")
+
+
+def without_times(records):
+    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
+
+
+def params_of(workdir, use_ema=False, step=None):
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    wanted = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=device),
+        abstract_params(workdir),
+    )
+    return jax.tree.map(np.asarray, restore_params(workdir, wanted, use_ema=use_ema, step=step))
+
+
+def run(*arguments: object, devices: int = 1) -> subprocess.Popen:
+    root = str(PROGRAM.parent.parent)
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        "PYTHONPATH": root,
+    }
+    command = [sys.executable, str(PROGRAM), *map(str, arguments)]
+    return subprocess.Popen(command, env=environment, cwd=root, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_step(workdir: Path, step: int, process: subprocess.Popen) -> None:
+    while process.poll() is None and not any(r["step"] >= step for r in read_records(workdir)):
+        time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("straight")
+    train(toy_config(), toy_stage(), toy_loader(), workdir)
+    return workdir
+
+
+def test_two_steps_and_a_resume_equal_four_steps(straight, tmp_path):
+    train(toy_config(steps=2), toy_stage(), toy_loader(), tmp_path)
+    final = train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    records = read_records(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert without_times(records) == without_times(read_records(straight))
+    assert final == records[-1]
+    for use_ema in (False, True):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            params_of(tmp_path, use_ema),
+            params_of(straight, use_ema),
+        )
+
+
+def test_data_order_is_that_of_the_loader(straight):
+    loader = toy_loader()
+    expected = [float(next(loader)["index"][0]) for _ in range(4)]
+    assert [record["first_sample"] for record in read_records(straight)] == expected
+
+
+def test_frozen_leaf_does_not_move_and_the_others_do(straight):
+    params = params_of(straight)
+    key = jax.random.fold_in(jax.random.key(3), 2**32 - 1)
+    start = jax.jit(toy_stage().init)(key)
+    np.testing.assert_array_equal(params["embed"]["kernel"], start["embed"]["kernel"])
+    assert not np.array_equal(params["up"]["kernel"], start["up"]["kernel"])
+
+
+def test_average_follows_its_recurrence(straight, tmp_path):
+    """ema <- d ema + (1 - d) params with d = min(decay, (1 + n) / (10 + n))."""
+    key = jax.random.fold_in(jax.random.key(3), 2**32 - 1)
+    average = np.asarray(jax.jit(toy_stage().init)(key)["up"]["kernel"])
+    train(toy_config(steps=3, checkpoint_every=1, keep=3), toy_stage(), toy_loader(), tmp_path)
+    for n in range(3):
+        decay = min(0.9, (1 + n) / (10 + n))
+        kernel = params_of(tmp_path, step=n + 1)["up"]["kernel"]
+        average = decay * average + (1 - decay) * kernel
+    np.testing.assert_allclose(
+        params_of(tmp_path, use_ema=True)["up"]["kernel"], average, rtol=1e-5
+    )
+
+
+def test_a_finished_run_returns_its_record_without_reading_data(straight):
+    def forbidden():
+        raise AssertionError("the loader was read")
+        yield
+
+    final = train(toy_config(), toy_stage(), forbidden(), straight)
+    assert final == read_records(straight)[-1] and final["step"] == 4
+
+
+def test_init_from_takes_the_averaged_parameters_and_starts_at_step_one(straight, tmp_path):
+    config = toy_config(steps=1)
+    config.init_from = str(straight)
+    config.optimizer.learning_rate = 0.0
+    assert train(config, toy_stage(), toy_loader(), tmp_path)["step"] == 1
+    jax.tree.map(
+        np.testing.assert_array_equal, params_of(tmp_path), params_of(straight, use_ema=True)
+    )
+
+
+def test_init_from_a_run_without_adapters_adds_new_ones(straight, tmp_path):
+    config = toy_config(steps=1)
+    config.init_from, config.optimizer.learning_rate = str(straight), 0.0
+    train(config, toy_stage(adapters=True), toy_loader(), tmp_path)
+    params = params_of(tmp_path)
+    assert np.any(params.pop("adapter")["lora_a"])
+    jax.tree.map(np.testing.assert_array_equal, params, params_of(straight, use_ema=True))
+    with pytest.raises(CheckpointMismatch, match=r"down/kernel has shape \(32, 3\).*\(48, 3\)"):
+        train(config, toy_stage(width=24), toy_loader(), tmp_path / "other")
+
+
+def test_killed_at_a_random_step_and_resumed_gives_the_same_records(tmp_path):
+    steps = 40
+    main(tmp_path / "straight", steps)
+    target = random.randrange(3, 35)
+    process = run(tmp_path / "killed", steps)
+    wait_for_step(tmp_path / "killed", target, process)
+    process.kill()
+    process.communicate()
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 99, "lo')  # and the last line was cut off
+    assert run(tmp_path / "killed", steps).wait() == 0
+    killed, straight = (read_records(tmp_path / name) for name in ("killed", "straight"))
+    assert [record["step"] for record in killed] == list(range(1, steps + 1))
+    assert without_times(killed) == without_times(straight), f"killed after step {target}"
+
+
+class Interrupting:
+    """The toy loader, with a signal to this process while it gives the fourth batch."""
+
+    def __init__(self, number: int):
+        self._loader, self._number, self._given = toy_loader(), number, 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        self._given += 1
+        if self._given == 4:
+            signal.raise_signal(self._number)
+        return next(self._loader)
+
+    def get_state(self):
+        return self._loader.get_state()
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_saves_the_step_reached_and_the_rest_is_the_same(
+    straight, tmp_path, capsys, number, code
+):
+    before = signal.getsignal(number)
+    config = toy_config(checkpoint_every=100)
+    with pytest.raises(SystemExit) as stopped:
+        train(config, toy_stage(), Interrupting(number), tmp_path)
+    assert stopped.value.code == code and signal.getsignal(number) is before
+    # Two batches are in transfer beyond the one trained on, so the fourth is read before step 2.
+    assert "stopping at step 2, saved; run the same command" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
+    train(config, toy_stage(), toy_loader(), tmp_path)
+    assert without_times(read_records(tmp_path)) == without_times(read_records(straight))
+
+
+def test_eight_devices_equal_one_and_exchange_checkpoints(straight, tmp_path):
+    process = run(tmp_path, 2, "data=1", "fsdp=4", "context=2", devices=8)
+    assert process.wait() == 0, process.stderr.read()
+    metadata = (tmp_path / "checkpoints" / "2" / "state" / "_sharding").read_text()
+    assert "fsdp" in metadata  # the arrays were split, not copied
+    # The rest on this process's mesh, from the checkpoint of the other mesh.
+    train(toy_config(), toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "toy"})
+    for ours, theirs in zip(
+        without_times(read_records(straight)), without_times(read_records(tmp_path))
+    ):
+        assert ours.keys() == theirs.keys()
+        for name, value in ours.items():
+            assert theirs[name] == pytest.approx(value, rel=1e-5, abs=1e-8), name
+    for ours, theirs in zip(*(jax.tree.leaves(params_of(w)) for w in (straight, tmp_path))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path, capsys):
+    train(toy_config(steps=1), toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "a"})
+    with pytest.raises(CheckpointMismatch, match="fingerprint a, but the data now has b"):
+        train(toy_config(), toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "b"})
+    config = toy_config()
+    config.optimizer.weight_decay = 0.0
+    train(config, toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "a"})
+    assert "optimizer.weight_decay 0.1 -> 0.0" in capsys.readouterr().err
+
+
+def test_a_diverged_run_stops_with_the_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    with pytest.raises(TrainingDiverged, match="not finite for 3 steps"):
+        train(toy_config(steps=9), toy_stage(scale=float("inf")), toy_loader(), tmp_path)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
+
+
+@pytest.mark.parametrize("repeat, entry, message", [(1, None, "must repeat"), (None, "x", "'x'")])
+def test_a_loader_that_does_not_fit_is_explained(tmp_path, repeat, entry, message):
+    stage = toy_stage()
+    if entry:
+        stage.batch_axes[entry] = ("batch",)
+    with pytest.raises(ValueError, match=message):
+        train(toy_config(steps=40), stage, toy_loader(repeat=repeat), tmp_path)

@@ -1,0 +1,205 @@
+"""Records for real: needs `metaworld` and a software OpenGL; skipped with the reason otherwise."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.record import Recording, record_dataset
+from data_pipelines.recording_assembly import assemble
+from data_pipelines.recording_unit import record_unit
+from data_pipelines.sources.open import open_dataset
+
+TASK = "coffee-button-v3"
+ROBOT = Recording("robot", (TASK,), episodes=4, height=32, width=32, unit_episodes=1)
+ROOT = Path(__file__).parent.parent
+SCRIPT = """
+from pathlib import Path
+from data_pipelines.record import Recording, record_dataset
+if __name__ == "__main__":
+    recording = Recording("robot", ("{task}",), episodes=4, height=32, width=32, unit_episodes=1)
+    record_dataset(Path("{out}"), recording, workers=1)
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def drawing():
+    try:
+        from mvjax.evaluation.suites.metaworld import MetaWorld
+
+        simulator = MetaWorld(TASK, 32, 32)
+        simulator.reset(0)
+        simulator.render()
+        simulator.close()
+    except (ModuleNotFoundError, RuntimeError) as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def robot(tmp_path_factory):
+    out = tmp_path_factory.mktemp("record") / "robot"
+    return out, record_dataset(out, ROBOT, workers=2, progress=False)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def start(script: Path, out: Path) -> subprocess.Popen:
+    script.write_text(SCRIPT.format(task=TASK, out=out))
+    return subprocess.Popen(
+        [sys.executable, str(script)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(out: Path, pattern: str) -> list[str]:
+    for _ in range(3000):
+        found = [path.name for path in out.glob(pattern)]
+        if found:
+            return found
+        time.sleep(0.02)
+    raise AssertionError(f"no {pattern} in {out} within a minute")
+
+
+def test_the_dataset_holds_what_was_asked_for(robot):
+    out, result = robot
+    episodes = list(open_dataset("lerobot", out, "robot", "metaworld_sawyer"))
+    assert len(episodes) == result["episodes"] == 4
+    assert not (out / "unfinished").exists()
+    for episode in episodes:
+        assert episode.instructions == ("press the button of the coffee machine",)
+        streams = episode.streams
+        steps = len(streams["action"].values)
+        assert streams["action"].values.shape == (steps, 4)
+        assert streams["observation.state"].values.shape == (steps, 4)
+        assert streams[episode.cameras[0]].values.read([steps - 1]).shape == (1, 32, 32, 3)
+        assert np.diff(streams["action"].timestamps).tolist() == [12_500_000] * (steps - 1)
+    assert sum(len(e.streams["action"].values) for e in episodes) == result["frames"]
+    assert len({e.streams["observation.state"].values[3].tobytes() for e in episodes}) == 4
+
+
+def test_labels_are_clean_while_noise_is_executed(robot):
+    from mvjax.evaluation.suites.metaworld import MetaWorld
+
+    first = open_dataset("lerobot", robot[0], "robot", "metaworld_sawyer")[0].streams
+    simulator = MetaWorld(TASK, 32, 32)
+    rng = np.random.default_rng([ROBOT.seed, zlib.crc32(TASK.encode()), 0])
+    simulator.reset(int(rng.integers(2**31)))
+    successes = []
+    for label, state in zip(first["action"].values, first["observation.state"].values):
+        np.testing.assert_array_equal(simulator.proprio(), state)
+        np.testing.assert_array_equal(simulator.expert_action(), label)
+        successes.append(simulator.step(label + rng.normal(0, 0.1, 4)))
+    simulator.close()
+    assert successes.index(True) == len(successes) - 13  # 12 steps follow the first success
+
+
+def test_an_episode_is_decided_by_seed_task_and_attempt_alone(robot, tmp_path):
+    """Fewer episodes, bigger units and one worker give the same first episodes."""
+    other = Recording("robot", (TASK,), episodes=2, height=32, width=32, unit_episodes=2)
+    record_dataset(tmp_path / "a", other, workers=1, progress=False)
+    ours = open_dataset("lerobot", tmp_path / "a", "robot", "metaworld_sawyer")
+    theirs = open_dataset("lerobot", robot[0], "robot", "metaworld_sawyer")
+    for mine, reference in zip(ours, theirs):
+        for key in ("action", "observation.state"):
+            np.testing.assert_array_equal(mine.streams[key].values, reference.streams[key].values)
+
+
+def test_a_killed_recording_goes_on_and_ends_with_the_same_bytes(robot, tmp_path):
+    out = tmp_path / "killed"
+    process = start(tmp_path / "run.py", out)
+    finished = wait_for(out, f"unfinished/{TASK}-*")
+    process.kill()  # the parent alone: its workers must notice
+    process.communicate()
+    with pytest.raises(ValueError, match="a recording that is not finished"):
+        open_dataset("lerobot", out, "robot", "metaworld_sawyer")
+    with pytest.raises(ValueError, match=r"holds a recording with noise=0\.1 \(now 0\.2\)"):
+        other = Recording("robot", (TASK,), 4, noise=0.2, height=32, width=32, unit_episodes=1)
+        record_dataset(out, other)
+    inodes = {(out / "unfinished" / name / "frames.mp4").stat().st_ino for name in finished}
+    record_dataset(out, ROBOT, workers=2, progress=False)
+    assert digests(out) == digests(robot[0])
+    videos = {path.stat().st_ino for path in out.rglob("*.mp4")}
+    assert inodes <= videos  # finished units were kept, not recorded again
+
+
+def test_an_interrupted_assembly_is_repeated(robot, tmp_path):
+    staging = tmp_path / "unfinished"
+    staging.mkdir()
+    content = {"recording": json.loads((robot[0] / "recording.json").read_text())["recording"]}
+    (staging / "recording.json").write_text(json.dumps(content))
+    for unit in ROBOT.units():
+        record_unit(unit, ROBOT, staging)
+    assemble(tmp_path, staging, ROBOT, ROBOT.units())
+    (tmp_path / "meta/info.json").unlink()  # as if stopped before the last file
+    with pytest.raises(ValueError, match="a recording that is not finished"):
+        open_dataset("lerobot", tmp_path, "robot", "metaworld_sawyer")
+    record_dataset(tmp_path, ROBOT, progress=False)
+    assert digests(tmp_path) == digests(robot[0])
+
+
+def test_a_finished_recording_is_left_alone(robot):
+    before = {path: path.stat().st_mtime_ns for path in robot[0].rglob("*")}
+    result = record_dataset(robot[0], ROBOT, progress=False)
+    assert {path: path.stat().st_mtime_ns for path in robot[0].rglob("*")} == before
+    assert (result["episodes"], result["frames"]) == (4, robot[1]["frames"])
+
+
+def test_ctrl_c_ends_everything_at_once_and_quietly(tmp_path):
+    out = tmp_path / "interrupted"
+    command = [sys.executable, "-m", "data_pipelines.record", "--out", str(out), "--kind", "robot"]
+    process = subprocess.Popen(
+        [*command, "--tasks", TASK, "--episodes", "40", "--workers", "2"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    wait_for(out, "unfinished/.unit-*")
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
+    began = time.monotonic()
+    error = process.communicate(timeout=10)[1]
+    assert time.monotonic() - began < 3
+    assert process.returncode == 1
+    assert "Traceback" not in error
+    assert "give the same command again" in error
+
+
+def test_videos_come_with_captions_at_a_quarter_of_the_rate(tmp_path):
+    recording = Recording("video", (TASK,), episodes=2, height=32, width=32)
+    result = record_dataset(tmp_path / "video", recording, workers=1, progress=False)
+    episodes = open_dataset("video_folder", tmp_path / "video", "clips", "metaworld_sawyer")
+    assert [episode.id for episode in episodes] == [f"{TASK}-00000", f"{TASK}-00001"]
+    assert sum(len(episode.streams["video"].values) for episode in episodes) == result["frames"]
+    assert np.diff(episodes[0].streams["video"].timestamps)[0] == 50_000_000
+    assert episodes[0].instructions == ("press the button of the coffee machine",)
+    assert json.loads((tmp_path / "video/recording.json").read_text())["fps"] == 20
+
+
+def test_wrong_requests_and_foreign_folders_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="kind must be 'robot' or 'video', got 'text'"):
+        Recording("text", (TASK,), 1)
+    with pytest.raises(ValueError, match=r"unknown tasks \['fly'\]"):
+        Recording("robot", ("fly",), 1)
+    (tmp_path / "thesis.tex").touch()
+    with pytest.raises(ValueError, match="holds other files"):
+        record_dataset(tmp_path, ROBOT)
+    with pytest.raises(OSError):
+        record_dataset(tmp_path / "thesis.tex/data", ROBOT)

@@ -1,0 +1,222 @@
+"""Closed-loop rollouts of real Meta-World tasks in two simulator processes."""
+
+import functools
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from mvjax.evaluation.results import EpisodeResult, append_result, read_results
+from mvjax.evaluation.rollout import run_rollouts
+from mvjax.evaluation.suites.metaworld import MetaWorld
+from mvjax.evaluation.worker_process import RolloutError
+from mvjax.policy.observation import ObservationSpec
+
+SPEC = ObservationSpec(observed_frames=5, fps=20, proprio_horizon=2, proprio_fps=80, execute=8)
+SMALL = functools.partial(MetaWorld, height=32, width=32)
+EPISODES = [("drawer-close-v3", 1), ("window-open-v3", 1), ("drawer-close-v3", 2)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def simulator():
+    pytest.importorskip("metaworld", reason="Meta-World is not installed")
+    try:
+        simulator = MetaWorld("drawer-close-v3", 32, 32)
+        simulator.reset(0)
+        simulator.render()
+        simulator.close()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+
+
+class JaxFree(MetaWorld):
+    """Fails where the worker has imported jax."""
+
+    def reset(self, seed):
+        assert "jax" not in sys.modules
+        super().reset(seed)
+
+
+class Fragile(MetaWorld):
+    """Its process dies at seed 7; at seed 8 it raises."""
+
+    def reset(self, seed):
+        if seed == 7:
+            os._exit(3)
+        if seed == 8:
+            raise RuntimeError("the drawer fell off")
+        super().reset(seed)
+
+
+class Pusher:
+    """Lowers the hand and pushes, steered a little by the pictures; notes all it is shown."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, observations):
+        actions = np.zeros((len(observations), 16, 4), np.float32)
+        for chunk, observation in zip(actions, observations):
+            parts = (observation.frames, observation.proprio, observation.future)
+            digest = [hashlib.sha256(b"" if p is None else p.tobytes()).hexdigest() for p in parts]
+            self.seen.append((observation.instruction, *digest))
+            low = observation.proprio[-1, 2] < 0.1
+            steer = observation.frames[-1].mean() % 1 - 0.5
+            chunk[:] = [0.2 * steer, 1.0 if low else 0.0, 0.0 if low else -1.0, 0.0]
+        return actions
+
+
+def rollouts(folder, controller, episodes=EPISODES, **options):
+    options = {"make_simulator": SMALL, "max_steps": 100, "workers": 2} | options
+    return run_rollouts(
+        suite="metaworld",
+        episodes=episodes,
+        controller=controller,
+        spec=SPEC,
+        folder=folder,
+        config_hash="abc",
+        **options,
+    )
+
+
+def outcomes(results):
+    return [(r.task, r.seed, r.success, r.steps, r.queries) for r in results]
+
+
+def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
+    alone, together = Pusher(), Pusher()
+    one = rollouts(tmp_path / "1", alone, workers=1)
+    two = rollouts(
+        tmp_path / "2", together, make_simulator=functools.partial(JaxFree, height=32, width=32)
+    )
+    assert outcomes(one) == outcomes(two)
+    assert sorted(alone.seen) == sorted(together.seen)  # every picture and state, bit for bit
+    assert [(r.task, r.seed) for r in one] == EPISODES
+    assert {r.success for r in one} == {True, False}
+    for result in one:
+        assert result.queries == -(-result.steps // SPEC.execute)
+        assert result.steps == 100 or result.success
+        assert result.mode == "policy" and result.plan_seconds > 0
+    lines = (tmp_path / "2" / "results.jsonl").read_text().splitlines()
+    assert {(json.loads(x)["task"], json.loads(x)["seed"]) for x in lines} == set(EPISODES)
+
+
+def test_expert_none_and_oracle(tmp_path):
+    episodes = [("drawer-close-v3", 1), ("drawer-close-v3", 2)]
+    expert = rollouts(tmp_path / "expert", "expert", episodes, workers=1)
+    assert all(r.success and r.queries == 0 and r.mode == "expert" for r in expert)
+    none = rollouts(tmp_path / "none", "none", episodes, max_steps=40, workers=1)
+    assert [(r.success, r.steps, r.mode) for r in none] == [(False, 40, "none")] * 2
+
+    futures = []
+
+    def plan(observations):
+        futures.extend(observations)
+        return np.zeros((len(observations), 16, 4), np.float32)
+
+    oracle = rollouts(tmp_path / "oracle", plan, episodes[:1], max_steps=16, oracle_frames=8)
+    assert [(r.mode, r.queries) for r in oracle] == [("oracle", 2)]
+    assert len(futures) == 2
+    for observation in futures:
+        assert observation.future.shape == (8, 32, 32, 3) and observation.future.dtype == np.uint8
+        # The present frame is followed, not repeated: the expert moves.
+        assert (observation.future[-1] != observation.frames[-1]).any()
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path, kill):
+    episodes = [("drawer-close-v3", seed) for seed in range(1, 41)]
+    script = f"""
+        from pathlib import Path
+        from mvjax.evaluation.rollout import run_rollouts
+        from mvjax.evaluation.suites.metaworld import MetaWorld
+        from mvjax.policy.observation import ObservationSpec
+        run_rollouts(suite="metaworld", make_simulator=MetaWorld, episodes={episodes},
+                     controller="expert", spec=ObservationSpec(5, 20, 2, 80, 8),
+                     folder=Path({str(tmp_path)!r}), config_hash="abc", workers=2)
+    """
+    evaluating = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stderr=subprocess.DEVNULL
+    )
+    path = tmp_path / "results.jsonl"
+    while not path.exists() or path.read_bytes().count(b"\n") < 3:
+        assert evaluating.poll() is None
+        time.sleep(0.01)
+    workers = _children(evaluating.pid)
+    evaluating.send_signal(kill)
+    assert evaluating.wait(30) != 0
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/cmdline").exists() for pid in workers):
+        assert time.monotonic() < deadline, "simulator processes were left behind"
+        time.sleep(0.05)
+
+    before = read_results(path)
+    assert 3 <= len(before) < len(episodes)
+    with path.open("a") as file:
+        file.write('{"suite": "metaworld", "task": "draw')  # a line torn by the kill
+    played = [(result.task, result.seed) for result in before]
+    wanted = episodes[: len(before) + 2] + [
+        e for e in played if e not in episodes[: len(before) + 2]
+    ]
+    results = rollouts(tmp_path, "expert", wanted, make_simulator=MetaWorld, max_steps=None)
+    after = read_results(path)
+    assert after[: len(before)] == before  # kept, not played again
+    assert sorted((r.task, r.seed) for r in after) == sorted(wanted)
+    assert [(r.task, r.seed) for r in results] == wanted and all(r.success for r in results)
+
+
+def _children(pid):
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    return path.read_text().split() if path.exists() else []
+
+
+def test_results_of_another_configuration_are_not_mixed_in(tmp_path):
+    task, seed = EPISODES[0]
+    other = EpisodeResult("metaworld", task, seed, False, 1, 0, 0.0, "none", "abc", None)
+    append_result(tmp_path / "results.jsonl", other)
+    with pytest.raises(
+        ValueError, match=r"holds results of .*'none', 'abc'.*'expert', 'abc'.*folder"
+    ):
+        rollouts(tmp_path, "expert", EPISODES[:1])
+
+
+@pytest.mark.parametrize(("seed", "said"), [(7, "ended with exit code 3"), (8, "drawer fell off")])
+def test_a_failing_simulator_is_named(tmp_path, seed, said):
+    episodes = [("drawer-close-v3", 1), ("drawer-close-v3", seed)]
+    with pytest.raises(RolloutError, match=f"(?s)drawer-close-v3, seed {seed}.*{said}"):
+        rollouts(tmp_path, "expert", episodes, make_simulator=Fragile, workers=1)
+    assert outcomes(read_results(tmp_path / "results.jsonl"))[0][:3] == ("drawer-close-v3", 1, True)
+
+
+def test_wrong_policies_and_episodes_are_explained(tmp_path):
+    with pytest.raises(ValueError, match=r"shape \[1, 4, 4\] for 1 observations; .*at least 8"):
+        rollouts(tmp_path, lambda o: np.zeros((len(o), 4, 4)), EPISODES[:1])
+    with pytest.raises(ValueError, match="not finite"):
+        rollouts(tmp_path, lambda o: np.full((len(o), 8, 4), np.nan), EPISODES[:1])
+    with pytest.raises(ValueError, match="not 'human'"):
+        rollouts(tmp_path, "human", EPISODES[:1])
+    with pytest.raises(ValueError, match=r"'drawer-close-v3', 1.* is listed twice"):
+        rollouts(tmp_path, "none", EPISODES[:1] * 2)
+
+
+def test_recordings_are_playable_and_named_in_the_results(tmp_path):
+    av = pytest.importorskip("av", reason="PyAV is not installed")
+    results = rollouts(tmp_path, "expert", EPISODES, videos_per_task=1)
+    assert [r.video for r in results] == [
+        "videos/drawer-close-v3_1.mp4",
+        "videos/window-open-v3_1.mp4",
+        None,
+    ]
+    for result in results[:2]:
+        with av.open(str(tmp_path / result.video)) as file:
+            frames = sum(1 for _ in file.decode(video=0))
+            assert file.streams.video[0].average_rate == 20
+        assert frames == -(-result.steps // 4) + 1  # 80 Hz drawn at 20 fps, and the end

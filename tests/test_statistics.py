@@ -1,0 +1,52 @@
+import math
+
+import pytest
+
+from mvjax.evaluation.statistics import mean_success, success_table, wilson_interval
+
+
+@pytest.mark.parametrize(
+    ("successes", "trials", "low", "high"),
+    [
+        # Newcombe 1998 (Statistics in Medicine 17), table I, method 3.
+        (81, 263, 0.2553, 0.3662),
+        (15, 148, 0.0624, 0.1605),
+        (0, 20, 0.0, 0.1611),
+        (1, 29, 0.0061, 0.1718),
+        # scipy.stats.binomtest(...).proportion_ci(method="wilson")
+        (111, 120, 0.863591, 0.960043),
+        (20, 20, 0.838875, 1.0),
+    ],
+)
+def test_known_intervals(successes, trials, low, high):
+    got = wilson_interval(successes, trials)
+    assert got == pytest.approx((low, high), abs=6e-5)
+
+
+def test_ends_solve_the_score_equation():
+    """Each end p is z standard errors of p itself away from the observed rate."""
+    z = 2.5758293035489  # 99 %
+    for end in wilson_interval(7, 23, confidence=0.99):
+        assert abs(7 / 23 - end) == pytest.approx(z * math.sqrt(end * (1 - end) / 23))
+
+
+def test_no_trials_and_impossible_counts():
+    assert wilson_interval(0, 0) == (0.0, 1.0)
+    with pytest.raises(ValueError, match="5 successes of 3 trials"):
+        wilson_interval(5, 3)
+    with pytest.raises(ValueError, match="fraction between 0 and 1, not 95"):
+        wilson_interval(1, 3, confidence=95)
+
+
+def test_table_and_mean_over_tasks():
+    outcomes = [("push", True), ("pull", False), ("push", False), ("pull", False)]
+    outcomes += [("push", True)] * 2
+    table = success_table(outcomes)
+    assert [(row.name, row.successes, row.trials) for row in table] == [
+        ("push", 3, 4),
+        ("pull", 0, 2),
+    ]
+    mean = mean_success(table)
+    assert mean.rate == pytest.approx((3 / 4 + 0) / 2)  # tasks weigh the same
+    assert (mean.low, mean.high) == wilson_interval(3, 6)  # episodes pooled
+    assert mean_success([]).trials == 0

@@ -1,0 +1,144 @@
+import shutil
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_training import toy_config, toy_loader, toy_stage
+
+from mvjax.checkpoints.bridge import abstract_params, read_meta, restore_params
+from mvjax.checkpoints.store import Store, checkpoint_folder
+from mvjax.checkpoints.tree_match import CheckpointMismatch
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules
+from mvjax.training.loop import train
+from mvjax.training.optimizer import make_optimizer
+from mvjax.training.state import abstract_state, merge
+
+
+def toy_abstract(stage=None, ema=True):
+    optimizer = make_optimizer(toy_config().optimizer)
+    return abstract_state(
+        stage or toy_stage(), optimizer, ema, make_mesh({"data": -1}), make_rules()
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    workdir = tmp_path_factory.mktemp("trained")
+    train(toy_config(), toy_stage(), toy_loader(), workdir, {"data_fingerprint": "abc"})
+    return workdir
+
+
+@pytest.fixture
+def copied(trained, tmp_path) -> Path:
+    shutil.copytree(trained, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_state_position_and_meta_come_back(trained):
+    with Store(trained, keep=2) as store:
+        restored = store.restore(toy_abstract())
+    assert int(restored.state.step) == 4
+    assert restored.meta["data_fingerprint"] == "abc"
+    assert restored.meta["config"]["training"]["steps"] == 4
+    assert "jax" in restored.meta["versions"]
+    # The position is that of the fourth batch, although the loader has read further.
+    reader = toy_loader()
+    for _ in range(4):
+        next(reader)
+    expected = next(reader)["index"]
+    fresh = toy_loader()
+    fresh.set_state(restored.position)
+    np.testing.assert_array_equal(next(fresh)["index"], expected)
+    # Optimizer moments and averages exist for trainable leaves only.
+    sizes = {leaf.shape for leaf in jax.tree.leaves(restored.state.opt_state)}
+    assert toy_stage().trainable(("up", "bias")) and (32,) in sizes and (3, 16) not in sizes
+    assert set(restored.state.ema) == {"up", "down"}
+
+
+def test_positions_given_as_bytes_come_back_as_bytes(tmp_path):
+    abstract = toy_abstract()
+    state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
+    with Store(tmp_path, keep=1) as store:
+        store.save(1, state, b'{"next": 7}', {})
+        store.wait()
+        assert store.restore(abstract).position == b'{"next": 7}'
+
+
+def test_an_empty_directory_restores_nothing(tmp_path):
+    with Store(tmp_path, keep=1) as store:
+        assert store.latest_step() is None and store.restore(toy_abstract()) is None
+
+
+def test_wrong_width_is_one_sentence_with_both_shapes(trained):
+    with Store(trained, keep=2) as store:
+        with pytest.raises(
+            CheckpointMismatch, match=r"params/down/kernel has .*\(32, 3\).*\(48, 3\)"
+        ):
+            store.restore(toy_abstract(toy_stage(width=24)))
+
+
+def test_missing_and_extra_leaves_are_named(trained):
+    with Store(trained, keep=2) as store:
+        with pytest.raises(CheckpointMismatch, match="this configuration lacks: ema/down"):
+            store.restore(toy_abstract(ema=False))
+    params = toy_abstract().params
+    larger = merge(params, {"head": {"kernel": params["embed"]["kernel"]}})
+    with pytest.raises(CheckpointMismatch, match="the checkpoint lacks: head/kernel"):
+        restore_params(trained, larger)
+    with pytest.raises(CheckpointMismatch, match="this configuration lacks: up/bias, up/kernel"):
+        restore_params(trained, {name: params[name] for name in ("embed", "down")})
+
+
+@pytest.mark.parametrize("damage", ["arrays cut short", "metadata gone", "position gone"])
+def test_a_damaged_newest_checkpoint_is_set_aside(copied, damage):
+    newest = checkpoint_folder(copied) / "4"
+    if damage == "arrays cut short":
+        for path in newest.glob("state/**/d/*"):
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "metadata gone":
+        (newest / "state" / "_METADATA").unlink()
+    else:
+        shutil.rmtree(newest / "data")
+    with Store(copied, keep=2) as store:
+        with pytest.warns(UserWarning, match="checkpoint 4 .* cannot be read"):
+            restored = store.restore(toy_abstract())
+        assert int(restored.state.step) == 2 and store.latest_step() == 2
+    # The run goes on and writes step 4 again.
+    records = train(toy_config(), toy_stage(), toy_loader(), copied, {"data_fingerprint": "abc"})
+    assert records["step"] == 4
+
+
+def test_a_half_written_checkpoint_is_not_seen(copied):
+    folder = checkpoint_folder(copied)
+    shutil.copytree(folder / "4", folder / "6.orbax-checkpoint-tmp")
+    (folder / "6.orbax-checkpoint-tmp" / "commit_success.txt").unlink()
+    assert read_meta(copied)["stage"] == "toy"
+    with Store(copied, keep=2) as store:
+        assert store.latest_step() == 4
+
+
+def test_bridge_reads_averages_or_raw_parameters_in_the_wanted_dtype(trained):
+    with Store(trained, keep=2) as store:
+        state = store.restore(toy_abstract()).state
+    wanted = toy_abstract().params
+    raw = restore_params(trained, wanted, use_ema=False)
+    jax.tree.map(np.testing.assert_array_equal, raw, state.params)
+    averaged = restore_params(trained, wanted)
+    jax.tree.map(np.testing.assert_array_equal, averaged, merge(state.params, state.ema))
+    assert not np.array_equal(raw["up"]["kernel"], averaged["up"]["kernel"])
+    half = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16, sharding=leaf.sharding), wanted
+    )
+    assert restore_params(trained, half, step=2)["up"]["kernel"].dtype == jnp.bfloat16
+    shapes = jax.tree.map(lambda leaf: leaf.shape, abstract_params(trained))
+    assert shapes == jax.tree.map(lambda leaf: leaf.shape, wanted)
+
+
+def test_bridge_says_what_is_not_there(trained, tmp_path):
+    with pytest.raises(FileNotFoundError, match="not a training directory"):
+        read_meta(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint 3; it has the steps \[2, 4\]"):
+        read_meta(trained, step=3)

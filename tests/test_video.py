@@ -1,0 +1,145 @@
+import pickle
+import threading
+
+import av
+import numpy as np
+import pytest
+
+from data_pipelines.video import VideoFile, VideoPool, write_video
+
+FPS = 80
+COUNT = 55
+FASTSTART = {"movflags": "faststart"}
+
+
+def moving_blocks(count: int = COUNT, seed: int = 0) -> list[np.ndarray]:
+    blocks = np.random.default_rng(seed).integers(0, 255, (8, 8, 3))
+    return [
+        np.kron(np.roll(blocks, i, 1), np.ones((16, 16, 1))).astype(np.uint8) for i in range(count)
+    ]
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("video") / "blocks.mp4"
+    assert write_video(path, moving_blocks(), FPS) == COUNT
+    return path
+
+
+@pytest.fixture(scope="module")
+def decoded(path):
+    return VideoFile(path).read(range(COUNT))
+
+
+def test_frames_come_back_nearly_as_written(decoded):
+    error = np.abs(decoded.astype(int) - np.stack(moving_blocks())).mean()
+    assert error < 6  # chroma is stored at half resolution
+
+
+def test_timestamps_are_the_frame_rate_in_nanoseconds(path):
+    video = VideoFile(path)
+    assert len(video) == COUNT
+    np.testing.assert_array_equal(video.timestamps, np.arange(COUNT, dtype=np.int64) * 12_500_000)
+
+
+def test_random_access_gives_the_frames_of_a_sequential_pass(path, decoded):
+    rng = np.random.default_rng(0)
+    video = VideoFile(path)
+    for index in rng.permutation(COUNT):
+        np.testing.assert_array_equal(video.read([index])[0], decoded[index])
+    indices = rng.integers(0, COUNT, 30)  # unordered, with repeats
+    np.testing.assert_array_equal(video.read(indices), decoded[indices])
+
+
+def test_a_sequential_pass_never_seeks(path):
+    pool = VideoPool()
+    video = VideoFile(path, pool=pool)
+    for index in range(0, COUNT, 2):
+        video.read([index, min(index + 1, COUNT - 1)])
+    assert pool._decoders[path].seeks == 0
+
+
+def test_a_part_of_a_file_is_a_video_of_its_own(path, decoded):
+    # Times as a dataset stores them: sums of rounded durations.
+    part = VideoFile(path, start=10 / FPS + 1e-5, end=30 / FPS - 1e-5)
+    assert len(part) == 20
+    assert part.timestamps[0] == 0
+    np.testing.assert_array_equal(part.read(range(20)), decoded[10:30])
+    with pytest.raises(IndexError, match="frame 20 asked for"):
+        part.read([20])
+    with pytest.raises(ValueError, match=r"no frames between 9\.0 s"):
+        len(VideoFile(path, start=9.0))
+
+
+def test_equal_frames_give_equal_bytes_and_no_leftovers(path, tmp_path):
+    write_video(tmp_path / "again.mp4", iter(moving_blocks()), FPS)
+    assert (tmp_path / "again.mp4").read_bytes() == path.read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["again.mp4"]
+
+
+def test_a_writer_that_fails_leaves_nothing(tmp_path):
+    def frames():
+        yield from moving_blocks(3)
+        raise RuntimeError("the simulator failed")
+
+    with pytest.raises(RuntimeError, match="the simulator failed"):
+        write_video(tmp_path / "a.mp4", frames(), FPS)
+    with pytest.raises(ValueError, match="no frames"):
+        write_video(tmp_path / "a.mp4", [], FPS)
+    with pytest.raises(ValueError, match="even height and width, got 63x64"):
+        write_video(tmp_path / "a.mp4", [np.zeros((63, 64, 3), np.uint8)], FPS)
+    with pytest.raises(ValueError, match=r"uint8 \[64, 64, 3\], got float32"):
+        write_video(tmp_path / "a.mp4", [np.zeros((64, 64, 3), np.float32)], FPS)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(OSError, match=r"missing/a\.mp4: cannot write the video"):
+        write_video(tmp_path / "missing/a.mp4", moving_blocks(2), FPS)
+
+
+def test_a_damaged_file_is_named_in_one_error(path, tmp_path):
+    content = path.read_bytes()
+    damaged = tmp_path / "damaged.mp4"
+    damaged.write_bytes(content[: len(content) // 2])
+    with pytest.raises(ValueError, match=r"damaged\.mp4: not a readable video"):
+        len(VideoFile(damaged))
+    # A download that broke off: the index is in front and whole, the pictures are not.
+    with av.open(str(path)) as source, av.open(str(damaged), "w", options=FASTSTART) as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for packet in source.demux(source.streams.video[0]):
+            if packet.size:
+                packet.stream = stream
+                target.mux(packet)
+    content = damaged.read_bytes()
+    assert content.index(b"moov") < content.index(b"mdat")
+    damaged.write_bytes(content[: len(content) * 2 // 3])
+    with pytest.raises(ValueError, match=r"damaged\.mp4: not a readable video"):
+        VideoFile(damaged).read([COUNT - 1])
+    with pytest.raises(ValueError, match="the video is missing"):
+        len(VideoFile(tmp_path / "absent.mp4"))
+
+
+def test_pickled_and_threaded_readers_agree(path, decoded):
+    pool = VideoPool(max_open=1)
+    other = path.with_name("other.mp4")
+    write_video(other, moving_blocks(20, seed=1), FPS)
+    videos = [VideoFile(path, pool=pool), VideoFile(other, pool=pool)]
+    copy = pickle.loads(pickle.dumps(videos[0]))
+    np.testing.assert_array_equal(copy.read([7]), decoded[[7]])
+    expected = videos[1].read(range(20))
+    wrong = []
+
+    def read(seed: int):
+        rng = np.random.default_rng(seed)
+        for _ in range(15):
+            i, j = rng.integers(0, COUNT, 4), rng.integers(0, 20, 4)
+            if not (videos[0].read(i) == decoded[i]).all():
+                wrong.append(i)
+            if not (videos[1].read(j) == expected[j]).all():
+                wrong.append(j)
+
+    threads = [threading.Thread(target=read, args=(seed,)) for seed in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert len(pool._decoders) == 1

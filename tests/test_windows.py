@@ -1,0 +1,144 @@
+"""Windows against the release's reader, and their invariants."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipelines.episode import Stream
+from data_pipelines.transforms import relative_poses, rotation_to_6d
+from data_pipelines.windows import SECOND_NS, WindowSpec, anchors, read_window, request_times
+
+GOLDEN = np.load(Path(__file__).parent / "golden" / "windows.npz")
+SPECS = json.loads(str(GOLDEN["meta"]))["specs"]
+INTERPOLATION = {
+    "action/pose": "pose",
+    "obs/pose": "pose",
+    "action/gripper": "linear",
+    "obs/quat": "quaternion",
+}
+
+
+def _stream(name):
+    return Stream(GOLDEN[f"root.{name}_timestamps"], GOLDEN[f"root.{name}"])
+
+
+def _window(key):
+    spec = SPECS[key]
+    name = key.split("/")[1].removesuffix("_nearest")
+    return read_window(
+        _stream(name),
+        WindowSpec(
+            name,
+            spec["horizon"],
+            spec["target_frequency"],
+            spec["shift_right_by"],
+            INTERPOLATION.get(key, "nearest"),
+            "past" if key.startswith("obs/") else "future",
+        ),
+        GOLDEN["root.rgb_timestamps"][GOLDEN["anchor_indices"]],
+    )
+
+
+def _error(ours, theirs):
+    ours, theirs = np.asarray(ours, np.float64), np.asarray(theirs, np.float64)
+    return np.sqrt(np.mean((ours - theirs) ** 2) / np.mean(theirs**2))
+
+
+@pytest.mark.parametrize("key", SPECS)
+def test_windows_equal_the_release(key):
+    values, _ = _window(key)
+    expected = GOLDEN[f"chunk.{key}"]
+    # The release appends an axis to one-dimensional streams.
+    assert _error(values.reshape(expected.shape), expected) < 1e-6
+
+
+def test_relative_poses_and_rotations_equal_the_release():
+    future, _ = _window("action/pose")
+    observed, _ = _window("obs/pose")
+    relative = relative_poses(future, observed[:, -1])
+    assert _error(relative, GOLDEN["relative.action/pose"]) < 1e-6
+    assert _error(rotation_to_6d(relative[..., :3, :3]), GOLDEN["rot6d.action/pose"]) < 1e-6
+
+
+def test_padding_marks_exactly_the_instants_outside_the_stream():
+    stream = Stream(np.arange(4, dtype=np.int64) * SECOND_NS, np.arange(4.0)[:, None])
+    spec = WindowSpec("x", horizon=4, fps=1, shift=1.0)
+    values, padded = read_window(stream, spec, np.array([0, 2, 3]) * SECOND_NS)
+    np.testing.assert_array_equal(values[..., 0], [[1, 2, 3, 3], [3, 3, 3, 3], [3, 3, 3, 3]])
+    np.testing.assert_array_equal(padded.sum(1), [1, 3, 4])
+    past, padded = read_window(stream, WindowSpec("x", 3, 1, look="past"), SECOND_NS)
+    np.testing.assert_array_equal(past[:, 0], [0, 0, 1])
+    np.testing.assert_array_equal(padded, [True, False, False])
+
+
+def test_one_anchor_and_many_give_the_same_windows():
+    at = GOLDEN["root.rgb_timestamps"][[0, 9, 30]]
+    spec = WindowSpec("pose", 5, 20, 0.1, "pose")
+    together, _ = read_window(_stream("pose"), spec, at)
+    for one, values in zip(at, together):
+        np.testing.assert_array_equal(read_window(_stream("pose"), spec, one)[0], values)
+
+
+def test_slerp_stays_a_rotation_and_previous_never_looks_ahead():
+    spec = WindowSpec("pose", 40, 60, interpolation="pose")
+    values, _ = read_window(_stream("pose"), spec, GOLDEN["root.rgb_timestamps"][3])
+    rotation = values[:, :3, :3]
+    np.testing.assert_allclose(
+        rotation @ rotation.swapaxes(1, 2), np.tile(np.eye(3), (40, 1, 1)), atol=1e-6
+    )
+    stream = Stream(np.array([10, 20, 30]), np.array([0, 1, 2]))
+    for time, expected in ((9, 0), (10, 0), (19, 0), (20, 1), (99, 2)):
+        values, _ = read_window(stream, WindowSpec("x", 1, 1, interpolation="previous"), time)
+        assert values == [expected]
+
+
+def test_a_stream_of_one_sample_is_held():
+    stream = Stream(np.array([5]), np.array([[1.0, 2.0]]))
+    for how in ("nearest", "previous", "linear"):
+        values, _ = read_window(stream, WindowSpec("x", 3, 10, interpolation=how), 0)
+        np.testing.assert_array_equal(values, [[1.0, 2.0]] * 3)
+
+
+def test_anchors_lie_where_every_action_stream_has_data():
+    video = np.arange(10) * 100
+    actions = [np.array([150, 700]), np.array([100, 650, 800])]
+    np.testing.assert_array_equal(anchors(video, actions), [200, 300, 400, 500, 600, 700])
+    np.testing.assert_array_equal(anchors(video), video)
+    assert len(anchors(video, [np.array([2000, 3000])])) == 0
+
+
+@pytest.mark.parametrize(("fps", "kept"), [(80, 80), (40, 40), (20, 20), (200, 80)])
+def test_anchors_are_thinned_by_time(fps, kept):
+    jitter = np.random.default_rng(0).integers(-300_000, 300_000, 80)
+    video = np.rint(np.arange(80) * SECOND_NS / 80).astype(np.int64) + jitter
+    assert len(anchors(video, max_fps=fps)) == kept
+
+
+@pytest.mark.parametrize("fps", [5, 20, 30])
+def test_video_only_windows_are_the_frames_of_the_release_formula(fps):
+    """Stage 1 of the release: indices rint(i + k * fps / 5), clipped to the video."""
+    n, observed, total, step = 90, 5, 13, fps / 5
+    stamps = np.rint(np.arange(n) * SECOND_NS / fps).astype(np.int64)
+    stream = Stream(stamps, np.arange(n))
+    past, _ = read_window(stream, WindowSpec("v", observed, 5, look="past"), anchors(stamps))
+    future, _ = read_window(stream, WindowSpec("v", total - observed, 5, 0.2), anchors(stamps))
+    k = np.arange(total) - (observed - 1)
+    expected = np.clip(np.rint(np.arange(n)[:, None] + k * step), 0, n - 1)
+    np.testing.assert_array_equal(np.concatenate([past, future], axis=1), expected)
+
+
+def test_request_times_are_exact_integers():
+    anchor = 1_700_000_000_123_456_789
+    times = request_times(WindowSpec("x", 3, 80, 0.0125), anchor)
+    np.testing.assert_array_equal(times - anchor, [12_500_000, 25_000_000, 37_500_000])
+
+
+def test_errors_name_the_stream():
+    with pytest.raises(ValueError, match=r"'grip'.*horizon 0"):
+        WindowSpec("grip", 0, 5)
+    with pytest.raises(ValueError, match=r"'grip'.*cubic"):
+        WindowSpec("grip", 1, 5, interpolation="cubic")
+    with pytest.raises(ValueError, match=r"'grip'.*\(4, 4\)"):
+        read_window(_stream("gripper"), WindowSpec("grip", 1, 5, interpolation="pose"), 0)
