@@ -67,6 +67,9 @@ def get_config(size: str = "full") -> ConfigDict:
         oracle_step=6,  # σ 1.1, τ 0.52: noise enough to match training, with the future still there
     )
 
+    # `--study`: action demonstrations per task; the largest number means all that are recorded.
+    config.study = dict(demonstrations=(2,) if smoke else (5, 10, 24), seeds=1 if smoke else 3)
+
     # 13 frames at 20 fps = 4 latent frames of 8x8; 2 of them observed.
     config.clip = dict(height=64, width=64, observed_frames=5, future_frames=8, fps=20.0)
     config.policy_io = dict(

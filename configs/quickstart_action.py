@@ -12,7 +12,8 @@ from configs import quickstart
 
 def get_config(size: str = "full") -> ConfigDict:
     """The published objective, with two action draws per backbone pass and half of the samples at
-    the noise level the policy runs at (published: one draw, no such share)."""
+    the noise level the policy runs at (published: one draw, no such share).
+    """
     config = quickstart.get_config(size)
     config.stage = "action"
     config.backbone = dict(checkpoint=config.get_ref("run_dir") + "/video", dtype="float32")

@@ -40,7 +40,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(arguments))
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = str(error.args[0] if error.args else error).replace("\\n", " ")
+        text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "")
         if "Traceback" in text:  # ml_collections' message for an error inside a configuration file
             text = text.splitlines()[-1].partition(": ")[2]
         _stop(text)

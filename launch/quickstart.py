@@ -14,18 +14,24 @@ from pathlib import Path
 from configs import quickstart as quickstart_config
 from launch.phases import Phase, python, run_phases
 from launch.preflight import require
+from launch.study import collect_study, study_phases
 from mvjax.evaluation.environment import write_environment
 from mvjax.evaluation.report import build_report
+
+
+def configured(name: str, run_dir: str, size: str) -> tuple[str, str]:
+    """The flags that name a configuration file and the run folder."""
+    suffix = "" if size == "full" else f":{size}"
+    return f"--config=configs/{name}.py{suffix}", f"--config.run_dir={run_dir}"
 
 
 def phases(run_dir: str, size: str) -> list[Phase]:
     """What the quickstart does, in order."""
     config = quickstart_config.get_config(size)
     oracle_step, full = config.evaluation.oracle_step, config.sampler.video_steps
-    suffix = "" if size == "full" else f":{size}"
 
-    def configured(name: str) -> tuple[str, str]:
-        return f"--config=configs/{name}.py{suffix}", f"--config.run_dir={run_dir}"
+    def flags(name: str) -> tuple[str, str]:
+        return configured(name, run_dir, size)
 
     def record(name: str) -> tuple[str, ...]:
         what = config.recording[name]
@@ -39,13 +45,12 @@ def phases(run_dir: str, size: str) -> list[Phase]:
         )
 
     def train(stage: str) -> tuple[str, ...]:
-        config = configured(f"quickstart_{stage}")
-        return python("launch.train", *config, f"--workdir={run_dir}/{stage}")
+        return python("launch.train", *flags(f"quickstart_{stage}"), f"--workdir={run_dir}/{stage}")
 
     def evaluate(modes: str, *more: str) -> tuple[str, ...]:
         return python(
             "launch.evaluate",
-            *configured("quickstart_action"),
+            *flags("quickstart_action"),
             f"--checkpoint={run_dir}/action",
             f"--out={run_dir}/evaluation",
             f"--modes={modes}",
@@ -56,8 +61,8 @@ def phases(run_dir: str, size: str) -> list[Phase]:
     return [
         Phase("record robot demonstrations", record("robot")),
         Phase("record video without actions", record("video")),
-        Phase("fit the video tokenizer", python("launch.fit_tokenizer", *configured("quickstart"))),
-        Phase("encode", python("launch.encode", *configured("quickstart"))),
+        Phase("fit the video tokenizer", python("launch.fit_tokenizer", *flags("quickstart"))),
+        Phase("encode", python("launch.encode", *flags("quickstart"))),
         Phase("stage 1: video model", train("video")),
         Phase("stage 2: action decoder", train("action")),
         Phase("evaluate the policy", evaluate("policy")),
@@ -73,7 +78,7 @@ def phases(run_dir: str, size: str) -> list[Phase]:
             "predict held-out video",
             python(
                 "launch.predict",
-                *configured("quickstart_action"),
+                *flags("quickstart_action"),
                 f"--checkpoint={run_dir}/action",
                 f"--out={run_dir}/predictions",
             ),
@@ -99,6 +104,12 @@ def main() -> None:
     (run_dir / "command.txt").write_text(shlex.join(words) + "\n")
 
     run_phases(phases(arguments.run_dir, arguments.size), run_dir / "phases.json")
+    if arguments.study:
+        config = quickstart_config.get_config(arguments.size)
+        flags = configured("quickstart_action", arguments.run_dir, arguments.size)
+        (run_dir / "study").mkdir(exist_ok=True)
+        run_phases(study_phases(arguments.run_dir, config, flags), run_dir / "study/phases.json")
+        collect_study(arguments.run_dir, config)
     write_environment(run_dir)
     build_report(run_dir, run_dir / "report.html")
     print(f"The report is {run_dir / 'report.html'}.")

@@ -111,6 +111,16 @@ def test_a_damaged_newest_checkpoint_is_set_aside(copied, damage):
     assert records["step"] == 4
 
 
+def test_when_no_checkpoint_can_be_read_nothing_is_moved(copied):
+    folder = checkpoint_folder(copied)
+    for step in (2, 4):
+        (folder / str(step) / "state" / "_METADATA").unlink()
+    with Store(copied, keep=2) as store:
+        with pytest.raises(OSError, match=r"none of the checkpoints \[4, 2\]"):
+            store.restore(toy_abstract())
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+
+
 def test_a_half_written_checkpoint_is_not_seen(copied):
     folder = checkpoint_folder(copied)
     shutil.copytree(folder / "4", folder / "6.orbax-checkpoint-tmp")

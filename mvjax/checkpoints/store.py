@@ -105,19 +105,23 @@ class Store:
             CheckpointMismatch: If the checkpoint is sound but belongs to other settings.
             OSError: If there are checkpoints, but none can be read.
         """
-        steps = sorted(self._manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged: dict[int, Exception] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                return self._restore_step(step, abstract)
-            except CheckpointMismatch:
-                raise
+                restored = self._restore_step(step, abstract)
+            except (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError):
+                raise  # the checkpoint is not at fault
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                self._set_aside(step, error)
-        if steps:
+                damaged[step] = error
+                continue
+            self._set_aside(damaged)
+            return restored
+        if damaged:
+            error = next(iter(damaged.values()))
             raise OSError(
-                f"none of the checkpoints {steps} in {self.folder} can be read; restore a copy, or "
-                "start in a new directory."
-            )
+                f"none of the checkpoints {list(damaged)} in {self.folder} can be read (the "
+                f"newest: {_reason(error)}); bring back a copy, or start in a new directory."
+            ) from error
         return None
 
     def _restore_step(self, step: int, abstract: TrainState) -> Restored:
@@ -139,20 +143,25 @@ class Store:
         check_restored(restored.state, where)
         return Restored(TrainState(**restored.state), position.state, restored.meta)
 
-    def _set_aside(self, step: int, error: Exception) -> None:
-        reason = " ".join(str(error).split())[:200]
-        warnings.warn(
-            f"checkpoint {step} in {self.folder} cannot be read and is set aside as "
-            f"damaged_{step} ({type(error).__name__}: {reason}).",
-            stacklevel=3,
-        )
-        if jax.process_index() == 0:
-            target = self.folder / f"damaged_{step}"
-            shutil.rmtree(target, ignore_errors=True)
-            (self.folder / str(step)).rename(target)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices(f"damaged_{step}")
-        self._manager.reload()
+    def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
+        for step, error in damaged.items():
+            warnings.warn(
+                f"checkpoint {step} in {self.folder} cannot be read and is set aside as "
+                f"damaged_{step} ({_reason(error)}).",
+                stacklevel=3,
+            )
+            if jax.process_index() == 0:
+                target = self.folder / f"damaged_{step}"
+                shutil.rmtree(target, ignore_errors=True)
+                (self.folder / str(step)).rename(target)
+        if damaged:
+            if jax.process_count() > 1:
+                multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            self._manager.reload()
+
+
+def _reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def stored_tree(where: Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How noisy: the distributions of σ (video) and τ (action) in training, and the σ table of sampling.
+"""Noise levels: distributions of σ (video) and τ (action) in training, the σ table of sampling.
 
 Everywhere τ = σ / (1 + σ); τ = 1 is pure noise, τ = 0 is clean.
 """

@@ -1,6 +1,7 @@
 """The action decoder of mimic-video (`World2ActionDIT`): reads the video's residual stream."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 from math import log
 
 import jax
@@ -53,7 +54,7 @@ class ActionDecoderConfig:
 
 
 def embedder_widths(d_in: int, d: int) -> list[int]:
-    """Layer widths of an embedder: about ×4 per layer from `d_in` to `d` (release, `target_mult=4`)."""
+    """Widths of an embedder's layers, about ×4 each from `d_in` to `d` (release, `target_mult`)."""
     ratio = d / d_in
     hops = max(1, round(log(ratio, 4)))
     widths = [d_in]
@@ -68,7 +69,7 @@ class Embedder(nnx.Module):
     def __init__(self, key: Array, d_in: int, d: int):
         widths = embedder_widths(d_in, d)
         self.d, self.depth = d, len(widths) - 1
-        for i, (a, b) in enumerate(zip(widths, widths[1:])):
+        for i, (a, b) in enumerate(pairwise(widths)):
             setattr(
                 self, f"layer{i}", Linear(jax.random.fold_in(key, i), a, b, (None, None), bias=True)
             )

@@ -46,8 +46,8 @@ def _to_devices(local: Mapping[str, Any], shardings: Mapping[str, NamedSharding]
             batch[name] = jax.make_array_from_process_local_data(sharding, np.asarray(local[name]))
         except ValueError as error:
             raise ValueError(
-                f"batch entry {name!r} of shape {np.shape(local[name])} per process cannot be split "
-                f"as {sharding.spec} over the mesh {dict(sharding.mesh.shape)}; make "
+                f"batch entry {name!r} of shape {np.shape(local[name])} per process cannot be "
+                f"split as {sharding.spec} over the mesh {dict(sharding.mesh.shape)}; make "
                 "training.batch_size a multiple of the mesh axes of the batch."
             ) from error
     return batch

@@ -145,9 +145,9 @@ def _show(bar: tqdm, latest: Record | None) -> None:
     bar.set_postfix(loss=f"{latest['loss']:.4g}", refresh=False)
     if latest["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
         raise TrainingDiverged(
-            f"the gradient was not finite for {latest['skipped_in_a_row']:.0f} steps in a row up to "
-            f"step {latest['step']}; lower optimizer.learning_rate, or look for bad values in the "
-            "data."
+            f"the gradient was not finite for {latest['skipped_in_a_row']:.0f} steps in a row "
+            f"up to step {latest['step']}; lower optimizer.learning_rate, or look for bad values "
+            "in the data."
         )
 
 

@@ -61,6 +61,6 @@ def _check_clips(datasets: Sequence[RecordDataset], clip: Clip) -> None:
     for dataset in datasets:
         if dataset.shapes["latents"] != clip.latent_shape:
             raise ValueError(
-                f"The records of {dataset.name!r} hold latents of shape {dataset.shapes['latents']}, "
-                f"but config.clip asks for {clip.latent_shape}; encode them again for this clip."
+                f"The records of {dataset.name!r} hold latents {dataset.shapes['latents']}, but "
+                f"config.clip asks for {clip.latent_shape}; encode them again for this clip."
             )

@@ -1,0 +1,73 @@
+"""The sample-efficiency study: few action demonstrations, backbone trained on video or not.
+
+For every number of action demonstrations per task and every seed, the same decoder is trained with
+the same budget on two backbones: the one that stage 1 trained on the video of all demonstrations,
+and an untrained one. The seed decides the decoder's start, the order of the batches, the choice of
+demonstrations and the untrained backbone. Only `launch.quickstart --study` runs this.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from launch.phases import Phase, python
+from mvjax.evaluation.results import read_results
+
+BACKBONES = {"trained": "backbone trained on video", "untrained": "untrained backbone"}
+
+
+def study_phases(run_dir: str, config: Any, configured: tuple[str, ...]) -> list[Phase]:
+    """One training and one evaluation per backbone, number of demonstrations and seed.
+
+    Args:
+        run_dir: the quickstart's folder; results go to `study/` in it.
+        config: `study {demonstrations, seeds}`.
+        configured: the flags that name configuration and run folder.
+    """
+    phases = []
+    for backbone, demonstrations, seed in _cells(config):
+        folder = _folder(run_dir, backbone, demonstrations, seed)
+        flags = [
+            *configured,
+            f"--config.training.seed={seed}",
+            f"--config.training.episodes_per_task={demonstrations}",
+        ]
+        if backbone == "untrained":
+            flags.append("--config.backbone.checkpoint=")
+        name = f"{BACKBONES[backbone]}, {demonstrations} demonstrations per task, seed {seed}"
+        train = python("launch.train", *flags, f"--workdir={folder}")
+        evaluate = python("launch.evaluate", *flags, f"--checkpoint={folder}", f"--out={folder}")
+        phases += [Phase(f"study: train, {name}", train), Phase(f"study: play, {name}", evaluate)]
+    return phases
+
+
+def collect_study(run_dir: str, config: Any) -> None:
+    """Writes `study/results.json`: successes of all seeds together, per backbone and number."""
+    totals: dict[tuple[str, int], list[bool]] = {}
+    for backbone, demonstrations, seed in _cells(config):
+        folder = Path(_folder(run_dir, backbone, demonstrations, seed))
+        results = read_results(folder / "policy_k0" / "results.jsonl")
+        totals.setdefault((backbone, demonstrations), []).extend(r.success for r in results)
+    rows = [
+        {
+            "label": BACKBONES[backbone],
+            "demonstrations": demonstrations,
+            "successes": sum(outcomes),
+            "trials": len(outcomes),
+        }
+        for (backbone, demonstrations), outcomes in totals.items()
+    ]
+    (Path(run_dir) / "study" / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _cells(config: Any) -> list[tuple[str, int, int]]:
+    return [
+        (backbone, demonstrations, seed)
+        for seed in range(config.study.seeds)
+        for demonstrations in config.study.demonstrations
+        for backbone in BACKBONES
+    ]
+
+
+def _folder(run_dir: str, backbone: str, demonstrations: int, seed: int) -> str:
+    return f"{run_dir}/study/{backbone}_{demonstrations}_seed{seed}"
