@@ -113,7 +113,9 @@ def get_config(size: str = "full") -> ConfigDict:
     config.decoder = _without(
         decoder, "context_dim", "action_dim", "action_horizon", "proprio_dim", "proprio_horizon"
     )
-    config.sampler = dict(video_steps=10, action_steps=10, sigma_max=80.0, seed=0)
+    config.sampler = dict(
+        video_steps=10, action_steps=10, sigma_max=80.0, seed=0, fresh_noise=True, draws=4
+    )
 
     steps = 20 if smoke else 1500
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
@@ -122,7 +124,7 @@ def get_config(size: str = "full") -> ConfigDict:
     config.optimizer = dict(
         learning_rate=1e-3,
         schedule="cosine",
-        warmup_steps=50,
+        warmup_steps=min(50, steps // 4),
         decay_steps=steps,
         final_fraction=0.02,
         b1=0.9,

@@ -5,7 +5,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 
@@ -26,6 +26,7 @@ def run(main: Callable[[], None]) -> None:
     def checked(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             _stop(f"unexpected argument {arguments[1]!r}; flags start with '--'.")
+        logging.set_verbosity(logging.WARNING)  # jax tells every missing backend at INFO
         try:
             main()
         except (ValueError, OSError, RuntimeError, ImportError) as error:

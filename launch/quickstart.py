@@ -7,13 +7,14 @@ Every phase is a command of its own, printed before it runs; phases that are don
 """
 
 import argparse
+import os
 import shlex
 import sys
 from pathlib import Path
 
 from configs import quickstart as quickstart_config
 from launch.phases import Phase, python, run_phases
-from launch.preflight import require
+from launch.preflight import find_rendering_backend, require
 from launch.study import collect_study, study_phases
 from mvjax.evaluation.environment import write_environment
 from mvjax.evaluation.report import build_report
@@ -98,6 +99,8 @@ def main() -> None:
     parser.add_argument("--study", action="store_true", help="add the sample-efficiency study")
     arguments = parser.parse_args()
     run_dir = Path(arguments.run_dir)
+    if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+        os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
     require(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
     words = ["bash", "launch/quickstart.sh", *sys.argv[1:]]

@@ -1,6 +1,7 @@
 """The stage bridge: the video DiT of a stage-1 run, LoRA merged, for stage 2 and the policy."""
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from mvjax.checkpoints.bridge import read_meta, restore_params
+from mvjax.checkpoints.config_match import differences
 from mvjax.checkpoints.tree_match import CheckpointMismatch
 from mvjax.models.build import video_dit_config, video_network
 from mvjax.models.lora import merge_lora
@@ -43,26 +45,7 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
         )
         return model, make(jax.random.key(config.training.seed))
     directory = Path(config.backbone.checkpoint)
-    meta = read_meta(directory)
-    if meta["stage"] != "video":
-        raise CheckpointMismatch(
-            f"backbone.checkpoint {directory} is a run of stage {meta['stage']!r}; a video run "
-            "(stage 1) is needed."
-        )
-    stored = ConfigDict(meta["config"])
-    for section in ("clip", "video_model", "text"):
-        here, there = dict(config[section]), dict(stored[section])
-        different = sorted(
-            k for k in {*here, *there} if _plain(here.get(k)) != _plain(there.get(k))
-        )
-        if different:
-            raise CheckpointMismatch(
-                f"The backbone in {directory} does not fit this configuration: "
-                + "; ".join(
-                    f"{section}.{k} is {there.get(k)} there, {here.get(k)} here" for k in different
-                )
-                + "."
-            )
+    stored = _checked_config(directory, config, "video", ("clip", "video_model", "text"))
     trained = video_dit_config(stored)
     model = dataclasses.replace(trained, lora=None, dtype=dtype)
     params = restore_params(directory, _placed(video_network(trained), mesh, rules))
@@ -74,9 +57,43 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     return model, finish(params)
 
 
-def load_decoder(directory: Path, network: Network, mesh: Mesh, rules: Rules) -> Params:
-    """Restores the action decoder of a stage-2 run onto this mesh."""
+def load_decoder(
+    config: Any, directory: Path, network: Network, mesh: Mesh, rules: Rules
+) -> Params:
+    """Restores the action decoder of a stage-2 run onto this mesh.
+
+    Args:
+        config: of this program; what it says about the networks and their inputs must be what the
+            decoder was trained with.
+        directory: the stage-2 training directory.
+        network: the decoder.
+        mesh, rules: where and how it is sharded.
+
+    Raises:
+        CheckpointMismatch: if the directory holds another stage or another model.
+    """
+    sections = ("clip", "video_model", "text", "context_layer", "policy_io", "decoder")
+    _checked_config(directory, config, "action", sections)
     return restore_params(directory, _placed(network, mesh, rules))
+
+
+def _checked_config(
+    directory: Path, config: Any, stage: str, sections: Sequence[str]
+) -> ConfigDict:
+    meta = read_meta(directory)
+    if meta["stage"] != stage:
+        raise CheckpointMismatch(
+            f"{directory} is a run of stage {meta['stage']!r}, but a run of stage {stage!r} is "
+            "needed here."
+        )
+    stored = meta["config"]
+    different = [d for s in sections for d in differences(stored[s], config[s], s)]
+    if different:
+        raise CheckpointMismatch(
+            f"{directory} was trained with other settings: {'; '.join(different)}. Use those, or "
+            "another directory."
+        )
+    return ConfigDict(stored)
 
 
 def _placed(network: Network, mesh: Mesh, rules: Rules) -> Params:
@@ -90,7 +107,3 @@ def _placed(network: Network, mesh: Mesh, rules: Rules) -> Params:
 
 def _cast(params: Params, dtype: str) -> Params:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple | list) else value

@@ -34,8 +34,15 @@ def action_decoder_config(config: Any) -> ActionDecoderConfig:
     """The action decoder of a configuration.
 
     Args:
-        config: with `decoder` (fields of ActionDecoderConfig), `policy_io` and `video_model.width`.
+        config: with `decoder` (fields of ActionDecoderConfig), `policy_io`, `video_model` and
+            `context_layer`, the block of the video DiT after which the decoder reads.
     """
+    layer, blocks = config.context_layer, config.video_model.num_blocks
+    if not 0 <= layer <= blocks:
+        raise ValueError(
+            f"context_layer is {layer}, but the video model has blocks 1 to {blocks} (0 is the "
+            "patch embedding)."
+        )
     action, proprio = config.policy_io.action, config.policy_io.proprio
     return ActionDecoderConfig(
         **config.decoder,

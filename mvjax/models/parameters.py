@@ -14,8 +14,10 @@ class Network:
 
     Args:
         build: makes the module from a PRNG key, e.g. `lambda key: VideoDiT(config, key)`.
+            The module keeps its configuration as `config`.
 
     Attributes:
+        config: the module's configuration.
         axes: tree of logical axis names, one tuple per parameter; stacked blocks lead with
             "layers".
         abstract: tree of `jax.ShapeDtypeStruct`, built without allocating anything.
@@ -25,6 +27,7 @@ class Network:
         self._build = build
         module = jax.eval_shape(build, jax.random.key(0))
         self._graph, state = nnx.split(module)
+        self.config = module.config
         self.abstract: Params = nnx.to_pure_dict(state)
         variables = nnx.to_flat_state(state)
         self.axes: Params = nnx.traversals.unflatten_mapping(

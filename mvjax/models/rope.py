@@ -27,11 +27,6 @@ def rope_table(
     """
     d_space = head_dim // 6 * 2
     sizes = (head_dim - 2 * d_space, d_space, d_space)
-    if min(sizes) < 4:
-        raise ValueError(
-            f"head_dim {head_dim} leaves {min(sizes)} channels for one of the three rotary axes; "
-            "each needs at least 4: use a head_dim of 12 or more (width / num_heads)."
-        )
     angles = []
     for axis, (length, size, ratio) in enumerate(zip(grid_thw, sizes, ratio_thw)):
         theta = 10000.0 * ratio ** (size / (size - 2))

@@ -38,6 +38,17 @@ class VideoDiTConfig:
             raise ValueError(
                 f"Video DiT width {self.width} is not a multiple of num_heads {self.num_heads}."
             )
+        if self.head_dim < 12 or self.head_dim % 2:
+            raise ValueError(
+                f"Video DiT width {self.width} and num_heads {self.num_heads} make heads of "
+                f"{self.head_dim} channels; the three rotary axes need a head_dim of 12 or more, "
+                "and even."
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head."""
+        return self.width // self.num_heads
 
 
 class Block(nnx.Module):
@@ -178,8 +189,8 @@ class VideoDiT(nnx.Module):
             )
         _, t, h, w, _ = shape
         config = self.config
-        grid, head_dim = (t, h // PATCH, w // PATCH), config.width // config.num_heads
-        rope = rope_table(grid, head_dim, config.rope_ratio_thw)
+        grid = (t, h // PATCH, w // PATCH)
+        rope = rope_table(grid, config.head_dim, config.rope_ratio_thw)
         text = text.astype(config.dtype)
         blocks = jax.tree.map(lambda p: p[:layer], self.blocks)
         step = lambda x, block: (block(x, embedding, shared, text, rope), None)  # noqa: E731

@@ -30,7 +30,7 @@ def load_policy(
     with jax.set_mesh(mesh):
         model, backbone_params = load_backbone(config, mesh, rules)
         decoder = decoder_network(action_decoder_config(config))
-        decoder_params = load_decoder(decoder_directory, decoder, mesh, rules)
+        decoder_params = load_decoder(config, decoder_directory, decoder, mesh, rules)
     return Policy(
         clip=Clip(**config.clip),
         layer=config.context_layer,

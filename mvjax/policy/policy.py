@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from hashlib import blake2b
 from typing import Any
 
 import jax
@@ -34,7 +35,11 @@ class Sampling:
         action_steps: Euler steps of the action chunk (published: 10).
         sigma_max: noise level the video starts from (published: 80).
         oracle: take the true future video, noised at σ_K, instead of generating one.
-        seed: of the video and action noise, the same at every query (published: 0).
+        seed: of the video and action noise (published: 0).
+        fresh_noise: draw new noise at every query, from the seed and the observation; the published
+            policy takes the same noise at every query, so the error that noise brings repeats.
+        draws: action chunks sampled per query; the one nearest to all others (the medoid) is
+            executed. They share one context, so a draw costs ten small Euler steps (published: 1).
     """
 
     video_steps: int = 35
@@ -43,6 +48,8 @@ class Sampling:
     sigma_max: float = 80.0
     oracle: bool = False
     seed: int = 0
+    fresh_noise: bool = False
+    draws: int = 1
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: `self` is static under jit
@@ -79,16 +86,18 @@ class Policy:
         for batch in self._batches(observations):
             video = self._frames(batch, with_future=self.sampling.oracle)
             proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
-            chunks.append(np.asarray(self._act(self._params, video, self._text(batch), proprio)))
+            text, noise = self._text(batch), self._noise(batch)
+            chunks.append(np.asarray(self._act(self._params, video, text, proprio, *noise)))
         actions = np.concatenate(chunks)[: len(observations)]
         return self.normalizer.unnormalize("actions", actions)
 
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
         """Fully denoised video with the observed frames first, uint8 [n, frames, h, w, 3]."""
-        videos = [
-            np.asarray(self._predict(self._params, self._frames(batch, False), self._text(batch)))
-            for batch in self._batches(observations)
-        ]
+        videos = []
+        for batch in self._batches(observations):
+            video, text = self._frames(batch, with_future=False), self._text(batch)
+            noise, _ = self._noise(batch)
+            videos.append(np.asarray(self._predict(self._params, video, text, noise)))
         return np.concatenate(videos)[: len(observations)]
 
     def _batches(self, observations):
@@ -127,11 +136,23 @@ class Policy:
         missing = self.clip.latent_frames - latents.shape[1]
         return jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
 
-    def _noise(self, shape: tuple[int, ...]) -> Array:
-        """The same noise for every sample, so that a chunk does not depend on its batch."""
-        return jnp.broadcast_to(published_noise(self.sampling.seed, (1, *shape[1:])), shape)
+    def _noise(self, batch: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
+        """Video noise [b, t, h, w, c] and action noise [draws, b, horizon, dim].
 
-    def _generate(self, net: VideoDiT, clean: Array, text: Array, stop_step: int):
+        A sample's noise depends on nothing but its own observation, so a chunk does not depend on
+        the batch it is asked in.
+        """
+        config, sampling = self.decoder.config, self.sampling
+        seeds = [sampling.seed] * len(batch)
+        if sampling.fresh_noise:
+            seeds = [_observation_seed(sampling.seed, o) for o in batch]
+        actions = (sampling.draws, config.action_horizon, config.action_dim)
+        return (
+            np.concatenate([published_noise(s, (1, *self.clip.latent_shape)) for s in seeds]),
+            np.stack([published_noise(s, actions) for s in seeds], axis=1),
+        )
+
+    def _generate(self, net: VideoDiT, clean: Array, text: Array, noise: Array, stop_step: int):
         """Noisy latents after `stop_step` evaluations, and the denoiser that made them."""
         mask = self._condition_mask(len(clean))
 
@@ -139,7 +160,6 @@ class Policy:
             velocity = lambda i: net(i.latents, i.timesteps, text, i.condition_mask)  # noqa: E731
             return denoise(velocity, x, clean, sigma, mask)
 
-        noise = self._noise(clean.shape)
         return sample_video(denoiser, noise, self._sigmas, stop_step), denoiser
 
     def _condition_mask(self, samples: int) -> Array:
@@ -148,30 +168,48 @@ class Policy:
         )
 
     @partial(jax.jit, static_argnums=0)
-    def _act(self, params, video: Array, text: Array, proprio: Array) -> Array:
+    def _act(self, params, video, text, proprio, video_noise, action_noise) -> Array:
         tokenizer, backbone_params, decoder_params = params
         net, decoder = self.backbone.bind(backbone_params), self.decoder.bind(decoder_params)
         k = self.sampling.stop_step
         clean = self._encode(tokenizer, video)
         sigma = jnp.full((len(clean), 1), self._sigmas[k])
         if self.sampling.oracle:
-            x = clean + self._sigmas[k] * self._noise(clean.shape)
+            x = clean + self._sigmas[k] * video_noise
         else:
-            x, _ = self._generate(net, clean, text, k)
+            x, _ = self._generate(net, clean, text, video_noise, k)
         i = network_input(x, clean, sigma, self._condition_mask(len(clean)))
         context = net.hidden(i.latents, i.timesteps, text, i.condition_mask, layer=self.layer)
 
         context_kv = decoder.context_keys_values(context)
-        shape = (len(clean), decoder.config.action_horizon, decoder.config.action_dim)
+        proprio, sigma = (
+            jnp.tile(x, (self.sampling.draws,) + (1,) * (x.ndim - 1)) for x in (proprio, sigma)
+        )
         velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
-        return sample_actions(velocity, self._noise(shape), self.sampling.action_steps)
+        noise = action_noise.reshape(-1, *action_noise.shape[2:])
+        chunks = sample_actions(velocity, noise, self.sampling.action_steps)
+        return _medoid(chunks.reshape(action_noise.shape))
 
     @partial(jax.jit, static_argnums=0)
-    def _predict(self, params, video: Array, text: Array) -> Array:
+    def _predict(self, params, video: Array, text: Array, noise: Array) -> Array:
         tokenizer, backbone_params, _ = params
         clean = self._encode(tokenizer, video)
         net, last = self.backbone.bind(backbone_params), self.sampling.video_steps
-        x, denoiser = self._generate(net, clean, text, last)
+        x, denoiser = self._generate(net, clean, text, noise, last)
         x0 = denoiser(x, jnp.full((len(x), 1), self._sigmas[last]))
         frames = (tokenizer.decode(x0) + 1) * 127.5
         return jnp.clip(jnp.round(frames), 0, 255).astype(jnp.uint8)
+
+
+def _medoid(chunks: Array) -> Array:
+    """Of draws [r, b, horizon, dim], per sample the one with the least distance to the others."""
+    difference = chunks[:, None] - chunks[None]
+    total = jnp.sqrt(jnp.sum(difference**2, axis=(3, 4))).sum(axis=1)
+    return jnp.take_along_axis(chunks, jnp.argmin(total, axis=0)[None, :, None, None], axis=0)[0]
+
+
+def _observation_seed(seed: int, observation: Observation) -> int:
+    digest = blake2b(observation.instruction.encode(), digest_size=4, salt=seed.to_bytes(8, "big"))
+    digest.update(np.ascontiguousarray(observation.frames))
+    digest.update(np.ascontiguousarray(observation.proprio))
+    return int.from_bytes(digest.digest(), "big")

@@ -31,17 +31,12 @@ def action_stage(config: Any, mesh: Mesh, rules: Rules) -> Stage:
         rules: how it is sharded.
     """
     clip, flow, layer = Clip(**config.clip), config.flow, config.context_layer
-    model, frozen = load_backbone(config, mesh, rules)
-    backbone = video_network(model)
     decoder = decoder_network(action_decoder_config(config))
     draws = flow.action_draws
     if draws < 1:
         raise ValueError(f"flow.action_draws must be at least 1, got {draws}.")
-    if not 0 <= layer <= model.num_blocks:
-        raise ValueError(
-            f"context_layer is {layer}, but the backbone in {config.backbone.checkpoint} has "
-            f"{model.num_blocks} blocks."
-        )
+    model, frozen = load_backbone(config, mesh, rules)
+    backbone = video_network(model)
 
     def context(frozen: Params, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         sigma_key, share_key, noise_key = jax.random.split(key, 3)

@@ -8,7 +8,9 @@ import jax
 
 from data_pipelines.loader import make_loader
 from data_pipelines.mixture import action_statistics
+from data_pipelines.normalizer import Normalizer, load_normalizer
 from data_pipelines.records import RecordDataset
+from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip
 from mvjax.models.build import action_decoder_config, video_dit_config
 from mvjax.parallel.mesh import make_mesh
@@ -24,18 +26,18 @@ def run(config: Any, workdir: Path) -> Record:
     Stage 1 reads every dataset; stage 2 those with actions, and writes `normalizer.json` beside
     its checkpoints.
     """
-    acting, clip = config.stage == "action", Clip(**config.clip)
+    acting = config.stage == "action"
+    Clip(**config.clip)
     video_dit_config(config)  # wrong settings are said before any data is read
     if acting:
         action_decoder_config(config)
     chosen = [d for d in config.datasets.values() if d.action or not acting]
     datasets = [RecordDataset(d.records) for d in chosen]
-    _check_clips(datasets, clip)
+    _check_records(datasets, config, ("clip", "policy_io") if acting else ("clip",))
     settings = config.training
     normalizer = None
     if acting:
         normalizer = action_statistics(datasets, settings.episodes_per_task, settings.seed)
-        normalizer.save(Path(workdir) / "normalizer.json")
     loader = make_loader(
         datasets,
         [d.weight for d in chosen],
@@ -54,13 +56,28 @@ def run(config: Any, workdir: Path) -> Record:
     meta = {"data_fingerprint": [d.fingerprint for d in datasets]}
     if normalizer is not None:
         meta["normalizer_fingerprint"] = normalizer.fingerprint
+        _save_normalizer(normalizer, Path(workdir))
     return train(config, stage, loader, Path(workdir), meta)
 
 
-def _check_clips(datasets: Sequence[RecordDataset], clip: Clip) -> None:
+def _check_records(datasets: Sequence[RecordDataset], config: Any, sections: Sequence[str]) -> None:
     for dataset in datasets:
-        if dataset.shapes["latents"] != clip.latent_shape:
+        different = [d for s in sections for d in differences(dataset.settings[s], config[s], s)]
+        length, dim = dataset.text(0).shape
+        different += differences(dict(length=length, dim=dim), config.text, "text")
+        if different:
             raise ValueError(
-                f"The records of {dataset.name!r} hold latents {dataset.shapes['latents']}, but "
-                f"config.clip asks for {clip.latent_shape}; encode them again for this clip."
+                f"The records of {dataset.name!r} were encoded with other settings: "
+                f"{'; '.join(different)}. Use those, or encode them again into another folder."
             )
+
+
+def _save_normalizer(normalizer: Normalizer, workdir: Path) -> None:
+    path = workdir / "normalizer.json"
+    if path.exists() and load_normalizer(path).fingerprint != normalizer.fingerprint:
+        raise ValueError(
+            f"{path} was made from other data, or with another training.episodes_per_task or "
+            "training.seed; use those, or a new --workdir."
+        )
+    if jax.process_index() == 0:
+        normalizer.save(path)

@@ -1,0 +1,45 @@
+"""Lengths that follow from others, and lengths that cannot be."""
+
+import pytest
+
+from mvjax.clip import Clip
+
+
+def clip(**changes):
+    return Clip(
+        **{**dict(height=64, width=64, observed_frames=5, future_frames=8, fps=20.0)} | changes
+    )
+
+
+def test_quickstart_lengths():
+    one = clip()
+    assert (one.frames, one.latent_frames, one.condition_latents) == (13, 4, 2)
+    assert one.latent_shape == (4, 8, 8, 16)
+    assert one.tokens == 4 * 4 * 4
+
+
+def test_published_lengths():
+    """480x640, 61 frames at 5 fps: 16 latent frames of 60x80, 19,200 tokens (paper, release)."""
+    one = clip(height=480, width=640, future_frames=56, fps=5.0)
+    assert (one.frames, one.latent_frames, one.condition_latents) == (61, 16, 2)
+    assert one.latent_shape == (16, 60, 80, 16)
+    assert one.tokens == 19_200
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(height=72), "clip.height must be a multiple of 16 .* got 72"),
+        (dict(width=0), "clip.width must be a multiple of 16 .* got 0"),
+        (dict(observed_frames=4), r"clip.observed_frames must be 1 \+ 4k .* got 4"),
+        (dict(observed_frames=0), r"clip.observed_frames must be 1 \+ 4k .* got 0"),
+        (dict(observed_frames=-3), r"clip.observed_frames must be 1 \+ 4k .* got -3"),
+        (dict(future_frames=7), r"5 observed and 7 future frames, 12 together; .* 1 \+ 4k"),
+        (dict(future_frames=0), "make clip.future_frames a positive multiple of 4"),
+        (dict(fps=0.0), "clip.fps must be positive, got 0"),
+    ],
+)
+def test_impossible_lengths_are_one_sentence(changes, message):
+    with pytest.raises(ValueError, match=message) as error:
+        clip(**changes)
+    assert str(error.value).count("\n") == 0

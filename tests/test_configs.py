@@ -1,0 +1,155 @@
+"""Every configuration file, with every argument it documents, describes networks that fit."""
+
+import importlib
+from pathlib import Path
+
+import jax
+import pytest
+from absl import flags
+from ml_collections import config_flags
+from tiny_stages import build_stage, tiny_config
+
+from mvjax.clip import Clip
+from mvjax.models.build import action_decoder_config, video_dit_config
+from mvjax.parallel.mesh import make_mesh
+from mvjax.policy.observation import control_stride
+from mvjax.policy.policy import Sampling
+from mvjax.training import stages
+from mvjax.training.optimizer import make_schedule
+from mvjax.training.run import run
+
+pytestmark = pytest.mark.usefixtures("quickly")
+CONFIGS = Path(__file__).parent.parent / "configs"
+NAMES = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem != "__init__")
+SIZES = ("", "full", "smoke")
+
+
+def get(name, size=""):
+    return importlib.import_module(f"configs.{name}").get_config(size)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", NAMES)
+def test_lengths_and_widths_agree(name, size):
+    config = get(name, size)
+    clip, video = Clip(**config.clip), video_dit_config(config)
+    decoder = action_decoder_config(config)
+    assert decoder.context_dim == video.width and 1 <= config.context_layer <= video.num_blocks
+    assert video.text_dim == config.text.dim and video.latent_channels == clip.latent_shape[-1]
+    assert decoder.action_horizon == config.policy_io.action.horizon
+    make_schedule(config.optimizer)
+    make_mesh(config.mesh)
+    settings, protocol = config.training, config.evaluation
+    assert 1 <= settings.checkpoint_every <= settings.steps and settings.log_every >= 1
+    assert config.optimizer.decay_steps == settings.steps
+    # The policy plans at least as far as is executed, and every stream is on the control grid.
+    assert protocol.execute <= config.policy_io.action.horizon
+    control_hz = config.policy_io.action.fps
+    for fps in (clip.fps, config.policy_io.proprio.fps):
+        control_stride(control_hz, fps)
+    assert 0 <= protocol.oracle_step <= Sampling(**config.sampler).video_steps
+    assert {d.name for d in config.datasets.values()} == set(config.recording)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "quickstart"])
+def test_stages_take_the_batches_that_the_lengths_say(name, size):
+    config = get(name, size)
+    if config.stage == "action":
+        config.backbone.checkpoint = ""
+    stage = build_stage(config)[0]
+    samples, io = config.training.batch_size, config.policy_io
+    shapes = {
+        "latents": Clip(**config.clip).latent_shape,
+        "text": (config.text.length, config.text.dim),
+        "actions": (io.action.horizon, io.action.dim),
+        "proprio": (io.proprio.horizon, io.proprio.dim),
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32")
+        for name in stage.batch_axes
+    }
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    loss, metrics = jax.eval_shape(stage.loss, params, stage.frozen, batch, jax.random.key(0))
+    assert loss.shape == () and loss.dtype == "float32" and set(metrics) == {"velocity_mse"}
+
+
+def test_the_run_folder_moves_every_path():
+    config = get("quickstart_action")
+    config.run_dir = "elsewhere"
+    paths = [config.tokenizer, config.backbone.checkpoint]
+    for dataset in config.datasets.values():
+        paths += [dataset.path, dataset.records]
+    assert all(path.startswith("elsewhere/") for path in paths), paths
+
+
+def test_settings_on_the_command_line():
+    values = flags.FlagValues()
+    holder = config_flags.DEFINE_config_file("config", flag_values=values)
+    values(
+        [
+            "train",
+            f"--config={CONFIGS / 'quickstart_video.py'}:smoke",
+            "--config.clip.height=128",
+            "--config.lora.rank=8",
+            "--config.training.episodes_per_task=3",
+            "--config.mesh.fsdp=4",
+        ]
+    )
+    config = holder.value
+    assert config.size == "smoke" and Clip(**config.clip).latent_shape == (4, 16, 8, 16)
+    assert video_dit_config(config).lora.rank == 8
+    assert (config.training.episodes_per_task, config.mesh.fsdp) == (3, 4)
+
+
+def test_an_unknown_size_is_explained():
+    for name in NAMES:
+        with pytest.raises(ValueError, match="size must be full or smoke, got 'huge'"):
+            get(name, "huge")
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("clip.observed_frames", 6, r"observed_frames must be 1 \+ 4k .* got 6"),
+        ("clip.future_frames", 6, r"5 observed and 6 future frames, 11 together"),
+        ("clip.height", 40, r"clip.height must be a multiple of 16 .* got 40"),
+        ("policy_io.action.horizon", 0, r"action_horizon must be at least 1, got 0"),
+        ("policy_io.proprio.horizon", 0, r"proprio_horizon must be at least 1, got 0"),
+        ("context_layer", 5, r"context_layer is 5, but the video model has blocks 1 to 2"),
+        ("context_layer", -1, r"context_layer is -1, but the video model has blocks"),
+        ("lora.rank", -1, r"lora.rank must be 0 \(full training\) or more, got -1"),
+        ("video_model.num_heads", 5, r"width 48 is not a multiple of num_heads 5"),
+        ("video_model.num_heads", 6, r"head_dim of 12 or more"),
+        ("video_model.num_heads", 16, r"head_dim"),
+        ("decoder.num_heads", 5, r"width 32 is not a multiple of num_heads 5"),
+    ],
+)
+def test_impossible_settings_are_said_before_any_data_is_read(setting, value, message, tmp_path):
+    """The records do not exist here, so anything later would be another error."""
+    config = tiny_config("action", steps=1)
+    config.update_from_flattened_dict({setting: value})
+    with pytest.raises(ValueError, match=message) as error:
+        run(config, tmp_path / "run")
+    assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
+
+
+def test_impossible_stage_settings_are_explained():
+    for stage, setting, value, message in (
+        ("video", "flow.min_condition_latents", 3, r"is 3; with 5 observed .* between 1 and 2"),
+        ("action", "flow.action_draws", 0, r"action_draws must be at least 1, got 0"),
+    ):
+        config = tiny_config(stage)
+        config.update_from_flattened_dict({setting: value})
+        with pytest.raises(ValueError, match=message):
+            build_stage(config)
+    config.stage = "both"
+    with pytest.raises(ValueError, match="must be 'video' or 'action', got 'both'"):
+        stages.build(config, None, None)
+
+
+def test_missing_records_are_named(tmp_path):
+    config = tiny_config("video", steps=1)
+    config.run_dir = str(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"records/robot holds no records: run the enc"):
+        run(config, tmp_path / "video")
