@@ -11,6 +11,7 @@ import dataclasses
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
+from mvjax.parallel.rules import DEFAULT_RULES
 
 ROBOT_TASKS = (
     "drawer-close-v3",
@@ -53,7 +54,7 @@ def get_config(size: str = "full") -> ConfigDict:
         robot=dict(kind="robot", tasks=robot_tasks, episodes=4 if smoke else 24, seed=0),
         video=dict(kind="video", tasks=video_tasks, episodes=4 if smoke else 10, seed=1000),
     )
-    # Initial states from seeds that no recording uses.
+    # Recordings draw their reset seeds from 2³¹: none of theirs is among these.
     config.evaluation = dict(
         suite="metaworld",
         tasks=robot_tasks,
@@ -119,7 +120,7 @@ def get_config(size: str = "full") -> ConfigDict:
 
     steps = 20 if smoke else 1500
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.rules = ConfigDict()
+    config.rules = dict(DEFAULT_RULES)
     config.init_from = ""
     config.optimizer = dict(
         learning_rate=1e-3,

@@ -44,7 +44,8 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "")
         if "Traceback" in text:  # ml_collections' message for an error inside a configuration file
             text = text.splitlines()[-1].partition(": ")[2]
-        _stop(text)
+        unknown = isinstance(error, KeyError | AttributeError)
+        _stop(f"there is no setting {text}".replace("'", "") if unknown else text)
 
 
 def _sentence(error: Exception) -> str:

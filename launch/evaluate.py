@@ -2,7 +2,7 @@
 
     python -m launch.evaluate --config=configs/quickstart_action.py \
         --checkpoint=runs/quickstart/action --out=runs/quickstart/evaluation \
-        --mode=policy --stop_steps=0,5,10
+        --modes=policy --stop_steps=0,5,10
 
 Modes: policy (its own predicted video, partially denoised for --stop_steps evaluations), oracle
 (the expert's true future video in its place), expert (the scripted expert), none (zero actions).
@@ -34,7 +34,10 @@ def main() -> None:
         for name, setting in settings.items():
             results = evaluate(config, Path(CHECKPOINT.value), Path(OUT.value) / name, setting)
             mean = mean_success(success_table((r.task, r.success) for r in results))
-            print(f"{setting.label}: {mean}")
+            print(
+                f"{setting.label}: {mean.rate:.0%} of {mean.trials} episodes "
+                f"(95 % interval {mean.low:.0%} to {mean.high:.0%})"
+            )
 
 
 if __name__ == "__main__":

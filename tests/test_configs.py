@@ -66,8 +66,7 @@ def test_stages_take_the_batches_that_the_lengths_say(name, size):
         "proprio": (io.proprio.horizon, io.proprio.dim),
     }
     batch = {
-        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32")
-        for name in stage.batch_axes
+        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32") for name in stage.batch_axes
     }
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss, metrics = jax.eval_shape(stage.loss, params, stage.frozen, batch, jax.random.key(0))
@@ -83,19 +82,19 @@ def test_the_run_folder_moves_every_path():
     assert all(path.startswith("elsewhere/") for path in paths), paths
 
 
-def test_settings_on_the_command_line():
+def test_settings_on_the_command_line(monkeypatch):
+    arguments = [
+        "train",
+        f"--config={CONFIGS / 'quickstart_video.py'}:smoke",
+        "--config.clip.height=128",
+        "--config.lora.rank=8",
+        "--config.training.episodes_per_task=3",
+        "--config.mesh.fsdp=4",
+    ]
+    monkeypatch.setattr("sys.argv", arguments)
     values = flags.FlagValues()
     holder = config_flags.DEFINE_config_file("config", flag_values=values)
-    values(
-        [
-            "train",
-            f"--config={CONFIGS / 'quickstart_video.py'}:smoke",
-            "--config.clip.height=128",
-            "--config.lora.rank=8",
-            "--config.training.episodes_per_task=3",
-            "--config.mesh.fsdp=4",
-        ]
-    )
+    values(arguments)
     config = holder.value
     assert config.size == "smoke" and Clip(**config.clip).latent_shape == (4, 16, 8, 16)
     assert video_dit_config(config).lora.rank == 8

@@ -56,6 +56,11 @@ def abstract_params(directory: Path, *, step: int | None = None) -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
+def latest_step(directory: Path) -> int:
+    """The newest checkpoint of a training directory."""
+    return int(_step_folder(directory, None).name)
+
+
 def read_meta(directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """The description stored with a checkpoint: configuration, versions, data, normalizer."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:

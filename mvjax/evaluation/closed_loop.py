@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from mvjax.checkpoints.bridge import read_meta
+from mvjax.checkpoints.bridge import latest_step, read_meta
 from mvjax.evaluation.results import EpisodeResult, Setting, write_setting
 from mvjax.evaluation.rollout import run_rollouts
 from mvjax.evaluation.suites.metaworld import MetaWorld
@@ -48,17 +48,24 @@ def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> l
     protocol, io = config.evaluation, config.policy_io
     if protocol.suite not in SUITES:
         raise ValueError(f"Unknown suite {protocol.suite!r}; known: {', '.join(SUITES)}.")
+    suite = SUITES[protocol.suite]
+    if io.action.fps != suite.control_hz:
+        raise ValueError(
+            f"The policy's actions are {io.action.fps:g} per second, but {protocol.suite} takes "
+            f"{suite.control_hz}: set policy_io.action.fps to that and train again."
+        )
     oracle = setting.mode == "oracle"
     identity, controller = "", setting.mode
     if setting.mode in ("policy", "oracle"):
         sampling = Sampling(**config.sampler, stop_step=setting.stop_step, oracle=oracle)
-        controller = load_policy(config, checkpoint, sampling, protocol.workers).plan
-        identity = str(read_meta(checkpoint)) + str(sampling)
+        policy = load_policy(config, checkpoint, sampling, protocol.workers)
+        policy.warm_up()
+        controller, identity = policy.plan, _identity(config, checkpoint) + str(sampling)
     protocol_text = "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
     write_setting(folder, setting)
     return run_rollouts(
         suite=protocol.suite,
-        make_simulator=SUITES[protocol.suite],
+        make_simulator=suite,
         episodes=[
             (task, protocol.first_seed + i)
             for task in protocol.tasks
@@ -79,3 +86,9 @@ def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> l
         workers=protocol.workers,
         videos_per_task=protocol.videos_per_task,
     )
+
+
+def _identity(config: Any, checkpoint: Path) -> str:
+    """Tells one trained policy from another, also when a folder is trained further."""
+    parts = [checkpoint, *filter(None, [config.backbone.checkpoint])]
+    return "".join(f"{latest_step(Path(p))} {read_meta(Path(p))}" for p in parts)

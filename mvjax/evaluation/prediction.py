@@ -54,4 +54,4 @@ def write_predictions(
         for kind, frames in (("predicted", predicted), ("true", true)):
             large = frames.repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)
             name = f"{episode.instructions[0].replace(' ', '_')}_{episode.id}_{kind}.mp4"
-            write_video(folder / name, large, fps=config.clip.fps / 4, crf=18)
+            write_video(folder / name, large, fps=max(round(config.clip.fps / 4), 1), crf=18)

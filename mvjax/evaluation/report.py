@@ -5,7 +5,7 @@ not produced yet is said in a line. All it reads lies in the run folder:
 
 - `evaluation/<setting>/results.jsonl`, `setting.json`, `videos/*.mp4`: see
   `mvjax.evaluation.results`, which writes them;
-- `<stage>/metrics.jsonl` of the stages `tokenizer`, `video` and `action`: one JSON object per
+- `<stage>/metrics.jsonl` of the stages `video` and `action`: one JSON object per
   logged step with "step" and any number of names ending in "loss" (the curves drawn);
 - `predictions/<name>_predicted.mp4` and `<name>_true.mp4`: pairs of videos (H.264);
 - `phases.json`: [{"name": "train video", "seconds": 75.2, "peak_mb": 1450}, ...] in the order they
@@ -23,7 +23,6 @@ from mvjax.evaluation import report_data as data
 from mvjax.evaluation import report_sections as sections
 
 STAGES = {
-    "Tokenizer": "tokenizer",
     "Stage 1: video model": "video",
     "Stage 2: action decoder": "action",
 }
@@ -48,7 +47,6 @@ def build_report(run_dir: Path, out: Path) -> None:
     losses = {
         title: data.read_losses(run_dir / folder / "metrics.jsonl")
         for title, folder in STAGES.items()
-        if folder != "tokenizer" or (run_dir / folder / "metrics.jsonl").exists()
     }
     body = [
         sections.headline(main, evaluations, sum(phase["seconds"] for phase in phases)),

@@ -49,8 +49,8 @@ class Setting:
     Attributes:
         label: its name for readers, such as "1 of 10 video steps".
         mode: "policy", "oracle", "expert" or "none".
-        stop_step: after how many video denoising steps the context is read; None where there is no
-            such step (expert, none, oracle).
+        stop_step: K, the video denoising steps before the context is read; with the oracle, whose
+            noise level the true future gets; None for expert and none.
         main: whether this is the result of the report's headline.
     """
 

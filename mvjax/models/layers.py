@@ -11,7 +11,7 @@ Array = jax.Array
 
 
 def truncated_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
-    """Normal with std 1/√fan_in cut at ±3 std: the release's initialisation of every kernel."""
+    """Normal with std 1/√fan_in cut at ±3 std (the release, for transformer kernels)."""
     return jax.random.truncated_normal(key, -3.0, 3.0, shape) / np.sqrt(fan_in)
 
 

@@ -76,6 +76,9 @@ class Policy:
         steps, stop = self.sampling.video_steps, self.sampling.stop_step
         if not 0 <= stop <= steps:
             raise ValueError(f"stop_step must be between 0 and video_steps = {steps}, got {stop}.")
+        for name, value in (("draws", self.sampling.draws), ("batch_size", self.batch_size)):
+            if value < 1:
+                raise ValueError(f"The policy's {name} must be at least 1, got {value}.")
 
     def plan(self, observations: Sequence[Observation]) -> np.ndarray:
         """Action chunks in environment units, float32 [n, action_horizon, action_dim].
@@ -90,6 +93,14 @@ class Policy:
             chunks.append(np.asarray(self._act(self._params, video, text, proprio, *noise)))
         actions = np.concatenate(chunks)[: len(observations)]
         return self.normalizer.unnormalize("actions", actions)
+
+    def warm_up(self) -> None:
+        """Compiles `plan`, so that the first real query is not slow."""
+        clip, config = self.clip, self.decoder.config
+        frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
+        proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
+        observed, future = np.split(frames, [clip.observed_frames])
+        self.plan([Observation(observed, proprio, "", future)])
 
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
         """Fully denoised video with the observed frames first, uint8 [n, frames, h, w, 3]."""

@@ -10,6 +10,7 @@ from data_pipelines.loader import make_loader
 from data_pipelines.mixture import action_statistics
 from data_pipelines.normalizer import Normalizer, load_normalizer
 from data_pipelines.records import RecordDataset
+from mvjax.checkpoints.bridge import read_meta
 from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip
 from mvjax.models.build import action_decoder_config, video_dit_config
@@ -34,6 +35,9 @@ def run(config: Any, workdir: Path) -> Record:
     chosen = [d for d in config.datasets.values() if d.action or not acting]
     datasets = [RecordDataset(d.records) for d in chosen]
     _check_records(datasets, config, ("clip", "policy_io") if acting else ("clip",))
+    identity = _identity(datasets)
+    if acting:
+        _check_backbone(config, identity)
     settings = config.training
     normalizer = None
     if acting:
@@ -53,7 +57,7 @@ def run(config: Any, workdir: Path) -> Record:
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     with jax.set_mesh(mesh):
         stage = stages.build(config, mesh, rules)
-    meta = {"data_fingerprint": [d.fingerprint for d in datasets]}
+    meta = {"data_fingerprint": [d.fingerprint for d in datasets], "identity": identity}
     if normalizer is not None:
         meta["normalizer_fingerprint"] = normalizer.fingerprint
         _save_normalizer(normalizer, Path(workdir))
@@ -69,6 +73,33 @@ def _check_records(datasets: Sequence[RecordDataset], config: Any, sections: Seq
             raise ValueError(
                 f"The records of {dataset.name!r} were encoded with other settings: "
                 f"{'; '.join(different)}. Use those, or encode them again into another folder."
+            )
+
+
+def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
+    """Which tokenizer and text encoder made the records: the same for all, or an error."""
+    first = datasets[0]
+    for dataset in datasets:
+        different = differences(
+            first.settings["identity"], dataset.settings["identity"], "identity"
+        )
+        if different:
+            raise ValueError(
+                f"The records of {first.name!r} and {dataset.name!r} were made with different "
+                f"networks: {'; '.join(different)}. Encode both with the same."
+            )
+    return first.settings["identity"]
+
+
+def _check_backbone(config: Any, identity: dict[str, str]) -> None:
+    directory = config.backbone.checkpoint
+    if directory:
+        different = differences(read_meta(Path(directory))["identity"], identity, "identity")
+        if different:
+            raise ValueError(
+                f"The backbone in {directory} was trained on other latents or text than these "
+                f"records hold: {'; '.join(different)}. Encode with the tokenizer it was trained "
+                "with, or train stage 1 again."
             )
 
 

@@ -1,0 +1,102 @@
+"""Eight devices (fsdp 4 x context 2) train as one does, and share checkpoints with it."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_stages import build_stage, five_steps, train_tiny
+
+from mvjax.checkpoints.bridge import abstract_params, restore_params
+from mvjax.checkpoints.store import Store
+from mvjax.training.metrics import read_records
+from mvjax.training.optimizer import make_optimizer
+from mvjax.training.state import abstract_state
+
+pytestmark = pytest.mark.usefixtures("quickly")
+PROGRAM = Path(__file__).with_name("tiny_stages.py")
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Both stages on eight devices; the second restores the first's checkpoint there."""
+    out = tmp_path_factory.mktemp("eight")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(PROGRAM.parent.parent),
+    }
+    command = [sys.executable, str(PROGRAM), str(out), "data=1", "fsdp=4", "context=2"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def one(tmp_path_factory, eight, quickly):
+    """The same on one device; the second stage reads the backbone trained on eight."""
+    out = tmp_path_factory.mktemp("one")
+    train_tiny(five_steps("video"), out / "video")
+    train_tiny(five_steps("action", eight / "video"), out / "action")
+    return out
+
+
+def first_gradient(workdir, config, tmp_path):
+    """The first step's gradient: Adam's first moment after it, over 1 - b1."""
+    shutil.copytree(workdir / "checkpoints" / "1", tmp_path / "checkpoints" / "1")
+    stage, mesh, rules = build_stage(config)
+    optimizer = make_optimizer(config.optimizer)
+    with jax.set_mesh(mesh), Store(tmp_path, keep=1) as store:
+        abstract = abstract_state(stage, optimizer, config.training.ema_decay > 0, mesh, rules)
+        state = store.restore(abstract).state
+    moment = state.opt_state.inner[0].mu
+    return jax.tree.map(lambda m: np.asarray(m) / (1 - config.optimizer.b1), moment)
+
+
+def by_path(tree):
+    return {jax.tree_util.keystr(k): v for k, v in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+@pytest.mark.parametrize("stage", ["video", "action"])
+def test_losses_and_gradient_norms_are_equal(stage, one, eight):
+    ours, theirs = (read_records(folder / stage) for folder in (one, eight))
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs] == [1, 2, 3, 4, 5]
+    assert len({r["loss"] for r in ours}) == 5
+    for name in ("loss", "grad_norm", "update_norm", "param_norm"):
+        values = [[record[name] for record in records] for records in (ours, theirs)]
+        np.testing.assert_allclose(*values, rtol=1e-5, err_msg=name)
+
+
+@pytest.mark.parametrize("stage", ["video", "action"])
+def test_the_first_gradient_is_equal_tensor_by_tensor(stage, one, eight, tmp_path):
+    config = five_steps(stage)
+    ours, theirs = (
+        by_path(first_gradient(folder / stage, config, tmp_path / folder.name))
+        for folder in (one, eight)
+    )
+    assert ours.keys() == theirs.keys() and len(ours) > 20
+    whole = np.sqrt(sum(np.sum(g**2) for g in ours.values()))
+    assert np.isclose(whole, read_records(one / stage)[0]["grad_norm"], rtol=1e-4)
+    for name, gradient in ours.items():
+        difference = np.linalg.norm(theirs[name] - gradient)
+        assert difference <= 1e-5 * np.linalg.norm(gradient) + 1e-7 * whole, name
+
+
+def test_the_parameters_were_split_and_the_checkpoints_agree(one, eight):
+    for stage in ("video", "action"):
+        folder = eight / stage / "checkpoints" / "5" / "state"
+        assert "fsdp" in json.dumps((folder / "_sharding").read_text())
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=device),
+            abstract_params(one / stage),
+        )
+        ours, theirs = (restore_params(run / stage, wanted) for run in (one, eight))
+        for name, value in by_path(ours).items():
+            np.testing.assert_allclose(by_path(theirs)[name], value, atol=2e-4, err_msg=name)
