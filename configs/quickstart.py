@@ -141,7 +141,7 @@ def get_config(size: str = "full") -> ConfigDict:
         ema_decay=0.99,
         log_every=max(steps // 75, 1),
         checkpoint_every=steps // 4,
-        keep=1,
+        keep=2,
         episodes_per_task=config_dict.placeholder(int),
     )
     return config
