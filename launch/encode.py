@@ -9,6 +9,7 @@ from pathlib import Path
 from data_pipelines.encode import encode_dataset
 from data_pipelines.sources.open import open_config
 from launch.entry import config_flag, run
+from mvjax.clip import Clip
 from mvjax.models.build import text_encoder
 from mvjax.models.linear_tokenizer import load_tokenizer
 
@@ -18,6 +19,7 @@ CONFIG = config_flag()
 def main() -> None:
     """Writes `records` of every dataset; goes on where an earlier call was stopped."""
     config = CONFIG.value
+    Clip(**config.clip)  # wrong lengths are said before any data is read
     path = Path(config.tokenizer)
     tokenizer = load_tokenizer(path)
     identity = {

@@ -1,18 +1,33 @@
-"""What the entry points share: the configuration flag, and errors that are one sentence."""
+"""What the entry points share: the flags of configuration and folders, and one-sentence errors."""
 
 import errno
 import os
+import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+flags.disclaim_key_flags()  # --help of an entry point lists the flags that are defined here for it
+
 
 def config_flag() -> flags.FlagHolder:
     """Defines `--config=FILE.py[:argument]`, whose settings `--config.a.b=value` overrides."""
-    holder = config_flags.DEFINE_config_file("config", help_string="A file of configs/.")
-    flags.mark_flag_as_required("config")
+    holder = config_flags.DEFINE_config_file(
+        "config", help_string="A file of configs/; --config.a.b=value changes a setting of it."
+    )
+    flags.register_validator("config", lambda value: value is not None, _must_be_given("config"))
+    return holder
+
+
+def path_flag(name: str, help: str) -> flags.FlagHolder:
+    """Defines `--name=PATH`, which must be given; "" would silently mean the current folder."""
+    holder = flags.DEFINE_string(name, None, help)
+    flags.register_validator(name, bool, _must_be_given(name))
     return holder
 
 
@@ -20,42 +35,107 @@ def run(main: Callable[[], None]) -> None:
     """Parses the flags and calls `main`.
 
     What a person can put right (a misspelt flag, a wrong setting, a missing file, a full disk) ends
-    the program with one sentence and exit code 2; MVJAX_TRACEBACK=1 shows where it came from.
+    the program with one sentence and exit code 2, Ctrl-C with 130; MVJAX_TRACEBACK=1 shows where
+    it came from.
     """
 
     def checked(arguments: Sequence[str]) -> None:
         if len(arguments) > 1:
             _stop(f"unexpected argument {arguments[1]!r}; flags start with '--'.")
         logging.set_verbosity(logging.WARNING)  # jax tells every missing backend at INFO
+        threading.excepthook = _background_failure
         try:
             main()
-        except (ValueError, OSError, RuntimeError, ImportError) as error:
-            if os.environ.get("MVJAX_TRACEBACK"):
+        except KeyboardInterrupt:
+            _stop("stopped; run the same command again to go on.", 130)
+        except (ValueError, OSError, RuntimeError, ImportError, AttributeError) as error:
+            sentence = _sentence(error)
+            if sentence is None or os.environ.get("MVJAX_TRACEBACK"):
                 raise
-            _stop(_sentence(error))
+            _stop(sentence)
 
     app.run(checked, flags_parser=_parse)
+
+
+def _must_be_given(name: str) -> str:
+    return f"--{name} must be given."
 
 
 def _parse(arguments: Sequence[str]) -> list[str]:
     try:
         return flags.FLAGS(list(arguments))
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
-        text = str(error.args[0] if error.args else error).replace("\\n", " ").replace("\\'", "")
-        if "Traceback" in text:  # ml_collections' message for an error inside a configuration file
-            text = text.splitlines()[-1].partition(": ")[2]
-        unknown = isinstance(error, KeyError | AttributeError)
-        _stop(f"there is no setting {text}".replace("'", "") if unknown else text)
+    except Exception as error:  # a configuration file is a program: it may raise anything
+        sentence = _configuration_sentence(error) or _flag_sentence(error)
+        if sentence is None or os.environ.get("MVJAX_TRACEBACK"):
+            raise
+        _stop(sentence)
 
 
-def _sentence(error: Exception) -> str:
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return f"the disk is full ({error.filename or error}); make room and run this again."
-    return str(error) or type(error).__name__
+def _configuration_sentence(error: BaseException | None) -> str | None:
+    """What went wrong inside the configuration file, or None if it is not to blame."""
+    while error is not None:
+        if isinstance(error, SyntaxError):
+            return f"{error.filename}, line {error.lineno}: {error.msg}."
+        for frame, line in reversed(list(traceback.walk_tb(error.__traceback__))):
+            if frame.f_globals.get("__name__") == "config_config":  # as ml_collections calls it
+                if isinstance(error, ValueError):  # written for a person
+                    return str(error)
+                name = type(error).__name__
+                return f"{frame.f_code.co_filename}, line {line}: {name}: {_text(error)}"
+        error = error.__context__
+    return None
 
 
-def _stop(sentence: str) -> None:
+def _flag_sentence(error: Exception) -> str | None:
+    text = _text(error)
+    if isinstance(error, flags.Error):
+        return re.sub(r"^flag --\w+=(None)?: ", "", text)
+    if isinstance(error, OSError):
+        return _sentence(error)
+    if "get_config" in text:
+        return "--config must be a Python file with a function get_config, as those in configs/."
+    if isinstance(error, KeyError | AttributeError):
+        return f"there is no setting {_setting(text)}"
+    return text if isinstance(error, ValueError | TypeError) else None
+
+
+def _sentence(error: Exception) -> str | None:
+    """What to tell about an error of `main`; None where only a traceback helps."""
+    if isinstance(error, AttributeError):
+        last = list(traceback.walk_tb(error.__traceback__))[-1][0]
+        if not last.f_globals["__name__"].startswith("ml_collections"):
+            return None
+        return f"the configuration has no setting {_setting(_text(error))}"
+    text = str(error) or type(error).__name__
+    if "Configuration is not available" in text:  # ml_collections, when it is first used
+        reason = text.rpartition("failure to load: ")[2].rpartition("] ")[2]
+        return f"--config cannot be read: {reason}"
+    if os.strerror(errno.ENOSPC) in text:  # libraries in C++ give it other types and numbers
+        return f"the disk is full; make room and run the same command again ({text})."
+    return text
+
+
+def _background_failure(failure: threading.ExceptHookArgs) -> None:
+    if os.environ.get("MVJAX_TRACEBACK") or failure.exc_value is None:
+        threading.__excepthook__(failure)
+    else:
+        print(f"in the background: {_text(failure.exc_value)}", file=sys.stderr)
+
+
+def _setting(text: str) -> str:
+    """From ml_collections' words to "'lerning_rate'; did you mean 'learning_rate'?"."""
+    names = re.findall(r"[\w.]+", text)
+    meant = re.search(r'Did you mean "(.*?)"', text)
+    return f"{names[0]!r}; did you mean {meant[1]!r}?" if meant else f"{names[0]!r}."
+
+
+def _text(error: BaseException) -> str:
+    # ml_collections raises errors whose only argument is another error.
+    return str(error.args[0] if error.args else error).replace("\\n", " ")
+
+
+def _stop(sentence: str, code: int = 2) -> NoReturn:
     main = sys.modules["__main__"]
     name = main.__spec__.name if main.__spec__ else os.path.basename(sys.argv[0])
     print(f"{name}: {' '.join(sentence.split())}", file=sys.stderr)
-    raise SystemExit(2)
+    raise SystemExit(code)

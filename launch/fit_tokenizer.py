@@ -8,6 +8,7 @@ from pathlib import Path
 from data_pipelines.fit_tokenizer import sample_clips
 from data_pipelines.sources.open import open_config
 from launch.entry import config_flag, run
+from mvjax.clip import Clip
 from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
 
 CONFIG = config_flag()
@@ -16,6 +17,7 @@ CONFIG = config_flag()
 def main() -> None:
     """Writes `config.tokenizer`; a tokenizer that is already there stays."""
     config = CONFIG.value
+    Clip(**config.clip)  # wrong lengths are said before any data is read
     path = Path(config.tokenizer)
     if path.exists():
         print(f"{path} is already fitted.")

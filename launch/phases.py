@@ -2,11 +2,12 @@
 
 import json
 import shlex
+import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,8 +42,13 @@ def run_phases(phases: Sequence[Phase], record: Path) -> None:
             tree.
 
     Raises:
-        SystemExit: with the code of a phase that failed, or 130 after Ctrl-C.
+        SystemExit: with the code of a phase that failed, or 130 after Ctrl-C, 143 after SIGTERM.
     """
+    with _noted_signals() as signals:
+        _run(phases, record, signals)
+
+
+def _run(phases: Sequence[Phase], record: Path, signals: list[int]) -> None:
     rows = {row["name"]: row for row in json.loads(record.read_text())} if record.exists() else {}
     for number, phase in enumerate(phases, start=1):
         command = ["python", *phase.command[1:]]
@@ -54,45 +60,61 @@ def run_phases(phases: Sequence[Phase], record: Path) -> None:
         if not row or row["command"] != command:
             row = {"name": phase.name, "command": command, "seconds": 0.0, "peak_mb": 0}
         print(f"{title}\n    {shlex.join(command)}", flush=True)
-        code, seconds, peak = _measure(phase.command)
+        code, seconds, peak = _measure(phase.command, signals)
         row["seconds"] = round(row["seconds"] + seconds, 1)
         row["peak_mb"] = max(row["peak_mb"], peak)
-        row["finished"] = code == 0
+        row["finished"] = code == 0 and not signals  # training ends with 0 after SIGTERM
         rows[phase.name] = row
         partial = record.with_name(record.name + ".partial")
         partial.write_text(json.dumps([rows[p.name] for p in phases if p.name in rows], indent=1))
         partial.replace(record)
-        if code != 0:
+        if code != 0 or signals:
             print(f"'{phase.name}' stopped; run the same command again to go on.", file=sys.stderr)
-            raise SystemExit(code)
+            raise SystemExit(128 + signals[0] if signals else code)
 
 
-def _measure(command: Sequence[str]) -> tuple[int, float, int]:
-    """Runs a command; its exit code, seconds, and peak memory in MB."""
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Inside the block, Ctrl-C and SIGTERM do nothing but enter the list."""
+    noted: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: noted.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _measure(command: Sequence[str], signals: Sequence[int]) -> tuple[int, float, int]:
+    """Runs a command; its exit code, seconds, and peak memory in MB.
+
+    A terminal sends Ctrl-C to the child as well, which saves and ends; SIGTERM comes alone and is
+    handed on, or the child would go on by itself and meet the next call in the same folder.
+    """
     start = time.monotonic()
     child = subprocess.Popen(command)
-    peak = [0]
-    watcher = threading.Thread(target=_watch_memory, args=(child, peak), daemon=True)
-    watcher.start()
-    while True:
-        try:
-            code = child.wait()
-            break
-        except KeyboardInterrupt:  # the terminal sent it to the child too: let it save and end
-            continue
-    watcher.join(2 * SAMPLE_SECONDS)
-    code = 128 - code if code < 0 else code  # as a shell says it: 130 for Ctrl-C
-    return code, time.monotonic() - start, peak[0]
-
-
-def _watch_memory(child: subprocess.Popen, peak: list[int]) -> None:
+    peak, handed_on = 0, False
     while child.poll() is None:
-        total = 0
-        try:
-            process = psutil.Process(child.pid)
-            for one in [process, *process.children(recursive=True)]:
+        peak = max(peak, _memory_mb(child.pid))
+        if signal.SIGTERM in signals and not handed_on:
+            child.terminate()
+            handed_on = True
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(SAMPLE_SECONDS)
+    code = child.returncode
+    code = 128 - code if code < 0 else code  # as a shell says it: 137 for a killed process
+    return code, time.monotonic() - start, peak
+
+
+def _memory_mb(pid: int) -> int:
+    """Resident memory of a process and everything it started."""
+    total = 0
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.Error):  # it ended just now
                 total += one.memory_info().rss
-        except psutil.Error:  # a process ended between two lines
-            pass
-        peak[0] = max(peak[0], total // 2**20)
-        time.sleep(SAMPLE_SECONDS)
+    return total // 2**20

@@ -9,15 +9,15 @@ from pathlib import Path
 from absl import flags
 
 from data_pipelines.sources.open import open_config
-from launch.entry import config_flag, run
+from launch.entry import config_flag, path_flag, run
 from mvjax.evaluation.prediction import write_predictions
 from mvjax.policy.load import load_policy
 from mvjax.policy.policy import Sampling
 
 CONFIG = config_flag()
-CHECKPOINT = flags.DEFINE_string("checkpoint", None, "Training directory of the stage-2 run.")
-OUT = flags.DEFINE_string("out", None, "Folder of the videos.")
-COUNT = flags.DEFINE_integer("count", 4, "Pairs per dataset.")
+CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
+OUT = path_flag("out", "Folder of the videos.")
+COUNT = flags.DEFINE_integer("count", 4, "Pairs per dataset.", lower_bound=1)
 
 
 def main() -> None:
@@ -31,5 +31,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flags_as_required(["checkpoint", "out"])
     run(main)

@@ -8,13 +8,11 @@ command again to continue an interrupted run.
 
 from pathlib import Path
 
-from absl import flags
-
-from launch.entry import config_flag, run
+from launch.entry import config_flag, path_flag, run
 from mvjax.training import run as training
 
 CONFIG = config_flag()
-WORKDIR = flags.DEFINE_string("workdir", None, "Receives checkpoints and metrics.")
+WORKDIR = path_flag("workdir", "Receives checkpoints and metrics.")
 
 
 def main() -> None:
@@ -23,5 +21,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("workdir")
     run(main)

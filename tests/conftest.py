@@ -1,7 +1,7 @@
 """Trained runs that several test files read."""
 
 import pytest
-from tiny_stages import quick_compiles, tiny_config, train_tiny
+from tiny_stages import five_steps, quick_compiles, tiny_config, train_tiny
 
 
 @pytest.fixture(scope="module")
@@ -13,10 +13,10 @@ def quickly():
 
 @pytest.fixture(scope="session")
 def video_run(tmp_path_factory):
-    """A stage-1 training directory with two steps of full training, moving average included."""
+    """A stage-1 training directory of five steps of full training, moving average included."""
     workdir = tmp_path_factory.mktemp("video")
     with quick_compiles():
-        train_tiny(tiny_config("video", steps=2), workdir)
+        train_tiny(five_steps("video"), workdir)
     return workdir
 
 

@@ -27,22 +27,20 @@ def is_adapter(path):
     return path[-1] in ("lora_a", "lora_b")
 
 
-def networks():
-    """(plain network, adapted network, LoRA) of the tiny configuration."""
+@pytest.fixture(scope="module")
+def networks(quickly):
+    """A plain network, its adapted version, and their LoRA; with their jitted velocities."""
     adapted = video_dit_config(lora_config(""))
-    return (
-        video_network(video_dit_config(tiny_config("video"))),
-        video_network(adapted),
-        adapted.lora,
-    )
+    pair = video_network(video_dit_config(tiny_config("video"))), video_network(adapted)
+    return *((network, jitted_velocity(network)) for network in pair), adapted.lora
 
 
-def velocity(network, params):
+def jitted_velocity(network):
     batch = tiny_batch(tiny_config("video"))
     x, text, frames = batch["latents"], batch["text"], batch["latents"].shape[1]
     times = np.full((len(x), frames), 0.7, np.float32)
     mask = (np.arange(frames) < 2) * np.ones_like(times)
-    return jax.jit(lambda p: network.bind(p)(x, times, text, mask))(params)
+    return jax.jit(lambda params: network.bind(params)(x, times, text, mask))
 
 
 def random_like(params, scale=0.2):
@@ -54,20 +52,20 @@ def paths(tree):
     return ["/".join(k.key for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
 
 
-def test_adapters_start_as_the_identity():
-    plain, adapted, lora = networks()
+def test_adapters_start_as_the_identity(networks):
+    (plain, plain_velocity), (adapted, adapted_velocity), lora = networks
     params = jax.jit(adapted.init)(jax.random.key(1))
     adapters, base = split(params, is_adapter)
     assert jax.tree.map(np.shape, base) == jax.tree.map(np.shape, plain.abstract)
     base = random_like(base)  # a trained network: no modulation is zero
     params = merge(base, adapters)
-    np.testing.assert_array_equal(velocity(adapted, params), velocity(plain, base))
+    np.testing.assert_array_equal(adapted_velocity(params), plain_velocity(base))
     jax.tree.map(np.testing.assert_array_equal, merge_lora(params, lora), base)
 
 
-def test_every_published_target_has_an_adapter():
+def test_every_published_target_has_an_adapter(networks):
     """Rank-r adapters on ten matrices of each block, the patch embedding and the time embedding."""
-    _, adapted, _ = networks()
+    adapted = networks[1][0]
     adapters, _ = split(adapted.abstract, is_adapter)
     attention = [f"{a}/{p}_proj" for a in ("self_attn", "cross_attn") for p in ("q", "k", "v")]
     attention += ["self_attn/output_proj", "cross_attn/output_proj"]
@@ -76,13 +74,13 @@ def test_every_published_target_has_an_adapter():
     assert sorted(paths(adapters)) == sorted(f"{x}/lora_{ab}" for x in layers for ab in "ab")
 
 
-def test_merged_parameters_give_the_adapted_output():
-    plain, adapted, lora = networks()
-    params = random_like(jax.jit(adapted.init)(jax.random.key(1)))
-    ours, theirs = velocity(plain, merge_lora(params, lora)), velocity(adapted, params)
+def test_merged_parameters_give_the_adapted_output(networks):
+    (_, plain_velocity), (adapted, adapted_velocity), lora = networks
+    params = random_like(jax.tree.map(lambda p: np.zeros(p.shape, np.float32), adapted.abstract))
+    theirs, ours = adapted_velocity(params), plain_velocity(merge_lora(params, lora))
     assert np.linalg.norm(ours - theirs) < 1e-5 * np.linalg.norm(theirs)
-    base = split(params, is_adapter)[1]
-    assert np.linalg.norm(velocity(plain, base) - theirs) > 1e-2 * np.linalg.norm(theirs)
+    unmerged = plain_velocity(split(params, is_adapter)[1])
+    assert np.linalg.norm(unmerged - theirs) > 1e-2 * np.linalg.norm(theirs)
 
 
 def test_merging_adds_the_scaled_product_to_every_layer():

@@ -15,6 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from mvjax.checkpoints.store import Store
 from mvjax.clip import Clip
 from mvjax.models.ngram_text import NgramTextEncoder
 from mvjax.parallel.mesh import make_mesh
@@ -22,7 +23,10 @@ from mvjax.parallel.rules import Rules, make_rules
 from mvjax.training import stages
 from mvjax.training.loop import train
 from mvjax.training.metrics import Record
-from mvjax.training.stage import Stage
+from mvjax.training.optimizer import make_optimizer
+from mvjax.training.stage import Params, Stage
+from mvjax.training.start import describe
+from mvjax.training.state import abstract_state, create_state
 
 WORDS = ("open the drawer", "close the drawer", "press the button")
 
@@ -82,6 +86,17 @@ def build_stage(config: ConfigDict) -> tuple[Stage, Mesh, Rules]:
 def train_tiny(config: ConfigDict, workdir: Path) -> Record:
     """The real loop on synthetic batches."""
     return train(config, build_stage(config)[0], tiny_loader(config), workdir)
+
+
+def save_untrained(config: ConfigDict, workdir: Path) -> Params:
+    """A checkpoint of step 0 and its parameters: what a run leaves, without compiling a step."""
+    stage, mesh, rules = build_stage(config)
+    optimizer, settings = make_optimizer(config.optimizer), config.training
+    with jax.set_mesh(mesh), Store(workdir, keep=1) as store:
+        abstract = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
+        state = create_state(stage, optimizer, abstract, settings.seed)
+        store.save(0, state, None, describe(config, stage, {}))
+    return state.params
 
 
 def five_steps(stage: str, backbone: Path | str = "", **mesh: int) -> ConfigDict:

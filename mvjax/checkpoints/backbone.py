@@ -48,13 +48,14 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     stored = _checked_config(directory, config, "video", ("clip", "video_model", "text"))
     trained = video_dit_config(stored)
     model = dataclasses.replace(trained, lora=None, dtype=dtype)
-    params = restore_params(directory, _placed(video_network(trained), mesh, rules))
-    finish = jax.jit(
-        lambda p: _cast(merge_lora(p, trained.lora) if trained.lora else p, dtype),
+    if trained.lora is None:
+        return model, restore_params(directory, _placed(video_network(model), mesh, rules, dtype))
+    adapted = restore_params(directory, _placed(video_network(trained), mesh, rules))
+    merge = jax.jit(
+        lambda p: _cast(merge_lora(p, trained.lora), dtype),
         out_shardings=sharding_tree(video_network(model).axes, mesh, rules),
-        donate_argnums=0,
     )
-    return model, finish(params)
+    return model, merge(adapted)
 
 
 def load_decoder(
@@ -96,10 +97,10 @@ def _checked_config(
     return ConfigDict(stored)
 
 
-def _placed(network: Network, mesh: Mesh, rules: Rules) -> Params:
+def _placed(network: Network, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:
     shardings = sharding_tree(network.axes, mesh, rules, network.abstract)
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
         network.abstract,
         shardings,
     )

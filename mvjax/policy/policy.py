@@ -117,14 +117,22 @@ class Policy:
             yield batch + batch[-1:] * (self.batch_size - len(batch))
 
     def _frames(self, batch: Sequence[Observation], with_future: bool) -> np.ndarray:
-        clips = []
+        clip, clips = self.clip, []
         for o in batch:
-            parts = [o.frames]
+            if len(o.frames) != clip.observed_frames:
+                raise ValueError(
+                    f"An observation has {len(o.frames)} frames; this policy was trained with "
+                    f"clip.observed_frames = {clip.observed_frames}."
+                )
+            frames = o.frames
             if with_future:
-                if o.future is None:
-                    raise ValueError("Oracle mode needs observations with the true future frames.")
-                parts.append(o.future)
-            clips.append(resize_area(np.concatenate(parts), self.clip.height, self.clip.width))
+                if o.future is None or len(o.future) != clip.future_frames:
+                    raise ValueError(
+                        f"Oracle mode needs observations with the {clip.future_frames} true future "
+                        "frames."
+                    )
+                frames = np.concatenate([frames, o.future])
+            clips.append(resize_area(frames, clip.height, clip.width))
         return np.stack(clips)
 
     def _text(self, batch: Sequence[Observation]) -> np.ndarray:

@@ -1,0 +1,127 @@
+"""The bridge: what stage 2 and the policy get from a training directory, and what they refuse."""
+
+import warnings
+
+import jax
+import numpy as np
+import pytest
+from conftest import lora_config
+from test_lora import stored
+from tiny_stages import five_steps, save_untrained, tiny_config
+
+from mvjax.checkpoints.backbone import load_backbone, load_decoder
+from mvjax.checkpoints.tree_match import CheckpointMismatch
+from mvjax.models.build import (
+    action_decoder_config,
+    decoder_network,
+    video_dit_config,
+    video_network,
+)
+from mvjax.models.lora import merge_lora
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules
+
+pytestmark = pytest.mark.usefixtures("quickly")
+
+
+def load(checkpoint="", dtype="float32", **settings):
+    config = tiny_config("action")
+    config.backbone.update(checkpoint=str(checkpoint), dtype=dtype)
+    config.update_from_flattened_dict(settings)
+    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    with jax.set_mesh(mesh), warnings.catch_warnings():
+        warnings.simplefilter("error")  # such as donated buffers that could not be used
+        return load_backbone(config, mesh, rules)
+
+
+def assert_equal(tree, other):
+    jax.tree.map(np.testing.assert_array_equal, tree, other)
+
+
+def assert_is_cast(narrow, wide):
+    assert all(leaf.dtype == "bfloat16" for leaf in jax.tree.leaves(narrow))
+    assert_equal(narrow, jax.tree.map(lambda leaf: np.asarray(leaf).astype("bfloat16"), wide))
+
+
+def test_full_training_gives_the_moving_average(video_run):
+    model, params = load(video_run)
+    assert model == video_dit_config(tiny_config("action"))
+    average = stored(video_run, use_ema=True)
+    assert_equal(params, average)
+    learned = stored(video_run)["blocks"]["mlp"]["layer1"]["kernel"]
+    assert not np.array_equal(learned, average["blocks"]["mlp"]["layer1"]["kernel"])
+    narrow_model, narrow = load(video_run, "bfloat16")
+    assert narrow_model.dtype == "bfloat16"
+    assert_is_cast(narrow, average)
+
+
+def test_lora_is_merged_with_its_own_rank_and_scale(lora_run):
+    """The configuration of stage 2 knows nothing of the adapters: they are in the checkpoint."""
+    model, params = load(lora_run)
+    assert model.lora is None
+    merged = merge_lora(stored(lora_run, use_ema=True), video_dit_config(lora_config("")).lora)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, merged
+    )
+    assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, video_network(model).abstract)
+    assert_is_cast(load(lora_run, "bfloat16")[1], params)
+
+
+def test_a_run_without_moving_average_gives_its_parameters(tmp_path):
+    config = tiny_config("video", ema_decay=0.0)
+    params = save_untrained(config, tmp_path)
+    assert_equal(load(tmp_path)[1], params)
+
+
+def test_an_untrained_backbone_is_a_function_of_the_seed():
+    model, params = load()
+    assert model == video_dit_config(tiny_config("action"))
+    other = load(**{"training.seed": 1})[1]
+    assert not np.array_equal(params["x_embedder"]["kernel"], other["x_embedder"]["kernel"])
+    assert_is_cast(load(dtype="bfloat16")[1], params)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "message"),
+    [
+        ("video_model.num_blocks", 3, "video_model.num_blocks is 2 there, 3 here"),
+        ("clip.height", 64, "clip.height is 32 there, 64 here"),
+        ("clip.fps", 5.0, "clip.fps is 20.0 there, 5.0 here"),
+        ("text.dim", 32, "text.dim is 16 there, 32 here"),
+    ],
+)
+def test_another_model_or_clip_is_refused_with_both_sides(video_run, setting, value, message):
+    with pytest.raises(CheckpointMismatch, match=f"video.* was trained with .*{message}"):
+        load(video_run, **{setting: value})
+
+
+def test_a_folder_that_holds_no_run_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="is not a training directory"):
+        load(tmp_path)
+
+
+def test_decoders_come_back_and_only_where_they_belong(video_run, tmp_path):
+    config = five_steps("action", video_run)
+    params = save_untrained(config, tmp_path)
+    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+
+    def decoder(directory, **settings):
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(settings)
+        network = decoder_network(action_decoder_config(changed))
+        with jax.set_mesh(mesh):
+            return load_decoder(changed, directory, network, mesh, rules)
+
+    assert_equal(decoder(tmp_path), params)
+    with pytest.raises(CheckpointMismatch, match=r"stage 'video', but a run of stage 'action' is"):
+        decoder(video_run)
+    with pytest.raises(CheckpointMismatch, match=r"stage 'action', but a run of stage 'video' is"):
+        load(tmp_path)
+    for setting, value, message in (
+        ("context_layer", 2, "context_layer is 1 there, 2 here"),
+        ("policy_io.action.horizon", 8, "policy_io.action.horizon is 4 there, 8 here"),
+        ("policy_io.action.fps", 10.0, "policy_io.action.fps is 80.0 there, 10.0 here"),
+        ("decoder.width", 16, "decoder.width is 32 there, 16 here"),
+    ):
+        with pytest.raises(CheckpointMismatch, match=message):
+            decoder(tmp_path, **{setting: value})

@@ -1,0 +1,288 @@
+"""What the entry points say to the person at the keyboard: one sentence and exit code 2.
+
+The real modules run as `__main__` with real arguments, each in a process forked from one that has
+imported jax and the rest already: about 0.1 s per command instead of 3.
+"""
+
+import json
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from data_pipelines.video import write_video
+
+ROOT = Path(__file__).parents[1]
+VIDEO = "--config=configs/quickstart_video.py:smoke"
+ACTION = "--config=configs/quickstart_action.py:smoke"
+PRELOADED = [
+    "data_pipelines.encode",
+    "data_pipelines.fit_tokenizer",
+    "launch.entry",
+    "mvjax.evaluation.closed_loop",
+    "mvjax.evaluation.prediction",
+    "mvjax.training.run",
+]
+TINY_CONFIG = """
+from configs import quickstart_video
+
+def get_config(run_dir):
+    config = quickstart_video.get_config("smoke")
+    config.run_dir = run_dir
+    del config.datasets["robot"]
+    config.clip.height = config.clip.width = 32
+    config.text.update(length=4, dim=16)
+    config.video_model.update(width=48, num_blocks=1, num_heads=2, adaln_rank=4)
+    config.validation_share = 0.0
+    config.training.update(steps=1, batch_size=2)
+    return config
+"""
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+def _run_module(module: str, arguments: list[str], folder: Path) -> None:
+    os.chdir(ROOT)
+    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles four times faster
+    for number, name in ((1, "out"), (2, "err")):
+        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory):
+    """command("launch.train", "--flag=1") -> Said, like `python -m` in a shell."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    folder = tmp_path_factory.mktemp("output")
+
+    def run(module: str, *arguments: object) -> Said:
+        words = [str(argument) for argument in arguments]
+        process = context.Process(target=_run_module, args=(module, words, folder))
+        process.start()
+        process.join()
+        return Said(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
+
+    return run
+
+
+@pytest.fixture
+def complains(command):
+    """Runs a command that must end with code 2 and one line with the given words."""
+
+    def check(words: str, module: str, *arguments: object) -> None:
+        said = command(module, *arguments)
+        assert said.code == 2, said
+        assert said.err.startswith(f"{module}: ") and said.err.count("\n") == 1, said.err
+        assert words in said.err
+
+    return check
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        ([VIDEO, "--config.optimizer.lerning_rate=1"], "'lerning_rate'; did you mean 'learning_ra"),
+        ([VIDEO, "--config.optimizer.xyz=1"], "there is no setting 'xyz'."),
+        ([VIDEO, "--config.optimzer.eps=1"], "'optimzer'; did you mean 'optimizer'?"),
+        ([VIDEO, "--config.training.steps=ten"], "--config.training.steps=ten: invalid literal"),
+        ([VIDEO, "--workdri=x"], "flag 'workdri'. Did you mean: workdir"),
+        ([VIDEO], "--workdir must be given."),
+        ([VIDEO, "--workdir="], "--workdir must be given."),
+        (["--workdir=x"], "--config must be given."),
+        ([VIDEO, "--workdir=x", "extra"], "unexpected argument 'extra'"),
+        ([VIDEO + "st", "--workdir=x"], "size must be full or smoke, got 'smokest'"),
+        (["--config=configs/video.py", "--workdir=x"], "No such file or directory: 'configs/video"),
+        (["--config=configs", "--workdir=x"], "--config cannot be read: Is a directory"),
+        (["--config=mvjax/clip.py", "--workdir=x"], "with a function get_config"),
+        (["--config=pyproject.toml", "--workdir=x"], "pyproject.toml, line "),
+        (["--config=configs/quickstart.py", "--workdir=x"], "configuration has no setting 'stage'"),
+        ([VIDEO, "--workdir=x", "--config.clip.future_frames=7"], "clip.future_frames a positive"),
+        (
+            [ACTION, "--workdir=x", "--config.policy_io.action.horizon=0"],
+            "horizon must be at least",
+        ),
+        ([VIDEO, "--workdir=x", "--config.run_dir=nothing"], "nothing/records/robot holds no rec"),
+    ],
+)
+def test_mistakes_in_training_commands(complains, arguments, words):
+    complains(words, "launch.train", *arguments)
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize(
+    "code, words",
+    [
+        ("import nothing_of_that_name", "line 1: ModuleNotFoundError: No module named 'nothing_"),
+        ("def get_config():\n    return {}['a']", "line 2: KeyError: a"),
+        ("def get_config():\n    raise ValueError('one sentence')", "launch.train: one sentence"),
+        ("def get_config(:", "line 1: invalid syntax"),
+    ],
+)
+def test_mistakes_in_a_configuration_file_say_the_line(complains, tmp_path, code, words):
+    (tmp_path / "own.py").write_text(code)
+    complains(words, "launch.train", f"--config={tmp_path / 'own.py'}", "--workdir=x")
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--modes=expert,plicy"], "mode must be policy, oracle, expert or none, got 'plicy'"),
+        (["--modes="], "--modes must name at least one mode"),
+        (["--checkpoint=x", "--stop_steps=0,11"], "between 0 and sampler.video_steps = 10, got 11"),
+        (
+            ["--checkpoint=x", "--stop_steps=-1"],
+            "whole numbers such as 0,5,10; got 'policy' and '-",
+        ),
+        (["--checkpoint=x", "--stop_steps=half"], "whole numbers such as 0,5,10"),
+        (["--stop_steps=0"], "--checkpoint must be given"),
+        (["--checkpoint=nothing"], "nothing is not a training directory"),
+    ],
+)
+def test_mistakes_in_evaluation_commands(complains, tmp_path, arguments, words):
+    out = tmp_path / "out"
+    complains(words, "launch.evaluate", ACTION, f"--out={out}", *arguments)
+    assert not out.exists()  # nothing was played before the mistake was noticed
+
+
+def test_mistakes_in_the_other_commands(complains):
+    shared = "--config=configs/quickstart.py:smoke"
+    for module in ("launch.fit_tokenizer", "launch.encode"):
+        complains("clip.height must be a multiple of 16", module, shared, "--config.clip.height=40")
+    complains("nothing/data/robot", "launch.fit_tokenizer", shared, "--config.run_dir=nothing")
+    complains("nothing/tokenizer.npz", "launch.encode", shared, "--config.run_dir=nothing")
+    complains("0 is not a positive", "launch.predict", ACTION, "--count=0")
+    complains("no folder 'checkpoints'", "launch.predict", ACTION, "--checkpoint=x", "--out=y")
+
+
+def test_help_lists_every_flag_of_a_command(command):
+    said = command("launch.train", "--help").out
+    assert "Trains one stage." in said and "--config:" in said and "--workdir:" in said
+
+
+def test_a_bug_keeps_its_traceback_and_so_does_whoever_asks(command, tmp_path, monkeypatch):
+    (tmp_path / "own.py").write_text("def get_config():\n    raise ValueError('one sentence')")
+    wrong = f"import os; os.environ['MVJAX_TRACEBACK'] = '1'\n{(tmp_path / 'own.py').read_text()}"
+    (tmp_path / "asks.py").write_text(wrong)
+    said = command("launch.train", f"--config={tmp_path / 'asks.py'}", "--workdir=x")
+    assert said.code == 1 and "Traceback" in said.err and "one sentence" in said.err
+
+
+def test_the_commands_are_the_same_in_a_shell():
+    for module, words in (
+        ("launch.train", "launch.train: there is no setting 'lerning_rate'; did you mean"),
+        ("launch.quickstart", "invalid choice: 'huge' (choose from"),
+    ):
+        flags = [VIDEO, "--config.optimizer.lerning_rate=1"]
+        result = subprocess.run(
+            [sys.executable, "-m", module, *(flags if "train" in module else ["--size=huge"])],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 2 and not result.stdout
+        assert words in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory, command):
+    """Flags of a stage-1 configuration whose records, of three short videos, are encoded."""
+    folder = tmp_path_factory.mktemp("tiny")
+    (folder / "tiny.py").write_text(TINY_CONFIG)
+    (folder / "data/video/metas").mkdir(parents=True)
+    (folder / "data/video/video").mkdir()
+    rng = np.random.default_rng(0)
+    for name in "abc":
+        frames = rng.integers(0, 256, (30, 32, 32, 3), np.uint8)
+        write_video(folder / f"data/video/video/{name}.mp4", list(frames), 20)
+        (folder / f"data/video/metas/{name}.txt").write_text("press the button\n")
+    flag = f"--config={folder / 'tiny.py'}:{folder}"
+    for module in ("launch.fit_tokenizer", "launch.encode"):
+        said = command(module, flag)
+        assert said.code == 0, said.err
+    return flag
+
+
+def test_an_own_configuration_trains_and_other_sizes_do_not_fit_it(command, complains, tiny):
+    workdir = Path(tiny.rpartition(":")[2]) / "video"
+    assert command("launch.train", tiny, f"--workdir={workdir}").code == 0
+    said = command(
+        "launch.train",
+        tiny,
+        f"--workdir={workdir}",
+        "--config.training.steps=2",
+        "--config.video_model.width=96",
+    )
+    assert said.code == 2 and "has shape" in said.err and "Traceback" not in said.err
+    complains(
+        "length is 4 there, 8 here", "launch.train", tiny, "--config.text.length=8", "--workdir=x"
+    )
+    complains(
+        "clip: {", "launch.encode", tiny, "--config.clip.height=48"
+    )  # finished records of another clip
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """small_disk(kilobytes) -> an empty folder with so much room."""
+    mounted = []
+
+    def mount(kilobytes: int) -> Path:
+        disk = tmp_path / f"disk{len(mounted)}"
+        disk.mkdir()
+        options = ["-t", "tmpfs", "-o", f"size={kilobytes}k", "none", str(disk)]
+        result = subprocess.run(["mount", *options], capture_output=True, text=True)
+        if result.returncode:
+            pytest.skip(f"a small disk cannot be mounted here: {result.stderr.strip()}")
+        mounted.append(disk)
+        return disk
+
+    if sys.platform != "linux" or os.geteuid() != 0:
+        pytest.skip("only root on Linux may mount a small disk")
+    yield mount
+    for disk in mounted:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+def make_room(disk: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,size=64m", str(disk)], check=True)
+
+
+FULL = ": the disk is full; make room and run the same command again ("
+
+
+def test_a_full_disk_is_said_and_the_same_command_goes_on_with_room(command, tiny, small_disk):
+    disk = small_disk(128)
+    encode = "launch.encode", tiny, f"--config.datasets.video.records={disk}/records"
+    for module, *flags in (
+        ("launch.fit_tokenizer", tiny, f"--config.tokenizer={disk}/tokenizer.npz"),
+        encode,
+    ):
+        said = command(module, *flags)
+        assert said.code == 2 and "Traceback" not in said.err
+        assert said.err.splitlines()[-1].startswith(module + FULL)
+    make_room(disk)
+    assert command(*encode).code == 0
+
+
+def test_a_full_disk_stops_training_which_goes_on_with_room(command, tiny, small_disk):
+    disk = small_disk(300)  # room for the metrics, not for a checkpoint
+    flags = tiny, f"--workdir={disk}/video"
+    said = command("launch.train", *flags)
+    assert said.code == 2
+    assert any(line.startswith("launch.train" + FULL) for line in said.err.splitlines())
+    make_room(disk)
+    assert command("launch.train", *flags).code == 0
+    record = json.loads((disk / "video/metrics.jsonl").read_text())
+    assert record["step"] == 1

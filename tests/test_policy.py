@@ -1,0 +1,254 @@
+"""The policy: what it computes, that a query depends on nothing but itself, and what it costs."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_stages import tiny_batch, tiny_config
+
+from data_pipelines.normalizer import Mode, Normalizer, compute_statistics
+from mvjax.clip import Clip
+from mvjax.flow.action import scale_noisy_actions
+from mvjax.flow.noise_levels import karras_sigmas
+from mvjax.flow.sampler import published_noise, sample_video
+from mvjax.flow.video import condition_mask, denoise, network_input
+from mvjax.models.build import (
+    action_decoder_config,
+    decoder_network,
+    text_encoder,
+    video_dit_config,
+    video_network,
+)
+from mvjax.models.linear_tokenizer import fit_linear_tokenizer
+from mvjax.policy.observation import Observation
+from mvjax.policy.policy import Policy, Sampling
+
+pytestmark = pytest.mark.usefixtures("quickly")
+SAMPLING = Sampling(video_steps=3, action_steps=4)
+
+
+def random_params(network, seed):
+    """Parameters of a network that has left its start, where modulations are zero."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(
+        lambda p: rng.normal(
+            scale=p.shape[-2] ** -0.5 if len(p.shape) > 1 else 1, size=p.shape
+        ).astype(np.float32),
+        network.abstract,
+    )
+
+
+@pytest.fixture(scope="module")
+def policy():
+    """A policy of random networks on 48x32 pixels (24 tokens)."""
+    config = tiny_config("action")
+    config.clip.height = 48
+    rng = np.random.default_rng(0)
+    batch = tiny_batch(config)
+    backbone = video_network(video_dit_config(config))
+    decoder = decoder_network(action_decoder_config(config))
+    statistics = {
+        "actions": compute_statistics(3 + 2 * batch["actions"]),
+        "proprio": compute_statistics(-1 + 5 * batch["proprio"]),
+    }
+    return Policy(
+        clip=Clip(**config.clip),
+        layer=config.context_layer,
+        tokenizer=fit_linear_tokenizer([rng.uniform(-1, 1, (8, 13, 48, 32, 3)).astype("float32")]),
+        text_encoder=text_encoder(config),
+        backbone=backbone,
+        backbone_params=random_params(backbone, 1),
+        decoder=decoder,
+        decoder_params=random_params(decoder, 2),
+        normalizer=Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE)),
+        sampling=SAMPLING,
+        batch_size=2,
+    )
+
+
+def variant(policy, batch_size=None, **sampling):
+    changed = dataclasses.replace(policy.sampling, **sampling)
+    return dataclasses.replace(policy, sampling=changed, batch_size=batch_size or policy.batch_size)
+
+
+def observations(count, future=True):
+    rng = np.random.default_rng(7)
+    texts = ("open the drawer", "press the button", "close the door")
+    return [
+        Observation(
+            frames=rng.integers(0, 256, (5, 48, 32, 3), np.uint8),
+            proprio=rng.normal(size=(1, 4)).astype(np.float32),
+            instruction=texts[i % 3],
+            future=rng.integers(0, 256, (8, 48, 32, 3), np.uint8) if future else None,
+        )
+        for i in range(count)
+    ]
+
+
+def by_hand(policy, observation, draws=1):
+    """Chunks of all draws from the formulas: noise to σ_K, partial pass, Euler; normalised."""
+    sampling, clip = policy.sampling, policy.clip
+    sigmas = karras_sigmas(sampling.video_steps, sigma_max=sampling.sigma_max)
+    frames = observation.frames
+    if sampling.oracle:
+        frames = np.concatenate([frames, observation.future])
+    known = policy.tokenizer.encode(frames[None].astype(np.float32) / 127.5 - 1)
+    clean = np.zeros((1, *clip.latent_shape), np.float32)
+    clean[:, : known.shape[1]] = known
+    text = policy.text_encoder.encode([observation.instruction])
+    mask = condition_mask(jnp.full(1, 2), clip.latent_frames)
+    sigma = jnp.full((1, 1), sigmas[sampling.stop_step])
+    net = policy.backbone.bind(policy.backbone_params)
+    decoder = policy.decoder.bind(policy.decoder_params)
+
+    def denoiser(x, sigma):
+        return denoise(lambda i: net(*i[:2], text, i[2]), x, clean, sigma, mask)
+
+    @jax.jit
+    def keys_values(noise):
+        if sampling.oracle:
+            x = clean + sigma * noise
+        elif sampling.stop_step == 0:
+            x = 80.0 * noise
+        else:
+            x = sample_video(denoiser, noise, sigmas, sampling.stop_step)
+        i = network_input(x, clean, sigma, mask)
+        context = net.hidden(*i[:2], text, i[2], layer=policy.layer)
+        return decoder.context_keys_values(context)
+
+    kv = keys_values(published_noise(sampling.seed, clean.shape))
+    proprio = policy.normalizer.normalize("proprio", observation.proprio[None])
+    velocity = jax.jit(lambda a, t: decoder(proprio, scale_noisy_actions(a, t), t, sigma, kv))
+    chunks = []
+    for actions in published_noise(sampling.seed, (draws, 4, 4)):
+        for step in range(sampling.action_steps):
+            time = jnp.full((1, 1), 1 - step / sampling.action_steps)
+            actions = actions - velocity(actions[None], time)[0] / sampling.action_steps
+        chunks.append(actions)
+    return np.stack(chunks)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [dict(stop_step=0, seed=3), dict(stop_step=2), dict(stop_step=1, oracle=True)],
+    ids=["partial pass", "two evaluations first", "true future"],
+)
+def test_a_chunk_is_what_the_formulas_say(policy, sampling):
+    policy = variant(policy, **sampling)
+    first, second = observations(2)
+    expected = policy.normalizer.unnormalize("actions", by_hand(policy, second))[0]
+    np.testing.assert_allclose(policy.plan([first, second])[1], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_every_input_matters(policy):
+    first, second = observations(2)
+    plain = policy.plan([first])[0]
+    for name in ("frames", "proprio", "instruction"):
+        changed = dataclasses.replace(first, **{name: getattr(second, name)})
+        assert np.abs(policy.plan([changed])[0] - plain).max() > 1e-3, name
+    # The future is the oracle's alone.
+    without = dataclasses.replace(first, future=None)
+    np.testing.assert_array_equal(policy.plan([without])[0], plain)
+
+
+def test_a_chunk_does_not_depend_on_its_batch(policy):
+    queries = observations(5)
+    two = variant(policy, fresh_noise=True)
+    together = two.plan(queries)
+    assert together.shape == (5, 4, 4) and together.dtype == np.float32
+    for i in (4, 0, 3):
+        np.testing.assert_array_equal(two.plan(queries[i : i + 1])[0], together[i])
+    np.testing.assert_array_equal(two.plan(queries[::-1]), together[::-1])
+    three = variant(two, batch_size=3)
+    np.testing.assert_allclose(three.plan(queries), together, rtol=1e-5, atol=1e-5)
+
+
+def test_fresh_noise_differs_between_observations_and_seeds(policy):
+    queries = observations(2)
+    fixed, fresh, other = (
+        variant(policy, **s)
+        for s in (dict(), dict(fresh_noise=True), dict(fresh_noise=True, seed=1))
+    )
+    noise = [p._noise(queries)[0] for p in (fixed, fresh, other)]
+    np.testing.assert_array_equal(noise[0][0], noise[0][1])
+    samples = [n[i] for n in noise for i in range(2)][1:]
+    assert all(not np.array_equal(a, b) for i, a in enumerate(samples) for b in samples[:i])
+
+
+def test_of_several_draws_the_most_central_is_taken(policy):
+    first, second = observations(2)
+    chunks = by_hand(policy, second, draws=4)
+    distance = np.linalg.norm((chunks[:, None] - chunks).reshape(4, 4, -1), axis=-1)
+    central = policy.normalizer.unnormalize("actions", chunks)[distance.sum(axis=0).argmin()]
+    ours = variant(policy, draws=4).plan([first, second])[1]
+    np.testing.assert_allclose(ours, central, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_compiles_after_the_first_query(policy):
+    policy = variant(policy)
+    policy.warm_up()
+    compiled = Policy._act._cache_size()
+    for count in (1, 2, 3, 5):
+        policy.plan(observations(count, future=False))
+    assert Policy._act._cache_size() == compiled
+
+
+def test_predicted_video_begins_with_what_was_observed(policy):
+    queries = observations(3)
+    video = policy.predict_video(queries)
+    assert video.shape == (3, 13, 48, 32, 3) and video.dtype == np.uint8
+    for ours, query in zip(video, queries):
+        latents = policy.tokenizer.encode(query.frames[None].astype(np.float32) / 127.5 - 1)
+        coded = (np.asarray(policy.tokenizer.decode(latents))[0] + 1) * 127.5
+        np.testing.assert_allclose(ours[:5], np.clip(coded, 0, 255), atol=0.51)
+    assert np.std(video[0, 5:].astype(float) - video[1, 5:].astype(float)) > 0
+
+
+def context_products(jaxpr, tokens, inside_loop=False):
+    """(outside, inside) the Euler loop: how many matrix products touch the context's tokens."""
+    counts = np.zeros(2, int)
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "dot_general":
+            shapes = [v.aval.shape for v in equation.invars]
+            counts[int(inside_loop)] += any(tokens in shape for shape in shapes)
+        loop = inside_loop or equation.params.get("length") == SAMPLING.action_steps
+        for value in equation.params.values():
+            for part in value if isinstance(value, tuple | list) else (value,):
+                inner = getattr(part, "jaxpr", part)
+                if hasattr(inner, "eqns"):
+                    counts += context_products(inner, tokens, loop)
+    return counts
+
+
+def test_keys_and_values_of_the_context_are_computed_once(policy):
+    """Inside the Euler loop only attention itself reads the context: q kᵀ and the weighted sum."""
+    queries = observations(2)
+    video = np.stack([q.frames for q in queries])
+    inputs = video, policy._text(queries), np.stack([q.proprio for q in queries])
+    traced = jax.make_jaxpr(policy._act.__wrapped__, static_argnums=0)(
+        policy, policy._params, *inputs, *policy._noise(queries)
+    )
+    assert policy.clip.tokens == 24  # no other length of this policy
+    outside, inside = context_products(traced.jaxpr, policy.clip.tokens)
+    assert inside == 2
+    assert outside >= 2  # the keys and the values, and the backbone
+
+
+@pytest.mark.parametrize("stop_step", [-1, 4])
+def test_a_stop_step_that_does_not_exist_is_refused(policy, stop_step):
+    with pytest.raises(ValueError, match=rf"between 0 and video_steps = 3, got {stop_step}"):
+        variant(policy, stop_step=stop_step)
+
+
+def test_observations_that_do_not_fit_are_refused(policy):
+    query = observations(1)[0]
+    short = dataclasses.replace(query, frames=query.frames[:1])
+    with pytest.raises(ValueError, match=r"has 1 frames; .* clip.observed_frames = 5"):
+        policy.plan([short])
+    for future in (None, query.future[:4]):
+        with pytest.raises(ValueError, match=r"Oracle mode needs .* the 8 true future frames"):
+            variant(policy, oracle=True).plan([dataclasses.replace(query, future=future)])
+    with pytest.raises(ValueError, match=r"'proprio' has shape \(2, 2, 4\)"):
+        policy.plan([dataclasses.replace(query, proprio=np.zeros((2, 4), np.float32))])
