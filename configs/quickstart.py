@@ -36,8 +36,8 @@ def get_config(size: str = "full") -> ConfigDict:
     """The shared sections; lengths that follow from others are derived by `mvjax.clip`.
 
     Args:
-        size: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute or
-            two (`--config=configs/quickstart.py:smoke`); its policy has learned nothing.
+        size: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute
+            (`--config=configs/quickstart.py:smoke`); its policy has learned nothing.
     """
     if size not in ("", "full", "smoke"):
         raise ValueError(f"The quickstart's size must be full or smoke, got {size!r}.")
@@ -51,25 +51,30 @@ def get_config(size: str = "full") -> ConfigDict:
     robot_tasks = ROBOT_TASKS[:2] if smoke else ROBOT_TASKS
     video_tasks = VIDEO_TASKS[:3] if smoke else VIDEO_TASKS
     config.recording = dict(
-        robot=dict(kind="robot", tasks=robot_tasks, episodes=4 if smoke else 24, seed=0),
-        video=dict(kind="video", tasks=video_tasks, episodes=4 if smoke else 10, seed=1000),
+        robot=dict(kind="robot", tasks=robot_tasks, episodes=3 if smoke else 24, seed=0),
+        video=dict(kind="video", tasks=video_tasks, episodes=3 if smoke else 10, seed=1000),
     )
     # Recordings draw their reset seeds from 2³¹: none of theirs is among these.
     config.evaluation = dict(
         suite="metaworld",
         tasks=robot_tasks,
-        episodes_per_task=2 if smoke else 20,
+        episodes_per_task=1 if smoke else 20,
         first_seed=90_000,
         execute=8,
-        max_steps=40 if smoke else 200,
+        max_steps=24 if smoke else 200,
         workers=2 if smoke else 6,
         videos_per_task=1,
-        sweep_episodes=2 if smoke else 10,  # per task, for stop steps other than 0 and the oracle
+        sweep_episodes=1 if smoke else 10,  # per task, for stop steps other than 0 and the oracle
         oracle_step=6,  # σ 1.1, τ 0.52: noise enough to match training, with the future still there
     )
 
     # `--study`: action demonstrations per task; the largest number means all that are recorded.
-    config.study = dict(demonstrations=(2,) if smoke else (5, 10, 24), seeds=1 if smoke else 3)
+    config.study = dict(
+        demonstrations=(2,) if smoke else (5, 10, 24),
+        seeds=1 if smoke else 3,
+        steps=10 if smoke else 800,
+        episodes_per_task=2 if smoke else 10,
+    )
 
     # 13 frames at 20 fps = 4 latent frames of 8x8; 2 of them observed.
     config.clip = dict(height=64, width=64, observed_frames=5, future_frames=8, fps=20.0)
@@ -118,7 +123,7 @@ def get_config(size: str = "full") -> ConfigDict:
         video_steps=10, action_steps=10, sigma_max=80.0, seed=0, fresh_noise=True, draws=4
     )
 
-    steps = 20 if smoke else 1500
+    steps = 8 if smoke else 1500
     config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
     config.rules = dict(DEFAULT_RULES)
     config.init_from = ""
@@ -136,7 +141,7 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     config.training = dict(
         steps=steps,
-        batch_size=16,
+        batch_size=4 if smoke else 16,
         seed=0,
         ema_decay=0.99,
         log_every=max(steps // 75, 1),

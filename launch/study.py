@@ -21,7 +21,7 @@ def study_phases(run_dir: str, config: Any, configured: tuple[str, ...]) -> list
 
     Args:
         run_dir: the quickstart's folder; results go to `study/` in it.
-        config: `study {demonstrations, seeds}`.
+        config: `study {demonstrations, seeds, steps, episodes_per_task}`.
         configured: the flags that name configuration and run folder.
     """
     phases = []
@@ -31,6 +31,9 @@ def study_phases(run_dir: str, config: Any, configured: tuple[str, ...]) -> list
             *configured,
             f"--config.training.seed={seed}",
             f"--config.training.episodes_per_task={demonstrations}",
+            f"--config.training.steps={config.study.steps}",
+            f"--config.optimizer.decay_steps={config.study.steps}",
+            f"--config.evaluation.episodes_per_task={config.study.episodes_per_task}",
         ]
         if backbone == "untrained":
             flags.append("--config.backbone.checkpoint=")
