@@ -10,7 +10,7 @@ from mvjax.checkpoints.bridge import abstract_params, restore_params
 from mvjax.checkpoints.tree_match import CheckpointMismatch
 from mvjax.models.build import video_dit_config, video_network
 from mvjax.models.lora import LoRA, learns_with_lora, merge_lora
-from mvjax.training.state import merge, split
+from mvjax.models.param_tree import merge, split
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

@@ -166,12 +166,12 @@ def test_draws_share_one_context(decoder):
     net = network.bind(params)
     kv = net.context_keys_values(jnp.asarray(golden["in.context_bnd"]))
     one = [golden[f"in.{k}"] for k in ("state_bod", "noisy_actions_bha", "timesteps_bt")]
-    two = [np.concatenate([x, x[:, ::-1] * 0.5]) for x in one]
-    sigma = np.concatenate([golden["in.video_sigma_b1"]] * 2)
-    both = net.tokens(*two, sigma, kv)
+    two = [np.stack([x, x[:, ::-1] * 0.5], axis=1).reshape(-1, *x.shape[1:]) for x in one]
+    sigma = golden["in.video_sigma_b1"]
+    both = net.tokens(*two, sigma.repeat(2, axis=0), kv)
     for r in range(2):
-        alone = net.tokens(*[x[2 * r : 2 * r + 2] for x in two], sigma[:2], kv)
-        np.testing.assert_allclose(both[2 * r : 2 * r + 2], alone, rtol=1e-5, atol=1e-6)
+        alone = net.tokens(*[x[r::2] for x in two], sigma, kv)
+        np.testing.assert_allclose(both[r::2], alone, rtol=1e-5, atol=1e-6)
 
 
 def test_published_noise_is_numpys():

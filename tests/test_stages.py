@@ -116,10 +116,9 @@ def test_action_loss_is_the_mean_over_the_draws(video_run):
     i = network_input(noisy, x0, sigma, condition_mask(jnp.full(samples, 2), frames))
     backbone = video_network(video_dit_config(config)).bind(stage.frozen)
     decoder = decoder_network(action_decoder_config(config)).bind(params)
-    shape = (draws, *batch["actions"].shape)
-    noise = jax.random.normal(noise_key, (draws * samples, *shape[2:])).reshape(shape)
+    noise = jax.random.normal(noise_key, (draws * samples, *batch["actions"].shape[1:]))
     time = sample_action_time(time_key, draws * samples, alpha=1.0, beta=1.0)
-    drop = jax.random.bernoulli(drop_key, 0.5, (draws * samples,)).reshape(draws, samples)
+    drop = jax.random.bernoulli(drop_key, 0.5, (draws * samples,))
 
     @jax.jit
     def one_draw(noise, time, drop):
@@ -128,7 +127,7 @@ def test_action_loss_is_the_mean_over_the_draws(video_run):
         velocity = lambda a, t: decoder(batch["proprio"], a, t, sigma, kv, drop)  # noqa: E731
         return action_loss(velocity, batch["actions"], noise, time).mean()
 
-    each = [one_draw(*inputs) for inputs in zip(noise, time.reshape(draws, samples, 1), drop)]
+    each = [one_draw(*(x[r::draws] for x in (noise, time, drop))) for r in range(draws)]
     assert np.std(each) > 1e-3
     np.testing.assert_allclose(metrics["velocity_mse"], np.mean(each), rtol=1e-5)
     np.testing.assert_allclose(loss, 2 * metrics["velocity_mse"], rtol=1e-6)

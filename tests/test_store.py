@@ -10,11 +10,12 @@ from toy_training import toy_config, toy_loader, toy_stage
 from mvjax.checkpoints.bridge import abstract_params, read_meta, restore_params
 from mvjax.checkpoints.store import Store, checkpoint_folder
 from mvjax.checkpoints.tree_match import CheckpointMismatch
+from mvjax.models.param_tree import merge
 from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import make_rules
 from mvjax.training.loop import train
 from mvjax.training.optimizer import make_optimizer
-from mvjax.training.state import abstract_state, merge
+from mvjax.training.state import abstract_state
 
 
 def toy_abstract(stage=None, ema=True):

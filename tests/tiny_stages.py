@@ -18,13 +18,14 @@ from ml_collections import ConfigDict
 from mvjax.checkpoints.store import Store
 from mvjax.clip import Clip
 from mvjax.models.ngram_text import NgramTextEncoder
+from mvjax.models.param_tree import Params
 from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import Rules, make_rules
 from mvjax.training import stages
 from mvjax.training.loop import train
 from mvjax.training.metrics import Record
 from mvjax.training.optimizer import make_optimizer
-from mvjax.training.stage import Params, Stage
+from mvjax.training.stage import Stage
 from mvjax.training.start import describe
 from mvjax.training.state import abstract_state, create_state
 

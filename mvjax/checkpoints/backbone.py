@@ -14,7 +14,8 @@ from mvjax.checkpoints.config_match import differences
 from mvjax.checkpoints.tree_match import CheckpointMismatch
 from mvjax.models.build import video_dit_config, video_network
 from mvjax.models.lora import merge_lora
-from mvjax.models.parameters import Network, Params
+from mvjax.models.param_tree import Params
+from mvjax.models.parameters import Network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel.rules import Rules, sharding_tree
 

@@ -13,8 +13,7 @@ import orbax.checkpoint as ocp
 
 from mvjax.checkpoints.store import checkpoint_folder, stored_tree
 from mvjax.checkpoints.tree_match import check_match, check_restored, leaf_paths
-from mvjax.training.stage import Params
-from mvjax.training.state import merge
+from mvjax.models.param_tree import Params, merge
 
 
 def restore_params(

@@ -5,6 +5,7 @@ nested dict), `data` (one loader position per process) and `meta` (JSON: configu
 data fingerprint, whatever the caller adds). This file and `bridge.py` alone import orbax.
 """
 
+import dataclasses
 import json
 import shutil
 import warnings
@@ -25,7 +26,6 @@ from mvjax.checkpoints.tree_match import (
     check_restored,
     leaf_paths,
 )
-from mvjax.training.state import TrainState
 
 
 def checkpoint_folder(workdir: Path) -> Path:
@@ -37,7 +37,7 @@ def checkpoint_folder(workdir: Path) -> Path:
 class Restored:
     """A checkpoint read back: the state on its target shardings, loader position and meta."""
 
-    state: TrainState
+    state: Any
     position: Any
     meta: dict[str, Any]
 
@@ -69,7 +69,7 @@ class Store:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
-    def save(self, step: int, state: TrainState, position: Any, meta: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: Any, position: Any, meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; returns once the arrays are copied off the devices.
 
         Args:
@@ -92,7 +92,7 @@ class Store:
         """Blocks until everything saved is on disk."""
         self._manager.wait_until_finished()
 
-    def restore(self, abstract: TrainState) -> Restored | None:
+    def restore(self, abstract: Any) -> Restored | None:
         """Reads the newest readable checkpoint onto the shardings and dtypes of `abstract`.
 
         A step that cannot be read (cut off or damaged) is set aside as `damaged_<step>` with a
@@ -124,7 +124,7 @@ class Store:
             ) from error
         return None
 
-    def _restore_step(self, step: int, abstract: TrainState) -> Restored:
+    def _restore_step(self, step: int, abstract: Any) -> Restored:
         where = self.folder / str(step)
         wanted = vars(abstract)
         check_match(leaf_paths(stored_tree(where)), leaf_paths(wanted), where)
@@ -141,7 +141,8 @@ class Store:
             ),
         )
         check_restored(restored.state, where)
-        return Restored(TrainState(**restored.state), position.state, restored.meta)
+        state = dataclasses.replace(abstract, **restored.state)
+        return Restored(state, position.state, restored.meta)
 
     def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
         for step, error in damaged.items():

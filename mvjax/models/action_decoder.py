@@ -95,7 +95,7 @@ class Block(nnx.Module):
         self.adaln_mlp = Modulation(keys[5], config.time_rank, d, rank, 3)
 
     def __call__(self, x: Array, embedding: Array, shared: Array, context_kv: KeysValues) -> Array:
-        """One block on tokens x [r·b, n, d] whose context is shared by the r draws of a sample."""
+        """One block on tokens x [b·r, n, d] whose context is shared by the r draws of a sample."""
         shift, scale, gate = self.adaln_cross_attn(embedding, shared)
         x = x + gate * self._cross(modulate(x, shift, scale), context_kv)
         shift, scale, gate = self.adaln_self_attn(embedding, shared)
@@ -106,10 +106,9 @@ class Block(nnx.Module):
 
     def _cross(self, u: Array, context_kv: KeysValues) -> Array:
         # Without positions or mask, the draws of one sample are simply more queries to its context.
-        samples, (_, n, d) = context_kv[0].shape[0], u.shape
-        folded = u.reshape(-1, samples, n, d).swapaxes(0, 1).reshape(samples, -1, d)
-        y = self.cross_attn(folded, context_kv)
-        return y.reshape(samples, -1, n, d).swapaxes(0, 1).reshape(u.shape)
+        samples = context_kv[0].shape[0]
+        y = self.cross_attn(u.reshape(samples, -1, u.shape[-1]), context_kv)
+        return y.reshape(u.shape)
 
 
 class FinalLayer(nnx.Module):
@@ -169,7 +168,7 @@ class ActionDecoder(nnx.Module):
         """The velocity ε - x0 of the action chunk.
 
         With r action-noise draws per video pass, the leading axis of the first four arguments is
-        r·b (draw-major) while the context has b samples.
+        b·r (the draws of a sample lie together) while the context has b samples.
 
         Args:
             proprio: normalised proprioception [b, proprio_horizon, proprio_dim].

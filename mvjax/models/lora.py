@@ -1,9 +1,8 @@
 """Low-rank adapters: what they are, which parameters learn with them, and merging them away."""
 
 from dataclasses import dataclass
-from typing import Any
 
-Params = dict[str, Any]
+from mvjax.models.param_tree import Params
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """Between modules and the plain nested dicts that are trained, sharded and stored."""
 
 from collections.abc import Callable
-from typing import Any
 
 import jax
 from flax import nnx
 
-Params = dict[str, Any]
+from mvjax.models.param_tree import Params
 
 
 class Network:

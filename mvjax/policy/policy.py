@@ -17,7 +17,8 @@ from mvjax.flow.action import sample_actions
 from mvjax.flow.noise_levels import karras_sigmas
 from mvjax.flow.sampler import published_noise, sample_video
 from mvjax.flow.video import condition_mask, denoise, network_input
-from mvjax.models.parameters import Network, Params
+from mvjax.models.param_tree import Params
+from mvjax.models.parameters import Network
 from mvjax.models.video_dit import VideoDiT
 from mvjax.policy.observation import Observation
 
@@ -156,7 +157,7 @@ class Policy:
         return jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
 
     def _noise(self, batch: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
-        """Video noise [b, t, h, w, c] and action noise [draws, b, horizon, dim].
+        """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim].
 
         A sample's noise depends on nothing but its own observation, so a chunk does not depend on
         the batch it is asked in.
@@ -168,7 +169,7 @@ class Policy:
         actions = (sampling.draws, config.action_horizon, config.action_dim)
         return (
             np.concatenate([published_noise(s, (1, *self.clip.latent_shape)) for s in seeds]),
-            np.stack([published_noise(s, actions) for s in seeds], axis=1),
+            np.stack([published_noise(s, actions) for s in seeds]),
         )
 
     def _generate(self, net: VideoDiT, clean: Array, text: Array, noise: Array, stop_step: int):
@@ -201,9 +202,7 @@ class Policy:
         context = net.hidden(i.latents, i.timesteps, text, i.condition_mask, layer=self.layer)
 
         context_kv = decoder.context_keys_values(context)
-        proprio, sigma = (
-            jnp.tile(x, (self.sampling.draws,) + (1,) * (x.ndim - 1)) for x in (proprio, sigma)
-        )
+        proprio, sigma = (jnp.repeat(x, self.sampling.draws, axis=0) for x in (proprio, sigma))
         velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
         noise = action_noise.reshape(-1, *action_noise.shape[2:])
         chunks = sample_actions(velocity, noise, self.sampling.action_steps)
@@ -221,10 +220,11 @@ class Policy:
 
 
 def _medoid(chunks: Array) -> Array:
-    """Of draws [r, b, horizon, dim], per sample the one with the least distance to the others."""
-    difference = chunks[:, None] - chunks[None]
-    total = jnp.sqrt(jnp.sum(difference**2, axis=(3, 4))).sum(axis=1)
-    return jnp.take_along_axis(chunks, jnp.argmin(total, axis=0)[None, :, None, None], axis=0)[0]
+    """Of draws [b, r, horizon, dim], per sample the one with the least distance to the others."""
+    difference = chunks[:, :, None] - chunks[:, None]
+    total = jnp.sqrt(jnp.sum(difference**2, axis=(3, 4))).sum(axis=2)
+    best = jnp.argmin(total, axis=1)[:, None, None, None]
+    return jnp.take_along_axis(chunks, best, axis=1)[:, 0]
 
 
 def _observation_seed(seed: int, observation: Observation) -> int:

@@ -12,8 +12,9 @@ from mvjax.flow.action import action_loss
 from mvjax.flow.noise_levels import sample_action_time, sample_video_sigma
 from mvjax.flow.video import condition_mask, network_input
 from mvjax.models.build import action_decoder_config, decoder_network, video_network
+from mvjax.models.param_tree import Params
 from mvjax.parallel.rules import Rules
-from mvjax.training.stage import Batch, Params, Stage
+from mvjax.training.stage import Batch, Stage
 
 
 def action_stage(config: Any, mesh: Mesh, rules: Rules) -> Stage:
@@ -57,7 +58,7 @@ def action_stage(config: Any, mesh: Mesh, rules: Rules) -> Stage:
         hidden, sigma = context(frozen, batch, video_key)
 
         def per_draw(x):
-            return jnp.tile(x, (draws,) + (1,) * (x.ndim - 1))
+            return jnp.repeat(x, draws, axis=0)
 
         actions, proprio, sigma = (per_draw(x) for x in (batch["actions"], batch["proprio"], sigma))
         time = sample_action_time(

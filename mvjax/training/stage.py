@@ -2,11 +2,11 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 
-Params = dict[str, Any]
+from mvjax.models.param_tree import Params
+
 Batch = dict[str, jax.Array]
 
 

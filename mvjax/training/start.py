@@ -13,8 +13,9 @@ import optax
 from mvjax.checkpoints.bridge import abstract_params, restore_params
 from mvjax.checkpoints.store import Store
 from mvjax.checkpoints.tree_match import CheckpointMismatch
-from mvjax.training.stage import Params, Stage
-from mvjax.training.state import TrainState, create_state, split
+from mvjax.models.param_tree import Params, split
+from mvjax.training.stage import Stage
+from mvjax.training.state import TrainState, create_state
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 

@@ -1,6 +1,5 @@
 """The train state: what a step changes, what a checkpoint holds."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,8 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mvjax.models.param_tree import Params, merge, split
 from mvjax.parallel.rules import Rules, sharding_tree
-from mvjax.training.stage import Params, Stage
+from mvjax.training.stage import Stage
 
 
 @partial(
@@ -34,32 +34,6 @@ class TrainState:
     params: Params
     opt_state: Any
     ema: Params
-
-
-def split(params: Params, trainable: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
-    """Splits a nested dict by leaf path into (trainable, fixed); empty branches are left out."""
-
-    def prune(tree: Params, wanted: bool, path: tuple[str, ...]) -> Params:
-        kept = {}
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                branch = prune(value, wanted, (*path, key))
-                if branch:
-                    kept[key] = branch
-            elif bool(trainable((*path, key))) == wanted:
-                kept[key] = value
-        return kept
-
-    return prune(params, True, ()), prune(params, False, ())
-
-
-def merge(base: Params, over: Params) -> Params:
-    """The union of two nested dicts; a leaf in both is taken from `over`."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
 
 
 def fresh_state(

@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from mvjax.models.param_tree import Params, merge, split
 from mvjax.parallel.rules import Rules, use_rules
-from mvjax.training.stage import Batch, Params, Stage
-from mvjax.training.state import TrainState, merge, split
+from mvjax.training.stage import Batch, Stage
+from mvjax.training.state import TrainState
 
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
 

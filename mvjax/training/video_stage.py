@@ -10,7 +10,8 @@ from mvjax.flow.noise_levels import sample_video_sigma
 from mvjax.flow.video import condition_mask, denoise, video_loss
 from mvjax.models.build import video_dit_config, video_network
 from mvjax.models.lora import learns_with_lora
-from mvjax.training.stage import Batch, Params, Stage
+from mvjax.models.param_tree import Params
+from mvjax.training.stage import Batch, Stage
 
 
 def video_stage(config: Any) -> Stage:
