@@ -65,7 +65,7 @@ def get_config(size: str = "full") -> ConfigDict:
         workers=2 if smoke else 6,
         videos_per_task=1,
         sweep_episodes=1 if smoke else 10,  # per task, for stop steps other than 0 and the oracle
-        oracle_step=6,  # σ 1.1, τ 0.52: noise enough to match training, with the future still there
+        oracle_step=8,  # σ 1.4, τ 0.58: noise as in training, with the future still there
     )
 
     # `--study`: action demonstrations per task; the largest number means all that are recorded.
@@ -119,8 +119,16 @@ def get_config(size: str = "full") -> ConfigDict:
     config.decoder = _without(
         decoder, "context_dim", "action_dim", "action_horizon", "proprio_dim", "proprio_horizon"
     )
+    # Published: 35 steps, σ_min 0.002, one noise for all queries, one draw. A short training sees
+    # little noise below 0.3, and cannot remove it.
     config.sampler = dict(
-        video_steps=10, action_steps=10, sigma_max=80.0, seed=0, fresh_noise=True, draws=4
+        video_steps=10,
+        action_steps=10,
+        sigma_max=80.0,
+        sigma_min=0.3,
+        seed=0,
+        fresh_noise=True,
+        draws=4,
     )
 
     steps = 8 if smoke else 1500
@@ -141,7 +149,7 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     config.training = dict(
         steps=steps,
-        batch_size=4 if smoke else 16,
+        batch_size=8 if smoke else 16,
         seed=0,
         ema_decay=0.99,
         log_every=max(steps // 75, 1),

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -33,11 +34,11 @@ class Commands:
     """Runs modules with one environment; every call has a process group and a log of its own."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
-        self.folder, self._environment, self._calls = folder, environment, 0
+        self.folder, self._environment = folder, environment
+        self.processes: list[subprocess.Popen] = []
 
     def start(self, *words: str) -> tuple[subprocess.Popen, Path]:
-        self._calls += 1
-        log = self.folder / f"call_{self._calls}.log"
+        log = self.folder / f"call_{len(self.processes) + 1}.log"
         with log.open("w") as output:
             process = subprocess.Popen(
                 [sys.executable, "-m", *words],
@@ -47,6 +48,7 @@ class Commands:
                 stderr=output,
                 process_group=0,
             )
+        self.processes.append(process)
         return process, log
 
     def quickstart(self, run_dir: Path) -> tuple[subprocess.Popen, Path]:
@@ -60,14 +62,18 @@ class Commands:
 
 
 @pytest.fixture(scope="module")
-def commands(tmp_path_factory) -> Commands:
+def commands(tmp_path_factory) -> Iterator[Commands]:
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
     if sys.platform == "linux":
         backend = find_rendering_backend()
         if backend is None:
             pytest.skip("this machine cannot render")
         environment["MUJOCO_GL"] = backend
-    return Commands(tmp_path_factory.mktemp("quickstart"), environment)
+    commands = Commands(tmp_path_factory.mktemp("quickstart"), environment)
+    yield commands
+    for process in commands.processes:  # only after a failure
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
 
 
 def interrupt(commands: Commands, run_dir: Path, phase: str, how: int, rng: random.Random) -> int:

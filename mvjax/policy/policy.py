@@ -35,6 +35,7 @@ class Sampling:
             nothing, `video_steps` denoises fully.
         action_steps: Euler steps of the action chunk (published: 10).
         sigma_max: noise level the video starts from (published: 80).
+        sigma_min: noise level of the last, clean prediction (published: 0.002).
         oracle: take the true future video, noised at σ_K, instead of generating one.
         seed: of the video and action noise (published: 0).
         fresh_noise: draw new noise at every query, from the seed and the observation; the published
@@ -47,6 +48,7 @@ class Sampling:
     stop_step: int = 0
     action_steps: int = 10
     sigma_max: float = 80.0
+    sigma_min: float = 0.002
     oracle: bool = False
     seed: int = 0
     fresh_noise: bool = False
@@ -148,7 +150,8 @@ class Policy:
 
     @cached_property
     def _sigmas(self) -> np.ndarray:
-        return karras_sigmas(self.sampling.video_steps, sigma_max=self.sampling.sigma_max)
+        s = self.sampling
+        return karras_sigmas(s.video_steps, sigma_max=s.sigma_max, sigma_min=s.sigma_min)
 
     def _encode(self, tokenizer, video: Array) -> Array:
         """Latents [b, latent_frames, ...]; those past the given frames are zeros."""
