@@ -140,7 +140,7 @@ def test_a_stopped_run_gives_the_losses_and_results_of_a_straight_one(runs):
         assert [record["step"] for record in logs[0]] == list(range(1, 9))
         assert logs[0] == logs[1], stage  # bit by bit
     folders = sorted(path.parent.name for path in runs[0].glob("evaluation/*/results.jsonl"))
-    assert folders == ["expert", "none", "oracle_k6", "policy_k0", "policy_k10", "policy_k5"]
+    assert folders == ["expert", "none", "oracle_k8", "policy_k0", "policy_k10", "policy_k5"]
     for folder in folders:
         played = []
         for run_dir in runs:
