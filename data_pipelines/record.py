@@ -142,9 +142,11 @@ def main() -> None:
         recording = Recording(args.kind, tasks, args.episodes, args.noise, args.seed)
         result = record_dataset(args.out, recording, args.workers)
     except KeyboardInterrupt:
-        sys.exit(f"\nstopped; give the same command again to go on with {args.out}")
+        print(f"\nstopped; give the same command again to go on with {args.out}", file=sys.stderr)
+        sys.exit(130)
     except (OSError, ValueError, RuntimeError) as error:
-        sys.exit(f"recording failed: {error}")
+        print(f"recording failed: {error}", file=sys.stderr)
+        sys.exit(2)
     print("{episodes} episodes, {frames} frames, {seconds:.0f} s".format(**result))
 
 

@@ -20,6 +20,9 @@ def main() -> None:
     """Writes `records` of every dataset; goes on where an earlier call was stopped."""
     config = CONFIG.value
     Clip(**config.clip)  # wrong lengths are said before any data is read
+    for stream, io in config.policy_io.items():
+        if io.horizon < 1:
+            raise ValueError(f"policy_io.{stream}.horizon must be at least 1, got {io.horizon}.")
     path = Path(config.tokenizer)
     tokenizer = load_tokenizer(path)
     identity = {

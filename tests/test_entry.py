@@ -279,6 +279,7 @@ def test_a_full_disk_stops_training_which_goes_on_with_room(command, tiny, small
     said = command("launch.train", *flags)
     assert said.code == 2
     assert any(line.startswith("launch.train" + FULL) for line in said.err.splitlines())
+    assert "Traceback" not in said.err
     make_room(disk)
     assert command("launch.train", *flags).code == 0
     record = json.loads((disk / "video/metrics.jsonl").read_text())

@@ -6,7 +6,9 @@ data fingerprint, whatever the caller adds). This file and `bridge.py` alone imp
 """
 
 import dataclasses
+import errno
 import json
+import os
 import shutil
 import warnings
 from collections.abc import Mapping
@@ -26,6 +28,8 @@ from mvjax.checkpoints.tree_match import (
     check_restored,
     leaf_paths,
 )
+
+SPARE_BYTES = 8 << 20  # metadata and the loader's position, beside the arrays
 
 
 def checkpoint_folder(workdir: Path) -> Path:
@@ -78,15 +82,27 @@ class Store:
             position: The loader's `get_state()` after the batch of this step (a JSON-able value
                 or bytes).
             meta: JSON-able description of the run.
+
+        Raises:
+            OSError: If the disk has no room for it (ENOSPC), before anything is written.
         """
+        arrays = vars(state)
+        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(vars(state)),
+                state=ocp.args.PyTreeSave(arrays),
                 data=grain.checkpoint.CheckpointSave(_Position(position)),
                 meta=ocp.args.JsonSave(dict(meta)),
             ),
         )
+
+    def _check_room(self, size: int) -> None:
+        # Orbax writes in background threads, whose errors are many and late.
+        free = shutil.disk_usage(self.folder).free
+        if free < size + SPARE_BYTES and jax.process_count() == 1:
+            needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed"
+            raise OSError(errno.ENOSPC, needed, str(self.folder))
 
     def wait(self) -> None:
         """Blocks until everything saved is on disk."""

@@ -27,7 +27,10 @@ def run(config: Any, workdir: Path) -> Record:
     Stage 1 reads every dataset; stage 2 those with actions, and writes `normalizer.json` beside
     its checkpoints.
     """
-    acting = config.stage == "action"
+    acting, settings = config.stage == "action", config.training
+    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
+        if settings[name] < 1:
+            raise ValueError(f"training.{name} must be at least 1, got {settings[name]}.")
     Clip(**config.clip)
     video_dit_config(config)  # wrong settings are said before any data is read
     if acting:
@@ -38,7 +41,6 @@ def run(config: Any, workdir: Path) -> Record:
     identity = _identity(datasets)
     if acting:
         _check_backbone(config, identity)
-    settings = config.training
     normalizer = None
     if acting:
         normalizer = action_statistics(datasets, settings.episodes_per_task, settings.seed)
