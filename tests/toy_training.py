@@ -57,22 +57,22 @@ def toy_stage(width: int = WIDTH, scale: float = 1.0, adapters: bool = False) ->
 
     def loss(params, frozen, batch, key):
         noise = jax.random.normal(key, batch["tokens"].shape)
-        x = constrain(batch["tokens"] + 0.1 * noise, "batch", "length", "channels")
+        x = constrain(batch["tokens"] + 0.1 * noise, "batch", "length", None)
         x = constrain(x @ params["embed"]["kernel"], "batch", "length", "embed")
         x = jax.nn.gelu(x @ params["up"]["kernel"] + params["up"]["bias"])
         x = constrain(x, "batch", "length", "mlp") @ params["down"]["kernel"]
         error = jnp.mean((x - batch["target"]) ** 2) * scale
         return error, {"first_sample": batch["index"][0]}
 
-    tokens = ("batch", "length", "channels")
+    tokens = ("batch", "length", None)
     return Stage(
         name="toy",
         init=init,
-        axes=({"adapter": {"lora_a": ("channels", "lora")}} if adapters else {})
+        axes=({"adapter": {"lora_a": (None, "lora")}} if adapters else {})
         | {
-            "embed": {"kernel": ("channels", "embed")},
+            "embed": {"kernel": (None, "embed")},
             "up": {"kernel": ("embed", "mlp"), "bias": ("mlp",)},
-            "down": {"kernel": ("mlp", "channels")},
+            "down": {"kernel": ("mlp", None)},
         },
         trainable=lambda path: path[0] != "embed",
         loss=loss,

@@ -35,15 +35,8 @@ DEFAULT_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "embed": ("fsdp",),  # residual width: the axis by which parameters are stored split
         "mlp": ("tensor",),  # hidden width of the MLP
         "heads": ("tensor",),  # attention heads, or heads x head_dim in one dimension
-        "head_dim": (),
         "layers": (),  # the stacked blocks; scanned, so never split
         "lora": (),  # adapter rank
-        "frames": (),  # latent or video frames
-        "height": (),
-        "width": (),
-        "channels": (),  # pixels, latents, patches, action and proprioception values
-        "text": (),  # tokens and width of the text embedding
-        "action": (),  # tokens of the action sequence
     }
 )
 
