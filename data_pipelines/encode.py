@@ -23,6 +23,7 @@ from tqdm import tqdm
 from data_pipelines.clips import StreamMismatch, cut_episode
 from data_pipelines.episode import Episode
 from data_pipelines.records import RecordDataset, RecordWriter, write_json, write_npz, write_texts
+from mvjax.clip import Clip
 
 _READ_AHEAD = 2  # episodes decoded while the accelerator is busy with earlier ones
 _TEXT_BATCH = 64
@@ -92,12 +93,7 @@ def encode_dataset(
             could be read.
     """
     path = Path(path)
-    frames = clip.observed_frames + clip.future_frames
-    if frames % 4 != 1:
-        raise ValueError(
-            f"clip has {clip.observed_frames} observed + {clip.future_frames} future = {frames} "
-            "frames; the video tokenizer needs 1 + 4k."
-        )
+    Clip(**clip)  # impossible lengths are said before any data is read
     settings = {
         "dataset": {key: dataset[key] for key in ("name", "video", "action", "proprio")},
         "clip": clip.to_dict(),

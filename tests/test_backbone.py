@@ -113,6 +113,8 @@ def test_decoders_come_back_and_only_where_they_belong(video_run, tmp_path):
             return load_decoder(changed, directory, network, mesh, rules)
 
     assert_equal(decoder(tmp_path), params)
+    with pytest.raises(CheckpointMismatch, match="an untrained backbone is the same only with"):
+        decoder(tmp_path, **{"backbone.checkpoint": ""})
     with pytest.raises(CheckpointMismatch, match=r"stage 'video', but a run of stage 'action' is"):
         decoder(video_run)
     with pytest.raises(CheckpointMismatch, match=r"stage 'action', but a run of stage 'video' is"):

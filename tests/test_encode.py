@@ -192,7 +192,7 @@ def test_configs_that_do_not_fit_stop_the_job(tmp_path):
         cut_episode(_episode(0), ROBOT, CLIP, wide)
     short = CLIP.copy_and_resolve_references()
     short.future_frames = 7
-    with pytest.raises(ValueError, match="12 frames"):
+    with pytest.raises(ValueError, match="12 together"):
         _encode([_episode(0)], tmp_path / "b", clip=short)
 
 

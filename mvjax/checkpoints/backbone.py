@@ -75,8 +75,20 @@ def load_decoder(
         CheckpointMismatch: if the directory holds another stage or another model.
     """
     sections = ("clip", "video_model", "text", "context_layer", "policy_io", "decoder")
-    _checked_config(directory, config, "action", sections)
+    stored = _checked_config(directory, config, "action", sections)
+    if _untrained_seed(stored) != _untrained_seed(config):
+        raise CheckpointMismatch(
+            f"{directory} was trained with backbone.checkpoint={stored.backbone.checkpoint!r} and "
+            f"training.seed={stored.training.seed}, this configuration has "
+            f"{config.backbone.checkpoint!r} and {config.training.seed}; an untrained backbone is "
+            "the same only with the same seed."
+        )
     return restore_params(directory, _placed(network, mesh, rules))
+
+
+def _untrained_seed(config: Any) -> int | None:
+    """The seed that decides an untrained backbone; None for a trained one."""
+    return None if config.backbone.checkpoint else config.training.seed
 
 
 def _checked_config(
