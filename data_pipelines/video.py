@@ -69,8 +69,10 @@ def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
     height, width = frame.shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"H.264 needs an even height and width, got {height}x{width}")
-    # One thread and no scene-cut keyframes: the bytes depend on the frames alone.
-    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "x264-params": "scenecut=0"}
+    # One thread, no scene-cut keyframes, and no macroblock tree, whose vector code reads past what
+    # it wrote when pictures are tiny: the bytes depend on the frames alone.
+    params = "scenecut=0:mbtree=0"
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "x264-params": params}
     stream = container.add_stream("libx264", rate=fps, options=options)
     stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
     stream.gop_size, stream.max_b_frames = GOP, 0
