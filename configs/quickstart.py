@@ -110,6 +110,7 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     config.validation_share = 0.25 if smoke else 0.04
     config.tokenizer = run + "/tokenizer.npz"
+    config.text_encoder = ""  # character n-grams
     config.text = dict(length=8, dim=64)
 
     dit, decoder = VIDEO_DITS["tiny"], ACTION_DECODERS["tiny"]

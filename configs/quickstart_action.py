@@ -16,7 +16,7 @@ def get_config(size: str = "full") -> ConfigDict:
     """
     config = quickstart.get_config(size)
     config.stage = "action"
-    config.backbone = dict(checkpoint=config.get_ref("run_dir") + "/video", dtype="float32")
+    config.backbone = dict(checkpoint=config.get_ref("run_dir") + "/video", precision="float32")
     config.flow = dict(
         sigma_scale=4.0,
         sigma_tail=0.05,

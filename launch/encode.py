@@ -3,15 +3,11 @@
 python -m launch.encode --config=configs/quickstart.py
 """
 
-import hashlib
-from pathlib import Path
-
 from data_pipelines.encode import encode_dataset
 from data_pipelines.sources.open import open_config
 from launch.entry import config_flag, run
+from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
 from mvjax.clip import Clip
-from mvjax.models.build import text_encoder
-from mvjax.models.linear_tokenizer import load_tokenizer
 
 CONFIG = config_flag()
 
@@ -23,12 +19,9 @@ def main() -> None:
     for stream, io in config.policy_io.items():
         if io.horizon < 1:
             raise ValueError(f"policy_io.{stream}.horizon must be at least 1, got {io.horizon}.")
-    path = Path(config.tokenizer)
-    tokenizer = load_tokenizer(path)
-    identity = {
-        "tokenizer": hashlib.sha256(path.read_bytes()).hexdigest(),
-        "text_encoder": f"ngram {config.text.length}x{config.text.dim}",
-    }
+    tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
+    text_encoder, text_identity = load_text_encoder(config)
+    identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
     for dataset in config.datasets.values():
         records = encode_dataset(
             open_config(dataset),
@@ -36,7 +29,7 @@ def main() -> None:
             config.clip,
             config.policy_io,
             tokenizer,
-            text_encoder(config),
+            text_encoder,
             dataset.records,
             identity=identity,
             anchor_fps=dataset.anchor_fps,

@@ -31,8 +31,12 @@ def path_flag(name: str, help: str) -> flags.FlagHolder:
     return holder
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and calls `main`.
+def run(main: Callable[..., None], positional: tuple[str, ...] = ()) -> None:
+    """Parses the flags and calls `main` with the positional arguments.
+
+    Args:
+        main: what the command does.
+        positional: names of the arguments that stand before or between the flags.
 
     What a person can put right (a misspelt flag, a wrong setting, a missing file, a full disk) ends
     the program with one sentence and exit code 2, Ctrl-C with 130; MVJAX_TRACEBACK=1 shows where
@@ -40,12 +44,15 @@ def run(main: Callable[[], None]) -> None:
     """
 
     def checked(arguments: Sequence[str]) -> None:
-        if len(arguments) > 1:
-            _stop(f"unexpected argument {arguments[1]!r}; flags start with '--'.")
+        values = arguments[1:]
+        if len(values) > len(positional):
+            _stop(f"unexpected argument {values[len(positional)]!r}; flags start with '--'.")
+        if len(values) < len(positional):
+            _stop(f"{' and '.join(positional[len(values) :])} must be given.")
         logging.set_verbosity(logging.WARNING)  # jax tells every missing backend at INFO
         threading.excepthook = _background_failure
         try:
-            main()
+            main(*values)
         except KeyboardInterrupt:
             _stop("stopped; run the same command again to go on.", 130)
         except (ValueError, OSError, RuntimeError, ImportError, AttributeError) as error:

@@ -24,9 +24,9 @@ from mvjax.parallel.rules import make_rules
 pytestmark = pytest.mark.usefixtures("quickly")
 
 
-def load(checkpoint="", dtype="float32", **settings):
+def load(checkpoint="", precision="float32", **settings):
     config = tiny_config("action")
-    config.backbone.update(checkpoint=str(checkpoint), dtype=dtype)
+    config.backbone.update(checkpoint=str(checkpoint), precision=precision)
     config.update_from_flattened_dict(settings)
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     with jax.set_mesh(mesh), warnings.catch_warnings():
@@ -51,8 +51,18 @@ def test_full_training_gives_the_moving_average(video_run):
     learned = stored(video_run)["blocks"]["mlp"]["layer1"]["kernel"]
     assert not np.array_equal(learned, average["blocks"]["mlp"]["layer1"]["kernel"])
     narrow_model, narrow = load(video_run, "bfloat16")
-    assert narrow_model.dtype == "bfloat16"
+    assert narrow_model.precision == narrow_model.dtype == "bfloat16"
     assert_is_cast(narrow, average)
+
+
+def test_weights_fit_every_precision_whatever_they_were_trained_in(video_run):
+    """`video_model.precision` is how stage 1 computes; the frozen backbone has its own."""
+    wide = load(video_run)[1]
+    model, narrow = load(video_run, "published", **{"video_model.precision": "bfloat16"})
+    assert model.precision == "published" and model.dtype == "bfloat16"
+    assert_is_cast(narrow, wide)
+    with pytest.raises(ValueError, match="one of float32, bfloat16, published; got 'half'"):
+        load(video_run, "half")
 
 
 def test_lora_is_merged_with_its_own_rank_and_scale(lora_run):
@@ -78,7 +88,7 @@ def test_an_untrained_backbone_is_a_function_of_the_seed():
     assert model == video_dit_config(tiny_config("action"))
     other = load(**{"training.seed": 1})[1]
     assert not np.array_equal(params["x_embedder"]["kernel"], other["x_embedder"]["kernel"])
-    assert_is_cast(load(dtype="bfloat16")[1], params)
+    assert_is_cast(load(precision="bfloat16")[1], params)
 
 
 @pytest.mark.parametrize(
@@ -113,6 +123,7 @@ def test_decoders_come_back_and_only_where_they_belong(video_run, tmp_path):
             return load_decoder(changed, directory, network, mesh, rules)
 
     assert_equal(decoder(tmp_path), params)
+    assert_equal(decoder(tmp_path, **{"decoder.precision": "published"}), params)
     with pytest.raises(CheckpointMismatch, match="an untrained backbone is the same only with"):
         decoder(tmp_path, **{"backbone.checkpoint": ""})
     with pytest.raises(CheckpointMismatch, match=r"stage 'video', but a run of stage 'action' is"):

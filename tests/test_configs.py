@@ -121,6 +121,9 @@ def test_an_unknown_size_is_explained():
         ("video_model.num_heads", 5, r"width 48 is not a multiple of num_heads 5"),
         ("video_model.num_heads", 6, r"head_dim of 12 or more"),
         ("video_model.num_heads", 16, r"head_dim"),
+        ("video_model.precision", "half", r"precision must be one of .* got 'half'"),
+        ("video_model.text_dim", 24, r"takes text of width 24 .* but text.dim is 16"),
+        ("video_model.timestep_scale", 0.001, r"timestep_scale is 0.001, but .* use 1.0"),
         ("decoder.num_heads", 5, r"width 32 is not a multiple of num_heads 5"),
     ],
 )

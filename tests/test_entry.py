@@ -1,17 +1,10 @@
-"""What the entry points say to the person at the keyboard: one sentence and exit code 2.
-
-The real modules run as `__main__` with real arguments, each in a process forked from one that has
-imported jax and the rest already: about 0.1 s per command instead of 3.
-"""
+"""What the entry points say to the person at the keyboard: one sentence and exit code 2."""
 
 import json
-import multiprocessing
 import os
-import runpy
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -21,14 +14,6 @@ from data_pipelines.video import write_video
 ROOT = Path(__file__).parents[1]
 VIDEO = "--config=configs/quickstart_video.py:smoke"
 ACTION = "--config=configs/quickstart_action.py:smoke"
-PRELOADED = [
-    "data_pipelines.encode",
-    "data_pipelines.fit_tokenizer",
-    "launch.entry",
-    "mvjax.evaluation.closed_loop",
-    "mvjax.evaluation.prediction",
-    "mvjax.training.run",
-]
 TINY_CONFIG = """
 from configs import quickstart_video
 
@@ -43,51 +28,6 @@ def get_config(run_dir):
     config.training.update(steps=1, batch_size=2)
     return config
 """
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def _run_module(module: str, arguments: list[str], folder: Path) -> None:
-    os.chdir(ROOT)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles four times faster
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """command("launch.train", "--flag=1") -> Said, like `python -m` in a shell."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    folder = tmp_path_factory.mktemp("output")
-
-    def run(module: str, *arguments: object) -> Said:
-        words = [str(argument) for argument in arguments]
-        process = context.Process(target=_run_module, args=(module, words, folder))
-        process.start()
-        process.join()
-        return Said(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
-
-    return run
-
-
-@pytest.fixture
-def complains(command):
-    """Runs a command that must end with code 2 and one line with the given words."""
-
-    def check(words: str, module: str, *arguments: object) -> None:
-        said = command(module, *arguments)
-        assert said.code == 2, said
-        assert said.err.startswith(f"{module}: ") and said.err.count("\n") == 1, said.err
-        assert words in said.err
-
-    return check
 
 
 @pytest.mark.parametrize(

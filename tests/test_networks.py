@@ -8,15 +8,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from published import to_params
 
-from mvjax.checkpoints import published_names
+from mvjax.checkpoints.torch_weights.names_dit import action_decoder, video_dit
 from mvjax.flow import action, noise_levels, sampler, video
 from mvjax.models import presets
 from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
+from mvjax.models.layers import gelu
 from mvjax.models.lora import LoRA
 from mvjax.models.parameters import Network
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
 
+pytestmark = pytest.mark.usefixtures("quickly")
 GOLDEN = Path(__file__).parent / "golden"
 
 
@@ -49,7 +52,7 @@ def dit():
         rope_ratio_thw=tuple(c["rope"]),
     )
     network = Network(lambda key: VideoDiT(config, key))
-    params = published_names.to_params(tensors, published_names.VIDEO_DIT)
+    params = to_params(tensors, video_dit())
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network.abstract)
     return golden, c, network, params
 
@@ -70,7 +73,7 @@ def decoder():
         proprio_horizon=c["obs"],
     )
     network = Network(lambda key: ActionDecoder(config, key))
-    params = published_names.to_params(tensors, published_names.action_decoder(1))
+    params = to_params(tensors, action_decoder(1, 1))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network.abstract)
     return golden, c, network, params
 
@@ -100,6 +103,9 @@ def test_video_denoising_and_loss(dit):
     noisy = x0 + sigma[..., None, None, None] * noise
     prediction = video.denoise(lambda i: net(*i[:2], text, i[2]), noisy, x0, sigma, mask)
     assert relative_rms(prediction, last(golden["denoise.x0_pred"])) < 1e-5
+    noise_prediction = (noisy - prediction) / sigma[..., None, None, None]
+    assert relative_rms(noise_prediction, last(golden["denoise.eps_pred"])) < 1e-5
+    assert relative_rms(video.loss_weight(sigma), golden["denoise.loss_weight_b1"]) < 1e-5
     theirs = golden["denoise.weighted_sq_err_mean_per_sample"]
     assert relative_rms(video.video_loss(x0, prediction, sigma), theirs) < 1e-5
 
@@ -116,6 +122,7 @@ def test_sigma_table_and_every_sampler_step(dit):
     text = golden["in.text_bld"]
     mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
     net = network.bind(params)
+    plan = jax.jit(lambda net, i: net.hidden(*i[:2], text, i[2], layer=c["layer"]))
 
     def denoise(x, sigma):
         return video.denoise(lambda i: net(*i[:2], text, i[2]), x, x0, sigma, mask)
@@ -125,15 +132,14 @@ def test_sigma_table_and_every_sampler_step(dit):
         if k:
             assert relative_rms(sample, last(golden["sampler.samples_after_step"][k - 1])) < 1e-5, k
         sigma = jnp.full((c["B"], 1), sigmas[k])
-        i = video.network_input(sample, x0, sigma, mask)
-        context = net.hidden(*i[:2], text, i[2], layer=c["layer"])
+        context = plan(net, video.network_input(sample, x0, sigma, mask))
         theirs = golden["sampler.context_at_step"][k]
         assert relative_rms(context.reshape(theirs.shape), theirs) < 1e-5, k
     assert relative_rms(denoise(sample, sigma), last(golden["sampler.final_x0"])) < 1e-5
 
 
-def test_action_decoder_velocity(decoder):
-    golden, _, network, params = decoder
+def test_action_decoder_velocity_and_hidden_states(decoder):
+    golden, c, network, params = decoder
     net = network.bind(params)
     inputs = [
         golden[f"in.{k}"]
@@ -143,6 +149,9 @@ def test_action_decoder_velocity(decoder):
     assert relative_rms(net.tokens(*inputs, kv), golden["out.velocity_bta"]) < 1e-5
     dropped = net.tokens(*inputs, kv, jnp.ones(2))
     assert relative_rms(dropped, golden["out.velocity_state_dropped"]) < 1e-5
+    for k in range(1, c["blocks"] + 1):
+        hidden = net.hidden(*inputs, kv, layer=k)
+        assert relative_rms(hidden, golden[f"out.hidden_{k}"]) < 1e-5, k
 
 
 def test_action_loss_and_ten_euler_steps(decoder):
@@ -154,6 +163,8 @@ def test_action_loss_and_ten_euler_steps(decoder):
         return net(golden["in.state_bod"], noisy, time, golden["in.video_sigma_b1"], kv)
 
     actions, noise, t = (jnp.asarray(golden[f"loss.{k}"]) for k in ("actions", "noise", "t_b1"))
+    noisy = action.scale_noisy_actions((1 - t)[..., None] * actions + t[..., None] * noise, t)
+    assert relative_rms(velocity(noisy, t), golden["loss.velocity"]) < 1e-5
     loss = 10 * action.action_loss(velocity, actions, noise, t).mean()
     assert relative_rms(loss, golden["loss.mse_times_10"]) < 1e-5
     sample = action.sample_actions(velocity, jnp.asarray(golden["sample.noise"]), steps=10)
@@ -174,6 +185,70 @@ def test_draws_share_one_context(decoder):
         np.testing.assert_allclose(both[r::2], alone, rtol=1e-5, atol=1e-6)
 
 
+def is_jaxpr(value):
+    return hasattr(getattr(value, "jaxpr", value), "eqns")
+
+
+def executions(jaxpr, name):
+    """Equations of a primitive, with how often each is executed."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == name:
+            yield equation, 1
+        times = equation.params.get("length", 1) if equation.primitive.name == "scan" else 1
+        assert equation.primitive.name != "while", "the number of iterations cannot be read"
+        for inner in jax.tree.leaves(list(equation.params.values()), is_leaf=is_jaxpr):
+            if is_jaxpr(inner):
+                inner = getattr(inner, "jaxpr", inner)
+                yield from ((e, times * n) for e, n in executions(inner, name))
+
+
+@pytest.mark.parametrize("steps", [1, 10])
+def test_keys_and_values_of_the_context_are_computed_once_per_query(decoder, steps):
+    """However many Euler steps: two products with the context per block, its keys and values."""
+    golden, c, network, params = decoder
+
+    def query(params, context, noise):
+        net = network.bind(params)
+        kv = net.context_keys_values(context)
+        state, sigma = golden["in.state_bod"], golden["in.video_sigma_b1"]
+        return action.sample_actions(lambda x, t: net(state, x, t, sigma, kv), noise, steps)
+
+    jaxpr = jax.make_jaxpr(query)(params, golden["in.context_bnd"], golden["sample.noise"]).jaxpr
+    width, reading, attending = c["ctx"], 0, 0
+    for equation, times in executions(jaxpr, "dot_general"):
+        (contracted,), _ = equation.params["dimension_numbers"][0]
+        reading += times * (equation.invars[0].aval.shape[contracted] == width)
+        attending += times * (c["N"] in equation.outvars[0].aval.shape[2:])
+    assert reading == 2 * c["blocks"]
+    assert attending == steps * c["blocks"]
+
+
+def test_modulation_is_never_copied_to_every_token(dit):
+    """Broadcasting happens in the products, so the gradient keeps per-frame vectors, too."""
+    golden, c, network, params = dit
+    b, t, tokens = c["B"], c["T"], c["T"] * c["H"] * c["W"] // 4
+    latents, text, mask = last(golden["in.latents_bcthw"]), golden["in.text_bld"], jnp.zeros((b, t))
+    for times in (jnp.ones((b, t)), jnp.ones((b, 1))):
+        jaxpr = jax.make_jaxpr(network.bind(params))(latents, times, text, mask).jaxpr
+        sizes = [e.outvars[0].aval.size for e, _ in executions(jaxpr, "broadcast_in_dim")]
+        assert sizes and max(sizes) < b * tokens * c["model_channels"]
+
+
+def test_text_projection_and_time_scale_of_predict25(dit):
+    golden, c, network, params = dit
+    config = dataclasses.replace(network.config, text_projection_dim=40, timestep_scale=0.001)
+    projecting = Network(lambda key: VideoDiT(config, key))
+    made = projecting.init(jax.random.key(0))["text_projection"]
+    kernel, bias = made["kernel"], made["bias"] + 0.1
+    text = jax.random.normal(jax.random.key(1), (c["B"], c["L"], 40))
+    latents, times = last(golden["in.latents_bcthw"]), golden["in.timesteps_bt"]
+    mask = golden["in.condition_mask_b1thw"][:, 0]
+    ours = projecting.bind({**params, "text_projection": {"kernel": kernel, "bias": bias}})
+    projected = gelu(text @ kernel + bias)
+    theirs = network.bind(params).hidden(latents, times, projected, mask, layer=1)
+    assert relative_rms(ours.hidden(latents, times * 1000, text, mask, layer=1), theirs) < 1e-5
+
+
 def test_published_noise_is_numpys():
     noise = sampler.published_noise(0, (1, 2, 3, 4, 16))
     np.testing.assert_array_equal(
@@ -183,7 +258,12 @@ def test_published_noise_is_numpys():
 
 @pytest.mark.parametrize(
     ("preset", "count"),
-    [("cosmos2b", 1_956_413_440), ("cosmos14b", 14_265_285_632)],
+    [
+        ("cosmos2b", 1_956_413_440),
+        ("cosmos14b", 14_265_285_632),
+        ("cosmos25_2b", 2_059_174_912),
+        ("cosmos25_14b", 14_265_285_632 + 100_353 * 1024),
+    ],
 )
 def test_video_dit_parameter_counts(preset, count):
     config = presets.VIDEO_DITS[preset]

@@ -17,11 +17,11 @@ from mvjax.flow.video import condition_mask, denoise, network_input
 from mvjax.models.build import (
     action_decoder_config,
     decoder_network,
-    text_encoder,
     video_dit_config,
     video_network,
 )
 from mvjax.models.linear_tokenizer import fit_linear_tokenizer
+from mvjax.models.ngram_text import NgramTextEncoder
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy, Sampling
 
@@ -57,7 +57,7 @@ def policy():
         clip=Clip(**config.clip),
         layer=config.context_layer,
         tokenizer=fit_linear_tokenizer([rng.uniform(-1, 1, (8, 13, 48, 32, 3)).astype("float32")]),
-        text_encoder=text_encoder(config),
+        text_encoder=NgramTextEncoder(config.text.length, config.text.dim),
         backbone=backbone,
         backbone_params=random_params(backbone, 1),
         decoder=decoder,

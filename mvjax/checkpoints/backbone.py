@@ -1,7 +1,7 @@
 """The stage bridge: the video DiT of a stage-1 run, LoRA merged, for stage 2 and the policy."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,20 +26,21 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     Args:
         config: `backbone.checkpoint` (a stage-1 training directory; "" for an untrained backbone,
             the baseline of sample-efficiency studies, drawn from `training.seed`),
-            `backbone.dtype`, and the sections that describe the video model, which must agree with
-            what was trained.
+            `backbone.precision`, and the sections that describe the video model, which must agree
+            with what was trained, but for its precision.
         mesh, rules: where and how it is sharded.
 
     Returns:
-        The backbone's configuration without LoRA, and its parameters in `backbone.dtype`.
+        The backbone's configuration without LoRA, and its parameters: float32 where it
+        computes in float32, bfloat16 otherwise.
 
     Raises:
         CheckpointMismatch: if the directory holds another stage or another model.
     """
-    dtype = config.backbone.dtype
+    changes = {"lora": None, "precision": config.backbone.precision}
     if not config.backbone.checkpoint:
-        model = dataclasses.replace(video_dit_config(config), lora=None, dtype=dtype)
-        network = video_network(model)
+        model = dataclasses.replace(video_dit_config(config), **changes)
+        dtype, network = model.dtype, video_network(model)
         make = jax.jit(
             lambda key: _cast(network.init(key), dtype),
             out_shardings=sharding_tree(network.axes, mesh, rules, network.abstract),
@@ -48,7 +49,8 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     directory = Path(config.backbone.checkpoint)
     stored = _checked_config(directory, config, "video", ("clip", "video_model", "text"))
     trained = video_dit_config(stored)
-    model = dataclasses.replace(trained, lora=None, dtype=dtype)
+    model = dataclasses.replace(trained, **changes)
+    dtype = model.dtype
     if trained.lora is None:
         return model, restore_params(directory, _placed(video_network(model), mesh, rules, dtype))
     adapted = restore_params(directory, _placed(video_network(trained), mesh, rules))
@@ -76,7 +78,7 @@ def load_decoder(
     """
     sections = ("clip", "video_model", "text", "context_layer", "policy_io", "decoder")
     stored = _checked_config(directory, config, "action", sections)
-    if _untrained_seed(stored) != _untrained_seed(config):
+    if "backbone" in stored and _untrained_seed(stored) != _untrained_seed(config):
         raise CheckpointMismatch(
             f"{directory} was trained with backbone.checkpoint={stored.backbone.checkpoint!r} and "
             f"training.seed={stored.training.seed}, this configuration has "
@@ -101,13 +103,32 @@ def _checked_config(
             "needed here."
         )
     stored = meta["config"]
-    different = [d for s in sections for d in differences(stored[s], config[s], s)]
+    if "converted" in meta:  # weights tell no more than some settings
+        config = _of_the_same_settings(config, stored)
+        sections = [s for s in sections if s in stored]
+    different = [
+        d for s in sections for d in differences(_weights(stored[s]), _weights(config[s]), s)
+    ]
     if different:
         raise CheckpointMismatch(
             f"{directory} was trained with other settings: {'; '.join(different)}. Use those, or "
             "another directory."
         )
     return ConfigDict(stored)
+
+
+def _of_the_same_settings(config: Any, stored: Any) -> Any:
+    """The part of a configuration that has a counterpart in `stored`."""
+    if not isinstance(stored, Mapping):
+        return config
+    return {key: _of_the_same_settings(config[key], stored[key]) for key in stored if key in config}
+
+
+def _weights(section: Any) -> Any:
+    """What of a section concerns the weights: they fit a network computed in any precision."""
+    if not isinstance(section, Mapping | ConfigDict):
+        return section
+    return {name: value for name, value in section.items() if name != "precision"}
 
 
 def _placed(network: Network, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:

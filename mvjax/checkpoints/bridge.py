@@ -32,10 +32,10 @@ def restore_params(
         FileNotFoundError: If there is no such checkpoint.
         CheckpointMismatch: If parameters are absent, extra or of another shape, naming both sides.
     """
-    where = _step_folder(directory, step)
+    where = step_folder(directory, step)
     stored = stored_tree(where)
     check_match(leaf_paths(stored["params"]), leaf_paths(abstract), where)
-    averaged = _common(abstract, stored["ema"]) if use_ema else {}
+    averaged = _common(abstract, stored.get("ema", {})) if use_ema else {}
     wanted = {"params": _without(abstract, averaged), "ema": averaged}
     wanted = {name: tree for name, tree in wanted.items() if tree}  # orbax rejects empty ones
     args = ocp.args.PyTreeRestore(
@@ -51,22 +51,27 @@ def restore_params(
 
 def abstract_params(directory: Path, *, step: int | None = None) -> Params:
     """Shapes and dtypes of the stored parameters, without shardings and without reading them."""
-    stored = stored_tree(_step_folder(directory, step))["params"]
+    stored = stored_tree(step_folder(directory, step))["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
 def latest_step(directory: Path) -> int:
     """The newest checkpoint of a training directory."""
-    return int(_step_folder(directory, None).name)
+    return int(step_folder(directory, None).name)
 
 
 def read_meta(directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """The description stored with a checkpoint: configuration, versions, data, normalizer."""
     with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(_step_folder(directory, step) / "meta")
+        return reader.restore(step_folder(directory, step) / "meta")
 
 
-def _step_folder(directory: Path, step: int | None) -> Path:
+def step_folder(directory: Path, step: int | None) -> Path:
+    """The folder of a checkpoint, the newest if `step` is None.
+
+    Raises:
+        FileNotFoundError: if there is no such checkpoint.
+    """
     folder = checkpoint_folder(directory)
     if not folder.is_dir():
         raise FileNotFoundError(

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 Array = jax.Array
 
@@ -38,12 +39,17 @@ def sample_actions(velocity: Callable[[Array, Array], Array], noise: Array, step
 
     Args:
         velocity: as in `action_loss`.
-        noise: [b, horizon, dim].
+        noise: [b, horizon, dim]; the sample keeps its dtype from step to step (the release's is
+            bfloat16), while every step is computed in float32.
         steps: number of steps; the release uses 10.
     """
+    # Summed in float32, as released: the decoder's time features have periods down to 0.004 and
+    # are rounded to bfloat16, so a last digit of the time can turn into one of theirs.
+    times = np.cumsum([1.0] + [-1 / steps] * (steps - 1), dtype=np.float32)
 
-    def step(i, x):
-        time = jnp.full((x.shape[0], 1), 1.0) - i / steps
-        return x - velocity(scale_noisy_actions(x, time), time) / steps
+    def step(x, time):
+        wide, time = x.astype(jnp.float32), jnp.full((x.shape[0], 1), time)
+        wide -= velocity(scale_noisy_actions(wide, time), time) / steps
+        return wide.astype(x.dtype), None
 
-    return jax.lax.fori_loop(0, steps, step, noise)
+    return jax.lax.scan(step, noise, times)[0]

@@ -26,6 +26,26 @@ def step_coefficients(sigmas: np.ndarray) -> np.ndarray:
     return np.asarray(table, np.float64)
 
 
+def evaluations(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Noise levels and coefficients of a whole run, the last clean prediction included.
+
+    Args:
+        sigmas: decreasing noise levels, float64 [steps + 1].
+
+    Returns:
+        The noise levels, float32 [steps + 1]; coefficients (a, b, c), float32 [steps + 1, 3]. The
+        last row is (0, 1, 0): the sample is what the network predicts there.
+    """
+    table = np.concatenate([step_coefficients(sigmas), [(0.0, 1.0, 0.0)]])
+    return sigmas.astype(np.float32), table.astype(np.float32)
+
+
+def advance(x: Array, x0: Array, previous: Array, coefficients: Array) -> Array:
+    """The sample at the next noise level, from the clean predictions here and one step before."""
+    a, b, c = coefficients
+    return a * x + b * x0 + c * previous
+
+
 def sample_video(
     denoise: Callable[[Array, Array], Array], noise: Array, sigmas: np.ndarray, stop_step: int
 ) -> Array:
@@ -49,16 +69,15 @@ def sample_video(
     x = noise * sigmas[0]
     if stop_step == 0:
         return x
-    table = step_coefficients(sigmas)[:stop_step]
 
     def step(carry, inputs):
         x, previous = carry
-        sigma, (a, b, c) = inputs
+        sigma, coefficients = inputs
         x0 = denoise(x, jnp.full((x.shape[0], 1), sigma))
-        return (a * x + b * x0 + c * previous, x0), None
+        return (advance(x, x0, previous, coefficients), x0), None
 
-    inputs = jnp.asarray(sigmas[:stop_step], jnp.float32), jnp.asarray(table, jnp.float32)
-    return jax.lax.scan(step, (x, jnp.zeros_like(x)), inputs)[0][0]
+    inputs = [jnp.asarray(array[:stop_step]) for array in evaluations(sigmas)]
+    return jax.lax.scan(step, (x, jnp.zeros_like(x)), tuple(inputs))[0][0]
 
 
 def published_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -64,11 +64,15 @@ def denoise(
     return clean_prediction(v, noisy, clean, sigma, mask)
 
 
+def loss_weight(sigma: Array) -> Array:
+    """(1 + σ)² / σ², which makes the error of the clean prediction that of the velocity."""
+    return ((1 + sigma) / sigma) ** 2
+
+
 def video_loss(x0: Array, prediction: Array, sigma: Array) -> Array:
     """Mean over all elements of (1 + σ)² / σ² (x0 - prediction)², per sample [b].
 
     Equal to the squared velocity error; conditioning frames count as zeros in the mean, as
     published.
     """
-    weight = ((1 + sigma) / sigma)[:, 0] ** 2
-    return weight * jnp.mean((x0 - prediction) ** 2, axis=(1, 2, 3, 4))
+    return loss_weight(sigma)[:, 0] * jnp.mean((x0 - prediction) ** 2, axis=(1, 2, 3, 4))

@@ -20,6 +20,7 @@ from mvjax.models.layers import (
 )
 from mvjax.models.modulation import Modulation, modulate
 from mvjax.models.pair_time import PairTimeEmbedding
+from mvjax.models.precision import compute_dtype, time_dtype
 from mvjax.parallel.rules import constrain
 
 Array = jax.Array
@@ -41,9 +42,10 @@ class ActionDecoderConfig:
     proprio_dim: int
     proprio_horizon: int = 1
     mlp_ratio: int = 4
-    dtype: str = "float32"
+    precision: str = "float32"
 
     def __post_init__(self):
+        compute_dtype(self.precision)
         for name in ("action_horizon", "proprio_horizon", "action_dim", "proprio_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -51,6 +53,11 @@ class ActionDecoderConfig:
             raise ValueError(
                 f"Decoder width {self.width} is not a multiple of num_heads {self.num_heads}."
             )
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of matmuls and the residual stream."""
+        return compute_dtype(self.precision)
 
 
 def embedder_widths(d_in: int, d: int) -> list[int]:
@@ -192,6 +199,26 @@ class ActionDecoder(nnx.Module):
         self, proprio, noisy_actions, token_times, video_sigma, context_kv, drop_proprio=None
     ) -> Array:
         """As `__call__`, with a flow time for every token [b, n]; the output of all n tokens."""
+        embedding, shared = self._time(token_times, video_sigma)
+        x = self._embed(proprio, noisy_actions, drop_proprio)
+        x = self._run(x, embedding, shared, context_kv, self.config.num_blocks)
+        return self.final_layer(x, embedding, shared).astype(jnp.float32)
+
+    def hidden(
+        self, proprio, noisy_actions, token_times, video_sigma, context_kv, *, layer: int
+    ) -> Array:
+        """The residual stream [b, n, width] after block `layer`; arguments as in `tokens`."""
+        embedding, shared = self._time(token_times, video_sigma)
+        x = self._embed(proprio, noisy_actions, None)
+        return self._run(x, embedding, shared, context_kv, layer)
+
+    def _time(self, token_times: Array, video_sigma: Array) -> tuple[Array, Array]:
+        dtype = time_dtype(self.config.precision)
+        z, shared = self.t_embedder(token_times, video_sigma / (1 + video_sigma), dtype)
+        embedding = self.t_embedding_norm(z)
+        return embedding.astype(self.config.dtype), shared.astype(self.config.dtype)
+
+    def _embed(self, proprio: Array, noisy_actions: Array, drop_proprio: Array | None) -> Array:
         config = self.config
         p, n = config.proprio_horizon, config.proprio_horizon + config.action_horizon
         if (proprio.shape[1], noisy_actions.shape[1]) != (p, n - p):
@@ -205,14 +232,12 @@ class ActionDecoder(nnx.Module):
             state = (1 - drop) * state + drop * self.proprio_mask_token[...].astype(config.dtype)
         actions = self.action_embedder(noisy_actions.astype(config.dtype))
         x = jnp.concatenate([state, actions], axis=1) + self.position[...].astype(config.dtype)
-        x = constrain(x, "batch", None, None)
+        return constrain(x, "batch", None, None)
 
-        z, shared = self.t_embedder(token_times, video_sigma / (1 + video_sigma), config.dtype)
-        embedding = self.t_embedding_norm(z)
-
+    def _run(self, x, embedding, shared, context_kv: KeysValues, layer: int) -> Array:
         def step(x, block_and_kv):
             block, kv = block_and_kv
             return block(x, embedding, shared, kv), None
 
-        x, _ = jax.lax.scan(step, x, (self.blocks, context_kv))
-        return self.final_layer(x, embedding, shared).astype(jnp.float32)
+        blocks = jax.tree.map(lambda p: p[:layer], (self.blocks, context_kv))
+        return jax.lax.scan(step, x, blocks)[0]

@@ -5,7 +5,6 @@ from typing import Any
 from mvjax.clip import CHANNELS
 from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
 from mvjax.models.lora import LoRA
-from mvjax.models.ngram_text import NgramTextEncoder
 from mvjax.models.parameters import Network
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
 
@@ -14,20 +13,29 @@ def video_dit_config(config: Any) -> VideoDiTConfig:
     """The video DiT of a configuration.
 
     Args:
-        config: with `video_model` (fields of VideoDiTConfig), `text.dim`, and `lora` (fields of
-            LoRA; rank 0 means none).
+        config: with `video_model` (fields of VideoDiTConfig; text_dim only where a projection
+            makes it differ from `text.dim`), `text.dim`, and `lora` (fields of LoRA; rank 0 means
+            none).
     """
     rank, alpha, targets = config.lora.rank, config.lora.alpha, tuple(config.lora.targets)
     if rank < 0:
         raise ValueError(f"lora.rank must be 0 (full training) or more, got {rank}.")
-    fields = dict(config.video_model)
+    fields = {"text_dim": config.text.dim, **config.video_model}
     fields["rope_ratio_thw"] = tuple(fields["rope_ratio_thw"])
-    return VideoDiTConfig(
-        **fields,
-        text_dim=config.text.dim,
-        latent_channels=CHANNELS,
-        lora=LoRA(rank, alpha, targets) if rank else None,
+    model = VideoDiTConfig(
+        **fields, latent_channels=CHANNELS, lora=LoRA(rank, alpha, targets) if rank else None
     )
+    if model.text_input_dim != config.text.dim:
+        raise ValueError(
+            f"The video model takes text of width {model.text_input_dim} (video_model.text_dim, "
+            f"text_projection_dim), but text.dim is {config.text.dim}."
+        )
+    if model.timestep_scale != 1:
+        raise ValueError(
+            f"video_model.timestep_scale is {model.timestep_scale}, but training and the policy "
+            "call the network with τ itself: use 1.0."
+        )
+    return model
 
 
 def action_decoder_config(config: Any) -> ActionDecoderConfig:
@@ -62,8 +70,3 @@ def video_network(config: VideoDiTConfig) -> Network:
 def decoder_network(config: ActionDecoderConfig) -> Network:
     """An action decoder without weights."""
     return Network(lambda key: ActionDecoder(config, key))
-
-
-def text_encoder(config: Any) -> NgramTextEncoder:
-    """The text encoder of a configuration (`text.length` tokens of `text.dim`)."""
-    return NgramTextEncoder(config.text.length, config.text.dim)

@@ -1,5 +1,7 @@
 """The layers every network here is made of: linear with optional LoRA, norms, sinusoids."""
 
+from functools import partial, wraps
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,7 +93,7 @@ def layer_norm(x: Array) -> Array:
 
 
 class LayerNorm(nnx.Module):
-    """Layer norm with scale and bias, eps 1e-6 (the decoder's norm of the video context)."""
+    """Layer norm with scale and bias, eps 1e-6, in float32 (the decoder's norm of the context)."""
 
     def __init__(self, d: int):
         self.scale = nnx.Param(jnp.ones(d), axes=(None,))
@@ -99,13 +101,32 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalises [..., d]."""
-        scale, bias = self.scale[...].astype(x.dtype), self.bias[...].astype(x.dtype)
-        return layer_norm(x) * scale + bias
+        wide = layer_norm(x.astype(jnp.float32))
+        wide = wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
 
 
+def _in_float32(function):
+    """An elementwise function rounded once, at its end; only its input is kept for its gradient."""
+
+    @partial(jax.checkpoint, prevent_cse=False)
+    @wraps(function)
+    def wide(x):
+        return function(x.astype(jnp.float32)).astype(x.dtype)
+
+    return wide
+
+
+@_in_float32
 def gelu(x: Array) -> Array:
     """The exact (erf) GELU, as published; not the tanh approximation."""
     return jax.nn.gelu(x, approximate=False)
+
+
+@_in_float32
+def silu(x: Array) -> Array:
+    """x · sigmoid(x)."""
+    return jax.nn.silu(x)
 
 
 class MLP(nnx.Module):

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mvjax.models.layers import Linear, layer_norm
+from mvjax.models.layers import Linear, layer_norm, silu
 
 Array = jax.Array
 
@@ -29,7 +29,7 @@ class Modulation(nnx.Module):
             embedding: time embedding [b, t, d_embedding].
             shared: the term all sublayers share [b, t, 3 d]; its first chunks are used.
         """
-        m = self.up(self.down(jax.nn.silu(embedding)))
+        m = self.up(self.down(silu(embedding)))
         return jnp.split(m + shared[..., : m.shape[-1]], self.chunks, axis=-1)
 
 

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mvjax.models.layers import Linear
+from mvjax.models.layers import Linear, silu
+from mvjax.models.precision import round_to_bfloat16
 
 Array = jax.Array
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -40,7 +41,7 @@ def turn_features(t: Array, d: int) -> Array:
     )
     angle = 2 * np.pi * _fraction(turns)
     features = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return features.astype(jnp.bfloat16).astype(jnp.float32)
+    return round_to_bfloat16(features)
 
 
 def _high_bits(x: Array) -> Array:
@@ -87,8 +88,9 @@ class PairTimeEmbedding(nnx.Module):
         """
         action = turn_features(action_time, self.d).astype(dtype)
         video = turn_features(video_time, self.d).astype(dtype)
-        action = self.to_rank_action(jax.nn.silu(self.proj_action(action)))
-        video = self.to_rank_video(jax.nn.silu(self.proj_video(video)))
-        constant = self.to_rank_action.bias[...] * self.to_rank_video.bias[...]
-        z = action * video - constant.astype(dtype)
+        action = self.to_rank_action(silu(self.proj_action(action)))
+        video = self.to_rank_video(silu(self.proj_video(video)))
+        constant = self.to_rank_action.bias[...].astype(dtype)
+        constant *= self.to_rank_video.bias[...].astype(dtype)
+        z = action * video - constant
         return z, self.to_shared(z)

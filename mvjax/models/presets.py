@@ -1,7 +1,11 @@
 """Named sizes: the released models, and the tiny ones that train on a laptop."""
 
+from dataclasses import replace
+
 from mvjax.models.action_decoder import ActionDecoderConfig
+from mvjax.models.t5_encoder import T5EncoderConfig
 from mvjax.models.video_dit import VideoDiTConfig
+from mvjax.models.wan_vae_config import WanVAEConfig
 
 # Published LoRA targets (release, `configs/experiment/video2world.py`); `x_embedder` is
 # `x_embedder.proj.1` there. The adaLN weights are trained in full beside them.
@@ -33,7 +37,7 @@ VIDEO_DITS = {
         text_dim=1024,
         adaln_rank=256,
         rope_ratio_thw=(1.0, 3.0, 3.0),
-        dtype="bfloat16",
+        precision="bfloat16",
     ),
     "cosmos14b": VideoDiTConfig(
         width=5120,
@@ -42,8 +46,13 @@ VIDEO_DITS = {
         text_dim=1024,
         adaln_rank=256,
         rope_ratio_thw=(20 / 24, 2.0, 2.0),
-        dtype="bfloat16",
+        precision="bfloat16",
     ),
+}
+# Predict2.5: another text encoder, and times up to 1000; one rotary stretch for both sizes.
+_PREDICT25 = dict(text_projection_dim=100_352, timestep_scale=0.001, rope_ratio_thw=(1.0, 3.0, 3.0))
+VIDEO_DITS |= {
+    f"cosmos25_{size}": replace(VIDEO_DITS[f"cosmos{size}"], **_PREDICT25) for size in ("2b", "14b")
 }
 
 _RELEASED_DECODER = dict(
@@ -55,7 +64,7 @@ _RELEASED_DECODER = dict(
     time_rank=1024,
     action_dim=10,
     proprio_dim=10,
-    dtype="bfloat16",
+    precision="bfloat16",
 )
 
 ACTION_DECODERS = {
@@ -72,4 +81,16 @@ ACTION_DECODERS = {
     ),
     "bridge": ActionDecoderConfig(action_horizon=15, **_RELEASED_DECODER),
     "libero": ActionDecoderConfig(action_horizon=60, **_RELEASED_DECODER),
+}
+
+T5_ENCODERS = {
+    "tiny": T5EncoderConfig(
+        vocab_size=512, width=64, num_blocks=2, num_heads=4, head_dim=16, mlp_dim=256
+    ),
+    "t5_11b": T5EncoderConfig(precision="bfloat16"),
+}
+
+WAN_VAES = {
+    "tiny": WanVAEConfig(dim=8, num_res_blocks=1),
+    "wan21": WanVAEConfig(precision="bfloat16"),
 }

@@ -8,7 +8,10 @@ Array = jax.Array
 
 
 def rope_table(
-    grid_thw: tuple[int, int, int], head_dim: int, ratio_thw: tuple[float, float, float]
+    grid_thw: tuple[int, int, int],
+    head_dim: int,
+    ratio_thw: tuple[float, float, float],
+    dtype: str = "float32",
 ) -> tuple[Array, Array]:
     """Cosines and sines for every token of a (t, h, w) grid, tokens in row-major order.
 
@@ -21,6 +24,8 @@ def rope_table(
         grid_thw: latent frames, patch rows, patch columns.
         head_dim: channels of one head; 12 or more, even.
         ratio_thw: extrapolation ratios.
+        dtype: what angles are computed in, every step rounded; "bfloat16" as in the release, whose
+            buffers were cast with the network (angles are off by up to 0.1 there).
 
     Returns:
         cos, sin: float32 [t·h·w, head_dim / 2].
@@ -29,12 +34,13 @@ def rope_table(
     sizes = (head_dim - 2 * d_space, d_space, d_space)
     angles = []
     for axis, (length, size, ratio) in enumerate(zip(grid_thw, sizes, ratio_thw)):
-        theta = 10000.0 * ratio ** (size / (size - 2))
-        frequencies = jnp.asarray(theta ** (-np.arange(0, size, 2) / size), jnp.float32)
-        angle = jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+        theta = np.asarray(10000.0 * ratio ** (size / (size - 2)), dtype)
+        frequencies = np.ones((), dtype) / theta ** (np.arange(0, size, 2) / size).astype(dtype)
+        angle = np.arange(length).astype(dtype)[:, None] * frequencies
         shape = [1, 1, 1, size // 2]
         shape[axis] = length
-        angles.append(jnp.broadcast_to(angle.reshape(shape), (*grid_thw, size // 2)))
+        angle = angle.astype(np.float32).reshape(shape)
+        angles.append(jnp.broadcast_to(angle, (*grid_thw, size // 2)))
     angle = jnp.concatenate(angles, axis=-1).reshape(-1, head_dim // 2)
     return jnp.cos(angle), jnp.sin(angle)
 

@@ -8,9 +8,10 @@ import numpy as np
 from flax import nnx
 
 from mvjax.models.attention import Attention
-from mvjax.models.layers import MLP, Linear, RMSNorm, stack
+from mvjax.models.layers import MLP, Linear, RMSNorm, gelu, silu, stack
 from mvjax.models.lora import LoRA
 from mvjax.models.modulation import Modulation, modulate
+from mvjax.models.precision import compute_dtype, round_to_bfloat16, time_dtype
 from mvjax.models.rope import rope_table
 from mvjax.parallel.rules import constrain
 
@@ -20,7 +21,15 @@ PATCH = 2  # a token covers 2×2 latents of one latent frame
 
 @dataclass(frozen=True)
 class VideoDiTConfig:
-    """Sizes of a video DiT; `mvjax.models.presets` names the released ones."""
+    """Sizes of a video DiT; `mvjax.models.presets` names the released ones.
+
+    Attributes:
+        text_dim: width of the text that the cross-attention reads.
+        text_projection_dim: width of the text that enters, projected to `text_dim` (Predict2.5:
+            100352); 0 where it enters as it is (Predict2).
+        timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
+        precision: see `mvjax.models.precision`.
+    """
 
     width: int
     num_blocks: int
@@ -30,10 +39,13 @@ class VideoDiTConfig:
     rope_ratio_thw: tuple[float, float, float]
     mlp_ratio: int = 4
     latent_channels: int = 16
-    dtype: str = "float32"
+    text_projection_dim: int = 0
+    timestep_scale: float = 1.0
+    precision: str = "float32"
     lora: LoRA | None = None
 
     def __post_init__(self):
+        compute_dtype(self.precision)
         if self.width % self.num_heads:
             raise ValueError(
                 f"Video DiT width {self.width} is not a multiple of num_heads {self.num_heads}."
@@ -49,6 +61,16 @@ class VideoDiTConfig:
     def head_dim(self) -> int:
         """Channels of one attention head."""
         return self.width // self.num_heads
+
+    @property
+    def text_input_dim(self) -> int:
+        """Width of the text embedding that the network is called with."""
+        return self.text_projection_dim or self.text_dim
+
+    @property
+    def dtype(self) -> str:
+        """The dtype of matmuls and the residual stream."""
+        return compute_dtype(self.precision)
 
 
 class Block(nnx.Module):
@@ -66,19 +88,24 @@ class Block(nnx.Module):
 
     def __call__(self, x: Array, embedding: Array, shared: Array, text: Array, rope) -> Array:
         """One block on tokens x [b, l, d]; `embedding` and `shared` are per latent frame."""
+        tokens = x.shape
+        x = by_frame(x, embedding)
+        frames = x.shape
 
         def modulation(layer):
-            return [per_token(m, x.shape[1]) for m in layer(embedding, shared)]
+            return [m[:, :, None] for m in layer(embedding, shared)]
 
         shift, scale, gate = modulation(self.adaln_self_attn)
-        u = modulate(x, shift, scale)
-        x = x + gate * self.self_attn(u, self.self_attn.keys_values(u, rope), rope)
+        u = modulate(x, shift, scale).reshape(tokens)
+        y = self.self_attn(u, self.self_attn.keys_values(u, rope), rope)
+        x = x + gate * y.reshape(frames)
         shift, scale, gate = modulation(self.adaln_cross_attn)
-        u = modulate(x, shift, scale)
-        x = x + gate * self.cross_attn(u, self.cross_attn.keys_values(text))
+        u = modulate(x, shift, scale).reshape(tokens)
+        y = self.cross_attn(u, self.cross_attn.keys_values(text))
+        x = x + gate * y.reshape(frames)
         shift, scale, gate = modulation(self.adaln_mlp)
         x = x + gate * self.mlp(modulate(x, shift, scale))
-        return constrain(x, "batch", "length", None)
+        return constrain(x.reshape(tokens), "batch", "length", None)
 
 
 class TimeEmbedding(nnx.Module):
@@ -92,7 +119,7 @@ class TimeEmbedding(nnx.Module):
 
     def __call__(self, sinusoid: Array) -> Array:
         """Maps [b, t, d] to [b, t, 3 d]."""
-        return self.linear_2(jax.nn.silu(self.linear_1(sinusoid)))
+        return self.linear_2(silu(self.linear_1(sinusoid)))
 
 
 class FinalLayer(nnx.Module):
@@ -106,8 +133,9 @@ class FinalLayer(nnx.Module):
 
     def __call__(self, x: Array, embedding: Array, shared: Array) -> Array:
         """Maps tokens [b, l, d] to [b, l, 4 · latent_channels]."""
-        shift, scale = (per_token(m, x.shape[1]) for m in self.adaln(embedding, shared))
-        return self.linear(modulate(x, shift, scale))
+        shift, scale = (m[:, :, None] for m in self.adaln(embedding, shared))
+        u = modulate(by_frame(x, embedding), shift, scale)
+        return self.linear(u.reshape(x.shape))
 
 
 class VideoDiT(nnx.Module):
@@ -115,8 +143,9 @@ class VideoDiT(nnx.Module):
 
     Inputs of both public methods:
         latents: noisy latents, already scaled to (1 - τ) x0 + τ ε, [b, t, h, w, c].
-        timesteps: τ of every latent frame [b, t], or one for all [b, 1].
-        text: text embedding [b, l, text_dim]; padding is zeros and is attended to, as published.
+        timesteps: τ / timestep_scale of every latent frame [b, t], or one for all [b, 1].
+        text: text embedding [b, l, text_input_dim]; padding is zeros and is attended to, as
+            published.
         condition_mask: 1 where the latents are clean conditioning frames, [b, t] or [b, t, h, w].
         padding_mask: 1 where the picture is padding [b, h, w]; None for none.
     """
@@ -133,6 +162,12 @@ class VideoDiT(nnx.Module):
         self.t_embedding_norm = RMSNorm(d)
         self.blocks = stack(lambda k: Block(k, config), keys[2], config.num_blocks)
         self.final_layer = FinalLayer(keys[3], config)
+        text_key, sizes = jax.random.fold_in(key, 4), (config.text_input_dim, config.text_dim)
+        self.text_projection = (
+            Linear(text_key, *sizes, ("embed", None), bias=True)
+            if config.text_projection_dim
+            else None
+        )
 
     def hidden(
         self,
@@ -168,8 +203,13 @@ class VideoDiT(nnx.Module):
         return unpatchify(self.final_layer(x, embedding, shared), latents.shape).astype(jnp.float32)
 
     def _time(self, timesteps: Array) -> tuple[Array, Array]:
-        sinusoid = time_sinusoid(timesteps, self.config.width).astype(self.config.dtype)
-        return self.t_embedding_norm(sinusoid), self.t_embedder(sinusoid)
+        config = self.config
+        tau = timesteps.astype(jnp.float32) * config.timestep_scale
+        if config.precision == "published":
+            tau = round_to_bfloat16(tau)
+        sinusoid = time_sinusoid(tau, config.width).astype(time_dtype(config.precision))
+        embedding, shared = self.t_embedding_norm(sinusoid), self.t_embedder(sinusoid)
+        return embedding.astype(config.dtype), shared.astype(config.dtype)
 
     def _embed(self, latents: Array, condition_mask: Array, padding_mask: Array | None) -> Array:
         b, t, h, w, _ = latents.shape
@@ -190,8 +230,11 @@ class VideoDiT(nnx.Module):
         _, t, h, w, _ = shape
         config = self.config
         grid = (t, h // PATCH, w // PATCH)
-        rope = rope_table(grid, config.head_dim, config.rope_ratio_thw)
+        angles = "bfloat16" if config.precision == "published" else "float32"
+        rope = rope_table(grid, config.head_dim, config.rope_ratio_thw, angles)
         text = text.astype(config.dtype)
+        if self.text_projection is not None:
+            text = gelu(self.text_projection(text))
         blocks = jax.tree.map(lambda p: p[:layer], self.blocks)
         step = lambda x, block: (block(x, embedding, shared, text, rope), None)  # noqa: E731
         return jax.lax.scan(step, x, blocks)[0]
@@ -204,10 +247,14 @@ def time_sinusoid(timesteps: Array, d: int) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def per_token(m: Array, tokens: int) -> Array:
-    """Repeats a per-frame vector [b, t, d] for the tokens of its frame: [b, tokens, d]."""
-    b, t, d = m.shape
-    return jnp.broadcast_to(m[:, :, None], (b, t, tokens // t, d)).reshape(b, tokens, d)
+def by_frame(x: Array, per_frame: Array) -> Array:
+    """Tokens [b, l, d] as [b, t, l/t, d], where [b, t, 1, d] broadcasts over a frame's tokens.
+
+    Broadcasting in the product itself keeps the modulation small: neither the forward pass nor
+    what is saved for the backward pass holds a copy for every token.
+    """
+    b, t, _ = per_frame.shape
+    return x.reshape(b, t, -1, x.shape[-1])
 
 
 def patchify(x: Array) -> Array:

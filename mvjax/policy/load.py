@@ -1,17 +1,20 @@
 """Putting a policy together from what the phases of a run left on disk."""
 
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from data_pipelines.normalizer import load_normalizer
+from data_pipelines.normalizer import Normalizer, load_normalizer
 from mvjax.checkpoints.backbone import load_backbone, load_decoder
-from mvjax.checkpoints.bridge import read_meta
+from mvjax.checkpoints.bridge import latest_step
+from mvjax.checkpoints.encoders import (
+    check_identity,
+    load_text_encoder,
+    load_video_tokenizer,
+)
 from mvjax.clip import Clip
-from mvjax.models.build import action_decoder_config, decoder_network, text_encoder, video_network
-from mvjax.models.linear_tokenizer import load_tokenizer
+from mvjax.models.build import action_decoder_config, decoder_network, video_network
 from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import make_rules
 from mvjax.policy.policy import Policy, Sampling
@@ -28,8 +31,13 @@ def load_policy(
         sampling: how queries are answered.
         batch_size: queries per compiled batch.
     """
-    tokenizer = Path(config.tokenizer)
-    _check_tokenizer(tokenizer, Path(decoder_directory))
+    decoder_directory = Path(decoder_directory)
+    latest_step(decoder_directory)  # a wrong directory is said before anything large is read
+    normalizer = _normalizer(decoder_directory)
+    tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
+    text_encoder, text_identity = load_text_encoder(config)
+    identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
+    check_identity(identity, decoder_directory)
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     with jax.set_mesh(mesh):
         model, backbone_params = load_backbone(config, mesh, rules)
@@ -38,22 +46,23 @@ def load_policy(
     return Policy(
         clip=Clip(**config.clip),
         layer=config.context_layer,
-        tokenizer=load_tokenizer(tokenizer),
-        text_encoder=text_encoder(config),
+        tokenizer=tokenizer,
+        text_encoder=text_encoder,
         backbone=video_network(model),
         backbone_params=backbone_params,
         decoder=decoder,
         decoder_params=decoder_params,
-        normalizer=load_normalizer(Path(decoder_directory) / "normalizer.json"),
+        normalizer=normalizer,
         sampling=sampling,
         batch_size=batch_size,
     )
 
 
-def _check_tokenizer(path: Path, decoder_directory: Path) -> None:
-    trained = read_meta(decoder_directory)["identity"]["tokenizer"]
-    if path.exists() and sha256(path.read_bytes()).hexdigest() != trained:
-        raise ValueError(
-            f"The tokenizer {path} is not the one the policy in {decoder_directory} was trained "
-            "with; bring that file back, or train again."
+def _normalizer(decoder_directory: Path) -> Normalizer:
+    path = decoder_directory / "normalizer.json"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} is missing: training writes it, and for a converted decoder `python -m "
+            f"launch.convert STATISTICS.json {decoder_directory}` does."
         )
+    return load_normalizer(path)

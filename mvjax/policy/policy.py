@@ -19,6 +19,7 @@ from mvjax.flow.sampler import published_noise, sample_video
 from mvjax.flow.video import condition_mask, denoise, network_input
 from mvjax.models.param_tree import Params
 from mvjax.models.parameters import Network
+from mvjax.models.precision import rounded
 from mvjax.models.video_dit import VideoDiT
 from mvjax.policy.observation import Observation
 
@@ -156,6 +157,7 @@ class Policy:
     def _encode(self, tokenizer, video: Array) -> Array:
         """Latents [b, latent_frames, ...]; those past the given frames are zeros."""
         latents = tokenizer.encode(video.astype(jnp.float32) / 127.5 - 1)
+        latents = rounded(latents, self.backbone.config.precision)
         missing = self.clip.latent_frames - latents.shape[1]
         return jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
 
@@ -208,8 +210,10 @@ class Policy:
         proprio, sigma = (jnp.repeat(x, self.sampling.draws, axis=0) for x in (proprio, sigma))
         velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
         noise = action_noise.reshape(-1, *action_noise.shape[2:])
+        if self.decoder.config.precision == "published":
+            noise = noise.astype(jnp.bfloat16)  # the sample keeps it from step to step
         chunks = sample_actions(velocity, noise, self.sampling.action_steps)
-        return _medoid(chunks.reshape(action_noise.shape))
+        return _medoid(chunks.reshape(action_noise.shape).astype(jnp.float32))
 
     @partial(jax.jit, static_argnums=0)
     def _predict(self, params, video: Array, text: Array, noise: Array) -> Array:

@@ -25,7 +25,7 @@ def action_stage(config: Any, mesh: Mesh, rules: Rules) -> Stage:
     noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
 
     Args:
-        config: as for `video_stage`, and `backbone {checkpoint, dtype}`, `context_layer`,
+        config: as for `video_stage`, and `backbone {checkpoint, precision}`, `context_layer`,
             `decoder`, `policy_io`, `sampler {sigma_max}`, `flow {action_time_alpha,
             action_time_beta, action_draws, proprio_dropout, sampling_sigma_share}`.
         mesh: where the frozen backbone is placed.

@@ -96,7 +96,8 @@ def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
 def _check_backbone(config: Any, identity: dict[str, str]) -> None:
     directory = config.backbone.checkpoint
     if directory:
-        different = differences(read_meta(Path(directory))["identity"], identity, "identity")
+        trained = read_meta(Path(directory)).get("identity")  # converted weights do not tell it
+        different = differences(trained, identity, "identity") if trained else ()
         if different:
             raise ValueError(
                 f"The backbone in {directory} was trained on other latents or text than these "

@@ -1,6 +1,5 @@
 """Where a run's first state comes from, and the description stored with its checkpoints."""
 
-import importlib.metadata
 import json
 import sys
 from collections.abc import Mapping
@@ -13,11 +12,10 @@ import optax
 from mvjax.checkpoints.bridge import abstract_params, restore_params
 from mvjax.checkpoints.store import Store
 from mvjax.checkpoints.tree_match import CheckpointMismatch
+from mvjax.checkpoints.versions import library_versions
 from mvjax.models.param_tree import Params, split
 from mvjax.training.stage import Stage
 from mvjax.training.state import TrainState, create_state
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 
 
 def start_state(
@@ -67,7 +65,7 @@ def describe(config: Any, stage: Stage, extra: Mapping[str, Any]) -> dict[str, A
     return {
         "stage": stage.name,
         "config": json.loads(config.to_json_best_effort()),
-        "versions": {name: importlib.metadata.version(name) for name in PACKAGES},
+        "versions": library_versions(),
         **extra,
     }
 

@@ -1,0 +1,103 @@
+"""Converts weights between PyTorch's files and checkpoints of this project, in both directions.
+
+    python -m launch.convert SOURCE DEST
+    python -m launch.convert SOURCE DEST --to=diffusers|nvidia|mimic-video
+
+SOURCE is recognised by what it holds: NVIDIA's or mimic-video's .pt of a video DiT or an action
+decoder, a VAE or a T5 encoder, a folder of diffusers or Hugging Face, the released statistics of a
+dataset (into DEST/normalizer.json); or, with --to, a training directory or converted checkpoint.
+DEST is what `launch.train`, `launch.evaluate` and `launch.generate` take as a checkpoint. Nothing
+of PyTorch needs to be installed, and no code inside a file is ever run.
+"""
+
+from pathlib import Path
+
+from absl import flags
+from tqdm import tqdm
+
+from data_pipelines.released_statistics import looks_like_statistics, released_normalizer
+from launch.entry import run
+from mvjax.checkpoints.store import checkpoint_folder
+from mvjax.checkpoints.torch_weights.convert import plan, write
+from mvjax.checkpoints.torch_weights.describe import describe_conversion, describe_export
+from mvjax.checkpoints.torch_weights.export import TARGETS, plan_export, write_export
+from mvjax.checkpoints.torch_weights.kind import Hints
+from mvjax.checkpoints.torch_weights.source import open_source
+from mvjax.models.precision import PRECISIONS
+
+TO = flags.DEFINE_enum("to", None, TARGETS, "Write SOURCE, a checkpoint of ours, for these.")
+LORA = flags.DEFINE_enum("lora", "merge", ("merge", "keep"), "What becomes of LoRA adapters.")
+ALPHA = flags.DEFINE_float("lora_alpha", 32.0, "alpha of the adapters; no file tells it.")
+EMA = flags.DEFINE_bool("ema", False, "Take the moving average of an NVIDIA file (net_ema.*).")
+DTYPE = flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16"), "Of what is written.")
+ROPE = flags.DEFINE_list("rope_ratio_thw", None, "Of a video DiT of no released size: t,h,w.")
+PROPRIO = flags.DEFINE_integer("proprio_horizon", 1, "Proprioception steps of an action decoder.")
+PRECISION = flags.DEFINE_enum(
+    "precision", "bfloat16", PRECISIONS, "In which the network computes, unless a run says it."
+)
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would happen, and do nothing.")
+VERIFY = flags.DEFINE_bool(
+    "verify", False, "Compare outputs with PyTorch's; needs requirements-torch.txt."
+)
+
+
+def main(source: str, destination: str) -> None:
+    """Converts SOURCE into DEST."""
+    source, destination = Path(source), Path(destination)
+    if TO.value:
+        _export(source, destination)
+    elif checkpoint_folder(source).is_dir():
+        raise ValueError(
+            f"{source} is a checkpoint of this project; give --to={'|'.join(TARGETS)} to write it "
+            "for PyTorch."
+        )
+    elif looks_like_statistics(source):
+        _statistics(source, destination)
+    else:
+        _import(source, destination)
+
+
+def _import(source: Path, destination: Path) -> None:
+    ratios = tuple(float(r) for r in ROPE.value) if ROPE.value else None
+    opened = open_source(source, Hints(ratios, PROPRIO.value, PRECISION.value), ema=EMA.value)
+    try:
+        conversion = plan(opened, lora=LORA.value, alpha=ALPHA.value, dtype=DTYPE.value)
+    except ValueError as error:
+        raise ValueError(f"{source} looks like a {opened.kind.title}, but {error}") from error
+    print(describe_conversion(conversion, destination))
+    if DRY_RUN.value:
+        return
+    with _bar(conversion.nbytes) as bar:
+        write(conversion, destination, bar.update)
+    if VERIFY.value:
+        from mvjax.checkpoints.torch_weights.verify import verify  # the only part that needs torch
+
+        print(verify(conversion, destination))
+
+
+def _export(source: Path, destination: Path) -> None:
+    export = plan_export(source, TO.value, lora=LORA.value, dtype=DTYPE.value)
+    print(describe_export(export, source, destination))
+    if DRY_RUN.value:
+        return
+    with _bar(sum(tensor.nbytes for tensor in export.tensors.values())) as bar:
+        write_export(export, destination, bar.update)
+
+
+def _statistics(source: Path, destination: Path) -> None:
+    normalizer = released_normalizer(source)
+    path = destination / "normalizer.json"
+    dims = {name: len(modes) for name, modes in normalizer.modes.items()}
+    print(f"{source}: statistics of {dims}, into {path}.")
+    if path.exists():
+        raise FileExistsError(f"{path} exists already; remove it first.")
+    if not DRY_RUN.value:
+        normalizer.save(path)
+
+
+def _bar(nbytes: int) -> tqdm:
+    return tqdm(total=nbytes, unit="B", unit_scale=True, unit_divisor=1000, desc="tensors")
+
+
+if __name__ == "__main__":
+    run(main, positional=("SOURCE", "DEST"))

@@ -1,0 +1,142 @@
+"""Generates a video from a picture (or the end of a video) and a prompt.
+
+    python -m launch.generate --checkpoint=runs/quickstart/video --image=start.png \
+        --prompt="open the drawer" --out=video.mp4
+
+The checkpoint is a stage-1 training directory, whose own settings are the defaults, or a converted
+one, which also needs --tokenizer and --text_encoder (or --text_embedding):
+
+    python -m launch.generate --checkpoint=weights/cosmos2b --tokenizer=weights/wan_vae \
+        --text_encoder=weights/t5_11b --image=start.jpg --prompt="A robot arm opens the drawer." \
+        --out=video.mp4
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+from absl import flags
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from data_pipelines.pictures import read_observed
+from data_pipelines.video import write_video
+from launch.entry import path_flag, run
+from mvjax.clip import Clip
+from mvjax.models.precision import PRECISIONS
+from mvjax.policy.generation import Denoising, generate
+from mvjax.policy.load_generation import (
+    embed_texts,
+    generation_config,
+    load_tokenizer,
+    load_video_model,
+    read_embedding,
+)
+
+CHECKPOINT = path_flag("checkpoint", "Stage-1 training directory, or converted video DiT.")
+IMAGE = path_flag("image", "A picture, or a video at the model's frame rate: its last frames.")
+OUT = path_flag("out", "The .mp4 to write.")
+PROMPT = flags.DEFINE_string("prompt", None, "What happens in the video.")
+EMBEDDING = flags.DEFINE_string(
+    "text_embedding", None, "In place of --prompt: its embedding, .npy of float [tokens, dim]."
+)
+NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What --guidance moves away from.")
+GUIDANCE = flags.DEFINE_float("guidance", 0.0, "0 for none, at half the cost.", lower_bound=0)
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Converted Wan VAE, or a linear tokenizer.")
+TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Converted T5.")
+HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 16.")
+WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 16.")
+FRAMES = flags.DEFINE_integer("frames", None, "Of the whole video, 1 + 4k; the observed included.")
+FPS = flags.DEFINE_integer("fps", None, "At which the video is played.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "Of the noise schedule.", lower_bound=1)
+SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level that the video starts from.")
+SEED = flags.DEFINE_integer("seed", None, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
+PRECISION = flags.DEFINE_enum("precision", None, PRECISIONS, "In which the network computes.")
+
+
+def main() -> None:
+    """Writes one video."""
+    checkpoint, out = Path(CHECKPOINT.value), Path(OUT.value)
+    if out.suffix != ".mp4":
+        raise ValueError(f"--out must be the name of an .mp4 file, got {out}.")
+    config = generation_config(checkpoint)
+    given = {
+        "clip.height": HEIGHT.value,
+        "clip.width": WIDTH.value,
+        "clip.fps": FPS.value,
+        "sampler.video_steps": STEPS.value,
+        "sampler.sigma_max": SIGMA_MAX.value,
+        "sampler.seed": SEED.value,
+        "tokenizer": TOKENIZER.value,
+        "text_encoder": TEXT_ENCODER.value,
+        "video_model.precision": PRECISION.value,
+    }
+    config.update_from_flattened_dict({k: v for k, v in given.items() if v is not None})
+    settings = Denoising(
+        steps=config.sampler.video_steps,
+        sigma_max=config.sampler.sigma_max,
+        sigma_min=config.sampler.sigma_min,
+        seed=config.sampler.seed,
+        guidance=GUIDANCE.value,
+    )
+    observed = read_observed(Path(IMAGE.value), config.clip.observed_frames)
+    clip = _clip(config, len(observed))
+    tokenizer = load_tokenizer(config.tokenizer, checkpoint)
+    text, negative = _texts(config, checkpoint)
+    model = load_video_model(checkpoint, config.video_model.precision)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    ends = []
+    with tqdm(total=settings.evaluations, desc="denoise", unit="step", smoothing=0) as bar:
+
+        def progress(done: int) -> None:
+            if done == 1:  # the first one was compiled, too: the pace is that of the others
+                bar.initial = 1
+                bar.unpause()
+            bar.update()
+            ends.append(time.perf_counter())
+            if done == bar.total:
+                bar.close()  # decoding is not a step
+
+        video = generate(
+            model, tokenizer, clip, observed, text, settings, negative=negative, progress=progress
+        )
+    fps = max(round(clip.fps), 1)
+    write_video(out, video, fps, crf=18)
+    pace = (ends[-1] - ends[0]) / (len(ends) - 1)
+    print(
+        f"{out}: {len(video)} frames of {clip.height}x{clip.width} at {fps} frames per second, "
+        f"{len(observed)} of them observed; {pace:.3g} s per step."
+    )
+
+
+def _clip(config: ConfigDict, observed: int) -> Clip:
+    """The clip to generate, of which `observed` frames are given."""
+    frames = FRAMES.value
+    if frames is None:
+        frames = config.clip.observed_frames + config.clip.future_frames
+    if frames % 4 != 1 or frames <= observed:
+        raise ValueError(
+            f"--frames must be 1 + 4k and more than the {observed} observed, e.g. "
+            f"{max(frames // 4 * 4 + 1, observed + 4)}; got {frames}."
+        )
+    lengths = dict(observed_frames=observed, future_frames=frames - observed)
+    return Clip(**{**config.clip, **lengths})
+
+
+def _texts(config: ConfigDict, checkpoint: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Embeddings of the prompt and, with guidance, of the negative prompt."""
+    if (PROMPT.value is None) == (EMBEDDING.value is None):
+        raise ValueError("give either --prompt or --text_embedding, which stands in its place.")
+    if GUIDANCE.value and NEGATIVE.value is None:
+        raise ValueError(f"--guidance={GUIDANCE.value:g} needs --negative_prompt.")
+    words = [PROMPT.value] if EMBEDDING.value is None else []
+    words += [NEGATIVE.value] if GUIDANCE.value else []
+    texts = [*embed_texts(config, words, checkpoint)] if words else []
+    if EMBEDDING.value is not None:
+        size = config.text.length, config.text.dim
+        texts.insert(0, read_embedding(Path(EMBEDDING.value), *size))
+    return texts[0], texts[1] if GUIDANCE.value else None
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,249 @@
+"""What a person sees who converts something that cannot be converted; nothing is left half done."""
+
+import json
+import os
+import pickle
+import resource
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pytest
+from published import CONFIGS, prefixed, published_shapes, random_tensors, tensor, write_published
+
+from data_pipelines.released_statistics import released_normalizer
+from mvjax.checkpoints.torch_weights.convert import plan, write
+from mvjax.checkpoints.torch_weights.kind import Hints
+from mvjax.checkpoints.torch_weights.kind_action import ACTION
+from mvjax.checkpoints.torch_weights.kind_video import VIDEO
+from mvjax.checkpoints.torch_weights.open import open_weights
+from mvjax.checkpoints.torch_weights.pt_writer import write_pt
+from mvjax.checkpoints.torch_weights.source import open_source
+from mvjax.checkpoints.torch_weights.tensors import TorchTensor
+
+ROOT = Path(__file__).parent.parent
+ROPE = "--rope_ratio_thw=1,3,3"
+HINTS = Hints(rope_ratio_thw=(1.0, 3.0, 3.0))
+
+
+@pytest.fixture
+def convert(command):
+    """Runs the command, which must work; gives what it prints."""
+
+    def run(*arguments) -> str:
+        said = command("launch.convert", *arguments)
+        assert said.code == 0, said.err
+        return said.out
+
+    return run
+
+
+def refused(source: Path, destination: Path) -> str:
+    """What converting raises; asserts that nothing is left of it."""
+    with pytest.raises((ValueError, OSError)) as error:
+        write(plan(open_source(source, HINTS)), destination)
+    assert not destination.exists() and not any(destination.parent.iterdir())
+    return str(error.value)
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """(where sources lie, where results go)."""
+    results = tmp_path / "results"
+    results.mkdir()
+    return tmp_path, results
+
+
+def test_everything_that_does_not_fit_is_listed_at_once(folders):
+    here, out = folders
+    tensors = random_tensors(VIDEO, "nvidia")
+    for block in (0, 1):
+        del tensors[f"blocks.{block}.mlp.layer2.weight"]
+    del tensors["final_layer.linear.weight"]
+    tensors["blocks.1.extra.weight"] = tensor(np.zeros(3, np.float32))
+    tensors["blocks.1.self_attn.q_proj.weight"] = tensor(np.zeros((48, 5), np.float32))
+    tensors["t_embedder.1.linear_1.weight"] = tensor(np.zeros((48, 7), np.float32))
+    source = write_published(here, VIDEO, "nvidia", tensors)
+    said = refused(source, out / "x")
+    for part in (
+        "blocks.{0-1}.mlp.layer2.weight",
+        "final_layer.linear.weight",
+        "unknown: blocks.1.extra.weight",
+        "blocks.1.self_attn.q_proj.weight is [48, 5] instead of [48, 48]",
+        "t_embedder.1.linear_1.weight is [48, 7] instead of [48, 48]",
+    ):
+        assert part in said
+
+
+def test_a_tensor_that_is_not_finite_is_named(folders):
+    here, out = folders
+    for dtype in (np.float32, ml_dtypes.bfloat16):
+        tensors = {
+            n: tensor(t.read().astype(dtype)) for n, t in random_tensors(VIDEO, "nvidia").items()
+        }
+        values = tensors["blocks.1.mlp.layer1.weight"].read().copy()
+        values[3, 4] = np.nan
+        tensors["blocks.1.mlp.layer1.weight"] = tensor(values)
+        folder = here / np.dtype(dtype).name
+        folder.mkdir()
+        source = write_published(folder, VIDEO, "nvidia", tensors)
+        said = refused(source, out / "x")
+        assert "blocks.1.mlp.layer1.weight holds 1 values that are not finite" in said
+
+
+def test_a_truncated_file_is_said_to_be_cut_off(folders):
+    here, out = folders
+    source = write_published(here, VIDEO, "nvidia", random_tensors(VIDEO, "nvidia"))
+    source.write_bytes(source.read_bytes()[:-2000])
+    assert "is cut off" in refused(source, out / "x")
+
+
+class Attack:
+    def __reduce__(self):
+        return os.system, ("touch attacked",)
+
+
+def test_a_pickle_that_calls_something_is_not_run(folders, complains):
+    here, out = folders
+    with zipfile.ZipFile(here / "evil.pt", "w") as archive:
+        archive.writestr("evil/data.pkl", pickle.dumps({"net.x_embedder.x": Attack()}, protocol=2))
+        archive.writestr("evil/version", "3\n")
+    said = (
+        refused(here / "evil.pt", out / "x", cwd=None)
+        if False
+        else refused(here / "evil.pt", out / "x")
+    )
+    assert "would call posix.system; a weights file must hold only tensors" in said
+    assert not (ROOT / "attacked").exists()
+
+
+def test_things_of_another_kind(folders):
+    here, out = folders
+    (here / "notes.txt").write_text("hello")
+    (here / "empty").mkdir()
+    write_pt(here / "other.pt", {"layer.weight": tensor(np.zeros(3, np.float32))})
+    for name, said in (
+        ("notes.txt", "notes.txt"),
+        ("empty", "empty"),
+        ("absent.pt", "absent.pt"),
+        ("other.pt", "none of the networks that are known here"),
+    ):
+        assert said in refused(here / name, out / "x")
+
+
+def test_what_weights_do_not_tell_is_asked_for(folders, complains):
+    here, out = folders
+    source = write_published(here, VIDEO, "nvidia", random_tensors(VIDEO, "nvidia"))
+    complains("give --rope_ratio_thw", "launch.convert", source, out / "x")
+    assert not (out / "x").exists()
+
+
+def test_a_destination_that_holds_something_is_left_alone(folders):
+    here, out = folders
+    source = write_published(here, ACTION, "mimic-video", random_tensors(ACTION, "mimic-video"))
+    (out / "mine").mkdir()
+    (out / "mine" / "notes").write_text("keep")
+    with pytest.raises(FileExistsError, match="holds something already"):
+        write(plan(open_source(source, HINTS)), out / "mine")
+    assert (out / "mine" / "notes").read_text() == "keep"
+
+
+def test_the_command_converts_and_a_dry_run_does_not(folders, convert, complains):
+    here, out = folders
+    source = write_published(here, ACTION, "mimic-video", random_tensors(ACTION, "mimic-video"))
+    assert "action decoder" in convert(source, out / "x", "--dry_run")
+    assert not (out / "x").exists()
+    convert(source, out / "x")
+    complains("DEST must be given", "launch.convert", source)
+    complains("give --to=", "launch.convert", out / "x", out / "y")
+    words = "cannot be written for diffusers; possible is mimic-video"
+    complains(words, "launch.convert", out / "x", out / "y", "--to=diffusers")
+    assert not (out / "y").exists()
+
+
+def test_a_killed_conversion_can_be_repeated(folders):
+    here, out = folders
+    source = write_published(here, ACTION, "mimic-video", random_tensors(ACTION, "mimic-video"))
+    left = out / "x" / "checkpoints" / "0.orbax-checkpoint-tmp" / "state"
+    left.mkdir(parents=True)  # what SIGKILL leaves
+    write(plan(open_source(source, HINTS)), out / "x")
+    assert [p.name for p in (out / "x" / "checkpoints").iterdir()] == ["0"]
+
+
+def test_a_full_disk_leaves_nothing(folders):
+    """A real small file system where it may be mounted."""
+    here, out = folders
+    source = write_published(here, VIDEO, "nvidia", random_tensors(VIDEO, "nvidia"))
+    disk = out / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "none", disk])
+    if mounted.returncode:
+        pytest.skip("file systems cannot be mounted here")
+    try:
+        assert "No space left on device" in refused(source, disk / "x")
+    finally:
+        subprocess.run(["umount", disk])
+
+
+def test_a_write_that_fails_half_way_leaves_nothing(folders, command):
+    """The disk seems large enough, and then is not: the writes of the larger arrays fail."""
+    here, out = folders
+    source = write_published(here, VIDEO, "nvidia", random_tensors(VIDEO, "nvidia"))
+
+    said = command("launch.convert", source, out / "x", ROPE, prepare=_small_files)
+    assert said.code == 2 and "Traceback" not in said.err, said.err
+    assert not (out / "x").exists()
+
+
+def _small_files():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def test_statistics_of_another_layout_are_refused(folders, complains):
+    here, out = folders
+    (here / "stats.json").write_text(json.dumps({"action/joints": {"mean": [[0.0]]}}))
+    with pytest.raises(ValueError, match="one position, one rotation and one gripper entry"):
+        released_normalizer(here / "stats.json")
+    (here / "stats.json").write_text('{"action/')
+    complains("is damaged", "launch.convert", here / "stats.json", out / "x")
+    assert not (out / "x").exists()
+
+
+def test_a_model_is_never_in_memory(folders):
+    """A file of 340 MB adds less than twice its largest stacked parameter to the memory."""
+    here, out = folders
+    sizes = {**CONFIGS["video"]["video_model"], "width": 1024, "num_blocks": 8, "adaln_rank": 64}
+    config = {**CONFIGS["video"], "video_model": sizes}
+    rng = np.random.default_rng(0)
+    tensors = {
+        name: TorchTensor(
+            shape, np.dtype(np.float32), lambda shape=shape: rng.random(shape, np.float32)
+        )
+        for name, shape in published_shapes(VIDEO, "nvidia", config).items()
+    }
+    write_pt(here / "large.pt", prefixed(tensors))
+    measure = (
+        "import resource, runpy, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_module('launch.convert', run_name='__main__')\n"
+        "except SystemExit: pass\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+    )
+
+    def peak(*arguments):
+        done = subprocess.run(
+            [sys.executable, "-c", measure, "launch.convert", *map(str, arguments)],
+            cwd=ROOT,
+            env={**os.environ, "JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        return int(done.stdout.splitlines()[-1]) * 1024
+
+    largest = 8 * 4 * 1024**2 * 4
+    idle = peak(here / "large.pt", out / "x", ROPE, "--dry_run")
+    assert peak(here / "large.pt", out / "x", ROPE) - idle < 2 * largest
+    assert peak(out / "x", out / "back.pt", "--to=nvidia") - idle < 2 * largest
+    assert set(open_weights(out / "back.pt")) == set(prefixed(tensors))

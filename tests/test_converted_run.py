@@ -1,0 +1,147 @@
+"""Converted weights are taken directly: by training, by the encoding, and by the policy."""
+
+import copy
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from published import CONFIGS, random_tensors, write_published
+from tiny_stages import tiny_config, train_tiny
+
+from data_pipelines.normalizer import compute_statistics
+from data_pipelines.released_statistics import released_normalizer
+from mvjax.checkpoints.backbone import load_backbone
+from mvjax.checkpoints.bridge import read_meta, restore_params
+from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
+from mvjax.checkpoints.torch_weights.convert import plan, write
+from mvjax.checkpoints.torch_weights.kind import Hints
+from mvjax.checkpoints.torch_weights.kind_action import ACTION
+from mvjax.checkpoints.torch_weights.kind_text import TEXT
+from mvjax.checkpoints.torch_weights.kind_vae import VAE
+from mvjax.checkpoints.torch_weights.kind_video import VIDEO
+from mvjax.checkpoints.torch_weights.source import open_source
+from mvjax.checkpoints.tree_match import CheckpointMismatch
+from mvjax.models.build import video_dit_config, video_network
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules
+from mvjax.policy.load import load_policy
+from mvjax.policy.observation import Observation
+from mvjax.policy.policy import Sampling
+
+pytestmark = pytest.mark.usefixtures("quickly")
+HINTS = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")
+LAYOUTS = [(VIDEO, "nvidia"), (ACTION, "mimic-video"), (VAE, "nvidia"), (TEXT, "diffusers")]
+
+
+@pytest.fixture(scope="module")
+def released(tmp_path_factory, spiece):
+    """Everything a release consists of, converted: a folder with video, action, vae and text."""
+    folder = tmp_path_factory.mktemp("released")
+    for kind, layout in LAYOUTS:
+        config = copy.deepcopy(CONFIGS[kind.stage])
+        if kind is ACTION:
+            for stream in config["policy_io"].values():
+                stream["dim"] = 10
+        tensors = random_tensors(kind, layout, config)
+        path = write_published(folder, kind, layout, tensors, config)
+        if kind is TEXT:
+            shutil.copyfile(spiece / "spiece.model", path / "spiece.model")
+        write(plan(open_source(path, HINTS)), folder / kind.stage)
+    rng = np.random.default_rng(0)
+    statistics = {
+        f"{prefix}eef_{stream}_lowdim": compute_statistics(rng.normal(size=(50, horizon, dim)))
+        for prefix, horizon in (("action/", 4), ("obs/", 1))
+        for stream, dim in (("pos", 3), ("rot", 6), ("gripper", 1))
+    }
+    text = json.dumps({k: {n: v.tolist() for n, v in s.items()} for k, s in statistics.items()})
+    (folder / "bridge.json").write_text(text)
+    released_normalizer(folder / "bridge.json").save(folder / "action" / "normalizer.json")
+    return folder
+
+
+def config_of(released, stage, **training):
+    config = tiny_config(stage, **training)
+    config.tokenizer = str(released / "vae")
+    config.text_encoder = str(released / "text")
+    config.text.update(length=16, dim=64)
+    config.policy_io.action.update(dim=10)
+    config.policy_io.proprio.update(dim=10)
+    if stage == "action":
+        config.backbone.checkpoint = str(released / "video")
+    return config
+
+
+def test_the_policy_runs_on_a_converted_release(released):
+    """The whole of a release, and the actions come out in the units of its statistics."""
+    config = config_of(released, "action")
+    sampling = Sampling(video_steps=3, stop_step=1, action_steps=4)
+    policy = load_policy(config, released / "action", sampling, batch_size=2)
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
+    observation = Observation(frames, np.zeros((1, 10), np.float32), "pick up the red mug")
+    other = Observation(frames, np.zeros((1, 10), np.float32), "open the top drawer")
+    actions = policy.plan([observation, other])
+    assert actions.shape == (2, 4, 10) and np.isfinite(actions).all()
+    assert not np.allclose(actions[0], actions[1])
+    assert policy.predict_video([observation]).shape == (1, 13, 32, 32, 3)
+
+
+def test_training_starts_from_converted_weights(released, tmp_path):
+    config = config_of(released, "video", steps=1)
+    config.init_from = str(released / "video")
+    config.optimizer.learning_rate = 0.0
+    train_tiny(config, tmp_path / "video")
+    network = video_network(video_dit_config(config))
+    assert_same_parameters(network, released / "video", tmp_path / "video")
+    config.lora.update(rank=2, alpha=4.0)
+    train_tiny(config, tmp_path / "lora")
+    assert read_meta(tmp_path / "lora")["config"]["lora"]["rank"] == 2
+
+
+def assert_same_parameters(network, one, other):
+    here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(
+        lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=here), network.abstract
+    )
+    trees = [restore_params(directory, abstract, use_ema=False) for directory in (one, other)]
+    jax.tree.map(np.testing.assert_array_equal, *trees)
+
+
+def test_stage_2_trains_on_a_converted_backbone(released, tmp_path):
+    train_tiny(config_of(released, "action", steps=1), tmp_path)
+    assert read_meta(tmp_path)["stage"] == "action"
+
+
+def test_a_converted_backbone_of_another_size_is_refused(released):
+    config = config_of(released, "action")
+    config.video_model.update(num_blocks=3, rope_ratio_thw=(1.0, 2.0, 2.0))
+    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    with pytest.raises(CheckpointMismatch, match="num_blocks is 2 there, 3 here") as error:
+        load_backbone(config, mesh, rules)
+    assert "rope_ratio_thw" in str(error.value)
+    config.backbone.checkpoint = str(released / "vae")
+    with pytest.raises(CheckpointMismatch, match="stage 'vae', but a run of stage 'video'"):
+        load_backbone(config, mesh, rules)
+
+
+def test_encoders_know_themselves_apart(released, tmp_path):
+    """A tokenizer or text encoder of other weights has another identity."""
+    config = config_of(released, "video")
+    tokenizer, identity = load_video_tokenizer(config.tokenizer)
+    video = np.zeros((1, 5, 32, 32, 3), np.float32)
+    assert tokenizer.encode(video).shape == (1, 2, 4, 4, 16)
+    tensors = random_tensors(VAE, "nvidia", seed=1)
+    other = write_published(tmp_path, VAE, "nvidia", tensors)
+    write(plan(open_source(other, HINTS)), tmp_path / "other")
+    assert load_video_tokenizer(tmp_path / "other")[1] != identity
+    encoder, text_identity = load_text_encoder(config)
+    assert encoder.encode(["open the drawer"]).shape == (1, 16, 64)
+    config.text.dim = 32
+    with pytest.raises(CheckpointMismatch, match=r"64 dimensions, but text\.dim is 32"):
+        load_text_encoder(config)
+    config.text_encoder = str(released / "vae")
+    with pytest.raises(CheckpointMismatch, match="but a converted T5 encoder is needed here"):
+        load_text_encoder(config)
+    assert text_identity.startswith("t5 16x64 ")

@@ -1,0 +1,335 @@
+"""Generated video: the sampler and its guidance, and the command from checkpoint to mp4."""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+from published import random_tensors, write_published
+from test_policy import random_params
+from tiny_stages import save_untrained, tiny_config
+
+from data_pipelines.pictures import cover, read_observed
+from data_pipelines.video import VideoFile, write_video
+from mvjax.checkpoints.encoders import load_video_tokenizer
+from mvjax.checkpoints.torch_weights.convert import plan, write
+from mvjax.checkpoints.torch_weights.kind import Hints
+from mvjax.checkpoints.torch_weights.kind_vae import VAE
+from mvjax.checkpoints.torch_weights.kind_video import VIDEO
+from mvjax.checkpoints.torch_weights.source import open_source
+from mvjax.clip import Clip
+from mvjax.flow.noise_levels import karras_sigmas
+from mvjax.flow.sampler import published_noise, sample_video
+from mvjax.flow.video import condition_mask, denoise
+from mvjax.models.build import video_dit_config, video_network
+from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
+from mvjax.models.ngram_text import NgramTextEncoder
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules
+from mvjax.policy.generation import Denoising, VideoModel, generate
+from mvjax.policy.load_generation import generation_config, load_tokenizer, read_embedding
+
+pytestmark = pytest.mark.usefixtures("quickly")
+ROOT = Path(__file__).parents[1]
+CLIP = Clip(height=32, width=48, observed_frames=5, future_frames=8, fps=10.0)
+SIZE = ("--height=32", "--width=48", "--frames=9", "--steps=3")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    rng = np.random.default_rng(0)
+    return fit_linear_tokenizer([rng.uniform(-1, 1, (8, 13, 32, 32, 3)).astype("float32")])
+
+
+@pytest.fixture(scope="module")
+def model():
+    """A random video DiT on one device."""
+    network = video_network(video_dit_config(tiny_config("video")))
+    mesh = make_mesh({}, jax.devices()[:1])
+    return VideoModel(network, random_params(network, 1), mesh, make_rules())
+
+
+def embed(text):
+    return NgramTextEncoder(4, 16).encode([text])[0]
+
+
+def observed(count=5, height=32, width=48, seed=3):
+    return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
+
+
+def by_hand(model, tokenizer, frames, texts, settings):
+    """The video from `sample_video` and the formula of guidance."""
+    clean = np.zeros((1, *CLIP.latent_shape), np.float32)
+    clean[:, :2] = tokenizer.encode(frames[None].astype(np.float32) / 127.5 - 1)
+    sigmas = karras_sigmas(settings.steps, sigma_max=settings.sigma_max)
+    mask = condition_mask(jnp.full(1, 2), CLIP.latent_frames)
+    net = model.network.bind(model.params)
+
+    def predict(x, sigma, text):
+        return denoise(lambda i: net(*i[:2], text[None], i[2]), x, clean, sigma, mask)
+
+    def denoiser(x, sigma):
+        x0, *others = (predict(x, sigma, text) for text in texts)
+        return x0 + settings.guidance * (x0 - others[0]) if others else x0
+
+    @jax.jit
+    def latents(noise):
+        x = sample_video(denoiser, noise, sigmas, settings.steps)
+        return denoiser(x, jnp.full((1, 1), sigmas[-1]))
+
+    return np.asarray(latents(published_noise(settings.seed, clean.shape)))
+
+
+class Kept:
+    """A tokenizer that keeps the latents it was asked to decode."""
+
+    def __init__(self, tokenizer):
+        self.encode, self._decode = tokenizer.encode, tokenizer.decode
+
+    def decode(self, latents):
+        self.latents = latents
+        return self._decode(latents)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.5])
+def test_the_loop_samples_what_sample_video_does(model, tokenizer, guidance):
+    settings = Denoising(steps=4, seed=5, guidance=guidance)
+    text, negative = embed("open the drawer"), embed("poor quality")
+    kept, seen, frames = Kept(tokenizer), [], observed()
+    video = generate(
+        model, kept, CLIP, frames, text, settings, negative=negative, progress=seen.append
+    )
+    texts = [text, negative] if guidance else [text]
+    expected = by_hand(model, tokenizer, frames, texts, settings)
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(kept.latents / scale, expected / scale, rtol=1e-5, atol=1e-5)
+    assert seen == [1, 2, 3, 4, 5] and settings.evaluations == 5
+    assert video.shape == (13, 32, 48, 3) and video.dtype == np.uint8
+    coded = np.asarray(tokenizer.decode(expected))[0]
+    np.testing.assert_allclose(video, np.clip((coded + 1) * 127.5, 0, 255), atol=0.6)
+
+
+def test_guidance_moves_away_from_the_negative_text(model, tokenizer):
+    text, negative = embed("open the drawer"), embed("poor quality")
+
+    def made(guidance, negative=negative):
+        settings = Denoising(steps=2, guidance=guidance)
+        return generate(model, tokenizer, CLIP, observed(), text, settings, negative=negative)
+
+    plain = made(0.0)
+    np.testing.assert_array_equal(plain, made(0.0, None))  # it is not even looked at
+    assert (plain != made(3.0)).any() and (made(1.0) != made(3.0)).any()
+    # The same text on both sides is no guidance.
+    difference = plain.astype(int) - made(3.0, text)
+    assert np.abs(difference).max() <= 1
+    with pytest.raises(ValueError, match=r"needs the embedding of a negative text of the shape"):
+        made(3.0, None)
+
+
+def test_every_step_and_every_later_video_is_one_program(model, tokenizer):
+    model = VideoModel(model.network, model.params, model.mesh, model.rules)  # compiles anew
+    before = VideoModel._step._cache_size()
+    videos = []
+    for seed, steps, sigma_max in ((0, 2, 80.0), (1, 2, 80.0), (0, 4, 50.0)):
+        settings = Denoising(steps=steps, sigma_max=sigma_max, seed=seed)
+        videos.append(generate(model, tokenizer, CLIP, observed(), embed("press"), settings))
+    assert all((videos[0] != other).any() for other in videos[1:])
+    assert VideoModel._step._cache_size() == before + 1
+
+
+def test_settings_and_frames_that_do_not_fit_are_refused(model, tokenizer):
+    with pytest.raises(ValueError, match=r"There are 1 frames to begin with, but clip.observed_fr"):
+        generate(model, tokenizer, CLIP, observed(1), embed("press"))
+    with pytest.raises(ValueError, match=r"sigma_max 0.001 and sigma_min 0.002"):
+        Denoising(sigma_max=0.001)
+    with pytest.raises(ValueError, match="guidance must be 0"):
+        Denoising(guidance=-1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "scaled"), [((50, 100), (32, 64)), ((100, 50), (96, 48)), ((20, 30), (32, 48))]
+)
+def test_pictures_cover_the_clip_and_keep_their_proportions(size, scaled):
+    # A ramp in both directions, sampled as bilinear interpolation does.
+    y, x = np.mgrid[: size[0], : size[1]]
+    ramp = np.stack([2 * y, 2 * x, y + x], axis=-1).astype(np.uint8)
+    ours = cover(ramp[None], 32, 48)[0]
+    assert ours.shape == (32, 48, 3)
+    top, left = (scaled[0] - 32) // 2, (scaled[1] - 48) // 2
+    rows = (np.arange(32) + top + 0.5) * size[0] / scaled[0] - 0.5
+    columns = (np.arange(48) + left + 0.5) * size[1] / scaled[1] - 0.5
+    inner = np.s_[4:-4, 4:-4]  # the filter is cut at the edges
+    np.testing.assert_allclose(
+        ours[..., 0][inner], 2 * rows[4:-4, None] + 0 * columns[4:-4], atol=1
+    )
+    np.testing.assert_allclose(
+        ours[..., 1][inner], 0 * rows[4:-4, None] + 2 * columns[4:-4], atol=1
+    )
+
+
+@pytest.mark.parametrize(("length", "taken"), [(3, 1), (4, 1), (5, 5), (8, 5)])
+def test_a_video_gives_its_last_frames(tmp_path, length, taken):
+    levels = np.arange(length, dtype=np.uint8)[:, None, None, None] * 30
+    write_video(tmp_path / "a.mp4", np.broadcast_to(levels, (length, 32, 32, 3)), 10, crf=1)
+    frames = read_observed(tmp_path / "a.mp4", most=5)
+    assert len(frames) == taken
+    expected = 30 * np.arange(length)[-taken:]
+    np.testing.assert_allclose(frames.mean(axis=(1, 2, 3)), expected, atol=4)
+
+
+def test_pictures_are_read_upright_and_in_rgb(tmp_path):
+    frame = observed(1)[0]
+    Image.fromarray(frame).convert("RGBA").save(tmp_path / "a.png")
+    np.testing.assert_array_equal(read_observed(tmp_path / "a.png", 5)[0], frame)
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was held on its side
+    Image.fromarray(frame).save(tmp_path / "b.png", exif=exif)
+    np.testing.assert_array_equal(read_observed(tmp_path / "b.png", 5)[0], np.rot90(frame, -1))
+
+
+def test_embeddings_are_filled_up_with_zeros(tmp_path):
+    values = np.random.default_rng(0).normal(size=(3, 8))
+    for array in (values, values[None].astype(np.float32)):
+        np.save(tmp_path / "a.npy", array)
+        read = read_embedding(tmp_path / "a.npy", length=5, dim=8)
+        assert read.shape == (5, 8) and read.dtype == np.float32 and not read[3:].any()
+        np.testing.assert_allclose(read[:3], values, rtol=1e-6)
+    for array, words in (
+        (values[:, :4], r"float64 \[3, 4\]; this video model reads 1 to 5 tokens of width 8"),
+        (np.zeros((6, 8)), "reads 1 to 5 tokens"),
+        (np.zeros((3, 8), int), r"holds int64 \[3, 8\]; a text embedding is float"),
+    ):
+        np.save(tmp_path / "a.npy", array)
+        with pytest.raises(ValueError, match=words):
+            read_embedding(tmp_path / "a.npy", length=5, dim=8)
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Converted tiny weights, a text embedding and a picture, as flags of the command."""
+    folder = tmp_path_factory.mktemp("converted")
+    for kind, name in ((VIDEO, "dit"), (VAE, "vae")):
+        path = write_published(folder, kind, "nvidia", random_tensors(kind, "nvidia"))
+        hints = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")
+        write(plan(open_source(path, hints)), folder / name)
+    np.save(folder / "text.npy", np.random.default_rng(0).normal(size=(1, 3, 64)))
+    Image.fromarray(observed(1, 60, 60)[0]).save(folder / "start.png")
+    return {
+        "checkpoint": folder / "dit",
+        "tokenizer": folder / "vae",
+        "text_embedding": folder / "text.npy",
+        "image": folder / "start.png",
+    }
+
+
+def flags_of(given, *more, **changes):
+    merged = {**given, **changes}
+    return [*(f"--{k}={v}" for k, v in merged.items() if v is not None), *more]
+
+
+def read(path):
+    video = VideoFile(path)
+    return video.read(range(len(video))), video.timestamps
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, tokenizer):
+    """A stage-1 training directory whose settings name everything that is needed, as flags."""
+    folder = tmp_path_factory.mktemp("trained")
+    save_tokenizer(folder / "tokenizer.npz", tokenizer)
+    config = tiny_config("video")
+    config.tokenizer = str(folder / "tokenizer.npz")
+    config.sampler.update(video_steps=3)
+    save_untrained(config, folder / "run")
+    write_video(folder / "start.mp4", observed(7, 32, 32), 20)
+    return {"checkpoint": folder / "run", "image": folder / "start.mp4", "prompt": "open"}
+
+
+def test_converted_weights_take_the_released_lengths(command, converted, tmp_path):
+    out = tmp_path / "a.mp4"
+    said = command("launch.generate", *flags_of(converted, *SIZE, f"--out={out}"))
+    assert said.code == 0, said.err
+    assert "9 frames of 32x48 at 10 frames per second, 1 of them observed; " in said.out
+    assert said.out.count("\n") == 1 and "4/4" in said.err
+    frames, timestamps = read(out)
+    assert frames.shape == (9, 32, 48, 3)
+    np.testing.assert_array_equal(timestamps, np.arange(9) * 100_000_000)
+    config = generation_config(converted["checkpoint"])
+    assert Clip(**config.clip) == Clip(480, 640, observed_frames=5, future_frames=56, fps=10.0)
+    released = Denoising(config.sampler.video_steps, config.sampler.sigma_max)
+    assert released == Denoising() and config.text.length == 512
+
+
+def test_a_training_directory_knows_its_settings(command, trained, tmp_path):
+    for name in ("new/a", "again"):  # the folder is made
+        said = command("launch.generate", *flags_of(trained, f"--out={tmp_path / name}.mp4"))
+        assert said.code == 0, said.err
+    assert "13 frames of 32x32 at 20 frames per second, 5 of them observed; " in said.out
+    assert "4/4" in said.err
+    first, again = ((tmp_path / f"{name}.mp4").read_bytes() for name in ("new/a", "again"))
+    assert first == again
+    assert len(read(tmp_path / "again.mp4")[0]) == 13
+
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    flags = flags_of(trained, f"--out={tmp_path / 'four.mp4'}")
+    arguments = [sys.executable, "-m", "launch.generate", *flags]
+    done = subprocess.run(arguments, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, four = (read(tmp_path / f"{name}.mp4")[0].astype(int) for name in ("again", "four"))
+    assert np.abs(one - four).max() <= 12 and np.abs(one - four).mean() < 0.2  # a pixel's rounding
+
+
+def test_flags_come_before_the_settings_of_the_directory(command, trained, tmp_path):
+    out = tmp_path / "a.mp4"
+    flags = "--guidance=2", "--negative_prompt=blurred", "--fps=5", "--frames=9", "--steps=1"
+    said = command("launch.generate", *flags_of(trained, *flags, "--width=48", f"--out={out}"))
+    assert said.code == 0, said.err
+    assert "9 frames of 32x48 at 5 frames per second" in said.out and "2/2" in said.err
+
+
+def test_another_tokenizer_than_the_trained_one_is_refused(trained, tmp_path):
+    shutil.copytree(trained["checkpoint"], tmp_path / "run")
+    _, identity = load_video_tokenizer(trained["checkpoint"].parent / "tokenizer.npz")
+    (meta,) = (tmp_path / "run/checkpoints/0/meta").rglob("metadata")
+    for trained_with, fits in ((identity, True), ("another", False)):
+        content = json.loads(meta.read_text()) | {"identity": {"tokenizer": trained_with}}
+        meta.write_text(json.dumps(content))
+        with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="another video"):
+            load_tokenizer(trained["checkpoint"].parent / "tokenizer.npz", tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no video tokenizer at nothing; give --tokenizer"):
+        load_tokenizer("nothing", tmp_path / "run")
+
+
+def test_what_is_missing_or_wrong_is_said_in_a_sentence(complains, converted, trained, tmp_path):
+    out = tmp_path / "out/a.mp4"
+    (tmp_path / "text.png").write_text("not a picture")
+    (tmp_path / "cut.png").write_bytes(converted["image"].read_bytes()[:2000])
+    for given, changes, words in (
+        (converted, dict(tokenizer=None), "give --tokenizer=DIR with a converted Wan VAE"),
+        (converted, dict(text_embedding=None, prompt="x"), "give --text_encoder=DIR with a"),
+        (converted, dict(prompt="x"), "give either --prompt or --text_embedding"),
+        (converted, dict(height=50), "height must be a multiple of 16 pixels"),
+        (converted, dict(frames=60), "more than the 1 observed, e.g. 61; got 60."),
+        (converted, dict(image="nothing.png"), "There is no picture or video at nothing.png"),
+        (converted, dict(image=tmp_path / "text.png"), "text.png is neither a picture"),
+        (converted, dict(image=tmp_path / "cut.png"), "cut.png is a damaged picture"),
+        (converted, dict(guidance=2), "--guidance=2 needs --negative_prompt"),
+        (converted, dict(checkpoint=converted["tokenizer"]), "of stage 'vae', but videos are"),
+        (trained, dict(sigma_max=0.1), "sigma_max 0.1 and sigma_min 0.3"),
+    ):
+        complains(words, "launch.generate", *flags_of(given, f"--out={out}", **changes))
+    complains("--out must be the name of an .mp4", "launch.generate", *flags_of(trained, "--out=x"))
+    assert not out.parent.exists()
