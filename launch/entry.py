@@ -70,12 +70,20 @@ def _must_be_given(name: str) -> str:
 
 def _parse(arguments: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(list(arguments))
+        return flags.FLAGS([_with_underscores(argument) for argument in arguments])
     except Exception as error:  # a configuration file is a program: it may raise anything
         sentence = _configuration_sentence(error) or _flag_sentence(error)
         if sentence is None or os.environ.get("MVJAX_TRACEBACK"):
             raise
         _stop(sentence)
+
+
+def _with_underscores(argument: str) -> str:
+    """--dry-run is --dry_run."""
+    name, equals, value = argument.partition("=")
+    if name.startswith("--"):
+        name = "--" + name[2:].replace("-", "_")
+    return name + equals + value
 
 
 def _configuration_sentence(error: BaseException | None) -> str | None:

@@ -154,7 +154,7 @@ def test_a_destination_that_holds_something_is_left_alone(folders):
 def test_the_command_converts_and_a_dry_run_does_not(folders, convert, complains):
     here, out = folders
     source = write_published(here, ACTION, "mimic-video", random_tensors(ACTION, "mimic-video"))
-    assert "action decoder" in convert(source, out / "x", "--dry_run")
+    assert "action decoder" in convert(source, out / "x", "--dry-run")
     assert not (out / "x").exists()
     convert(source, out / "x")
     complains("DEST must be given", "launch.convert", source)
@@ -243,7 +243,7 @@ def test_a_model_is_never_in_memory(folders):
         return int(done.stdout.splitlines()[-1]) * 1024
 
     largest = 8 * 4 * 1024**2 * 4
-    idle = peak(here / "large.pt", out / "x", ROPE, "--dry_run")
+    idle = peak(here / "large.pt", out / "x", ROPE, "--dry-run")
     assert peak(here / "large.pt", out / "x", ROPE) - idle < 2 * largest
     assert peak(out / "x", out / "back.pt", "--to=nvidia") - idle < 2 * largest
     assert set(open_weights(out / "back.pt")) == set(prefixed(tensors))
