@@ -147,15 +147,21 @@ def get_config(size: str = "full") -> ConfigDict:
         eps=1e-8,
         weight_decay=0.01,
         clip_norm=1.0,
+        mu_dtype="",  # "bfloat16": the first moment in half the memory
     )
+    config.wandb = ""  # a project at Weights & Biases, if the package is installed
     config.training = dict(
         steps=steps,
         batch_size=8 if smoke else 16,
+        accumulate=1,  # micro-batches in turn that make up a batch
         seed=0,
         ema_decay=0.99,
         log_every=max(steps // 75, 1),
         checkpoint_every=steps // 4,
         keep=2,
+        keep_every=0,  # checkpoints of these steps stay for good; 0: none do
+        sample_every=steps if smoke else 500,  # looks at held-out windows; in stage 1 it makes
+        sample_count=2,  # that many videos of them
         episodes_per_task=config_dict.placeholder(int),
     )
     return config

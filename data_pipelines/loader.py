@@ -1,4 +1,4 @@
-"""The training loader: batches that are a pure function of seed, position and process."""
+"""The training loader: batch n is a pure function of the seed and n."""
 
 from collections.abc import Sequence
 
@@ -20,17 +20,16 @@ def make_loader(
     episodes_per_task: int | None = None,
     *,
     with_actions: bool = False,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows: Sequence[int] | None = None,
     num_threads: int = 4,
     prefetch_batches: int = 8,
 ) -> grain.DatasetIterator:
     """Endless batches for one process.
 
-    Each global batch is a run of consecutive elements of the mixture, and process p takes the p-th
-    of `process_count` equal blocks of it: the blocks of all processes in order are the batch that a
-    single process would get. The position is all the state there is (`get_state`, `set_state`);
-    what threads have read ahead does not count.
+    Global batch n is the elements n * batch_size, ... of the mixture, and a process reads some rows
+    of it. The number of the next batch is all the state there is (`get_state`, `set_state`), so a
+    run continues with the same samples on any number of processes; what threads have read ahead
+    does not count.
 
     Args:
         datasets: see `record_mixture`.
@@ -41,28 +40,16 @@ def make_loader(
         normalizer: for "actions" and "proprio"; required with actions.
         episodes_per_task: use this many episodes of each distinct instruction.
         with_actions: also yield actions and proprio.
-        process_index: this process.
-        process_count: number of processes.
+        rows: the rows of each global batch to read; all of them when None.
         num_threads: reader threads.
         prefetch_batches: batches read ahead.
 
     Returns:
-        An iterator of dicts of float32 arrays, b = batch_size / process_count: latents
-        [b, t', h', w', 16], text [b, l, d], and with actions actions [b, H, A] and proprio
-        [b, P, D], both normalised.
+        An iterator of dicts of float32 arrays, b = len(rows): latents [b, t', h', w', 16], text
+        [b, l, d], and with actions actions [b, H, A] and proprio [b, P, D], both normalised.
     """
-    if batch_size % process_count:
-        raise ValueError(
-            f"A batch of {batch_size} cannot be split over {process_count} processes; choose a "
-            "multiple."
-        )
     if with_actions and normalizer is None:
         raise ValueError("Actions were asked for without a normalizer; see action_statistics.")
-
-    def finish(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        for key in ("actions", "proprio") if with_actions else ():
-            batch[key] = normalizer.normalize(key, batch[key])
-        return {key: value.astype(np.float32, copy=False) for key, value in batch.items()}
 
     mixture = record_mixture(
         datasets,
@@ -72,8 +59,16 @@ def make_loader(
         with_actions=with_actions,
         episodes_per_task=episodes_per_task,
     )
-    batches = mixture.batch(batch_size // process_count, drop_remainder=True)
-    local = batches[process_index::process_count].map(finish)
+    chosen = range(batch_size) if rows is None else [int(row) for row in rows]
+
+    def read(number: int) -> dict[str, np.ndarray]:
+        elements = [mixture[number * batch_size + row] for row in chosen]
+        batch = {key: np.stack([element[key] for element in elements]) for key in elements[0]}
+        for key in ("actions", "proprio") if with_actions else ():
+            batch[key] = normalizer.normalize(key, batch[key])
+        return {key: value.astype(np.float32, copy=False) for key, value in batch.items()}
+
+    batches = grain.MapDataset.range(len(mixture) // batch_size).map(read)
     # Threads suffice: reading releases the interpreter lock and decoding copies nothing.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
-    return iter(local.to_iter_dataset(options))
+    return iter(batches.to_iter_dataset(options))

@@ -21,10 +21,17 @@ class Phase:
     """A step of a run: a name for people, and the command a person would type for it.
 
     A phase must be able to go on where an earlier, killed call of it stopped.
+
+    Attributes:
+        name: unique among the phases.
+        command: the words of the command.
+        proof: a file that only a completed call leaves, for commands that end with code 0 when
+            they are interrupted, too; "" where code 0 says enough.
     """
 
     name: str
     command: tuple[str, ...]
+    proof: str = ""
 
 
 def python(module: str, *arguments: str) -> tuple[str, ...]:
@@ -63,7 +70,9 @@ def _run(phases: Sequence[Phase], record: Path, signals: list[int]) -> None:
         code, seconds, peak = _measure(phase.command, signals)
         row["seconds"] = round(row["seconds"] + seconds, 1)
         row["peak_mb"] = max(row["peak_mb"], peak)
-        row["finished"] = code == 0 and not signals  # training ends with 0 after SIGTERM
+        if code == 0 and not signals and phase.proof and not Path(phase.proof).exists():
+            signals.append(signal.SIGTERM)  # the command had it, and saved what it had reached
+        row["finished"] = code == 0 and not signals
         rows[phase.name] = row
         partial = record.with_name(record.name + ".partial")
         partial.write_text(json.dumps([rows[p.name] for p in phases if p.name in rows], indent=1))

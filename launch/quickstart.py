@@ -64,8 +64,8 @@ def phases(run_dir: str, size: str) -> list[Phase]:
         Phase("record video without actions", record("video")),
         Phase("fit the video tokenizer", python("launch.fit_tokenizer", *flags("quickstart"))),
         Phase("encode", python("launch.encode", *flags("quickstart"))),
-        Phase("stage 1: video model", train("video")),
-        Phase("stage 2: action decoder", train("action")),
+        Phase("stage 1: video model", train("video"), f"{run_dir}/video/finished"),
+        Phase("stage 2: action decoder", train("action"), f"{run_dir}/action/finished"),
         Phase("evaluate the policy", evaluate("policy")),
         Phase("evaluate the baselines", evaluate("expert,none")),
         Phase(

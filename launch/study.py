@@ -40,7 +40,10 @@ def study_phases(run_dir: str, config: Any, configured: tuple[str, ...]) -> list
         name = f"{BACKBONES[backbone]}, {demonstrations} demonstrations per task, seed {seed}"
         train = python("launch.train", *flags, f"--workdir={folder}")
         evaluate = python("launch.evaluate", *flags, f"--checkpoint={folder}", f"--out={folder}")
-        phases += [Phase(f"study: train, {name}", train), Phase(f"study: play, {name}", evaluate)]
+        phases += [
+            Phase(f"study: train, {name}", train, f"{folder}/finished"),
+            Phase(f"study: play, {name}", evaluate),
+        ]
     return phases
 
 

@@ -3,21 +3,27 @@
     python -m launch.train --config=configs/quickstart_video.py --workdir=runs/quickstart/video
 
 Any setting can be changed on the command line: --config.optimizer.learning_rate=1e-4. Run the same
-command again to continue an interrupted run.
+command again to continue an interrupted run. On several machines, start it in all of them:
+docs/clusters.md.
 """
 
 from pathlib import Path
 
+from absl import flags
+
 from launch.entry import config_flag, path_flag, run
+from mvjax.parallel import distributed
 from mvjax.training import run as training
 
 CONFIG = config_flag()
 WORKDIR = path_flag("workdir", "Receives checkpoints and metrics.")
+PROFILE = flags.DEFINE_bool("profile", False, "Trace three steps into the folder profile there.")
 
 
 def main() -> None:
     """Trains `config.stage` in `--workdir`."""
-    training.run(CONFIG.value, Path(WORKDIR.value))
+    with distributed.initialized():
+        training.run(CONFIG.value, Path(WORKDIR.value), profile=PROFILE.value)
 
 
 if __name__ == "__main__":

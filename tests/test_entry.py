@@ -25,6 +25,7 @@ def get_config(run_dir):
     config.text.update(length=4, dim=16)
     config.video_model.update(width=48, num_blocks=1, num_heads=2, adaln_rank=4)
     config.validation_share = 0.0
+    config.training.sample_every = 0  # nothing is held out
     config.training.update(steps=1, batch_size=2)
     return config
 """

@@ -10,6 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from run_records import without_times
 from toy_training import main, toy_config, toy_loader, toy_stage
 
 from mvjax.checkpoints.bridge import abstract_params, restore_params
@@ -18,12 +19,7 @@ from mvjax.training import loop
 from mvjax.training.loop import TrainingDiverged, train
 from mvjax.training.metrics import read_records
 
-TIMES = ("time", "data_seconds", "step_seconds", "save_seconds", "compile_seconds")
 PROGRAM = Path(__file__).with_name("toy_training.py")
-
-
-def without_times(records):
-    return [{k: v for k, v in record.items() if k not in TIMES} for record in records]
 
 
 def params_of(workdir, use_ema=False, step=None):
@@ -166,6 +162,9 @@ class Interrupting:
     def get_state(self):
         return self._loader.get_state()
 
+    def set_state(self, state):
+        self._loader.set_state(state)
+
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_reached_and_the_rest_is_the_same(
@@ -208,6 +207,66 @@ def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path,
     config.optimizer.weight_decay = 0.0
     train(config, toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "a"})
     assert "optimizer.weight_decay 0.1 -> 0.0" in capsys.readouterr().err
+
+
+def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, capsys):
+    def again(**changes):
+        config = toy_config(steps=2)
+        config.video_model = dict(width=16, precision="float32")
+        config.update_from_flattened_dict(changes)
+        capsys.readouterr()
+        record = train(config, toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "a"})
+        assert record["step"] == 2
+        return capsys.readouterr().err
+
+    again()
+    assert "already trained to step 2.\n" in again()
+    compute = {"video_model.precision": "bfloat16", "training.log_every": 2, "training.keep": 1}
+    assert "already trained to step 2.\n" in again(**compute)
+    said = again(**{"optimizer.learning_rate": 0.5})
+    assert (
+        "already trained to step 2, with other settings (optimizer.learning_rate 0.01 -> 0.5)"
+        in (said)
+    )
+    with pytest.raises(CheckpointMismatch, match=r"settings: video_model.width 16 -> 32; use"):
+        again(**{"video_model.width": 32})
+    with pytest.raises(CheckpointMismatch, match="fingerprint a, but the data now has None"):
+        train(toy_config(steps=2), toy_stage(), toy_loader(), tmp_path)
+
+
+def test_a_finished_run_whose_newest_checkpoint_is_damaged_makes_those_steps_again(tmp_path):
+    train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    (tmp_path / "checkpoints" / "4" / "meta" / "metadata").unlink()
+    before = read_records(tmp_path)
+    with pytest.warns(UserWarning, match="checkpoint 4 .* cannot be read"):
+        train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    assert without_times(read_records(tmp_path)) == without_times(before)
+    assert (tmp_path / "checkpoints" / "damaged_4").is_dir()
+
+
+def test_only_a_run_that_reached_its_last_step_says_that_it_is_finished(tmp_path):
+    finished = tmp_path / "finished"
+    config = toy_config(checkpoint_every=100)
+    with pytest.raises(SystemExit) as stopped:
+        train(config, toy_stage(), Interrupting(signal.SIGTERM), tmp_path)
+    assert stopped.value.code == 0 and not finished.exists()
+    train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    assert finished.read_text() == "4\n"
+    finished.unlink()  # as if the process had been killed after the last checkpoint
+    train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    assert finished.exists()
+    with pytest.raises(SystemExit):  # a longer run is not finished again
+        train(toy_config(steps=40), toy_stage(), Interrupting(signal.SIGTERM), tmp_path)
+    assert not finished.exists()
+
+
+@pytest.mark.parametrize("steps", [2, 8])
+def test_a_profile_has_its_steps(tmp_path, steps):
+    train(toy_config(steps=steps), toy_stage(), toy_loader(), tmp_path, profile=True)
+    (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
+    content = trace.read_bytes()
+    assert b"train" in content and b"step_num" in content
+    assert read_records(tmp_path)[-1]["step"] == steps
 
 
 def test_a_diverged_run_stops_with_the_reason(tmp_path, monkeypatch):

@@ -20,6 +20,7 @@ def config(**changes):
         eps=1e-8,
         weight_decay=0.1,
         clip_norm=10.0,
+        mu_dtype="",
     )
     return ml_collections.ConfigDict({**base, **changes})
 
@@ -93,3 +94,24 @@ def test_a_step_with_a_nonfinite_norm_changes_nothing_and_is_counted(bad):
     assert (int(skipped.skipped), int(skipped.skipped_in_a_row)) == (1, 1)
     _, after = optimizer.update(good, skipped, params)
     assert (int(after.skipped), int(after.skipped_in_a_row)) == (1, 0)
+
+
+def test_the_first_moment_in_bfloat16_takes_half_the_memory_and_changes_little():
+    rng = np.random.default_rng(1)
+    params = {"kernel": jnp.asarray(rng.normal(size=(16, 8)), jnp.float32)}
+    grads = [jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape)), params) for _ in "123"]
+    ends = []
+    for dtype in ("", "bfloat16"):
+        optimizer = make_optimizer(config(learning_rate=0.1, weight_decay=0.0, mu_dtype=dtype))
+        now, state = params, optimizer.init(params)
+        for g in grads:
+            updates, state = optimizer.update(g, state, now)
+            now = optax.apply_updates(now, updates)
+        moments = state.inner[1]
+        assert moments.mu["kernel"].dtype == (dtype or "float32")
+        assert moments.nu["kernel"].dtype == now["kernel"].dtype == "float32"
+        ends.append(now["kernel"])
+    moved = np.linalg.norm(ends[0] - params["kernel"])
+    assert 0 < np.linalg.norm(ends[1] - ends[0]) < 0.01 * moved
+    with pytest.raises(ValueError, match="mu_dtype is 'float16'"):
+        make_optimizer(config(mu_dtype="float16"))

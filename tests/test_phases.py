@@ -155,3 +155,22 @@ def test_the_memory_of_a_child_of_the_child_is_counted(tmp_path):
     record = tmp_path / "phases.json"
     run_phases([Phase("hungry", program(code))], record)
     assert 143 <= read(record)["hungry"]["peak_mb"] <= 250  # 150 MB in MiB, and two interpreters
+
+
+def test_a_command_that_ends_with_0_before_its_work_is_done_is_not_finished(tmp_path, capfd):
+    """As a training does that the machine sends SIGTERM, without the runner getting it."""
+    record, proof, calls = (tmp_path / name for name in ("phases.json", "finished", "calls"))
+    code = f"""
+import os
+open({str(calls)!r}, 'a').write('.')
+if os.path.getsize({str(calls)!r}) == 2:
+    open({str(proof)!r}, 'w')
+"""
+    phases = [Phase("train", program(code), str(proof)), Phase("after", leaves(tmp_path / "after"))]
+    with pytest.raises(SystemExit) as stopped:
+        run_phases(phases, record)
+    assert stopped.value.code == 143 and "'train' stopped" in capfd.readouterr().err
+    assert not read(record)["train"]["finished"] and not (tmp_path / "after").exists()
+    run_phases(phases, record)
+    assert all(row["finished"] for row in read(record).values())
+    assert calls.read_text() == ".." and (tmp_path / "after").exists()

@@ -16,6 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+from run_records import without_times
 
 from launch.preflight import find_rendering_backend
 from launch.quickstart import phases
@@ -27,7 +28,6 @@ pytestmark = pytest.mark.timeout(900)
 pytest.importorskip("metaworld", reason="the simulator is not installed")
 
 ROOT = Path(__file__).parents[1]
-TIMES = ("time", "data_seconds", "step_seconds", "save_seconds", "compile_seconds")
 
 
 class Commands:
@@ -136,7 +136,7 @@ def test_a_stopped_run_gives_the_losses_and_results_of_a_straight_one(runs):
         logs = []
         for run_dir in runs:
             records = read_records(run_dir / stage)
-            logs.append([{k: v for k, v in r.items() if k not in TIMES} for r in records])
+            logs.append(without_times(records))
         assert [record["step"] for record in logs[0]] == list(range(1, 9))
         assert logs[0] == logs[1], stage  # bit by bit
     folders = sorted(path.parent.name for path in runs[0].glob("evaluation/*/results.jsonl"))

@@ -1,4 +1,7 @@
-"""Eight devices (fsdp 4 x context 2) train as one does, and share checkpoints with it."""
+"""Eight devices train as one does, however they are arranged, and share checkpoints with it.
+
+`python tests/mesh_equality.py` compares every stage on every mesh, with and without accumulation.
+"""
 
 import json
 import os
@@ -19,22 +22,31 @@ from mvjax.training.optimizer import make_optimizer
 from mvjax.training.state import abstract_state
 
 pytestmark = pytest.mark.usefixtures("quickly")
-PROGRAM = Path(__file__).with_name("tiny_stages.py")
+HERE = Path(__file__).parent
+CASES = ["lora:8,1,1,1:2", "lora:1,8,1,1:1", "lora:2,2,2,1:2", "lora:1,1,8,1:1"]
 
 
-@pytest.fixture(scope="module")
-def eight(tmp_path_factory):
-    """Both stages on eight devices; the second restores the first's checkpoint there."""
-    out = tmp_path_factory.mktemp("eight")
+def run(program, *arguments):
+    """What a program of this folder prints, given eight devices."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(PROGRAM.parent.parent),
+        "PYTHONPATH": str(HERE.parent),
     }
-    command = [sys.executable, str(PROGRAM), str(out), "data=1", "fsdp=4", "context=2"]
+    command = [sys.executable, str(HERE / program), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def eight(tmp_path_factory):
+    """Both stages on fsdp 2 x context 2 x tensor 2; the second reads the first's checkpoint there,
+    and accumulates.
+    """
+    out = tmp_path_factory.mktemp("eight")
+    run("tiny_stages.py", out, "data=1", "fsdp=2", "context=2", "tensor=2")
     return out
 
 
@@ -103,3 +115,21 @@ def test_the_parameters_were_split_and_the_checkpoints_agree(one, eight):
         ours, theirs = parameters(one / stage), parameters(eight / stage)
         for name, value in ours.items():
             np.testing.assert_allclose(theirs[name], value, atol=2e-4, err_msg=name)
+
+
+def test_other_arrangements_equal_one_device():
+    """LoRA on the other meshes, on two of them with every batch in two parts."""
+    results = [json.loads(line) for line in run("mesh_equality.py", *CASES).splitlines()]
+    assert [result["case"] for result in results] == CASES
+    for result in results:
+        assert len(set(result["losses"])) == 5 and result["tensors"] > 20
+        assert result["loss"] < 1e-5 and result["gradient"] < 1e-5, result
+
+
+def test_stage_2_on_two_devices_reads_what_stage_1_saved_on_eight(tmp_path):
+    """Merged and cast as on one device, bit for bit, and split: only the small norms are whole."""
+    result = json.loads(run("bridge_meshes.py", tmp_path))
+    assert result["different"] == [] and result["tensors"] > 20
+    assert (result["dtypes"], result["devices"]) == (["bfloat16"], [2])
+    assert all(name.endswith("norm/scale") for name in result["whole"])
+    assert result["bytes on a device"] < 0.51 * result["bytes"]

@@ -1,3 +1,4 @@
+import json
 import shutil
 from pathlib import Path
 
@@ -66,6 +67,27 @@ def test_positions_given_as_bytes_come_back_as_bytes(tmp_path):
         store.save(1, state, b'{"next": 7}', {})
         store.wait()
         assert store.restore(abstract).position == b'{"next": 7}'
+
+
+@pytest.mark.parametrize(("keep_every", "left"), [(0, ["5", "6"]), (3, ["3", "5", "6"])])
+def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, keep_every, left):
+    config = toy_config(steps=5, checkpoint_every=1, keep_every=keep_every)
+    train(config, toy_stage(), toy_loader(), tmp_path)
+    config.training.steps = 6  # also when the run was interrupted between
+    train(config, toy_stage(), toy_loader(), tmp_path)
+    assert sorted(path.name for path in checkpoint_folder(tmp_path).iterdir()) == left
+
+
+def test_positions_of_earlier_versions_one_file_per_process_are_read(copied):
+    with Store(copied, keep=2) as store:
+        position = store.restore(toy_abstract()).position
+        folder = store.folder / "4" / "data"
+        shutil.rmtree(folder)
+        folder.mkdir()
+        for index in range(2):
+            text = json.dumps({"json": position})
+            (folder / f"process_{index}-of-2.json").write_text(text)
+        assert position and store.restore(toy_abstract()).position == position
 
 
 def test_an_empty_directory_restores_nothing(tmp_path):

@@ -111,10 +111,14 @@ def five_steps(stage: str, backbone: Path | str = "", **mesh: int) -> ConfigDict
 
 
 def main(out: Path, mesh: dict[str, int]) -> None:
-    """Five steps of both stages; the second reads the backbone of the first."""
+    """Five steps of both stages; the second reads the backbone of the first, and takes every batch
+    in two parts.
+    """
+    action = five_steps("action", out / "video", **mesh)
+    action.training.accumulate = 2
     with quick_compiles():
         train_tiny(five_steps("video", **mesh), out / "video")
-        train_tiny(five_steps("action", out / "video", **mesh), out / "action")
+        train_tiny(action, out / "action")
 
 
 if __name__ == "__main__":

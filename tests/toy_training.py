@@ -18,6 +18,7 @@ WIDTH, LENGTH = 16, 8
 
 def toy_config(**training) -> ml_collections.ConfigDict:
     settings = dict(steps=4, batch_size=8, seed=3, ema_decay=0.9, log_every=1, checkpoint_every=2)
+    settings |= dict(accumulate=1, keep=2, keep_every=0, sample_every=0)
     return ml_collections.ConfigDict(
         dict(
             mesh=dict(data=-1, fsdp=1, context=1, tensor=1),
@@ -33,9 +34,11 @@ def toy_config(**training) -> ml_collections.ConfigDict:
                 eps=1e-8,
                 weight_decay=0.1,
                 clip_norm=1.0,
+                mu_dtype="",
             ),
-            training={**settings, "keep": 2, **training},
+            training={**settings, **training},
             init_from="",
+            wandb="",
         )
     )
 
@@ -55,9 +58,11 @@ def toy_stage(width: int = WIDTH, scale: float = 1.0, adapters: bool = False) ->
             "down": {"kernel": jax.random.normal(keys[2], (2 * width, 3)) / 4},
         }
 
-    def loss(params, frozen, batch, key):
-        noise = jax.random.normal(key, batch["tokens"].shape)
-        x = constrain(batch["tokens"] + 0.1 * noise, "batch", "length", None)
+    def draw(batch, key):
+        return {"noise": jax.random.normal(key, batch["tokens"].shape)}
+
+    def objective(params, frozen, batch, draws):
+        x = constrain(batch["tokens"] + 0.1 * draws["noise"], "batch", "length", None)
         x = constrain(x @ params["embed"]["kernel"], "batch", "length", "embed")
         x = jax.nn.gelu(x @ params["up"]["kernel"] + params["up"]["bias"])
         x = constrain(x, "batch", "length", "mlp") @ params["down"]["kernel"]
@@ -75,7 +80,8 @@ def toy_stage(width: int = WIDTH, scale: float = 1.0, adapters: bool = False) ->
             "down": {"kernel": ("mlp", None)},
         },
         trainable=lambda path: path[0] != "embed",
-        loss=loss,
+        draw=draw,
+        objective=objective,
         batch_axes={"tokens": tokens, "target": tokens, "index": ("batch",)},
         frozen={},
     )

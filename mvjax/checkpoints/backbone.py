@@ -1,7 +1,7 @@
 """The stage bridge: the video DiT of a stage-1 run, LoRA merged, for stage 2 and the policy."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,17 @@ from mvjax.models.param_tree import Params
 from mvjax.models.parameters import Network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel.rules import Rules, sharding_tree
+
+COMPUTE_SETTINGS = ("precision", "attention", "remat")  # of a network: not of its weights
+
+# What stage 2 is built with: (config, mesh, rules) -> the backbone's configuration and parameters.
+Backbone = Callable[[Any, Mesh, Rules], tuple[VideoDiTConfig, Params]]
+
+
+def abstract_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig, Params]:
+    """As `load_backbone` for this configuration, but shapes only: nothing is read or allocated."""
+    model = _without_lora(video_dit_config(config), config)
+    return model, _placed(video_network(model), mesh, rules, model.dtype)
 
 
 def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig, Params]:
@@ -37,9 +48,8 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     Raises:
         CheckpointMismatch: if the directory holds another stage or another model.
     """
-    changes = {"lora": None, "precision": config.backbone.precision}
     if not config.backbone.checkpoint:
-        model = dataclasses.replace(video_dit_config(config), **changes)
+        model = _without_lora(video_dit_config(config), config)
         dtype, network = model.dtype, video_network(model)
         make = jax.jit(
             lambda key: _cast(network.init(key), dtype),
@@ -49,7 +59,7 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     directory = Path(config.backbone.checkpoint)
     stored = _checked_config(directory, config, "video", ("clip", "video_model", "text"))
     trained = video_dit_config(stored)
-    model = dataclasses.replace(trained, **changes)
+    model = _without_lora(trained, config)
     dtype = model.dtype
     if trained.lora is None:
         return model, restore_params(directory, _placed(video_network(model), mesh, rules, dtype))
@@ -125,10 +135,16 @@ def _of_the_same_settings(config: Any, stored: Any) -> Any:
 
 
 def _weights(section: Any) -> Any:
-    """What of a section concerns the weights: they fit a network computed in any precision."""
+    """What of a section concerns the weights: they fit a network however it is computed."""
     if not isinstance(section, Mapping | ConfigDict):
         return section
-    return {name: value for name, value in section.items() if name != "precision"}
+    return {name: value for name, value in section.items() if name not in COMPUTE_SETTINGS}
+
+
+def _without_lora(model: VideoDiTConfig, config: Any) -> VideoDiTConfig:
+    """The frozen network, computed as this program says and not as its training did."""
+    here = {n: config.video_model[n] for n in ("attention", "remat") if n in config.video_model}
+    return dataclasses.replace(model, lora=None, precision=config.backbone.precision, **here)
 
 
 def _placed(network: Network, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:

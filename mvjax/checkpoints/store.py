@@ -1,8 +1,9 @@
 """Saving and restoring a run: arrays, the loader's position, and what the run is.
 
 A checkpoint is `<workdir>/checkpoints/<step>/` with three items: `state` (the arrays as a plain
-nested dict), `data` (one loader position per process) and `meta` (JSON: configuration, versions,
-data fingerprint, whatever the caller adds). This file and `bridge.py` alone import orbax.
+nested dict), `data` (JSON: the loader's position, which is that of all processes) and `meta` (JSON:
+configuration, versions, data fingerprint, whatever the caller adds). This file and `bridge.py`
+alone import orbax.
 """
 
 import dataclasses
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import grain
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
@@ -28,6 +28,7 @@ from mvjax.checkpoints.tree_match import (
     check_restored,
     leaf_paths,
 )
+from mvjax.parallel.distributed import everywhere
 
 SPARE_BYTES = 8 << 20  # metadata and the loader's position, beside the arrays
 
@@ -49,19 +50,23 @@ class Restored:
 class Store:
     """The checkpoints of one training directory. Close it (or use `with`) to finish writing."""
 
-    def __init__(self, workdir: Path, *, keep: int):
+    def __init__(self, workdir: Path, *, keep: int, keep_every: int = 0):
         """Opens the directory, clearing away half-written checkpoints.
 
         Args:
             workdir: The training directory.
             keep: How many of the newest checkpoints stay.
+            keep_every: Those of steps that this divides stay as well; 0 for none.
         """
         self.folder = checkpoint_folder(workdir)
+        kept: list[Any] = [checkpoint_managers.LatestN(keep)]
+        if keep_every:
+            kept.append(checkpoint_managers.EveryNSteps(keep_every))
         options = checkpoint_managers.CheckpointManagerOptions(
-            preservation_policy=checkpoint_managers.LatestN(keep),
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(kept),
             cleanup_tmp_directories=True,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = _Manager(self.folder, options=options)
 
     def __enter__(self) -> "Store":
         return self
@@ -73,6 +78,14 @@ class Store:
         """The newest complete step, or None."""
         return self._manager.latest_step()
 
+    def meta(self, step: int) -> dict[str, Any] | None:
+        """What a complete step says about the run; None if that cannot be read."""
+        try:
+            found = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "meta")
+        except Exception:  # `restore` tells what is wrong, and goes back a step
+            found = None
+        return found if everywhere(found is not None) else None
+
     def save(self, step: int, state: Any, position: Any, meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; returns once the arrays are copied off the devices.
 
@@ -80,7 +93,7 @@ class Store:
             step: Number of steps made.
             state: The train state; may be donated as soon as this returns.
             position: The loader's `get_state()` after the batch of this step (a JSON-able value
-                or bytes).
+                or bytes), the same in all processes.
             meta: JSON-able description of the run.
 
         Raises:
@@ -92,7 +105,7 @@ class Store:
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(arrays),
-                data=grain.checkpoint.CheckpointSave(_Position(position)),
+                data=ocp.args.JsonSave(_encoded(position)),
                 meta=ocp.args.JsonSave(dict(meta)),
             ),
         )
@@ -100,7 +113,7 @@ class Store:
     def _check_room(self, size: int) -> None:
         # Orbax writes in background threads, whose errors are many and late.
         free = shutil.disk_usage(self.folder).free
-        if free < size + SPARE_BYTES and jax.process_count() == 1:
+        if not everywhere(free >= size + SPARE_BYTES):
             needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed"
             raise OSError(errno.ENOSPC, needed, str(self.folder))
 
@@ -123,15 +136,17 @@ class Store:
         """
         damaged: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
+            failure = restored = None
             try:
                 restored = self._restore_step(step, abstract)
             except (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError):
                 raise  # the checkpoint is not at fault
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                damaged[step] = error
-                continue
-            self._set_aside(damaged)
-            return restored
+                failure = error
+            if everywhere(failure is None):  # each process reads its own part
+                self._set_aside(damaged)
+                return restored
+            damaged[step] = failure or OSError("another process cannot read its part")
         if damaged:
             error = next(iter(damaged.values()))
             raise OSError(
@@ -144,30 +159,27 @@ class Store:
         where = self.folder / str(step)
         wanted = vars(abstract)
         check_match(leaf_paths(stored_tree(where)), leaf_paths(wanted), where)
-        position = _Position(None)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeRestore(
-                    item=wanted,
-                    restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-                ),
-                data=_position_args(where, position),
-                meta=ocp.args.JsonRestore(),
+        # The handlers themselves: unlike the manager they do not wait for other processes, which
+        # may have found their part damaged.
+        arrays = ocp.PyTreeCheckpointHandler().restore(
+            where / "state",
+            args=ocp.args.PyTreeRestore(
+                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
             ),
         )
-        check_restored(restored.state, where)
-        state = dataclasses.replace(abstract, **restored.state)
-        return Restored(state, position.state, restored.meta)
+        check_restored(arrays, where)
+        position = _decoded(_stored_position(where / "data"))
+        meta = ocp.JsonCheckpointHandler().restore(where / "meta")
+        return Restored(dataclasses.replace(abstract, **arrays), position, meta)
 
     def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
         for step, error in damaged.items():
-            warnings.warn(
-                f"checkpoint {step} in {self.folder} cannot be read and is set aside as "
-                f"damaged_{step} ({_reason(error)}).",
-                stacklevel=3,
-            )
             if jax.process_index() == 0:
+                warnings.warn(
+                    f"checkpoint {step} in {self.folder} cannot be read and is set aside as "
+                    f"damaged_{step} ({_reason(error)}).",
+                    stacklevel=3,
+                )
                 target = self.folder / f"damaged_{step}"
                 shutil.rmtree(target, ignore_errors=True)
                 (self.folder / str(step)).rename(target)
@@ -175,6 +187,15 @@ class Store:
             if jax.process_count() > 1:
                 multihost_utils.sync_global_devices("damaged checkpoints set aside")
             self._manager.reload()
+
+
+class _Manager(ocp.CheckpointManager):
+    """Orbax's manager, which leaves it to the loop to ask whether all processes should stop."""
+
+    def reached_preemption(self, step: int) -> bool:
+        # It would ask about its own step numbers, also from background threads; what the
+        # processes agree on would then be a step that they never reach, and they would not stop.
+        return False
 
 
 def _reason(error: Exception) -> str:
@@ -186,31 +207,17 @@ def stored_tree(where: Path) -> dict[str, Any]:
     return ocp.PyTreeCheckpointHandler().metadata(where / "state").tree
 
 
-class _Position:
-    """A loader position in the shape Grain's checkpoint handler writes: one file per process."""
-
-    def __init__(self, state: Any):
-        self.state = state
-
-    def get_state(self) -> bytes:
-        is_bytes = isinstance(self.state, bytes)
-        value = self.state.decode("latin-1") if is_bytes else self.state
-        return json.dumps({"bytes" if is_bytes else "json": value}).encode()
-
-    def set_state(self, encoded: bytes) -> None:
-        stored = json.loads(encoded)
-        self.state = stored["bytes"].encode("latin-1") if "bytes" in stored else stored["json"]
-
-    def start_prefetch(self) -> None:
-        """Part of the handler's protocol; the loader itself decides when to read ahead."""
+def _encoded(position: Any) -> dict[str, Any]:
+    is_bytes = isinstance(position, bytes)
+    return {"bytes": position.decode("latin-1")} if is_bytes else {"json": position}
 
 
-def _position_args(where: Path, position: _Position) -> grain.checkpoint.CheckpointRestore:
-    files = sorted(path.name for path in (where / "data").glob("process_*-of-*.json"))
-    name = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
-    if files and name not in files:
-        raise CheckpointMismatch(
-            f"{where} was saved by {len(files)} processes, but this run has {jax.process_count()}; "
-            "continue with as many, or start a new run with config.init_from."
-        )
-    return grain.checkpoint.CheckpointRestore(position)
+def _decoded(stored: Mapping[str, Any]) -> Any:
+    return stored["bytes"].encode("latin-1") if "bytes" in stored else stored["json"]
+
+
+def _stored_position(folder: Path) -> dict[str, Any]:
+    # Earlier versions wrote one file per process; what they hold is the same in all of them.
+    for path in folder.glob("process_0-of-*.json"):
+        return json.loads(path.read_text())
+    return ocp.JsonCheckpointHandler().restore(folder)

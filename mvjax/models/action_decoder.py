@@ -9,18 +9,21 @@ import jax.numpy as jnp
 from flax import nnx
 
 from mvjax.models.attention import Attention, KeysValues
+from mvjax.models.attention_kernels import check_kernel
 from mvjax.models.layers import (
     MLP,
     LayerNorm,
     Linear,
     RMSNorm,
     gelu,
+    run_blocks,
     stack,
     truncated_normal,
 )
 from mvjax.models.modulation import Modulation, modulate
 from mvjax.models.pair_time import PairTimeEmbedding
 from mvjax.models.precision import compute_dtype, time_dtype
+from mvjax.models.remat import check_remat
 from mvjax.parallel.rules import constrain
 
 Array = jax.Array
@@ -29,7 +32,10 @@ PROPRIO_TIME = 1e-3  # the fixed flow time of proprioception tokens
 
 @dataclass(frozen=True)
 class ActionDecoderConfig:
-    """Sizes of an action decoder; `mvjax.models.presets` names the released ones."""
+    """Sizes of an action decoder; `mvjax.models.presets` names the released ones.
+
+    `precision`, `attention` and `remat` say how it is computed, as in `VideoDiTConfig`.
+    """
 
     width: int
     num_blocks: int
@@ -43,9 +49,13 @@ class ActionDecoderConfig:
     proprio_horizon: int = 1
     mlp_ratio: int = 4
     precision: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
 
     def __post_init__(self):
         compute_dtype(self.precision)
+        check_kernel(self.attention)
+        check_remat(self.remat)
         for name in ("action_horizon", "proprio_horizon", "action_dim", "proprio_dim"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -93,28 +103,36 @@ class Block(nnx.Module):
 
     def __init__(self, key: Array, config: ActionDecoderConfig):
         keys = jax.random.split(key, 6)
-        d, rank = config.width, config.adaln_rank
-        self.cross_attn = Attention(keys[0], d, config.context_dim, config.num_heads)
-        self.self_attn = Attention(keys[1], d, d, config.num_heads)
+        d, heads, rank = config.width, config.num_heads, config.adaln_rank
+        kernel = config.attention
+        self.cross_attn = Attention(keys[0], d, config.context_dim, heads, kernel=kernel)
+        self.self_attn = Attention(keys[1], d, d, heads, kernel=kernel)
         self.mlp = MLP(keys[2], d, config.mlp_ratio * d)
         self.adaln_cross_attn = Modulation(keys[3], config.time_rank, d, rank, 3)
         self.adaln_self_attn = Modulation(keys[4], config.time_rank, d, rank, 3)
         self.adaln_mlp = Modulation(keys[5], config.time_rank, d, rank, 3)
 
-    def __call__(self, x: Array, embedding: Array, shared: Array, context_kv: KeysValues) -> Array:
-        """One block on tokens x [b·r, n, d] whose context is shared by the r draws of a sample."""
+    def __call__(
+        self, x: Array, embedding: Array, shared: Array, context: Array | KeysValues
+    ) -> Array:
+        """One block on tokens x [b·r, n, d] whose context is shared by the r draws of a sample.
+
+        The context is normalised hidden states, or this block's keys and values of them.
+        """
         shift, scale, gate = self.adaln_cross_attn(embedding, shared)
-        x = x + gate * self._cross(modulate(x, shift, scale), context_kv)
+        x = x + gate * self._cross(modulate(x, shift, scale), context)
         shift, scale, gate = self.adaln_self_attn(embedding, shared)
         u = modulate(x, shift, scale)
         x = x + gate * self.self_attn(u, self.self_attn.keys_values(u))
         shift, scale, gate = self.adaln_mlp(embedding, shared)
-        return x + gate * self.mlp(modulate(x, shift, scale))
+        x = x + gate * self.mlp(modulate(x, shift, scale))
+        return constrain(x, "batch", None, None)
 
-    def _cross(self, u: Array, context_kv: KeysValues) -> Array:
+    def _cross(self, u: Array, context: Array | KeysValues) -> Array:
+        ready = isinstance(context, tuple)
+        keys, values = context if ready else self.cross_attn.keys_values(context)
         # Without positions or mask, the draws of one sample are simply more queries to its context.
-        samples = context_kv[0].shape[0]
-        y = self.cross_attn(u.reshape(samples, -1, u.shape[-1]), context_kv)
+        y = self.cross_attn(u.reshape(keys.shape[0], -1, u.shape[-1]), (keys, values))
         return y.reshape(u.shape)
 
 
@@ -153,13 +171,16 @@ class ActionDecoder(nnx.Module):
     def context_keys_values(self, context: Array) -> KeysValues:
         """Every block's keys and values of the context: computed once, reused by all Euler steps.
 
+        Training calls the decoder with the context itself instead: each block then makes its keys
+        and values when it needs them, and rematerialisation need not keep them.
+
         Args:
             context: hidden states of the video DiT [b, m, context_dim].
 
         Returns:
             keys, values: [num_blocks, b, m, heads, head_dim].
         """
-        context = self.context_norm(context.astype(self.config.dtype))
+        context = self._normalised(context)
         one = lambda _, block: (None, block.cross_attn.keys_values(context))  # noqa: E731
         return jax.lax.scan(one, None, self.blocks)[1]
 
@@ -169,7 +190,7 @@ class ActionDecoder(nnx.Module):
         noisy_actions: Array,
         action_time: Array,
         video_sigma: Array,
-        context_kv: KeysValues,
+        context: Array | KeysValues,
         drop_proprio: Array | None = None,
     ) -> Array:
         """The velocity ε - x0 of the action chunk.
@@ -183,7 +204,8 @@ class ActionDecoder(nnx.Module):
                 [b, action_horizon, action_dim].
             action_time: flow time of the actions [b, 1].
             video_sigma: noise level σ of the video the context comes from [b, 1].
-            context_kv: from `context_keys_values`.
+            context: hidden states of the video DiT [b, m, context_dim], or what
+                `context_keys_values` made of them.
             drop_proprio: 1 where the mask token replaces the proprioception [b], or None.
 
         Returns:
@@ -192,31 +214,31 @@ class ActionDecoder(nnx.Module):
         b, p, _ = proprio.shape
         times = jnp.broadcast_to(action_time, (b, noisy_actions.shape[1]))
         times = jnp.concatenate([jnp.full((b, p), PROPRIO_TIME), times], axis=1)
-        out = self.tokens(proprio, noisy_actions, times, video_sigma, context_kv, drop_proprio)
+        out = self.tokens(proprio, noisy_actions, times, video_sigma, context, drop_proprio)
         return out[:, p:]
 
     def tokens(
-        self, proprio, noisy_actions, token_times, video_sigma, context_kv, drop_proprio=None
+        self, proprio, noisy_actions, token_times, video_sigma, context, drop_proprio=None
     ) -> Array:
         """As `__call__`, with a flow time for every token [b, n]; the output of all n tokens."""
         embedding, shared = self._time(token_times, video_sigma)
         x = self._embed(proprio, noisy_actions, drop_proprio)
-        x = self._run(x, embedding, shared, context_kv, self.config.num_blocks)
+        x = self._run(x, embedding, shared, context, self.config.num_blocks)
         return self.final_layer(x, embedding, shared).astype(jnp.float32)
 
     def hidden(
-        self, proprio, noisy_actions, token_times, video_sigma, context_kv, *, layer: int
+        self, proprio, noisy_actions, token_times, video_sigma, context, *, layer: int
     ) -> Array:
         """The residual stream [b, n, width] after block `layer`; arguments as in `tokens`."""
         embedding, shared = self._time(token_times, video_sigma)
         x = self._embed(proprio, noisy_actions, None)
-        return self._run(x, embedding, shared, context_kv, layer)
+        return self._run(x, embedding, shared, context, layer)
 
     def _time(self, token_times: Array, video_sigma: Array) -> tuple[Array, Array]:
         dtype = time_dtype(self.config.precision)
         z, shared = self.t_embedder(token_times, video_sigma / (1 + video_sigma), dtype)
-        embedding = self.t_embedding_norm(z)
-        return embedding.astype(self.config.dtype), shared.astype(self.config.dtype)
+        both = self.t_embedding_norm(z), shared
+        return tuple(constrain(e.astype(self.config.dtype), "batch", None, None) for e in both)
 
     def _embed(self, proprio: Array, noisy_actions: Array, drop_proprio: Array | None) -> Array:
         config = self.config
@@ -234,10 +256,15 @@ class ActionDecoder(nnx.Module):
         x = jnp.concatenate([state, actions], axis=1) + self.position[...].astype(config.dtype)
         return constrain(x, "batch", None, None)
 
-    def _run(self, x, embedding, shared, context_kv: KeysValues, layer: int) -> Array:
+    def _normalised(self, context: Array) -> Array:
+        return self.context_norm(context.astype(self.config.dtype))
+
+    def _run(self, x, embedding, shared, context: Array | KeysValues, layer: int) -> Array:
+        ready = isinstance(context, tuple)
+        keys_values, whole = (context, None) if ready else (None, self._normalised(context))
+
         def step(x, block_and_kv):
             block, kv = block_and_kv
-            return block(x, embedding, shared, kv), None
+            return block(x, embedding, shared, kv if ready else whole)
 
-        blocks = jax.tree.map(lambda p: p[:layer], (self.blocks, context_kv))
-        return jax.lax.scan(step, x, blocks)[0]
+        return run_blocks(step, x, (self.blocks, keys_values), layer, self.config.remat)

@@ -8,6 +8,7 @@ import numpy as np
 from flax import nnx
 
 from mvjax.models.lora import LoRA
+from mvjax.models.remat import rematerialised
 
 Array = jax.Array
 
@@ -20,6 +21,27 @@ def truncated_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
 def stack(make_block, key: Array, count: int):
     """Builds `count` blocks with one call of `make_block(key)`, stacked on a leading layer axis."""
     return jax.vmap(make_block)(jax.random.split(key, count))
+
+
+def run_blocks(step, x: Array, blocks, count: int, remat: str) -> Array:
+    """Applies `step(x, block) -> x` for the first `count` of stacked blocks.
+
+    Args:
+        step: one block.
+        x: what the blocks pass on.
+        blocks: tree of arrays with a leading layer axis.
+        count: how many blocks to run.
+        remat: see `mvjax.models.remat`.
+    """
+    body = rematerialised(lambda x, block: (step(x, block), None), remat)
+    if count == jax.tree.leaves(blocks)[0].shape[0]:
+        return jax.lax.scan(body, x, blocks)[0]
+
+    # Scanning over a slice of the stack would copy the parameters of these blocks.
+    def indexed(x, i):
+        return body(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, 0, False), blocks))
+
+    return jax.lax.scan(indexed, x, jnp.arange(count))[0]
 
 
 class Linear(nnx.Module):

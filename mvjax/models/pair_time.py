@@ -7,6 +7,7 @@ from flax import nnx
 
 from mvjax.models.layers import Linear, silu
 from mvjax.models.precision import round_to_bfloat16
+from mvjax.parallel.rules import constrain
 
 Array = jax.Array
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
@@ -88,8 +89,10 @@ class PairTimeEmbedding(nnx.Module):
         """
         action = turn_features(action_time, self.d).astype(dtype)
         video = turn_features(video_time, self.d).astype(dtype)
-        action = self.to_rank_action(silu(self.proj_action(action)))
-        video = self.to_rank_video(silu(self.proj_video(video)))
+        # Said here, since the compiler would rather split the width, as the kernels are.
+        wide = silu(self.proj_action(action)), silu(self.proj_video(video))
+        wide = [constrain(x, "batch", None, None) for x in wide]
+        action, video = self.to_rank_action(wide[0]), self.to_rank_video(wide[1])
         constant = self.to_rank_action.bias[...].astype(dtype)
         constant *= self.to_rank_video.bias[...].astype(dtype)
         z = action * video - constant

@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mvjax.models.attention import Attention
-from mvjax.models.layers import MLP, Linear, RMSNorm, gelu, silu, stack
+from mvjax.models.attention import Attention, check_context
+from mvjax.models.attention_kernels import check_kernel
+from mvjax.models.layers import MLP, Linear, RMSNorm, gelu, run_blocks, silu, stack
 from mvjax.models.lora import LoRA
 from mvjax.models.modulation import Modulation, modulate
 from mvjax.models.precision import compute_dtype, round_to_bfloat16, time_dtype
+from mvjax.models.remat import check_remat
 from mvjax.models.rope import rope_table
 from mvjax.parallel.rules import constrain
 
@@ -29,6 +31,8 @@ class VideoDiTConfig:
             100352); 0 where it enters as it is (Predict2).
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
         precision: see `mvjax.models.precision`.
+        attention: kernel, see `mvjax.models.attention_kernels.choose_kernel`.
+        remat: what the backward pass computes again, see `mvjax.models.remat`.
     """
 
     width: int
@@ -42,10 +46,14 @@ class VideoDiTConfig:
     text_projection_dim: int = 0
     timestep_scale: float = 1.0
     precision: str = "float32"
+    attention: str = "auto"
+    remat: str = "none"
     lora: LoRA | None = None
 
     def __post_init__(self):
         compute_dtype(self.precision)
+        check_kernel(self.attention)
+        check_remat(self.remat)
         if self.width % self.num_heads:
             raise ValueError(
                 f"Video DiT width {self.width} is not a multiple of num_heads {self.num_heads}."
@@ -79,8 +87,12 @@ class Block(nnx.Module):
     def __init__(self, key: Array, config: VideoDiTConfig):
         keys = jax.random.split(key, 6)
         d, heads, lora = config.width, config.num_heads, config.lora
-        self.self_attn = Attention(keys[0], d, d, heads, lora)
-        self.cross_attn = Attention(keys[1], d, config.text_dim, heads, lora)
+        kernel = config.attention
+        self.self_attn = Attention(keys[0], d, d, heads, lora, kernel=kernel)
+        # Attending to a text again is cheap.
+        self.cross_attn = Attention(
+            keys[1], d, config.text_dim, heads, lora, kernel=kernel, kept=False
+        )
         self.mlp = MLP(keys[2], d, config.mlp_ratio * d, lora)
         self.adaln_self_attn = Modulation(keys[3], d, d, config.adaln_rank, 3)
         self.adaln_cross_attn = Modulation(keys[4], d, d, config.adaln_rank, 3)
@@ -219,6 +231,7 @@ class VideoDiT(nnx.Module):
         masks = jnp.broadcast_to(condition_mask, (b, t, h, w)), padding[:, None]
         masks = [jnp.broadcast_to(m, (b, t, h, w))[..., None].astype(latents.dtype) for m in masks]
         x = patchify(jnp.concatenate([latents, *masks], axis=-1)).astype(self.config.dtype)
+        check_context(x.shape[1])
         return constrain(self.x_embedder(x), "batch", "length", None)
 
     def _run(self, x, shape, embedding, shared, text, layer: int) -> Array:
@@ -235,9 +248,8 @@ class VideoDiT(nnx.Module):
         text = text.astype(config.dtype)
         if self.text_projection is not None:
             text = gelu(self.text_projection(text))
-        blocks = jax.tree.map(lambda p: p[:layer], self.blocks)
-        step = lambda x, block: (block(x, embedding, shared, text, rope), None)  # noqa: E731
-        return jax.lax.scan(step, x, blocks)[0]
+        step = lambda x, block: block(x, embedding, shared, text, rope)  # noqa: E731
+        return run_blocks(step, x, self.blocks, layer, config.remat)
 
 
 def time_sinusoid(timesteps: Array, d: int) -> Array:

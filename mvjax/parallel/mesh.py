@@ -3,6 +3,8 @@
 from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
@@ -15,13 +17,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
     token sequence; `tensor` splits heads and MLP columns. Axis types are Auto: the compiler fills
     in what the rules table leaves open.
 
+    Several TPU slices are joined along `data`: the network between slices is much slower than the
+    links inside one, and only `data` is content with one exchange of gradients per step.
+
     Args:
         sizes: Devices per axis, e.g. `{"data": -1, "fsdp": 4}`. An axis not given is 1; one axis
             may be -1, which means all remaining devices.
         devices: The devices to use; all of them when None.
 
     Raises:
-        ValueError: On an unknown axis, or if the sizes do not multiply to the device count.
+        ValueError: On an unknown axis, or if the sizes do not multiply to the device count, or if
+            `data` is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
     unknown = sorted(set(sizes) - set(MESH_AXES))
@@ -29,7 +35,33 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
         raise ValueError(f"mesh has the unknown axis {unknown[0]!r}; the axes are {MESH_AXES}.")
     shape = _resolve({axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}, len(devices))
     types = (AxisType.Auto,) * len(MESH_AXES)
-    return jax.make_mesh(shape, MESH_AXES, axis_types=types, devices=devices)
+    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=types)
+
+
+def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
+    """The devices in the mesh's shape, neighbours of the physical network beside each other."""
+    slices = slice_count(devices)
+    data, *inside = shape
+    if data % slices:
+        raise ValueError(
+            f"mesh data={data} is not a multiple of the {slices} slices, and only data can span "
+            f"slices: set config.mesh.data to a multiple of {slices}."
+        )
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *inside), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+    )
+
+
+def slice_count(devices: Sequence[jax.Device]) -> int:
+    """Number of TPU slices that devices are in; 1 for other devices.
+
+    GPUs have a slice_index too; they reach other hosts fast enough for every axis.
+    """
+    if devices[0].platform != "tpu":
+        return 1
+    return len({getattr(device, "slice_index", 0) for device in devices})
 
 
 def _resolve(sizes: dict[str, int], device_count: int) -> tuple[int, ...]:

@@ -92,16 +92,25 @@ def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
 
     The identity when no rules or no mesh (`jax.set_mesh`) are active, so models run anywhere.
     """
+    partition = activation_spec(x.shape, *axes)
+    return x if partition is None else jax.lax.with_sharding_constraint(x, partition)
+
+
+def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec | None:
+    """How an activation of this shape is split, one logical axis per dimension; None: it is not.
+
+    A dimension that its mesh axes do not divide is left whole.
+    """
     rules, mesh = _ACTIVE.get(), jax.sharding.get_abstract_mesh()
     if rules is None or mesh.empty:
-        return x
-    if len(axes) != x.ndim:
-        raise ValueError(f"constrain got the axes {axes} for an array of shape {x.shape}.")
+        return None
+    if len(axes) != len(shape):
+        raise ValueError(f"constrain got the axes {axes} for an array of shape {shape}.")
     entries = [
         _entry(mesh_axes if size % _ways(mesh_axes, mesh) == 0 else ())
-        for size, mesh_axes in zip(x.shape, _mesh_axes(axes, rules))
+        for size, mesh_axes in zip(shape, _mesh_axes(axes, rules))
     ]
-    return jax.lax.with_sharding_constraint(x, PartitionSpec(*entries))
+    return PartitionSpec(*entries)
 
 
 def _mesh_axes(axes: Axes, rules: Rules) -> list[tuple[str, ...]]:

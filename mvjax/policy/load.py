@@ -7,12 +7,13 @@ import jax
 
 from data_pipelines.normalizer import Normalizer, load_normalizer
 from mvjax.checkpoints.backbone import load_backbone, load_decoder
-from mvjax.checkpoints.bridge import latest_step
+from mvjax.checkpoints.bridge import latest_step, read_meta
 from mvjax.checkpoints.encoders import (
     check_identity,
     load_text_encoder,
     load_video_tokenizer,
 )
+from mvjax.checkpoints.tree_match import CheckpointMismatch
 from mvjax.clip import Clip
 from mvjax.models.build import action_decoder_config, decoder_network, video_network
 from mvjax.parallel.mesh import make_mesh
@@ -65,4 +66,11 @@ def _normalizer(decoder_directory: Path) -> Normalizer:
             f"{path} is missing: training writes it, and for a converted decoder `python -m "
             f"launch.convert STATISTICS.json {decoder_directory}` does."
         )
-    return load_normalizer(path)
+    normalizer = load_normalizer(path)
+    trained = read_meta(decoder_directory).get("normalizer_fingerprint")  # converted: any
+    if trained not in (None, normalizer.fingerprint):
+        raise CheckpointMismatch(
+            f"{path} holds the statistics {normalizer.fingerprint[:12]}, but the decoder beside it "
+            f"was trained with {trained[:12]}; bring the file of that run back."
+        )
+    return normalizer

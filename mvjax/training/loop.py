@@ -2,8 +2,6 @@
 
 import contextlib
 import sys
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -12,16 +10,22 @@ import jax
 from tqdm import tqdm
 
 from mvjax.checkpoints.store import Store
+from mvjax.models.param_tree import merge
 from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import make_rules, sharding_tree
+from mvjax.training import completion
+from mvjax.training.accumulation import check_batch_size
 from mvjax.training.feed import device_batches
 from mvjax.training.interrupt import Interrupt
 from mvjax.training.metrics import MetricsWriter, Record, read_records
 from mvjax.training.optimizer import make_optimizer, make_schedule
+from mvjax.training.pace import Pace
+from mvjax.training.samples import HeldOut
 from mvjax.training.stage import Batch, Stage
-from mvjax.training.start import describe, say, start_state
+from mvjax.training.start import describe, say, say_finished, start_state
 from mvjax.training.state import TrainState, abstract_state
 from mvjax.training.step import Step, compile_step, make_step
+from mvjax.training.trace import traced_steps
 
 MAX_SKIPPED_IN_A_ROW = 50
 
@@ -31,7 +35,14 @@ class TrainingDiverged(RuntimeError):
 
 
 def train(
-    config: Any, stage: Stage, loader: Any, workdir: Path, meta: Mapping[str, Any] | None = None
+    config: Any,
+    stage: Stage,
+    loader: Any,
+    workdir: Path,
+    meta: Mapping[str, Any] | None = None,
+    *,
+    held_out: HeldOut | None = None,
+    profile: bool = False,
 ) -> Record:
     """Trains a stage in `workdir`, continuing whatever is already there.
 
@@ -41,13 +52,16 @@ def train(
         config: An `ml_collections.ConfigDict` with the sections (and usual values)
             mesh {data=-1, fsdp=1, context=1, tensor=1}; rules {} (overrides of the sharding rules);
             optimizer {learning_rate=1e-4, schedule="constant", warmup_steps=0, decay_steps=0,
-            final_fraction=0.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=10.0};
-            training {steps, batch_size, seed=0, ema_decay=0.0, log_every=50,
-            checkpoint_every=1000, keep=2}; and init_from="" (a training directory).
+            final_fraction=0.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=10.0,
+            mu_dtype=""}; training {steps, batch_size, accumulate=1, seed=0, ema_decay=0.0,
+            log_every=50, checkpoint_every=1000, keep=2, keep_every=0, sample_every=0}; init_from=""
+            (a training directory); and wandb="" (a project at Weights & Biases).
         stage: What to train.
         loader: Grain iterator (or IterDataset) over this process's part of each batch; endless.
-        workdir: Receives checkpoints/, metrics.jsonl and tensorboard/.
+        workdir: Receives checkpoints/, metrics.jsonl, tensorboard/, samples/ and profile/.
         meta: JSON-able facts to store beside the arrays (normalizer, `data_fingerprint`, ...).
+        held_out: Looked at every `training.sample_every` steps.
+        profile: Whether to trace a few steps into profile/.
 
     Returns:
         The last record of metrics.jsonl. A finished run returns it at once.
@@ -55,35 +69,65 @@ def train(
     Raises:
         SystemExit: After SIGTERM (0) or Ctrl-C (130), once the step reached is saved.
         TrainingDiverged: If too many steps in a row had a gradient that was not finite.
+        CheckpointMismatch: If a finished run had other data or other networks.
     """
     workdir, settings = Path(workdir), config.training
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
     optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
     description = describe(config, stage, meta or {})
     with (
         jax.set_mesh(mesh),
-        Store(workdir, keep=settings.keep) as store,
+        Store(workdir, keep=settings.keep, keep_every=settings.keep_every) as store,
         Interrupt() as interrupt,
     ):
         reached = store.latest_step()
-        if reached is not None and reached >= settings.steps:
-            say(f"{workdir} is already trained to step {reached}.")
+        if reached is not None and reached >= settings.steps and (stored := store.meta(reached)):
+            say_finished(workdir, reached, stored, description)
+            completion.note(workdir, reached)
             return (read_records(workdir) or [{"step": reached}])[-1]
+        completion.forget(workdir)
         loader = iter(loader)
         abstract = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
         state = start_state(config, stage, optimizer, abstract, store, loader, description)
         step = make_step(
-            stage, optimizer, schedule, rules, seed=settings.seed, ema_decay=settings.ema_decay
+            stage,
+            optimizer,
+            schedule,
+            rules,
+            seed=settings.seed,
+            ema_decay=settings.ema_decay,
+            accumulate=settings.accumulate,
         )
         batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, rules))
-        with contextlib.closing(MetricsWriter(workdir, int(state.step))) as writer:
+        first = int(state.step)
+        writer = MetricsWriter(workdir, first, config.wandb, description["config"])
+        steps = traced_steps(first + 1, settings.steps, workdir / "profile" if profile else None)
+        with contextlib.closing(writer), contextlib.closing(steps):
 
             def save(reached: int, state: TrainState, position: Any) -> None:
                 # A record must be on disk before the checkpoint that makes its step final.
                 writer.flush()
                 store.save(reached, state, position, description)
 
-            _run(step, state, stage, batches, settings, writer, interrupt, save)
+            def look(reached: int, state: TrainState) -> Mapping[str, float]:
+                numbers, pictures = held_out(reached, merge(state.params, state.ema))
+                writer.show(reached, pictures)
+                return numbers
+
+            _run(
+                step,
+                state,
+                stage,
+                batches,
+                steps,
+                settings,
+                writer,
+                interrupt,
+                save,
+                look if held_out else None,
+            )
+    completion.note(workdir, settings.steps)
     assert writer.latest is not None  # the last step is always logged
     return writer.latest
 
@@ -93,45 +137,55 @@ def _run(
     state: TrainState,
     stage: Stage,
     batches: Iterator[tuple[Batch, Any]],
+    steps: Iterator[int],
     settings: Any,
     writer: MetricsWriter,
     interrupt: Interrupt,
     save: Callable[[int, TrainState, Any], None],
+    look: Callable[[int, TrainState], Mapping[str, float]] | None,
 ) -> None:
-    first, steps = int(state.step), int(settings.steps)
-    clock, compiled, previous = _Clock(), None, None
-    bar = tqdm(
-        total=steps,
-        initial=first,
-        desc=stage.name,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        disable=jax.process_index() != 0,
-    )
-    with bar:
-        for reached in range(first + 1, steps + 1):
-            with clock("data_seconds"):
+    first, levels = int(state.step), []
+    pace, compiled, previous = Pace(stage, settings.batch_size, first), None, None
+    with _progress_bar(stage.name, first, settings.steps) as bar:
+        for reached in steps:
+            with pace("data"):
                 batch, position = next(batches, (None, None))
             if batch is None:
                 raise ValueError(
-                    f"the loader ended after {reached - 1} of {steps} steps; it must repeat."
+                    f"the loader ended after {reached - 1} of {settings.steps} steps; it must "
+                    "repeat."
                 )
             if compiled is None:
-                with clock("compile_seconds"):
+                with pace("compile"):
                     compiled = compile_step(step, state, stage.frozen, batch)
-            with clock("step_seconds"):
-                state, metrics = compiled(state, stage.frozen, batch)
+            with pace("step"):
+                with jax.transfer_guard("disallow"):  # nothing may slip back to the host unseen
+                    state, metrics = compiled(state, stage.frozen, batch)
                 # Wait for the step before, not for this one: the devices always have work queued,
                 # and the host cannot run ahead and fill their memory with batches.
                 jax.block_until_ready(previous)
                 previous = metrics["loss"]
-            last = reached == steps
-            if last or reached % settings.log_every == 0:
-                writer.log(reached, metrics, clock.take())
-                _show(bar, writer.latest)
+            pace.finished(reached - 1)
+            if "by_level" in metrics:
+                levels.append(metrics.pop("by_level"))
+            last = reached == settings.steps
             exit_code = None if last else interrupt.exit_code(reached)
-            if last or exit_code is not None or reached % settings.checkpoint_every == 0:
-                with clock("save_seconds"):
+            saving = last or exit_code is not None or reached % settings.checkpoint_every == 0
+            looking = look is not None and reached % settings.sample_every == 0
+            if saving or looking:  # both wait for this step, whose time is not theirs
+                with pace("step"):
+                    jax.block_until_ready(previous)
+                pace.finished(reached)
+            seen: Mapping[str, float] = {}
+            if looking:
+                with pace("eval"):
+                    seen = look(reached, state)
+            if last or looking or reached % settings.log_every == 0:
+                writer.log(reached, metrics, levels, {**seen, **pace.take()})
+                levels = []
+                _show(bar, writer.latest)
+            if saving:
+                with pace("save"):
                     save(reached, state, position)
             bar.update()
             if exit_code is not None:
@@ -139,30 +193,29 @@ def _run(
                 raise SystemExit(exit_code)
 
 
+def _progress_bar(name: str, first: int, steps: int) -> tqdm:
+    return tqdm(
+        total=steps,
+        initial=first,
+        desc=name,
+        unit="step",
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        disable=jax.process_index() != 0,
+    )
+
+
 def _show(bar: tqdm, latest: Record | None) -> None:
     if latest is None:
         return
-    bar.set_postfix(loss=f"{latest['loss']:.4g}", refresh=False)
+    words = [f"loss {latest['loss']:.4g}"]
+    if "seconds_per_step" in latest:
+        words.append(f"{latest['seconds_per_step']:.3g} s/step")
+    if "mfu" in latest:
+        words.append(f"MFU {latest['mfu']:.1%}")
+    bar.set_postfix_str(", ".join(words), refresh=False)
     if latest["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
         raise TrainingDiverged(
             f"the gradient was not finite for {latest['skipped_in_a_row']:.0f} steps in a row "
             f"up to step {latest['step']}; lower optimizer.learning_rate, or look for bad values "
             "in the data."
         )
-
-
-class _Clock:
-    """Seconds spent per activity since the last `take`."""
-
-    def __init__(self) -> None:
-        self._spent: defaultdict[str, float] = defaultdict(float)
-
-    @contextlib.contextmanager
-    def __call__(self, activity: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._spent[activity] += time.perf_counter() - start
-
-    def take(self) -> dict[str, float]:
-        spent, self._spent = dict(self._spent), defaultdict(float)
-        return spent

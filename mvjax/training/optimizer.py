@@ -66,13 +66,18 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     `SkipState`; in particular it does not advance the schedule.
 
     Args:
-        config: What `make_schedule` reads, and b1, b2, eps, weight_decay, clip_norm (0: no clip).
+        config: What `make_schedule` reads, and b1, b2, eps, weight_decay, clip_norm (0: no clip),
+            mu_dtype ("bfloat16" halves the memory of the first moment; "" keeps it float32).
     """
+    if config.mu_dtype not in ("", "bfloat16"):
+        raise ValueError(f"optimizer.mu_dtype is {config.mu_dtype!r}; expected '' or 'bfloat16'.")
     clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
     return _skip_nonfinite(
         optax.chain(
             *clip,
-            optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
+            optax.scale_by_adam(
+                b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype or None
+            ),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(make_schedule(config)),
         )

@@ -4,7 +4,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import grain
 import jax
+from jax.sharding import NamedSharding
 
 from data_pipelines.loader import make_loader
 from data_pipelines.mixture import action_statistics
@@ -15,22 +17,28 @@ from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip
 from mvjax.models.build import action_decoder_config, video_dit_config
 from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
+from mvjax.parallel.rules import make_rules, spec
 from mvjax.training import stages
+from mvjax.training.accumulation import check_batch_size
+from mvjax.training.feed import local_rows
 from mvjax.training.loop import train
 from mvjax.training.metrics import Record
+from mvjax.training.samples import look_at
 
 
-def run(config: Any, workdir: Path) -> Record:
+def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
     """Trains `config.stage` on the encoded datasets of `config.datasets`; see `loop.train`.
 
     Stage 1 reads every dataset; stage 2 those with actions, and writes `normalizer.json` beside
-    its checkpoints.
+    its checkpoints. With `profile` a few steps are traced.
     """
     acting, settings = config.stage == "action", config.training
     for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
         if settings[name] < 1:
             raise ValueError(f"training.{name} must be at least 1, got {settings[name]}.")
+    for name in ("keep_every", "sample_every"):
+        if settings[name] < 0:
+            raise ValueError(f"training.{name} must be 0 (off) or more, got {settings[name]}.")
     Clip(**config.clip)
     video_dit_config(config)  # wrong settings are said before any data is read
     if acting:
@@ -44,26 +52,39 @@ def run(config: Any, workdir: Path) -> Record:
     normalizer = None
     if acting:
         normalizer = action_statistics(datasets, settings.episodes_per_task, settings.seed)
-    loader = make_loader(
-        datasets,
-        [d.weight for d in chosen],
-        settings.batch_size,
-        settings.seed,
-        "train",
-        normalizer,
-        settings.episodes_per_task,
-        with_actions=acting,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    # Before any data is read: the loader would complain about the mesh alone.
+    check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
+
+    def batches(split: str, batch_size: int, **reading: int) -> grain.DatasetIterator:
+        return make_loader(
+            datasets,
+            [d.weight for d in chosen],
+            batch_size,
+            settings.seed,
+            split,
+            normalizer,
+            settings.episodes_per_task if split == "train" else None,
+            with_actions=acting,
+            rows=local_rows(NamedSharding(mesh, spec(("batch",), rules)), batch_size),
+            **reading,
+        )
+
     with jax.set_mesh(mesh):
         stage = stages.build(config, mesh, rules)
     meta = {"data_fingerprint": [d.fingerprint for d in datasets], "identity": identity}
     if normalizer is not None:
         meta["normalizer_fingerprint"] = normalizer.fingerprint
         _save_normalizer(normalizer, Path(workdir))
-    return train(config, stage, loader, Path(workdir), meta)
+    return train(
+        config,
+        stage,
+        batches("train", settings.batch_size),
+        Path(workdir),
+        meta,
+        held_out=look_at(config, stage, mesh, rules, batches, identity, Path(workdir)),
+        profile=profile,
+    )
 
 
 def _check_records(datasets: Sequence[RecordDataset], config: Any, sections: Sequence[str]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import optax
 
+from mvjax.checkpoints.backbone import COMPUTE_SETTINGS
 from mvjax.checkpoints.bridge import abstract_params, restore_params
 from mvjax.checkpoints.store import Store
 from mvjax.checkpoints.tree_match import CheckpointMismatch
@@ -16,6 +17,12 @@ from mvjax.checkpoints.versions import library_versions
 from mvjax.models.param_tree import Params, split
 from mvjax.training.stage import Stage
 from mvjax.training.state import TrainState, create_state
+
+# What a finished run is: its networks and what they see. Compute settings are not part of it.
+_NETWORKS = ("clip", "video_model", "lora", "text", "context_layer", "decoder", "policy_io")
+# What decides how the networks were trained.
+_RECIPE = ("flow", "optimizer", "init_from", "backbone")
+_TRAINING = ("batch_size", "seed", "ema_decay", "episodes_per_task")
 
 
 def start_state(
@@ -27,12 +34,15 @@ def start_state(
     loader: Any,
     meta: Mapping[str, Any],
 ) -> TrainState:
-    """Makes the state a run begins with; the order is
+    """Makes the state a run begins with: the first of these that there is.
 
-    1. continue this training directory, loader position included;
-    2. else the parameters of the training directory `config.init_from`, at step 0 (LoRA adapters
-       it does not have start as new);
-    3. else from scratch.
+    1. This training directory: everything goes on, optimizer, averages and loader position too.
+       Its newest checkpoint that can be read counts.
+    2. `config.init_from`, a training directory or converted weights: its parameters (averaged
+       where it has averages), at step 0, with a new optimizer and the loader's beginning.
+    3. The same where this run has LoRA adapters that `init_from` does not: its parameters, and
+       new adapters that change nothing yet.
+    4. Scratch: parameters drawn from `training.seed`.
 
     Args:
         config: `init_from` and `training.seed` are read.
@@ -58,6 +68,31 @@ def start_state(
         params = _initial_params(Path(config.init_from), abstract.params)
         return create_state(stage, optimizer, abstract, seed, params)
     return create_state(stage, optimizer, abstract, seed)
+
+
+def say_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Mapping[str, Any]):
+    """Tells that a run is at its last step already; or that it is another run than was asked for.
+
+    Args:
+        workdir: The training directory.
+        step: The step it has reached.
+        stored: The description in its newest checkpoint.
+        now: Of `describe`, for the run that was asked for.
+
+    Raises:
+        CheckpointMismatch: If data, stage or networks are not those of the finished run.
+    """
+    _check_same_data(stored, now)
+    before, after = _chosen(stored), _chosen(now)
+    networks = _changes(before["networks"], after["networks"])
+    if networks:
+        raise CheckpointMismatch(
+            f"{workdir} is trained to step {step}, but with other settings: "
+            f"{'; '.join(networks)}; use those, or a new --workdir."
+        )
+    recipe = _changes(before["recipe"], after["recipe"])
+    other = f", with other settings ({'; '.join(recipe)}): not trained again" if recipe else ""
+    say(f"{workdir} is already trained to step {step}{other}.")
 
 
 def describe(config: Any, stage: Stage, extra: Mapping[str, Any]) -> dict[str, Any]:
@@ -97,6 +132,18 @@ def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"the run was trained on data with the fingerprint {before}, but the data now has "
             f"{after}; bring the data back, or start a new directory with config.init_from."
         )
+
+
+def _chosen(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The settings of a description that make a run what it is."""
+    config = meta["config"]
+    networks = {"stage": meta["stage"], **{k: config[k] for k in _NETWORKS if k in config}}
+    for name in ("video_model", "decoder"):
+        if name in networks:
+            networks[name] = {k: v for k, v in networks[name].items() if k not in COMPUTE_SETTINGS}
+    recipe = {k: config[k] for k in _RECIPE if k in config}
+    training = {k: v for k, v in config["training"].items() if k in _TRAINING}
+    return {"networks": networks, "recipe": recipe | {"training": training}}
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:

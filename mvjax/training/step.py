@@ -9,7 +9,8 @@ import optax
 
 from mvjax.models.param_tree import Params, merge, split
 from mvjax.parallel.rules import Rules, use_rules
-from mvjax.training.stage import Batch, Stage
+from mvjax.training.accumulation import Gradient, mean_gradient
+from mvjax.training.stage import Batch, Loss, Stage
 from mvjax.training.state import TrainState
 
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
@@ -32,32 +33,42 @@ def make_step(
     *,
     seed: int,
     ema_decay: float,
+    accumulate: int = 1,
 ) -> Step:
     """The pure step function (state, frozen, batch) -> (state, metrics).
 
     Step n draws its randomness from fold_in(key(seed), n), so a resumed run repeats it. Only the
-    trainable leaves of `state.params` are differentiated.
+    trainable leaves of `state.params` are differentiated. With `accumulate` > 1 the batch goes
+    through the network in as many parts; everything else, the random numbers too, is the same.
 
     The metrics are float32 scalars: loss, the stage's own, grad_norm (before clipping),
     update_norm, param_norm (both of the trainable parameters), learning_rate, and skipped and
-    skipped_in_a_row (steps left out because the gradient was not finite).
+    skipped_in_a_row (steps left out because the gradient was not finite); and "by_level" of
+    `error_by_level` where the stage has it.
     """
+    param_axes, _ = split(stage.axes, stage.trainable)
 
     def gradient(
-        trainable: Params, fixed: Params, frozen: Params, batch: Batch, key: jax.Array
-    ) -> tuple[tuple[jax.Array, dict[str, jax.Array]], Params]:
-        def loss(trainable: Params) -> tuple[jax.Array, dict[str, jax.Array]]:
-            with use_rules(rules):
-                return stage.loss(merge(fixed, trainable), frozen, batch, key)
+        state: TrainState, trainable: Params, fixed: Params, frozen: Params, batch: Batch
+    ) -> Gradient:
+        def of_part(trainable: Params, part: Batch, draws: Batch) -> Gradient:
+            def loss(trainable: Params) -> Loss:
+                return stage.objective(merge(fixed, trainable), frozen, part, draws)
 
-        return jax.value_and_grad(loss, has_aux=True)(trainable)
+            return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        with use_rules(rules):
+            draws = stage.draw(batch, key)
+            return mean_gradient(
+                of_part, trainable, param_axes, batch, draws, stage.batch_axes, accumulate
+            )
 
     def step(
         state: TrainState, frozen: Params, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
         trainable, fixed = split(state.params, stage.trainable)
-        (loss, own_metrics), grads = gradient(trainable, fixed, frozen, batch, key)
+        (loss, own_metrics), grads = gradient(state, trainable, fixed, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
         decay = ema_decay_at(state.step, ema_decay)

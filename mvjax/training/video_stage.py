@@ -6,12 +6,14 @@ import jax
 import jax.numpy as jnp
 
 from mvjax.clip import Clip
-from mvjax.flow.noise_levels import sample_video_sigma
+from mvjax.flow.noise_levels import flow_time, sample_video_sigma
 from mvjax.flow.video import condition_mask, denoise, video_loss
 from mvjax.models.build import video_dit_config, video_network
 from mvjax.models.lora import learns_with_lora
 from mvjax.models.param_tree import Params
-from mvjax.training.stage import Batch, Stage
+from mvjax.training.flops import step_flops
+from mvjax.training.levels import error_by_level
+from mvjax.training.stage import Batch, Loss, Stage
 
 
 def video_stage(config: Any) -> Stage:
@@ -31,30 +33,43 @@ def video_stage(config: Any) -> Stage:
             f"{clip.condition_latents}."
         )
 
-    def loss(params: Params, frozen: Params, batch: Batch, key: jax.Array):
-        del frozen
+    def draw(batch: Batch, key: jax.Array) -> Batch:
         sigma_key, noise_key, condition_key = jax.random.split(key, 3)
-        x0, text = batch["latents"], batch["text"]
+        x0 = batch["latents"]
         samples = len(x0)
-        sigma = sample_video_sigma(sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail)
-        observed = jax.random.randint(
-            condition_key, (samples,), flow.min_condition_latents, clip.condition_latents + 1
-        )
-        mask = condition_mask(observed, clip.latent_frames)
-        noisy = x0 + sigma[..., None, None, None] * jax.random.normal(noise_key, x0.shape)
+        return {
+            "sigma": sample_video_sigma(
+                sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail
+            ),
+            "noise": jax.random.normal(noise_key, x0.shape),
+            "observed": jax.random.randint(
+                condition_key, (samples,), flow.min_condition_latents, clip.condition_latents + 1
+            ),
+        }
+
+    def objective(params: Params, frozen: Params, batch: Batch, draws: Batch) -> Loss:
+        del frozen
+        x0, text, sigma = batch["latents"], batch["text"], draws["sigma"]
+        mask = condition_mask(draws["observed"], clip.latent_frames)
+        noisy = x0 + sigma[..., None, None, None] * draws["noise"]
         net = network.bind(params)
         prediction = denoise(
             lambda i: net(i.latents, i.timesteps, text, i.condition_mask), noisy, x0, sigma, mask
         )
-        mse = jnp.mean(video_loss(x0, prediction, sigma))
-        return flow.loss_scale * mse, {"velocity_mse": mse}
+        error = video_loss(x0, prediction, sigma)
+        mse = jnp.mean(error)
+        levels = error_by_level(error, flow_time(sigma[:, 0]))
+        return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
 
     return Stage(
         name="video",
         init=network.init,
         axes=network.axes,
         trainable=learns_with_lora if model.lora else lambda path: True,
-        loss=loss,
+        draw=draw,
+        objective=objective,
         batch_axes={"latents": ("batch", None, None, None, None), "text": ("batch", None, None)},
         frozen={},
+        tokens=clip.tokens,
+        flops=step_flops(config),
     )

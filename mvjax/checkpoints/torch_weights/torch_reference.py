@@ -49,7 +49,8 @@ def _video_inputs(config: Config) -> Arrays:
     }
 
 
-def _video_torch(config: Config, state: State, inputs: Arrays) -> Arrays:
+def cosmos_transformer(settings: Config) -> Any:
+    """diffusers' `CosmosTransformer3DModel`, made to run without torchvision."""
     import torch
     from diffusers import CosmosTransformer3DModel
     from diffusers.models.transformers import transformer_cosmos
@@ -62,7 +63,13 @@ def _video_torch(config: Config, state: State, inputs: Arrays) -> Arrays:
     transformer_cosmos.transforms = SimpleNamespace(
         functional=functional, InterpolationMode=SimpleNamespace(NEAREST=None)
     )
-    model = _loaded(CosmosTransformer3DModel, VIDEO.published(config), state)
+    return CosmosTransformer3DModel(**{k: v for k, v in settings.items() if k[0] != "_"})
+
+
+def _video_torch(config: Config, state: State, inputs: Arrays) -> Arrays:
+    import torch
+
+    model = _with_weights(cosmos_transformer(VIDEO.published(config)), state)
     latents, mask = (torch.from_numpy(inputs[n]) for n in ("latents", "condition_mask"))
     with torch.no_grad():
         (velocity,) = model(
@@ -91,7 +98,8 @@ def _vae_torch(config: Config, state: State, inputs: Arrays) -> Arrays:
     import torch
     from diffusers import AutoencoderKLWan
 
-    model = _loaded(AutoencoderKLWan, VAE.published(config), state)
+    settings = {k: v for k, v in VAE.published(config).items() if k[0] != "_"}
+    model = _with_weights(AutoencoderKLWan(**settings), state)
     mean, std = (
         torch.tensor(config["tokenizer"][f"latent_{n}"])[:, None, None, None]
         for n in ("mean", "std")
@@ -138,8 +146,7 @@ def _text_ours(network: Network, params: Any, inputs: Arrays) -> Arrays:
     return {"embedding": np.asarray(embed(params, **inputs))}
 
 
-def _loaded(model_class: Any, settings: Config, state: State) -> Any:
-    model = model_class(**{k: v for k, v in settings.items() if not k.startswith("_")})
+def _with_weights(model: Any, state: State) -> Any:
     model.load_state_dict(state, strict=True, assign=True)
     return model.eval()
 

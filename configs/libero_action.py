@@ -1,0 +1,48 @@
+"""Stage 2 of mimic-video on a LIBERO suite: the action decoder on the frozen backbone.
+
+    python -m launch.train --config=configs/libero_action.py:goal,tenth \
+        --workdir=runs/libero_goal/action_tenth
+
+After the colon: the suite (goal, object, spatial) and the share of its demonstrations (full, half,
+tenth, one: 50, 25, 5, 1 per task). The backbone is that of configs/libero_video.py of this suite,
+trained on all demonstrations, as published.
+
+Data and weights: as configs/libero_video.py, with the same records. Chips and memory: see
+docs/pods.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mimic_video
+
+# Of the released decoders.
+STEPS = {
+    ("goal", "half"): 50_022,
+    ("goal", "tenth"): 40_014,
+    ("goal", "one"): 19_998,
+    ("object", "full"): 50_274,
+    ("object", "half"): 30_090,
+    ("object", "tenth"): 39_984,
+    ("object", "one"): 29_997,
+    ("spatial", "full"): 51_212,
+    ("spatial", "tenth"): 30_012,
+    ("spatial", "one"): 19_998,
+}
+UNRELEASED_STEPS = 50_000  # goal,full and spatial,half: the paper's number
+
+
+def get_config(arguments: str = "goal") -> ConfigDict:
+    """Steps of 128 clips.
+
+    Args:
+        arguments: suite, or suite and share of the demonstrations, e.g. "goal,tenth".
+    """
+    suite, _, share = arguments.partition(",")
+    share = share or "full"
+    config = mimic_video.libero(suite, share)
+    return mimic_video.action_stage(
+        config,
+        steps=STEPS.get((suite, share), UNRELEASED_STEPS),
+        batch_size=128,
+        backbone=config.get_ref("run_dir") + "/video",
+    )

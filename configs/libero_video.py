@@ -1,0 +1,31 @@
+"""Stage 1 of mimic-video on a LIBERO suite: LoRA on Cosmos-Predict2 2B, as published.
+
+    python -m launch.encode --config=configs/libero_video.py:goal
+    python -m launch.train --config=configs/libero_video.py:goal --workdir=runs/libero_goal/video
+
+After the colon: the suite, goal, object or spatial. The released video models saw all 50
+demonstrations per task, also those under the decoders that saw fewer; a share (half, tenth, one)
+may follow all the same: `configs/libero_video.py:goal,tenth`.
+
+Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: a LeRobot v3.0
+dataset per suite in data/libero_<suite>, with its features as in `config.datasets`
+(configs/mimic_video.py); the release's own episodes are not read yet. A suite is some 60,000
+windows, 150 GB of records. Chips and memory: see docs/pods.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mimic_video
+
+STEPS = {"goal": 7_020, "object": 8_260, "spatial": 7_540}
+
+
+def get_config(arguments: str = "goal") -> ConfigDict:
+    """Steps of 32 clips, at a constant learning rate.
+
+    Args:
+        arguments: suite, or suite and share of the demonstrations, e.g. "goal,full".
+    """
+    suite, _, share = arguments.partition(",")
+    config = mimic_video.libero(suite, share or "full")
+    return mimic_video.video_stage(config, steps=STEPS[suite], batch_size=32)

@@ -1,0 +1,199 @@
+"""What the published configurations share: lengths, networks, data, the two recipes.
+
+Everything follows the first public release of mimic-video, its file names where code and paper
+disagree (batch sizes, steps). Two things of the release wait for the readers of its own formats:
+actions of 10 numbers must be in the data as they are to be learned (relative poses, 6-D rotations),
+and every dimension is normalised (published: the rotation is not).
+
+Weights: `python -m launch.convert` puts the released files where these configurations look for
+them (docs/weights.md, "A whole release"). Records hold 2.5 MB of latents per window; one encoding
+serves both stages, and `--config.datasets.NAME.anchor_fps` thins the windows.
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict, FieldReference, config_dict
+
+from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
+from mvjax.parallel.rules import DEFAULT_RULES
+
+LIBERO_SUITES = ("goal", "object", "spatial")
+LIBERO_SHARES = {"full": 50, "half": 25, "tenth": 5, "one": 1}  # demonstrations per task
+
+
+def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
+    """The sections that both stages of a run have in common.
+
+    Args:
+        run_dir: where records and the runs of both stages go.
+        datasets: by name, without `name` and `records`, which follow from the name.
+        action: horizon, fps and shift of the action chunk.
+    """
+    run = FieldReference(run_dir)
+    config = ConfigDict()
+    config.run_dir = run
+    # 61 frames in 12 s are 16 latent frames of 60x80, 19,200 tokens; 2 latent frames are observed.
+    config.clip = dict(height=480, width=640, observed_frames=5, future_frames=56, fps=5.0)
+    # Position 3, rotation 6, gripper 1.
+    config.policy_io = dict(
+        action=dict(action, dim=10), proprio=dict(horizon=1, fps=action["fps"], dim=10)
+    )
+    config.datasets = {
+        name: dict(dataset, name=name, records=run + f"/records/{name}")
+        for name, dataset in datasets.items()
+    }
+    config.validation_share = 0.0
+    config.tokenizer = "weights/wan_vae"
+    config.text_encoder = "weights/t5_11b"
+    config.text = dict(length=512, dim=1024)
+
+    config.video_model = video_model("cosmos2b")
+    config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)
+    config.context_layer = 20
+    config.decoder = _without(
+        ACTION_DECODERS["bridge"],
+        *("context_dim", "action_dim", "action_horizon", "proprio_dim", "proprio_horizon"),
+    )
+    config.sampler = dict(
+        video_steps=35,
+        action_steps=10,
+        sigma_max=80.0,
+        sigma_min=0.002,
+        seed=0,
+        fresh_noise=False,
+        draws=1,
+    )
+    # Parameters and batch are split over all chips; where there are more chips than samples,
+    # context=2 or 8 lets them share a clip (docs/pods.md).
+    config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)
+    config.rules = dict(DEFAULT_RULES)
+    config.init_from = ""
+    config.optimizer = dict(
+        schedule="constant",
+        warmup_steps=0,
+        decay_steps=0,
+        final_fraction=1.0,
+        b1=0.9,
+        b2=0.99,
+        eps=1e-8,
+        weight_decay=0.1,
+        clip_norm=10.0,
+        mu_dtype="",
+    )
+    config.wandb = ""  # a project at Weights & Biases, if the package is installed
+    config.training = dict(
+        accumulate=1,  # micro-batches in turn, where a batch does not fit the chips at once
+        seed=0,
+        ema_decay=0.0,
+        log_every=50,
+        checkpoint_every=1000,
+        keep=2,
+        keep_every=0,
+        sample_every=0,  # looks at held-out windows, of which LIBERO has none
+        sample_count=2,
+        episodes_per_task=config_dict.placeholder(int),
+    )
+    return config
+
+
+def bridge() -> ConfigDict:
+    """BridgeData V2: 3 s of actions at 5 Hz, the first 0.2 s ahead."""
+    robot = dict(
+        format="lerobot",
+        path="data/bridge",
+        embodiment="widowx",
+        video="observation.images.image_0",
+        action="action",
+        proprio="observation.state",
+        anchor_fps=5.0,
+        weight=1.0,
+    )
+    config = shared("runs/bridge", {"bridge": robot}, dict(horizon=15, fps=5.0, shift=0.2))
+    config.validation_share = 0.0004  # published: 20 episodes of about 50,000
+    config.training.sample_every = 1000
+    return config
+
+
+def libero(suite: str, share: str) -> ConfigDict:
+    """A LIBERO suite, regenerated at 480x640 and 20 Hz: 3 s of actions, the first of them now.
+
+    Args:
+        suite: goal, object or spatial.
+        share: full, half, tenth or one: 50, 25, 5 or 1 demonstrations of each of the ten tasks.
+    """
+    if suite not in LIBERO_SUITES or share not in LIBERO_SHARES:
+        raise ValueError(
+            f"LIBERO takes a suite ({', '.join(LIBERO_SUITES)}) and a share of its demonstrations "
+            f"({', '.join(LIBERO_SHARES)}), e.g. goal,full; got {suite!r} and {share!r}."
+        )
+    name = f"libero_{suite}"
+    robot = dict(
+        format="lerobot",
+        path=f"data/{name}",
+        embodiment="libero_panda",
+        video="observation.images.agentview",
+        action="action",
+        proprio="observation.state",
+        anchor_fps=20.0,
+        weight=1.0,
+    )
+    config = shared(f"runs/{name}", {name: robot}, dict(horizon=60, fps=20.0, shift=0.0))
+    config.training.episodes_per_task = LIBERO_SHARES[share]
+    return config
+
+
+def video_stage(config: ConfigDict, *, steps: int, batch_size: int) -> ConfigDict:
+    """Stage 1 as published: LoRA of rank 256 and all adaLN weights, from Cosmos-Predict2."""
+    config.stage = "video"
+    config.init_from = "weights/cosmos2b"
+    config.lora.update(rank=256, alpha=32.0)
+    config.rules.lora = ("fsdp",)  # else half of the adapters would be whole on every chip
+    config.flow = dict(sigma_scale=4.0, sigma_tail=0.05, loss_scale=100.0, min_condition_latents=1)
+    config.optimizer.learning_rate = 10**-3.75  # 1.778e-4
+    config.training.update(steps=steps, batch_size=batch_size)
+    return config
+
+
+def action_stage(
+    config: ConfigDict, *, steps: int, batch_size: int, backbone: str | FieldReference
+) -> ConfigDict:
+    """Stage 2 as published: a decoder of 499 million parameters on the frozen backbone.
+
+    Args:
+        config: of `bridge` or `libero`.
+        steps: number of steps.
+        batch_size: samples per step, over all chips.
+        backbone: a stage-1 training directory, or converted weights.
+    """
+    config.stage = "action"
+    # "published" repeats the release's roundings of times and rotary tables.
+    config.backbone = dict(checkpoint=backbone, precision="bfloat16")
+    config.flow = dict(
+        sigma_scale=4.0,
+        sigma_tail=0.05,
+        sampling_sigma_share=0.0,
+        action_time_alpha=1.0,  # the paper's density is Beta(1.5, 1)
+        action_time_beta=1.0,
+        action_draws=1,
+        proprio_dropout=0.2,
+        loss_scale=10.0,
+    )
+    config.optimizer.update(
+        learning_rate=1e-4,
+        schedule="linear",
+        warmup_steps=1000,
+        decay_steps=500_000,
+        final_fraction=0.2,
+    )
+    config.training.update(steps=steps, batch_size=batch_size)
+    return config
+
+
+def video_model(preset: str) -> dict:
+    """The section of a named video DiT, without what other sections say."""
+    sizes = _without(VIDEO_DITS[preset], "text_dim", "latent_channels", "lora")
+    return sizes | {"remat": "attention"}  # activations of 19,200 tokens fit no chip otherwise
+
+
+def _without(preset, *derived: str) -> dict:
+    return {k: v for k, v in dataclasses.asdict(preset).items() if k not in derived}

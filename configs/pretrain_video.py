@@ -1,0 +1,77 @@
+"""Pretraining of the 2B video model on a mixture of human and robot video.
+
+    python -m launch.encode --config=configs/pretrain_video.py
+    python -m launch.train --config=configs/pretrain_video.py --workdir=runs/pretrain/video
+
+goes on from Cosmos-Predict2; from random weights:
+
+    python -m launch.train --config=configs/pretrain_video.py:scratch \
+        --workdir=runs/pretrain/scratch
+
+Everything learns. The result is a backbone like any other: `--config.init_from=runs/pretrain/video`
+in stage 1, `--config.backbone.checkpoint=runs/pretrain/video` in stage 2.
+
+Not a published recipe. Learning rate, decay and noise are those of NVIDIA's own training (its
+noise is σ = √latent frames · exp(N(ln 4, 1.2)), here with the spread 1); the rest is a starting
+point.
+
+Weights: weights/cosmos2b (not for scratch), weights/wan_vae, weights/t5_11b (docs/weights.md).
+Data: data/human, a folder of videos and captions; data/robot, a LeRobot v3.0 dataset, of which only
+the video is read (docs/data.md). More datasets are more entries of `config.datasets`; `weight` is a
+dataset's share of the windows, whatever its size. Chips and memory: see docs/pods.md.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import mimic_video
+
+
+def get_config(start: str = "cosmos") -> ConfigDict:
+    """100,000 steps of 256 clips, two thirds of them human.
+
+    Args:
+        start: "cosmos" or "scratch".
+    """
+    if start not in ("cosmos", "scratch"):
+        raise ValueError(f"The start must be cosmos or scratch, got {start!r}.")
+    video_only = dict(action="", proprio="")
+    human = dict(
+        format="video_folder",
+        path="data/human",
+        embodiment="human",
+        video="video",
+        anchor_fps=0.5,
+        weight=2.0,
+    )
+    robot = dict(
+        format="lerobot",
+        path="data/robot",
+        embodiment="robot",
+        video="observation.images.image_0",
+        anchor_fps=1.0,
+        weight=1.0,
+    )
+    config = mimic_video.shared(
+        "runs/pretrain",
+        {"human": human | video_only, "robot": robot | video_only},
+        dict(horizon=15, fps=5.0, shift=0.2),  # no dataset has actions
+    )
+    config.validation_share = 0.001
+    steps = 100_000
+    mimic_video.video_stage(config, steps=steps, batch_size=256)
+    config.lora.rank = 0
+    config.flow.update(sigma_scale=16.0, loss_scale=10.0)
+    config.optimizer.update(
+        learning_rate=2**-14.5,
+        schedule="cosine",
+        warmup_steps=1000,
+        decay_steps=steps,
+        final_fraction=0.3,
+        clip_norm=1.0,
+    )
+    config.training.sample_every = 5000
+    if start == "scratch":
+        config.init_from = ""
+        config.optimizer.update(learning_rate=1e-4, warmup_steps=5000)
+        config.training.ema_decay = 0.9999
+    return config

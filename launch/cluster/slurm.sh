@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# One process per GPU on Slurm; JAX reads the rest from Slurm's variables.
+#
+#   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/cluster/slurm.sh \
+#       --config=configs/bridge_video.py --workdir=/shared/runs/bridge
+#
+# Submit from the repository. The folder and the data must be on a disk that all nodes share. Slurm
+# sends SIGTERM 10 minutes before the time limit and before a preemption: the step is saved, and
+# the same line continues the run.
+#SBATCH --job-name=mvjax
+#SBATCH --cpus-per-task=8
+#SBATCH --time=24:00:00
+#SBATCH --signal=TERM@600
+#SBATCH --open-mode=append
+#SBATCH --output=mvjax-%j.log
+
+set -euo pipefail
+# If one process dies, srun ends the others.
+exec srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m launch.train "$@"

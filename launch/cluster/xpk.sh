@@ -1,0 +1,15 @@
+#!/usr/bin/env bash
+# A run on a GKE cluster with xpk, which writes the JobSet of gke_jobset.yaml by itself.
+#
+#   CLUSTER=my-cluster NAME=bridge-1 TPU_TYPE=v5p-128 SLICES=2 launch/cluster/xpk.sh \
+#       --config=configs/bridge_video.py --config.mesh.data=2 --workdir=/mnt/runs/bridge
+#
+# IMAGE is a container with this repository as its working folder (docs/clusters.md).
+
+set -euo pipefail
+: "${CLUSTER:?the name of the GKE cluster}" "${NAME:?a new name for the workload}"
+: "${TPU_TYPE:?the slice, such as v5p-128}" "${IMAGE:?the container image}"
+printf -v flags ' %q' "$@"
+exec xpk workload create --cluster="$CLUSTER" --workload="$NAME" --docker-image="$IMAGE" \
+  --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" --max-restarts="${RESTARTS:-10}" \
+  --command="python -m launch.train$flags"

@@ -1,0 +1,149 @@
+"""Runs a command in several processes of this machine that work together.
+
+    python -m launch.local --processes=4 -- launch.train --config=configs/... --workdir=runs/...
+
+With GPUs each process gets one of them, in order; on a CPU they share the cores. Only process 0
+writes to the screen. If a process dies, the others are stopped and one sentence says which it was
+and why; run the same command again to continue. Ctrl-C or SIGTERM lets all of them save the same
+step and end.
+"""
+
+import argparse
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from types import FrameType
+from typing import IO
+
+POLL_SECONDS = 0.1
+SETTLE_SECONDS = 0.5  # the others may fail because of the first before this program has noticed it
+GRACE_SECONDS = 5  # from SIGTERM to SIGKILL, when nothing can be saved any more
+CRASH_LINES = 30
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Starts the processes, waits for them, and returns the exit code."""
+    parser = argparse.ArgumentParser(prog="launch.local", description=__doc__.splitlines()[0])
+    parser.add_argument("--processes", type=int, required=True, help="how many to start")
+    parser.add_argument("command", nargs="+", help="after --: a module and its arguments")
+    given = parser.parse_args(arguments)
+    if given.processes < 1:
+        parser.error(f"--processes must be at least 1, got {given.processes}")
+    with _started(given.command, given.processes) as (processes, outputs), _stops(processes) as got:
+        while not _failed(processes) and any(p.poll() is None for p in processes):
+            time.sleep(POLL_SECONDS)
+        if not _failed(processes):
+            return 130 if signal.SIGINT in got else 0
+        time.sleep(SETTLE_SECONDS)
+        culprit = _culprit(processes)
+        code = processes[culprit].returncode
+        _end(processes)  # whatever they still say comes before the sentence that tells the reason
+        print(f"launch.local: {_reason(culprit, code, outputs)}", file=sys.stderr)
+        return code if code > 0 else 128 - code
+
+
+@contextlib.contextmanager
+def _started(
+    command: Sequence[str], count: int
+) -> Iterator[tuple[list[subprocess.Popen], list[IO[str] | None]]]:
+    """The processes and what each writes (None for process 0, whose output is ours)."""
+    coordinator = f"127.0.0.1:{_free_port()}"
+    outputs = [None, *(tempfile.TemporaryFile("w+", errors="replace") for _ in range(count - 1))]
+    processes: list[subprocess.Popen] = []
+    try:
+        for index, output in enumerate(outputs):
+            environment = {
+                "JAX_LOCAL_DEVICE_IDS": str(index),
+                **os.environ,
+                "MVJAX_COORDINATOR": coordinator,
+                "MVJAX_PROCESS_COUNT": str(count),
+                "MVJAX_PROCESS_ID": str(index),
+            }
+            processes.append(
+                subprocess.Popen(
+                    [sys.executable, "-m", *command],
+                    env=environment,
+                    stdout=output,
+                    stderr=output and subprocess.STDOUT,
+                    start_new_session=True,  # Ctrl-C reaches this program only, which passes it on
+                )
+            )
+        yield processes, outputs
+    finally:
+        _end(processes)
+
+
+@contextlib.contextmanager
+def _stops(processes: Sequence[subprocess.Popen]) -> Iterator[set[int]]:
+    """Passes SIGTERM and Ctrl-C on as SIGTERM, the second time ends; yields those received."""
+    got: set[int] = set()
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        if got:
+            raise SystemExit(128 + number)
+        got.add(number)
+        for process in processes:
+            process.terminate()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, pass_on)
+    yield got
+
+
+def _failed(processes: Sequence[subprocess.Popen]) -> bool:
+    return any(p.poll() not in (None, 0) for p in processes)
+
+
+def _culprit(processes: Sequence[subprocess.Popen]) -> int:
+    """The process that failed first, as far as can be told.
+
+    A victim does not die of a signal, except for SIGABRT, with which JAX ends those that miss
+    another process.
+    """
+    failed = [i for i, p in enumerate(processes) if p.poll() not in (None, 0)]
+    victim = {i: processes[i].returncode == -signal.SIGABRT for i in failed}
+    return min(failed, key=lambda i: (victim[i], processes[i].returncode > 0, i))
+
+
+def _reason(index: int, code: int, outputs: Sequence[IO[str] | None]) -> str:
+    """What to tell about process `index`; what process 0 said is on the screen already."""
+    how = f"ended with code {code}" if code > 0 else f"was killed by {signal.Signals(-code).name}"
+    said, output = "", outputs[index]
+    if output is not None:
+        output.seek(0)
+        lines = [line.strip() for line in output if line.strip()]
+        if code > 0 and lines:
+            said = f", saying {lines[-1]!r}"
+        elif -code not in (signal.SIGKILL, signal.SIGTERM):  # a crash says more than one line
+            print("\n".join(lines[-CRASH_LINES:]), file=sys.stderr)
+    others = "; the others are stopped" if len(outputs) > 1 else ""
+    return f"process {index} of {len(outputs)} {how}{said}{others}."
+
+
+def _end(processes: Sequence[subprocess.Popen]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.terminate()
+    deadline = time.monotonic() + GRACE_SECONDS
+    for process in processes:
+        try:
+            process.wait(max(0.0, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""How fast a training step is here: the real compiled step on random data, beside PyTorch's."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from statistics import median
+from typing import Any
+
+import jax
+import numpy as np
+
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules, sharding_tree
+from mvjax.training import stages
+from mvjax.training.flops import peak_flops
+from mvjax.training.optimizer import make_optimizer, make_schedule
+from mvjax.training.plan import abstract_batch
+from mvjax.training.stage import Batch
+from mvjax.training.state import abstract_state, create_state
+from mvjax.training.step import compile_step, make_step
+
+Run = Callable[[int], float]  # makes so many steps and says how many seconds they took
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What was measured of one implementation.
+
+    Attributes:
+        name: of it.
+        seconds_per_step: one figure per round.
+        samples_per_second: at the median.
+        mfu: share of the devices' peak that the step's analytic FLOPs use; None on a CPU.
+        peak_mb: the most memory of a device so far; None where the backend does not tell.
+        prepare_seconds: compiling, and the first steps.
+    """
+
+    name: str
+    seconds_per_step: list[float]
+    samples_per_second: float
+    mfu: float | None
+    peak_mb: float | None
+    prepare_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+class OurStep:
+    """The train step of a configuration, compiled for the devices that are here.
+
+    The networks are untrained and the batch is noise: neither changes the time.
+    """
+
+    name = "mvjax"
+
+    def __init__(self, config: Any):
+        """Compiles the step and makes its first two.
+
+        Args:
+            config: of a training run; datasets and checkpoints are not read.
+        """
+        start = time.perf_counter()
+        settings = config.training
+        if config.stage == "action":
+            config = config.copy_and_resolve_references()
+            config.backbone.checkpoint = ""
+        mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+        optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
+        with jax.set_mesh(mesh):
+            stage = stages.build(config, mesh, rules)
+            abstract = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
+            self._state = create_state(stage, optimizer, abstract, settings.seed)
+            step = make_step(
+                stage,
+                optimizer,
+                schedule,
+                rules,
+                seed=settings.seed,
+                ema_decay=settings.ema_decay,
+                accumulate=settings.accumulate,
+            )
+            shardings = sharding_tree(stage.batch_axes, mesh, rules)
+            self._batch = _noise(abstract_batch(config, stage, shardings))
+            self._frozen = stage.frozen
+            self._step = compile_step(step, self._state, stage.frozen, self._batch)
+        self.flops = stage.flops * settings.batch_size
+        self.batch_size = settings.batch_size
+        self.run(2)
+        self.prepare_seconds = time.perf_counter() - start
+
+    def run(self, steps: int) -> float:
+        """Makes so many steps; seconds until the devices have finished them."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._state, metrics = self._step(self._state, self._frozen, self._batch)
+        jax.block_until_ready(metrics["loss"])
+        return time.perf_counter() - start
+
+    @property
+    def peak_mb(self) -> float | None:
+        """The most memory of a device so far."""
+        stats = jax.local_devices()[0].memory_stats() or {}
+        return stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else None
+
+
+def compare(competitors: list[Any], steps: int, rounds: int) -> list[Speed]:
+    """Measures them in turns, so that what else the machine does hits all alike.
+
+    Args:
+        competitors: objects with name, run, batch_size, flops, peak_mb and prepare_seconds.
+        steps: per turn.
+        rounds: turns of each.
+    """
+    taken: list[list[float]] = [[] for _ in competitors]
+    for _ in range(rounds):
+        for seconds, one in zip(taken, competitors):
+            seconds.append(one.run(steps) / steps)
+    peak = peak_flops(jax.devices()[0])
+    devices = jax.device_count()
+    return [
+        Speed(
+            name=one.name,
+            seconds_per_step=seconds,
+            samples_per_second=one.batch_size / median(seconds),
+            mfu=one.flops / median(seconds) / (peak * devices) if peak else None,
+            peak_mb=one.peak_mb,
+            prepare_seconds=one.prepare_seconds,
+        )
+        for seconds, one in zip(taken, competitors)
+    ]
+
+
+def _noise(abstract: Batch) -> Batch:
+    rng = np.random.default_rng(0)
+    return {
+        name: jax.device_put(rng.standard_normal(leaf.shape, np.float32), leaf.sharding)
+        for name, leaf in abstract.items()
+    }

@@ -1,0 +1,235 @@
+"""The real train step compiled for a TPU pod that is not here: does it fit, what does it cost.
+
+Nothing is allocated: parameters, optimizer state, batch and frozen backbone are shapes with
+shardings, and the compiler needs no device.
+"""
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from mvjax.checkpoints.backbone import abstract_backbone
+from mvjax.clip import Clip
+from mvjax.models.param_tree import split
+from mvjax.parallel.chips import GB, Chip, chip
+from mvjax.parallel.mesh import make_mesh, slice_count
+from mvjax.parallel.rules import make_rules, sharding_tree
+from mvjax.training import stages
+from mvjax.training.collectives import Collective, collectives
+from mvjax.training.flops import step_flops
+from mvjax.training.optimizer import make_optimizer, make_schedule
+from mvjax.training.stage import Batch, Stage
+from mvjax.training.state import TrainState, abstract_state
+from mvjax.training.step import Step, compile_step, make_step
+
+
+class DoesNotFit(ValueError):
+    """The step needs more memory than the device has."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a train step on a pod before it runs; bytes and FLOPs are per device.
+
+    Attributes:
+        device: name of the chip.
+        devices, slices: of the whole pod.
+        mesh: devices per axis.
+        batch_size: samples per step of the whole pod.
+        parameters, trainable, frozen: numbers of parameters: of the trained network, those of them
+            that learn, and of the frozen backbone.
+        argument_bytes: state, frozen backbone and batch.
+        peak_bytes: the most that is in memory at once, arguments included.
+        host_bytes: what is kept in the host's memory (remat "offload").
+        hbm_bytes: what the device has.
+        collectives: exchanges in one step.
+        link_seconds: the least time of the exchanges inside a slice, all links busy.
+        flops: of one step, analytic, recomputation not counted.
+        peak_flops: of the device, per second.
+        mfu: the share of it that is assumed.
+        step_seconds: of a step that takes the time of its arithmetic at that share.
+        clips_per_second: of the whole pod then.
+        compile_seconds: tracing and compiling, on this machine.
+    """
+
+    device: str
+    devices: int
+    slices: int
+    mesh: dict[str, int]
+    batch_size: int
+    parameters: int
+    trainable: int
+    frozen: int
+    argument_bytes: int
+    peak_bytes: int
+    host_bytes: int
+    hbm_bytes: int
+    collectives: tuple[Collective, ...]
+    link_seconds: float
+    flops: float
+    peak_flops: float
+    mfu: float
+    step_seconds: float
+    clips_per_second: float
+    compile_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A train step and its arguments as shapes; `argument_bytes` are per device."""
+
+    stage: Stage
+    step: Step
+    state: TrainState
+    batch: Batch
+    argument_bytes: int
+
+
+def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
+    """Compiles the train step of a configuration for the devices of `pod_devices`.
+
+    Args:
+        config: of a training run; no data and no checkpoint that it names is read.
+        devices: of one or several slices.
+        mfu: share of the peak FLOP/s to assume for the step time.
+
+    Raises:
+        DoesNotFit: if the step needs more memory than a device has.
+        ValueError: if batch, mesh, network and devices do not go together.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"the MFU is a share of the peak, more than 0 and up to 1; got {mfu}.")
+    kind, slices = _known(devices[0]), slice_count(devices)
+    program = make_program(config, devices)
+    start = time.perf_counter()
+    try:
+        with jax.set_mesh(program.state.step.sharding.mesh):
+            compiled = compile_step(
+                program.step, program.state, program.stage.frozen, program.batch
+            )
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error, config, program, kind) from error
+    compile_seconds = time.perf_counter() - start
+    exchanges = collectives(compiled.as_text(), len(devices) // slices)
+    inside = sum(c.sent_bytes for c in exchanges if not c.across_slices)
+    memory, samples = compiled.memory_analysis(), config.training.batch_size
+    flops = step_flops(config) * samples / len(devices)
+    seconds = flops / (kind.peak_flops * mfu)
+    return Plan(
+        device=kind.name,
+        devices=len(devices),
+        slices=slices,
+        mesh=dict(program.state.step.sharding.mesh.shape),
+        batch_size=samples,
+        parameters=_count(program.state.params),
+        trainable=_count(split(program.state.params, program.stage.trainable)[0]),
+        frozen=_count(program.stage.frozen),
+        argument_bytes=memory.argument_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
+        hbm_bytes=kind.hbm_bytes,
+        collectives=tuple(exchanges),
+        link_seconds=inside / kind.link_bytes,
+        flops=flops,
+        peak_flops=kind.peak_flops,
+        mfu=mfu,
+        step_seconds=seconds,
+        clips_per_second=samples / seconds,
+        compile_seconds=compile_seconds,
+    )
+
+
+def make_program(config: Any, devices: Sequence[jax.Device]) -> Program:
+    """The step that `loop.train` would run on these devices, not compiled yet."""
+    settings, rules = config.training, make_rules(config.rules)
+    mesh = make_mesh(config.mesh, devices)
+    optimizer = make_optimizer(config.optimizer)
+    stage = stages.build(config, mesh, rules, abstract_backbone)
+    state = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
+    batch = abstract_batch(config, stage, sharding_tree(stage.batch_axes, mesh, rules))
+    step = make_step(
+        stage,
+        optimizer,
+        make_schedule(config.optimizer),
+        rules,
+        seed=settings.seed,
+        ema_decay=settings.ema_decay,
+        accumulate=settings.accumulate,
+    )
+    return Program(stage, step, state, batch, _bytes((state, stage.frozen, batch)))
+
+
+def abstract_batch(config: Any, stage: Stage, shardings: Any) -> Batch:
+    """Shapes and shardings of a batch of all processes together, as the loader gives it.
+
+    Raises:
+        ValueError: if `training.batch_size` cannot be split as the mesh asks.
+    """
+    samples, text = config.training.batch_size, config.text
+    shapes = {"latents": Clip(**config.clip).latent_shape, "text": (text.length, text.dim)}
+    if stage.name == "action":
+        streams = {"actions": config.policy_io.action, "proprio": config.policy_io.proprio}
+        shapes |= {name: (io.horizon, io.dim) for name, io in streams.items()}
+    batch = {}
+    for name, sharding in shardings.items():
+        shape = (samples, *shapes[name])
+        try:
+            sharding.shard_shape(shape)
+        except ValueError as error:
+            raise ValueError(
+                f"a batch of {samples} samples cannot be split over the mesh "
+                f"{dict(sharding.mesh.shape)}: make it a multiple of data x fsdp "
+                "(--batch_per_chip, config.training.batch_size), or raise config.mesh.context."
+            ) from error
+        batch[name] = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)  # as loaded
+    return batch
+
+
+def _known(device: jax.Device) -> Chip:
+    known = chip(device.device_kind)
+    if known is None:
+        raise ValueError(f"memory and speed of {device.device_kind!r} are not known here.")
+    return known
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _explained(error: Exception, config: Any, program: Program, kind: Chip) -> Exception:
+    """The sentence for a program that is too large; other errors as they are."""
+    text = str(error)
+    if "Vmem" in text:
+        return DoesNotFit(
+            f"a kernel does not fit the on-chip memory of {kind.name} "
+            f"({' '.join(text.split())[:200]}); change the lengths of config.clip, config.mesh."
+            "context, or config.video_model.attention."
+        )
+    if "Hbm" not in text and "RESOURCE_EXHAUSTED" not in text:
+        return error
+    needed = re.search(r"\(([\d.]+[KMGT])\) exceeds", text)
+    total = f"{needed[1]}B in all" if needed else "more"
+    remat = config.video_model.remat
+    advice = [] if remat == "full" else [f"config.video_model.remat='full' (now {remat!r})"]
+    return DoesNotFit(
+        f"the step does not fit a {kind.name} of {kind.hbm_bytes / GB:.2f}GB: it needs {total}, "
+        f"{program.argument_bytes / GB:.2f}GB of it for parameters, optimizer and batch; use "
+        f"{', '.join([*advice, 'fewer samples per chip (--batch_per_chip)'])}, a larger "
+        "config.mesh.fsdp for the parameters, or config.mesh.context for long videos."
+    )

@@ -1,0 +1,170 @@
+"""Micro-batches in turn give the step of the whole batch."""
+
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from run_records import without_times
+from tiny_stages import build_stage, tiny_batch, tiny_config
+from toy_training import toy_config, toy_loader, toy_stage
+
+from mvjax.checkpoints.tree_match import leaf_paths
+from mvjax.models.param_tree import merge, split
+from mvjax.parallel.rules import make_rules, use_rules
+from mvjax.training.accumulation import mean_gradient
+from mvjax.training.loop import train
+from mvjax.training.metrics import read_records
+
+pytestmark = pytest.mark.usefixtures("quickly")
+ON_EIGHT = """
+import sys
+import jax, numpy as np
+from toy_training import toy_config, toy_loader, toy_stage
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules, sharding_tree, use_rules
+from mvjax.training.accumulation import _split
+from mvjax.training.loop import train
+
+config = toy_config(steps=3, batch_size=16, accumulate=2)
+config.mesh.update(data=2, fsdp=2, context=2)
+train(config, toy_stage(), toy_loader(16), sys.argv[1])
+
+mesh, rules, axes = make_mesh(config.mesh), make_rules(), toy_stage().batch_axes
+batch = next(toy_loader(16))
+with jax.set_mesh(mesh), use_rules(rules):
+    placed = {k: jax.device_put(batch[k], s) for k, s in sharding_tree(axes, mesh, rules).items()}
+    split = jax.jit(lambda b: _split(b, axes, 2))
+    text = split.lower(placed).compile().as_text()
+    moved = [word for word in ("all-", "collective", "reduce-scatter", "send") if word in text]
+    parts = split(placed)
+assert not moved, moved
+assert parts["tokens"].sharding.spec[:3] == (None, ("data", "fsdp"), "context"), parts
+np.testing.assert_array_equal(parts["index"], batch["index"].reshape(8, 2).T)
+"""
+
+
+def random_params(stage):
+    """Parameters of a network that has left its start, where adapters and modulations are zero."""
+    rng, params = np.random.default_rng(0), jax.jit(stage.init)(jax.random.key(1))
+    return jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+
+
+@pytest.mark.parametrize("kind", ["lora", "action"])
+def test_loss_metrics_and_gradient_of_real_stages_are_equal(kind):
+    config = tiny_config("action" if kind == "action" else "video")
+    if kind == "lora":
+        config.lora.update(rank=4, alpha=8.0)
+    stage, rules = build_stage(config)[0], make_rules(config.rules)
+    batch, params = tiny_batch(config), random_params(stage)
+    batch = {name: batch[name] for name in stage.batch_axes}
+    trainable, fixed = split(params, stage.trainable)
+    axes, _ = split(stage.axes, stage.trainable)
+    draws = jax.jit(stage.draw)(batch, jax.random.key(2))
+
+    @partial(jax.jit, static_argnums=0)
+    def of(count, trainable, fixed, frozen, batch, draws):
+        def gradient(trainable, batch, draws):
+            def loss(trainable):
+                return stage.objective(merge(fixed, trainable), frozen, batch, draws)
+
+            return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+        with use_rules(rules):
+            return mean_gradient(gradient, trainable, axes, batch, draws, stage.batch_axes, count)
+
+    arguments = trainable, fixed, stage.frozen, batch, draws
+    ((loss, metrics), grads), ((loss4, metrics4), grads4) = of(1, *arguments), of(4, *arguments)
+    np.testing.assert_allclose(loss4, loss, rtol=1e-5)
+    assert metrics4.keys() == metrics.keys()
+    for name, value in metrics.items():
+        np.testing.assert_allclose(metrics4[name], value, rtol=1e-5, err_msg=name)
+    assert metrics["by_level"][1].sum() == len(batch["text"]) * (2 if kind == "action" else 1)
+    grads, grads4 = leaf_paths(grads), leaf_paths(grads4)
+    assert len(grads) > 10
+    whole = np.sqrt(sum(np.sum(np.square(g)) for g in grads.values()))
+    for name, g in grads.items():
+        difference = np.linalg.norm(grads4[name] - g)
+        assert difference <= 1e-5 * np.linalg.norm(g) + 1e-7 * whole, name
+
+
+def test_whole_runs_are_equal_also_on_eight_devices(tmp_path):
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": os.pathsep.join(map(str, (Path(__file__).parents[1], Path(__file__).parent))),
+    }
+    command = [sys.executable, "-c", ON_EIGHT, str(tmp_path / "eight")]
+    eight = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    for count in (1, 4):
+        config = toy_config(steps=3, batch_size=16, accumulate=count)
+        train(config, toy_stage(), toy_loader(16), tmp_path / str(count))
+    assert eight.wait() == 0, eight.stderr.read()
+    expected = without_times(read_records(tmp_path / "1"))
+    for name in ("4", "eight"):
+        records = without_times(read_records(tmp_path / name))
+        assert [r["step"] for r in records] == [1, 2, 3]
+        for ours, theirs in zip(records, expected):
+            for key in ("loss", "grad_norm", "update_norm", "param_norm", "learning_rate"):
+                assert ours[key] == pytest.approx(theirs[key], rel=1e-5), (name, key)
+
+
+class SpoiledOnce:
+    """The toy loader with one sample of the second batch turned into NaN."""
+
+    def __init__(self):
+        self._loader, self._given = toy_loader(), 0
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch, self._given = next(self._loader), self._given + 1
+        if self._given == 2:
+            batch["tokens"] = batch["tokens"].copy()
+            batch["tokens"][5] = np.nan
+        return batch
+
+    def get_state(self):
+        return self._loader.get_state()
+
+
+def test_one_bad_sample_skips_the_step_of_all_micro_batches(tmp_path):
+    config = toy_config(steps=3, accumulate=4)
+    train(config, toy_stage(), SpoiledOnce(), tmp_path)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [r["skipped"] for r in records] == [0, 1, 1]
+    assert records[1]["loss"] is None and records[1]["update_norm"] == 0
+    assert records[1]["param_norm"] == records[0]["param_norm"] != records[2]["param_norm"]
+
+
+@pytest.mark.parametrize(
+    ("accumulate", "message"),
+    [(3, "batch_size is 8; it must be a multiple of 3, training.accumulate = 3"), (0, "1 .off.")],
+)
+def test_a_batch_that_cannot_be_split_is_explained(tmp_path, accumulate, message):
+    with pytest.raises(ValueError, match=message):
+        train(toy_config(accumulate=accumulate), toy_stage(), toy_loader(), tmp_path)
+
+
+def test_gradients_of_bfloat16_parameters_are_summed_in_float32():
+    params = {"w": jnp.ones((4,), jnp.bfloat16)}
+    batch = {"x": jnp.asarray([[1.0] * 4] + [[1e-3] * 4] * 63, jnp.float32)}
+
+    def gradient(params, batch, draws):
+        def loss(params):
+            return jnp.mean(batch["x"] * params["w"].astype(jnp.float32)), {}
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    axes = {"w": (None,)}
+    _, grads = mean_gradient(gradient, params, axes, batch, {}, {"x": ("batch", None)}, 64)
+    assert grads["w"].dtype == jnp.float32
+    np.testing.assert_allclose(grads["w"], (1 + 63e-3) / 64 / 4, rtol=2e-3)

@@ -1,0 +1,166 @@
+"""The attention kernels agree with each other, on one device and on eight."""
+
+import dataclasses
+import functools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mvjax.models.attention import attend, check_context, on_shards
+from mvjax.models.attention_kernels import LANES, choose_kernel, fit_block, splash, xla
+from mvjax.models.build import video_network
+from mvjax.models.presets import VIDEO_DITS
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules, use_rules
+
+pytestmark = pytest.mark.usefixtures("quickly")
+interpreted = functools.partial(splash, interpret=True)  # the TPU's kernel, without a TPU
+
+
+def arrays(samples, queries, keys, heads, head_dim, dtype="float32"):
+    """Queries, keys, values, and a gradient of the result."""
+    lengths, rngs = (queries, keys, keys, queries), jax.random.split(jax.random.key(0), 4)
+    draw = lambda rng, n: jax.random.normal(rng, (samples, n, heads, head_dim), dtype)  # noqa: E731
+    q, k, v, dy = map(draw, rngs, lengths)
+    return 2 * q, 2 * k, v, dy
+
+
+def result_and_gradients(kernel, q, k, v, dy):
+    y, pullback = jax.vjp(kernel, q, k, v)
+    return y, *pullback(dy)
+
+
+def assert_close(ours, theirs, bound):
+    for name, a, b in zip(("y", "dq", "dk", "dv"), ours, theirs, strict=True):
+        a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+        assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b), name
+
+
+def sharded_attention(kernel, arguments, **mesh):
+    """The result and gradients, computed on a mesh."""
+    with jax.set_mesh(make_mesh(mesh)), use_rules(make_rules()):
+        return jax.jit(functools.partial(result_and_gradients, kernel))(*arguments)
+
+
+def main():
+    """On eight devices (a program of its own, because their number is fixed at the start)."""
+    short, odd = arrays(2, 144, 144, 2, 16), arrays(2, 40, 27, 2, 16)
+    everywhere = dict(fsdp=2, context=2, tensor=2)
+    for arguments, mesh in ((short, everywhere), (short, dict(context=8)), (odd, dict(context=8))):
+        expected = result_and_gradients(xla, *arguments)
+        for kernel in (attend, functools.partial(on_shards, xla)):
+            assert_close(sharded_attention(kernel, arguments, **mesh), expected, 1e-5)
+    ours = sharded_attention(functools.partial(on_shards, interpreted), short, **everywhere)
+    assert_close(ours, result_and_gradients(xla, *short), 1e-5)
+    with jax.set_mesh(make_mesh(dict(context=8))):
+        check_context(19_200)
+        check_context(20)  # so short that it may stay whole
+        with pytest.raises(ValueError, match=r"2052 tokens .* context=8 .* \(1, 2, 3, 4, 6, 9,"):
+            check_context(2052)
+
+
+def test_on_eight_devices_as_on_one():
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    done = subprocess.run([sys.executable, __file__], env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+def test_splash_equals_xla_in_bfloat16():
+    arguments = arrays(1, 256, 384, 2, 128, "bfloat16")
+    ours = result_and_gradients(interpreted, *arguments)
+    wide = [x.astype("float32") for x in arguments]
+    assert_close(ours, result_and_gradients(xla, *wide), 2e-2)
+
+
+def test_splash_pads_lengths_and_heads():
+    arguments = arrays(2, 100, 150, 1, 24)
+    ours = result_and_gradients(interpreted, *arguments)
+    assert_close(ours, result_and_gradients(xla, *arguments), 1e-4)
+
+
+@pytest.mark.parametrize("target", [640, 1280])
+@pytest.mark.parametrize("length", [1, 16, 512, 2400, 4800, 9600, 19_200, 37_440, 84_480])
+def test_blocks_are_multiples_of_128_and_hold_the_length(length, target):
+    block, padded = fit_block(length, target)
+    assert block % LANES == padded % block == 0 and block <= target
+    assert length <= padded <= max(LANES, 1.07 * length)
+    if length % 640 == 0:
+        assert padded == length
+
+
+def tpu_kernels(remat, tokens_hw=64, **changes):
+    """Names of the TPU kernels in a compiled gradient step of the video DiT, as lowered."""
+    config = dataclasses.replace(
+        VIDEO_DITS["tiny"], precision="bfloat16", remat=remat, attention="splash", **changes
+    )
+    network = video_network(config)
+    latents = jax.ShapeDtypeStruct((1, 1, tokens_hw, tokens_hw, 16), jnp.float32)
+    text = jax.ShapeDtypeStruct((1, 512, config.text_dim), jnp.float32)
+
+    def loss(params, latents, text):
+        velocity = network.bind(params)(latents, jnp.ones((1, 1)), text, jnp.zeros((1, 1)))
+        return jnp.mean((velocity - latents) ** 2)
+
+    traced = jax.jit(jax.grad(loss)).trace(network.abstract, latents, text)
+    lowered = traced.lower(lowering_platforms=("tpu",)).as_text()
+    return re.findall(r'kernel_name = "splash_mha_(\w+)"', lowered)
+
+
+@pytest.mark.parametrize(("remat", "passes"), [("none", 2), ("attention", 3), ("full", 4)])
+def test_the_forward_kernel_of_the_video_runs_twice_only_under_full(remat, passes):
+    """Of two forward kernels, the video's is kept by "attention" and the text's is not."""
+    kernels = tpu_kernels(remat)
+    assert kernels.count("fwd_residuals") == passes
+    assert len(kernels) == passes + 2, kernels
+
+
+def shaped(length, dtype="bfloat16", head_dim=128):
+    return jax.ShapeDtypeStruct((1, length, 2, head_dim), jnp.dtype(dtype))
+
+
+def abstract_mesh(kind, platform):
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform=platform)
+    axis = (jax.sharding.AxisType.Auto,)
+    return jax.sharding.AbstractMesh((4,), ("data",), axis, abstract_device=device)
+
+
+@pytest.mark.parametrize(
+    ("platform", "q", "keys", "kernel"),
+    [
+        ("tpu", shaped(19_200), 19_200, "splash"),
+        ("tpu", shaped(19_200), 512, "splash"),
+        ("tpu", shaped(16), 19_200, "xla"),
+        ("tpu", shaped(19_200, "float32", 32), 19_200, "splash"),
+        ("gpu", shaped(19_200), 19_200, "cudnn"),
+        ("gpu", shaped(19_200, "float32"), 19_200, "xla"),
+        ("gpu", shaped(19_200, head_dim=36), 19_200, "xla"),
+        ("cpu", shaped(19_200), 19_200, "xla"),
+    ],
+)
+def test_auto_asks_what_is_compiled_for_not_what_is_here(platform, q, keys, kernel):
+    with jax.sharding.use_abstract_mesh(abstract_mesh("any", platform)):
+        assert choose_kernel("auto", q, shaped(keys)) == kernel
+
+
+def test_impossible_kernels_are_a_sentence():
+    with pytest.raises(ValueError, match="attention must be one of auto, xla, cudnn, splash"):
+        dataclasses.replace(VIDEO_DITS["tiny"], attention="flash")
+    with pytest.raises(ValueError, match=r"'cudnn' needs precision 'bfloat16', got .*float32"):
+        attend(*arrays(1, 8, 8, 1, 8)[:3], "cudnn")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,289 @@
+"""Planning a run for a TPU pod that is not here: topologies, exchanges, the command itself."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from mvjax.models.build import video_dit_config, video_network
+from mvjax.parallel.topology import NoCompiler, pod_devices
+from mvjax.training.collectives import Collective, collectives
+
+ROOT = Path(__file__).parents[1]
+VIDEO = "--config=configs/quickstart_video.py:smoke"
+ACTION = "--config=configs/quickstart_action.py:smoke"
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None,
+    reason="needs libtpu: pip install -r requirements-aot.txt",
+)
+
+
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("v5e", "'v5e' is not known; it is a TPU generation (v4, v5e, v5p, v6e, tpu7x)"),
+        ("v5p-128", "'v5p-128' is not known"),
+        ("v9:4x4", "'v9:4x4' is not known"),
+        ("v5p:4x4", "v5p has 3 axes, but 'v5p:4x4' gives 2; e.g. v5p:4x4x4."),
+        ("v6e:2x2x2", "v6e has 2 axes"),
+    ],
+)
+def test_a_topology_that_does_not_exist_is_explained(topology, words):
+    with pytest.raises(ValueError) as error:
+        pod_devices(topology)
+    assert words in str(error.value)
+
+
+def test_no_slices():
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        pod_devices("v5e:4x4", slices=0)
+
+
+def test_without_the_compiler_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(NoCompiler, match=r"pip install -r requirements-aot\.txt"):
+        pod_devices("v5e:4x4")
+
+
+PROGRAM = """
+import jax, jax.numpy as jnp, sys
+from jax.sharding import AxisType, PartitionSpec as P
+from mvjax.training.collectives import collectives
+
+mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
+
+def local(w):  # [8, 32] of [64, 32]
+    def body(x, _):
+        whole = jax.lax.all_gather(x, "b", tiled=True)
+        return jax.lax.psum_scatter(jnp.sin(whole), "b", tiled=True), None
+    w, _ = jax.lax.scan(body, w, length=5)
+    w = jax.lax.ppermute(w, "a", [(0, 1), (1, 0)])
+    w = jax.lax.all_to_all(w, "b", 0, 1, tiled=True)
+    return jax.lax.psum(w, ("a", "b"))
+
+f = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(("a", "b")), out_specs=P()))
+text = f.lower(jax.ShapeDtypeStruct((64, 32), "float32")).compile().as_text()
+for c in collectives(text, 8):
+    print(c.kind, c.across_slices, c.count, c.sent_bytes)
+"""
+
+
+def test_exchanges_of_a_program_on_eight_devices():
+    """Each device has [8, 32] float32, 1 KiB; `b` joins four, the loop runs five times."""
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "PYTHONPATH": str(ROOT),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    assert found == {
+        "all-gather": ["False", "5", str(5 * 3 * 1024.0)],
+        "reduce-scatter": ["False", "5", str(5 * 3 * 1024.0)],
+        "collective-permute": ["False", "1", "1024.0"],
+        "all-to-all": ["False", "1", str(0.75 * 1024)],
+        "all-reduce": ["False", "1", str(2 * 7 / 8 * 1024)],
+    }
+
+
+# As libtpu writes a step of two slices of four devices, shortened.
+TPU_PROGRAM = """
+%all-reduce-scatter.1 (input.1: f32[8,128]) -> f32[2,128] {
+  %all-reduce.7 = f32[8,128]{1,0:T(8,128)} all-reduce(%i), channel_id=1, replica_groups={{0,1,2,3}}
+}
+
+%fused.1 (param_0.1: bf16[2,128]) -> bf16[8,128] {
+  ROOT %all-gather.1 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, CHAIN
+}
+
+%fused.2 (param_0.2: bf16[2,128]) -> bf16[8,128] {
+  ROOT %all-gather.2 = bf16[8,128]{1,0:T(8,128)(2,1)S(1)} all-gather(%p), channel_id=1, CHAIN
+}
+
+%body.1 (param.0: (s32[], bf16[2,128])) -> (s32[], bf16[2,128]) {
+  %async-collective-start = (bf16[2,128], bf16[8,128]) fusion(%c), kind=kCustom, calls=%fused.1
+  %async-collective-done = bf16[8,128]{1,0} fusion(%get.1), kind=kCustom, calls=%fused.2
+  %all-gather.9 = f32[4]{0} all-gather(%c), channel_id=1, replica_groups=mesh['a'=4] {'a':(1)2}
+  %while.2 = (bf16[2,128]{1,0}, u32[]) while(%t), condition=%condition.2, body=%body.2
+  %one.1 = s32[]{:T(128)} constant(1)
+  %add.1 = s32[]{:T(128)} add(%get-tuple-element.2, %one.1)
+  ROOT %tuple.1 = (s32[]{:T(128)}, bf16[2,128]{1,0}) tuple(%add.1, %get.2)
+}
+
+%body.2 (param.2: (bf16[2,128], u32[])) -> (bf16[2,128], u32[]) {
+  %two.1 = u32[]{:T(128)} constant(2)
+  %add.2 = u32[]{:T(128)} add(%get-tuple-element.4, %two.1)
+  %permute.1 = (bf16[2,128]{1,0}, bf16[2,128]{1,0}, u32[], u32[]) collective-permute-start(%p)
+  ROOT %tuple.2 = (bf16[2,128]{1,0}, u32[]{:T(128)}) tuple(%permute.2, /*index=1*/%add.2)
+}
+
+%condition.2 (param.3: (bf16[2,128], u32[])) -> pred[] {
+  %four.1 = u32[]{:T(128)} constant(4)
+  %get-tuple-element.3 = u32[]{:T(128)} get-tuple-element(%param.3), index=1
+  ROOT %lt.2 = pred[]{:T(512)} compare(%get-tuple-element.3, %four.1), direction=LT
+}
+
+%condition.1 (param.1: (s32[], bf16[2,128])) -> pred[] {
+  %constant.13 = s32[]{:T(128)} constant(28)
+  %get-tuple-element.1 = s32[]{:T(128)} get-tuple-element(%param.1), index=0
+  ROOT %lt.1 = pred[]{:T(512)} compare(%get-tuple-element.1, %constant.13), direction=LT
+}
+
+ENTRY %main.1 (p.1: bf16[2,128]) -> f32[2,128] {
+  %while.1 = (s32[]{:T(128)}, bf16[2]{0}) while(%t), condition=%condition.1, body=%body.1
+  %fusion.1 = f32[2,128]{1,0} fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1
+  %all-reduce.3 = (f32[128]{0:T(128)}, f32[]) all-reduce(%a, %b), replica_groups=[2,2]<=[4]
+  %all-reduce.4 = f32[128]{0} all-reduce(%c), channel_id=1, replica_groups={{0},{1},{2},{3}}
+  %send.1 = (f32[64]{0:T(128)}, u32[]{:S(2)}, token[]) send(%b, %after-all.1), MEGASCALE
+}
+""".replace(
+    "CHAIN",
+    "replica_groups=mesh['axis_0'=2,'axis_1'=2] {'axis_0','axis_1'}, dimensions={0}, "
+    'frontend_attributes={chain_id="0"}',
+).replace(
+    "MEGASCALE",
+    "is_host_transfer=true, frontend_attributes={"
+    '_xla_host_transfer_handler_name="xla_megascale_runtime",'
+    '_xla_megascale_transfer_type="ALL_REDUCE"}',
+)
+
+
+def test_habits_of_the_tpu_compiler():
+    assert collectives(TPU_PROGRAM, 4) == [
+        Collective("all-gather", False, 56, 28 * (8 * 128 * 2 * 3 / 4 + 16 / 2)),
+        Collective("collective-permute", False, 56, 28 * 2 * 2 * 128 * 2.0),
+        Collective("reduce-scatter", False, 1, 8 * 128 * 4 * 3 / 4),
+        Collective("all-reduce", False, 1, 2 * (128 * 4 + 4) / 2),
+        Collective("all-reduce", True, 1, 256.0),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([VIDEO], "--topology must be given."),
+        ([VIDEO, "--topology=v5e"], "'v5e' is not known"),
+        (["--topology=v5e:4x4"], "--config must be given."),
+        ([VIDEO, "--topology=v5e:4x4", "--slices=0"], "at least 1, got 0"),
+    ],
+)
+def test_mistakes_in_the_command(complains, arguments, words):
+    complains(words, "launch.plan", *arguments)
+
+
+@needs_libtpu
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--topology=v5e:3x5"], "libtpu knows no slice v5e:3x5"),
+        (["--topology=v5e:4x4", "--batch_per_chip=0.3"], "makes 4.8 clips on 16 chips"),
+        (["--topology=v5e:4x4", "--batch_per_chip=0.5"], "a batch of 8 samples cannot be split"),
+        (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "a divisor of the device count"),
+        (["--topology=v5e:4x4", "--mfu=40"], "up to 1; got 40"),
+        (
+            ["--topology=v5e:2x2", "--slices=2", "--config.mesh.data=1", "--config.mesh.fsdp=8"],
+            "only data can span slices: set config.mesh.data to a multiple of 2",
+        ),
+    ],
+)
+def test_mistakes_about_a_pod(complains, arguments, words):
+    complains(words, "launch.plan", VIDEO, *arguments)
+
+
+SLICES = """
+import launch.plan  # its environment
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.topology import pod_devices
+
+mesh = make_mesh(dict(data=4, fsdp=4), pod_devices("v5p:2x2x2", slices=2))
+print(mesh.devices.shape, [sorted({d.slice_index for d in row.flat}) for row in mesh.devices])
+"""
+
+
+@needs_libtpu
+def test_slices_are_joined_along_the_data_axis():
+    done = subprocess.run(
+        [sys.executable, "-c", SLICES], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "(4, 4, 1, 1) [[0], [0], [1], [1]]\n"
+
+
+@needs_libtpu
+def test_a_video_too_long_for_the_chip_is_said_in_one_sentence():
+    long = ["--config.clip.height=480", "--config.clip.width=640", "--config.clip.future_frames=56"]
+    done = planned(
+        VIDEO,
+        "--topology=v5e:1x1",
+        "--batch_per_chip=1",
+        *long,
+        "--config.video_model.attention=xla",
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(
+        "launch.plan: the step does not fit a TPU v5e of"
+    )
+    assert "config.video_model.remat" in done.stderr and "Traceback" not in done.stderr
+
+
+@needs_libtpu
+def test_the_quickstart_on_one_chip_and_its_largest_batch(tmp_path):
+    file = tmp_path / "plan.json"
+    done = planned(
+        VIDEO,
+        "--topology=v5e:1x1",
+        "--search",
+        "--max_compiles=2",
+        "--config.video_model.attention=splash",
+        f"--json={file}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "[2/2] data=1 fsdp=1 context=1 tensor=1, 2 clips" in done.stderr
+    assert "TPU v5e" in done.stdout and "fits" in done.stdout and "exchange    none" in done.stdout
+    found = json.loads(file.read_text())
+    assert found["devices"] == 1 and found["batch_size"] in (1, 2) and not found["collectives"]
+    assert 0 < found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"] / 100
+    from configs import quickstart_video
+
+    network = video_network(video_dit_config(quickstart_video.get_config("smoke")))
+    assert found["parameters"] == found["trainable"] == network.num_parameters
+    assert found["argument_bytes"] >= 4 * 4 * network.num_parameters  # with moments and average
+
+
+@needs_libtpu
+def test_stage_two_on_a_pod_with_every_axis_in_use(tmp_path):
+    file = tmp_path / "plan.json"
+    done = planned(
+        ACTION,
+        "--topology=v5e:4x4",
+        "--batch_per_chip=1",
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.context=2",
+        "--config.mesh.tensor=2",
+        "--config.video_model.attention=splash",
+        f"--json={file}",
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(file.read_text())
+    assert found["mesh"] == {"data": 2, "fsdp": 2, "context": 2, "tensor": 2}
+    assert found["batch_size"] == 16 and found["frozen"] > found["parameters"] / 2
+    kinds = {c["kind"] for c in found["collectives"]}
+    assert {"all-gather", "all-reduce"} <= kinds
+    assert not any(c["across_slices"] for c in found["collectives"])
+    # Parameters are split over fsdp and tensor: a device holds much less than all of them.
+    assert found["argument_bytes"] < 0.5 * (4 * 4 * found["parameters"] + 4 * found["frozen"])
+
+
+def planned(*arguments: str) -> subprocess.CompletedProcess:
+    """The command as at the keyboard."""
+    return subprocess.run(
+        [sys.executable, "-m", "launch.plan", *arguments], cwd=ROOT, capture_output=True, text=True
+    )

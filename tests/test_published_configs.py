@@ -1,0 +1,235 @@
+"""The published configurations, with every argument they document, say what was published."""
+
+import importlib
+import itertools
+import math
+import shlex
+from functools import cache
+from pathlib import Path
+
+import jax
+import pytest
+from ml_collections import ConfigDict
+
+from configs import mimic_video
+from mvjax.checkpoints.backbone import abstract_backbone
+from mvjax.checkpoints.config_match import differences
+from mvjax.clip import Clip
+from mvjax.models.build import (
+    action_decoder_config,
+    decoder_network,
+    video_dit_config,
+    video_network,
+)
+from mvjax.models.param_tree import split
+from mvjax.models.parameters import Network
+from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import make_rules
+from mvjax.policy.observation import control_stride
+from mvjax.policy.policy import Sampling
+from mvjax.training import stages
+from mvjax.training.optimizer import make_schedule
+
+CONFIGS = Path(mimic_video.__file__).parent
+SUITES = mimic_video.LIBERO_SUITES
+SUITE_AND_SHARE = [",".join(p) for p in itertools.product(SUITES, mimic_video.LIBERO_SHARES)]
+ARGUMENTS = {
+    "bridge_video": [""],
+    "bridge_action": ["", "finetuned", "pretrained"],
+    "libero_video": ["", *SUITES, *SUITE_AND_SHARE],
+    "libero_action": ["", *SUITES, *SUITE_AND_SHARE],
+    "cosmos14b_video": ["", "full", "lora"],
+    "pretrain_video": ["", "cosmos", "scratch"],
+}
+ALL = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
+# Arguments of LIBERO choose data only; elsewhere every one is another network or start.
+NETWORKS = [
+    (name, a) for name, arguments in ARGUMENTS.items() for a in arguments[:1] + arguments[-2:]
+]
+TWO_BILLION, ADAPTERS, ADALN = 1_956_413_440, 370_690_048, 177_733_632
+
+
+def get(name: str, argument: str = "") -> ConfigDict:
+    module = importlib.import_module(f"configs.{name}")
+    return module.get_config(*[argument] if argument else [])
+
+
+@cache
+def network(config) -> Network:
+    return video_network(config)
+
+
+def sizes(tree) -> int:
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def test_no_configuration_is_left_out():
+    files = {p.stem for p in CONFIGS.glob("*.py")} - {"__init__", "mimic_video"}
+    assert {name for name in files if not name.startswith("quickstart")} == set(ARGUMENTS)
+
+
+@pytest.mark.parametrize(("name", "argument"), ALL)
+def test_lengths_and_widths_are_the_released_ones(name, argument):
+    config = get(name, argument)
+    clip, video = Clip(**config.clip), video_dit_config(config)
+    assert clip.latent_shape == (16, 60, 80, 16) and clip.condition_latents == 2
+    assert clip.tokens == 19_200 and (video.text_dim, config.text.length) == (1024, 512)
+    preset = VIDEO_DITS["cosmos14b" if name.startswith("cosmos14b") else "cosmos2b"]
+    assert all(
+        getattr(video, field) == getattr(preset, field)
+        for field in ("width", "num_blocks", "num_heads", "adaln_rank", "rope_ratio_thw")
+    )
+    assert video.dtype == "bfloat16" and 1 <= config.context_layer <= video.num_blocks
+    assert Sampling(**config.sampler) == Sampling()  # its defaults are the published ones
+    for fps in (clip.fps, config.policy_io.proprio.fps):
+        control_stride(config.policy_io.action.fps, fps)
+    settings = config.training
+    assert 1 <= settings.log_every <= settings.checkpoint_every <= settings.steps
+    assert config.stage in ("video", "action") and name.endswith(config.stage)
+    for key, dataset in config.datasets.items():
+        assert dataset.name == key and dataset.records == f"{config.run_dir}/records/{key}"
+
+
+@pytest.mark.parametrize(("name", "argument"), NETWORKS)
+def test_stages_take_the_batches_that_the_lengths_say(name, argument):
+    """Shapes only: neither weights nor activations exist."""
+    config = get(name, argument)
+    config.mesh = dict(fsdp=-1)
+    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    stage = stages.build(config, mesh, rules, abstract_backbone)
+    io, samples = config.policy_io, 2
+    shapes = {
+        "latents": Clip(**config.clip).latent_shape,
+        "text": (config.text.length, config.text.dim),
+        "actions": (io.action.horizon, io.action.dim),
+        "proprio": (io.proprio.horizon, io.proprio.dim),
+    }
+    batch = {
+        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32") for name in stage.batch_axes
+    }
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    loss, _ = jax.eval_shape(stage.loss, params, stage.frozen, batch, jax.random.key(0))
+    assert loss.shape == () and loss.dtype == "float32"
+    if config.stage == "action":
+        assert {leaf.dtype.name for leaf in jax.tree.leaves(stage.frozen)} == {"bfloat16"}
+        assert sizes(stage.frozen) == TWO_BILLION
+
+
+def trainable(name: str, argument: str = "") -> tuple[int, int]:
+    """Parameters altogether, and those that learn."""
+    config = get(name, argument)
+    stage = stages.build(config, None, None)
+    params = network(video_dit_config(config)).abstract
+    return sizes(params), sizes(split(params, stage.trainable)[0])
+
+
+@pytest.mark.parametrize("name", ["bridge_video", "libero_video"])
+def test_adapters_and_adaln_weights_learn_in_stage_1(name):
+    assert trainable(name) == (TWO_BILLION + ADAPTERS, ADAPTERS + ADALN)
+    config = get(name)
+    assert (config.lora.rank, config.lora.alpha, config.init_from) == (256, 32, "weights/cosmos2b")
+
+
+def test_everything_learns_in_full_training():
+    assert trainable("pretrain_video") == (TWO_BILLION, TWO_BILLION)
+    all_14b = network(video_dit_config(get("cosmos14b_video"))).num_parameters
+    assert trainable("cosmos14b_video") == (all_14b, all_14b) and 14.1e9 < all_14b < 14.5e9
+    with_adapters, learning = trainable("cosmos14b_video", "lora")
+    # Rank 32 on q, k, v, output of two attentions and on both MLP layers of 36 blocks.
+    text = 2 * 32 * (1024 + 5120)
+    per_block = 6 * 32 * (5120 + 5120) + text + 2 * 32 * (5120 + 4 * 5120)
+    assert with_adapters - all_14b == 36 * per_block
+    assert learning > with_adapters - all_14b  # and the adaLN weights
+
+
+@pytest.mark.parametrize(
+    ("name", "preset"), [("bridge_action", "bridge"), ("libero_action", "libero")]
+)
+def test_the_decoder_is_the_released_one(name, preset):
+    decoder = action_decoder_config(get(name))
+    assert decoder == ACTION_DECODERS[preset]
+    count = {"bridge": 498_990_730, "libero": 499_036_810}[preset]
+    assert decoder_network(decoder).num_parameters == count
+
+
+def test_optimizers_are_the_published_ones():
+    for name, arguments in ARGUMENTS.items():
+        config = get(name, arguments[-1])
+        o = config.optimizer
+        assert (o.b1, o.b2, o.eps) == (0.9, 0.99, 1e-8)
+        if name.startswith(("bridge", "libero")):
+            assert (o.weight_decay, o.clip_norm, config.training.ema_decay) == (0.1, 10, 0)
+    for name in ("bridge_video", "libero_video"):
+        flow, rate = get(name).flow, make_schedule(get(name).optimizer)
+        assert (flow.sigma_scale, flow.sigma_tail, flow.loss_scale) == (4, 0.05, 100)
+        assert [float(rate(n)) for n in (0, 1000, 70_042)] == pytest.approx(
+            [1.778e-4] * 3, rel=1e-3
+        )
+    for name in ("bridge_action", "libero_action"):
+        config = get(name)
+        flow, rate = config.flow, make_schedule(config.optimizer)
+        assert (flow.sigma_scale, flow.sigma_tail, flow.loss_scale) == (4, 0.05, 10)
+        assert (flow.action_time_alpha, flow.action_time_beta, flow.proprio_dropout) == (1, 1, 0.2)
+        assert (flow.action_draws, flow.sampling_sigma_share, config.context_layer) == (1, 0, 20)
+        expected = {0: 1e-10, 500: 5e-5, 14_112: 0.977e-4, 50_000: 0.92e-4, 500_000: 0.2e-4}
+        values = {n: float(rate(n)) for n in expected}
+        assert values == pytest.approx(expected, rel=1e-3)
+    nvidia = make_schedule(get("cosmos14b_video").optimizer)
+    assert float(nvidia(0)) == pytest.approx(0.25 * 4.316e-5, rel=1e-3) and nvidia(10_000) == 0
+
+
+def test_batches_and_steps_are_those_of_the_released_file_names():
+    def found(name, argument=""):
+        training = get(name, argument).training
+        return training.steps, training.batch_size
+
+    assert found("bridge_video") == (70_043, 64) and found("bridge_action") == (14_112, 256)
+    steps = {"goal": 7_020, "object": 8_260, "spatial": 7_540}
+    assert {suite: found("libero_video", suite) for suite in SUITES} == {
+        suite: (count, 32) for suite, count in steps.items()
+    }
+    assert found("libero_action", "object,half") == (30_090, 128)
+    assert found("libero_action", "goal,full") == (50_000, 128)
+
+
+def test_arguments_choose_data_and_backbone():
+    config = get("libero_action", "spatial,tenth")
+    assert config.training.episodes_per_task == 5
+    assert config.datasets.libero_spatial.path == "data/libero_spatial"
+    assert config.backbone.checkpoint == "runs/libero_spatial/video"
+    assert get("bridge_action").backbone.checkpoint == "runs/bridge/video"
+    assert get("bridge_action", "pretrained").backbone.checkpoint == "weights/cosmos2b"
+    assert get("pretrain_video", "scratch").init_from == ""
+    moved = get("bridge_action")
+    moved.run_dir = "elsewhere"
+    assert moved.backbone.checkpoint == "elsewhere/video"
+    assert moved.datasets.bridge.records == "elsewhere/records/bridge"
+
+
+@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name != "bridge_video"])
+def test_a_wrong_argument_is_explained(name):
+    with pytest.raises(ValueError, match="got 'gaol'"):
+        get(name, "gaol")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"), [("bridge_video", "bridge_action"), ("libero_video", "libero_action")]
+)
+def test_stage_2_accepts_what_stage_1_leaves(first, second):
+    """What the bridge compares, and what the records of both must share."""
+    sections = ("clip", "video_model", "text", "policy_io", "datasets", "tokenizer", "text_encoder")
+    for argument in SUITES if first == "libero_video" else ("",):
+        one, two = get(first, argument), get(second, argument)
+        assert [d for s in sections for d in differences(one[s], two[s], s)] == []
+
+
+def test_the_docstrings_name_commands_with_existing_files_and_arguments():
+    for name in ARGUMENTS:
+        text = importlib.import_module(f"configs.{name}").__doc__.replace("\\\n", " ")
+        commands = [shlex.split(line) for line in text.splitlines() if "python -m" in line]
+        assert commands and "docs/pods.md" in text and "Data" in text
+        for words in commands:
+            flag = next(word for word in words if word.startswith("--config="))
+            file, _, argument = flag.removeprefix("--config=").partition(":")
+            get(Path(file).stem, argument)

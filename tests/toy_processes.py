@@ -1,0 +1,46 @@
+"""The toy run of `toy_training` as one of several processes.
+
+python -m launch.local --processes=2 -- toy_processes WORKDIR STEPS [fsdp=2 context=2 ...]
+"""
+
+import sys
+from pathlib import Path
+
+import jax
+from jax.sharding import NamedSharding, PartitionSpec
+from toy_training import toy_config, toy_loader, toy_stage
+
+from mvjax.parallel import distributed
+from mvjax.parallel.mesh import make_mesh
+from mvjax.training.feed import local_rows
+from mvjax.training.loop import train
+
+
+class Rows:
+    """The part of each batch that this process reads."""
+
+    def __init__(self, loader, rows):
+        self._loader, self._rows = loader, rows
+        self.get_state, self.set_state = loader.get_state, loader.set_state
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        batch = next(self._loader)
+        return {k: v[self._rows] for k, v in batch.items() if k != "unused"}
+
+
+def train_toys(workdir: str | Path, steps: int, *mesh: str) -> None:
+    config = toy_config(steps=steps, checkpoint_every=5)
+    config.mesh.update({name: int(size) for name, size in (entry.split("=") for entry in mesh)})
+    sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(("data", "fsdp")))
+    loader = Rows(toy_loader(), local_rows(sharding, config.training.batch_size))
+    if steps == 13 and jax.process_index() == 1:  # a mistake in one process only
+        raise ValueError("thirteen steps bring bad luck.")
+    train(config, toy_stage(), loader, Path(workdir), meta={"data_fingerprint": "toy"})
+
+
+if __name__ == "__main__":
+    with distributed.initialized():
+        train_toys(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
