@@ -160,7 +160,7 @@ def test_released_sizes_are_recognised_without_reading_a_tensor(
     }
     assert len(tensors) == count
     hints = Hints(published=kind.published(config) if kind.published else None)
-    conversion = plan(Source(tmp_path, kind, layout, tensors, [], hints))
+    conversion = plan(Source(tmp_path, kind, layout, tensors, {}, [], hints))
     assert conversion.num_parameters == parameters
     assert conversion.nbytes == 2 * parameters
     if kind is VIDEO:

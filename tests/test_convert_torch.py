@@ -4,7 +4,7 @@ import re
 
 import numpy as np
 import pytest
-from published import CONFIGS, NO_LORA
+from published import CONFIGS, NO_LORA, prefixed, random_tensors
 
 from mvjax.checkpoints.torch_weights.convert import plan, write
 from mvjax.checkpoints.torch_weights.export import plan_export, write_export
@@ -14,6 +14,7 @@ from mvjax.checkpoints.torch_weights.kind_vae import VAE
 from mvjax.checkpoints.torch_weights.kind_video import VIDEO
 from mvjax.checkpoints.torch_weights.names_dit import video_dit, with_adapters
 from mvjax.checkpoints.torch_weights.open import open_weights
+from mvjax.checkpoints.torch_weights.pt_writer import write_pt
 from mvjax.checkpoints.torch_weights.source import open_source
 from mvjax.checkpoints.torch_weights.verify import verify
 
@@ -97,6 +98,20 @@ def test_half_precision_comes_back_bit_for_bit(tmp_path):
     for name, value in model.state_dict().items():
         assert back.state_dict()[name].dtype == torch.bfloat16
         assert torch.equal(value, back.state_dict()[name])
+
+
+def test_verify_compares_what_was_converted(tmp_path):
+    """The moving average, names of wrapped modules, and numbers written with fewer bits."""
+    net, ema = (random_tensors(VIDEO, "nvidia", seed=seed) for seed in (0, 1))
+    wrapped = {
+        f"net_ema.{name.replace('blocks.0.', 'blocks.0._checkpoint_wrapped_module.')}": value
+        for name, value in ema.items()
+    }
+    write_pt(tmp_path / "both.pt", prefixed(net) | wrapped)
+    hints = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")
+    conversion = plan(open_source(tmp_path / "both.pt", hints, ema=True), dtype="bfloat16")
+    write(conversion, tmp_path / "ours")
+    assert "verified against PyTorch" in verify(conversion, tmp_path / "ours")
 
 
 def test_verify_notices_a_difference(tmp_path):

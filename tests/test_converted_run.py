@@ -74,7 +74,7 @@ def config_of(released, stage, **training):
 
 
 def test_the_policy_runs_on_a_converted_release(released):
-    """The whole of a release, and the actions come out in the units of its statistics."""
+    """Video and decoder, VAE, T5 and statistics together answer two instructions differently."""
     config = config_of(released, "action")
     sampling = Sampling(video_steps=3, stop_step=1, action_steps=4)
     policy = load_policy(config, released / "action", sampling, batch_size=2)

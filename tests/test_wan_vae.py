@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from published import to_arrays, to_params
 
-from mvjax.checkpoints.torch_weights.names_wan_vae import WAN_VAE, WAN_VAE_DIFFUSERS
+from mvjax.checkpoints.torch_weights.names_wan_vae import wan_vae, wan_vae_diffusers
 from mvjax.models.parameters import Network
 from mvjax.models.presets import WAN_VAES
 from mvjax.models.wan_vae import WanVAE
@@ -64,7 +64,7 @@ def golden():
         latent_std=tuple(map(float, 1 / arrays["in.latent_inv_std"].astype(np.float64))),
     )
     tensors = {k.removeprefix("vae."): v for k, v in arrays.items() if k.startswith("vae.")}
-    params = to_params(tensors, WAN_VAE(config))
+    params = to_params(tensors, wan_vae(config))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network(config).abstract)
     last = {k: np.moveaxis(v, 1, -1) for k, v in arrays.items() if v.ndim == 5}
     return last, config, params
@@ -120,7 +120,7 @@ def test_sizes_are_the_released_ones():
     assert net.num_parameters == 126_892_531
     assert sizes == {"encoder": 53_595_872, "decoder": 73_295_331}
     assert len(jax.tree.leaves(net.abstract)) == 194
-    for table in (WAN_VAE, WAN_VAE_DIFFUSERS):
+    for table in (wan_vae, wan_vae_diffusers):
         rules = table(WAN_VAES["wan21"])
         assert len({rule.torch for rule in rules}) == len({rule.ours for rule in rules}) == 194
 
@@ -196,7 +196,7 @@ def diffusers_vae():
     params = random_params(config)
     # diffusers clamps the video to [-1, 1]: keep it inside.
     params["decoder"]["conv_out"]["kernel"] *= 0.2
-    arrays = to_arrays(params, WAN_VAE_DIFFUSERS(config))
+    arrays = to_arrays(params, wan_vae_diffusers(config))
     tensors = {name: torch.tensor(array) for name, array in arrays.items()}
     model = diffusers.AutoencoderKLWan(base_dim=config.dim).eval()
     model.load_state_dict(tensors, strict=True)

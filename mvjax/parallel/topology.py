@@ -1,7 +1,6 @@
 """TPU pods that are not here: their devices, as the compiler knows them."""
 
 import importlib.util
-import math
 import re
 
 import jax
@@ -45,11 +44,6 @@ def pod_devices(topology: str, slices: int = 1) -> list[jax.Device]:
             "hosts (4 chips, 2x2) exist, e.g. v5e:4x4, v5p:4x4x4, v6e:16x16."
         ) from error
     return list(found.devices)
-
-
-def chip_count(topology: str) -> int:
-    """Chips of one slice of a topology."""
-    return math.prod(_parse(topology)[1])
 
 
 def _parse(topology: str) -> tuple[str, list[int]]:

@@ -1,7 +1,6 @@
 """How fast a training step is here: the real compiled step on random data, beside PyTorch's."""
 
 import time
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
@@ -9,17 +8,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules, sharding_tree
-from mvjax.training import stages
 from mvjax.training.flops import peak_flops
-from mvjax.training.optimizer import make_optimizer, make_schedule
-from mvjax.training.plan import abstract_batch
+from mvjax.training.program import make_program
 from mvjax.training.stage import Batch
-from mvjax.training.state import abstract_state, create_state
-from mvjax.training.step import compile_step, make_step
-
-Run = Callable[[int], float]  # makes so many steps and says how many seconds they took
+from mvjax.training.state import create_state
 
 
 @dataclass(frozen=True)
@@ -66,26 +58,14 @@ class OurStep:
         if config.stage == "action":
             config = config.copy_and_resolve_references()
             config.backbone.checkpoint = ""
-        mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
-        optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
-        with jax.set_mesh(mesh):
-            stage = stages.build(config, mesh, rules)
-            abstract = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
-            self._state = create_state(stage, optimizer, abstract, settings.seed)
-            step = make_step(
-                stage,
-                optimizer,
-                schedule,
-                rules,
-                seed=settings.seed,
-                ema_decay=settings.ema_decay,
-                accumulate=settings.accumulate,
+        program = make_program(config, jax.devices())
+        with jax.set_mesh(program.mesh):
+            self._state = create_state(
+                program.stage, program.optimizer, program.state, settings.seed
             )
-            shardings = sharding_tree(stage.batch_axes, mesh, rules)
-            self._batch = _noise(abstract_batch(config, stage, shardings))
-            self._frozen = stage.frozen
-            self._step = compile_step(step, self._state, stage.frozen, self._batch)
-        self.flops = stage.flops * settings.batch_size
+        self._batch, self._frozen = _noise(program.batch), program.stage.frozen
+        self._step = program.compile()
+        self.flops = program.stage.flops * settings.batch_size
         self.batch_size = settings.batch_size
         self.run(2)
         self.prepare_seconds = time.perf_counter() - start

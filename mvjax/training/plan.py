@@ -4,7 +4,6 @@ Nothing is allocated: parameters, optimizer state, batch and frozen backbone are
 shardings, and the compiler needs no device.
 """
 
-import math
 import re
 import time
 from collections.abc import Sequence
@@ -14,18 +13,12 @@ from typing import Any
 import jax
 
 from mvjax.checkpoints.backbone import abstract_backbone
-from mvjax.clip import Clip
 from mvjax.models.param_tree import split
 from mvjax.parallel.chips import GB, Chip, chip
-from mvjax.parallel.mesh import make_mesh, slice_count
-from mvjax.parallel.rules import make_rules, sharding_tree
-from mvjax.training import stages
+from mvjax.parallel.mesh import slice_count
 from mvjax.training.collectives import Collective, collectives
 from mvjax.training.flops import step_flops
-from mvjax.training.optimizer import make_optimizer, make_schedule
-from mvjax.training.stage import Batch, Stage
-from mvjax.training.state import TrainState, abstract_state
-from mvjax.training.step import Step, compile_step, make_step
+from mvjax.training.program import Program, make_program
 
 
 class DoesNotFit(ValueError):
@@ -83,17 +76,6 @@ class Plan:
         return asdict(self)
 
 
-@dataclass(frozen=True)
-class Program:
-    """A train step and its arguments as shapes; `argument_bytes` are per device."""
-
-    stage: Stage
-    step: Step
-    state: TrainState
-    batch: Batch
-    argument_bytes: int
-
-
 def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
     """Compiles the train step of a configuration for the devices of `pod_devices`.
 
@@ -109,13 +91,10 @@ def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
     if not 0 < mfu <= 1:
         raise ValueError(f"the MFU is a share of the peak, more than 0 and up to 1; got {mfu}.")
     kind, slices = _known(devices[0]), slice_count(devices)
-    program = make_program(config, devices)
+    program = make_program(config, devices, abstract_backbone)
     start = time.perf_counter()
     try:
-        with jax.set_mesh(program.state.step.sharding.mesh):
-            compiled = compile_step(
-                program.step, program.state, program.stage.frozen, program.batch
-            )
+        compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error, config, program, kind) from error
     compile_seconds = time.perf_counter() - start
@@ -128,7 +107,7 @@ def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
         device=kind.name,
         devices=len(devices),
         slices=slices,
-        mesh=dict(program.state.step.sharding.mesh.shape),
+        mesh=dict(program.mesh.shape),
         batch_size=samples,
         parameters=_count(program.state.params),
         trainable=_count(split(program.state.params, program.stage.trainable)[0]),
@@ -148,52 +127,6 @@ def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
     )
 
 
-def make_program(config: Any, devices: Sequence[jax.Device]) -> Program:
-    """The step that `loop.train` would run on these devices, not compiled yet."""
-    settings, rules = config.training, make_rules(config.rules)
-    mesh = make_mesh(config.mesh, devices)
-    optimizer = make_optimizer(config.optimizer)
-    stage = stages.build(config, mesh, rules, abstract_backbone)
-    state = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
-    batch = abstract_batch(config, stage, sharding_tree(stage.batch_axes, mesh, rules))
-    step = make_step(
-        stage,
-        optimizer,
-        make_schedule(config.optimizer),
-        rules,
-        seed=settings.seed,
-        ema_decay=settings.ema_decay,
-        accumulate=settings.accumulate,
-    )
-    return Program(stage, step, state, batch, _bytes((state, stage.frozen, batch)))
-
-
-def abstract_batch(config: Any, stage: Stage, shardings: Any) -> Batch:
-    """Shapes and shardings of a batch of all processes together, as the loader gives it.
-
-    Raises:
-        ValueError: if `training.batch_size` cannot be split as the mesh asks.
-    """
-    samples, text = config.training.batch_size, config.text
-    shapes = {"latents": Clip(**config.clip).latent_shape, "text": (text.length, text.dim)}
-    if stage.name == "action":
-        streams = {"actions": config.policy_io.action, "proprio": config.policy_io.proprio}
-        shapes |= {name: (io.horizon, io.dim) for name, io in streams.items()}
-    batch = {}
-    for name, sharding in shardings.items():
-        shape = (samples, *shapes[name])
-        try:
-            sharding.shard_shape(shape)
-        except ValueError as error:
-            raise ValueError(
-                f"a batch of {samples} samples cannot be split over the mesh "
-                f"{dict(sharding.mesh.shape)}: make it a multiple of data x fsdp "
-                "(--batch_per_chip, config.training.batch_size), or raise config.mesh.context."
-            ) from error
-        batch[name] = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)  # as loaded
-    return batch
-
-
 def _known(device: jax.Device) -> Chip:
     known = chip(device.device_kind)
     if known is None:
@@ -203,13 +136,6 @@ def _known(device: jax.Device) -> Chip:
 
 def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
-
-
-def _bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )
 
 
 def _explained(error: Exception, config: Any, program: Program, kind: Chip) -> Exception:

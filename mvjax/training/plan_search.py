@@ -6,10 +6,12 @@ from typing import Any
 
 import jax
 
+from mvjax.checkpoints.backbone import abstract_backbone
 from mvjax.clip import Clip
 from mvjax.parallel.chips import chip
 from mvjax.parallel.mesh import MESH_AXES, slice_count
-from mvjax.training.plan import DoesNotFit, Plan, make_program, plan
+from mvjax.training.plan import DoesNotFit, Plan, plan
+from mvjax.training.program import make_program
 
 CONTEXTS = (1, 2, 4, 8)
 STATE_SHARE = 0.6  # of the memory: more of it in parameters and optimizer leaves too little
@@ -114,7 +116,7 @@ def _candidates(config: Any, devices, context: int, batch_size: int | None) -> l
         candidate.mesh.update(sizes)
         candidate.training.batch_size = batch_size or groups * slices
         try:
-            arguments = make_program(candidate, devices).argument_bytes
+            arguments = make_program(candidate, devices, abstract_backbone).argument_bytes
         except ValueError:  # a dimension that fsdp does not divide
             continue
         if arguments <= STATE_SHARE * hbm:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 
 from mvjax.checkpoints.torch_weights.kind import Config, Hints, Kind
-from mvjax.checkpoints.torch_weights.names_wan_vae import WAN_VAE, WAN_VAE_DIFFUSERS
+from mvjax.checkpoints.torch_weights.names_wan_vae import wan_vae, wan_vae_diffusers
 from mvjax.checkpoints.torch_weights.rules import Rules
 from mvjax.checkpoints.torch_weights.tensors import Tensors, WeightsError
 from mvjax.models.parameters import Network
@@ -15,7 +15,7 @@ from mvjax.models.wan_vae_config import WanVAEConfig
 # Latent frames at a time: 16 frames, as the release streams them. Decoding 61 frames of 480x640
 # takes a third of the memory that the whole clip would.
 CHUNK = 4
-_TABLES = {"nvidia": WAN_VAE, "diffusers": WAN_VAE_DIFFUSERS}
+_TABLES = {"nvidia": wan_vae, "diffusers": wan_vae_diffusers}
 # diffusers' names of what the configuration holds.
 _DIFFUSERS = {
     "dim": "base_dim",

@@ -37,12 +37,12 @@ class Names(NamedTuple):
 Module = tuple[Names, Layout]  # a module with weights, and the layout of its weight or gamma
 
 
-def WAN_VAE(config: WanVAEConfig) -> Rules:
+def wan_vae(config: WanVAEConfig) -> Rules:
     """The table of the release: `Wan2.1_VAE.pth`, the `tokenizer.pth` of Cosmos-Predict2."""
     return [rule for names, layout in _modules(config) for rule in _rules(names, 1, layout)]
 
 
-def WAN_VAE_DIFFUSERS(config: WanVAEConfig) -> Rules:
+def wan_vae_diffusers(config: WanVAEConfig) -> Rules:
     """The table of diffusers' `AutoencoderKLWan`."""
     return [rule for names, layout in _modules(config) for rule in _rules(names, 2, layout)]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,6 +30,7 @@ class Source:
         kind: the network.
         layout: how it is published, e.g. "nvidia" or "diffusers".
         tensors: its tensors, under the names of that layout without prefix.
+        names: the same names -> those in the file.
         dropped: names of entries that are not converted.
         hints: what was said or found beside the tensors.
     """
@@ -37,6 +39,7 @@ class Source:
     kind: Kind
     layout: str
     tensors: Tensors
+    names: dict[str, str]
     dropped: list[str]
     hints: Hints
 
@@ -52,29 +55,31 @@ def open_source(path: Path, hints: Hints, *, ema: bool = False) -> Source:
     Raises:
         WeightsError: if the path is no file of weights or of a network that is not known here.
     """
-    everything = open_weights(path)
-    tensors, unused = _without_prefix(path, everything, ema)
-    kind, layout = _recognise(path, tensors)
-    kept: Tensors = {}
-    for name, tensor in tensors.items():
-        if re.search(kind.dropped, name):
-            unused.append(name)
-        elif kind.aliases.get(name, name) in kept:
+    tensors = open_weights(path)
+    below, unused = _without_prefix(path, tensors, ema)
+    kind, layout = _recognise(path, below)
+    names: dict[str, str] = {}
+    for short, name in below.items():
+        known = kind.aliases.get(short, short)
+        if re.search(kind.dropped, short) or known in names:
             unused.append(name)
         else:
-            kept[kind.aliases.get(name, name)] = tensor
+            names[known] = name
+    kept = {known: tensors[name] for known, name in names.items()}
     published = path / "config.json"
     if path.is_dir() and published.is_file():
         hints = dataclasses.replace(hints, published=_read_config(published))
-    return Source(path, kind, layout, kept, unused, hints)
+    return Source(path, kind, layout, kept, names, unused, hints)
 
 
-def _without_prefix(path: Path, tensors: Tensors, ema: bool) -> tuple[Tensors, list[str]]:
-    """The tensors below `net.` or `net_ema.` without it, and the names of the other entries."""
+def _without_prefix(
+    path: Path, tensors: Iterable[str], ema: bool
+) -> tuple[dict[str, str], list[str]]:
+    """Names below `net.` or `net_ema.` without it -> in the file; and the other names."""
     names = {name: name.replace(_WRAPPER, "") for name in tensors}
     prefixes = {p for p in (_PREFIX, _EMA_PREFIX) if any(n.startswith(p) for n in names.values())}
     if not prefixes and not ema:
-        return {short: tensors[name] for name, short in names.items()}, []
+        return {short: name for name, short in names.items()}, []
     wanted = _EMA_PREFIX if ema else _PREFIX
     if wanted not in prefixes:
         found = ", ".join(sorted(prefixes)) or "names without a prefix"
@@ -82,11 +87,11 @@ def _without_prefix(path: Path, tensors: Tensors, ema: bool) -> tuple[Tensors, l
             f"{path} has no tensors below {wanted!r}, but {found}; "
             + ("leave --ema out." if ema else "give --ema to take the moving average.")
         )
-    taken = {n.removeprefix(wanted): tensors[o] for o, n in names.items() if n.startswith(wanted)}
+    taken = {s.removeprefix(wanted): name for name, s in names.items() if s.startswith(wanted)}
     return taken, [name for name, short in names.items() if not short.startswith(wanted)]
 
 
-def _recognise(path: Path, tensors: Tensors) -> tuple[Kind, str]:
+def _recognise(path: Path, tensors: Iterable[str]) -> tuple[Kind, str]:
     for kind in KINDS:
         for layout, signature in kind.signatures.items():
             if any(re.search(signature, name) for name in tensors):

@@ -6,6 +6,7 @@ agree in float32.
 """
 
 import io
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mvjax.checkpoints.torch_weights.kind import Config
 from mvjax.checkpoints.torch_weights.match import match
 from mvjax.checkpoints.torch_weights.peft import has_adapters
 from mvjax.checkpoints.torch_weights.torch_reference import REFERENCES, State
+from mvjax.checkpoints.tree_match import leaf_paths
 
 BOUND = 1e-5  # relative rms of the outputs, float32
 
@@ -73,25 +75,39 @@ def relative_rms(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def torch_state(conversion: Conversion) -> State:
-    """The source's tensors as torch reads them, under the names of their layout, float32."""
+    """The tensors that were converted, in the dtype they were written in, then float32.
+
+    PyTorch and safetensors read them from the source, but for those that adapters were merged into.
+    """
     import torch
 
     source = conversion.source
-    if source.path.is_dir() or has_adapters(source.tensors):
-        # Sharded folders, and adapters to merge: the tensors come through our reader.
-        arrays = (
-            (n, t) for p in _parameters(conversion).values() for n, t in zip(p.names, p.tensors)
-        )
-        return {n: torch.from_numpy(t.read().astype(np.float32)) for n, t in arrays}
-    try:
-        with torch.serialization.safe_globals([io.BytesIO]):
-            loaded = torch.load(source.path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception:  # not a pickle: safetensors
-        from safetensors.torch import load_file
+    loaded = {} if has_adapters(source.tensors) else _read_by_torch(source.path)
+    state = {}
+    for path, parameter in _parameters(conversion).items():
+        written = leaf_paths(conversion.params)[path.replace(".", "/")].dtype
+        for name, tensor in zip(parameter.names, parameter.tensors):
+            value = loaded[source.names[name]].float().numpy() if loaded else tensor.read()
+            state[name] = torch.from_numpy(value.astype(written).astype(np.float32))
+    return state
 
-        loaded = load_file(source.path)
-    prefix = next((p for p in ("net.", "") if p + next(iter(source.tensors)) in loaded), "net_ema.")
-    return {name: loaded[prefix + name].float() for name in source.tensors}
+
+def _read_by_torch(path: Path) -> State:
+    import torch
+    from safetensors.torch import load_file
+
+    if path.is_file():
+        files = [path]
+    else:  # the same order of preference as `open_weights`
+        files = sorted(path.glob("*.safetensors")) or sorted(path.glob("*.bin"))
+    state: State = {}
+    for file in files:
+        if zipfile.is_zipfile(file):
+            with torch.serialization.safe_globals([io.BytesIO]):
+                state |= torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        else:
+            state |= load_file(file)
+    return state
 
 
 def compare_weights(conversion: Conversion, state: State, params: Any) -> None:
