@@ -5,7 +5,7 @@ horizons stay configuration: windows are drawn by time, never by index.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -75,6 +75,8 @@ class Episode:
         instructions: one or more descriptions of what happens.
         streams: the dataset's own feature names -> signals; a common time axis.
         cameras: the streams that are video.
+        embeddings: where the dataset stores them, an instruction's text embedding, float [n, d]
+            without trailing zero rows.
     """
 
     id: str
@@ -83,6 +85,7 @@ class Episode:
     instructions: tuple[str, ...]
     streams: Mapping[str, Stream]
     cameras: tuple[str, ...]
+    embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
         missing = [name for name in self.cameras if name not in self.streams]

@@ -46,7 +46,7 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "Stage 2, the action decoder on the frozen 2B backbone": {
         "decoder_v5e_8": f"{DECODER} --topology=v5e:2x4 {ONE}",
-        "decoder_v6e_8": f"{DECODER} --topology=v6e:2x4 --batch_per_chip=4",
+        "decoder_v6e_8": f"{DECODER} --topology=v6e:2x4 --batch_per_chip=3",
         "decoder_v5p_8": f"{DECODER} --topology=v5p:2x2x2 --batch_per_chip=8",
         "decoder_v5e_256": f"{DECODER} --topology=v5e:16x16 {ONE}",
     },

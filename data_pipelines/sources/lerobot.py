@@ -27,6 +27,11 @@ BOOKKEEPING = {"timestamp", "frame_index", "episode_index", "index", "task_index
 TOLERANCE_S = 1e-4  # LeRobot's own, between a row's timestamp and frame_index / fps
 
 
+def recognises(path: Path) -> bool:
+    """Whether this is a LeRobot dataset, of any version."""
+    return (path / "meta/info.json").is_file()
+
+
 def open_lerobot(path: Path, *, name: str, embodiment: str) -> Sequence[Episode]:
     """Open a dataset; rows and videos are read when an episode is asked for.
 

@@ -16,6 +16,11 @@ from data_pipelines.video import VideoFile, VideoPool
 STREAM = "video"
 
 
+def recognises(path: Path) -> bool:
+    """Whether this is a folder of captioned videos."""
+    return (path / "metas").is_dir() and any((path / "video").glob("*.mp4"))
+
+
 def open_video_folder(path: Path, *, name: str, embodiment: str) -> Sequence[Episode]:
     """Open a folder of captioned videos; files are read when an episode is asked for.
 
