@@ -1,6 +1,7 @@
 """The same training step in PyTorch: diffusers' Cosmos transformer, compiled, flash attention.
 
-Stage 1 trains the whole network with AdamW on the velocity loss, also where our run has adapters.
+Stage 1 trains the whole network with AdamW on the velocity loss of latents it adds noise to, and
+keeps a moving average where our run does; it has no adapters, also where our run has.
 Of stage 2 only the frozen backbone runs, to the block that the decoder reads: no PyTorch package
 holds the decoder, so the peer does less work than we do.
 """
@@ -54,8 +55,11 @@ class TorchStep:
                 fused=self._device.type == "cuda",
             )
             self._clip_norm = settings.clip_norm
+            self._ema_decay = config.training.ema_decay
+            self._parameters = list(self._model.parameters())
+            self._average = [p.detach().clone() for p in self._parameters if self._ema_decay]
         self._forward = torch.compile(self._model) if compiled else self._model
-        self._inputs, self._target = _noise(config, self._device)
+        self._inputs = _random_inputs(config, self._device)
         self.run(2)
         self.prepare_seconds = time.perf_counter() - start
 
@@ -76,26 +80,29 @@ class TorchStep:
         return torch.cuda.max_memory_allocated() / 2**20
 
     def _step(self) -> None:
+        clean = self._inputs["hidden_states"]
+        noise = torch.randn_like(clean)
+        inputs = self._inputs | {"hidden_states": clean + self._inputs["timestep"] * noise}
         mixed = torch.autocast(self._device.type, torch.bfloat16, enabled=self._bfloat16)
         with mixed, torch.set_grad_enabled(self._trains):
-            (velocity,) = self._forward(**self._inputs)
+            (velocity,) = self._forward(**inputs)
         if not self._trains:
             return
-        loss = torch.nn.functional.mse_loss(velocity.float(), self._target)
+        loss = torch.nn.functional.mse_loss(velocity.float(), noise - clean)
         self._optimizer.zero_grad(set_to_none=True)
         loss.backward()
         if self._clip_norm:
-            torch.nn.utils.clip_grad_norm_(self._model.parameters(), self._clip_norm)
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
         self._optimizer.step()
+        if self._average:
+            torch._foreach_lerp_(self._average, self._parameters, 1 - self._ema_decay)
 
 
-def _noise(config: Any, device: torch.device) -> tuple[dict[str, Any], torch.Tensor]:
-    """Random inputs of the network, and a target."""
+def _random_inputs(config: Any, device: torch.device) -> dict[str, Any]:
     b = config.training.batch_size
     t, h, w, c = Clip(**config.clip).latent_shape
-    latents = torch.randn(b, c, t, h, w, device=device)
-    inputs = dict(
-        hidden_states=latents,
+    return dict(
+        hidden_states=torch.randn(b, c, t, h, w, device=device),
         timestep=torch.rand(b, 1, t, 1, 1, device=device),
         encoder_hidden_states=torch.randn(b, config.text.length, config.text.dim, device=device),
         condition_mask=torch.zeros(b, 1, t, h, w, device=device),
@@ -103,4 +110,3 @@ def _noise(config: Any, device: torch.device) -> tuple[dict[str, Any], torch.Ten
         fps=None,
         return_dict=False,
     )
-    return inputs, torch.randn_like(latents)
