@@ -12,7 +12,7 @@ from data_pipelines.sources.open import open_config
 from launch.entry import config_flag, path_flag, run
 from mvjax.evaluation.prediction import write_predictions
 from mvjax.policy.load import load_policy
-from mvjax.policy.policy import Sampling
+from mvjax.policy.sampling import Sampling
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")

@@ -16,7 +16,7 @@ from mvjax.clip import Clip
 from mvjax.models.build import action_decoder_config, video_dit_config
 from mvjax.parallel.mesh import make_mesh
 from mvjax.policy.observation import control_stride
-from mvjax.policy.policy import Sampling
+from mvjax.policy.sampling import Sampling
 from mvjax.training import stages
 from mvjax.training.optimizer import make_schedule
 from mvjax.training.run import run
@@ -66,6 +66,7 @@ def test_stages_take_the_batches_that_the_lengths_say(name, size):
         "latents": Clip(**config.clip).latent_shape,
         "text": (config.text.length, config.text.dim),
         "actions": (io.action.horizon, io.action.dim),
+        "action_mask": (io.action.horizon, io.action.dim),
         "proprio": (io.proprio.horizon, io.proprio.dim),
     }
     batch = {

@@ -28,7 +28,7 @@ from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import make_rules
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
-from mvjax.policy.policy import Sampling
+from mvjax.policy.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("quickly")
 HINTS = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")

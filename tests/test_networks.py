@@ -11,6 +11,7 @@ import pytest
 from published import to_params
 
 from mvjax.checkpoints.torch_weights.names_dit import action_decoder, video_dit
+from mvjax.clip import Clip
 from mvjax.flow import action, noise_levels, sampler, video
 from mvjax.models import presets
 from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
@@ -18,6 +19,8 @@ from mvjax.models.layers import gelu
 from mvjax.models.lora import LoRA
 from mvjax.models.parameters import Network
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
+from mvjax.policy.model import VideoActionModel
+from mvjax.policy.sampling import Sampling
 
 pytestmark = pytest.mark.usefixtures("quickly")
 GOLDEN = Path(__file__).parent / "golden"
@@ -136,6 +139,29 @@ def test_sigma_table_and_every_sampler_step(dit):
         theirs = golden["sampler.context_at_step"][k]
         assert relative_rms(context.reshape(theirs.shape), theirs) < 1e-5, k
     assert relative_rms(denoise(sample, sigma), last(golden["sampler.final_x0"])) < 1e-5
+
+
+@pytest.mark.parametrize("k", range(6))
+def test_the_policy_reads_the_published_context_at_every_stop_step(dit, decoder, k):
+    golden, c, network, params = dit
+    clean = last(golden["denoise.x0"])
+    _, t, h, w, _ = clean.shape
+    clip = Clip(8 * h, 8 * w, observed_frames=1, future_frames=4 * (t - 1), fps=5.0)
+    sampling = Sampling(video_steps=c["steps"], stop_step=k)
+    model = VideoActionModel(clip, c["layer"], network, decoder[2], sampling)
+    noise = last(golden["sampler.noise"])
+    ours = jax.jit(model.context)(params, clean, golden["in.text_bld"], noise)
+    theirs = golden["sampler.context_at_step"][k]
+    assert relative_rms(ours.reshape(theirs.shape), theirs) < 1e-5
+
+
+def test_the_policy_samples_the_published_actions(dit, decoder):
+    golden, _, network, params = decoder
+    model = VideoActionModel(Clip(48, 64, 1, 8, 5.0), 2, dit[2], network, Sampling())
+    noise = golden["sample.noise"][:, None]
+    inputs = (golden[f"in.{name}"] for name in ("context_bnd", "video_sigma_b1", "state_bod"))
+    ours = jax.jit(model.actions)(params, *inputs, noise)[:, 0]
+    assert relative_rms(ours, golden["sample.actions_normalized"]) < 1e-5
 
 
 def test_action_decoder_velocity_and_hidden_states(decoder):

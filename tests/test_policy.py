@@ -6,71 +6,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_stages import tiny_batch, tiny_config
+from tiny_policy import tiny_policy
 
-from data_pipelines.normalizer import Mode, Normalizer, compute_statistics
-from mvjax.clip import Clip
 from mvjax.flow.action import scale_noisy_actions
 from mvjax.flow.noise_levels import karras_sigmas
 from mvjax.flow.sampler import published_noise, sample_video
 from mvjax.flow.video import condition_mask, denoise, network_input
-from mvjax.models.build import (
-    action_decoder_config,
-    decoder_network,
-    video_dit_config,
-    video_network,
-)
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer
-from mvjax.models.ngram_text import NgramTextEncoder
+from mvjax.policy.model import VideoActionModel
 from mvjax.policy.observation import Observation
-from mvjax.policy.policy import Policy, Sampling
 
 pytestmark = pytest.mark.usefixtures("quickly")
-SAMPLING = Sampling(video_steps=3, action_steps=4)
-
-
-def random_params(network, seed):
-    """Parameters of a network that has left its start, where modulations are zero."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda p: rng.normal(
-            scale=p.shape[-2] ** -0.5 if len(p.shape) > 1 else 1, size=p.shape
-        ).astype(np.float32),
-        network.abstract,
-    )
+EULER_STEPS = 4
 
 
 @pytest.fixture(scope="module")
 def policy():
     """A policy of random networks on 48x32 pixels (24 tokens)."""
-    config = tiny_config("action")
-    config.clip.height = 48
-    rng = np.random.default_rng(0)
-    batch = tiny_batch(config)
-    backbone = video_network(video_dit_config(config))
-    decoder = decoder_network(action_decoder_config(config))
-    statistics = {
-        "actions": compute_statistics(3 + 2 * batch["actions"]),
-        "proprio": compute_statistics(-1 + 5 * batch["proprio"]),
-    }
-    return Policy(
-        clip=Clip(**config.clip),
-        layer=config.context_layer,
-        tokenizer=fit_linear_tokenizer([rng.uniform(-1, 1, (8, 13, 48, 32, 3)).astype("float32")]),
-        text_encoder=NgramTextEncoder(config.text.length, config.text.dim),
-        backbone=backbone,
-        backbone_params=random_params(backbone, 1),
-        decoder=decoder,
-        decoder_params=random_params(decoder, 2),
-        normalizer=Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE)),
-        sampling=SAMPLING,
-        batch_size=2,
-    )
+    return variant(tiny_policy(batch_size=2)[0], action_steps=EULER_STEPS)
 
 
 def variant(policy, batch_size=None, **sampling):
-    changed = dataclasses.replace(policy.sampling, **sampling)
-    return dataclasses.replace(policy, sampling=changed, batch_size=batch_size or policy.batch_size)
+    model = policy.model
+    model = dataclasses.replace(model, sampling=dataclasses.replace(model.sampling, **sampling))
+    return dataclasses.replace(policy, model=model, batch_size=batch_size or policy.batch_size)
 
 
 def observations(count, future=True):
@@ -89,19 +47,19 @@ def observations(count, future=True):
 
 def by_hand(policy, observation, draws=1):
     """Chunks of all draws from the formulas: noise to σ_K, partial pass, Euler; normalised."""
-    sampling, clip = policy.sampling, policy.clip
+    model, (tokenizer, backbone, decoder) = policy.model, policy.weights
+    sampling, clip = model.sampling, model.clip
     sigmas = karras_sigmas(sampling.video_steps, sigma_max=sampling.sigma_max)
     frames = observation.frames
     if sampling.oracle:
         frames = np.concatenate([frames, observation.future])
-    known = policy.tokenizer.encode(frames[None].astype(np.float32) / 127.5 - 1)
+    known = tokenizer.encode(frames[None].astype(np.float32) / 127.5 - 1)
     clean = np.zeros((1, *clip.latent_shape), np.float32)
     clean[:, : known.shape[1]] = known
     text = policy.text_encoder.encode([observation.instruction])
     mask = condition_mask(jnp.full(1, 2), clip.latent_frames)
     sigma = jnp.full((1, 1), sigmas[sampling.stop_step])
-    net = policy.backbone.bind(policy.backbone_params)
-    decoder = policy.decoder.bind(policy.decoder_params)
+    net, decoder = model.backbone.bind(backbone), model.decoder.bind(decoder)
 
     def denoiser(x, sigma):
         return denoise(lambda i: net(*i[:2], text, i[2]), x, clean, sigma, mask)
@@ -115,7 +73,7 @@ def by_hand(policy, observation, draws=1):
         else:
             x = sample_video(denoiser, noise, sigmas, sampling.stop_step)
         i = network_input(x, clean, sigma, mask)
-        context = net.hidden(*i[:2], text, i[2], layer=policy.layer)
+        context = net.hidden(*i[:2], text, i[2], layer=model.layer)
         return decoder.context_keys_values(context)
 
     kv = keys_values(published_noise(sampling.seed, clean.shape))
@@ -171,7 +129,9 @@ def test_fresh_noise_differs_between_observations_and_seeds(policy):
         variant(policy, **s)
         for s in (dict(), dict(fresh_noise=True), dict(fresh_noise=True, seed=1))
     )
-    noise = [p._noise(queries)[0] for p in (fixed, fresh, other)]
+    noise = [
+        np.asarray(p.inputs(queries, with_future=False).video_noise) for p in (fixed, fresh, other)
+    ]
     np.testing.assert_array_equal(noise[0][0], noise[0][1])
     samples = [n[i] for n in noise for i in range(2)][1:]
     assert all(not np.array_equal(a, b) for i, a in enumerate(samples) for b in samples[:i])
@@ -189,10 +149,10 @@ def test_of_several_draws_the_most_central_is_taken(policy):
 def test_nothing_compiles_after_the_first_query(policy):
     policy = variant(policy)
     policy.warm_up()
-    compiled = Policy._act._cache_size()
+    compiled = VideoActionModel.act._cache_size()
     for count in (1, 2, 3, 5):
         policy.plan(observations(count, future=False))
-    assert Policy._act._cache_size() == compiled
+    assert VideoActionModel.act._cache_size() == compiled
 
 
 def test_predicted_video_begins_with_what_was_observed(policy):
@@ -200,8 +160,8 @@ def test_predicted_video_begins_with_what_was_observed(policy):
     video = policy.predict_video(queries)
     assert video.shape == (3, 13, 48, 32, 3) and video.dtype == np.uint8
     for ours, query in zip(video, queries):
-        latents = policy.tokenizer.encode(query.frames[None].astype(np.float32) / 127.5 - 1)
-        coded = (np.asarray(policy.tokenizer.decode(latents))[0] + 1) * 127.5
+        latents = policy.weights[0].encode(query.frames[None].astype(np.float32) / 127.5 - 1)
+        coded = (np.asarray(policy.weights[0].decode(latents))[0] + 1) * 127.5
         np.testing.assert_allclose(ours[:5], np.clip(coded, 0, 255), atol=0.51)
     assert np.std(video[0, 5:].astype(float) - video[1, 5:].astype(float)) > 0
 
@@ -213,7 +173,7 @@ def context_products(jaxpr, tokens, inside_loop=False):
         if equation.primitive.name == "dot_general":
             shapes = [v.aval.shape for v in equation.invars]
             counts[int(inside_loop)] += any(tokens in shape for shape in shapes)
-        loop = inside_loop or equation.params.get("length") == SAMPLING.action_steps
+        loop = inside_loop or equation.params.get("length") == EULER_STEPS
         for value in equation.params.values():
             for part in value if isinstance(value, tuple | list) else (value,):
                 inner = getattr(part, "jaxpr", part)
@@ -225,13 +185,12 @@ def context_products(jaxpr, tokens, inside_loop=False):
 def test_keys_and_values_of_the_context_are_computed_once(policy):
     """Inside the Euler loop only attention itself reads the context: q kᵀ and the weighted sum."""
     queries = observations(2)
-    video = np.stack([q.frames for q in queries])
-    inputs = video, policy._text(queries), np.stack([q.proprio for q in queries])
-    traced = jax.make_jaxpr(policy._act.__wrapped__, static_argnums=0)(
-        policy, policy._params, *inputs, *policy._noise(queries)
+    traced = jax.make_jaxpr(VideoActionModel.act.__wrapped__, static_argnums=0)(
+        policy.model, policy.weights, policy.inputs(queries, with_future=False)
     )
-    assert policy.clip.tokens == 24  # no other length of this policy
-    outside, inside = context_products(traced.jaxpr, policy.clip.tokens)
+    tokens = policy.model.clip.tokens
+    assert tokens == 24  # no other length of this policy
+    outside, inside = context_products(traced.jaxpr, tokens)
     assert inside == 2
     assert outside >= 2  # the keys and the values, and the backbone
 

@@ -12,6 +12,10 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mimic_video
+from data_pipelines.cameras import camera_rows
+from data_pipelines.embodiments import libero_panda, widowx
+from data_pipelines.normalizer import Mode
+from data_pipelines.policy_parts import dims, modes, parse, streams
 from mvjax.checkpoints.backbone import abstract_backbone
 from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip
@@ -27,7 +31,7 @@ from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
 from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import make_rules
 from mvjax.policy.observation import control_stride
-from mvjax.policy.policy import Sampling
+from mvjax.policy.sampling import Sampling
 from mvjax.training import stages
 from mvjax.training.optimizer import make_schedule
 
@@ -103,6 +107,7 @@ def test_stages_take_the_batches_that_the_lengths_say(name, argument):
         "latents": Clip(**config.clip).latent_shape,
         "text": (config.text.length, config.text.dim),
         "actions": (io.action.horizon, io.action.dim),
+        "action_mask": (io.action.horizon, io.action.dim),
         "proprio": (io.proprio.horizon, io.proprio.dim),
     }
     batch = {
@@ -114,6 +119,69 @@ def test_stages_take_the_batches_that_the_lengths_say(name, argument):
     if config.stage == "action":
         assert {leaf.dtype.name for leaf in jax.tree.leaves(stage.frozen)} == {"bfloat16"}
         assert sizes(stage.frozen) == TWO_BILLION
+
+
+@pytest.mark.parametrize(("name", "argument"), ALL)
+def test_datasets_describe_vectors_of_the_policys_width(name, argument):
+    """Position 3 and gripper 1 by VARIANCE, the 6-D rotation as it is; or nothing at all."""
+    config = get(name, argument)
+    assert config.policy_io.action.dim == config.policy_io.proprio.dim == 10
+    published = (Mode.VARIANCE,) * 3 + (Mode.IDENTITY,) * 6 + (Mode.VARIANCE,)
+    for dataset in config.datasets.values():
+        camera_rows(dataset.video)
+        for key in ("action", "proprio"):
+            parts = parse(dataset[key], key)
+            assert not parts or sum(dims(parts, 10)) == 10
+            assert not parts or modes(parts, 10) == published
+        assert config.stage == "video" or dataset.action
+
+
+def test_datasets_are_the_releases_own_episodes():
+    bridge, libero = get("bridge_action").datasets.bridge, get("libero_action").datasets.libero_goal
+    assert bridge.format == libero.format == "mimic_episodes"
+    assert bridge.video == libero.video == "workspace_rgb"
+    assert streams(parse(bridge.action)) == ("eef_pose_lowdim", "gripper_action_lowdim")
+    assert streams(parse(bridge.proprio)) == ("eef_pose_lowdim", "gripper_state_lowdim")
+    action = ("eef_pos_ref_delta_lowdim", "eef_rot_ref_delta_lowdim", "gripper_action_lowdim")
+    assert streams(parse(libero.action)) == action
+    proprio = ("eef_pos_lowdim", "eef_rot_lowdim", "gripper_lowdim")
+    assert streams(parse(libero.proprio)) == proprio
+    windows = {n: get(n).policy_io.action for n in ("bridge_action", "libero_action")}
+    assert [(w.horizon, w.fps, w.shift) for w in windows.values()] == [(15, 5, 0.2), (60, 20, 0)]
+
+
+def test_data_in_other_formats_take_the_place_of_the_releases():
+    """As the docstring of configs/mimic_video.py says."""
+    config = mimic_video.libero("goal", "full")
+    config.datasets.libero_goal.update(
+        format="robomimic_hdf5",
+        options=dict(flip="rotate"),
+        video="obs/agentview_rgb",
+        action=libero_panda.HDF5_ACTION,
+        proprio=libero_panda.HDF5_PROPRIO,
+    )
+    assert streams(parse(config.datasets.libero_goal.action)) == ("actions",)
+    config = mimic_video.bridge()
+    config.datasets.bridge.update(
+        format="bridge_raw",
+        video="images0",
+        action=widowx.RAW_ACTION,
+        proprio=widowx.RAW_PROPRIO,
+    )
+    for camera in ("images1", "images2"):
+        config.datasets[camera] = dict(
+            config.datasets.bridge,
+            name=camera,
+            video=camera,
+            action="",
+            proprio="",
+            records=config.get_ref("run_dir") + f"/records/{camera}",
+        )
+    config.run_dir = "elsewhere"
+    found = {name: (d.video, d.records) for name, d in config.datasets.items()}
+    assert found["images2"] == ("images2", "elsewhere/records/images2")
+    assert found["bridge"] == ("images0", "elsewhere/records/bridge")
+    assert config.datasets.images1.path == "data/bridge" and config.datasets.bridge.action
 
 
 def trainable(name: str, argument: str = "") -> tuple[int, int]:

@@ -133,3 +133,10 @@ def test_stage_2_on_two_devices_reads_what_stage_1_saved_on_eight(tmp_path):
     assert (result["dtypes"], result["devices"]) == (["bfloat16"], [2])
     assert all(name.endswith("norm/scale") for name in result["whole"])
     assert result["bytes on a device"] < 0.51 * result["bytes"]
+
+
+def test_a_policy_on_eight_devices_answers_as_on_one():
+    meshes = ("8,1,1,1", "1,8,1,1", "1,2,2,2")
+    lines = run("policy_meshes.py", *meshes).splitlines()
+    differences = {mesh: float(number) for mesh, number in map(str.split, lines)}
+    assert differences.keys() == set(meshes) and max(differences.values()) < 1e-5, differences

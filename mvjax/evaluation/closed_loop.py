@@ -11,7 +11,7 @@ from mvjax.evaluation.rollout import run_rollouts
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import ObservationSpec
-from mvjax.policy.policy import Sampling
+from mvjax.policy.sampling import Sampling
 
 SUITES = {"metaworld": MetaWorld}
 

@@ -62,6 +62,11 @@ def spec(axes: Axes, rules: Rules) -> PartitionSpec:
     return PartitionSpec(*(_entry(mesh_axes) for mesh_axes in _mesh_axes(axes, rules)))
 
 
+def split_ways(axis: str, mesh: Mesh, rules: Rules) -> int:
+    """Over how many devices a dimension with this logical name is split."""
+    return _ways(rules[axis], mesh)
+
+
 def sharding_tree(axes: Any, mesh: Mesh, rules: Rules, abstract: Any = None) -> Any:
     """NamedShardings for a nested dict of logical axes.
 

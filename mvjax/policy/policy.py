@@ -1,88 +1,59 @@
 """The policy: frames, proprioception and an instruction in, an action chunk out."""
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from hashlib import blake2b
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.normalizer import Normalizer
 from data_pipelines.transforms import resize_area
-from mvjax.clip import Clip
-from mvjax.flow.action import sample_actions
-from mvjax.flow.noise_levels import karras_sigmas
-from mvjax.flow.sampler import published_noise, sample_video
-from mvjax.flow.video import condition_mask, denoise, network_input
-from mvjax.models.param_tree import Params
-from mvjax.models.parameters import Network
-from mvjax.models.precision import rounded
-from mvjax.models.video_dit import VideoDiT
+from mvjax.flow.sampler import published_noise
+from mvjax.parallel.mesh import make_mesh
+from mvjax.parallel.rules import Rules, make_rules, spec, split_ways, use_rules
+from mvjax.policy.model import Inputs, VideoActionModel, Weights
 from mvjax.policy.observation import Observation
 
-Array = jax.Array
+_TEXTS_KEPT = 256  # embeddings of 512 x 1024 numbers are 2 MB each
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a query is answered.
-
-    Attributes:
-        video_steps: steps of the full video schedule (published: 35).
-        stop_step: K, evaluations of the video before the partial pass; 0 (published) denoises
-            nothing, `video_steps` denoises fully.
-        action_steps: Euler steps of the action chunk (published: 10).
-        sigma_max: noise level the video starts from (published: 80).
-        sigma_min: noise level of the last, clean prediction (published: 0.002).
-        oracle: take the true future video, noised at σ_K, instead of generating one.
-        seed: of the video and action noise (published: 0).
-        fresh_noise: draw new noise at every query, from the seed and the observation; the published
-            policy takes the same noise at every query, so the error that noise brings repeats.
-        draws: action chunks sampled per query; the one nearest to all others (the medoid) is
-            executed. They share one context, so a draw costs ten small Euler steps (published: 1).
-    """
-
-    video_steps: int = 35
-    stop_step: int = 0
-    action_steps: int = 10
-    sigma_max: float = 80.0
-    sigma_min: float = 0.002
-    oracle: bool = False
-    seed: int = 0
-    fresh_noise: bool = False
-    draws: int = 1
-
-
-@dataclass(frozen=True, eq=False)  # compared and hashed by identity: `self` is static under jit
+@dataclass(frozen=True, eq=False)
 class Policy:
     """A trained video-action model. `plan` answers a batch of observations.
 
     Deterministic: equal observations give equal chunks, in whatever batch they are asked.
+
+    Attributes:
+        model: the networks and how they are sampled.
+        weights: video tokenizer, and parameters of the video DiT and the action decoder.
+        text_encoder: instructions to embeddings; each is encoded once.
+        normalizer: of "proprio" and "actions".
+        batch_size: queries per compiled batch, a multiple of the devices that share a batch.
+        mesh, rules: the devices that answer, and how batch and networks are split over them.
     """
 
-    clip: Clip
-    layer: int
-    tokenizer: Any
+    model: VideoActionModel
+    weights: Weights
     text_encoder: Any
-    backbone: Network
-    backbone_params: Params
-    decoder: Network
-    decoder_params: Params
     normalizer: Normalizer
-    sampling: Sampling = Sampling()
     batch_size: int = 8
-    _texts: dict[str, np.ndarray] = field(default_factory=dict, repr=False)
+    mesh: Mesh = field(default_factory=lambda: make_mesh({}, jax.local_devices()[:1]))
+    rules: Rules = field(default_factory=make_rules)
+    _texts: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict, repr=False)
 
     def __post_init__(self):
-        steps, stop = self.sampling.video_steps, self.sampling.stop_step
-        if not 0 <= stop <= steps:
-            raise ValueError(f"stop_step must be between 0 and video_steps = {steps}, got {stop}.")
-        for name, value in (("draws", self.sampling.draws), ("batch_size", self.batch_size)):
-            if value < 1:
-                raise ValueError(f"The policy's {name} must be at least 1, got {value}.")
+        ways = split_ways("batch", self.mesh, self.rules)
+        if self.batch_size < 1 or self.batch_size % ways:
+            raise ValueError(
+                f"The policy's batch_size must be a positive multiple of {ways}, the devices that "
+                f"share a batch, got {self.batch_size}."
+            )
 
     def plan(self, observations: Sequence[Observation]) -> np.ndarray:
         """Action chunks in environment units, float32 [n, action_horizon, action_dim].
@@ -90,38 +61,65 @@ class Policy:
         Queries are answered in compiled batches of `batch_size`, the last one padded.
         """
         chunks = []
-        for batch in self._batches(observations):
-            video = self._frames(batch, with_future=self.sampling.oracle)
-            proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
-            text, noise = self._text(batch), self._noise(batch)
-            chunks.append(np.asarray(self._act(self._params, video, text, proprio, *noise)))
+        for batch in self.batches(observations):
+            inputs = self.inputs(batch, with_future=self.model.sampling.oracle)
+            with self.devices():
+                chunks.append(np.asarray(self.model.act(self.weights, inputs)))
         actions = np.concatenate(chunks)[: len(observations)]
         return self.normalizer.unnormalize("actions", actions)
-
-    def warm_up(self) -> None:
-        """Compiles `plan`, so that the first real query is not slow."""
-        clip, config = self.clip, self.decoder.config
-        frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
-        proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
-        observed, future = np.split(frames, [clip.observed_frames])
-        self.plan([Observation(observed, proprio, "", future)])
 
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
         """Fully denoised video with the observed frames first, uint8 [n, frames, h, w, 3]."""
         videos = []
-        for batch in self._batches(observations):
-            video, text = self._frames(batch, with_future=False), self._text(batch)
-            noise, _ = self._noise(batch)
-            videos.append(np.asarray(self._predict(self._params, video, text, noise)))
+        for batch in self.batches(observations):
+            inputs = self.inputs(batch, with_future=False)
+            with self.devices():
+                videos.append(np.asarray(self.model.predict(self.weights, inputs)))
         return np.concatenate(videos)[: len(observations)]
 
-    def _batches(self, observations):
+    def warm_up(self) -> None:
+        """Compiles `plan`, so that the first real query is not slow."""
+        self.plan([self.blank_observation()])
+
+    def blank_observation(self) -> Observation:
+        """A query of the right shapes, all black and at rest."""
+        clip, config = self.model.clip, self.model.decoder.config
+        frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
+        proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
+        observed, future = np.split(frames, [clip.observed_frames])
+        return Observation(observed, proprio, "", future)
+
+    def batches(self, observations: Sequence[Observation]) -> Iterator[list[Observation]]:
+        """Queries in batches of `batch_size`; the last one is filled up with its last query."""
         for start in range(0, len(observations), self.batch_size):
             batch = list(observations[start : start + self.batch_size])
             yield batch + batch[-1:] * (self.batch_size - len(batch))
 
+    @contextmanager
+    def devices(self) -> Iterator[None]:
+        """Inside, the model's functions run on the policy's devices."""
+        with jax.set_mesh(self.mesh), use_rules(self.rules):
+            yield
+
+    def inputs(self, batch: Sequence[Observation], with_future: bool) -> Inputs:
+        """A full batch of queries, checked and brought to the devices.
+
+        Args:
+            batch: `batch_size` queries.
+            with_future: take their true future frames as well.
+        """
+        video = self._frames(batch, with_future)
+        proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
+        arrays = map(self._split, (video, self._text(batch), proprio))
+        return Inputs(*arrays, *self._noise(batch))
+
+    def _split(self, array: np.ndarray | jax.Array) -> jax.Array:
+        """An array whose first dimension is the batch, on the devices."""
+        axes = ("batch", *[None] * (array.ndim - 1))
+        return jax.device_put(array, NamedSharding(self.mesh, spec(axes, self.rules)))
+
     def _frames(self, batch: Sequence[Observation], with_future: bool) -> np.ndarray:
-        clip, clips = self.clip, []
+        clip, clips = self.model.clip, []
         for o in batch:
             if len(o.frames) != clip.observed_frames:
                 raise ValueError(
@@ -140,98 +138,41 @@ class Policy:
         return np.stack(clips)
 
     def _text(self, batch: Sequence[Observation]) -> np.ndarray:
-        new = sorted({o.instruction for o in batch} - self._texts.keys())
+        wanted = [o.instruction for o in batch]
+        new = sorted(set(wanted) - self._texts.keys())
         if new:
             self._texts.update(zip(new, self.text_encoder.encode(new)))
-        return np.stack([self._texts[o.instruction] for o in batch])
+        for text in wanted:
+            self._texts.move_to_end(text)
+        embeddings = np.stack([self._texts[text] for text in wanted])
+        while len(self._texts) > _TEXTS_KEPT:
+            self._texts.popitem(last=False)
+        return embeddings
 
-    @property
-    def _params(self):
-        return self.tokenizer, self.backbone_params, self.decoder_params
-
-    @cached_property
-    def _sigmas(self) -> np.ndarray:
-        s = self.sampling
-        return karras_sigmas(s.video_steps, sigma_max=s.sigma_max, sigma_min=s.sigma_min)
-
-    def _encode(self, tokenizer, video: Array) -> Array:
-        """Latents [b, latent_frames, ...]; those past the given frames are zeros."""
-        latents = tokenizer.encode(video.astype(jnp.float32) / 127.5 - 1)
-        latents = rounded(latents, self.backbone.config.precision)
-        missing = self.clip.latent_frames - latents.shape[1]
-        return jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
-
-    def _noise(self, batch: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
-        """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim].
+    def _noise(self, batch: Sequence[Observation]) -> tuple[jax.Array, jax.Array]:
+        """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim] of a full batch.
 
         A sample's noise depends on nothing but its own observation, so a chunk does not depend on
         the batch it is asked in.
         """
-        config, sampling = self.decoder.config, self.sampling
-        seeds = [sampling.seed] * len(batch)
-        if sampling.fresh_noise:
-            seeds = [_observation_seed(sampling.seed, o) for o in batch]
-        actions = (sampling.draws, config.action_horizon, config.action_dim)
+        if not self.model.sampling.fresh_noise:
+            return self._fixed_noise
+        seed = self.model.sampling.seed
+        drawn = [self._draw(_observation_seed(seed, o)) for o in batch]
+        return tuple(self._split(np.stack(noise)) for noise in zip(*drawn))
+
+    @cached_property
+    def _fixed_noise(self) -> tuple[jax.Array, jax.Array]:
+        # A million numbers for every query would take longer to draw than to use.
+        drawn = self._draw(self.model.sampling.seed)
+        return tuple(self._split(np.stack([noise] * self.batch_size)) for noise in drawn)
+
+    def _draw(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        config, draws = self.model.decoder.config, self.model.sampling.draws
         return (
-            np.concatenate([published_noise(s, (1, *self.clip.latent_shape)) for s in seeds]),
-            np.stack([published_noise(s, actions) for s in seeds]),
+            published_noise(seed, (1, *self.model.clip.latent_shape))[0],
+            published_noise(seed, (draws, config.action_horizon, config.action_dim)),
         )
-
-    def _generate(self, net: VideoDiT, clean: Array, text: Array, noise: Array, stop_step: int):
-        """Noisy latents after `stop_step` evaluations, and the denoiser that made them."""
-        mask = self._condition_mask(len(clean))
-
-        def denoiser(x, sigma):
-            velocity = lambda i: net(i.latents, i.timesteps, text, i.condition_mask)  # noqa: E731
-            return denoise(velocity, x, clean, sigma, mask)
-
-        return sample_video(denoiser, noise, self._sigmas, stop_step), denoiser
-
-    def _condition_mask(self, samples: int) -> Array:
-        return condition_mask(
-            jnp.full(samples, self.clip.condition_latents), self.clip.latent_frames
-        )
-
-    @partial(jax.jit, static_argnums=0)
-    def _act(self, params, video, text, proprio, video_noise, action_noise) -> Array:
-        tokenizer, backbone_params, decoder_params = params
-        net, decoder = self.backbone.bind(backbone_params), self.decoder.bind(decoder_params)
-        k = self.sampling.stop_step
-        clean = self._encode(tokenizer, video)
-        sigma = jnp.full((len(clean), 1), self._sigmas[k])
-        if self.sampling.oracle:
-            x = clean + self._sigmas[k] * video_noise
-        else:
-            x, _ = self._generate(net, clean, text, video_noise, k)
-        i = network_input(x, clean, sigma, self._condition_mask(len(clean)))
-        context = net.hidden(i.latents, i.timesteps, text, i.condition_mask, layer=self.layer)
-
-        context_kv = decoder.context_keys_values(context)
-        proprio, sigma = (jnp.repeat(x, self.sampling.draws, axis=0) for x in (proprio, sigma))
-        velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
-        noise = action_noise.reshape(-1, *action_noise.shape[2:])
-        if self.decoder.config.precision == "published":
-            noise = noise.astype(jnp.bfloat16)  # the sample keeps it from step to step
-        chunks = sample_actions(velocity, noise, self.sampling.action_steps)
-        return _medoid(chunks.reshape(action_noise.shape).astype(jnp.float32))
-
-    @partial(jax.jit, static_argnums=0)
-    def _predict(self, params, video: Array, text: Array, noise: Array) -> Array:
-        tokenizer, backbone_params, _ = params
-        clean = self._encode(tokenizer, video)
-        net, last = self.backbone.bind(backbone_params), self.sampling.video_steps
-        x, denoiser = self._generate(net, clean, text, noise, last)
-        x0 = denoiser(x, jnp.full((len(x), 1), self._sigmas[last]))
-        frames = (tokenizer.decode(x0) + 1) * 127.5
-        return jnp.clip(jnp.round(frames), 0, 255).astype(jnp.uint8)
-
-
-def _medoid(chunks: Array) -> Array:
-    """Of draws [b, r, horizon, dim], per sample the one with the least distance to the others."""
-    difference = chunks[:, :, None] - chunks[:, None]
-    total = jnp.sqrt(jnp.sum(difference**2, axis=(3, 4))).sum(axis=2)
-    best = jnp.argmin(total, axis=1)[:, None, None, None]
-    return jnp.take_along_axis(chunks, best, axis=1)[:, 0]
 
 
 def _observation_seed(seed: int, observation: Observation) -> int:

@@ -5,7 +5,6 @@ samples, so each splits its own and no sample moves between devices; and which s
 does not depend on the mesh.
 """
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -14,7 +13,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from mvjax.models.param_tree import Params
-from mvjax.parallel.rules import Axes, Rules, constrain
+from mvjax.parallel.rules import Axes, Rules, constrain, split_ways
 from mvjax.training.stage import Batch, Loss
 
 Gradient = tuple[Loss, Params]
@@ -24,7 +23,7 @@ def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh, rules: Rules)
     """Raises ValueError unless every device gets whole samples in every micro-batch."""
     if accumulate < 1:
         raise ValueError(f"training.accumulate must be 1 (off) or more, got {accumulate}.")
-    ways = math.prod(mesh.shape[axis] for axis in rules["batch"])
+    ways = split_ways("batch", mesh, rules)
     if batch_size % (accumulate * ways):
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in rules["batch"]) or "1"
         raise ValueError(

@@ -4,7 +4,6 @@ Everything random here comes from fixed keys, and nothing of the run is changed:
 looking, a run gives the same losses.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import cached_property, partial
 from pathlib import Path
@@ -23,7 +22,7 @@ from mvjax.flow.sampler import sample_video
 from mvjax.flow.video import condition_mask, denoise
 from mvjax.models.build import video_dit_config, video_network
 from mvjax.models.param_tree import Params
-from mvjax.parallel.rules import Rules, sharding_tree, use_rules
+from mvjax.parallel.rules import Rules, sharding_tree, split_ways, use_rules
 from mvjax.training.feed import device_batches
 from mvjax.training.levels import named_levels
 from mvjax.training.stage import Batch, Stage
@@ -81,7 +80,7 @@ def look_at(
                 "that one as config.tokenizer, or set config.training.sample_count=0."
             )
     # As many as the devices generate together, although fewer may be written.
-    ways = math.prod(mesh.shape[axis] for axis in rules["batch"])
+    ways = split_ways("batch", mesh, rules)
     begun = windows(-(-settings.sample_count // ways) * ways)
     videos = HeldOutVideos(config, mesh, rules, begun, settings.sample_count, tokenizer, workdir)
     return HeldOut(stage, mesh, rules, measured, videos)

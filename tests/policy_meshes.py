@@ -1,0 +1,38 @@
+"""The same queries on one device and on meshes of eight: prints the largest difference of each.
+
+python tests/policy_meshes.py 8,1,1,1 1,2,2,2 ...   (with eight devices)
+"""
+
+import dataclasses
+import sys
+
+import jax
+import numpy as np
+from tiny_policy import random_observation, tiny_policy
+from tiny_stages import quick_compiles
+
+from mvjax.parallel.mesh import MESH_AXES, make_mesh
+from mvjax.parallel.rules import sharding_tree, split_ways
+
+
+def on_mesh(policy, sizes):
+    """The policy with its parameters split over a mesh."""
+    mesh = make_mesh(dict(zip(MESH_AXES, sizes)))
+    tokenizer, *params = policy.weights
+    networks = policy.model.backbone, policy.model.decoder
+    placed = [
+        jax.device_put(p, sharding_tree(network.axes, mesh, policy.rules, network.abstract))
+        for p, network in zip(params, networks)
+    ]
+    ways = split_ways("batch", mesh, policy.rules)
+    return dataclasses.replace(policy, weights=(tokenizer, *placed), mesh=mesh, batch_size=ways)
+
+
+if __name__ == "__main__":
+    policy, _ = tiny_policy()
+    queries = [random_observation(seed) for seed in range(5)]
+    with quick_compiles():
+        expected = np.concatenate([policy.plan([query]) for query in queries])
+        for argument in sys.argv[1:]:
+            ours = on_mesh(policy, [int(size) for size in argument.split(",")]).plan(queries)
+            print(argument, np.linalg.norm(ours - expected) / np.linalg.norm(expected))
