@@ -5,10 +5,10 @@
 
 Full fine-tuning instead: --config.lora.rank=0 and a smaller --config.optimizer.learning_rate.
 
-Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: a LeRobot v3.0
-dataset in data/bridge, whose features are in `config.datasets` (configs/mimic_video.py); the
-release's own episodes are not read yet. All of it is some two million windows, 5 TB of records;
-`--config.datasets.bridge.anchor_fps=1` takes every fifth. Chips and memory: see docs/pods.md.
+Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: the release's
+episodes in data/bridge; for other formats and more cameras see configs/mimic_video.py. All of it is
+two million windows, 5 TB of records; `--config.datasets.bridge.anchor_fps=1` takes every fifth.
+Chips and memory: see docs/pods.md.
 """
 
 from ml_collections import ConfigDict

@@ -7,10 +7,9 @@ After the colon: the suite, goal, object or spatial. The released video models s
 demonstrations per task, also those under the decoders that saw fewer; a share (half, tenth, one)
 may follow all the same: `configs/libero_video.py:goal,tenth`.
 
-Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: a LeRobot v3.0
-dataset per suite in data/libero_<suite>, with its features as in `config.datasets`
-(configs/mimic_video.py); the release's own episodes are not read yet. A suite is some 60,000
-windows, 150 GB of records. Chips and memory: see docs/pods.md.
+Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: the release's
+episodes of a suite in data/libero_<suite>; for other formats see configs/mimic_video.py. A suite is
+some 60,000 windows, 150 GB of records. Chips and memory: see docs/pods.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,33 @@
 """What the published configurations share: lengths, networks, data, the two recipes.
 
 Everything follows the first public release of mimic-video, its file names where code and paper
-disagree (batch sizes, steps). Two things of the release wait for the readers of its own formats:
-actions of 10 numbers must be in the data as they are to be learned (relative poses, 6-D rotations),
-and every dimension is normalised (published: the rotation is not).
+disagree (batch sizes, steps). Data are the release's own episodes, one .zarr or .safetensors each
+(format "mimic_episodes"). Where data have another format, the robot's file in
+data_pipelines/embodiments may know their streams; LIBERO's own HDF5 files are
+
+    config.datasets.libero_goal.update(
+        format="robomimic_hdf5",
+        options=dict(flip="rotate"),
+        video="obs/agentview_rgb",
+        action=libero_panda.HDF5_ACTION,
+        proprio=libero_panda.HDF5_PROPRIO,
+    )
+
+and BridgeData V2 as recorded has the format "bridge_raw", the video "images0", widowx.RAW_ACTION
+and widowx.RAW_PROPRIO. For any other streams, describe the parts (data_pipelines/policy_parts.py).
+Stage 1 was published with every camera of Bridge as a video of its own: a dataset for each,
+
+    for camera in ("images1", "images2"):
+        config.datasets[camera] = dict(
+            config.datasets.bridge,
+            name=camera,
+            video=camera,
+            action="",
+            proprio="",
+            records=config.get_ref("run_dir") + f"/records/{camera}",
+        )
+
+whose episodes without that camera are skipped (`config.max_bad_share` says how many may be).
 
 Weights: `python -m launch.convert` puts the released files where these configurations look for
 them (docs/weights.md, "A whole release"). Records hold 2.5 MB of latents per window; one encoding
@@ -14,6 +38,7 @@ import dataclasses
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
+from data_pipelines.embodiments import libero_panda, widowx
 from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
 from mvjax.parallel.rules import DEFAULT_RULES
 
@@ -34,7 +59,7 @@ def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
     config.run_dir = run
     # 61 frames in 12 s are 16 latent frames of 60x80, 19,200 tokens; 2 latent frames are observed.
     config.clip = dict(height=480, width=640, observed_frames=5, future_frames=56, fps=5.0)
-    # Position 3, rotation 6, gripper 1.
+    # Position 3, two rows of the rotation 6 (not normalised), gripper 1.
     config.policy_io = dict(
         action=dict(action, dim=10), proprio=dict(horizon=1, fps=action["fps"], dim=10)
     )
@@ -43,6 +68,8 @@ def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
         for name, dataset in datasets.items()
     }
     config.validation_share = 0.0
+    config.max_bad_share = 0.05  # of unreadable episodes or records; above it the work stops
+    config.embodiment = ""  # whose normalizer a policy takes, where a run has those of several
     config.tokenizer = "weights/wan_vae"
     config.text_encoder = "weights/t5_11b"
     config.text = dict(length=512, dim=1024)
@@ -91,7 +118,7 @@ def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
         keep_every=0,
         sample_every=0,  # looks at held-out windows, of which LIBERO has none
         sample_count=2,
-        episodes_per_task=config_dict.placeholder(int),
+        episodes_per_task=config_dict.placeholder(object),  # or one, tenth, half, full
     )
     return config
 
@@ -99,12 +126,12 @@ def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
 def bridge() -> ConfigDict:
     """BridgeData V2: 3 s of actions at 5 Hz, the first 0.2 s ahead."""
     robot = dict(
-        format="lerobot",
+        format="mimic_episodes",
         path="data/bridge",
         embodiment="widowx",
-        video="observation.images.image_0",
-        action="action",
-        proprio="observation.state",
+        video="workspace_rgb",
+        action=widowx.ACTION,
+        proprio=widowx.PROPRIO,
         anchor_fps=5.0,
         weight=1.0,
     )
@@ -128,12 +155,12 @@ def libero(suite: str, share: str) -> ConfigDict:
         )
     name = f"libero_{suite}"
     robot = dict(
-        format="lerobot",
+        format="mimic_episodes",
         path=f"data/{name}",
         embodiment="libero_panda",
-        video="observation.images.agentview",
-        action="action",
-        proprio="observation.state",
+        video="workspace_rgb",
+        action=libero_panda.ACTION,
+        proprio=libero_panda.PROPRIO,
         anchor_fps=20.0,
         weight=1.0,
     )

@@ -10,6 +10,7 @@ import dataclasses
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
+from data_pipelines.embodiments import metaworld_sawyer
 from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
 from mvjax.parallel.rules import DEFAULT_RULES
 
@@ -90,8 +91,8 @@ def get_config(size: str = "full") -> ConfigDict:
             records=run + "/records/robot",
             embodiment="metaworld_sawyer",
             video="observation.images.corner",
-            action="action",
-            proprio="observation.state",
+            action=metaworld_sawyer.ACTION,
+            proprio=metaworld_sawyer.PROPRIO,
             anchor_fps=80.0,
             weight=3.0,
         ),
@@ -109,6 +110,8 @@ def get_config(size: str = "full") -> ConfigDict:
         ),
     )
     config.validation_share = 0.25 if smoke else 0.04
+    config.max_bad_share = 0.05  # of unreadable episodes or records; above it the work stops
+    config.embodiment = ""  # whose normalizer a policy takes, where a run has those of several
     config.tokenizer = run + "/tokenizer.npz"
     config.text_encoder = ""  # character n-grams
     config.text = dict(length=8, dim=64)
@@ -162,7 +165,7 @@ def get_config(size: str = "full") -> ConfigDict:
         keep_every=0,  # checkpoints of these steps stay for good; 0: none do
         sample_every=steps if smoke else 500,  # looks at held-out windows; in stage 1 it makes
         sample_count=2,  # that many videos of them
-        episodes_per_task=config_dict.placeholder(int),
+        episodes_per_task=config_dict.placeholder(object),  # or one, tenth, half, full
     )
     return config
 

@@ -6,15 +6,13 @@ from dataclasses import dataclass
 import numpy as np
 from ml_collections import ConfigDict
 
+from data_pipelines.cameras import camera_rows, cameras, tile
 from data_pipelines.episode import Episode
-from data_pipelines.transforms import resize_area
-from data_pipelines.windows import WindowSpec, anchors, nearest_indices, read_window, request_times
+from data_pipelines.policy_parts import Part, bases, dims, parse, streams
+from data_pipelines.policy_vector import StreamMismatch, read
+from data_pipelines.windows import WindowSpec, anchors, nearest_indices, request_times
 
 _DECODE_FRAMES = 64  # frames decoded at a time, so that full-size frames never pile up
-
-
-class StreamMismatch(ValueError):
-    """The config does not fit the dataset; unlike a broken file this stops the job."""
 
 
 @dataclass(frozen=True)
@@ -22,10 +20,11 @@ class EpisodeWindows:
     """All windows of one episode.
 
     Attributes:
-        frames: the frames in use, resized, uint8 [n, h, w, 3].
+        frames: the frames in use, resized, several cameras tiled into one, uint8 [n, h, w, 3].
         clips: which frames each window shows, int64 [k, observed + future].
         columns: k rows each: anchor int64 (nanoseconds), and where the dataset has them actions
-            float32 [k, H, A] and proprio float32 [k, P, D], raw units.
+            float32 [k, H, A] and proprio float32 [k, P, D], not normalised, with actions_padded
+            bool [k, H] and proprio_padded bool [k, P]: true where an edge value was repeated.
     """
 
     frames: np.ndarray
@@ -51,55 +50,88 @@ def cut_episode(
 
     Args:
         episode: the episode.
-        dataset: names its streams: `video`, and `action` and `proprio` ("" where absent).
+        dataset: `video` (see `camera_rows`), `action` and `proprio` (see `policy_parts`).
         clip: height, width, observed_frames, future_frames, fps.
-        policy_io: `action {horizon, fps, shift, dim}` and `proprio {horizon, fps, dim}`; an
-            `interpolation` in either replaces the nearest value (see `WindowSpec`).
+        policy_io: `action {horizon, fps, shift, dim}` and `proprio {horizon, fps, dim}`.
         anchor_fps: windows per second of video; None makes one per frame.
 
     Raises:
         StreamMismatch: if the config names streams or dimensions that the episode lacks.
-        ValueError: if the episode is too short to be cut.
+        ValueError: if the episode is too short to be cut, or holds what no rotation is.
     """
-    names = [name for name in (dataset.video, dataset.action, dataset.proprio) if name]
-    missing = [name for name in names if name not in episode.streams]
-    if missing:
+    columns = cut_numbers(episode, dataset, policy_io, anchor_fps)
+    rows, at = camera_rows(dataset.video), columns["anchor"]
+    names = cameras(rows)
+    observed = WindowSpec(names[0], clip.observed_frames, clip.fps, look="past")
+    future = WindowSpec(names[0], clip.future_frames, clip.fps, shift=1 / clip.fps)
+    times = np.concatenate([request_times(observed, at), request_times(future, at)], axis=1)
+    shown = [nearest_indices(episode.streams[name].timestamps, times) for name in names]
+    # A tiled frame is a combination of the cameras' frames; each is made once, in order.
+    used, clips = np.unique(
+        np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
+    )
+    frames = []
+    for start in range(0, len(used), _DECODE_FRAMES):
+        of_each = zip(names, used[start : start + _DECODE_FRAMES].T)
+        pictures = {name: episode.streams[name].values.read(i) for name, i in of_each}
+        frames.append(tile(rows, pictures, clip.height, clip.width))
+    return EpisodeWindows(np.concatenate(frames), clips.reshape(times.shape), columns)
+
+
+def cut_numbers(
+    episode: Episode,
+    dataset: ConfigDict,
+    policy_io: ConfigDict,
+    anchor_fps: float | None = None,
+) -> dict[str, np.ndarray]:
+    """The `columns` of `cut_episode`, by its arguments; no frame is decoded."""
+    names, action, proprio = _described(dataset, policy_io)
+    used = dict.fromkeys([*names, *streams(action), *streams(proprio)])
+    used |= dict.fromkeys([*bases(action), *bases(proprio)])
+    if missing := [n for n in used if n not in episode.streams and n not in names]:
         raise StreamMismatch(
             f"dataset {dataset.name!r}: the config names the streams {missing}, but episode "
             f"{episode.id!r} has {sorted(episode.streams)}"
         )
-    short = [name for name in names if len(episode.streams[name].timestamps) <= 2]
-    if short:
+    # Robots were recorded with more or fewer cameras, so this is the episode's fault.
+    if dark := [name for name in names if name not in episode.cameras]:
+        raise ValueError(f"no cameras {dark} (config.datasets...video), only {episode.cameras}")
+    if short := [name for name in used if len(episode.streams[name].timestamps) <= 2]:
         raise ValueError(f"two or fewer samples in {short}")
-    video = episode.streams[dataset.video]
-    acting = [episode.streams[dataset.action].timestamps] if dataset.action else []
-    at = anchors(video.timestamps, acting, anchor_fps)
+    acting = [episode.streams[name].timestamps for name in streams(action)]
+    at = anchors(episode.streams[names[0]].timestamps, acting, anchor_fps)
     if len(at) == 0:
         raise ValueError("the video and the actions do not overlap in time")
 
     columns = {"anchor": at}
-    if dataset.action:
-        columns["actions"] = _numbers(episode, dataset.action, policy_io.action, "future", at)
-    if dataset.proprio:
-        columns["proprio"] = _numbers(episode, dataset.proprio, policy_io.proprio, "past", at)
-
-    observed = WindowSpec(dataset.video, clip.observed_frames, clip.fps, look="past")
-    future = WindowSpec(dataset.video, clip.future_frames, clip.fps, shift=1 / clip.fps)
-    times = np.concatenate([request_times(observed, at), request_times(future, at)], axis=1)
-    used, clips = np.unique(nearest_indices(video.timestamps, times), return_inverse=True)
-    parts = [used[i : i + _DECODE_FRAMES] for i in range(0, len(used), _DECODE_FRAMES)]
-    frames = [resize_area(video.values.read(part), clip.height, clip.width) for part in parts]
-    return EpisodeWindows(np.concatenate(frames), clips.reshape(times.shape), columns)
+    try:
+        if action:
+            columns |= _windows("actions", action, episode, at, policy_io.action, "future")
+        if proprio:
+            columns |= _windows("proprio", proprio, episode, at, policy_io.proprio, "past")
+    except StreamMismatch as error:
+        raise StreamMismatch(f"dataset {dataset.name!r}, episode {episode.id!r}: {error}") from None
+    return columns
 
 
-def _numbers(episode: Episode, name: str, io: ConfigDict, look: str, at: np.ndarray) -> np.ndarray:
-    interpolation = io.get("interpolation", "nearest")
-    spec = WindowSpec(name, io.horizon, io.fps, io.get("shift", 0.0), interpolation, look)
-    values, _ = read_window(episode.streams[name], spec, at)
-    values = values.reshape(len(at), io.horizon, -1).astype(np.float32)
-    if values.shape[-1] != io.dim:
-        raise StreamMismatch(
-            f"dataset {episode.source!r}: stream {name!r} of episode {episode.id!r} has "
-            f"{values.shape[-1]} dimensions, but policy_io says {io.dim}"
-        )
-    return values
+def _described(
+    dataset: ConfigDict, policy_io: ConfigDict
+) -> tuple[tuple[str, ...], tuple[Part, ...], tuple[Part, ...]]:
+    """Cameras, action and proprioception; what is wrong with them is wrong for every episode."""
+    try:
+        names = cameras(camera_rows(dataset.video))
+        action, proprio = parse(dataset.action, "action"), parse(dataset.proprio, "proprio")
+        for parts, io in ((action, policy_io.action), (proprio, policy_io.proprio)):
+            if parts:
+                dims(parts, io.dim)
+    except ValueError as error:
+        raise StreamMismatch(f"dataset {dataset.name!r}: {error}") from None
+    return names, action, proprio
+
+
+def _windows(
+    key: str, parts: tuple[Part, ...], episode: Episode, at: np.ndarray, io: ConfigDict, look: str
+) -> dict[str, np.ndarray]:
+    window = dict(horizon=io.horizon, fps=io.fps, shift=io.get("shift", 0.0), look=look)
+    values, padded = read(parts, episode.streams, at, io.dim, **window)
+    return {key: values, f"{key}_padded": padded}

@@ -5,9 +5,10 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from data_pipelines.normalizers import Normalizers
 from data_pipelines.mixture import record_mixture
-from data_pipelines.normalizer import Normalizer
 from data_pipelines.records import RecordDataset
+from data_pipelines.selection import PerTask
 
 
 def make_loader(
@@ -16,10 +17,11 @@ def make_loader(
     batch_size: int,
     seed: int,
     split: str,
-    normalizer: Normalizer | None = None,
-    episodes_per_task: int | None = None,
+    normalizers: Normalizers | None = None,
+    episodes_per_task: PerTask = None,
     *,
-    with_actions: bool = False,
+    mask_padding: bool = False,
+    max_bad_share: float = 0.05,
     rows: Sequence[int] | None = None,
     num_threads: int = 4,
     prefetch_batches: int = 8,
@@ -37,35 +39,34 @@ def make_loader(
         batch_size: global batch size.
         seed: of the order.
         split: "train" or "validation".
-        normalizer: for "actions" and "proprio"; required with actions.
-        episodes_per_task: use this many episodes of each distinct instruction.
-        with_actions: also yield actions and proprio.
+        normalizers: also yield actions and proprio, normalised by these.
+        episodes_per_task: see `record_mixture`.
+        mask_padding: see `record_mixture`.
+        max_bad_share: see `record_mixture`; each process counts what it reads.
         rows: the rows of each global batch to read; all of them when None.
         num_threads: reader threads.
         prefetch_batches: batches read ahead.
 
     Returns:
         An iterator of dicts of float32 arrays, b = len(rows): latents [b, t', h', w', 16], text
-        [b, l, d], and with actions actions [b, H, A] and proprio [b, P, D], both normalised.
+        [b, l, d], and with normalizers actions [b, H, A], proprio [b, P, D] and action_mask
+        [b, H, A], see `record_mixture`.
     """
-    if with_actions and normalizer is None:
-        raise ValueError("Actions were asked for without a normalizer; see action_statistics.")
-
     mixture = record_mixture(
         datasets,
         weights,
         seed=seed,
         split=split,
-        with_actions=with_actions,
+        normalizers=normalizers,
+        mask_padding=mask_padding,
         episodes_per_task=episodes_per_task,
+        max_bad_share=max_bad_share,
     )
     chosen = range(batch_size) if rows is None else [int(row) for row in rows]
 
     def read(number: int) -> dict[str, np.ndarray]:
         elements = [mixture[number * batch_size + row] for row in chosen]
         batch = {key: np.stack([element[key] for element in elements]) for key in elements[0]}
-        for key in ("actions", "proprio") if with_actions else ():
-            batch[key] = normalizer.normalize(key, batch[key])
         return {key: value.astype(np.float32, copy=False) for key, value in batch.items()}
 
     batches = grain.MapDataset.range(len(mixture) // batch_size).map(read)

@@ -4,19 +4,19 @@ Every statistic is per time step and dimension: arrays [n, horizon, dim] are red
 the first and the last step of an action chunk have their own scale, as in the release.
 """
 
-import enum
 import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from data_pipelines.affine import P2, P98, Affine, Mode, affine_of
+
 PERCENTS = np.linspace(0.0, 100.0, 1001)
-_P2, _P98 = 20, 980  # positions of 2 % and 98 % in PERCENTS
-_FLAT = 1e-5  # below this spread a dimension counts as constant and is not scaled
 _STATISTICS = (
     "min",
     "max",
@@ -30,16 +30,6 @@ _STATISTICS = (
 )
 
 
-class Mode(enum.StrEnum):
-    """How a dimension is normalised (the release's normalization_type)."""
-
-    VARIANCE = "VARIANCE"  # zero mean and unit spread of the clamped data, clamped
-    SQUASH = "SQUASH"  # 2 % .. 98 % to [-1, 1], clamped to [-1.5, 1.5]
-    SQUASH_HARD = "SQUASH_HARD"  # 1.5 times that range, within min .. max, to [-1, 1], clamped
-    IDENTITY = "IDENTITY"  # unchanged, but the shape is checked
-    NONE = "NONE"  # unchanged and unchecked; needs no statistics
-
-
 def compute_statistics(data: np.ndarray) -> dict[str, np.ndarray]:
     """Statistics over the first axis (release: `array_to_stats`).
 
@@ -47,28 +37,67 @@ def compute_statistics(data: np.ndarray) -> dict[str, np.ndarray]:
         data: [n, ...], typically [windows, horizon, dim].
 
     Returns:
-        min, max, mean, std, clamp_min, clamp_max, mean_clamped and std_clamped of shape [...];
-        percentiles [1001, ...] in steps of 0.1 %.
+        float64 min, max, mean, std, clamp_min, clamp_max, mean_clamped and std_clamped of shape
+        [...]; percentiles [1001, ...] in steps of 0.1 %.
     """
     data = np.asarray(data)
     if len(data) == 0:
         raise ValueError("No data to take statistics of: the first axis has length 0.")
-    percentiles = np.percentile(data, PERCENTS, axis=0)
-    mean = data.mean(axis=0)
-    clamp_min = mean + 1.5 * (percentiles[_P2] - mean)
-    clamp_max = mean + 1.5 * (percentiles[_P98] - mean)
-    clamped = np.clip(data, clamp_min, clamp_max)
-    return {
-        "min": data.min(axis=0),
-        "max": data.max(axis=0),
-        "mean": mean,
-        "std": data.std(axis=0),
-        "clamp_min": clamp_min,
-        "clamp_max": clamp_max,
-        "mean_clamped": clamped.mean(axis=0),
-        "std_clamped": clamped.std(axis=0),
-        "percentiles": percentiles,
-    }
+    shape = data.shape[1:]
+    rows = [row_statistics(row) for row in data.reshape(len(data), -1).T]
+    return from_rows(np.reshape(rows, (-1, ROW)), shape)
+
+
+ROW = len(_STATISTICS) - 1 + len(PERCENTS)  # numbers that describe one dimension
+
+
+def row_statistics(values: np.ndarray) -> np.ndarray:
+    """Statistics of one dimension.
+
+    Args:
+        values: [n], one dimension of all windows; finite.
+
+    Returns:
+        float64 [ROW], for `from_rows`.
+    """
+    ordered = np.sort(values)
+    percentiles = _percentiles(ordered)
+    mean = ordered.mean(dtype=np.float64)
+    clamp_min = mean + 1.5 * (percentiles[P2] - mean)
+    clamp_max = mean + 1.5 * (percentiles[P98] - mean)
+    # Sorted values are clamped at their ends only.
+    low, high = np.searchsorted(ordered, (clamp_min, clamp_max))
+    clamped = ordered.astype(np.float64)
+    clamped[:low], clamped[high:] = clamp_min, clamp_max
+    moments = (
+        mean,
+        ordered.std(dtype=np.float64),
+        clamp_min,
+        clamp_max,
+        clamped.mean(),
+        clamped.std(),
+    )
+    return np.concatenate([[ordered[0], ordered[-1]], moments, percentiles])
+
+
+def _percentiles(ordered: np.ndarray) -> np.ndarray:
+    """`np.percentile(ordered, PERCENTS)` of sorted values, which need not be sorted again."""
+    position = PERCENTS / 100 * (len(ordered) - 1)
+    before = np.floor(position).astype(np.int64)
+    after = np.minimum(before + 1, len(ordered) - 1)
+    start, end = ordered[before].astype(np.float64), ordered[after].astype(np.float64)
+    return start + (position - before) * (end - start)
+
+
+def from_rows(rows: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
+    """What `compute_statistics` returns.
+
+    Args:
+        rows: of `row_statistics`, [c, ROW], for every dimension of every time step.
+        shape: [horizon, dim], c together.
+    """
+    scalars = {name: rows[:, i].reshape(shape) for i, name in enumerate(_STATISTICS[:-1])}
+    return scalars | {"percentiles": rows[:, len(scalars) :].T.reshape(len(PERCENTS), *shape)}
 
 
 def concat_statistics(
@@ -79,37 +108,6 @@ def concat_statistics(
         name: np.concatenate([np.asarray(statistics[key][name]) for key in keys], axis=-1)
         for name in _STATISTICS
     }
-
-
-@dataclass(frozen=True)
-class Affine:
-    """`normalized = clip((x - shift) * scale, clamp_min, clamp_max)`; all float32 [...]."""
-
-    shift: np.ndarray
-    scale: np.ndarray
-    clamp_min: np.ndarray
-    clamp_max: np.ndarray
-
-
-def _affine(statistics: Mapping[str, np.ndarray], mode: Mode) -> Affine:
-    mean, low, high = statistics["mean"], *np.asarray(statistics["percentiles"])[[_P2, _P98]]
-    if mode is Mode.VARIANCE:
-        shift, spread = statistics["mean_clamped"], np.asarray(statistics["std_clamped"])
-    elif mode in (Mode.SQUASH, Mode.SQUASH_HARD):
-        if mode is Mode.SQUASH_HARD:
-            margin = 0.25 * (high - low)
-            low = np.maximum(low - margin, statistics["min"])
-            high = np.minimum(high + margin, statistics["max"])
-        shift, spread = 0.5 * (low + high), 0.5 * (high - low)
-    else:
-        shift, spread = np.zeros_like(mean), np.ones_like(mean)
-    scale = 1.0 / np.where(np.abs(spread) < _FLAT, 1.0, spread)
-    if mode is Mode.VARIANCE:
-        bounds = ((statistics[name] - shift) * scale for name in ("clamp_min", "clamp_max"))
-    else:
-        limit = {Mode.SQUASH: 1.5, Mode.SQUASH_HARD: 1.0}.get(mode, np.inf)
-        bounds = (np.full_like(mean, -limit), np.full_like(mean, limit))
-    return Affine(*(np.asarray(part, np.float32) for part in (shift, scale, *bounds)))
 
 
 @dataclass(frozen=True)
@@ -145,12 +143,12 @@ class Normalizer:
         for key, mode in self.modes.items():
             if isinstance(mode, str):
                 if Mode(mode) is not Mode.NONE:
-                    result[key] = _affine(self.statistics[key], Mode(mode))
+                    result[key] = affine_of(self.statistics[key], Mode(mode))
                 continue
             dim = np.shape(self.statistics[key]["mean"])[-1]
             if len(mode) != dim:
                 raise ValueError(f"Key {key!r} has {dim} dimensions but {len(mode)} modes.")
-            whole = {one: _affine(self.statistics[key], Mode(one)) for one in set(mode)}
+            whole = {one: affine_of(self.statistics[key], Mode(one)) for one in set(mode)}
             result[key] = Affine(
                 *(
                     np.stack([getattr(whole[one], part)[..., i] for i, one in enumerate(mode)], -1)
@@ -190,7 +188,10 @@ class Normalizer:
 
     def save(self, path: str | Path) -> None:
         """Writes JSON in the release's layout `{key: {min, max, ...}}`, plus one "meta" entry."""
-        path = Path(path)
+        write_statistics(Path(path), self.as_json())
+
+    def as_json(self) -> dict[str, Any]:
+        """The content of such a file."""
         content = {
             key: {name: np.asarray(value).tolist() for name, value in statistics.items()}
             for key, statistics in self.statistics.items()
@@ -198,28 +199,39 @@ class Normalizer:
         modes = {
             k: str(m) if isinstance(m, str) else list(map(str, m)) for k, m in self.modes.items()
         }
-        content["meta"] = {"modes": modes, "fingerprint": self.fingerprint}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(path.name + ".partial")
-        partial.write_text(json.dumps(content))
-        os.replace(partial, path)
+        return content | {"meta": {"modes": modes, "fingerprint": self.fingerprint}}
+
+
+def write_statistics(path: Path, content: Mapping[str, Any]) -> None:
+    """Writes JSON so that `path` never holds half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(content))
+    os.replace(partial, path)
 
 
 def load_normalizer(
     path: str | Path, modes: Mapping[str, Mode | Sequence[Mode]] | None = None
 ) -> Normalizer:
-    """Reads a normalizer, or the released statistics.
+    """Reads the normalizer of one embodiment, or the released statistics.
 
     Args:
         path: JSON written by `Normalizer.save` or released as `dataset_statistics/*.json`.
         modes: replaces the file's modes; required for released files, which hold none.
     """
-    content = json.loads(Path(path).read_text())
+    return normalizer_from(json.loads(Path(path).read_text()), str(path), modes)
+
+
+def normalizer_from(
+    content: Mapping[str, Any], where: str, modes: Mapping[str, Mode | Sequence[Mode]] | None = None
+) -> Normalizer:
+    """The normalizer that `Normalizer.as_json` describes; `where` is for error messages."""
+    content = dict(content)
     meta = content.pop("meta", {"modes": None, "fingerprint": ""})
     modes = modes if modes is not None else meta["modes"]
     if modes is None:
         raise ValueError(
-            f"{path} holds statistics but no modes; pass modes, such as "
+            f"{where} holds statistics but no modes; pass modes, such as "
             f"{{{next(iter(content), 'actions')!r}: 'VARIANCE'}}."
         )
     statistics = {

@@ -8,51 +8,23 @@ A records folder holds
     texts.npz                 the distinct instructions and their embeddings
     manifest.json             everything a reader needs to know (written last)
 
-A record is a small JSON header followed by raw little-endian buffers: no pickle, no schema files,
-and decoding copies nothing.
+A record is packed by `record_codec`.
 """
 
-import hashlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-import grain
-import ml_dtypes  # noqa: F401  (teaches numpy the name "bfloat16")
 import numpy as np
 from array_record.python import array_record_module
 
-_ALIGNMENT = 8
-
-
-def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Packs named numeric arrays into bytes: header length, JSON header, aligned buffers."""
-    arrays = {key: np.asarray(value, order="C") for key, value in arrays.items()}
-    for key, value in arrays.items():
-        if value.dtype.hasobject or value.dtype.kind in "USM" or value.dtype.byteorder == ">":
-            raise ValueError(
-                f"Record entry {key!r} has dtype {value.dtype}; records hold little-endian numbers."
-            )
-    header = json.dumps([[k, v.dtype.name, v.shape] for k, v in arrays.items()]).encode()
-    header += b" " * (-(4 + len(header)) % _ALIGNMENT)
-    parts = [len(header).to_bytes(4, "little"), header]
-    for value in arrays.values():
-        parts += [value.tobytes(), bytes(-value.nbytes % _ALIGNMENT)]
-    return b"".join(parts)
-
-
-def decode_record(data: bytes) -> dict[str, np.ndarray]:
-    """Unpacks `encode_record`; the arrays are read-only views of `data`."""
-    start = 4 + int.from_bytes(data[:4], "little")
-    arrays = {}
-    for key, name, shape in json.loads(data[4:start]):
-        dtype, count = np.dtype(name), int(np.prod(shape))
-        arrays[key] = np.frombuffer(data, dtype, count, start).reshape(shape)
-        start += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    return arrays
+from data_pipelines import selection
+from data_pipelines.record_codec import decode_record, encode_record
+from data_pipelines.shard_reader import DamagedRecord, ShardReader
 
 
 class RecordWriter:
@@ -136,6 +108,7 @@ class RecordDataset:
     Attributes:
         path: the folder.
         name: the dataset's name.
+        embodiment: the body whose actions these are; its own normalisation goes with it.
         fingerprint: identity of the content; changes with the data, the clip and the tokenizer.
         settings: what was encoded and how (streams, clip, policy_io, identity of the networks).
         shapes: shape of each array in a record.
@@ -150,20 +123,22 @@ class RecordDataset:
             state = "is not finished" if (self.path / "plan.json").exists() else "holds no records"
             raise FileNotFoundError(f"{self.path} {state}: run the encoding job on it first.")
         manifest = json.loads(file.read_text())
-        self.name: str = manifest["settings"]["dataset"]["name"]
-        self.fingerprint: str = manifest["fingerprint"]
         self.settings: dict = manifest["settings"]
+        self.name: str = self.settings["dataset"]["name"]
+        self.embodiment: str = self.settings["dataset"].get("embodiment", self.name)
+        self.fingerprint: str = manifest["fingerprint"]
         self.skipped: list[dict[str, str]] = manifest["skipped"]
         self.episodes = [
             EpisodeRow(**{**row, "instructions": tuple(row["instructions"])})
             for row in manifest["episodes"]
         ]
         self._shards = [self.path / shard for shard in manifest["shards"]]
-        self._source = grain.sources.ArrayRecordDataSource([str(shard) for shard in self._shards])
-        self.shapes = {key: value.shape for key, value in self[0].items()}
+        counts = [_rows_in(columns) for columns in self._columns("anchor")]
+        self._reader = ShardReader(self._shards, counts)
+        self.shapes = self._first_shapes(np.cumsum([0, *counts[:-1]]))
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self._reader)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One window.
@@ -174,11 +149,25 @@ class RecordDataset:
         Returns:
             latents bfloat16 [t', h', w', 16]; episode (row in `episodes`), anchor (nanoseconds) and
             text (row of the text table), int64 []; where the dataset has them actions float32
-            [H, A] and proprio float32 [P, D], raw units. Arrays are read-only.
+            [H, A] and proprio float32 [P, D], raw units, with actions_padded bool [H] and
+            proprio_padded bool [P], true where the episode's first or last value was repeated.
+            Arrays are read-only.
+
+        Raises:
+            DamagedRecord: if the record cannot be read.
         """
-        record = decode_record(self._source[index])
+        record = decode_record(self._reader.read(index))
         row = self.episodes[int(record["episode"])]
         return record | {"text": np.int64(row.instructions[int(record["text"])])}
+
+    def _first_shapes(self, firsts: Sequence[int]) -> dict[str, tuple[int, ...]]:
+        damage = None
+        for index in firsts:  # of every shard: one may be damaged
+            try:
+                return {key: value.shape for key, value in self[int(index)].items()}
+            except (DamagedRecord, IndexError) as error:
+                damage = damage or error
+        raise ValueError(f"no file of records in {self.path} can be read; {damage}")
 
     @cached_property
     def _texts(self) -> dict[str, np.ndarray]:
@@ -199,38 +188,58 @@ class RecordDataset:
         embedding[:used] = table["rows"][end - used : end]
         return embedding
 
-    def columns(self, *names: str) -> dict[str, np.ndarray]:
-        """Numeric columns of all records, such as actions [n, H, A], without reading latents."""
+    def shard_columns(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """Numeric columns, such as actions [n, H, A], shard by shard, without reading latents.
+
+        Raises:
+            KeyError: if the records have no such column.
+            ValueError: if a file is damaged.
+        """
         missing = [name for name in names if name not in self.shapes or name in ("latents", "text")]
         if missing:
             raise KeyError(f"Records of {self.name!r} have no column {missing} (in {self.path}).")
-        parts = []
-        for shard in self._shards:
-            with np.load(shard.with_suffix(".npz")) as columns:
-                if "anchor" in columns:  # every episode of a shard may have been skipped
-                    parts.append({name: columns[name] for name in names})
+        return filter(None, self._columns(*names))
+
+    def columns(self, *names: str) -> dict[str, np.ndarray]:
+        """Numeric columns of all records at once; see `shard_columns`."""
+        parts = list(self.shard_columns(*names))
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
+    def _columns(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
+        """Of each shard; {} for one whose episodes were all skipped."""
+        for shard in self._shards:
+            file = shard.with_suffix(".npz")
+            try:
+                with np.load(file) as columns:
+                    yield {name: columns[name] for name in names if "anchor" in columns}
+            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+                raise ValueError(
+                    f"{file} is damaged ({type(error).__name__}: {error}); delete it and run the "
+                    "encoding job again"
+                ) from error
+
     def record_indices(
-        self, split: str | None = None, episodes_per_task: int | None = None, seed: int = 0
+        self,
+        split: str | None = None,
+        episodes_per_task: selection.PerTask = None,
+        seed: int = 0,
     ) -> np.ndarray:
         """Which records to use.
 
         Args:
             split: "train", "validation", or None for both.
-            episodes_per_task: keep this many episodes of every distinct first instruction; with the
-                same seed a smaller choice is contained in a larger one.
+            episodes_per_task: keep so many episodes of every distinct first instruction, a number
+                or a share by name; with the same seed a smaller choice is contained in a larger.
             seed: chooses among the episodes.
 
         Returns:
             int64 [n], ascending.
         """
         rows = [r for r in self.episodes if r.count and (split is None or r.split == split)]
-        if episodes_per_task is not None:
-            order = sorted(rows, key=lambda row: hashlib.md5(f"{seed}/{row.id}".encode()).digest())
-            taken: dict[int, list[EpisodeRow]] = {}
-            for row in order:
-                taken.setdefault(row.instructions[0], []).append(row)
-            rows = [row for task in taken.values() for row in task[:episodes_per_task]]
+        rows = selection.of_every_task(rows, episodes_per_task, seed)
         spans = [np.arange(row.first, row.first + row.count) for row in rows]
         return np.sort(np.concatenate([np.zeros(0, np.int64), *spans]))
+
+
+def _rows_in(columns: Mapping[str, np.ndarray]) -> int:
+    return len(columns["anchor"]) if columns else 0

@@ -2,6 +2,16 @@
 
 import numpy as np
 from PIL import Image
+from scipy.spatial.transform import Rotation
+
+# How datasets store a rotation -> how many numbers that takes.
+ROTATION_WIDTHS = {
+    "matrix": 9,
+    "quaternion_xyzw": 4,
+    "quaternion_wxyz": 4,
+    "rotvec": 3,
+    "euler_xyz": 3,
+}
 
 
 def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -73,3 +83,68 @@ def rotation_from_6d(values: np.ndarray) -> np.ndarray:
     second = second - np.sum(first * second, axis=-1, keepdims=True) * first
     second = second / np.linalg.norm(second, axis=-1, keepdims=True)
     return np.stack([first, second, np.cross(first, second)], axis=-2)
+
+
+def rotation_matrices(values: np.ndarray, form: str) -> np.ndarray:
+    """Rotation matrices float64 [..., 3, 3] from stored rotations.
+
+    Args:
+        values: [..., w] numbers, w = `ROTATION_WIDTHS[form]`.
+        form: "matrix" (row by row, taken as it is), "quaternion_xyzw", "quaternion_wxyz", "rotvec"
+            (axis times angle in radians), or "euler_xyz" (roll, pitch, yaw in radians about the
+            fixed axes x, y, z).
+    """
+    lead = values.shape[:-1]
+    flat = np.asarray(values, np.float64).reshape(-1, ROTATION_WIDTHS[form])
+    if form == "matrix":
+        return flat.reshape(*lead, 3, 3)
+    if form == "rotvec":
+        rotation = Rotation.from_rotvec(flat)
+    elif form == "euler_xyz":
+        rotation = Rotation.from_euler("xyz", flat)
+    else:
+        rotation = Rotation.from_quat(flat, scalar_first=form == "quaternion_wxyz")
+    return rotation.as_matrix().reshape(*lead, 3, 3)
+
+
+def rotation_values(matrices: np.ndarray, form: str) -> np.ndarray:
+    """The inverse of `rotation_matrices`: [..., 3, 3] to [..., w].
+
+    Of the two quaternions of a rotation it gives the one with a positive real part, of the rotation
+    vectors the shortest, of the Euler angles those with a pitch within 90 degrees.
+    """
+    lead = matrices.shape[:-2]
+    if form == "matrix":
+        return matrices.reshape(*lead, 9)
+    rotation = Rotation.from_matrix(matrices.reshape(-1, 3, 3))
+    if form == "rotvec":
+        values = rotation.as_rotvec()
+    elif form == "euler_xyz":
+        values = rotation.as_euler("xyz")
+    else:
+        values = rotation.as_quat(canonical=True, scalar_first=form == "quaternion_wxyz")
+    return values.reshape(*lead, ROTATION_WIDTHS[form])
+
+
+def pose_matrices(position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
+    """Homogeneous matrices [..., 4, 4] from positions [..., 3] and rotations [..., 3, 3]."""
+    poses = np.zeros((*rotation.shape[:-2], 4, 4))
+    poses[..., :3, :3] = rotation
+    poses[..., :3, 3] = position
+    poses[..., 3, 3] = 1.0
+    return poses
+
+
+def gripper_opening(
+    values: np.ndarray, closed: float, open: float, binary: bool = False
+) -> np.ndarray:
+    """How open a gripper is: 0 closed, 1 open, clipped; `binary` has nothing between."""
+    opening = np.clip((values - closed) / (open - closed), 0.0, 1.0)
+    return (opening >= 0.5).astype(opening.dtype) if binary else opening
+
+
+def gripper_command(
+    opening: np.ndarray, closed: float, open: float, binary: bool = False
+) -> np.ndarray:
+    """The inverse of `gripper_opening`; what lies outside 0 .. 1 is clipped."""
+    return closed + gripper_opening(opening, 0.0, 1.0, binary) * (open - closed)

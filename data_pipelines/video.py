@@ -5,17 +5,26 @@ import threading
 from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
 
 from data_pipelines.episode import NANOSECONDS
+from data_pipelines.video_index import (
+    FileRange,
+    VideoIndex,
+    VideoPlace,
+    open_video,
+    read_index,
+    unreadable,
+)
 
 GOP = 10  # a keyframe every 10 frames: any frame costs at most 10 decodes, at ~1.3x the size
 DECODE_ON = 8  # frames that are cheaper to decode and drop than to seek over
+INDICES_KEPT = 256  # files whose frame lists a pool remembers
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> int:
@@ -80,17 +89,23 @@ def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
     return stream
 
 
-@dataclass(frozen=True)
-class _Index:
-    """Every frame of a file, in display order, in the stream's time base."""
+class _IndexOnce:
+    """The frames of one file: threads that need the same file wait for it, others do not."""
 
-    pts: list[int]
-    keyframes: list[int]  # their pts
-    time_base: Fraction
+    def __init__(self, path: VideoPlace):
+        self._path = path
+        self._lock = threading.Lock()
+        self._index: VideoIndex | None = None
+
+    def get(self) -> VideoIndex:
+        with self._lock:
+            if self._index is None:
+                self._index = read_index(self._path)
+            return self._index
 
 
 class VideoPool:
-    """What files of one dataset share: an index per file, and a bounded number of open decoders.
+    """What files of one dataset share: the latest files' indices, and a bounded number of decoders.
 
     Safe to use from several threads; pickling keeps the limit and drops the rest.
     """
@@ -98,21 +113,23 @@ class VideoPool:
     def __init__(self, max_open: int = 16):
         self._max_open = max_open
         self._lock = threading.Lock()
-        self._indices: dict[Path, _Index] = {}
-        self._decoders: OrderedDict[Path, _Decoder] = OrderedDict()
+        self._indices: OrderedDict[VideoPlace, _IndexOnce] = OrderedDict()
+        self._decoders: OrderedDict[VideoPlace, _Decoder] = OrderedDict()
 
     def __reduce__(self):
         return VideoPool, (self._max_open,)
 
-    def index(self, path: Path) -> _Index:
+    def index(self, path: VideoPlace) -> VideoIndex:
         """The frames of a file, from its packets (nothing is decoded)."""
         with self._lock:
-            if path not in self._indices:
-                self._indices[path] = _read_index(path)
-            return self._indices[path]
+            entry = self._indices.pop(path, None) or _IndexOnce(path)
+            self._indices[path] = entry  # most recent last
+            while len(self._indices) > INDICES_KEPT:
+                self._indices.popitem(last=False)
+        return entry.get()
 
-    def read(self, path: Path, pts: list[int]) -> list[np.ndarray]:
-        """Frames at increasing presentation times of one file."""
+    def read(self, path: VideoPlace, pts: list[int]) -> np.ndarray:
+        """Frames at increasing presentation times of one file: uint8 [k, h, w, 3]."""
         index = self.index(path)
         with self._lock:
             decoder = self._decoders.pop(path, None) or _Decoder(path, index)
@@ -129,10 +146,12 @@ class VideoFile:
     """A `FrameReader` over (a part of) a video file.
 
     Args:
-        path: the file.
+        path: the file, or a range of bytes in one.
         start: seconds; the first frame is the one shown at this time.
         end: seconds, exclusive; None for the file's end.
         pool: shared by the videos of a dataset; a private one if not given.
+        exact: take the frames with start <= time < end, to the nanosecond. Otherwise the part
+            begins and ends half a frame earlier, for times that are sums of rounded durations.
 
     Raises:
         ValueError: at first use, if the file cannot be read or has no frames in that part.
@@ -140,16 +159,18 @@ class VideoFile:
 
     def __init__(
         self,
-        path: Path,
-        start: float = 0.0,
-        end: float | None = None,
+        path: VideoPlace | str,
+        start: float | Fraction = 0.0,
+        end: float | Fraction | None = None,
         pool: VideoPool | None = None,
+        exact: bool = False,
     ):
-        self.path = Path(path)
+        self.path = path if isinstance(path, FileRange) else Path(path)
         self.start = start
         self.end = end
         self._pool = pool or VideoPool(max_open=1)
-        self._pts: list[int] | None = None
+        self._exact = exact
+        self._pts: Sequence[int] | None = None
 
     def __len__(self) -> int:
         return len(self._frames())
@@ -172,47 +193,65 @@ class VideoFile:
         if bad:
             raise IndexError(f"{self.path}: frame {bad[0]} asked for, but there are {len(pts)}")
         unique = sorted(set(indices))
-        frames = dict(zip(unique, self._pool.read(self.path, [pts[i] for i in unique])))
-        return np.stack([frames[i] for i in indices])
+        frames = self._pool.read(self.path, [pts[i] for i in unique])
+        if indices == unique:
+            return frames
+        places = {index: place for place, index in enumerate(unique)}
+        return frames[[places[i] for i in indices]]
 
-    def _frames(self) -> list[int]:
+    def _frames(self) -> Sequence[int]:
         if self._pts is None:
             index = self._pool.index(self.path)
-            # Cut half a frame early: the times of parts are sums of rounded durations.
-            half = (index.pts[-1] - index.pts[0]) / max(len(index.pts) - 1, 1) / 2
-            first = bisect_left(index.pts, self.start / index.time_base - half)
-            last = len(index.pts)
-            if self.end is not None:
-                last = bisect_left(index.pts, self.end / index.time_base - half)
+            first = self._first_from(index, self.start)
+            last = len(index.pts) if self.end is None else self._first_from(index, self.end)
             self._pts = index.pts[first:last]
             if not self._pts:
+                end = "its end" if self.end is None else f"{float(self.end)} s"
                 last_s = float(index.pts[-1] * index.time_base)
                 raise ValueError(
-                    f"{self.path}: no frames between {self.start} s and {self.end} s; the last one "
-                    f"is at {last_s:.3f} s"
+                    f"{self.path}: no frames between {float(self.start)} s and {end}; the last "
+                    f"one is at {last_s:.3f} s"
                 )
         return self._pts
+
+    def _first_from(self, index: VideoIndex, seconds: float | Fraction) -> int:
+        """The number of the file's first frame at or after a time."""
+        if self._exact:  # as integers of nanoseconds, which the timestamps are
+            limit = Fraction(2 * round(seconds * NANOSECONDS) - 1, 2 * NANOSECONDS)
+            return bisect_left(index.pts, limit / index.time_base)
+        half = (index.pts[-1] - index.pts[0]) / max(len(index.pts) - 1, 1) / 2
+        return bisect_left(index.pts, seconds / index.time_base - half)
 
 
 class _Decoder:
     """One open file; goes on decoding where it stopped when that is cheaper than a seek."""
 
-    def __init__(self, path: Path, index: _Index):
+    def __init__(self, path: VideoPlace, index: VideoIndex):
         self._path = path
         self._index = index
         self._lock = threading.Lock()
         self._container = None
+        self._to_rgb = VideoReformatter()  # keeps its tables from frame to frame
         self.seeks = 0
 
-    def read(self, pts: list[int]) -> list[np.ndarray]:
+    def read(self, pts: list[int]) -> np.ndarray:
         with self._lock:
             try:
                 if self._container is None:
                     self._open()
-                return [self._frame(p) for p in pts]
+                first = self._frame(pts[0])
+                frames = np.empty((len(pts), *first.shape), np.uint8)
+                frames[0] = first
+                for place, p in enumerate(pts[1:], 1):
+                    frame = self._frame(p)
+                    if frame.shape != first.shape:
+                        reason = f"frames of {first.shape[:2]} and of {frame.shape[:2]}"
+                        raise ValueError(unreadable(self._path, reason))
+                    frames[place] = frame  # the only copy
+                return frames
             except av.FFmpegError as error:
                 self._close()
-                raise ValueError(_unreadable(self._path, error)) from error
+                raise ValueError(unreadable(self._path, error)) from error
 
     def close(self) -> None:
         with self._lock:
@@ -224,7 +263,7 @@ class _Decoder:
             self._container = None
 
     def _open(self) -> None:
-        self._container = av.open(str(self._path))
+        self._container = open_video(self._path)
         self._stream = self._container.streams.video[0]
         self._stream.codec_context.thread_count = 1  # the loader's own threads fill the cores
         self._decoded = self._container.decode(self._stream)
@@ -233,7 +272,10 @@ class _Decoder:
     def _frame(self, pts: int) -> np.ndarray:
         if self._last is None or self._last.pts != pts:
             self._advance(pts)
-        return self._last.to_ndarray(format="rgb24")
+        picture = self._to_rgb.reformat(self._last, format="rgb24")
+        plane, width = picture.planes[0], picture.width
+        rows = np.frombuffer(plane, np.uint8).reshape(picture.height, plane.line_size)
+        return rows[:, : 3 * width].reshape(picture.height, width, 3)
 
     def _advance(self, pts: int) -> None:
         index = self._index
@@ -250,37 +292,8 @@ class _Decoder:
                 break
         else:
             self._close()
-            raise ValueError(_unreadable(self._path, "it ends before its own frame list does"))
+            raise ValueError(unreadable(self._path, "it ends before its own frame list does"))
         if self._last.pts != pts:
             found = self._last.pts
             self._close()
-            raise ValueError(_unreadable(self._path, f"frame at {pts} is missing, next is {found}"))
-
-
-def _unreadable(path: Path, reason: object) -> str:
-    return f"{path}: not a readable video ({reason}); copy or encode it again"
-
-
-def _read_index(path: Path) -> _Index:
-    if not path.is_file():
-        raise ValueError(f"{path}: the video is missing; copy or encode it again")
-    try:
-        with av.open(str(path)) as container:
-            if not container.streams.video:
-                raise ValueError(_unreadable(path, "it has no video stream"))
-            stream = container.streams.video[0]
-            packets = [
-                (p.pts, p.is_keyframe)
-                for p in container.demux(stream)
-                if p.pts is not None and p.size
-            ]
-            declared, time_base = stream.frames, stream.time_base
-    except av.FFmpegError as error:
-        raise ValueError(_unreadable(path, error)) from error
-    if not packets or len(packets) < declared:
-        raise ValueError(_unreadable(path, f"{len(packets)} of {declared} frames are there"))
-    return _Index(
-        pts=sorted(p for p, _ in packets),
-        keyframes=sorted(p for p, key in packets if key),
-        time_base=time_base,
-    )
+            raise ValueError(unreadable(self._path, f"frame at {pts} is missing, next is {found}"))

@@ -167,19 +167,23 @@ def _interpolate(
     after = np.minimum(before + 1, len(stamps) - 1)
     gap = np.maximum(stamps[after] - stamps[before], 1)
     weight = (times - stamps[before]) / gap
-    start, end = values[before].astype(np.float64), values[after].astype(np.float64)
     if spec.interpolation == "quaternion":
-        ends = Rotation.from_quat(start.reshape(-1, 4)), Rotation.from_quat(end.reshape(-1, 4))
-        return _slerp(*ends, weight).as_quat().reshape(start.shape).astype(dtype)
+        stored = Rotation.from_quat(values)
+        turned = stored[before.ravel()] * _part_way(stored, before, weight)
+        return turned.as_quat().reshape(*weight.shape, 4).astype(dtype)
+    start, end = values[before].astype(np.float64), values[after].astype(np.float64)
     blend = weight.reshape(weight.shape + (1,) * (values.ndim - 1))
     mixed = start + blend * (end - start)
     if spec.interpolation == "pose":
-        matrices = (side[..., :3, :3].reshape(-1, 3, 3) for side in (start, end))
-        rotation = _slerp(*map(Rotation.from_matrix, matrices), weight)
-        mixed[..., :3, :3] = rotation.as_matrix().reshape(*weight.shape, 3, 3)
+        stored = Rotation.from_matrix(values[:, :3, :3])
+        turned = stored.as_matrix()[before.ravel()] @ _part_way(stored, before, weight).as_matrix()
+        mixed[..., :3, :3] = turned.reshape(*weight.shape, 3, 3)
     return mixed.astype(dtype)
 
 
-def _slerp(start: Rotation, end: Rotation, weight: np.ndarray) -> Rotation:
-    turn = (start.inv() * end).as_rotvec()
-    return start * Rotation.from_rotvec(turn * weight.reshape(-1, 1))
+def _part_way(stored: Rotation, before: np.ndarray, weight: np.ndarray) -> Rotation:
+    """Slerp: a share `weight` of the turn from rotation `before` to the one after it."""
+    # Turns between neighbours are taken once, because an instant between them is in many windows.
+    after = np.minimum(np.arange(len(stored)) + 1, len(stored) - 1)
+    turn = (stored.inv() * stored[after]).as_rotvec()
+    return Rotation.from_rotvec(turn[before.ravel()] * weight.reshape(-1, 1))

@@ -1,26 +1,50 @@
 """Encodes every dataset once into records of latents, text, actions and proprioception.
 
-python -m launch.encode --config=configs/quickstart.py
+    python -m launch.encode --config=configs/quickstart.py
+    python -m launch.encode --config=... --only=text     # the text embeddings again, latents stay
+
+Run the same command again to go on where an earlier call was stopped. Several processes (also of
+several machines that share the folder) divide the work among them: start it in all of them, as
+`launch.train`. Each uses all of its accelerators.
 """
 
+import jax
+from absl import flags
+from ml_collections import ConfigDict
+
 from data_pipelines.encode import encode_dataset
+from data_pipelines.encode_finish import encode_texts
+from data_pipelines.local_devices import LocalTokenizer, local_batch_size
+from data_pipelines.records import RecordDataset
 from data_pipelines.sources.open import open_config
+from data_pipelines.text_table import StoredTexts, TextEncoder
 from launch.entry import config_flag, run
 from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
 from mvjax.clip import Clip
+from mvjax.parallel import distributed
 
 CONFIG = config_flag()
+ONLY = flags.DEFINE_enum("only", "", ("", "text"), "Of finished records: what to make again.")
 
 
 def main() -> None:
-    """Writes `records` of every dataset; goes on where an earlier call was stopped."""
+    """Writes `records` of every dataset, or their text embeddings."""
     config = CONFIG.value
-    Clip(**config.clip)  # wrong lengths are said before any data is read
+    with distributed.initialized():
+        if ONLY.value == "text":
+            _texts(config)
+        else:
+            _records(config)
+
+
+def _records(config: ConfigDict) -> None:
+    clip = Clip(**config.clip)  # wrong lengths are said before any data is read
     for stream, io in config.policy_io.items():
         if io.horizon < 1:
             raise ValueError(f"policy_io.{stream}.horizon must be at least 1, got {io.horizon}.")
     tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
-    text_encoder, text_identity = load_text_encoder(config)
+    tokenizer = LocalTokenizer(tokenizer)
+    text_encoder, text_identity = _text_encoder(config)
     identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
     for dataset in config.datasets.values():
         records = encode_dataset(
@@ -32,10 +56,38 @@ def main() -> None:
             text_encoder,
             dataset.records,
             identity=identity,
+            batch_size=local_batch_size(clip.frames, clip.height, clip.width),
             anchor_fps=dataset.anchor_fps,
             validation_share=config.validation_share,
+            max_bad_share=config.max_bad_share,
+            process=jax.process_index(),
+            processes=jax.process_count(),
         )
-        print(f"{dataset.name}: {len(records)} windows of {len(records.episodes)} episodes.")
+        _tell(dataset.name, records)
+
+
+def _texts(config: ConfigDict) -> None:
+    if jax.process_index() != 0:  # it is minutes of work, for one process
+        return
+    text_encoder, identity = _text_encoder(config)
+    for dataset in config.datasets.values():
+        stored = isinstance(text_encoder, StoredTexts)
+        episodes = open_config(dataset) if stored else ()
+        _tell(dataset.name, encode_texts(dataset.records, text_encoder, identity, episodes))
+
+
+def _text_encoder(config: ConfigDict) -> tuple[TextEncoder | StoredTexts, str]:
+    if config.text_encoder != "stored":
+        return load_text_encoder(config)
+    stored = StoredTexts(config.text.length, config.text.dim)
+    return stored, stored.identity
+
+
+def _tell(name: str, records: RecordDataset) -> None:
+    if jax.process_index() == 0:
+        skipped = f", {len(records.skipped)} skipped" if records.skipped else ""
+        texts, count = len(records.instructions), len(records.episodes)
+        print(f"{name}: {len(records)} windows of {count} episodes{skipped}, {texts} instructions.")
 
 
 if __name__ == "__main__":

@@ -1,23 +1,35 @@
 """The encoding job on small in-memory episodes: content, resuming, bad input."""
 
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import ml_dtypes
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from data_pipelines.bad_share import TooManyBad
 from data_pipelines.clips import StreamMismatch, cut_episode
 from data_pipelines.encode import encode_dataset, split_of
+from data_pipelines.encode_finish import encode_texts
 from data_pipelines.episode import Episode, Stream
-from data_pipelines.mixture import action_statistics
 from data_pipelines.normalizer import Mode
+from data_pipelines.normalizers import make_normalizers
+from data_pipelines.records import RecordDataset
+from data_pipelines.text_table import StoredTexts
 
 SIZE, FPS, CONTROL = 48, 40, 80
 CLIP = ConfigDict(dict(height=16, width=16, observed_frames=5, future_frames=8, fps=20))
 POLICY_IO = ConfigDict(
     dict(action=dict(horizon=4, fps=80, shift=0.0, dim=4), proprio=dict(horizon=1, fps=80, dim=4))
 )
-ROBOT = ConfigDict(dict(name="robot", video="front", action="action", proprio="state"))
-HUMAN = ConfigDict(dict(name="human", video="front", action="", proprio=""))
+ROBOT = ConfigDict(
+    dict(name="robot", video="front", action="action", proprio="state", embodiment="arm")
+)
+HUMAN = ConfigDict(dict(name="human", video="front", action="", proprio="", embodiment="human"))
 IDENTITY = {"tokenizer": "toy", "text_encoder": "toy"}
 
 
@@ -68,7 +80,12 @@ class TextEncoder:
         return out
 
 
-def _episode(i, n=30, acting=True, instructions=None, reader=Frames):
+class OtherTextEncoder(TextEncoder):
+    def encode(self, texts):
+        return 2 * super().encode(texts)
+
+
+def _episode(i, n=30, acting=True, instructions=None, reader=Frames, embeddings=None):
     rng = np.random.default_rng(100 + i)
     streams = {"front": Stream(np.arange(n, dtype=np.int64) * 10**9 // FPS, reader(i, n))}
     if acting:
@@ -76,20 +93,21 @@ def _episode(i, n=30, acting=True, instructions=None, reader=Frames):
         for name in ("action", "state"):
             streams[name] = Stream(stamps, rng.normal(size=(2 * n, 4)).astype(np.float32))
     instructions = instructions or (f"task {'x' * (i % 3)}",)
-    return Episode(f"episode {i}", "toy", "arm", instructions, streams, ("front",))
+    cameras = ("front",)
+    return Episode(f"episode {i}", "toy", "arm", instructions, streams, cameras, embeddings or {})
 
 
-def _encode(episodes, path, dataset=ROBOT, tokenizer=None, clip=CLIP, **options):
-    options = dict(batch_size=16, episodes_per_shard=2, validation_share=0.3) | options
+def _encode(episodes, path, dataset=ROBOT, tokenizer=None, clip=CLIP, text_encoder=None, **options):
+    defaults = dict(batch_size=16, episodes_per_shard=2, validation_share=0.3, identity=IDENTITY)
+    options = defaults | options
     return encode_dataset(
         episodes,
         dataset,
         clip,
         POLICY_IO,
         tokenizer or Tokenizer(),
-        TextEncoder(),
+        text_encoder or TextEncoder(),
         path,
-        identity=IDENTITY,
         **options,
     )
 
@@ -173,14 +191,49 @@ def test_other_settings_are_refused_by_name(tmp_path):
 
 def test_bad_episodes_are_named_and_the_rest_is_encoded(tmp_path):
     episodes = [_episode(0), _episode(1, reader=BrokenFrames), _episode(2, n=2), _episode(3)]
-    dataset = _encode(episodes, tmp_path)
+    with pytest.raises(TooManyBad, match=r"2 of 4 episodes of 'robot'.*= 0.05 allows: episode 1 "):
+        _encode(episodes, tmp_path)
+    rest = Tokenizer()
+    dataset = _encode(episodes, tmp_path, max_bad_share=0.5, tokenizer=rest)
+    assert rest.calls == 0  # nothing of what was read before is read again
     assert [row.count for row in dataset.episodes] == [30, 0, 0, 30]
     assert [bad["id"] for bad in dataset.skipped] == ["episode 1", "episode 2"]
     assert "moov atom" in dataset.skipped[0]["reason"]
     assert int(dataset[30]["episode"]) == 3
     assert dataset.columns("anchor")["anchor"].shape == (60,)
     with pytest.raises(ValueError, match=r"no episode.*moov atom"):
-        _encode([_episode(1, reader=BrokenFrames)], tmp_path / "none")
+        _encode([_episode(1, reader=BrokenFrames)], tmp_path / "none", max_bad_share=1.0)
+
+
+def test_many_bad_episodes_stop_the_job_early(tmp_path):
+    episodes = [_episode(i, reader=Frames if i % 4 else BrokenFrames) for i in range(40)]
+    opened = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            opened.append(index)
+            return super().__getitem__(index)
+
+    with pytest.raises(TooManyBad, match=r"6 of 21 episodes of 'robot'.* and 3 more"):
+        _encode(Counted(episodes), tmp_path)
+    assert max(opened) < 30
+    with pytest.raises(TooManyBad):  # what was finished counts when it goes on
+        _encode(episodes, tmp_path, max_bad_share=0.2)
+
+
+def test_numbers_that_are_not_finite_spoil_their_episode(tmp_path):
+    episodes = [_episode(i) for i in range(3)]
+    episodes[1].streams["action"].values[7, 2] = np.nan
+    dataset = _encode(episodes, tmp_path, max_bad_share=0.5)
+    assert [(bad["id"], "actions" in bad["reason"]) for bad in dataset.skipped] == [
+        ("episode 1", True)
+    ]
+
+
+def test_an_episode_that_alone_lacks_a_stream_is_bad_not_the_config(tmp_path):
+    episodes = [_episode(0), _episode(1, acting=False), _episode(2)]
+    dataset = _encode(episodes, tmp_path, max_bad_share=0.5)
+    assert [bad["id"] for bad in dataset.skipped] == ["episode 1"]
 
 
 def test_configs_that_do_not_fit_stop_the_job(tmp_path):
@@ -221,8 +274,166 @@ def test_the_fingerprint_follows_the_data(tmp_path):
 
 def test_statistics_come_from_the_training_windows(tmp_path):
     dataset = _encode([_episode(i) for i in range(8)], tmp_path)
-    normalizer = action_statistics([dataset])
+    normalizers = make_normalizers([dataset])
+    normalizer = normalizers.of("arm")
     actions = np.stack([dataset[int(i)]["actions"] for i in dataset.record_indices("train")])
     np.testing.assert_allclose(normalizer.statistics["actions"]["mean"], actions.mean(0), rtol=1e-5)
     assert normalizer.modes["proprio"] is Mode.VARIANCE
-    assert action_statistics([dataset], 1).fingerprint != normalizer.fingerprint
+    assert make_normalizers([dataset], 1).fingerprint != normalizers.fingerprint
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_work_and_leave_the_same_files(tmp_path, processes):
+    episodes = [_episode(i) for i in range(9)]
+    whole, tokenizers = _encode(episodes, tmp_path / "one"), [Tokenizer() for _ in range(processes)]
+
+    def work(process):
+        return _encode(
+            [_episode(i) for i in range(9)],
+            tmp_path / "many",
+            tokenizer=tokenizers[process],
+            process=process,
+            processes=processes,
+        )
+
+    with ThreadPoolExecutor(processes) as pool:
+        for records in pool.map(work, range(processes)):
+            _same(whole, records)
+    _assert_same_files(tmp_path / "one", tmp_path / "many")
+    once = Tokenizer()
+    _encode(episodes, tmp_path / "again", tokenizer=once)
+    assert all(t.calls for t in tokenizers) and sum(t.calls for t in tokenizers) == once.calls
+
+
+def test_another_number_of_processes_goes_on(tmp_path):
+    episodes = [_episode(i) for i in range(8)]
+    _encode(episodes, tmp_path / "one")
+    for process, calls in ((0, 5), (2, 2)):  # killed; the second of them has not even begun
+        with pytest.raises(KeyboardInterrupt):
+            _encode(
+                episodes,
+                tmp_path / "many",
+                tokenizer=Tokenizer(fail_at=calls),
+                process=process,
+                processes=3,
+            )
+    rest = Tokenizer()
+    _encode(episodes, tmp_path / "many", tokenizer=rest)
+    _assert_same_files(tmp_path / "one", tmp_path / "many")
+    assert rest.calls == 12  # one of four shards was finished
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_bytes(tmp_path):
+    """A real process and SIGKILL, at moments that the clock chooses."""
+    program = "import sys, test_encode; test_encode.encode_slowly(sys.argv[1])"
+    command = [sys.executable, "-c", program, str(tmp_path / "killed")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    for seen in ("shard_00000.npz", "shard_00002.arrayrecord.partial", "shard_00003.npz"):
+        process = subprocess.Popen(command, env=environment)
+        while not (tmp_path / "killed" / seen).exists():
+            assert process.poll() is None
+            time.sleep(0.002)
+        process.kill()
+        process.wait()
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    encode_slowly(tmp_path / "killed")
+    encode_slowly(tmp_path / "whole")
+    _assert_same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+def encode_slowly(path):
+    class Slow(Tokenizer):
+        def encode(self, video):
+            time.sleep(0.02)
+            return super().encode(video)
+
+    _encode([_episode(i) for i in range(12)], path, tokenizer=Slow())
+
+
+def test_a_deleted_shard_is_made_again(tmp_path):
+    episodes = [_episode(i) for i in range(5)]
+    first = _encode(episodes, tmp_path / "a")
+    _encode(episodes, tmp_path / "b")
+    (tmp_path / "b" / "shard_00001.arrayrecord").unlink()
+    some = Tokenizer()
+    _same(first, _encode(episodes, tmp_path / "b", tokenizer=some))
+    assert some.calls == 4
+    _assert_same_files(tmp_path / "a", tmp_path / "b")
+
+
+def test_texts_alone_are_made_again(tmp_path):
+    episodes, other = [_episode(i) for i in range(5)], {**IDENTITY, "text_encoder": "other"}
+    before = _encode(episodes, tmp_path)
+    texts_before = [before.text(i) for i in range(len(before.instructions))]
+    bytes_before = {path: path.read_bytes() for path in tmp_path.glob("shard_*")}
+    with pytest.raises(ValueError, match=r"identity: .*toy.*other.*--only=text"):
+        _encode(episodes, tmp_path, identity=other)
+    after = encode_texts(tmp_path, OtherTextEncoder(), "other")
+    assert after.fingerprint != before.fingerprint and after.settings["identity"] == other
+    for index, text in enumerate(texts_before):
+        np.testing.assert_array_equal(after.text(index), 2 * text)
+    assert bytes_before == {path: path.read_bytes() for path in tmp_path.glob("shard_*")}
+    _same(after, _encode(episodes, tmp_path, identity=other))
+    _same(after, encode_texts(tmp_path, None, "other"))  # nothing is left to do
+    # The same as encoding everything with it.
+    whole = _encode(episodes, tmp_path / "whole", text_encoder=OtherTextEncoder(), identity=other)
+    assert whole.fingerprint == after.fingerprint
+
+
+def test_texts_killed_on_the_way_are_finished_by_either_command(tmp_path):
+    class Killed(TextEncoder):
+        def encode(self, texts):
+            raise KeyboardInterrupt
+
+    episodes, other = [_episode(i) for i in range(3)], {**IDENTITY, "text_encoder": "other"}
+    for name, finish in (
+        ("a", lambda path: encode_texts(path, OtherTextEncoder(), "other")),
+        (
+            "b",
+            lambda path: _encode(episodes, path, text_encoder=OtherTextEncoder(), identity=other),
+        ),
+    ):
+        path = tmp_path / name
+        _encode(episodes, path)
+        with pytest.raises(KeyboardInterrupt):
+            encode_texts(path, Killed(), "other")
+        with pytest.raises(FileNotFoundError, match="is not finished"):
+            RecordDataset(path)
+        assert finish(path).settings["identity"] == other
+    with pytest.raises(ValueError, match="is not finished; encode without --only"):
+        encode_texts(tmp_path / "nothing", TextEncoder(), "other")
+
+
+def test_embeddings_that_the_dataset_stores(tmp_path):
+    rng, texts = np.random.default_rng(0), [f"task {i}" for i in range(3)]
+    stored = {text: rng.normal(size=(2 + i, 4)).astype(np.float16) for i, text in enumerate(texts)}
+
+    def episode(i, **options):
+        text = texts[i % 3]
+        return _episode(i, instructions=(text,), embeddings={text: stored[text]}, **options)
+
+    encoder = StoredTexts(length=8, dim=4)
+    episodes = [episode(i) for i in range(6)]
+    options = dict(text_encoder=encoder, identity={**IDENTITY, "text_encoder": encoder.identity})
+    dataset = _encode(episodes, tmp_path / "a", **options)
+    assert dataset.instructions == texts
+    for i, text in enumerate(texts):
+        np.testing.assert_array_equal(dataset.text(i)[: 2 + i], stored[text].astype(np.float32))
+        assert not dataset.text(i)[2 + i :].any()
+    # The same from records that were made with an encoder.
+    _encode(episodes, tmp_path / "b")
+    _same(dataset, encode_texts(tmp_path / "b", encoder, encoder.identity, episodes))
+    # An episode without is bad, and named.
+    lacking = [*episodes, _episode(7)]
+    dataset = _encode(lacking, tmp_path / "c", max_bad_share=0.2, **options)
+    assert dataset.skipped[0]["id"] == "episode 7" and len(dataset.instructions) == 3
+    assert "stores no embedding of its instruction 'task x'" in dataset.skipped[0]["reason"]
+    with pytest.raises(ValueError, match=r"shape \[2, 4\], but config.text has length 1"):
+        StoredTexts(1, 4).embedding(episodes[0], texts[0])
+
+
+def _assert_same_files(a, b):
+    files = sorted(path.name for path in a.iterdir())
+    assert files == sorted(path.name for path in b.iterdir())
+    for name in files:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name

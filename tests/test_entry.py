@@ -84,7 +84,7 @@ def test_mistakes_in_a_configuration_file_say_the_line(complains, tmp_path, code
         (["--checkpoint=x", "--stop_steps=0,11"], "between 0 and sampler.video_steps = 10, got 11"),
         (
             ["--checkpoint=x", "--stop_steps=-1"],
-            "whole numbers such as 0,5,10; got 'policy' and '-",
+            "whole numbers such as 0,5,10; got '-",
         ),
         (["--checkpoint=x", "--stop_steps=half"], "whole numbers such as 0,5,10"),
         (["--stop_steps=0"], "--checkpoint must be given"),

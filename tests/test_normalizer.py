@@ -60,7 +60,7 @@ def test_modes_per_dimension_join_positions_and_rotations():
     parts = {"pos": compute_statistics(DATA[..., :3]), "rot": compute_statistics(DATA[..., 3:])}
     joined = concat_statistics(parts, ["pos", "rot"])
     both = Normalizer({"a": joined}, {"a": [Mode.VARIANCE] * 3 + [Mode.IDENTITY]})
-    alone = Normalizer({"a": STATISTICS}, {"a": Mode.VARIANCE})
+    alone = Normalizer({"a": compute_statistics(DATA)}, {"a": Mode.VARIANCE})
     normalized = both.normalize("a", DATA)
     np.testing.assert_allclose(normalized[..., :3], alone.normalize("a", DATA)[..., :3], rtol=1e-5)
     np.testing.assert_array_equal(normalized[..., 3], DATA[..., 3])

@@ -177,12 +177,12 @@ def test_what_cannot_be_opened_says_why(dataset, tmp_path):
         (root / "meta/info.json").write_text(json.dumps({**info, **changes}))
         return str(root)
 
-    with pytest.raises(ValueError, match=r"LeRobot v2\.1 dataset, which is not supported yet"):
-        open_dataset("lerobot", copy_with("old", codebase_version="v2.1"), "a", "arm")
+    with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are read"):
+        open_dataset("lerobot", copy_with("old", codebase_version="v1.6"), "a", "arm")
     with pytest.raises(ValueError, match="is not complete: no parquet files under meta/episodes"):
         open_dataset("lerobot", copy_with("partial"), "a", "arm")
     with pytest.raises(
-        ValueError, match="has the format 'zarr'; supported are lerobot, video_folder"
+        ValueError, match="has the format 'zarr'; supported are .*video_folder"
     ):
         open_dataset("zarr", dataset, "a", "arm")
     with pytest.raises(ValueError, match="there is no folder"):
@@ -190,7 +190,7 @@ def test_what_cannot_be_opened_says_why(dataset, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"it has no meta/info\.json"):
         open_dataset("lerobot", tmp_path / "empty", "a", "arm")
-    with pytest.raises(ValueError, match=r"no \.mp4 files"):
+    with pytest.raises(ValueError, match=r"no \.mp4, .* files"):
         open_dataset("video_folder", tmp_path / "empty", "a", "human")
     (tmp_path / "empty/unfinished").mkdir()
     for format in ("lerobot", "video_folder"):
@@ -220,8 +220,8 @@ def test_video_folders_go_round(tmp_path):
     assert episode.instructions == ("a person waves",)
     assert len(episode.streams["video"].values) == LENGTHS[1]
     (tmp_path / "set/metas/clip-a.txt").unlink()
-    with pytest.raises(ValueError, match=r"1 of 1 videos .* have no caption"):
-        open_dataset("video_folder", tmp_path / "set", "people", "human")
+    with pytest.raises(ValueError, match=r"clip-a\.txt: the text is missing"):
+        open_dataset("video_folder", tmp_path / "set", "people", "human")[0]
 
 
 def test_streams_and_episodes_refuse_what_is_inconsistent():

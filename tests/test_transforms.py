@@ -4,10 +4,15 @@ import numpy as np
 import pytest
 
 from data_pipelines.transforms import (
+    ROTATION_WIDTHS,
+    gripper_command,
+    gripper_opening,
     relative_poses,
     resize_area,
     rotation_from_6d,
+    rotation_matrices,
     rotation_to_6d,
+    rotation_values,
 )
 
 RNG = np.random.default_rng(0)
@@ -70,3 +75,38 @@ def test_relative_poses_compose_back():
     relative = relative_poses(poses, poses[:, 0])
     np.testing.assert_allclose(relative[:, 0], np.tile(np.eye(4), (4, 1, 1)), atol=1e-12)
     np.testing.assert_allclose(poses[:, :1] @ relative, poses, atol=1e-12)
+
+
+def test_stored_rotations_mean_what_their_names_say():
+    """A quarter turn about z, and one about x followed by one about the fixed z."""
+    half = np.sqrt(0.5)
+    quarter = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
+    for form, values in {
+        "matrix": np.ravel(quarter),
+        "quaternion_xyzw": [0, 0, half, half],
+        "quaternion_wxyz": [half, 0, 0, half],
+        "rotvec": [0, 0, np.pi / 2],
+        "euler_xyz": [0, 0, np.pi / 2],
+    }.items():
+        np.testing.assert_allclose(rotation_matrices(np.array(values), form), quarter, atol=1e-12)
+    both = rotation_matrices(np.array([np.pi / 2, 0, np.pi / 2]), "euler_xyz")
+    np.testing.assert_allclose(both @ [0, 1, 0], [0, 0, 1], atol=1e-12)
+    np.testing.assert_allclose(both @ [1, 0, 0], [0, 1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ROTATION_WIDTHS)
+def test_rotations_of_any_shape_round_trip(form):
+    rotations = _rotations(12).reshape(3, 4, 3, 3)
+    values = rotation_values(rotations, form)
+    assert values.shape == (3, 4, ROTATION_WIDTHS[form])
+    np.testing.assert_allclose(rotation_matrices(values, form), rotations, atol=1e-12)
+
+
+def test_gripper_conventions():
+    widths = np.array([-0.01, 0.0, 0.02, 0.08, 0.1])
+    opening = gripper_opening(widths, closed=0.0, open=0.08)
+    np.testing.assert_allclose(opening, [0, 0, 0.25, 1, 1])
+    np.testing.assert_allclose(gripper_opening(-widths, 0.0, -0.08), opening)
+    np.testing.assert_array_equal(gripper_opening(widths, 0.0, 0.08, binary=True), [0, 0, 0, 1, 1])
+    np.testing.assert_allclose(gripper_command(opening, 1.0, -1.0), [1, 1, 0.5, -1, -1])
+    np.testing.assert_allclose(gripper_command(np.array([-3, 0.6]), 1.0, -1.0, True), [1, -1])

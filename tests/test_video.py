@@ -117,6 +117,31 @@ def test_a_damaged_file_is_named_in_one_error(path, tmp_path):
         len(VideoFile(tmp_path / "absent.mp4"))
 
 
+@pytest.mark.parametrize("size", [(18, 38), (50, 66)])  # rows that FFmpeg pads
+def test_frames_are_those_of_pyav(tmp_path, size):
+    rng = np.random.default_rng(0)
+    path = tmp_path / "odd.mp4"
+    write_video(path, [rng.integers(0, 255, (*size, 3), np.uint8) for _ in range(4)], FPS)
+    with av.open(str(path)) as container:
+        expected = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    np.testing.assert_array_equal(
+        VideoFile(path).read([2, 0, 2, 3]), np.stack(expected)[[2, 0, 2, 3]]
+    )
+
+
+def test_a_pool_remembers_few_files_and_reads_them_all(path, decoded, monkeypatch):
+    monkeypatch.setattr("data_pipelines.video.INDICES_KEPT", 1)
+    other = path.with_name("short.mp4")
+    write_video(other, moving_blocks(20, seed=1), FPS)
+    pool = VideoPool()
+    videos = [VideoFile(path, pool=pool), VideoFile(other, pool=pool)]
+    assert [len(video.timestamps) for video in videos] == [COUNT, 20]
+    for index in (3, 40):
+        np.testing.assert_array_equal(videos[0].read([index])[0], decoded[index])
+        assert len(videos[1].read([index % 20])) == 1
+    assert len(pool._indices) == 1
+
+
 def test_pickled_and_threaded_readers_agree(path, decoded):
     pool = VideoPool(max_open=1)
     other = path.with_name("other.mp4")

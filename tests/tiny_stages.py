@@ -66,6 +66,7 @@ def tiny_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
         "latents": rng.normal(size=(samples, *Clip(**config.clip).latent_shape)),
         "text": text[rng.integers(len(WORDS), size=samples)],
         "actions": rng.normal(size=(samples, io.action.horizon, io.action.dim)),
+        "action_mask": np.ones((samples, io.action.horizon, io.action.dim)),
         "proprio": rng.normal(size=(samples, io.proprio.horizon, io.proprio.dim)),
     }
     return {name: array.astype(np.float32) for name, array in arrays.items()}

@@ -8,7 +8,17 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from data_pipelines.episode import Episode
-from data_pipelines.sources import lerobot, video_folder
+from data_pipelines.sources import (
+    bridge_raw,
+    clip_list,
+    egodex,
+    lerobot,
+    mimic_episodes,
+    rlds,
+    robomimic_hdf5,
+    video_folder,
+    webdataset,
+)
 
 
 @dataclass(frozen=True)
@@ -25,8 +35,15 @@ class Format:
 
 
 FORMATS = {
+    "bridge_raw": Format(bridge_raw.open_bridge_raw, bridge_raw.recognises),
+    "clip_list": Format(clip_list.open_clip_list, clip_list.recognises),
+    "egodex": Format(egodex.open_egodex, egodex.recognises),
     "lerobot": Format(lerobot.open_lerobot, lerobot.recognises),
+    "mimic_episodes": Format(mimic_episodes.open_mimic_episodes, mimic_episodes.recognises),
+    "rlds": Format(rlds.open_rlds, rlds.recognises),
+    "robomimic_hdf5": Format(robomimic_hdf5.open_robomimic_hdf5, robomimic_hdf5.recognises),
     "video_folder": Format(video_folder.open_video_folder, video_folder.recognises),
+    "webdataset": Format(webdataset.open_webdataset, webdataset.recognises),
 }
 
 

@@ -1,66 +1,109 @@
 """Captioned videos as mimic-video and Cosmos-Predict2 fine-tune on them.
 
-    <path>/video/<id>.mp4    <path>/metas/<id>.txt (one caption)
+    <path>/video/<id>.mp4                          also .webm, .mkv, .mov, .avi
+    <path>/metas/<id>.txt                          one caption
+    <path>/t5_xxl/<id>.pickle                      its T5 embedding, optional, or newer:
+    <path>/language_embeddings/<id>.safetensors
 
-Each file is an episode with one stream, "video".
+Each video is an episode with one stream, "video".
 """
 
+import os
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipelines.episode import Episode, LazyEpisodes, Stream
 from data_pipelines.sources.finished import check_finished
+from data_pipelines.sources.text import read_text
+from data_pipelines.sources.text_embedding import read_text_embedding
 from data_pipelines.video import VideoFile, VideoPool
+from data_pipelines.video_index import VIDEO_SUFFIXES
 
 STREAM = "video"
+EMBEDDINGS = (("language_embeddings", ".safetensors"), ("t5_xxl", ".pickle"))
 
 
 def recognises(path: Path) -> bool:
     """Whether this is a folder of captioned videos."""
-    return (path / "metas").is_dir() and any((path / "video").glob("*.mp4"))
+    if not (path / "metas").is_dir() or not (path / "video").is_dir():
+        return False
+    with os.scandir(path / "video") as entries:
+        return any(_is_video(entry.name) for entry in entries)
 
 
-def open_video_folder(path: Path, *, name: str, embodiment: str) -> Sequence[Episode]:
+def open_video_folder(
+    path: Path,
+    *,
+    name: str,
+    embodiment: str,
+    camera_in_name: bool = False,
+    embeddings: bool = True,
+) -> Sequence[Episode]:
     """Open a folder of captioned videos; files are read when an episode is asked for.
+
+    A video without a caption, or with a damaged one, is an error of that episode only.
 
     Args:
         path: the folder that holds `video` and `metas`.
         name: of the dataset, becomes `Episode.source`.
         embodiment: whose body is seen, e.g. "human".
+        camera_in_name: the last character of a video's name is the number of the camera, and its
+            cameras share the caption and embedding named without it (mimic-video's Bridge).
+        embeddings: read the text embeddings where the folder has them.
 
     Raises:
-        ValueError: if a folder or a caption is missing, or the recording is not finished.
+        ValueError: if there are no videos or captions, or the recording is not finished.
     """
     path = Path(path)
     check_finished(path)
-    files = sorted((path / "video").glob("*.mp4"))
-    if not files:
-        raise ValueError(
-            f"{path} is no folder of captioned videos: no .mp4 files in {path / 'video'}"
-        )
-    missing = [_caption(file) for file in files if not _caption(file).is_file()]
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {len(files)} videos in {path} have no caption, the first is "
-            f"{missing[0]}; write one line of text into each"
-        )
-    load = partial(_load, files, name, embodiment, VideoPool())
-    return LazyEpisodes(len(files), load)
-
-
-def _load(files: list[Path], name: str, embodiment: str, pool: VideoPool, index: int) -> Episode:
-    video = VideoFile(files[index], pool=pool)
-    caption = _caption(files[index]).read_text(encoding="utf-8").strip()
-    return Episode(
-        id=files[index].stem,
-        source=name,
-        embodiment=embodiment,
-        instructions=(caption,),
-        streams={STREAM: Stream(video.timestamps, video)},
-        cameras=(STREAM,),
+    names = sorted(
+        filter(_is_video, os.listdir(path / "video") if (path / "video").is_dir() else ())
     )
+    if not names:
+        raise ValueError(
+            f"{path} is no folder of captioned videos: no {', '.join(VIDEO_SUFFIXES)} files in "
+            f"{path / 'video'}"
+        )
+    if not (path / "metas").is_dir():
+        raise ValueError(
+            f"{path} has videos but no captions; write one text file per video, such as "
+            f"{path / 'metas' / Path(names[0]).stem}.txt"
+        )
+    stored = [kind for kind in EMBEDDINGS if embeddings and (path / kind[0]).is_dir()]
+    dataset = _Dataset(path, name, embodiment, names, camera_in_name, stored)
+    return LazyEpisodes(len(names), dataset.load)
 
 
-def _caption(video: Path) -> Path:
-    return video.parent.parent / "metas" / f"{video.stem}.txt"
+@dataclass(frozen=True)
+class _Dataset:
+    path: Path
+    name: str
+    embodiment: str
+    names: list[str]  # of the video files
+    camera_in_name: bool
+    stored: list[tuple[str, str]]  # folder and suffix of embeddings, the first found is taken
+    pool: VideoPool = field(default_factory=VideoPool)
+
+    def load(self, index: int) -> Episode:
+        file = self.path / "video" / self.names[index]
+        key = file.stem[:-1] if self.camera_in_name else file.stem
+        caption = read_text(self.path / "metas" / f"{key}.txt")
+        files = (self.path / folder / f"{key}{suffix}" for folder, suffix in self.stored)
+        embedding = next((file for file in files if file.is_file()), None)
+        video = VideoFile(file, pool=self.pool)
+        return Episode(
+            # The suffix tells a.webm from a.mp4; the usual one is left out, as the writers do.
+            id=file.stem if file.suffix == ".mp4" else file.name,
+            source=self.name,
+            embodiment=self.embodiment,
+            instructions=(caption,),
+            streams={STREAM: Stream(video.timestamps, video)},
+            cameras=(STREAM,),
+            embeddings={caption: read_text_embedding(embedding)} if embedding else {},
+        )
+
+
+def _is_video(name: str) -> bool:
+    # Names that begin with a dot are files being written, or macOS's resource forks.
+    return name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")

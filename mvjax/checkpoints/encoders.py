@@ -54,6 +54,11 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
     length, dim = config.text.length, config.text.dim
     if not config.text_encoder:
         return NgramTextEncoder(length, dim), f"ngram {length}x{dim}"
+    if config.text_encoder == "stored":
+        raise ValueError(
+            "config.text_encoder is 'stored', which gives the embeddings of instructions that are "
+            "in the data; for others name the network that made them (docs/weights.md)."
+        )
     directory = Path(config.text_encoder)
     network, params = _load(directory, TEXT)
     if network.config.width != dim:
@@ -73,7 +78,9 @@ def check_identity(identity: dict[str, str], directory: Path) -> None:
         directory: a training directory; converted weights do not tell, and anything goes.
     """
     trained = read_meta(directory).get("identity", {})
-    expected = {name: trained[name] for name in identity if name in trained}
+    # Nobody knows which network made the embeddings that a dataset stores.
+    known = {name for name, what in trained.items() if not what.startswith("stored ")}
+    expected = {name: trained[name] for name in identity if name in known}
     different = differences(expected, identity, "identity") if expected else ()
     if different:
         raise CheckpointMismatch(

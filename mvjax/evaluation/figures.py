@@ -37,6 +37,24 @@ def loss_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str)
     return _svg(figure, title)
 
 
+def curves_figure(
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray]], x_label: str, y_label: str, title: str
+) -> str:
+    """Lines from zero up.
+
+    Args:
+        curves: name -> (x [n], y [n]).
+        x_label, y_label: of the axes.
+        title: what a screen reader says.
+    """
+    figure, axes = _axes(x_label, y_label)
+    for (name, (x, y)), colour in zip(curves.items(), COLOURS):
+        axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.8, label=name)
+    axes.set_ylim(bottom=0)
+    axes.legend(frameon=False)
+    return _svg(figure, title)
+
+
 def sweep_figure(
     sweep: Sequence[tuple[int, SuccessRate]], lines: Sequence[SuccessRate], title: str
 ) -> str:

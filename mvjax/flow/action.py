@@ -20,7 +20,11 @@ def scale_noisy_actions(noisy: Array, time: Array) -> Array:
 
 
 def action_loss(
-    velocity: Callable[[Array, Array], Array], actions: Array, noise: Array, time: Array
+    velocity: Callable[[Array, Array], Array],
+    actions: Array,
+    noise: Array,
+    time: Array,
+    mask: Array | None = None,
 ) -> Array:
     """Mean squared error of the velocity ε - x0, per sample [b].
 
@@ -28,10 +32,15 @@ def action_loss(
         velocity: called with the scaled noisy actions and their time [b, 1].
         actions, noise: [b, horizon, dim].
         time: flow time [b, 1].
+        mask: [b, horizon, dim], 1 where an action is to be learned and 0 elsewhere; None for all.
+            The mean is over the former, and 0 for a sample that has none.
     """
     noisy = (1 - time)[..., None] * actions + time[..., None] * noise
     v = velocity(scale_noisy_actions(noisy, time), time)
-    return jnp.mean((v - (noise - actions)) ** 2, axis=(1, 2))
+    error = (v - (noise - actions)) ** 2
+    if mask is None:
+        return jnp.mean(error, axis=(1, 2))
+    return (mask * error).sum(axis=(1, 2)) / jnp.maximum(mask.sum(axis=(1, 2)), 1)
 
 
 def sample_actions(velocity: Callable[[Array, Array], Array], noise: Array, steps: int) -> Array:

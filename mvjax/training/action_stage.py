@@ -28,6 +28,10 @@ def action_stage(
     recipe); the loss is their mean. A share `flow.sampling_sigma_share` of the samples takes the
     noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
 
+    `action_mask` says which numbers of a chunk are learned. The loss is the mean over the samples
+    of the mean over their learned numbers, so that it is linear in the samples: one without actions
+    counts as zero.
+
     Args:
         config: as for `video_stage`, and `backbone {checkpoint, precision}`, `context_layer`,
             `decoder`, `policy_io`, `sampler {sigma_max}`, `flow {action_time_alpha,
@@ -75,18 +79,20 @@ def action_stage(
         time, noise, drop = (
             random[name].reshape(-1, *random[name].shape[2:]) for name in ("time", "noise", "drop")
         )
-        actions, proprio, sigma = (
+        actions, mask, proprio, sigma = (
             jnp.repeat(x, draws, axis=0)
-            for x in (batch["actions"], batch["proprio"], random["sigma"])
+            for x in (batch["actions"], batch["action_mask"], batch["proprio"], random["sigma"])
         )
         net = decoder.bind(params)
 
         def velocity(noisy, time):
             return net(proprio, noisy, time, sigma, hidden, drop)
 
-        error = action_loss(velocity, actions, noise, time)
+        error = action_loss(velocity, actions, noise, time, mask)
         mse = jnp.mean(error)
-        levels = error_by_level(error, time[:, 0])
+        # A sample without actions is in no level.
+        level = jnp.where(mask.any(axis=(1, 2)), time[:, 0], jnp.nan)
+        levels = error_by_level(error, level)
         return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
 
     return Stage(
@@ -100,6 +106,7 @@ def action_stage(
             "latents": ("batch", None, None, None, None),
             "text": ("batch", None, None),
             "actions": ("batch", None, None),
+            "action_mask": ("batch", None, None),
             "proprio": ("batch", None, None),
         },
         frozen=frozen,

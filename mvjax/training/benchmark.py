@@ -114,7 +114,7 @@ def compare(competitors: list[Any], steps: int, rounds: int) -> list[Speed]:
 
 def _noise(abstract: Batch) -> Batch:
     rng = np.random.default_rng(0)
-    return {
-        name: jax.device_put(rng.standard_normal(leaf.shape, np.float32), leaf.sharding)
-        for name, leaf in abstract.items()
-    }
+    batch = {name: rng.standard_normal(leaf.shape, np.float32) for name, leaf in abstract.items()}
+    if "action_mask" in batch:
+        batch["action_mask"] = np.ones_like(batch["action_mask"])
+    return {name: jax.device_put(array, abstract[name].sharding) for name, array in batch.items()}

@@ -90,6 +90,7 @@ def _abstract_batch(config: Any, stage: Stage, shardings: Any) -> Batch:
     shapes = {"latents": Clip(**config.clip).latent_shape, "text": (text.length, text.dim)}
     if stage.name == "action":
         streams = {"actions": config.policy_io.action, "proprio": config.policy_io.proprio}
+        streams["action_mask"] = config.policy_io.action
         shapes |= {name: (io.horizon, io.dim) for name, io in streams.items()}
     batch = {}
     for name, sharding in shardings.items():

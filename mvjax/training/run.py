@@ -8,10 +8,16 @@ import grain
 import jax
 from jax.sharding import NamedSharding
 
+from data_pipelines.encode_plan import recorded_policy_io
 from data_pipelines.loader import make_loader
-from data_pipelines.mixture import action_statistics
-from data_pipelines.normalizer import Normalizer, load_normalizer
+from data_pipelines.normalizers import (
+    Normalizers,
+    data_fingerprint,
+    load_normalizers,
+    make_normalizers,
+)
 from data_pipelines.records import RecordDataset
+from data_pipelines.shared_folder import wait_until
 from mvjax.checkpoints.bridge import read_meta
 from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip
@@ -29,8 +35,9 @@ from mvjax.training.samples import look_at
 def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
     """Trains `config.stage` on the encoded datasets of `config.datasets`; see `loop.train`.
 
-    Stage 1 reads every dataset; stage 2 those with actions, and writes `normalizer.json` beside
-    its checkpoints. With `profile` a few steps are traced.
+    Stage 1 reads every dataset. Stage 2 reads those with actions, since its video model is frozen
+    and a window without actions would teach nothing, and writes `normalizer.json` beside its
+    checkpoints. With `profile` a few steps are traced.
     """
     acting, settings = config.stage == "action", config.training
     for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
@@ -49,12 +56,10 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
     identity = _identity(datasets)
     if acting:
         _check_backbone(config, identity)
-    normalizer = None
-    if acting:
-        normalizer = action_statistics(datasets, settings.episodes_per_task, settings.seed)
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     # Before any data is read: the loader would complain about the mesh alone.
     check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
+    normalizers = _normalizers(datasets, settings, Path(workdir)) if acting else None
 
     def batches(split: str, batch_size: int, **reading: int) -> grain.DatasetIterator:
         return make_loader(
@@ -63,9 +68,10 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
             batch_size,
             settings.seed,
             split,
-            normalizer,
+            normalizers,
             settings.episodes_per_task if split == "train" else None,
-            with_actions=acting,
+            mask_padding=acting and config.policy_io.action.get("mask_padding", False),
+            max_bad_share=config.max_bad_share,
             rows=local_rows(NamedSharding(mesh, spec(("batch",), rules)), batch_size),
             **reading,
         )
@@ -73,9 +79,8 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
     with jax.set_mesh(mesh):
         stage = stages.build(config, mesh, rules)
     meta = {"data_fingerprint": [d.fingerprint for d in datasets], "identity": identity}
-    if normalizer is not None:
-        meta["normalizer_fingerprint"] = normalizer.fingerprint
-        _save_normalizer(normalizer, Path(workdir))
+    if normalizers is not None:
+        meta["normalizer_fingerprint"] = normalizers.fingerprint
     return train(
         config,
         stage,
@@ -88,8 +93,9 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
 
 
 def _check_records(datasets: Sequence[RecordDataset], config: Any, sections: Sequence[str]) -> None:
+    wanted = {"clip": config.clip, "policy_io": recorded_policy_io(config.policy_io)}
     for dataset in datasets:
-        different = [d for s in sections for d in differences(dataset.settings[s], config[s], s)]
+        different = [d for s in sections for d in differences(dataset.settings[s], wanted[s], s)]
         length, dim = dataset.text(0).shape
         different += differences(dict(length=length, dim=dim), config.text, "text")
         if different:
@@ -127,12 +133,16 @@ def _check_backbone(config: Any, identity: dict[str, str]) -> None:
             )
 
 
-def _save_normalizer(normalizer: Normalizer, workdir: Path) -> None:
-    path = workdir / "normalizer.json"
-    if path.exists() and load_normalizer(path).fingerprint != normalizer.fingerprint:
+def _normalizers(datasets: Sequence[RecordDataset], settings: Any, workdir: Path) -> Normalizers:
+    """Those that the run has; or new ones, which process 0 makes for all."""
+    path, choice = workdir / "normalizer.json", (settings.episodes_per_task, settings.seed)
+    if jax.process_index() == 0 and not path.exists():
+        make_normalizers(datasets, *choice, scratch=workdir / "normalizer.unfinished").save(path)
+    wait_until(path.exists)
+    normalizers = load_normalizers(path)
+    if normalizers.fingerprint != data_fingerprint(datasets, *choice):
         raise ValueError(
             f"{path} was made from other data, or with another training.episodes_per_task or "
             "training.seed; use those, or a new --workdir."
         )
-    if jax.process_index() == 0:
-        normalizer.save(path)
+    return normalizers

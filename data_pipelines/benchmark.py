@@ -1,0 +1,227 @@
+"""How fast data comes, each figure beside what the machine gives without us, measured in turns.
+
+Nothing is read but what is written here first: records and videos of the released sizes, filled
+with noise. All files have just been written, so both sides read from the page cache.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import av
+import numpy as np
+import psutil
+from ml_collections import ConfigDict
+
+from data_pipelines.benchmark_files import NO_POLICY, VIDEO_ONLY, NumberShards
+from data_pipelines.clips import cut_episode
+from data_pipelines.column_statistics import column_statistics
+from data_pipelines.episode import Episode, Stream
+from data_pipelines.loader import make_loader
+from data_pipelines.records import RecordDataset
+from data_pipelines.video import VideoFile
+
+BATCH = 8
+_CLIP = ConfigDict(dict(height=480, width=640, observed_frames=5, future_frames=56, fps=30.0))
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One measurement.
+
+    Attributes:
+        speed: things per second.
+        cpu_ms: processor time for one of them, of all threads together.
+    """
+
+    speed: float
+    cpu_ms: float
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Ours and the machine's own speed, one figure per turn.
+
+    Attributes:
+        name: what was measured.
+        thing: of which so many are done per second.
+        ours: of this pipeline.
+        alone: the same work without it.
+        beside: what `alone` is.
+    """
+
+    name: str
+    thing: str
+    ours: list[Turn]
+    alone: list[Turn]
+    beside: str
+
+    @property
+    def speed_ratio(self) -> float:
+        """Our speed by the other's, the median over the turns."""
+        return median(a.speed / b.speed for a, b in zip(self.ours, self.alone))
+
+    @property
+    def cpu_ratio(self) -> float:
+        """The other's processor time by ours; this hardly depends on what else is running."""
+        return median(b.cpu_ms / a.cpu_ms for a, b in zip(self.ours, self.alone))
+
+
+def clip_bytes(dataset: RecordDataset) -> int:
+    """Bytes of a clip as published: bfloat16 latents and text."""
+    return 2 * (int(np.prod(dataset.shapes["latents"])) + dataset.text(0).size)
+
+
+def records_speed(dataset: RecordDataset, rounds: int, threads: int) -> Pair:
+    """Clips per second of the training loader, beside reading the files of records as they are.
+
+    Args:
+        dataset: of `make_records`.
+        rounds: turns of each; in a turn all records are read once.
+        threads: of either.
+    """
+    shards = sorted(dataset.path.glob("*.arrayrecord"))
+
+    def ours() -> Turn:
+        loader = make_loader([dataset], [1.0], BATCH, 0, "train", num_threads=threads)
+        next(loader)  # opening the files and starting the threads happen once in a run
+        batches = max(1, len(dataset) // BATCH)
+
+        def read() -> int:
+            for _ in range(batches):
+                next(loader)
+            return batches * BATCH
+
+        return _turn(read)
+
+    def alone() -> Turn:
+        return _turn(lambda: _plain_read(shards, threads) / clip_bytes(dataset))
+
+    size = clip_bytes(dataset) / 1e6
+    return _in_turns(f"cached records of {size:.1f} MB", "clip", ours, alone, rounds, "plain read")
+
+
+def _plain_read(files: Sequence[Path], threads: int, block: int = 1 << 20) -> int:
+    """Reads whole files with as many threads; the number of bytes."""
+    portion = 16 * block
+    ranges = [(file, at) for file in files for at in range(0, file.stat().st_size, portion)]
+
+    def read(place: tuple[Path, int]) -> int:
+        buffer, total = bytearray(block), 0
+        with place[0].open("rb", buffering=0) as file:
+            file.seek(place[1])
+            while total < portion and (got := file.readinto(buffer)):
+                total += got
+        return total
+
+    with ThreadPoolExecutor(threads) as pool:
+        return sum(pool.map(read, ranges))
+
+
+def decoding_speed(videos: Sequence[Path], rounds: int, threads: int) -> Pair:
+    """Frames per second cut into clips, beside what PyAV alone decodes to RGB; all are shown.
+
+    Args:
+        videos: of `make_videos`, at 30 frames per second.
+        rounds: turns of each; in a turn all videos are decoded once.
+        threads: videos decoded at a time, by either; each decoder has one thread.
+    """
+
+    def decode(path: Path) -> int:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1
+            # Kept together, as a clip needs them.
+            return len([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
+
+    def all_by(work: Callable[[Path], int]) -> Callable[[], Turn]:
+        def decoded() -> int:
+            with ThreadPoolExecutor(threads) as pool:
+                return sum(pool.map(work, videos))
+
+        return lambda: _turn(decoded)
+
+    name = "480x640 H.264 decoded into clips"
+    return _in_turns(name, "frame", all_by(_cut), all_by(decode), rounds, "PyAV alone")
+
+
+def _cut(path: Path) -> int:
+    video = VideoFile(path)
+    stream = Stream(video.timestamps, video)
+    episode = Episode(path.stem, "benchmark", "none", ("",), {"video": stream}, ("video",))
+    return len(cut_episode(episode, VIDEO_ONLY, _CLIP, NO_POLICY, 1.0).frames)
+
+
+def _turn(work: Callable[[], float]) -> Turn:
+    cpu, start = time.process_time(), time.perf_counter()
+    done = work()
+    return Turn(done / (time.perf_counter() - start), (time.process_time() - cpu) / done * 1e3)
+
+
+def _in_turns(
+    name: str,
+    thing: str,
+    ours: Callable[[], Turn],
+    alone: Callable[[], Turn],
+    rounds: int,
+    beside: str,
+) -> Pair:
+    """One turn of each unmeasured, then in turns, so that others on the machine slow both."""
+    ours()
+    alone()
+    turns = [(ours(), alone()) for _ in range(rounds)]
+    return Pair(name, thing, [a for a, _ in turns], [b for _, b in turns], beside)
+
+
+def statistics_seconds(folder: Path, rows: int, shape: tuple[int, int]) -> float:
+    """Seconds for the normalizer's statistics of `rows` action chunks of a shape.
+
+    Args:
+        folder: a new folder, for the numbers and the scratch file.
+        rows: windows.
+        shape: horizon and dimensions.
+    """
+    numbers = NumberShards(folder / "numbers", rows, shape)
+    start = time.perf_counter()
+    column_statistics([(numbers, np.arange(rows))], "actions", folder / "scratch")
+    return time.perf_counter() - start
+
+
+def memory_over_time(
+    dataset: RecordDataset, videos: Sequence[Path], seconds: float, points: int = 60
+) -> list[tuple[float, float]]:
+    """Memory of this process while batches are read and videos are cut, over and over.
+
+    Args:
+        dataset: of `make_records`.
+        videos: of `make_videos`.
+        seconds: how long.
+        points: so often it is measured.
+
+    Returns:
+        (seconds since the start, MB in use): the greatest of each of the `points` intervals.
+    """
+    process, start, stop = psutil.Process(), time.perf_counter(), threading.Event()
+
+    def cut_again() -> None:
+        while not stop.is_set():
+            for path in videos:
+                _cut(path)
+
+    most = np.zeros(points)
+    loader = make_loader([dataset], [1.0], BATCH, 0, "train", num_threads=2)
+    beside = threading.Thread(target=cut_again, daemon=True)
+    beside.start()
+    try:
+        while (now := time.perf_counter() - start) < seconds:
+            next(loader)
+            interval = int(now / seconds * points)
+            most[interval] = max(most[interval], process.memory_info().rss / 1e6)
+    finally:
+        stop.set()
+        beside.join()
+    return [((i + 1) * seconds / points, float(mb)) for i, mb in enumerate(most) if mb]

@@ -1,0 +1,27 @@
+"""Franka Panda of DROID, 15 Hz: 10 numbers each.
+
+Action: the commanded poses relative to the present one (position 3, rotation 6), and the commanded
+gripper. Proprioception: the present pose and the gripper. The layout is that of mimic-video's
+Bridge policies; DROID's own is positions with Euler angles about fixed axes, and a gripper that is
+1 closed and 0 open, here 0 and 1.
+
+Streams of the RLDS release (format "rlds"): steps/action_dict/cartesian_position and
+steps/observation/cartesian_position [n, 6], steps/action_dict/gripper_position and
+steps/observation/gripper_position [n, 1].
+"""
+
+_POSE = "steps/observation/cartesian_position"
+
+ACTION = (
+    dict(
+        stream="steps/action_dict/cartesian_position",
+        represent="relative_pose",
+        base=_POSE,
+        rotation="euler_xyz",
+    ),
+    dict(stream="steps/action_dict/gripper_position", represent="gripper", closed=1.0, open=0.0),
+)
+PROPRIO = (
+    dict(stream=_POSE, represent="pose", rotation="euler_xyz"),
+    dict(stream="steps/observation/gripper_position", represent="gripper", closed=1.0, open=0.0),
+)

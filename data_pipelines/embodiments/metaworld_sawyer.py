@@ -1,0 +1,8 @@
+"""Sawyer of Meta-World v3, 80 Hz: 4 numbers each, as the simulator takes and gives them.
+
+Action: dx, dy, dz and gripper in -1 .. 1. Proprioception: hand position (m) and gripper opening
+(0 .. 1). Streams of `data_pipelines.record` (format "lerobot"): action, observation.state.
+"""
+
+ACTION = (dict(stream="action", columns=(0, 1, 2, 3)),)
+PROPRIO = (dict(stream="observation.state", columns=(0, 1, 2, 3)),)

@@ -1,0 +1,232 @@
+"""Named arrays of one episode, in a zarr (format 2) folder or in a safetensors file.
+
+Nothing stays open: each read opens what it needs, so that the stores can be sent to other
+processes and be used by several threads.
+"""
+
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numcodecs
+import numpy as np
+import zarr
+from safetensors import SafetensorError, safe_open
+
+# What may unpack a chunk. numcodecs knows others, and one of them is pickle: using it would be
+# executing the dataset (only the newest versions refuse that themselves).
+CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta"}
+_BYTES = "vlen-bytes"
+_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+
+
+class ArrayStore(Protocol):
+    """Arrays by name."""
+
+    path: Path
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array."""
+        ...
+
+    def dtype(self, key: str) -> np.dtype:
+        """Of an array; object for byte strings."""
+        ...
+
+    def read(self, key: str) -> np.ndarray:
+        """A whole array."""
+        ...
+
+    def rows(self, key: str, indices: np.ndarray) -> np.ndarray:
+        """Some rows of an array, any order, repeats allowed."""
+        ...
+
+    def check(self, key: str) -> None:
+        """Raise ValueError if part of an array is missing; reads next to nothing."""
+        ...
+
+
+def open_store(path: Path, sparse: bool) -> ArrayStore:
+    """The store that a path names by its suffix.
+
+    Args:
+        path: `<name>.zarr` or `<name>.safetensors`.
+        sparse: whether a chunk that zarr does not find is a chunk of zeros, or a fault.
+    """
+    return ZarrStore(path, sparse) if path.suffix == ".zarr" else SafetensorsStore(path)
+
+
+@dataclass(frozen=True)
+class ZarrStore:
+    """A zarr group of format 2 in a folder."""
+
+    path: Path
+    sparse: bool = False
+
+    @cached_property
+    def _described(self) -> dict[str, dict]:
+        with _named(self.path):
+            files = sorted(self.path.glob("*/.zarray"))
+            return {f.parent.name: json.loads(f.read_text(encoding="utf-8")) for f in files}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array."""
+        with _named(self.path):
+            return {key: tuple(about["shape"]) for key, about in self._described.items()}
+
+    def dtype(self, key: str) -> np.dtype:
+        """Of an array; object for byte strings."""
+        with _named(self.path, key):
+            return np.dtype(self._described[key]["dtype"])
+
+    def read(self, key: str) -> np.ndarray:
+        """A whole array."""
+        with _named(self.path, key):
+            if self._described[key]["dtype"] == "|O":
+                return self._byte_strings(key)
+            return self._array(key)[()]
+
+    def rows(self, key: str, indices: np.ndarray) -> np.ndarray:
+        """Some rows of an array; each chunk is unpacked once."""
+        with _named(self.path, key):
+            array = self._array(key)
+            out = np.empty((len(indices), *array.shape[1:]), array.dtype)
+            size = array.chunks[0]
+            for chunk in np.unique(indices // size):
+                wanted = np.flatnonzero(indices // size == chunk)
+                block = array[chunk * size : (chunk + 1) * size]
+                out[wanted] = block[indices[wanted] - chunk * size]
+            return out
+
+    def check(self, key: str) -> None:
+        """Raise ValueError if a chunk is missing or cut off.
+
+        zarr itself reads zeros for missing chunks, and Blosc reads past the end of cut ones.
+        """
+        with _named(self.path, key):
+            about = self._described[key]
+            counts = [-(-n // size) for n, size in zip(about["shape"], about["chunks"])]
+            separator = about.get("dimension_separator", ".")
+            for place in itertools.product(*map(range, counts)):
+                name = separator.join(map(str, place)) or "0"
+                try:
+                    _check_chunk(self.path / key / name, about)
+                except FileNotFoundError:
+                    if not self.sparse:
+                        raise ValueError(
+                            f"chunk {name} is missing; copy it again, or set the option "
+                            "sparse=True if its writer left out chunks of zeros, as zarr 3 does"
+                        ) from None
+
+    def _array(self, key: str) -> zarr.Array:
+        _check_codecs(self._described[key])
+        self.check(key)
+        return zarr.open_array(self.path / key, mode="r", zarr_format=2)
+
+    def _byte_strings(self, key: str) -> np.ndarray:
+        """Byte strings in one chunk; zarr 3 refuses the fill value that zarr 2 gave them."""
+        about = self._described[key]
+        codecs = _check_codecs(about, also={_BYTES})
+        if about["filters"] is None or about["shape"] != about["chunks"]:
+            raise ValueError("objects other than byte strings in one chunk are not read")
+        self.check(key)
+        data = (self.path / key / ".".join("0" for _ in about["shape"])).read_bytes()
+        for codec in codecs:
+            data = numcodecs.get_codec(codec).decode(data)
+        return np.asarray(data, object).reshape(about["shape"])
+
+
+@dataclass(frozen=True)
+class SafetensorsStore:
+    """A safetensors file; rows are read without the rest."""
+
+    path: Path
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every array."""
+        with _named(self.path), safe_open(self.path, "numpy") as file:
+            return {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
+
+    def dtype(self, key: str) -> np.dtype:
+        """Of an array."""
+        with _named(self.path, key), safe_open(self.path, "numpy") as file:
+            return np.dtype(_DTYPES.get(file.get_slice(key).get_dtype(), "O"))
+
+    def read(self, key: str) -> np.ndarray:
+        """A whole array."""
+        with _named(self.path, key), safe_open(self.path, "numpy") as file:
+            return file.get_tensor(key)
+
+    def rows(self, key: str, indices: np.ndarray) -> np.ndarray:
+        """Some rows of an array."""
+        with _named(self.path, key), safe_open(self.path, "numpy") as file:
+            part = file.get_slice(key)
+            return np.concatenate([part[int(i) : int(i) + 1] for i in indices])
+
+    def check(self, key: str) -> None:
+        """Nothing to do: the library compares the file's length with its header at opening."""
+
+
+_DTYPES = {"U8": "u1", "F16": "f2", "F32": "f4", "F64": "f8", "I64": "i8", "U64": "u8"}
+_DTYPES |= {"BOOL": "?", "I8": "i1", "I16": "i2", "U16": "u2", "I32": "i4", "U32": "u4"}
+
+
+class StoredFrames:
+    """A `FrameReader` over an array of a store, uint8 [n, h, w, 3]."""
+
+    def __init__(self, store: ArrayStore, key: str, length: int):
+        self.store = store
+        self.key = key
+        self._length = length
+
+    def __len__(self) -> int:
+        return self._length
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3]."""
+        indices = np.asarray(indices, np.int64)
+        if not len(indices):
+            raise ValueError(f"{self.store.path}: no frame indices were given")
+        bad = indices[(indices < 0) | (indices >= self._length)]
+        if len(bad):
+            raise IndexError(
+                f"{self.store.path}: frame {bad[0]} asked for, but there are {self._length}"
+            )
+        return self.store.rows(self.key, indices)
+
+
+def _check_codecs(about: dict, also: set[str] = frozenset()) -> list[dict]:
+    """How to unpack a chunk, first step first."""
+    codecs = [about["compressor"]] if about["compressor"] else []
+    codecs += reversed(about["filters"] or [])
+    if about["dtype"] == "|O" and _BYTES not in also:
+        raise ValueError("it holds objects, not numbers")
+    unknown = [codec["id"] for codec in codecs if codec["id"] not in CODECS | also]
+    if unknown:
+        raise ValueError(
+            f"it is packed with {unknown[0]!r}, which is refused; known are {sorted(CODECS)}"
+        )
+    return codecs
+
+
+def _check_chunk(file: Path, about: dict) -> None:
+    with file.open("rb") as chunk:
+        header = chunk.read(16)
+    blosc = (about["compressor"] or {}).get("id") == "blosc"
+    size = file.stat().st_size
+    if size == 0 or (blosc and int.from_bytes(header[12:16], "little") != size):
+        raise ValueError(f"chunk {file.name} is cut off after {size} bytes; copy it again")
+
+
+@contextmanager
+def _named(path: Path, key: str = "") -> Iterator[None]:
+    """Faults of any library become ValueErrors that name the file and the array."""
+    try:
+        yield
+    except _FAULTS as error:
+        raise ValueError(f"{path}{f' ({key})' if key else ''}: {error}") from error

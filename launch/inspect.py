@@ -1,0 +1,81 @@
+"""Says what is in a dataset and what is wrong with it, and draws a page of it.
+
+    python -m launch.inspect DATASET
+    python -m launch.inspect DATASET --format=lerobot --option=key=value --out=report.html
+    python -m launch.inspect NAME --config=configs/quickstart_video.py:video
+
+DATASET is a folder or file of any format, or a records folder of `launch.encode`; with --config it
+is the name of a dataset in it. Looks at lists, numbers and a few frames of up to --episodes
+episodes; --thorough decodes every frame. What cannot be read is listed and stops nothing.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from data_pipelines.inspection import Inspection, inspect_dataset
+from data_pipelines.inspection_page import write_page
+from data_pipelines.inspection_records import inspect_records, is_records
+from data_pipelines.inspection_text import describe
+from data_pipelines.sources.open import FORMATS, detect, open_config, open_dataset
+from launch.entry import run
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "Take DATASET from this configuration.")
+FORMAT = flags.DEFINE_enum("format", None, sorted(FORMATS), "Where it is not recognised.")
+OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE for this format; may be repeated.")
+OUT = flags.DEFINE_string("out", None, "An .html file for the page.")
+EPISODES = flags.DEFINE_integer("episodes", 1000, "Look at so many; 0 for all.", lower_bound=0)
+THOROUGH = flags.DEFINE_bool("thorough", False, "Decode every frame.")
+STRICT = flags.DEFINE_bool("strict", False, "Exit with 1 if there is any problem.")
+
+
+def main(dataset: str) -> None:
+    """Prints what was found."""
+    found = _inspect(dataset)
+    print(describe(found))
+    if OUT.value:
+        write_page(found, Path(OUT.value))
+        print(f"\n  page: {OUT.value}")
+    if not found.readable:
+        first = f": {found.problems[0].text}" if found.problems else ""
+        raise ValueError(f"no episode of {dataset} could be read{first}.")
+    if STRICT.value and found.problems:
+        sys.exit(1)
+
+
+def _inspect(dataset: str) -> Inspection:
+    path = Path(dataset)
+    if CONFIG.value is not None:
+        sections = CONFIG.value.datasets
+        if dataset not in sections:
+            raise ValueError(
+                f"the configuration has no dataset {dataset!r}; it has {', '.join(sections)}."
+            )
+        episodes, format = open_config(sections[dataset]), sections[dataset].format
+    elif is_records(path):
+        return inspect_records(path, thorough=THOROUGH.value)
+    else:
+        format = FORMAT.value or detect(path)
+        episodes = open_dataset(format, path, path.resolve().name, "unknown", _options())
+    return inspect_dataset(episodes, dataset, format, limit=EPISODES.value, thorough=THOROUGH.value)
+
+
+def _options() -> dict[str, Any]:
+    options = {}
+    for given in OPTION.value:
+        key, equals, value = given.partition("=")
+        if not equals:
+            raise ValueError(f"--option must be KEY=VALUE, got {given!r}.")
+        try:
+            options[key] = json.loads(value)
+        except json.JSONDecodeError:  # a word without quotes
+            options[key] = value
+    return options
+
+
+if __name__ == "__main__":
+    run(main, positional=("DATASET",))

@@ -1,0 +1,86 @@
+"""A robot that asks a policy server, as an example for yours: Meta-World stands in for the robot.
+
+    python -m launch.serve --config=configs/quickstart_action.py --checkpoint=runs/quickstart/action
+    python -m launch.robot_loop --server=ws://localhost:8000 --task=drawer-close-v3
+
+The robot moves on while the next chunk is computed; with --nooverlap it waits for every answer.
+This side needs no jax: on a robot, `mvjax.policy.client` and `.overlap` are enough.
+"""
+
+import time
+
+import numpy as np
+from absl import flags
+
+from launch.entry import run
+from mvjax.evaluation.suites.metaworld import MetaWorld
+from mvjax.policy.client import PolicyClient
+from mvjax.policy.observation import History, Observation, ObservationSpec
+from mvjax.policy.overlap import Overlap
+from mvjax.policy.request import IMAGE_HISTORY, STATE_HISTORY
+
+SERVER = flags.DEFINE_string("server", "ws://localhost:8000", "Address of the policy server.")
+PATIENCE = flags.DEFINE_float("patience", 60.0, "How long to wait for it, seconds.", 0.0)
+TASK = flags.DEFINE_string("task", "drawer-close-v3", "A Meta-World task.")
+SEED = flags.DEFINE_integer("seed", 0, "Where its objects are.", 0)
+STEPS = flags.DEFINE_integer("steps", 200, "Control steps at most.", 1)
+EXECUTE = flags.DEFINE_integer("execute", 8, "Control steps from one query to the next.", 1)
+SPEED = flags.DEFINE_float("speed", 0.25, "Of the robot's clock; 1 is real time.", 0.001)
+OVERLAP = flags.DEFINE_bool("overlap", True, "Move while the next chunk is computed.")
+
+
+def main() -> None:
+    """Plays one episode and says how it went."""
+    robot = MetaWorld(TASK.value)
+    with PolicyClient(SERVER.value, patience=PATIENCE.value) as policy:
+        overlap = Overlap(policy.infer)
+        try:
+            done, steps, seconds = drive(robot, policy.metadata, overlap)
+        finally:
+            overlap.close()
+            robot.close()
+    latency = np.percentile(overlap.latencies, [50, 95]) * 1000
+    print(
+        f"{'Success' if done else 'No success'} after {steps} steps in {seconds:.2f} s; "
+        f"{len(overlap.latencies)} queries, p50 {latency[0]:.0f} ms, p95 {latency[1]:.0f} ms; the "
+        f"robot waited {overlap.waited:.2f} s"
+    )
+
+
+def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int, float]:
+    """Plays one episode; returns whether it succeeded, its control steps, and seconds."""
+    spec = ObservationSpec(
+        observed_frames=metadata["observed_frames"],
+        fps=metadata["fps"],
+        proprio_horizon=metadata["proprio_horizon"],
+        proprio_fps=metadata["proprio_fps"],
+        execute=EXECUTE.value,
+    )
+    history = History(spec, robot.control_hz)
+    robot.reset(SEED.value)
+    period = 1 / (robot.control_hz * SPEED.value)
+    began = tick = time.monotonic()
+    for step in range(STEPS.value):
+        history.record(robot.proprio(), robot.render)
+        if step % EXECUTE.value == 0 and not overlap.asking:
+            overlap.ask(step, request(history.observation(robot.instruction)))
+            if not OVERLAP.value:
+                overlap.wait()
+        if robot.step(overlap.action(step)):
+            return True, step + 1, time.monotonic() - began
+        tick = max(tick + period, time.monotonic())  # a robot that is late does not hurry
+        time.sleep(max(0.0, tick - time.monotonic()))
+    return False, STEPS.value, time.monotonic() - began
+
+
+def request(observation: Observation) -> dict:
+    """An observation that holds its own history, as the server's plain clients send it."""
+    return {
+        IMAGE_HISTORY: observation.frames,
+        STATE_HISTORY: observation.proprio,
+        "prompt": observation.instruction,
+    }
+
+
+if __name__ == "__main__":
+    run(main)

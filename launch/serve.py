@@ -1,0 +1,95 @@
+"""Serves a trained policy to robots and simulators, in openpi's websocket protocol.
+
+    python -m launch.serve --config=configs/quickstart_action.py \
+        --checkpoint=runs/quickstart/action --port=8000
+
+`--client=libero`, `aloha` or `droid` for openpi's clients of these robots. docs/serving.md has the
+messages, and what to watch for on a robot.
+"""
+
+import asyncio
+import os
+import signal
+from pathlib import Path
+
+from absl import flags
+
+from launch.entry import config_flag, path_flag, run
+from mvjax.policy.adapters.clients import CLIENTS
+from mvjax.policy.load import load_policy
+from mvjax.policy.sampling import Sampling
+from mvjax.policy.server import PolicyServer, Serving
+from mvjax.policy.serving import Batching, make_server
+from mvjax.policy.wire import WireLimits
+
+CONFIG = config_flag()
+CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
+CLIENT = flags.DEFINE_enum("client", "plain", list(CLIENTS), "The kind of client.")
+HOST = flags.DEFINE_string("host", "0.0.0.0", "Address to listen at; 0.0.0.0 is every network.")
+PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65535)
+STOP_STEP = flags.DEFINE_integer("stop_step", 0, "Evaluations of the video before the plan.", 0)
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Sizes of the batches to compile.")
+WINDOW = flags.DEFINE_float("window_ms", 5.0, "How long a query waits for others, ms.", 0.0)
+MAX_CLIENTS = flags.DEFINE_integer("max_clients", 64, "Connections at the same time.", 1)
+MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", 32, "Size of a message at most, MB.", 1)
+PROMPT = flags.DEFINE_string("prompt", "", "The instruction, for clients that send none.")
+API_KEY_FILE = flags.DEFINE_string(
+    "api_key_file", "", "File with the key that clients must show; else MVJAX_API_KEY, if set."
+)
+
+
+def main() -> None:
+    """Loads, compiles, serves until Ctrl-C or SIGTERM."""
+    config = CONFIG.value
+    if not all(size.isdecimal() for size in BATCH_SIZES.value):
+        raise ValueError(f"--batch_sizes must be numbers such as 1,8, got {BATCH_SIZES.value}.")
+    batching = Batching([int(size) for size in BATCH_SIZES.value], WINDOW.value / 1000)
+    serving = Serving(
+        host=HOST.value,
+        port=PORT.value,
+        max_clients=MAX_CLIENTS.value,
+        api_key=api_key(),
+        wire=WireLimits(message_bytes=MAX_MESSAGE.value * 2**20),
+    )
+    sampling = Sampling(**config.sampler, stop_step=STOP_STEP.value)
+    policy = load_policy(config, Path(CHECKPOINT.value), sampling, max(batching.sizes))
+    print("Compiling the policy ...", flush=True)
+    server = make_server(
+        policy,
+        config,
+        serving,
+        client=CLIENT.value,
+        batching=batching,
+        prompt=PROMPT.value,
+    )
+    asyncio.run(until_told(server))
+
+
+def api_key() -> str:
+    """The key of --api_key_file or MVJAX_API_KEY; on a command line everyone could read it."""
+    if not API_KEY_FILE.value:
+        return os.environ.get("MVJAX_API_KEY", "")
+    key = Path(API_KEY_FILE.value).read_text().strip()
+    if not key:
+        raise ValueError(f"--api_key_file: {API_KEY_FILE.value} is empty.")
+    return key
+
+
+async def until_told(server: PolicyServer) -> None:
+    """Serves; SIGINT and SIGTERM end it, saying goodbye to the clients."""
+    serving = asyncio.create_task(server.run(say_where))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, serving.cancel)
+    await asyncio.wait([serving])
+    if not serving.cancelled():
+        serving.result()
+    print("Stopped.", flush=True)
+
+
+def say_where(host: str, port: int) -> None:
+    """Says that clients can connect."""
+    print(f"Serving {CLIENT.value} clients at ws://{host}:{port}", flush=True)
+
+
+if __name__ == "__main__":
+    run(main)

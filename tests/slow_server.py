@@ -1,0 +1,52 @@
+"""A server whose policy takes its time and needs no jax: what is tested is the server.
+
+python tests/slow_server.py seconds_per_batch [client=droid] [max_clients=3] [ping=0.5] ...
+"""
+
+import asyncio
+import sys
+import time
+
+import numpy as np
+
+from mvjax.policy.adapters.body import Body
+from mvjax.policy.adapters.clients import make_adapter
+from mvjax.policy.batcher import Batcher
+from mvjax.policy.server import PolicyServer, Serving
+from mvjax.policy.sessions import Senses
+
+SIZES = {"plain": (2, 2), "libero": (8, 7), "aloha": (14, 14), "droid": (8, 8)}
+
+
+def main(
+    seconds: float,
+    client: str = "plain",
+    most: str = "4",
+    window: str = "0",
+    horizon: str = "4",
+    **more: str,
+):
+    """Answers with chunks that repeat the state; a state of 13 breaks the policy."""
+    proprio_dim, action_dim = SIZES[client]
+
+    def plan(observations):
+        time.sleep(seconds)
+        states = np.stack([o.proprio[-1] for o in observations])
+        if (states == 13).any():
+            raise RuntimeError("thirteen\nis too much")
+        return np.repeat(states[:, None, :action_dim], int(horizon), axis=1)
+
+    kinds = {"port": int, "max_clients": int, "ping": float, "send_timeout": float, "api_key": str}
+    settings = {name: kinds[name](value) for name, value in more.items()}
+    server = PolicyServer(
+        Serving(**{"host": "127.0.0.1", "port": 0, **settings}),
+        make_adapter(client, Body((), (), action_dim, proprio_dim)),
+        Senses(observed_frames=1, proprio_horizon=1),
+        lambda clients: Batcher(plan, int(most), float(window), clients),
+        {"observed_frames": 1},
+    )
+    asyncio.run(server.run(lambda host, port: print(port, flush=True)))
+
+
+if __name__ == "__main__":
+    main(float(sys.argv[1]), **dict(argument.split("=", 1) for argument in sys.argv[2:]))

@@ -1,0 +1,182 @@
+"""Episodes cut into clips: several cameras in one frame, padding masks, and who is at fault."""
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from data_pipelines.cameras import camera_rows, cameras, tile
+from data_pipelines.clips import StreamMismatch, cut_episode, cut_numbers
+from data_pipelines.episode import Episode, Stream
+from data_pipelines.transforms import resize_area
+
+RNG = np.random.default_rng(0)
+CLIP = ConfigDict(dict(height=32, width=48, observed_frames=5, future_frames=8, fps=10))
+IO = ConfigDict(
+    dict(action=dict(horizon=6, fps=20, shift=0.05, dim=4), proprio=dict(horizon=2, fps=20, dim=3))
+)
+N = 30  # seconds: 1.5
+
+
+class Frames:
+    """Frames that say their number: all pixels of frame i are i, plus noise in the green."""
+
+    def __init__(self, n, height=64, width=96, offset=0):
+        self.data = np.zeros((n, height, width, 3), np.uint8)
+        self.data[..., 0] = offset + np.arange(n)[:, None, None]
+        self.data[..., 1] = RNG.integers(0, 256, (n, height, width))
+        self.asked = []
+
+    def __len__(self):
+        return len(self.data)
+
+    def read(self, indices):
+        self.asked += list(indices)
+        return self.data[indices]
+
+
+def _episode(**extra):
+    times = np.arange(N, dtype=np.int64) * 50_000_000  # 20 Hz
+    slow = np.arange(N // 2, dtype=np.int64) * 100_000_000 + 3_000_000  # 10 Hz, late
+    streams = {
+        "front": Stream(times, Frames(N)),
+        "side": Stream(slow, Frames(N // 2, 48, 64, offset=100)),
+        "wrist": Stream(times, Frames(N, 37, 51, offset=200)),
+        "action": Stream(times, RNG.normal(size=(N, 4)).astype(np.float32)),
+        "state": Stream(times, RNG.normal(size=(N, 3))),
+    } | extra
+    return Episode("e", "toy", "arm", ("go",), streams, ("front", "side", "wrist"))
+
+
+def _dataset(video="front", action="action", proprio="state"):
+    return ConfigDict(dict(name="toy", video=video, action=action, proprio=proprio))
+
+
+def test_padding_masks_come_with_the_numbers():
+    episode = _episode()
+    cuts = cut_episode(episode, _dataset(), CLIP, IO)
+    columns = cuts.columns
+    assert set(columns) == {"anchor", "actions", "actions_padded", "proprio", "proprio_padded"}
+    assert columns["actions"].shape == (N, 6, 4) and columns["proprio"].shape == (N, 2, 3)
+    after = np.arange(N)[:, None] + np.arange(6) + 1  # 50 ms ahead, 50 ms apart
+    np.testing.assert_array_equal(columns["actions_padded"], after > N - 1)
+    action = episode.streams["action"].values
+    np.testing.assert_array_equal(columns["actions"], action[np.minimum(after, N - 1)])
+    np.testing.assert_array_equal(np.argwhere(columns["proprio_padded"]), [[0, 0]])
+    numbers = cut_numbers(episode, _dataset(), IO)
+    assert numbers.keys() == columns.keys()
+    for key, value in numbers.items():
+        np.testing.assert_array_equal(value, columns[key])
+
+
+def test_numbers_are_read_without_a_frame():
+    episode = _episode()
+    cut_numbers(episode, _dataset(("front", "side")), IO, anchor_fps=10)
+    assert episode.streams["front"].values.asked == episode.streams["side"].values.asked == []
+
+
+def test_video_alone_has_an_anchor_per_frame():
+    cuts = cut_episode(_episode(), _dataset(action="", proprio=""), CLIP, IO)
+    assert set(cuts.columns) == {"anchor"} and cuts.clips.shape == (N, 13)
+    k = 2 * (np.arange(13) - 4)  # 10 fps of 20
+    shown = cuts.frames[cuts.clips][..., 0, 0, 0]
+    np.testing.assert_array_equal(shown, np.clip(np.arange(N)[:, None] + k, 0, N - 1))
+
+
+def test_anchors_lie_where_all_parts_of_the_action_are():
+    late = Stream(np.arange(10, 20, dtype=np.int64) * 50_000_000, np.zeros((10, 1)))
+    action = (dict(stream="action", columns=(0, 1, 2)), dict(stream="late"))
+    columns = cut_numbers(_episode(late=late), _dataset(action=action), IO)
+    np.testing.assert_array_equal(columns["anchor"], np.arange(10, 20) * 50_000_000)
+
+
+def test_several_cameras_fill_one_frame():
+    """Every camera by its own clock, at the instants of the first."""
+    episode = _episode()
+    rows = (("front", "side"), ("wrist",))
+    cuts = cut_episode(episode, _dataset(rows), CLIP, IO)
+    assert cuts.frames.shape[1:] == (32, 48, 3)
+    clips = cuts.frames[cuts.clips]
+    front, side, wrist = clips[..., 0, 0, 0], clips[..., 0, 24, 0], clips[..., 16, 0, 0]
+    expected = np.clip(np.arange(N)[:, None] + 2 * (np.arange(13) - 4), 0, N - 1)
+    np.testing.assert_array_equal(front, expected)
+    np.testing.assert_array_equal(wrist, 200 + expected)
+    nearest = np.abs(expected[..., None] * 50 - (np.arange(N // 2) * 100 + 3)).argmin(-1)
+    np.testing.assert_array_equal(side, 100 + nearest)
+    whole = clips[7, 3]
+    for name, index, cell in (
+        ("front", expected[7, 3], whole[:16, :24]),
+        ("side", nearest[7, 3], whole[:16, 24:]),
+        ("wrist", expected[7, 3], whole[16:]),
+    ):
+        frame = episode.streams[name].values.data[index : index + 1]
+        np.testing.assert_array_equal(cell, resize_area(frame, *cell.shape[:2])[0])
+    asked = episode.streams["front"].values.asked
+    assert sorted(asked) == asked == list(range(N))  # in order, and once
+
+
+@pytest.mark.parametrize(
+    ("video", "rows"),
+    [
+        ("a", (("a",),)),
+        (("a",), (("a",),)),
+        (["a", "b"], (("a", "b"),)),
+        (("a", "b", "c"), (("a", "b"), ("c", ""))),
+        (tuple("abcde"), (("a", "b", "c"), ("d", "e", ""))),
+        ((("a",), ["b", "c"]), (("a",), ("b", "c"))),
+        (("a", ("b", "c")), (("a",), ("b", "c"))),
+    ],
+)
+def test_layouts(video, rows):
+    assert camera_rows(video) == rows
+    assert cameras(rows) == tuple(dict.fromkeys("".join(map("".join, rows))))
+
+
+def test_tiles_are_equal_and_unused_cells_black():
+    frames = {name: np.full((2, 20, 30, 3), i + 1, np.uint8) for i, name in enumerate("abc")}
+    whole = tile(camera_rows(tuple("abc")), frames, 41, 61)
+    assert whole.shape == (2, 41, 61, 3)
+    assert [whole[:, y, x].max() for y, x in ((0, 0), (0, 60), (40, 0), (40, 60))] == [1, 2, 3, 0]
+    assert set(np.unique(whole)) == {0, 1, 2, 3}
+    assert tile((("a",),), frames, 20, 30) is frames["a"]
+
+
+@pytest.mark.parametrize("video", ["", (), ((),), (("a",), ()), ("", ""), ((1,),)])
+def test_wrong_layouts_are_explained(video):
+    with pytest.raises(ValueError, match="video must be a stream's name, several, or rows"):
+        camera_rows(video)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(action="nose"), r"'toy': the config names the streams \['nose'\], but episode 'e'"),
+        (dict(action=(dict(stream="action", columns=(4,)), dict(pad=3))), "'e': .*no column 4"),
+        (dict(action=(dict(stream="front"),)), "'front' is a camera"),
+        (dict(proprio=(dict(pad=2),)), "'toy': policy_io says 3 dimensions, but the parts have"),
+        (dict(proprio=(dict(stream="state", base="x"),)), "'toy': part 0 of proprio"),
+        (
+            dict(action=(dict(stream="action", represent="delta", base="nose"),)),
+            r"names the streams \['nose'\]",
+        ),
+        (dict(video=()), "'toy': video must be a stream's name"),
+    ],
+)
+def test_what_the_config_gets_wrong_stops_the_job(change, message):
+    with pytest.raises(StreamMismatch, match=message):
+        cut_numbers(_episode(), _dataset(**change), IO)
+
+
+def test_what_an_episode_lacks_is_its_own_fault():
+    for change, message in (
+        (dict(video=("front", "top")), r"no cameras \['top'\]"),
+        (dict(video="state"), r"no cameras \['state'\]"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            cut_numbers(_episode(), _dataset(**change), IO)
+        assert not isinstance(error.value, StreamMismatch)
+    short = Stream(np.arange(2), np.zeros((2, 3)))
+    with pytest.raises(ValueError, match=r"two or fewer samples in \['state'\]"):
+        cut_numbers(_episode(state=short), _dataset(), IO)
+    later = Stream(np.arange(5) + 10**12, np.zeros((5, 4)))
+    with pytest.raises(ValueError, match="do not overlap"):
+        cut_numbers(_episode(action=later), _dataset(), IO)

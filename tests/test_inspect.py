@@ -1,0 +1,298 @@
+"""What `launch.inspect` finds in datasets with known faults, and the page it draws."""
+
+import json
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipelines.episode import Episode, LazyEpisodes, Stream
+from data_pipelines.inspection import inspect_dataset
+from data_pipelines.inspection_page import write_page
+from data_pipelines.inspection_records import inspect_records, is_records
+from data_pipelines.inspection_text import describe
+from data_pipelines.records import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.sources.open import open_dataset
+from data_pipelines.video import write_video
+from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, write_lerobot
+from data_pipelines.writers.lerobot_stats import frame_stats
+from data_pipelines.writers.video_folder import write_video_folder
+
+FPS, FRAMES = 10, 12
+CAMERA = "observation.images.top"
+ROOT = Path(__file__).parents[1]
+
+
+def _moving(seed: int, n: int = FRAMES) -> list[np.ndarray]:
+    coarse = np.random.default_rng(seed).integers(60, 200, (6, 8, 3), np.uint8)
+    picture = np.kron(coarse, np.ones((8, 8, 1), np.uint8))
+    return [np.roll(picture, 4 * i, axis=1) for i in range(n)]
+
+
+@pytest.fixture
+def videos(tmp_path):
+    """A video folder: good, cut off, frozen, black, and without words."""
+    kinds = {
+        "good": (_moving(0), "a hand opens a drawer"),
+        "truncated": (_moving(1), "a hand closes a drawer"),
+        "frozen": (_moving(2)[:1] * FRAMES, "nothing moves"),
+        "black": ([np.zeros((48, 64, 3), np.uint8)] * FRAMES, "the lamp is off"),
+        "silent": (_moving(3), ""),
+        "short": (_moving(4, 2), "a blink"),
+    }
+    written = {}
+    for name, (frames, caption) in kinds.items():
+        written[name] = (tmp_path / f"{name}.mp4", caption)
+        write_video(written[name][0], frames, FPS)
+    root = tmp_path / "videos"
+    write_video_folder(root, written)
+    broken = root / "video/truncated.mp4"
+    data = broken.read_bytes()
+    broken.unlink()  # it is a link to the file that was written
+    broken.write_bytes(data[: len(data) // 2])
+    return root
+
+
+@pytest.fixture
+def robot(tmp_path):
+    """A LeRobot dataset: NaN in the second episode, a gap in the third, one dimension constant."""
+    episodes = []
+    for number in range(4):
+        frames = _moving(number)
+        path = tmp_path / f"{number}.mp4"
+        write_video(path, frames, FPS)
+        action = np.random.default_rng(number).normal(size=(FRAMES, 3)).astype(np.float32)
+        action[:, 2] = 1.0
+        if number == 1:
+            action[5, 0], action[7, 1] = np.nan, np.inf
+        part = VideoPart(path, 0, frame_stats(frames))
+        task = ("pick up", "put down")[number % 2]
+        episodes.append(RobotEpisode(task, {"action": action}, {CAMERA: part}))
+    root = tmp_path / "robot"
+    write_lerobot(root, episodes, fps=FPS, robot_type="arm", frame_size=(48, 64))
+    (file,) = root.glob("data/*/*.parquet")
+    table = pq.read_table(file)
+    times = table["timestamp"].to_numpy().copy()
+    times[2 * FRAMES + 6 : 3 * FRAMES] += 0.5
+    place = table.schema.get_field_index("timestamp")
+    pq.write_table(table.set_column(place, "timestamp", [times]), file)
+    return root
+
+
+def _inspect(format, path, **options):
+    return inspect_dataset(open_dataset(format, path, "set", "arm"), str(path), format, **options)
+
+
+def _kinds(found):
+    return {kind: [p.episode for p in group] for kind, group in found.problems_by_kind().items()}
+
+
+def test_faults_of_videos_are_found_and_named(videos):
+    found = _inspect("video_folder", videos)
+    assert _kinds(found) == {
+        "unreadable video": ["number 5"],
+        "frozen video": ["frozen"],
+        "black video": ["black"],
+        "empty instruction": ["silent"],
+        "two or fewer samples": ["short"],
+    }
+    (unreadable,) = found.problems_by_kind()["unreadable video"]
+    assert "truncated.mp4" in unreadable.text
+    assert found.readable == 5
+    stream = found.streams["video"]
+    assert (stream.shape, stream.codec, stream.rate) == ((48, 64, 3), "h264", FPS)
+    assert found.instructions["a hand opens a drawer"] == 1
+    assert sorted(found.lengths) == pytest.approx([0.2, 1.2, 1.2, 1.2, 1.2])
+    assert "64x48" in describe(found) and "5 of 6" in describe(found)
+
+
+def test_damage_in_the_middle_is_found_by_decoding_everything(videos):
+    """The lists of such a file are whole, and so are the three frames that are looked at."""
+    path = videos / "video/good.mp4"
+    data = bytearray(path.read_bytes())
+    start = data.index(b"mdat") + 4
+    length = int.from_bytes(data[start - 8 : start - 4], "big") - 8
+    third = start + int(length * 0.7)
+    data[third : third + length // 8] = bytes(length // 8)
+    path.unlink()
+    path.write_bytes(data)
+    found = _inspect("video_folder", videos, thorough=True)
+    assert "good" in _kinds(found)["unreadable video"]
+
+
+def test_faults_of_numbers_are_found_and_named(robot):
+    found = _inspect("lerobot", robot)
+    kinds = _kinds(found)
+    assert kinds["NaN or infinity"] == ["episode_000001"]
+    assert kinds["timestamp gap"] == ["episode_000002"]
+    assert kinds["video and numbers of different length"] == ["episode_000002"]
+    assert kinds["constant dimension"] == ["the dataset"]
+    texts = {problem.kind: problem.text for problem in found.problems}
+    assert "2 of 36 numbers, in the dimensions 0, 1, first in sample 5" in texts["NaN or infinity"]
+    assert "the longest 0.6 s after 0.500 s" in texts["timestamp gap"]
+    assert texts["constant dimension"] == "action: 2 (always 1)"
+    action = found.streams["action"]
+    assert (action.shape, action.dtype) == ((3,), "float32")
+    assert np.isfinite(action.low).all() and action.low[2] == action.high[2] == 1
+    assert found.instructions == {"pick up": 2, "put down": 2}
+
+
+def test_missing_files_leave_the_rest_readable(robot):
+    next(robot.glob("videos/*/*/file-001.mp4")).unlink()
+    found = _inspect("lerobot", robot)
+    assert _kinds(found)["missing file"] == ["number 1"]
+    assert found.readable == 3
+
+
+def _episode(name, times, shape=(2,), video=None):
+    streams = {"action": Stream(times, np.random.default_rng(0).normal(size=(len(times), *shape)))}
+    if video is not None:
+        streams["front"] = Stream(times, video)
+    return Episode(name, "set", "arm", ("go",), streams, ("front",) if video is not None else ())
+
+
+def test_episodes_that_differ_from_the_first_are_named():
+    times = np.arange(10, dtype=np.int64) * 10**8
+    twice = times.copy()
+    twice[4] = twice[3] + 10
+    video = np.stack(_moving(0, 10))
+    episodes = [
+        _episode("a", times, video=video),
+        _episode("b", times, shape=(3,), video=video),
+        _episode("c", times),
+        _episode("d", twice, video=video),
+        _episode("a", times, video=video[:, :24]),
+    ]
+    found = inspect_dataset(episodes, "set", "in memory")
+    kinds = _kinds(found)
+    assert kinds["other shape"] == ["b", "a"]
+    assert kinds["missing stream"] == ["c"]
+    assert kinds["duplicate timestamps"] == ["d"]
+    assert kinds["duplicate id"] == ["a"]
+    assert found.readable == 5
+
+
+def test_a_part_of_a_large_dataset_is_looked_at():
+    asked = []
+
+    def load(index):
+        asked.append(index)
+        return _episode(str(index), np.arange(10, dtype=np.int64) * 10**8)
+
+    found = inspect_dataset(LazyEpisodes(100_000, load), "set", "in memory", limit=50)
+    assert len(asked) == 50 and {0, 99_999} <= set(asked)
+    assert dict(found.facts)["hours"].startswith("about 27.78")
+
+
+class _Page(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.images, self.figures, self.links = [], 0, []
+
+    def handle_starttag(self, tag, attributes):
+        values = dict(attributes)
+        self.images += [values["src"]] if tag == "img" else []
+        self.figures += tag == "svg"
+        self.links += [values[key] for key in ("href", "src") if key in values]
+
+
+def test_the_page_needs_nothing_else(robot, tmp_path):
+    found = _inspect("lerobot", robot)
+    found.instructions["<script>alert(1)</script>"] = 1
+    write_page(found, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert len(page.images) == 4 * 3  # first, middle and last frame of every episode
+    assert all(link.startswith("data:image/jpeg;base64,") for link in page.links)
+    assert page.figures == 4 * 3 + 1  # a curve per dimension, and the lengths
+    assert "<script" not in text and "http" not in re.sub(r'xmlns="[^"]*"', "", text)
+    for problem in found.problems:
+        assert problem.episode in text
+    assert "episode_000001" in text and "pick up" in text
+
+
+@pytest.fixture
+def records(tmp_path):
+    path = tmp_path / "records"
+    path.mkdir()
+    actions = np.random.default_rng(0).normal(size=(6, 4, 2)).astype(np.float32)
+    with RecordWriter(path / "shard_00000.arrayrecord") as writer:
+        for i in range(6):
+            latents = np.ones((2, 2, 2, 16), ml_dtypes.bfloat16)
+            latents[0, 0, 0, 0] = np.nan if i == 4 else 0
+            row = {"latents": latents, "episode": np.int64(i // 3), "text": np.int64(0)}
+            writer.write(row | {"anchor": np.int64(i), "actions": actions[i]})
+    rows = [
+        dict(id="a", instructions=["open"], count=3, digest="x"),
+        dict(id="b", instructions=["close"], count=3, digest="y"),
+        dict(id="c", instructions=[], count=0, reason="ValueError: cut off"),
+    ]
+    plan = dict(dataset={"name": "toy"}, clip={"fps": 5}, episodes=3, episodes_per_shard=2)
+    write_json(path / "plan.json", plan)
+    columns = dict(rows=np.asarray(json.dumps(rows)), anchor=np.arange(6), actions=actions)
+    write_npz(path / "shard_00000.npz", **columns)
+    write_texts(path / "texts.npz", ["open", "close"], np.ones((2, 3, 4)))
+    listed = [
+        dict(id=r["id"], instructions=[i] if i < 2 else [], first=3 * i, count=r["count"])
+        | {"split": "train"}
+        for i, r in enumerate(rows)
+    ]
+    manifest = dict(settings=plan, fingerprint="f", shards=["shard_00000.arrayrecord"])
+    manifest |= dict(skipped=[{"id": "c", "reason": "ValueError: cut off"}], episodes=listed)
+    write_json(path / "manifest.json", manifest)
+    return path
+
+
+def test_records_are_looked_at(records, tmp_path):
+    assert is_records(records) and not is_records(tmp_path)
+    found = inspect_records(records)
+    assert _kinds(found) == {"skipped while encoding": ["c"], "NaN or infinity": ["b"]}
+    assert found.lengths == [3, 3] and found.instructions == {"open": 1, "close": 1}
+    assert found.streams["latents"].shape == (2, 2, 2, 16)
+    assert found.streams["actions"].low.shape == (2,)
+    write_page(found, tmp_path / "page.html")
+    assert "cut off" in (tmp_path / "page.html").read_text()
+
+
+def test_records_that_are_not_finished_are_looked_at(records):
+    (records / "manifest.json").unlink()
+    found = inspect_records(records)
+    assert "not finished" in dict(found.facts)["format"]
+    assert dict(found.facts)["shards"] == "1 of 2 finished"
+    assert found.instructions == {"open": 1, "close": 1} and found.readable == 2
+
+
+def test_a_corrupt_record_is_named(records):
+    file = records / "shard_00000.arrayrecord"
+    data = bytearray(file.read_bytes())
+    places = [match.start() for match in re.finditer(rb'\[\["latents"', data)]
+    place = places[3] + 300
+    data[place : place + 200] = bytes(range(200))
+    file.write_bytes(data)
+    found = inspect_records(records)
+    assert "unreadable record" in _kinds(found)
+
+
+def _command(*arguments):
+    command = [sys.executable, "-m", "launch.inspect", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+
+
+def test_the_command(videos, tmp_path):
+    result = _command(videos, f"--out={tmp_path / 'page.html'}", "--strict")
+    assert result.returncode == 1, result.stderr
+    assert "video_folder" in result.stdout and "frozen video" in result.stdout
+    assert (tmp_path / "page.html").stat().st_size > 10_000
+    for file in (videos / "video").iterdir():
+        file.unlink()
+        file.write_bytes(b"no video")
+    result = _command(videos)
+    assert result.returncode == 2
+    assert "could be read" in result.stderr and "Traceback" not in result.stderr

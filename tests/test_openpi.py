@@ -1,0 +1,112 @@
+"""openpi's own client package talks to the server, unchanged.
+
+It needs numpy 1, so it runs with an interpreter of its own: MVJAX_OPENPI_PYTHON names one that has
+`PACKAGES`; else uv, where it is installed, makes one.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from running_server import Running
+from scipy.spatial.transform import Rotation
+from tiny_policy import random_observation, tiny_policy
+from tiny_stages import quick_compiles
+
+PROGRAM = str(Path(__file__).parent / "openpi_clients.py")
+PACKAGES = ("openpi-client==0.1.2", "typing_extensions")  # it imports the other undeclared
+UV = ("run", "--no-project", "--python=3.11", *(f"--with={p}" for p in PACKAGES), "python")
+
+
+@pytest.fixture(scope="module")
+def openpi():
+    """openpi(kind, server) -> what openpi's client was answered."""
+    python = os.environ.get("MVJAX_OPENPI_PYTHON")
+    uv = shutil.which("uv")
+    command = [python] if python else [uv, *UV]
+    if not (python or uv):
+        pytest.skip("neither MVJAX_OPENPI_PYTHON nor uv is there to run openpi-client with")
+    tried = subprocess.run([*command, "-c", "import openpi_client"], capture_output=True, text=True)
+    if tried.returncode and not python:
+        pytest.skip(f"uv cannot install openpi-client: {tried.stderr.strip()[-200:]}")
+
+    def run(kind, server):
+        said = subprocess.run(
+            [*command, "-W", "ignore", PROGRAM, kind, "127.0.0.1", str(server.port)],
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+        assert said.returncode == 0, said.stderr
+        return json.loads(said.stdout)
+
+    return run
+
+
+@pytest.fixture
+def simple(request):
+    running = Running("tests/slow_server.py", "0", f"client={request.param}")
+    yield running
+    running.stop()
+
+
+def test_libero_client_and_a_real_policy(openpi):
+    """Its answers are the policy's own, with the history that its pictures make."""
+    running = Running("tests/tiny_policy.py", "client=libero", "sizes=1", wait=False)
+    try:
+        with quick_compiles():
+            policy, _ = tiny_policy("libero")
+            policy.warm_up()
+        running.wait()
+        found = openpi("libero", running)
+        assert running.health()["errors"] == 1
+    finally:
+        running.stop()
+    assert found["metadata"]["model"] == "mimic-video"
+    assert found["metadata"]["state_size"] == 8
+    assert found["dtype"] == "float32" and found["timing"] == ["batch", "infer_ms", "wait_ms"]
+    assert "'observation/state' has shape [5]; expected [8]" in found["refused"]
+    assert "Traceback" not in found["refused"]
+
+    pictures = [shrunk_noise(seed) for seed in range(4)]
+    rows = Rotation.from_rotvec([3.0, 0.2, 0.1]).as_matrix()[:2].ravel()
+    proprio = np.concatenate([[0.1, 0.2, 1.0], rows, [0.03]]).astype(np.float32)[None]
+    asked = replace(
+        random_observation(0, "libero"),
+        proprio=proprio,
+        instruction="put the bowl on the plate",
+    )
+    for now, actions in enumerate(found["actions"]):
+        history = np.stack([pictures[max(0, now - back)] for back in (4, 3, 2, 1, 0)])
+        chunk = policy.plan([replace(asked, frames=history)])[0]
+        np.testing.assert_allclose(np.array(actions)[:, :3], chunk[:, :3], rtol=1e-4, atol=1e-4)
+        assert np.abs(np.array(actions)[:, 6]).tolist() == [1] * len(chunk)
+        assert np.shape(actions) == (4, 7)
+
+
+def shrunk_noise(seed, side=48):
+    """The picture of `openpi_clients.picture`, by the same Pillow filter."""
+    from PIL import Image
+
+    noise = np.random.default_rng(seed).integers(0, 256, (2 * side, 2 * side, 3), np.uint8)
+    return np.asarray(Image.fromarray(noise).resize((side, side), resample=Image.BILINEAR))
+
+
+@pytest.mark.parametrize("simple", ["droid"], indirect=True)
+def test_droid_client(openpi, simple):
+    state = [*range(7), 0.25]
+    found = openpi("droid", simple)
+    assert found["actions"] == [state] * 4
+    assert found["last"] == [number > 0.5 for number in state]
+
+
+@pytest.mark.parametrize("simple", ["aloha"], indirect=True)
+def test_aloha_client_with_its_chunk_broker(openpi, simple):
+    """Steps 0, 1, 2 come from the first query, 3, 4, 5 from the second."""
+    assert openpi("aloha", simple)["actions"] == [[0] * 14] * 3 + [[3] * 14] * 3
+    assert simple.health()["queries"] == 2

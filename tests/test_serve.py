@@ -1,0 +1,137 @@
+"""`python -m launch.serve` and `python -m launch.robot_loop`, as at the keyboard."""
+
+import signal
+import textwrap
+
+import numpy as np
+import pytest
+from running_server import Running
+from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
+
+from data_pipelines.normalizer import Mode, Normalizer, compute_statistics
+from data_pipelines.normalizers import Normalizers
+from mvjax.evaluation.suites.metaworld import MetaWorld
+from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
+from mvjax.policy.client import PolicyClient
+from mvjax.policy.load import load_policy
+from mvjax.policy.observation import Observation
+from mvjax.policy.sampling import Sampling
+
+ACTION = "--config=configs/quickstart_action.py:smoke"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A run folder of both stages at toy size, and the configuration file that names it."""
+    folder = tmp_path_factory.mktemp("run")
+    clip = np.random.default_rng(0).uniform(-1, 1, (8, 13, 32, 32, 3)).astype(np.float32)
+    save_tokenizer(folder / "tokenizer.npz", fit_linear_tokenizer([clip]))
+    with quick_compiles():
+        save_untrained(tiny_config("video"), folder / "video")
+        save_untrained(toy_config(folder), folder / "action")
+    batch = tiny_batch(toy_config(folder))
+    statistics = {name: compute_statistics(batch[name]) for name in ("actions", "proprio")}
+    one = Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE))
+    Normalizers({"": one}).save(folder / "action" / "normalizer.json")
+    (folder / "config.py").write_text(
+        textwrap.dedent(f"""
+            from pathlib import Path
+            from test_serve import toy_config
+
+            def get_config():
+                return toy_config(Path({str(folder)!r}))
+        """)
+    )
+    return folder
+
+
+def toy_config(folder):
+    config = tiny_config("action")
+    config.tokenizer = str(folder / "tokenizer.npz")
+    config.backbone.checkpoint = str(folder / "video")
+    return config
+
+
+def serve(trained, *flags):
+    return Running(
+        *("-m", "launch.serve", f"--config={trained}/config.py"),
+        *(f"--checkpoint={trained}/action", "--host=127.0.0.1", "--port=0", *flags),
+        says="Serving",
+        wait=False,
+    )
+
+
+def test_a_trained_policy_is_served_and_drives_a_robot(trained, command):
+    """The reply is what the loaded policy plans; the example loop runs; SIGTERM says goodbye."""
+    pytest.importorskip("metaworld", reason="Meta-World is not installed")
+    running = serve(trained, "--batch_sizes=1", "--prompt=close the drawer")
+    try:
+        config = toy_config(trained)
+        with quick_compiles():
+            policy = load_policy(config, trained / "action", Sampling(**config.sampler), 1)
+            frame = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
+            proprio = np.array([[0.1, 0.6, 0.2, 0.5]], np.float32)
+            asked = Observation(np.stack([frame] * 5), proprio, "close the drawer")
+            expected = policy.plan([asked])[0]
+        running.wait()
+        with PolicyClient(running.uri) as client:
+            assert client.metadata["fps"] == config.clip.fps
+            message = {"observation/image": frame, "observation/state": proprio[0]}
+            np.testing.assert_allclose(client.infer(message)["actions"], expected, atol=1e-4)
+        check_robot(command, running, ["--execute=2"])
+        check_robot(command, running, ["--execute=4", "--nooverlap"])
+        running.process.send_signal(signal.SIGTERM)
+        out, complaints = running.process.communicate(timeout=20)
+        assert out.endswith("Stopped.\n") and running.process.returncode == 0
+        assert "Traceback" not in complaints
+    finally:
+        if running.process.poll() is None:
+            running.stop()
+
+
+def check_robot(command, running, flags):
+    try:
+        MetaWorld("drawer-close-v3", 32, 32).close()
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    said = command("launch.robot_loop", f"--server={running.uri}", "--steps=12", *flags)
+    assert said.code == 0, said.err
+    assert said.out.startswith("No success after 12 steps") and "queries, p50" in said.out
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--checkpoint=nothing"], "nothing is not a training directory"),
+        (["--checkpoint=x", "--client=gr00t"], "--client"),
+        (["--checkpoint=x", "--batch_sizes=0"], "Batch sizes are at least 1, got [0]"),
+        (["--checkpoint=x", "--batch_sizes=one"], "--batch_sizes must be numbers such as 1,8"),
+        (["--checkpoint=x", "--stop_step=99"], "stop_step must be between 0 and video_steps"),
+        (["--checkpoint=x", "--port=70000"], "70000"),
+        (["--checkpoint=x", "--api_key_file=nothing"], "nothing"),
+        ([], "--checkpoint must be given"),
+    ],
+)
+def test_mistakes_in_the_command(complains, flags, words):
+    complains(words, "launch.serve", ACTION, *flags)
+
+
+def test_a_client_that_does_not_fit_is_said_before_it_serves(complains, trained):
+    flags = (f"--config={trained}/config.py", f"--checkpoint={trained}/action", "--client=aloha")
+    complains("--client=aloha has 14 numbers of state, but this", "launch.serve", *flags)
+
+
+def test_an_address_that_is_taken_is_said(complains, trained):
+    taken = Running("tests/slow_server.py", "0")
+    try:
+        flags = (f"--config={trained}/config.py", f"--checkpoint={trained}/action")
+        words = "address already in use"
+        where = ("--host=127.0.0.1", f"--port={taken.port}", "--batch_sizes=1")
+        complains(words, "launch.serve", *flags, *where)
+    finally:
+        taken.stop()
+
+
+def test_a_robot_without_a_server_is_told(complains):
+    flags = ("--server=ws://127.0.0.1:9", "--patience=0.1")
+    complains("There is no policy server at ws://127.0.0.1:9", "launch.robot_loop", *flags)

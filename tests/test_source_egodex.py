@@ -1,0 +1,136 @@
+import pickle
+
+import h5py
+import numpy as np
+import pytest
+
+from data_pipelines.sources.egodex import open_egodex
+from data_pipelines.sources.open import detect
+from data_pipelines.video import write_video
+
+JOINTS = ("leftHand", "rightHand", "leftIndexFingerTip")
+COUNT = 9
+
+
+def write_pair(path, seed: int, count: int = COUNT, confidences: bool = True, **attributes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pictures = [np.full((16, 32, 3), 20 * seed + 5 * i, np.uint8) for i in range(count)]
+    write_video(path.with_suffix(".mp4"), pictures, 30, crf=10)
+    rng = np.random.default_rng(seed)
+    arrays = {"camera/intrinsic": np.diag([736.6, 736.6, 1]).astype(np.float32)}
+    for joint in ("camera", *JOINTS):
+        arrays[f"transforms/{joint}"] = rng.normal(size=(count, 4, 4)).astype(np.float32)
+        if confidences and joint != "camera":
+            arrays[f"confidences/{joint}"] = rng.random(count).astype(np.float32)
+    with h5py.File(path.with_suffix(".hdf5"), "w") as file:
+        for key, values in arrays.items():
+            file[key] = values
+        file.attrs.update(attributes)
+    return arrays
+
+
+@pytest.fixture
+def folder(tmp_path):
+    root = tmp_path / "egodex"
+    arrays = {
+        "part1/add_remove_lid/0": write_pair(
+            root / "part1/add_remove_lid/0",
+            0,
+            llm_description="Put the lid on.",
+            llm_description2="Take the lid off.",
+            llm_type="reversible",
+            which_llm_description="2",
+        ),
+        "part1/add_remove_lid/2": write_pair(
+            root / "part1/add_remove_lid/2",
+            1,
+            llm_description="Put the lid on.",
+            llm_description2="Take the lid off.",
+            llm_type="reversible",
+            which_llm_description="1",
+        ),
+        "part1/add_remove_lid/10": write_pair(
+            root / "part1/add_remove_lid/10", 2, confidences=False, description="Fold – a towel."
+        ),
+        "part2/pour/0": write_pair(
+            root / "part2/pour/0", 3, llm_description=np.bytes_("Pour."), llm_type="simple"
+        ),
+    }
+    return root, arrays
+
+
+def open_it(path):
+    return open_egodex(path, name="egodex", embodiment="human")
+
+
+def test_every_number_is_read_exactly(folder):
+    root, arrays = folder
+    assert detect(root) == "egodex"
+    episodes = pickle.loads(pickle.dumps(open_it(root)))
+    assert [episode.id for episode in episodes] == list(arrays)
+    assert [e.instructions for e in episodes] == [
+        ("Take the lid off.",),
+        ("Put the lid on.",),
+        ("Fold – a towel.",),
+        ("Pour.",),
+    ]
+    times = np.round(np.arange(COUNT) / 30 * 1e9).astype(np.int64)
+    for episode, expected in zip(episodes, arrays.values()):
+        assert episode.streams.keys() == {"video", *expected}
+        for key, values in expected.items():
+            stream = episode.streams[key]
+            if key == "camera/intrinsic":
+                np.testing.assert_array_equal(stream.values, values[None])
+                assert stream.timestamps.tolist() == [0]
+            else:
+                np.testing.assert_array_equal(stream.values, values)
+                np.testing.assert_array_equal(stream.timestamps, times)
+            assert stream.values.dtype == values.dtype
+        np.testing.assert_array_equal(episode.streams["video"].timestamps, times)
+    level = episodes[3].streams["video"].values.read([4]).mean()
+    assert level == pytest.approx(80, abs=2)
+
+
+def test_a_part_and_a_task_open_by_themselves(folder):
+    root, _ = folder
+    assert [e.id for e in open_it(root / "part1")][-1] == "add_remove_lid/10"
+    assert [e.id for e in open_it(root / "part1/add_remove_lid")] == ["0", "2", "10"]
+    assert detect(root / "part2") == detect(root / "part2/pour") == "egodex"
+
+
+def test_a_broken_pair_leaves_the_others_usable(folder):
+    root, _ = folder
+    task = root / "part1/add_remove_lid"
+    (task / "0.hdf5").unlink()
+    (task / "2.mp4").unlink()
+    (task / "10.hdf5").write_bytes((task / "10.hdf5").read_bytes()[:3000])
+    write_pair(task / "11", 4, llm_description="Too long.")
+    write_video(task / "11.mp4", [np.zeros((16, 32, 3), np.uint8)] * 40, 30)
+    write_pair(task / "12", 5)
+    write_pair(task / "13", 6, llm_description="Odd.")
+    with h5py.File(task / "13.hdf5", "a") as file:
+        del file["transforms/leftHand"]
+        file["transforms/leftHand"] = np.zeros((COUNT, 3))
+    (task / ".14.mp4").touch()
+    episodes = open_it(root)
+    for index, message in enumerate(
+        [
+            r"0\.hdf5: the poses are missing",
+            r"2\.mp4: the video is missing",
+            r"10\.hdf5: not a readable HDF5 file",
+            r"11\.hdf5 has poses of \[9\] frames and the video 40",
+            r"12\.hdf5 has no attribute 'description'",
+            r"13\.hdf5 has transforms/leftHand of shape \[9, 3\]; \['N', 4, 4\] is expected",
+        ]
+    ):
+        with pytest.raises(ValueError, match=message):
+            episodes[index]
+    assert episodes[6].instructions == ("Pour.",)
+    assert len(episodes) == 7
+
+
+def test_what_is_no_egodex_says_why(tmp_path):
+    (tmp_path / "a").mkdir()
+    write_video(tmp_path / "a/0.mp4", [np.zeros((16, 32, 3), np.uint8)] * 3, 30)
+    with pytest.raises(ValueError, match=r"is no EgoDex folder: no <task>/<n>\.hdf5"):
+        open_it(tmp_path)

@@ -1,0 +1,276 @@
+import json
+import os
+import pickle
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numcodecs
+import numpy as np
+import pytest
+import zarr
+from safetensors.numpy import save_file
+
+from data_pipelines.episode import FrameReader
+from data_pipelines.sources.mimic_episodes import open_mimic_episodes, recognises
+
+FIXTURES = Path(__file__).parent / "fixtures"
+TEXT = "put the bowl on the plate – now."
+STEPS, TOKENS = 70, 6
+STREAMS = ("workspace_rgb", "eef_rot_lowdim", "gripper_lowdim", "eef_pose_lowdim")
+BLOSC = numcodecs.Blosc(cname="lz4", clevel=1, shuffle=numcodecs.Blosc.BITSHUFFLE)
+
+
+def stored(seed: int = 0) -> dict[str, np.ndarray]:
+    """An episode's streams; no zeros, because zarr 3 leaves chunks of zeros out."""
+    rng = np.random.default_rng(seed)
+    return {
+        "workspace_rgb": rng.integers(1, 256, (STEPS, 4, 6, 3)).astype(np.uint8),
+        "eef_rot_lowdim": rng.normal(size=(STEPS, 4)).astype(np.float32),
+        "gripper_lowdim": rng.normal(size=STEPS),
+        "eef_pose_lowdim": rng.normal(size=(STEPS, 4, 4)),
+    }
+
+
+def embedding() -> np.ndarray:
+    rows = np.zeros((1, 512, 1024), np.float16)
+    rows[:, :TOKENS] = np.random.default_rng(5).integers(1, 9, (1, TOKENS, 1024))
+    return rows
+
+
+TIMES = np.arange(STEPS) * 50_000_000
+
+
+def write_zarr(path, arrays=None, times=None, **options):
+    """With zarr 3, in the release's format; see make_mimic_zarr.py for what zarr 2 writes."""
+    root = zarr.open_group(path, mode="w", zarr_format=2)
+    for key, array in (arrays or stored()).items():
+        chunks = (65 if array.dtype == np.uint8 else 1024, *array.shape[1:])
+        kept = dict(compressors=BLOSC, config={"write_empty_chunks": True}) | options
+        root.create_array(key, data=array, chunks=chunks, **kept)
+        at = (TIMES if times is None else times).astype(np.uint64)
+        root.create_array(f"{key}_timestamps", data=at, chunks=at.shape, **kept)
+    return path
+
+
+def write_safetensors(path, text: bytes = TEXT.encode(), **changes):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    arrays = stored() | {"language_embedding": embedding()}
+    arrays |= {f"{key}_timestamps": TIMES.astype(np.uint64) for key in STREAMS}
+    arrays["language_instruction"] = np.frombuffer(text, np.uint8)[None]
+    arrays["language_instruction_timestamps"] = np.zeros(1, np.uint64)
+    arrays["workspace_rgb_embedding"] = np.ones((2, 16, 4), np.float32)
+    arrays["workspace_rgb_embedding_timestamps"] = TIMES[:2].astype(np.uint64)
+    arrays["num_conditional_frames"] = np.array([5])
+    save_file({k: np.ascontiguousarray(v) for k, v in (arrays | changes).items()}, path)
+    return path
+
+
+def open_it(path, **options):
+    return open_mimic_episodes(path, name="libero", embodiment="panda", **options)
+
+
+def check(episode, expected, times=TIMES):
+    """Every stream, whole, and pictures across the border of two chunks."""
+    assert set(episode.streams) == set(expected)
+    for key, array in expected.items():
+        stream = episode.streams[key]
+        np.testing.assert_array_equal(stream.timestamps, times)
+        if key not in episode.cameras:
+            assert stream.values.dtype == array.dtype
+            np.testing.assert_array_equal(stream.values, array)
+            continue
+        assert isinstance(stream.values, FrameReader)
+        for chosen in ([66, 3, 64, 3, 65], [69], list(range(STEPS))):
+            np.testing.assert_array_equal(stream.values.read(chosen), array[chosen])
+        with pytest.raises(IndexError, match="frame 70 asked for, but there are 70"):
+            stream.values.read([70])
+
+
+def test_an_episode_written_by_zarr_2_is_read_exactly():
+    expected = dict(np.load(FIXTURES / "mimic_zarr.npz"))
+    assert recognises(FIXTURES / "mimic_zarr")
+    (episode,) = open_it(FIXTURES / "mimic_zarr")
+    assert episode.id == "libero_goal/put_the_bowl_on_the_plate_0"
+    assert (episode.source, episode.embodiment) == ("libero", "panda")
+    assert episode.cameras == ("workspace_rgb",)
+    text = expected["language_instruction"].tobytes().decode()
+    assert episode.instructions == (text,) == (TEXT,)
+    assert episode.embeddings[TEXT].dtype == np.float16
+    np.testing.assert_array_equal(
+        episode.embeddings[TEXT], expected["language_embedding"][0, :TOKENS]
+    )
+    np.testing.assert_array_equal(expected["gripper_lowdim_timestamps"], TIMES)
+    check(
+        episode,
+        {k: v for k, v in expected.items() if not k.startswith("lang") and "_times" not in k},
+    )
+
+
+def test_safetensors_hold_the_same_and_latents_are_left_out(tmp_path):
+    write_safetensors(tmp_path / "a/b/traj0.safetensors")
+    save_file({"encoded_text": np.ones((3, 4))}, tmp_path / "unrelated.bin")
+    assert recognises(tmp_path) and recognises(tmp_path / "a/b/traj0.safetensors")
+    (episode,) = open_it(tmp_path)
+    assert (episode.id, episode.instructions) == ("a/b/traj0", (TEXT,))
+    assert episode.cameras == ("workspace_rgb",)
+    np.testing.assert_array_equal(episode.embeddings[TEXT], embedding()[0, :TOKENS])
+    check(episode, stored())
+
+
+def test_a_folder_of_both_kinds_has_stable_ids(tmp_path):
+    write_zarr(tmp_path / "toykitchen/b_1.zarr")
+    write_zarr(tmp_path / "a_10.zarr")
+    write_safetensors(tmp_path / "a_2.safetensors")
+    (tmp_path / "paths.pkl").write_bytes(b"cos\nsystem\n")
+    (tmp_path / ".statistics_cache/x.zarr").mkdir(parents=True)
+    episodes = open_it(tmp_path)
+    assert [e.id for e in episodes] == ["a_10", "a_2", "toykitchen/b_1"]
+    check(episodes[2], stored())
+    assert episodes[0].instructions == ("",) and not episodes[0].embeddings
+    assert open_it(tmp_path / "a_10.zarr")[0].id == "a_10"
+    write_safetensors(tmp_path / "a_10.safetensors")
+    with pytest.raises(ValueError, match=r"has a_10 as \.zarr and as \.safetensors"):
+        open_it(tmp_path)
+
+
+def test_times_of_the_newer_bridge_episodes_are_floats(tmp_path):
+    at = TIMES + 0.3
+    changes = {f"{key}_timestamps": at for key in STREAMS}
+    (episode,) = open_it(write_safetensors(tmp_path / "a.safetensors", **changes))
+    check(episode, stored())
+    changes = {f"{key}_timestamps": at * np.nan for key in STREAMS}
+    with pytest.raises(ValueError, match=r"a\.safetensors \(\w+\)"):
+        open_it(write_safetensors(tmp_path / "a.safetensors", **changes))[0]
+
+
+ZARR_FAULTS = {
+    "missing chunk of pictures": (
+        lambda p: (p / "workspace_rgb/1.0.0.0").unlink(),
+        r"a\.zarr \(workspace_rgb\): chunk 1.0.0.0 is missing",
+    ),
+    "missing chunk of numbers": (
+        lambda p: (p / "eef_rot_lowdim/0.0").unlink(),
+        r"a\.zarr \(eef_rot_lowdim\): chunk 0.0 is missing",
+    ),
+    "missing times": (
+        lambda p: (p / "gripper_lowdim_timestamps/0").unlink(),
+        r"a\.zarr \(gripper_lowdim_timestamps\): chunk 0 is missing",
+    ),
+    "empty chunk": (
+        lambda p: (p / "eef_rot_lowdim/0.0").write_bytes(b""),
+        r"a\.zarr \(eef_rot_lowdim\): chunk 0.0 is cut off after 0 bytes",
+    ),
+    "cut chunk": (
+        lambda p: os.truncate(p / "workspace_rgb/1.0.0.0", 100),
+        r"a\.zarr \(workspace_rgb\): chunk 1.0.0.0 is cut off after 100 bytes",
+    ),
+    "no description": (lambda p: (p / "gripper_lowdim/.zarray").write_text("{"), r"a\.zarr"),
+    "nothing": (lambda p: shutil.rmtree(p) or p.mkdir(), r"a\.zarr is no episode"),
+}
+
+
+@pytest.mark.parametrize("fault", ZARR_FAULTS)
+def test_what_zarr_would_read_as_zeros_or_cannot_read_is_named(tmp_path, fault):
+    damage, message = ZARR_FAULTS[fault]
+    write_zarr(tmp_path / "a.zarr")
+    write_zarr(tmp_path / "b.zarr")
+    damage(tmp_path / "a.zarr")
+    episodes = open_it(tmp_path)
+    assert len(episodes) == 2
+    check(episodes[1], stored())
+    with pytest.raises(ValueError, match=message):
+        episodes[0]
+
+
+def test_a_chunk_with_other_bytes_is_named_when_it_is_read(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr")
+    chunk = path / "workspace_rgb/1.0.0.0"
+    content = chunk.read_bytes()
+    chunk.write_bytes(content[:16] + b"\xff" * (len(content) - 16))
+    frames = open_it(path)[0].streams["workspace_rgb"].values
+    assert len(frames.read([64, 0])) == 2
+    with pytest.raises(ValueError, match=r"a\.zarr \(workspace_rgb\)"):
+        frames.read([65])
+
+
+def test_chunks_of_zeros_that_zarr_3_leaves_out_need_the_option(tmp_path):
+    arrays = stored() | {"gripper_lowdim": np.zeros(STEPS)}
+    path = write_zarr(tmp_path / "a.zarr", arrays, config=None)
+    with pytest.raises(ValueError, match=r"gripper_lowdim\): chunk 0 is missing.*sparse=True"):
+        open_it(path)[0]
+    check(open_it(path, sparse=True)[0], arrays)
+
+
+def test_wrong_times_are_named(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr", times=TIMES[:-3])
+    with pytest.raises(ValueError, match=r"a\.zarr \(\w+\): .*67 timestamps and 70 values"):
+        open_it(path)[0]
+    path = write_zarr(tmp_path / "b.zarr", times=TIMES[::-1])
+    with pytest.raises(ValueError, match=r"b\.zarr \(\w+\): timestamps must strictly increase"):
+        open_it(path)[0]
+
+
+class Tell:
+    def __reduce__(self):
+        return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("key", ["language_instruction", "gripper_lowdim"])
+@pytest.mark.parametrize("dtype", ["|O", "<f4"])
+@pytest.mark.parametrize("place", ["filters", "compressor"])
+def test_code_in_a_chunk_is_not_run(tmp_path, monkeypatch, key, dtype, place):
+    """numcodecs has a codec that unpickles; only its newest versions refuse that themselves."""
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "copy.zarr"
+    shutil.copytree(next(FIXTURES.glob("mimic_zarr/*/*.zarr")), path)
+    (path / key / "0").write_bytes(pickle.dumps(Tell()))
+    codecs = {"filters": [{"id": "pickle"}]} if place == "filters" else {}
+    codecs |= {"compressor": {"id": "pickle"}} if place == "compressor" else {"compressor": None}
+    about = json.loads((path / key / ".zarray").read_text()) | {"dtype": dtype} | codecs
+    (path / key / ".zarray").write_text(json.dumps(about))
+    with pytest.raises(ValueError, match=rf"copy\.zarr \({key}\): it (is packed|holds objects)"):
+        open_it(path)[0]
+    assert not (tmp_path / "ran").exists()
+
+
+def test_broken_safetensors_and_text_are_named(tmp_path):
+    write_safetensors(tmp_path / "b.safetensors")
+    path = write_safetensors(tmp_path / "a.safetensors", text="schließe".encode("latin-1"))
+    episodes = open_it(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.safetensors.* not UTF-8 text \(byte 6 is 0xdf\)"):
+        episodes[0]
+    path.write_bytes(path.read_bytes()[:-50])
+    with pytest.raises(ValueError, match=r"a\.safetensors: "):
+        episodes[0]
+    path.unlink()
+    with pytest.raises(ValueError, match=r"a\.safetensors: "):
+        episodes[0]
+    check(episodes[1], stored())
+
+
+def test_other_files_of_these_kinds_are_not_taken_for_episodes(tmp_path):
+    save_file({"encoded_text": np.ones((3, 4))}, tmp_path / "a.safetensors")
+    zarr.open_group(tmp_path / "b.zarr", mode="w", zarr_format=2).create_array("x", data=np.ones(3))
+    assert not recognises(tmp_path)
+    with pytest.raises(ValueError, match=r"a\.safetensors is no episode: .*encoded_text"):
+        open_it(tmp_path)[0]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.zarr or \.safetensors episodes"):
+        open_it(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("write", [write_zarr, write_safetensors])
+def test_an_opened_dataset_can_be_sent_away_and_shared_by_threads(tmp_path, write):
+    suffix = "zarr" if write is write_zarr else "safetensors"
+    write(tmp_path / f"a.{suffix}")
+    episodes = pickle.loads(pickle.dumps(open_it(tmp_path)))
+    expected = stored()["workspace_rgb"]
+
+    def same(i):
+        frames = episodes[0].streams["workspace_rgb"].values
+        frames = pickle.loads(pickle.dumps(frames)) if i % 3 == 0 else frames
+        return np.array_equal(frames.read([i, 69]), expected[[i, 69]])
+
+    with ThreadPoolExecutor(6) as threads:
+        assert all(threads.map(same, range(30)))

@@ -1,0 +1,176 @@
+import gzip
+import hashlib
+import io
+import json
+import pickle
+import tarfile
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from data_pipelines.sources.open import detect, open_dataset
+from data_pipelines.sources.webdataset import open_webdataset
+
+FIXTURE = Path(__file__).parent / "fixtures/webdataset"  # written by make_webdataset.py
+EXPECTED = json.loads((FIXTURE / "expected.json").read_text(encoding="utf-8"))
+
+
+def open_it(path: Path, **options):
+    return open_webdataset(path, name="web", embodiment="human", **options)
+
+
+def members(shard: Path) -> dict[str, bytes]:
+    with tarfile.open(shard) as tar:
+        return {m.name: tar.extractfile(m).read() for m in tar if m.isfile()}
+
+
+def decoded(content: bytes) -> np.ndarray:
+    with av.open(io.BytesIO(content)) as container:
+        return np.stack([f.to_ndarray(format="rgb24") for f in container.decode(video=0)])
+
+
+def write_tar(path: Path, files: dict[str, bytes], format: int = tarfile.PAX_FORMAT) -> Path:
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in files.items():
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    return path
+
+
+@pytest.fixture(scope="module")
+def video() -> bytes:
+    return members(FIXTURE / "shard-000.tar")["clips/000.mp4"]
+
+
+def test_what_the_library_wrote_is_read_as_it_reads_it():
+    assert detect(FIXTURE) == "webdataset"
+    episodes = pickle.loads(pickle.dumps(open_it(FIXTURE)))
+    keys = [(shard, key) for shard in sorted(EXPECTED) for key in EXPECTED[shard]]
+    assert [episode.id for episode in episodes] == [f"{shard}/{key}" for shard, key in keys]
+    for index in (3, 0, 4, 2, 1):
+        shard, key = keys[index]
+        episode, expected = episodes[index], EXPECTED[shard][key]
+        captions = expected["caption"]
+        assert episode.instructions == tuple([captions] if isinstance(captions, str) else captions)
+        files = members(FIXTURE / f"{shard}.tar")
+        for kind, digest in expected["videos"].items():
+            camera = kind.removesuffix("mp4").removesuffix(".") or "video"
+            content = files[f"{key}.{kind}"]
+            assert hashlib.sha256(content).hexdigest() == digest
+            stream = episode.streams[camera]
+            np.testing.assert_array_equal(stream.timestamps, np.arange(6) * 100_000_000)
+            frames = decoded(content)
+            np.testing.assert_array_equal(stream.values.read([5, 0, 3]), frames[[5, 0, 3]])
+        assert len(episode.cameras) == len(expected["videos"])
+
+
+def test_one_tar_or_some_of_a_folder():
+    assert len(open_it(FIXTURE / "shard-001.tar")) == 2
+    assert len(open_it(FIXTURE, shards="*-000.tar")) == 3
+    with pytest.raises(ValueError, match=r"no file is named train-\*\.tar"):
+        open_dataset("webdataset", FIXTURE, "web", "human", {"shards": "train-*.tar"})
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tars_of_every_kind(tmp_path, video, format):
+    long = "folder/" * 14 + "clip" if format == tarfile.USTAR_FORMAT else "folder/" * 40 + "clïp"
+    files = {f"./{long}.MP4": video, f"./{long}.txt": b"one", "b/x.mp4": video, "b/x.txt": b"two"}
+    path = write_tar(tmp_path / "a.tar", files, format)
+    with tarfile.open(path, "a", format=format) as tar:
+        folder = tarfile.TarInfo("c")
+        folder.type = tarfile.DIRTYPE
+        tar.addfile(folder)
+        tar.addfile(tarfile.TarInfo("__meta__.json"))
+    episodes = open_it(path)
+    assert [e.id for e in episodes] == [f"a/./{long}", "a/b/x"]
+    assert [e.instructions for e in episodes] == [("one",), ("two",)]
+    np.testing.assert_array_equal(
+        episodes[1].streams["video"].values.read(range(6)), decoded(video)
+    )
+
+
+def test_a_broken_sample_leaves_the_others_usable(tmp_path, video):
+    files = {
+        "no_text.mp4": video,
+        "latin.mp4": video,
+        "latin.txt": "naïve".encode("latin-1"),
+        "picture.jpg": b"",
+        "picture.txt": b"no video",
+        "half.mp4": video[: len(video) // 2],
+        "half.txt": b"cut off",
+        "field.json": b'{"text": "other field"}',
+        "field.mp4": video,
+        "bad.json": b"{",
+        "bad.mp4": video,
+        "good.mp4": video,
+        "good.txt": b"good",
+    }
+    episodes = open_it(write_tar(tmp_path / "a.tar", files))
+    for index, message in enumerate(
+        [
+            r"a\.tar/no_text has no \.txt or \.json, only \['mp4'\]",
+            r"latin\.txt: not UTF-8 text \(byte 2 is 0xef\)",
+            r"picture has no video, only \['jpg', 'txt'\]",
+            r"half\.mp4: not a readable video",
+            r"field\.json has no text 'caption', but \['text'\]; name the field",
+            r"bad\.json: not JSON",
+        ]
+    ):
+        with pytest.raises(ValueError, match=message):
+            episodes[index]
+    assert episodes[6].instructions == ("good",)
+    assert open_it(tmp_path / "a.tar", caption="text")[4].instructions == ("other field",)
+
+
+def test_a_key_that_comes_again_gets_an_id_of_its_own(tmp_path, video):
+    one, two = {"a.mp4": video, "a.txt": b"1"}, {"b.mp4": video, "b.txt": b"2"}
+    content = write_tar(tmp_path / "one.tar", one).read_bytes()
+    body = content.rstrip(b"\0")
+    body += b"\0" * (-len(body) % 512)
+    content = body + write_tar(tmp_path / "two.tar", two | one).read_bytes()
+    (tmp_path / "all.tar").write_bytes(content)
+    episodes = open_it(tmp_path / "all.tar")
+    assert [e.id for e in episodes] == ["all/a", "all/b", "all/a #2"]
+
+
+def test_a_tar_that_is_cut_off_keeps_what_it_still_has(tmp_path, video):
+    files = {f"{i}.{kind}": c for i in range(4) for kind, c in (("mp4", video), ("txt", b"x"))}
+    whole = write_tar(tmp_path / "a.tar", files, tarfile.USTAR_FORMAT).read_bytes()
+    third = whole.index(b"2.mp4\0")
+    cuts = {third + 512 + 300: (2, "the tar ends inside 2.mp4"), third + 100: (1, "truncated")}
+    for length, (last, message) in cuts.items():
+        (tmp_path / "a.tar").write_bytes(whole[:length])
+        episodes = open_it(tmp_path / "a.tar")
+        assert len(episodes) == last + 1
+        assert [episodes[i].id for i in range(last)] == [f"a/{i}" for i in range(last)]
+        with pytest.raises(ValueError, match=rf"a\.tar: .*{message}.*; {last} and all samples"):
+            episodes[last]
+    (tmp_path / "a.tar").write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])
+    with pytest.raises(ValueError, match=rf"damaged at byte {third} .*1 and all samples after it"):
+        open_it(tmp_path / "a.tar")[1]
+
+
+def test_compressed_shards_are_refused_with_what_to_do(tmp_path, video):
+    good = write_tar(tmp_path / "a.tar", {"x.mp4": video, "x.txt": b"x"})
+    (tmp_path / "b.tar.gz").write_bytes(gzip.compress(good.read_bytes()))
+    episodes = open_it(tmp_path)
+    assert (len(episodes), episodes[0].id) == (2, "a/x")
+    with pytest.raises(ValueError, match=r"b\.tar\.gz is compressed.*once with gunzip"):
+        episodes[1]
+    (tmp_path / "b.tar.gz").rename(tmp_path / "a.tar")
+    with pytest.raises(ValueError, match=r"a\.tar is compressed"):
+        open_it(tmp_path)
+
+
+def test_what_is_no_webdataset_says_why(tmp_path, video):
+    with pytest.raises(ValueError, match=r"no file is named \*\.tar"):
+        open_it(tmp_path)
+    (tmp_path / "a.tar").write_bytes(video)
+    with pytest.raises(ValueError, match=r"a\.tar: not a readable tar"):
+        open_it(tmp_path)
+    write_tar(tmp_path / "a.tar", {"x.jpg": b"", "x.txt": b"x"})
+    with pytest.raises(ValueError, match=r"no samples with videos .*\['jpg', 'txt'\]"):
+        open_it(tmp_path)
