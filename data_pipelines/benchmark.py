@@ -203,7 +203,7 @@ def memory_over_time(
         points: so often it is measured.
 
     Returns:
-        (seconds since the start, MB in use): the greatest of each of the `points` intervals.
+        (seconds since the start, MB in use): the mean of each of the `points` intervals.
     """
     process, start, stop = psutil.Process(), time.perf_counter(), threading.Event()
 
@@ -212,16 +212,15 @@ def memory_over_time(
             for path in videos:
                 _cut(path)
 
-    most = np.zeros(points)
+    seen: list[list[float]] = [[] for _ in range(points)]
     loader = make_loader([dataset], [1.0], BATCH, 0, "train", num_threads=2)
     beside = threading.Thread(target=cut_again, daemon=True)
     beside.start()
     try:
         while (now := time.perf_counter() - start) < seconds:
             next(loader)
-            interval = int(now / seconds * points)
-            most[interval] = max(most[interval], process.memory_info().rss / 1e6)
+            seen[int(now / seconds * points)].append(process.memory_info().rss / 1e6)
     finally:
         stop.set()
         beside.join()
-    return [((i + 1) * seconds / points, float(mb)) for i, mb in enumerate(most) if mb]
+    return [((i + 1) * seconds / points, float(np.mean(mb))) for i, mb in enumerate(seen) if mb]

@@ -6,6 +6,7 @@ stopped goes on where it was.
 """
 
 import json
+import os
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -38,46 +39,53 @@ def column_statistics(
     if rows == 0:
         raise ValueError(f"there are no records to take statistics of {key} from.")
     scratch.mkdir(parents=True, exist_ok=True)
-    turned, gathered = scratch / f"{key}.columns", scratch / f"{key}.json"
-    results = scratch / f"{key}.npy"
-    if not turned.exists():
+    columns, gathered, results = (
+        scratch / f"{key}.{suffix}" for suffix in ("columns", "json", "npy")
+    )
+    if not columns.exists():
         for later in (gathered, results):
             later.unlink(missing_ok=True)
-    columns = np.memmap(
-        turned, np.float32, "r+" if turned.exists() else "w+", shape=(int(np.prod(shape)), rows)
-    )
-    _gather(sources, key, columns, gathered)
-    return from_rows(_reduce(columns, results), shape)
+    _gather(sources, key, rows, columns, gathered)
+    return from_rows(_reduce(columns, rows, int(np.prod(shape)), results), shape)
 
 
 def _gather(
     sources: Sequence[tuple[RecordDataset, np.ndarray]],
     key: str,
-    columns: np.memmap,
+    rows: int,
+    columns: Path,
     progress: Path,
 ) -> None:
+    """Writes a file of float32 [columns, rows]. No memory map: its pages would count as memory."""
     done = json.loads(progress.read_text()) if progress.exists() else 0
     shard = at = 0
-    for dataset, indices in sources:
-        first = 0
-        for part in dataset.shard_columns(key):
-            values = part[key]
-            chosen = indices[np.searchsorted(indices, first) :]
-            chosen = chosen[: np.searchsorted(chosen, first + len(values))] - first
-            if shard >= done:
-                turned = values[chosen].reshape(len(chosen), len(columns)).T
-                columns[:, at : at + len(chosen)] = turned
-                columns.flush()
-                write_json(progress, shard + 1)
-            shard, at, first = shard + 1, at + len(chosen), first + len(values)
+    with columns.open("r+b" if columns.exists() else "w+b") as file:
+        for dataset, indices in sources:
+            first = 0
+            for part in dataset.shard_columns(key):
+                values = part[key]
+                chosen = indices[np.searchsorted(indices, first) :]
+                chosen = chosen[: np.searchsorted(chosen, first + len(values))] - first
+                if shard >= done:
+                    turned = values[chosen].reshape(len(chosen), -1 if len(chosen) else 0).T
+                    for number, column in enumerate(turned.astype(np.float32, order="C")):
+                        os.pwrite(file.fileno(), column.data, 4 * (number * rows + at))
+                    os.fsync(file.fileno())
+                    write_json(progress, shard + 1)
+                shard, at, first = shard + 1, at + len(chosen), first + len(values)
 
 
-def _reduce(columns: np.memmap, path: Path) -> np.ndarray:
+def _reduce(columns: Path, rows: int, count: int, path: Path) -> np.ndarray:
+    """`row_statistics` of every column: float64 [count, ROW]."""
     results = np.load(path) if path.exists() else np.zeros((0, ROW))
+
+    def one(number: int) -> np.ndarray:
+        return row_statistics(np.fromfile(columns, np.float32, rows, offset=4 * number * rows))
+
     with ThreadPoolExecutor(_THREADS) as pool:
-        while len(results) < len(columns):
-            some = columns[len(results) : len(results) + _SAVED_EVERY]
-            results = np.concatenate([results, list(pool.map(row_statistics, some))])
+        while len(results) < count:
+            some = range(len(results), min(len(results) + _SAVED_EVERY, count))
+            results = np.concatenate([results, list(pool.map(one, some))])
             partial = path.with_suffix(".partial.npy")
             np.save(partial, results)
             partial.replace(path)

@@ -1,6 +1,7 @@
 """One shard of the encoding job: episodes are read ahead, cut into windows and tokenised."""
 
 import json
+import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -69,7 +70,7 @@ def encode_shard(
         for row, cuts in _read_ahead(cut, indices):
             rows.append(row)
             if "reason" in row:
-                progress.write(f"skipped episode {row['id']}: {row['reason']}")
+                progress.write(f"skipped episode {row['id']}: {row['reason']}", file=sys.stderr)
             count(row, bad)
             yield from cuts
             progress.update()

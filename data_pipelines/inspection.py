@@ -13,7 +13,8 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.episode import Episode
-from data_pipelines.inspection_episode import Problem, SeenEpisode, SeenStream, look_at
+from data_pipelines.inspection_episode import look_at
+from data_pipelines.inspection_found import Problem, SeenEpisode, SeenStream
 
 _SAMPLED = 24  # episodes whose frames are decoded, unless all are
 _SHOWN = 12  # of these, on the page

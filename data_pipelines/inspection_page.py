@@ -7,8 +7,8 @@ from string import Template
 import numpy as np
 
 from data_pipelines.inspection import Inspection
-from data_pipelines.inspection_episode import SeenEpisode, SeenStream
 from data_pipelines.inspection_figures import curve, histogram, picture
+from data_pipelines.inspection_found import SeenEpisode, SeenStream
 from data_pipelines.inspection_text import rate, size
 from mvjax.evaluation import report
 from mvjax.evaluation.report_html import count, missing, row, section, table
@@ -28,7 +28,8 @@ _STYLE = """<style>
 .bad { color: var(--bad); }
 .wide { max-width: 24rem; }
 summary { cursor: pointer; color: var(--soft); margin: .4rem 0; }
-td { overflow-wrap: anywhere; }
+td:last-child { overflow-wrap: anywhere; }
+.episode p { margin: .2rem 0 .6rem; }
 </style>"""
 
 
@@ -54,7 +55,7 @@ def write_page(found: Inspection, out: Path) -> None:
     page = Template(template).substitute(title=title, body="\n".join(body))
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(out.name + ".partial")
-    partial.write_text(page, encoding="utf-8", errors="replace")
+    partial.write_text(page, encoding="utf-8", errors="backslashreplace")
     partial.replace(out)
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.inspection import ALL, Inspection
-from data_pipelines.inspection_episode import Problem, SeenStream
+from data_pipelines.inspection_found import Problem, SeenStream
 from data_pipelines.records import RecordDataset
 
 _SAMPLED = 64  # records that are read, unless all are

@@ -3,7 +3,7 @@
 import numpy as np
 
 from data_pipelines.inspection import Inspection
-from data_pipelines.inspection_episode import SeenStream
+from data_pipelines.inspection_found import SeenStream
 
 _INSTRUCTIONS = 10
 _EXAMPLES = 5  # problems of a kind
@@ -33,7 +33,8 @@ def describe(found: Inspection) -> str:
     frequent = found.instructions.most_common(_INSTRUCTIONS)
     lines += [f"    {count:>6,}  {text!r}" for text, count in frequent]
     lines += ["", *_problems(found)]
-    return "\n".join(lines)
+    # Names and texts that were never UTF-8 cannot be printed as they are.
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
 def size(stream: SeenStream) -> str:

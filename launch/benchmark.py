@@ -2,20 +2,30 @@
 
     python -m launch.benchmark --config=configs/quickstart_video.py
     python -m launch.benchmark --config=configs/bridge_video.py --config.training.batch_size=1
+    python -m launch.benchmark --config=configs/bridge_video.py --data --minutes=10
 
 Data and checkpoints are not needed: the networks are untrained, the batch is noise. PyTorch takes
 part where torch and diffusers are installed (requirements-torch.txt); both are measured in turns.
+--data measures how fast data comes instead: records and videos of noise, of the configuration's
+sizes, beside the plain read of the same bytes and PyAV alone.
 """
 
 import importlib.util
 import json
+import os
+import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from statistics import median
 
 import jax
 from absl import flags
+from ml_collections import ConfigDict
 
+from data_pipelines import benchmark as data
+from data_pipelines.benchmark_files import make_records, make_videos
 from launch.entry import config_flag, run
+from mvjax.clip import Clip
 from mvjax.training.benchmark import OurStep, Speed, compare
 
 CONFIG = config_flag()
@@ -23,12 +33,25 @@ STEPS = flags.DEFINE_integer("steps", 10, "Steps per turn.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each.", lower_bound=1)
 TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch too, where it is installed.")
 COMPILE = flags.DEFINE_bool("torch_compile", True, "Use torch.compile.")
+DATA = flags.DEFINE_bool("data", False, "Measure how fast data comes, instead of a step.")
+MINUTES = flags.DEFINE_float("minutes", 1.0, "With --data: of watching memory.", lower_bound=0)
+RECORDS = flags.DEFINE_integer("records", 200, "With --data: so many.", lower_bound=40)
+ROWS = flags.DEFINE_integer("rows", 1_000_000, "With --data: of numbers.", lower_bound=1)
 OUT = flags.DEFINE_string("out", None, "A .json file for the figures.")
 
 
 def main() -> None:
     """Prints a table."""
-    config = CONFIG.value
+    if DATA.value:
+        with tempfile.TemporaryDirectory() as folder:
+            content = _measure_data(CONFIG.value, Path(folder))
+    else:
+        content = _measure_steps(CONFIG.value)
+    if OUT.value:
+        Path(OUT.value).write_text(json.dumps(content, indent=2) + "\n")
+
+
+def _measure_steps(config: ConfigDict) -> dict:
     competitors = [OurStep(config)]
     installed = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
     if TORCH.value and installed:
@@ -45,13 +68,53 @@ def main() -> None:
     if len(speeds) > 1:
         ours, theirs = (median(speed.seconds_per_step) for speed in speeds)
         print(f"mvjax makes {theirs / ours:.2f} steps in the time of one of PyTorch's.")
-    if OUT.value:
-        content = {
-            "device": device.device_kind,
-            "devices": jax.device_count(),
-            "speeds": [speed.as_dict() for speed in speeds],
-        }
-        Path(OUT.value).write_text(json.dumps(content, indent=2) + "\n")
+    return {
+        "device": device.device_kind,
+        "devices": jax.device_count(),
+        "speeds": [speed.as_dict() for speed in speeds],
+    }
+
+
+def _measure_data(config: ConfigDict, folder: Path) -> dict:
+    cores, clip = os.cpu_count() or 1, Clip(**config.clip)
+    text = (config.text.length, config.text.dim)
+    records = make_records(folder / "records", clip, text, RECORDS.value)
+    videos = make_videos(folder / "videos", 2 * cores, 150)
+    print(f"{cores} cores, {cores} threads, files in the page cache")
+    pairs = [
+        data.records_speed(records, ROUNDS.value, cores),
+        data.decoding_speed(videos, ROUNDS.value, cores),
+    ]
+    for pair in pairs:
+        print(_pair_line(pair))
+    shape = (config.policy_io.action.horizon, config.policy_io.action.dim)
+    seconds = data.statistics_seconds(folder / "statistics", ROWS.value, shape)
+    print(f"statistics of {ROWS.value:,} rows of {list(shape)}: {seconds:.1f} s")
+    memory = data.memory_over_time(records, videos, 60 * MINUTES.value) if MINUTES.value else []
+    if memory:
+        quarter = max(1, len(memory) // 4)  # the first one is for filling the buffers
+        early, late = memory[quarter : 2 * quarter] or memory, memory[-quarter:]
+        print(
+            f"memory over {MINUTES.value:g} minutes: {median(mb for _, mb in early):.0f} MB in the "
+            f"second quarter, {median(mb for _, mb in late):.0f} MB in the last"
+        )
+    return {
+        "cores": cores,
+        "pairs": [asdict(pair) for pair in pairs],
+        "statistics_seconds": seconds,
+        "memory_mb": memory,
+    }
+
+
+def _pair_line(pair: data.Pair) -> str:
+    def words(turns: list[data.Turn]) -> str:
+        speed, cpu = median(t.speed for t in turns), median(t.cpu_ms for t in turns)
+        return f"{speed:.0f} {pair.thing}s/s ({cpu:.2f} ms of processor each)"
+
+    return (
+        f"{pair.name}: {words(pair.ours)}, {pair.beside} {words(pair.alone)}; "
+        f"{pair.speed_ratio:.0%} of its speed, {pair.cpu_ratio:.0%} by processor time"
+    )
 
 
 def _line(speed: Speed) -> str:

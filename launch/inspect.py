@@ -2,7 +2,7 @@
 
     python -m launch.inspect DATASET
     python -m launch.inspect DATASET --format=lerobot --option=key=value --out=report.html
-    python -m launch.inspect NAME --config=configs/quickstart_video.py:video
+    python -m launch.inspect NAME --config=configs/quickstart_video.py
 
 DATASET is a folder or file of any format, or a records folder of `launch.encode`; with --config it
 is the name of a dataset in it. Looks at lists, numbers and a few frames of up to --episodes

@@ -10,12 +10,14 @@ messages, and what to watch for on a robot.
 import asyncio
 import os
 import signal
+import socket
 from pathlib import Path
 
 from absl import flags
 
 from launch.entry import config_flag, path_flag, run
-from mvjax.policy.adapters.clients import CLIENTS
+from mvjax.policy.adapters.body import body_of
+from mvjax.policy.adapters.clients import CLIENTS, make_adapter
 from mvjax.policy.load import load_policy
 from mvjax.policy.sampling import Sampling
 from mvjax.policy.server import PolicyServer, Serving
@@ -52,16 +54,11 @@ def main() -> None:
         wire=WireLimits(message_bytes=MAX_MESSAGE.value * 2**20),
     )
     sampling = Sampling(**config.sampler, stop_step=STOP_STEP.value)
+    adapter = make_adapter(CLIENT.value, body_of(config))
+    check_address(serving.host, serving.port)
     policy = load_policy(config, Path(CHECKPOINT.value), sampling, max(batching.sizes))
     print("Compiling the policy ...", flush=True)
-    server = make_server(
-        policy,
-        config,
-        serving,
-        client=CLIENT.value,
-        batching=batching,
-        prompt=PROMPT.value,
-    )
+    server = make_server(policy, config, adapter, serving, batching=batching, prompt=PROMPT.value)
     asyncio.run(until_told(server))
 
 
@@ -73,6 +70,16 @@ def api_key() -> str:
     if not key:
         raise ValueError(f"--api_key_file: {API_KEY_FILE.value} is empty.")
     return key
+
+
+def check_address(host: str, port: int) -> None:
+    """Fails before the policy is loaded, which takes minutes, rather than after."""
+    try:
+        with socket.create_server((host, port)):
+            pass
+    except OSError as error:
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error
+        raise OSError(f"Nobody can be served at {host}:{port} ({reason}).") from error
 
 
 async def until_told(server: PolicyServer) -> None:

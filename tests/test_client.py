@@ -70,6 +70,11 @@ def test_a_server_that_is_gone_is_said_to_be():
             client.infer(query(0, 0))
 
 
+def test_an_address_that_is_none_is_said_at_once():
+    with pytest.raises(ValueError, match="http://robot is no address of a server, such as ws://"):
+        PolicyClient("http://robot")
+
+
 def test_a_late_answer_is_not_taken_for_the_next():
     running = Running("tests/slow_server.py", "0.6")
     try:
@@ -82,8 +87,7 @@ def test_a_late_answer_is_not_taken_for_the_next():
         running.stop()
 
 
-def test_a_lost_connection_is_cheap_to_notice(server):
-    """A client process is a second to start, and has no business with jax."""
+def test_a_client_process_imports_no_jax(server):
     program = (
         "import sys; from mvjax.policy.client import PolicyClient\n"
         "import numpy as np\n"

@@ -70,7 +70,7 @@ def test_a_truncated_shard_spoils_only_itself(tmp_path, damage):
     assert len(dataset) == 120 and dataset.shapes["latents"] == (2, 300, 2, 4)
     assert [_readable(dataset, i) for i in (0, 19, 20, 119)] == [False, False, True, True]
     seen = ids(_loader([dataset], 12, max_bad_share=1.0))
-    assert {i // 20 for _, i in seen} == {1, 2, 3, 4, 5} - {i for i in range(6) if i == 0}
+    assert {i // 20 for _, i in seen} == {1, 2, 3, 4, 5}
     # A sixth is too much, which is said as soon as enough was seen to tell.
     with pytest.raises(TooManyBad, match=r"of the train split could not be read, more than"):
         _loader([dataset], LEAST_SAMPLES, max_bad_share=0.05)
@@ -87,7 +87,7 @@ def test_damaged_numbers_are_said_when_the_folder_is_opened(tmp_path):
 def test_nothing_readable_is_an_error(tmp_path):
     dataset = make_records(tmp_path / "a", 1)
     (dataset.path / "shard_0.arrayrecord").write_bytes(b"")
-    with pytest.raises(ValueError, match="no file of records in .* can be read"):
+    with pytest.raises(ValueError, match=r"no file of records in .* can be read"):
         RecordDataset(dataset.path)
 
 

@@ -6,11 +6,10 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from data_pipelines.record_codec import decode_record, encode_record
 from data_pipelines.records import (
     RecordDataset,
     RecordWriter,
-    decode_record,
-    encode_record,
     write_json,
     write_npz,
     write_texts,

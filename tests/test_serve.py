@@ -9,7 +9,6 @@ from running_server import Running
 from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
 
 from data_pipelines.normalizer import Mode, Normalizer, compute_statistics
-from data_pipelines.normalizers import Normalizers
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
 from mvjax.policy.client import PolicyClient
@@ -31,8 +30,8 @@ def trained(tmp_path_factory):
         save_untrained(toy_config(folder), folder / "action")
     batch = tiny_batch(toy_config(folder))
     statistics = {name: compute_statistics(batch[name]) for name in ("actions", "proprio")}
-    one = Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE))
-    Normalizers({"": one}).save(folder / "action" / "normalizer.json")
+    normalizer = Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE))
+    normalizer.save(folder / "action" / "normalizer.json")
     (folder / "config.py").write_text(
         textwrap.dedent(f"""
             from pathlib import Path
@@ -102,8 +101,9 @@ def check_robot(command, running, flags):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        (["--checkpoint=nothing"], "nothing is not a training directory"),
+        (["--checkpoint=nothing", "--port=0"], "nothing is not a training directory"),
         (["--checkpoint=x", "--client=gr00t"], "--client"),
+        (["--checkpoint=x", "--client=aloha"], "--client=aloha has 14 numbers of state, but this"),
         (["--checkpoint=x", "--batch_sizes=0"], "Batch sizes are at least 1, got [0]"),
         (["--checkpoint=x", "--batch_sizes=one"], "--batch_sizes must be numbers such as 1,8"),
         (["--checkpoint=x", "--stop_step=99"], "stop_step must be between 0 and video_steps"),
@@ -116,18 +116,12 @@ def test_mistakes_in_the_command(complains, flags, words):
     complains(words, "launch.serve", ACTION, *flags)
 
 
-def test_a_client_that_does_not_fit_is_said_before_it_serves(complains, trained):
-    flags = (f"--config={trained}/config.py", f"--checkpoint={trained}/action", "--client=aloha")
-    complains("--client=aloha has 14 numbers of state, but this", "launch.serve", *flags)
-
-
-def test_an_address_that_is_taken_is_said(complains, trained):
+def test_an_address_that_is_taken_is_said_first(complains):
     taken = Running("tests/slow_server.py", "0")
     try:
-        flags = (f"--config={trained}/config.py", f"--checkpoint={trained}/action")
-        words = "address already in use"
-        where = ("--host=127.0.0.1", f"--port={taken.port}", "--batch_sizes=1")
-        complains(words, "launch.serve", *flags, *where)
+        flags = ("--checkpoint=x", "--host=127.0.0.1", f"--port={taken.port}")
+        words = f"Nobody can be served at 127.0.0.1:{taken.port} (Address already in use)"
+        complains(words, "launch.serve", ACTION, *flags)
     finally:
         taken.stop()
 

@@ -19,8 +19,10 @@ from mvjax.models.build import (
     video_dit_config,
     video_network,
 )
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer
+from mvjax.models.linear_tokenizer import LinearTokenizer, Projection
 from mvjax.models.ngram_text import NgramTextEncoder
+from mvjax.policy.adapters.body import body_of
+from mvjax.policy.adapters.clients import make_adapter
 from mvjax.policy.model import VideoActionModel
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
@@ -43,11 +45,7 @@ def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, Con
     backbone = video_network(video_dit_config(config))
     decoder = decoder_network(action_decoder_config(config))
     statistics = {name: compute_statistics(batch[name]) for name in ("actions", "proprio")}
-    tokenizer = fit_linear_tokenizer(
-        [rng.uniform(-1, 1, (8, config.clip.observed_frames + 8, *SIZE, 3)).astype("float32")]
-    )
-    sampling = Sampling(video_steps=3, action_steps=2)
-    tokenizer = fit_linear_tokenizer([rng.uniform(-1, 1, (8, 13, *SIZE, 3)).astype("float32")])
+    tokenizer = LinearTokenizer(*(_random_projection(rng, 8 * 8 * 3 * t) for t in (1, 4)))
     sampling = Sampling(video_steps=3, action_steps=2)
     policy = Policy(
         model=VideoActionModel(
@@ -71,6 +69,12 @@ def random_observation(seed: int, client: str = "plain") -> Observation:
     )
 
 
+def _random_projection(rng, size):
+    """In place of a fit, which takes seconds."""
+    shapes = ((size,), (size, 16), (16, size))
+    return Projection(*(rng.normal(scale=size**-0.5, size=s).astype(np.float32) for s in shapes))
+
+
 def _random_params(network, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
@@ -91,7 +95,8 @@ def main(client: str = "plain", api_key: str = "", sizes: str = "1,4", **numbers
     batching = Batching(tuple(int(size) for size in sizes.split(",")), window)
     policy, config = tiny_policy(client)
     with quick_compiles():
-        server = make_server(policy, config, serving, client=client, batching=batching)
+        adapter = make_adapter(client, body_of(config))
+        server = make_server(policy, config, adapter, serving, batching=batching)
         asyncio.run(server.run(lambda host, port: print(port, flush=True)))
 
 

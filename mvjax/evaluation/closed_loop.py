@@ -5,15 +5,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from mvjax.checkpoints.bridge import latest_step, read_meta
 from mvjax.evaluation.results import EpisodeResult, Setting, write_setting
-from mvjax.evaluation.rollout import run_rollouts
+from mvjax.evaluation.rollout import Plan, run_rollouts
+from mvjax.evaluation.suites.libero import Libero
+from mvjax.evaluation.suites.libero_policy import libero_commands, libero_python
 from mvjax.evaluation.suites.metaworld import MetaWorld
+from mvjax.evaluation.suites.suite import Convert, Suite
 from mvjax.policy.load import load_policy
-from mvjax.policy.observation import ObservationSpec
+from mvjax.policy.observation import Observation, ObservationSpec
 from mvjax.policy.sampling import Sampling
 
-SUITES = {"metaworld": MetaWorld}
+SUITES = {
+    "metaworld": Suite(MetaWorld, control_hz=80),
+    "libero": Suite(Libero, control_hz=20, convert=libero_commands, interpreter=libero_python),
+}
 
 
 def settings_for(mode: str, stop_steps: Sequence[int], video_steps: int) -> dict[str, Setting]:
@@ -60,12 +68,13 @@ def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> l
         sampling = Sampling(**config.sampler, stop_step=setting.stop_step, oracle=oracle)
         policy = load_policy(config, checkpoint, sampling, protocol.workers)
         policy.warm_up()
-        controller, identity = policy.plan, _identity(config, checkpoint) + str(sampling)
+        controller = _in_simulator(policy.plan, suite.convert)
+        identity = _identity(config, checkpoint) + str(sampling)
     protocol_text = "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
     write_setting(folder, setting)
     return run_rollouts(
         suite=protocol.suite,
-        make_simulator=suite,
+        make_simulator=suite.make_simulator,
         episodes=[
             (task, protocol.first_seed + i)
             for task in protocol.tasks
@@ -85,7 +94,18 @@ def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> l
         max_steps=protocol.max_steps,
         workers=protocol.workers,
         videos_per_task=protocol.videos_per_task,
+        interpreter=suite.interpreter(),
     )
+
+
+def _in_simulator(plan: Plan, convert: Convert) -> Plan:
+    """A plan in the simulator's own actions."""
+
+    def converted(observations: Sequence[Observation]) -> np.ndarray:
+        chunks = zip(plan(observations), observations)
+        return np.stack([convert(chunk, seen.proprio[-1]) for chunk, seen in chunks])
+
+    return converted
 
 
 def _identity(config: Any, checkpoint: Path) -> str:

@@ -40,6 +40,7 @@ def run_rollouts(
     max_steps: int | None = None,
     workers: int | None = None,
     videos_per_task: int = 0,
+    interpreter: Path | None = None,
 ) -> list[EpisodeResult]:
     """Plays every episode that is not on file yet, and returns the results of all.
 
@@ -58,6 +59,7 @@ def run_rollouts(
             unless given.
         workers: simulator processes; one per core unless given.
         videos_per_task: record the first so many episodes of each task.
+        interpreter: the Python that has the simulator, if it is not this one.
 
     Returns:
         One result per episode, in the order of `episodes`.
@@ -79,7 +81,7 @@ def run_rollouts(
         try:
             job = Job(make_simulator, spec, mode, oracle_frames, max_steps)
             for _ in range(min(workers or os.cpu_count() or 1, len(left))):
-                processes.append(WorkerProcess(job))
+                processes.append(WorkerProcess(job, interpreter))
             for played in _play(processes, Schedule(left), controller, spec.execute):
                 result = EpisodeResult(suite=suite, mode=mode, config_hash=config_hash, **played)
                 append_result(path, result)
@@ -141,7 +143,7 @@ def _fields(process: WorkerProcess, outcome: Outcome) -> dict[str, Any]:
         "steps": outcome.steps,
         "queries": process.queries,
         "plan_seconds": round(process.plan_seconds, 6),
-        "video": None if order.video is None else f"videos/{order.video.name}",
+        "video": None if order.video is None else f"videos/{Path(order.video).name}",
     }
 
 
@@ -163,9 +165,8 @@ def _orders(episodes: Sequence[tuple[str, int]], folder: Path, videos_per_task: 
     for task, seed in episodes:
         seen[task] += 1
         recorded = seen[task] <= videos_per_task
-        orders.append(
-            Order(task, seed, folder / "videos" / f"{task}_{seed}.mp4" if recorded else None)
-        )
+        video = str(folder / "videos" / f"{task}_{seed}.mp4") if recorded else None
+        orders.append(Order(task, seed, video))
     return orders
 
 

@@ -2,7 +2,9 @@
 
 The process is started by `mvjax.evaluation.rollout` and speaks over one pipe. It receives an
 `Order` or a chunk of actions, and sends a `Query`, an `Outcome` or a `Failure`. It imports no jax:
-accelerators belong to the evaluating process, and a worker should start in a second.
+accelerators belong to the evaluating process, and a worker should start in a second. It may run in
+another Python (3.11 or newer) with another numpy, as some simulators need: messages hold nothing
+but plain values, arrays and the classes of this file and of `mvjax.policy.observation`.
 """
 
 import itertools
@@ -41,11 +43,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Order:
-    """The next episode to play; `video` is the file to record it in, or None."""
+    """The next episode to play; `video` is the file to record it in, or None.
+
+    A string, since a path cannot be sent between Python 3.13 and older ones.
+    """
 
     task: str
     seed: int
-    video: Path | None
+    video: str | None
 
 
 @dataclass(frozen=True)
@@ -121,7 +126,7 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
         observe()
     if order.video is not None:
         recorded.append(simulator.render())  # how it ended
-        _record(order.video, recorded, job.spec.fps)
+        _record(Path(order.video), recorded, job.spec.fps)
     return Outcome(success, steps)
 
 

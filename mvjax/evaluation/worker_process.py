@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from multiprocessing import Pipe
+from pathlib import Path
 
 import numpy as np
 
@@ -28,14 +29,14 @@ class WorkerProcess:
         plan_seconds: its share of the planning time.
     """
 
-    def __init__(self, job: Job) -> None:
-        """Starts the process and hands it the job."""
+    def __init__(self, job: Job, interpreter: Path | None = None) -> None:
+        """Starts the process, with another Python than this one if so given, and hands it the job."""
         self.connection, child = Pipe()
         serve = f"from mvjax.evaluation.worker import serve; serve({child.fileno()})"
         self._process = subprocess.Popen(
-            [sys.executable, "-c", serve],
+            [str(interpreter or sys.executable), "-c", serve],
             pass_fds=[child.fileno()],
-            env=_environment(),
+            env=_environment(same_python=interpreter in (None, Path(sys.executable))),
             process_group=0,
         )
         child.close()
@@ -101,10 +102,16 @@ class WorkerProcess:
         return f"Task {self.order.task}, seed {self.order.seed}"
 
 
-def _environment() -> dict[str, str]:
-    """Headless rendering with one thread per process, and this process's import path."""
+def _environment(same_python: bool) -> dict[str, str]:
+    """Headless rendering with one thread per process, and an import path.
+
+    The same Python imports what this one does. Another has packages of its own, and of this one's
+    only the project.
+    """
     environment = dict(os.environ)
-    environment["PYTHONPATH"] = os.pathsep.join(path or os.getcwd() for path in sys.path)
+    own = [path or os.getcwd() for path in sys.path]
+    project = [str(Path(__file__).parents[2])]
+    environment["PYTHONPATH"] = os.pathsep.join(own if same_python else project)
     environment["LP_NUM_THREADS"] = "1"
     environment.setdefault("OMP_NUM_THREADS", "1")
     if sys.platform == "linux":

@@ -107,13 +107,14 @@ class Batcher:
         except Exception as error:
             if len(batch) > 1:  # one of them is to blame; the others must not pay for it
                 for query in batch:
-                    await self._answer([query])
+                    if not query.answer.done():
+                        await self._answer([query])
             elif not batch[0].answer.done():
                 batch[0].answer.set_exception(_failure(error))
             return
         computed = time.monotonic() - began
         for query, chunk in zip(batch, chunks):
-            if not query.answer.done():  # its client may have gone meanwhile
+            if not query.answer.done():  # unless its client has gone meanwhile
                 answer = Answer(chunk, began - query.arrived, computed, len(batch))
                 query.answer.set_result(answer)
 

@@ -14,7 +14,7 @@ from contextlib import ExitStack
 from types import TracebackType
 from typing import Any
 
-from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
+from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
 from mvjax.policy.wire import decode, encode
@@ -47,6 +47,7 @@ class PolicyClient:
 
     Raises:
         ServerUnreachable: there is no server after `patience` seconds, or it refuses.
+        ValueError: `uri` is no address.
     """
 
     def __init__(
@@ -139,6 +140,10 @@ class PolicyClient:
                 self._connection = self._open.enter_context(opening)
                 self.metadata = self._receive()
                 return
+            except InvalidURI as error:
+                raise ValueError(
+                    f"{self._uri} is no address of a server, such as ws://localhost:8000."
+                ) from error
             except InvalidStatus as error:
                 body = (error.response.body or b"").decode("utf-8", "replace").strip()
                 raise ServerUnreachable(

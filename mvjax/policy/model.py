@@ -18,6 +18,7 @@ from mvjax.flow.action import sample_actions
 from mvjax.flow.noise_levels import karras_sigmas
 from mvjax.flow.sampler import sample_video
 from mvjax.flow.video import condition_mask, denoise, network_input
+from mvjax.models.attention import KeysValues
 from mvjax.models.param_tree import Params
 from mvjax.models.parameters import Network
 from mvjax.models.precision import rounded
@@ -125,8 +126,17 @@ class VideoActionModel:
             proprio: normalised [b, proprio_horizon, dim].
             noise: standard normal [b, draws, horizon, dim].
         """
+        return self.sample(params, self.keys_values(params, context), sigma, proprio, noise)
+
+    def keys_values(self, params: Params, context: Array) -> KeysValues:
+        """What the decoder's blocks read of the context."""
+        return self.decoder.bind(params).context_keys_values(context)
+
+    def sample(
+        self, params: Params, context_kv: KeysValues, sigma: Array, proprio: Array, noise: Array
+    ) -> Array:
+        """As `actions`, from the keys and values of the context."""
         decoder, draws = self.decoder.bind(params), noise.shape[1]
-        context_kv = decoder.context_keys_values(context)
         proprio, sigma = (jnp.repeat(x, draws, axis=0) for x in (proprio, sigma))
         velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
         sample = noise.reshape(-1, *noise.shape[2:])

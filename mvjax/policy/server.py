@@ -7,21 +7,18 @@ tells counts and latencies as JSON.
 """
 
 import asyncio
-import hmac
-import json
 import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from http import HTTPStatus
 from typing import Any
 
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
-from websockets.http11 import Request, Response
 
 from mvjax.policy.adapters.adapter import Adapter
 from mvjax.policy.batcher import Batcher, PolicyError
+from mvjax.policy.door import Door
 from mvjax.policy.latency import Latency
 from mvjax.policy.request import RequestError
 from mvjax.policy.sessions import Senses, Session
@@ -74,10 +71,10 @@ class PolicyServer:
         metadata: Mapping[str, Any],
     ) -> None:
         self._serving, self._adapter, self._senses = serving, adapter, senses
-        self._batcher = make_batcher(lambda: self._clients)
-        self._metadata = encode(metadata)
-        self._clients = 0
         self._latency = Latency()
+        self._door = Door(serving.api_key, serving.max_clients, self._latency)
+        self._batcher = make_batcher(lambda: self._door.clients)
+        self._metadata = encode(metadata)
 
     async def run(self, ready: Callable[[str, int], None] = lambda host, port: None) -> None:
         """Serves until it is cancelled.
@@ -88,7 +85,7 @@ class PolicyServer:
         Raises:
             OSError: the address is taken or not this machine's.
         """
-        async with asyncio.TaskGroup() as tasks, self._listen() as server:
+        async with self._listen() as server, asyncio.TaskGroup() as tasks:
             ready(*server.sockets[0].getsockname()[:2])
             tasks.create_task(self._batcher.run())
             await server.serve_forever()
@@ -105,50 +102,15 @@ class PolicyServer:
             ping_interval=serving.ping,
             ping_timeout=serving.ping,
             close_timeout=min(serving.ping, 2.0),
-            process_request=self._admit,
+            process_request=self._door.answer,
             logger=_quiet_logger(),
         )
 
-    def _admit(self, connection: ServerConnection, request: Request) -> Response | None:
-        """Answers health checks, and turns clients away; None lets one in."""
-        path = request.path.partition("?")[0]
-        if path == "/healthz":
-            return connection.respond(HTTPStatus.OK, "OK\n")
-        if path == "/health":
-            return self._health(connection)
-        if not self._knows(request):
-            self._latency.counts["refused"] += 1
-            return connection.respond(
-                HTTPStatus.UNAUTHORIZED, "This server needs the header Authorization: Api-Key ...\n"
-            )
-        if self._clients >= self._serving.max_clients:
-            self._latency.counts["refused"] += 1
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, self._full() + "\n")
-        return None
-
-    def _knows(self, request: Request) -> bool:
-        if not self._serving.api_key:
-            return True
-        wanted = f"Api-Key {self._serving.api_key}".encode()
-        shown = ",".join(request.headers.get_all("Authorization"))
-        return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), wanted)
-
-    def _health(self, connection: ServerConnection) -> Response:
-        report = {"status": "ok", "clients": self._clients, **self._latency.report()}
-        response = connection.respond(HTTPStatus.OK, json.dumps(report) + "\n")
-        del response.headers["Content-Type"]
-        response.headers["Content-Type"] = "application/json"
-        return response
-
-    def _full(self) -> str:
-        return f"The server has its {self._serving.max_clients} clients already; try again later."
-
     async def _attend(self, connection: ServerConnection) -> None:
         """One client, from its metadata to its end, whatever that is."""
-        if self._clients >= self._serving.max_clients:  # they came in together
-            self._latency.counts["refused"] += 1
-            return await connection.close(TRY_AGAIN_LATER, self._full())
-        self._clients += 1
+        if self._door.full:  # several came through it together
+            return await connection.close(TRY_AGAIN_LATER, self._door.refuse())
+        self._door.clients += 1
         session = Session(self._adapter, self._senses)
         try:
             await self._send(connection, self._metadata)
@@ -160,7 +122,7 @@ class PolicyServer:
             self._latency.counts["vanished"] += 1
             connection.transport.abort()  # a close frame would wait behind the answer
         finally:
-            self._clients -= 1
+            self._door.clients -= 1
 
     async def _send(self, connection: ServerConnection, reply: bytes | str) -> None:
         await asyncio.wait_for(connection.send(reply), self._serving.send_timeout)

@@ -8,8 +8,7 @@ from typing import Any
 import numpy as np
 
 from mvjax.parallel.rules import split_ways
-from mvjax.policy.adapters.body import body_of
-from mvjax.policy.adapters.clients import make_adapter
+from mvjax.policy.adapters.adapter import Adapter
 from mvjax.policy.batcher import Batcher, Plan
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
@@ -37,9 +36,9 @@ class Batching:
 def make_server(
     policy: Policy,
     config: Any,
+    adapter: Adapter,
     serving: Serving,
     *,
-    client: str = "plain",
     batching: Batching = Batching(),
     prompt: str = "",
 ) -> PolicyServer:
@@ -48,20 +47,16 @@ def make_server(
     Args:
         policy: a trained one.
         config: the stage-2 configuration it was trained with.
+        adapter: the kind of client.
         serving: address and limits.
-        client: the kind of client, a name of `adapters.clients.CLIENTS`.
         batching: how queries are put together.
         prompt: the instruction of clients that send none.
-
-    Raises:
-        ValueError: the client does not fit the policy.
     """
     sizes, clip, io = policy.model.decoder.config, policy.model.clip, config.policy_io
-    adapter = make_adapter(client, body_of(config))
     plan = plan_in_sizes(policy, batching.sizes)
     metadata = {
         "model": "mimic-video",
-        "client": client,
+        "client": adapter.name,
         "observed_frames": clip.observed_frames,
         "fps": clip.fps,
         "height": clip.height,

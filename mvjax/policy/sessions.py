@@ -1,6 +1,5 @@
 """A connection's episode: what it has shown so far, as the observations a policy takes."""
 
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -46,6 +45,14 @@ class Seen(NamedTuple):
     state: np.ndarray
 
 
+class _Episode(NamedTuple):
+    """The newest pictures and states of single-picture messages, and their instruction."""
+
+    pictures: tuple[np.ndarray, ...]
+    states: tuple[np.ndarray, ...]
+    prompt: str | None
+
+
 class Session:
     """Builds one connection's observations.
 
@@ -57,14 +64,11 @@ class Session:
 
     def __init__(self, adapter: Adapter, senses: Senses) -> None:
         self._adapter, self._senses = adapter, senses
-        self._pictures: deque[np.ndarray] = deque(maxlen=senses.observed_frames)
-        self._states: deque[np.ndarray] = deque(maxlen=senses.proprio_horizon)
-        self._prompt: str | None = None
+        self.reset()
 
     def reset(self) -> None:
         """Begins a new episode."""
-        self._pictures.clear()
-        self._states.clear()
+        self._episode = _Episode((), (), None)
 
     def observe(self, message: Mapping[str, Any]) -> Seen:
         """What a message shows; a refused message leaves the episode as it was.
@@ -79,18 +83,22 @@ class Session:
                 message[IMAGE_HISTORY], IMAGE_HISTORY, senses.observed_frames, senses.limits
             )
             states = self._state_history(message)
-        else:
-            picture = read_picture(
-                find(message, adapter.image), "/".join(adapter.image), senses.limits
-            )
-            state = self._state(message)
-            if self._begins(prompt, picture, state):
-                self.reset()
-            self._prompt = prompt
-            pictures = _shift(self._pictures, picture)
-            states = _shift(self._states, state)
-        observation = Observation(pictures, adapter.proprio(states), adapter.prompt(prompt))
-        return Seen(observation, states[-1])
+            return Seen(self._observation(pictures, states, prompt), states[-1])
+        picture = read_picture(find(message, adapter.image), "/".join(adapter.image), senses.limits)
+        state = self._state(message)
+        pictures, states = (), ()
+        if not self._begins(prompt, picture, state):
+            pictures, states, _ = self._episode
+        # Copies, because a view would keep its whole message in memory.
+        pictures = (*pictures, picture.copy())[-senses.observed_frames :]
+        states = (*states, state.copy())[-senses.proprio_horizon :]
+        observation = self._observation(
+            _padded(pictures, senses.observed_frames),
+            _padded(states, senses.proprio_horizon),
+            prompt,
+        )
+        self._episode = _Episode(pictures, states, prompt)
+        return Seen(observation, state)
 
     def actions(self, chunk: np.ndarray, seen: Seen) -> np.ndarray:
         """The policy's chunk in the client's layout, float32 [horizon, any].
@@ -98,12 +106,23 @@ class Session:
         Raises:
             RequestError: the policy answered with NaN or infinity.
         """
-        actions = self._adapter.actions(chunk, seen.state)
-        if not np.isfinite(actions).all():
-            raise RequestError(
-                "The policy answered with NaN or infinity; is the state in the units of training?"
-            )
-        return actions
+        if np.isfinite(chunk).all():
+            actions = self._adapter.actions(chunk, seen.state)
+            if np.isfinite(actions).all():
+                return actions
+        raise RequestError(
+            "The policy answered with NaN or infinity; is the state in the units of training?"
+        )
+
+    def _observation(self, pictures: np.ndarray, states: np.ndarray, prompt: str) -> Observation:
+        adapter = self._adapter
+        try:
+            proprio = adapter.proprio(states)
+        except ValueError as error:  # numbers that are no rotation, for example
+            raise RequestError(f"The state makes no sense: {error}.") from error
+        if not np.isfinite(proprio).all():
+            raise RequestError("The state has numbers beyond all use.")
+        return Observation(pictures, proprio, adapter.prompt(prompt))
 
     def _state(self, message: Mapping[str, Any]) -> np.ndarray:
         """[state_size] out of one key or several; a lone number is a vector of one."""
@@ -132,16 +151,13 @@ class Session:
         return read_numbers(value, STATE_HISTORY, (horizon, self._adapter.state_size))
 
     def _begins(self, prompt: str, picture: np.ndarray, state: np.ndarray) -> bool:
-        if not self._pictures:
-            return False
-        if prompt != self._prompt or picture.shape != self._pictures[-1].shape:
+        pictures, states, before = self._episode
+        if not pictures or prompt != before or picture.shape != pictures[-1].shape:
             return True
-        moved = np.linalg.norm(state[:3] - self._states[-1][:3])
+        moved = np.linalg.norm(state[:3] - states[-1][:3])
         return self._adapter.jump is not None and bool(moved > self._adapter.jump)
 
 
-def _shift(kept: deque, newest: np.ndarray) -> np.ndarray:
-    """Adds the newest, and stacks all with the oldest repeated in front."""
-    kept.append(newest.copy())  # a view would keep the whole message in memory
-    missing = kept.maxlen - len(kept)
-    return np.stack([kept[0]] * missing + list(kept))
+def _padded(newest: tuple[np.ndarray, ...], count: int) -> np.ndarray:
+    """[count, ...] with the oldest repeated in front."""
+    return np.stack([newest[0]] * (count - len(newest)) + list(newest))

@@ -1,0 +1,46 @@
+"""LIBERO for the evaluating process: its interpreter, and a policy's actions as robosuite's."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+
+from data_pipelines.embodiments.libero_panda import HDF5_ACTION
+from data_pipelines.policy_parts import parse
+from data_pipelines.policy_vector import restore
+
+PYTHON_VARIABLE = "MVJAX_LIBERO_PYTHON"
+_ROOT = Path(__file__).parents[3]
+_ACTION = parse(HDF5_ACTION, "action")
+
+
+def libero_python() -> Path:
+    """The Python of LIBERO's own environment.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+    """
+    given = os.environ.get(PYTHON_VARIABLE)
+    python = Path(given) if given else _ROOT / ".venv-libero" / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError(
+            f"LIBERO has an environment of its own, but there is no {python}: make it with `bash "
+            f"launch/libero.sh`, or set {PYTHON_VARIABLE}."
+        )
+    return python
+
+
+def libero_commands(chunk: np.ndarray, proprio: np.ndarray) -> np.ndarray:
+    """OSC_POSE actions of a policy's ten numbers (`data_pipelines/embodiments/libero_panda.py`).
+
+    Args:
+        chunk: float32 [h, 10]: position delta 3, two rows of the rotation delta 6, gripper.
+        proprio: unused, since actions are relative to wherever the hand is.
+
+    Returns:
+        float32 [h, 7]; the gripper opens (-1) or closes (1), nothing between.
+    """
+    del proprio
+    actions = restore(_ACTION, chunk, {})["actions"]
+    actions[:, 6] = np.where(actions[:, 6] > 0, 1, -1)
+    return actions.astype(np.float32)

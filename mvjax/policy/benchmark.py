@@ -1,0 +1,255 @@
+"""How long the policy takes for an answer, by part, beside the same computation in PyTorch.
+
+    prepare → encode → video → context → actions → fetch
+
+are measured one by one, each as a program of its own, and all together as `query`: from
+observations on the host to actions on the host. `query` is less than their sum, since it is one
+program between `prepare` and `fetch`.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+
+from mvjax.policy.model import Inputs, medoid
+from mvjax.policy.observation import Observation
+from mvjax.policy.policy import Policy
+from mvjax.training.flops import action_decoder_flops, peak_flops, video_dit_flops
+
+PARTS = ("prepare", "encode", "video", "context", "actions", "fetch", "query")
+TURN_SECONDS = 0.5  # so long a part is repeated in a turn
+
+
+class DoesNotFit(ValueError):
+    """A batch is too large for the memory."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a query, for a batch.
+
+    Attributes:
+        run: computes it and returns when it is finished, given what `before` returns.
+        before: makes an argument that can be used once; not measured.
+    """
+
+    run: Callable[[Any], Any]
+    before: Callable[[], Any] = lambda: None
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one part and batch, in milliseconds.
+
+    Attributes:
+        p50, p95: of the repetitions.
+        cpu: processor time, of all threads together; the mean.
+        tflop: analytic operations of the batch, 1e12; None for parts that have none to speak of.
+        mfu: share of the device's peak that they are at p50; None on a CPU.
+    """
+
+    p50: float
+    p95: float
+    cpu: float
+    tflop: float | None
+    mfu: float | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was measured of one implementation at one batch size.
+
+    Attributes:
+        name: of it.
+        parts: by the names of `PARTS`.
+        queries_per_second: at the median of `query`.
+        actions: of the batch, to be compared.
+    """
+
+    name: str
+    parts: dict[str, Latency]
+    queries_per_second: float
+    actions: np.ndarray
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {k: v for k, v in asdict(self).items() if k != "actions"}
+
+
+def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, Part]:
+    """The parts of a query to a policy, compiled.
+
+    Args:
+        policy: whose batch size is the number of observations.
+        observations: a full batch.
+
+    Raises:
+        DoesNotFit: if the memory that the compiler asks for is not there.
+    """
+    model, weights = policy.model, policy.weights
+    tokenizer, backbone, decoder = weights
+
+    def compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+        program = jax.jit(function).lower(*args).compile()
+        _check_memory(program.memory_analysis(), len(observations))
+        return lambda *args: jax.block_until_ready(program(*args))
+
+    def choose(decoder, context_kv, proprio, noise):
+        sigma = jnp.full((len(proprio), 1), model.sigmas[model.sampling.stop_step])
+        return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
+
+    def prepare(_: Any = None) -> Inputs:
+        return jax.block_until_ready(policy.inputs(observations, with_future=False))
+
+    def fetch(chunks: Any) -> np.ndarray:
+        return policy.normalizer.unnormalize("actions", np.asarray(chunks))
+
+    with policy.devices():
+        i = prepare()
+        act = compiled(lambda w, i: model.act(w, i), weights, i)
+        chunks = act(weights, i)
+        encode = compiled(model.encode, tokenizer, i.video)
+        clean = encode(tokenizer, i.video)
+        video = compiled(model.context, backbone, clean, i.text, i.video_noise)
+        hidden = video(backbone, clean, i.text, i.video_noise)
+        context = compiled(model.keys_values, decoder, hidden)
+        kv = jax.eval_shape(model.keys_values, decoder, hidden)
+        actions = compiled(choose, decoder, kv, i.proprio, i.action_noise)
+    read = lambda _=None: context(decoder, hidden)  # noqa: E731
+    return {
+        "prepare": Part(prepare),
+        "encode": Part(lambda _: encode(tokenizer, i.video)),
+        "video": Part(lambda _: video(backbone, clean, i.text, i.video_noise)),
+        "context": Part(read),
+        # Keys and values can be most of the memory: they are made when they are needed.
+        "actions": Part(lambda kv: actions(decoder, kv, i.proprio, i.action_noise), read),
+        # An array that was fetched once remembers its numbers.
+        "fetch": Part(fetch, lambda: jax.block_until_ready(chunks + 0)),
+        "query": Part(lambda _: fetch(act(weights, prepare()))),
+    }
+
+
+def their_parts(peer: Any, observations: Sequence[Observation]) -> dict[str, Part]:
+    """The same parts of a `mvjax.policy.torch_policy.TorchPolicy`."""
+    done = peer.synchronised
+    prepare, encode, video, context, actions, fetch = map(
+        done, (peer.prepare, peer.encode, peer.context, peer.keys_values, peer.sample, peer.fetch)
+    )
+    text, video_noise, action_noise = peer.constants(observations)
+
+    def query(_: Any = None) -> np.ndarray:
+        frames, proprio = peer.prepare(observations)
+        hidden = peer.context(peer.encode(frames), text, video_noise)
+        return peer.fetch(peer.sample(peer.keys_values(hidden), proprio, action_noise))
+
+    frames, proprio = prepare(observations)
+    clean = encode(frames)
+    hidden = video(clean, text, video_noise)
+    chunks = actions(context(hidden), proprio, action_noise)
+    return {
+        "prepare": Part(lambda _: prepare(observations)),
+        "encode": Part(lambda _: encode(frames)),
+        "video": Part(lambda _: video(clean, text, video_noise)),
+        "context": Part(lambda _: context(hidden)),
+        "actions": Part(lambda kv: actions(kv, proprio, action_noise), lambda: context(hidden)),
+        "fetch": Part(lambda _: fetch(chunks)),
+        "query": Part(done(query)),
+    }
+
+
+def part_flops(policy: Policy) -> dict[str, float]:
+    """Operations of every part for one query; parts that are not computed on the device lack."""
+    model, sampling = policy.model, policy.model.sampling
+    clip, backbone, decoder = model.clip, model.backbone.config, model.decoder.config
+    text = policy.text_encoder.encode(["text"]).shape[1]
+    video = partial(video_dit_flops, backbone, clip.latent_shape[:3], text)
+    keys_values = 4.0 * decoder.num_blocks * clip.tokens * decoder.context_dim * decoder.width
+    one_step = action_decoder_flops(decoder, clip.tokens, sampling.draws) - keys_values
+    frames = (1, clip.observed_frames, clip.height, clip.width, 3)
+    encode = jax.jit(model.encode).lower(
+        policy.weights[0], jax.ShapeDtypeStruct(frames, np.uint8)
+    )
+    flops = {
+        # By the compiler: convolutions at the borders of a picture are not worth a formula.
+        "encode": (encode.cost_analysis() or {}).get("flops", 0.0),
+        "video": sampling.stop_step * video() + video(layers=model.layer),
+        "context": keys_values,
+        "actions": sampling.action_steps * one_step,
+    }
+    return flops | {"query": sum(flops.values())}
+
+
+def measure(
+    competitors: dict[str, dict[str, Part]], policy: Policy, rounds: int
+) -> list[Answers]:
+    """Measures them in turns, so that what else the machine does hits all alike.
+
+    Args:
+        competitors: parts of each by name.
+        policy: gives the batch size and the operations.
+        rounds: turns of each; in a turn every part is repeated for half a second, once at least.
+    """
+    taken = {name: {part: [] for part in parts} for name, parts in competitors.items()}
+    for _ in range(rounds):
+        for name, parts in competitors.items():
+            for part, found in parts.items():
+                taken[name][part] += _turn(found)
+    flops, peak = part_flops(policy), peak_flops(jax.devices()[0])
+    answers = []
+    for name, parts in competitors.items():
+        latencies = {
+            part: _latency(times, flops.get(part), peak, policy)
+            for part, times in taken[name].items()
+        }
+        rate = policy.batch_size / latencies["query"].p50 * 1e3
+        answers.append(Answers(name, latencies, rate, parts["query"].run(None)))
+    return answers
+
+
+def _turn(part: Part) -> list[tuple[float, float]]:
+    """Wall and processor seconds of every repetition; the first one is not counted."""
+    part.run(part.before())
+    times, start = [], time.perf_counter()
+    while not times or time.perf_counter() - start < TURN_SECONDS:
+        argument = part.before()
+        cpu, wall = time.process_time(), time.perf_counter()
+        part.run(argument)
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+        del argument
+    return times
+
+
+def _latency(
+    times: list[tuple[float, float]], flops: float | None, peak: float | None, policy: Policy
+) -> Latency:
+    wall, cpu = np.asarray(times).T * 1e3
+    p50, p95 = np.percentile(wall, (50, 95)).tolist()
+    batch = flops * policy.batch_size if flops else None
+    mfu = batch / (p50 / 1e3) / (peak * policy.mesh.size) if batch and peak else None
+    return Latency(p50, p95, float(cpu.mean()), batch / 1e12 if batch else None, mfu)
+
+
+def _check_memory(needed: Any, batch: int) -> None:
+    """Raises DoesNotFit if a program needs more memory than a device has left.
+
+    A machine without memory to spare would rather stop this program than refuse an allocation.
+    """
+    if needed is None:
+        return
+    wanted = needed.temp_size_in_bytes + needed.output_size_in_bytes
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = psutil.virtual_memory().available
+    if "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    if wanted > free:
+        raise DoesNotFit(
+            f"A batch of {batch} needs {wanted / 2**30:.1f} GB beside what it is given, and "
+            f"{free / 2**30:.1f} GB of {jax.devices()[0].device_kind} are free."
+        )
