@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
-from data_pipelines.normalizers import Normalizers
 from data_pipelines.mixture import record_mixture
+from data_pipelines.normalizers import Normalizers
 from data_pipelines.records import RecordDataset
 from data_pipelines.selection import PerTask
 
