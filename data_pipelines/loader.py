@@ -65,9 +65,13 @@ def make_loader(
     chosen = range(batch_size) if rows is None else [int(row) for row in rows]
 
     def read(number: int) -> dict[str, np.ndarray]:
-        elements = [mixture[number * batch_size + row] for row in chosen]
-        batch = {key: np.stack([element[key] for element in elements]) for key in elements[0]}
-        return {key: value.astype(np.float32, copy=False) for key, value in batch.items()}
+        batch: dict[str, np.ndarray] = {}
+        for place, row in enumerate(chosen):
+            for key, value in mixture[number * batch_size + row].items():
+                if place == 0:  # written once: fresh memory costs as much as filling it
+                    batch[key] = np.empty((len(chosen), *np.shape(value)), np.float32)
+                batch[key][place] = value
+        return batch
 
     batches = grain.MapDataset.range(len(mixture) // batch_size).map(read)
     # Threads suffice: reading releases the interpreter lock and decoding copies nothing.

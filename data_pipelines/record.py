@@ -9,6 +9,13 @@ Meta-World task works. Two cores record about 120 frames per second; no accelera
 
 A recording that was stopped at any moment goes on where it was when the same command is given
 again, and ends with the same bytes as one that was never stopped.
+
+    python -m data_pipelines.record --suite libero --out data/libero --kind robot \
+        --tasks object-2,object-4 --episodes 20
+
+records LIBERO (`bash launch/libero.sh` first) at 20 Hz, from placements drawn anew: none is among
+the 50 in which LIBERO is evaluated. `hdf5` writes LIBERO's own layout, a file per task, from whose
+simulator states the episodes can be played again. It takes about 10 seconds per episode and core.
 """
 
 import argparse
@@ -25,9 +32,11 @@ from tqdm import tqdm
 
 from data_pipelines.recording import Recording, Unit
 from data_pipelines.recording_assembly import assemble
+from data_pipelines.recording_suites import SUITES
 from data_pipelines.recording_unit import record_unit
 from data_pipelines.recording_workers import worker_pool
 from data_pipelines.sources.finished import MANIFEST, UNFINISHED
+from mvjax.evaluation.suites.libero_python import in_libero_python
 
 
 def record_dataset(
@@ -74,6 +83,7 @@ def _open_folder(out: Path, recording: Recording) -> Path:
     for manifest in (out / MANIFEST, staging / MANIFEST):
         if manifest.exists():
             found = json.loads(manifest.read_text())["recording"]
+            found.setdefault("suite", "metaworld")  # older recordings knew no other
             differ = [f"{k}={found.get(k)!r} (now {settings[k]!r})" for k in settings]
             differ = [d for k, d in zip(settings, differ) if found.get(k) != settings[k]]
             if differ:
@@ -124,22 +134,45 @@ def _write_json(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
+def _size(text: str | None) -> tuple[int, int] | None:
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()):
+        raise ValueError(f"--size must be height x width in pixels, e.g. 128x128, got {text!r}")
+    return int(height), int(width)
+
+
 def main() -> None:
     """Entry point of `python -m data_pipelines.record`."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--kind", choices=("robot", "video"), required=True)
+    parser.add_argument("--suite", choices=tuple(SUITES), default="metaworld")
+    parser.add_argument("--kind", choices=("robot", "video", "hdf5"), required=True)
     parser.add_argument("--tasks", required=True, help="comma-separated, e.g. drawer-open-v3")
     parser.add_argument("--episodes", type=int, required=True, help="per task")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--noise", type=float, default=0.1)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", help="of the pictures, e.g. 128x128: height x width, pixels")
     args = parser.parse_args()
     try:
+        if args.suite == "libero":
+            in_libero_python("data_pipelines.record")
         tasks = tuple(args.tasks.split(","))
-        recording = Recording(args.kind, tasks, args.episodes, args.noise, args.seed)
+        height, width = _size(args.size) or SUITES[args.suite].size
+        recording = Recording(
+            args.kind,
+            tasks,
+            args.episodes,
+            args.noise,
+            args.seed,
+            height=height,
+            width=width,
+            suite=args.suite,
+        )
         result = record_dataset(args.out, recording, args.workers)
     except KeyboardInterrupt:
         print(f"\nstopped; give the same command again to go on with {args.out}", file=sys.stderr)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from mvjax.evaluation.suites.metaworld import TASKS, MetaWorld
+from data_pipelines.recording_suites import SUITES, RecordedSuite
 
 VIDEO_STRIDE = 4  # control steps per frame of kind video: 80 Hz -> 20 fps
 
@@ -26,14 +26,15 @@ class Recording:
     """What to record; two recordings with equal settings are equal byte for byte.
 
     Attributes:
-        kind: "robot" or "video".
-        tasks: Meta-World tasks, e.g. "drawer-open-v3".
+        kind: of the suite's kinds: "robot", "video" or "hdf5".
+        tasks: of the suite, e.g. "drawer-open-v3" or "object-2".
         episodes: successful demonstrations per task.
         noise: standard deviation of the noise on executed actions (labels stay clean).
         seed: with the task and the attempt's number, it decides an episode completely.
         height: of the frames, pixels.
         width: of the frames, pixels.
         unit_episodes: episodes recorded between two saves; of kind robot they share a video file.
+        suite: the simulator, of `recording_suites.SUITES`.
     """
 
     kind: str
@@ -44,13 +45,18 @@ class Recording:
     height: int = 192
     width: int = 192
     unit_episodes: int = 4
+    suite: str = "metaworld"
 
     def __post_init__(self):
-        unknown = [task for task in self.tasks if task not in TASKS]
-        if self.kind not in ("robot", "video"):
-            raise ValueError(f"kind must be 'robot' or 'video', got {self.kind!r}")
-        if not self.tasks or unknown:
-            raise ValueError(f"unknown tasks {unknown}; choose from {', '.join(TASKS)}")
+        if self.suite not in SUITES:
+            raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
+        kinds = self.simulator.kinds
+        if self.kind not in kinds:
+            raise ValueError(f"kind must be {' or '.join(map(repr, kinds))}, got {self.kind!r}")
+        if not self.tasks:
+            raise ValueError("no tasks were given to record")
+        for task in self.tasks:
+            self.simulator.check(task)
         if len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"every task may be named once, got {', '.join(self.tasks)}")
         if self.episodes < 1 or self.unit_episodes < 1:
@@ -65,6 +71,11 @@ class Recording:
         ]
 
     @property
+    def simulator(self) -> RecordedSuite:
+        """What is recorded of the suite."""
+        return SUITES[self.suite]
+
+    @property
     def stride(self) -> int:
         """Control steps per frame."""
         return VIDEO_STRIDE if self.kind == "video" else 1
@@ -72,4 +83,4 @@ class Recording:
     @property
     def fps(self) -> int:
         """Frames per second."""
-        return MetaWorld.control_hz // self.stride
+        return self.simulator.control_hz // self.stride

@@ -181,9 +181,7 @@ def test_what_cannot_be_opened_says_why(dataset, tmp_path):
         open_dataset("lerobot", copy_with("old", codebase_version="v1.6"), "a", "arm")
     with pytest.raises(ValueError, match="is not complete: no parquet files under meta/episodes"):
         open_dataset("lerobot", copy_with("partial"), "a", "arm")
-    with pytest.raises(
-        ValueError, match="has the format 'zarr'; supported are .*video_folder"
-    ):
+    with pytest.raises(ValueError, match=r"has the format 'zarr'; supported are .*video_folder"):
         open_dataset("zarr", dataset, "a", "arm")
     with pytest.raises(ValueError, match="there is no folder"):
         open_dataset("lerobot", tmp_path / "nothing", "a", "arm")

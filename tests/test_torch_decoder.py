@@ -122,7 +122,5 @@ def test_every_published_name_is_known(published):
     _, config, decoder = published
     depth = 1  # linear layers of the embedders of this size
     rules = decoder_names(depth, depth)
-    names = {
-        rule.torch.replace("{i}", str(i)) for rule in rules for i in range(config.num_blocks)
-    }
+    names = {rule.torch.replace("{i}", str(i)) for rule in rules for i in range(config.num_blocks)}
     assert set(decoder.state_dict()) == names

@@ -42,3 +42,12 @@ def _hdf5_proprio(rotation: str) -> tuple[dict, ...]:
 
 HDF5_PROPRIO = _hdf5_proprio("rotvec")
 REGENERATED_PROPRIO = _hdf5_proprio("quaternion_xyzw")
+
+# Recordings of `data_pipelines.record`, and other LeRobot datasets with openpi's numbers: action
+# [n, 7]; observation.state [n, 8], position, rotation vector, two fingers.
+LEROBOT_ACTION = tuple(dict(part, stream="action") for part in HDF5_ACTION)
+LEROBOT_PROPRIO = (
+    dict(stream="observation.state", columns=(0, 1, 2)),
+    dict(stream="observation.state", columns=(3, 4, 5), represent="rotation", rotation="rotvec"),
+    dict(stream="observation.state", columns=(6,)),
+)

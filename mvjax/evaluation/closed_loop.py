@@ -11,7 +11,8 @@ from mvjax.checkpoints.bridge import latest_step, read_meta
 from mvjax.evaluation.results import EpisodeResult, Setting, write_setting
 from mvjax.evaluation.rollout import Plan, run_rollouts
 from mvjax.evaluation.suites.libero import Libero
-from mvjax.evaluation.suites.libero_policy import libero_commands, libero_python
+from mvjax.evaluation.suites.libero_policy import libero_commands
+from mvjax.evaluation.suites.libero_python import libero_python
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.evaluation.suites.suite import Convert, Suite
 from mvjax.policy.load import load_policy

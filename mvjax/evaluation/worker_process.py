@@ -30,7 +30,7 @@ class WorkerProcess:
     """
 
     def __init__(self, job: Job, interpreter: Path | None = None) -> None:
-        """Starts the process, with another Python than this one if so given, and hands it the job."""
+        """Starts the process, with another Python than this one if so asked, and sends the job."""
         self.connection, child = Pipe()
         serve = f"from mvjax.evaluation.worker import serve; serve({child.fileno()})"
         self._process = subprocess.Popen(

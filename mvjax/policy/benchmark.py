@@ -173,9 +173,7 @@ def part_flops(policy: Policy) -> dict[str, float]:
     keys_values = 4.0 * decoder.num_blocks * clip.tokens * decoder.context_dim * decoder.width
     one_step = action_decoder_flops(decoder, clip.tokens, sampling.draws) - keys_values
     frames = (1, clip.observed_frames, clip.height, clip.width, 3)
-    encode = jax.jit(model.encode).lower(
-        policy.weights[0], jax.ShapeDtypeStruct(frames, np.uint8)
-    )
+    encode = jax.jit(model.encode).lower(policy.weights[0], jax.ShapeDtypeStruct(frames, np.uint8))
     flops = {
         # By the compiler: convolutions at the borders of a picture are not worth a formula.
         "encode": (encode.cost_analysis() or {}).get("flops", 0.0),
@@ -186,9 +184,7 @@ def part_flops(policy: Policy) -> dict[str, float]:
     return flops | {"query": sum(flops.values())}
 
 
-def measure(
-    competitors: dict[str, dict[str, Part]], policy: Policy, rounds: int
-) -> list[Answers]:
+def measure(competitors: dict[str, dict[str, Part]], policy: Policy, rounds: int) -> list[Answers]:
     """Measures them in turns, so that what else the machine does hits all alike.
 
     Args:

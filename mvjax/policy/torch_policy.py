@@ -61,9 +61,9 @@ class TorchPolicy:
         load_params(self._decoder, decoder_params, decoder_rules(decoder))
         self._decoder_dtype = getattr(torch, decoder.dtype)
         self._on_device(self._decoder).to(self._decoder_dtype)
-        self._decoder.t_embedder["pair"].frequency = self._decoder.t_embedder[
-            "pair"
-        ].frequency.to(self.device)
+        self._decoder.t_embedder["pair"].frequency = self._decoder.t_embedder["pair"].frequency.to(
+            self.device
+        )
         if compiled:
             for net in video_dits:
                 net.compile()

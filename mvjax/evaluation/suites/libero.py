@@ -1,8 +1,8 @@
 """LIBERO (Liu et al. 2023): Panda arm, 20 Hz, by the protocol of mimic-video's release.
 
-An episode's seed below 50 is the number of its initial state, in which LIBERO is evaluated; fixtures
-are placed as by seed 0. Other seeds place everything anew as for LIBERO's own demonstrations. The
-arm holds still for ten steps first. Pictures are LIBERO's own turned by 180 degrees, as
+A seed below 50 is the number of an initial state in which LIBERO is evaluated; fixtures are placed
+as by seed 0. Other seeds place everything anew, as for LIBERO's own demonstrations. The arm holds
+still for ten steps first. Pictures are LIBERO's own turned by 180 degrees, as
 the published models expect them; since LIBERO's are stored bottom row first, that exchanges left
 and right. Actions are those of robosuite's OSC_POSE: position delta (unit 5 cm), rotation delta as
 a rotation vector (unit 0.5 rad), gripper (-1 opens, 1 closes).
@@ -101,8 +101,9 @@ class Libero:
                 self._renderer = mujoco.Renderer(self._model, *self._size)
             except Exception as error:  # every GL backend raises its own kind
                 raise RuntimeError(
-                    f"MuJoCo cannot draw here ({error}): install a software OpenGL (Debian: libegl1 "
-                    "libgl1-mesa-dri, or libosmesa6) and set MUJOCO_GL=egl or MUJOCO_GL=osmesa"
+                    f"MuJoCo cannot draw here ({error}): install a software OpenGL (Debian: "
+                    "libegl1 libgl1-mesa-dri, or libosmesa6) and set MUJOCO_GL=egl or "
+                    "MUJOCO_GL=osmesa"
                 ) from error
             self._shapes = mujoco.MjvOption()
             self._shapes.geomgroup[_COLLISION_SHAPES] = 0

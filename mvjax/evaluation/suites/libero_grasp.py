@@ -28,9 +28,7 @@ class Grasp:
     yaw: float
 
 
-def choose_grasp(
-    points: np.ndarray, others: np.ndarray, tried: list[Grasp] | None = None
-) -> Grasp:
+def choose_grasp(points: np.ndarray, others: np.ndarray, tried: list[Grasp] | None = None) -> Grasp:
     """The grasp with most room for the hand, with little turning.
 
     Args:

@@ -1,7 +1,4 @@
-"""LIBERO for the evaluating process: its interpreter, and a policy's actions as robosuite's."""
-
-import os
-from pathlib import Path
+"""A policy's actions as LIBERO's simulator takes them."""
 
 import numpy as np
 
@@ -9,25 +6,7 @@ from data_pipelines.embodiments.libero_panda import HDF5_ACTION
 from data_pipelines.policy_parts import parse
 from data_pipelines.policy_vector import restore
 
-PYTHON_VARIABLE = "MVJAX_LIBERO_PYTHON"
-_ROOT = Path(__file__).parents[3]
 _ACTION = parse(HDF5_ACTION, "action")
-
-
-def libero_python() -> Path:
-    """The Python of LIBERO's own environment.
-
-    Raises:
-        FileNotFoundError: there is none yet.
-    """
-    given = os.environ.get(PYTHON_VARIABLE)
-    python = Path(given) if given else _ROOT / ".venv-libero" / "bin" / "python"
-    if not python.exists():
-        raise FileNotFoundError(
-            f"LIBERO has an environment of its own, but there is no {python}: make it with `bash "
-            f"launch/libero.sh`, or set {PYTHON_VARIABLE}."
-        )
-    return python
 
 
 def libero_commands(chunk: np.ndarray, proprio: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ import functools
 import importlib
 import importlib.util
 import io
+import logging
 import os
 import sys
 import tempfile
@@ -32,7 +33,9 @@ class Scene:
 
     Attributes:
         name: LIBERO's name of the task, words joined by underscores.
-        instruction: the words, with "black bowl" as "bowl", as mimic-video says them.
+        words: the same as a sentence.
+        instruction: as mimic-video says it, with "bowl" for "black bowl".
+        problem: the class of its environment.
         bddl: the task's definition, relative to LIBERO's folder of them.
         env: robosuite's environment.
         initial_states: float64 [50, s], one flattened simulator state per episode.
@@ -50,11 +53,27 @@ class Scene:
         libero = _import_libero()
         root = Path(libero.__file__).parent
         self.name = _task_names(root)[suite][number]
-        self.instruction = _words(self.name).replace("black bowl", "bowl")
+        self.words = _words(self.name)
+        self.instruction = self.words.replace("black bowl", "bowl")
         self.bddl = f"{suite}/{self.name}.bddl"
         states = root / "init_files" / suite / f"{self.name}.pruned_init"
         self.initial_states = _read_initial_states(states)
-        self.env = _make_environment(libero, root / "bddl_files" / self.bddl)
+        self.env = _make_environment(root / "bddl_files" / self.bddl)
+        self.problem = type(self.env).__name__
+
+
+def find_task(name: str) -> str:
+    """The task of LIBERO's name, such as "goal-7" of "turn_on_the_stove".
+
+    Raises:
+        ValueError: there is no such task.
+    """
+    for suite, names in _task_names(Path(_import_libero().__file__).parent).items():
+        if name in names:
+            return f"{suite.removeprefix('libero_')}-{names.index(name)}"
+    raise ValueError(
+        f"LIBERO has no task {name!r}; files of demonstrations are called <task>_demo.hdf5"
+    )
 
 
 def _words(name: str) -> str:
@@ -73,6 +92,7 @@ def _import_libero() -> ModuleType:
     os.environ["LIBERO_CONFIG_PATH"] = folder.name
     if sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")
+    logging.disable(logging.WARNING)  # robosuite asks for a file of settings that nobody needs
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module("libero.libero.envs")
@@ -83,6 +103,7 @@ def _import_libero() -> ModuleType:
         ) from error
     finally:
         folder.cleanup()
+        logging.disable(logging.NOTSET)
     libero = sys.modules["libero.libero"]
     assets = os.environ.get(ASSETS_VARIABLE) or libero.get_assets_path()
     if not Path(assets, "scenes").is_dir():
@@ -110,7 +131,7 @@ def _read_initial_states(path: Path) -> np.ndarray:
         return np.asarray(read_array_pickle(archive.read(member), path), np.float64)
 
 
-def _make_environment(libero: ModuleType, bddl: Path) -> Any:
+def _make_environment(bddl: Path) -> Any:
     from libero.libero.envs.env_wrapper import ControlEnv
 
     # Soft resets give the same states as hard ones, which compile the model anew in seconds.

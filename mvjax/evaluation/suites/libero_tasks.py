@@ -10,7 +10,7 @@ COUNTS = {"spatial": 10, "object": 10, "goal": 10, "10": 10, "90": 90}
 
 
 def suite_tasks(suite: str) -> tuple[str, ...]:
-    """All tasks of a suite: suite_tasks("goal") is ("goal-0", ..., "goal-9")."""
+    """All tasks of a suite, such as "goal-0" to "goal-9"."""
     return tuple(f"{suite}-{number}" for number in range(COUNTS[suite]))
 
 

@@ -1,0 +1,68 @@
+"""A small policy on LIBERO, from demonstrations to closed loop: what both stages share.
+
+    bash launch/libero.sh
+    python -m data_pipelines.record --suite libero --kind robot \
+        --out runs/libero_small/data/robot --tasks object-2,object-4 --episodes 16
+    python -m launch.fit_tokenizer --config=configs/libero_small.py
+    python -m launch.encode --config=configs/libero_small.py
+    python -m launch.train --config=configs/libero_small_video.py \
+        --workdir=runs/libero_small/video
+    python -m launch.train --config=configs/libero_small_action.py \
+        --workdir=runs/libero_small/action
+    python -m launch.evaluate --config=configs/libero_small_action.py \
+        --checkpoint=runs/libero_small/action --out=runs/libero_small/evaluation
+
+The scripted expert by the release's protocol, on all ten tasks of a suite:
+
+    python -m launch.evaluate --config=configs/libero_small.py:spatial --modes=expert \
+        --out=runs/expert_spatial
+
+Networks and training are the quickstart's, with LIBERO's rates and ten numbers of the released
+policies. Two CPU cores, about half an hour, under 6 GB, most of it for simulation.
+"""
+
+from ml_collections import ConfigDict, config_dict
+
+from configs import quickstart
+from data_pipelines.embodiments import libero_panda
+from mvjax.evaluation.suites.libero_tasks import suite_tasks
+
+TASKS = ("object-2", "object-4")
+
+
+def get_config(argument: str = "full") -> ConfigDict:
+    """The shared sections.
+
+    Args:
+        argument: "full", "smoke" (a few steps, as the quickstart's), or a suite (spatial, object,
+            goal) whose ten tasks are to be evaluated.
+    """
+    size = argument if argument in ("full", "smoke") else "full"
+    config = quickstart.get_config(size)
+    config.run_dir = "runs/libero_small"
+    del config.recording, config.study, config.datasets.video
+    config.evaluation = dict(
+        config.evaluation,
+        suite="libero",
+        tasks=TASKS if argument == size else suite_tasks(argument),
+        episodes_per_task=1 if size == "smoke" else 5,
+        first_seed=0,  # initial states 0 to 4
+        execute=5,
+        max_steps=config_dict.placeholder(int),  # LIBERO's own: 220, 280 or 300
+        workers=2,
+    )
+    # 13 frames at 5 fps, 5 of them observed: 2.4 s. Actions reach as far ahead as the video.
+    config.clip = dict(height=48, width=64, observed_frames=5, future_frames=8, fps=5.0)
+    config.policy_io = dict(
+        action=dict(horizon=32, fps=20.0, shift=0.0, dim=10),
+        proprio=dict(horizon=1, fps=20.0, dim=10),
+    )
+    config.datasets.robot.update(
+        embodiment="libero_panda",
+        video="observation.images.agentview",
+        action=libero_panda.LEROBOT_ACTION,
+        proprio=libero_panda.LEROBOT_PROPRIO,
+        anchor_fps=20.0,
+        weight=1.0,
+    )
+    return config

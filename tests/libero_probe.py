@@ -1,0 +1,75 @@
+"""Facts about the LIBERO simulator, gathered in LIBERO's own Python: `libero_probe.py OUT.npz`."""
+
+import sys
+
+import numpy as np
+
+from mvjax.evaluation.suites.libero import STAY, Libero
+
+TASK = "object-2"
+
+
+def episode(simulator: Libero, seed: int, steps: int, looks: tuple[int, ...] = ()) -> np.ndarray:
+    """States of an episode with noise on the expert's actions."""
+    simulator.reset(seed)
+    rng, states = np.random.default_rng(seed), []
+    for step in range(steps):
+        if step in looks:
+            simulator.lookahead(30, 15)
+        simulator.step(np.clip(simulator.expert_action() + rng.normal(0, 0.1, 7), -1, 1))
+        states.append(np.concatenate([simulator.state(), simulator.proprio()]))
+    return np.stack(states)
+
+
+def official(task: str, seed: int) -> dict[str, np.ndarray]:
+    """The same start through LIBERO's own evaluation environment, with its hard resets."""
+    scene = Libero(task).scene
+    from libero.libero.envs import OffScreenRenderEnv
+
+    bddl = scene.env.bddl_file_name
+    env = OffScreenRenderEnv(bddl_file_name=bddl, camera_heights=96, camera_widths=128)
+    env.seed(0)
+    env.reset()
+    env.set_init_state(scene.initial_states[seed])
+    for _ in range(10):
+        obs, *_ = env.step(STAY.astype(float))
+    found = {
+        "official_state": env.get_sim_state(),
+        "official_picture": obs["agentview_image"][::-1, ::-1],
+        "official_position": obs["robot0_eef_pos"],
+        "official_quaternion": obs["robot0_eef_quat"],
+        "official_fingers": obs["robot0_gripper_qpos"],
+    }
+    env.close()
+    return found
+
+
+def main(out: str) -> None:
+    """Writes the facts."""
+    simulator = Libero(TASK, 96, 128)
+    simulator.reset(3)
+    facts = {
+        "state": simulator.state(),
+        "picture": simulator.render(),
+        "proprio": simulator.proprio(),
+        "quaternion": simulator.effector_quaternion(),
+        "rotation": simulator.effector_rotation(),
+        "instruction": simulator.instruction,
+        "max_steps": simulator.max_steps,
+        "first": episode(simulator, 3, 40),
+        "other_seed": episode(simulator, 4, 40),
+        "drawn": episode(simulator, 12345, 1),
+        "again": episode(simulator, 3, 40),
+        "with_looks": episode(simulator, 3, 40, looks=(0, 17)),
+    }
+    simulator.reset(3)
+    facts["future"] = simulator.lookahead(60, 20)
+    for _ in range(60):
+        simulator.step(simulator.expert_action())
+    facts["came"] = simulator.render()
+    simulator.close()
+    np.savez(out, **facts, **official(TASK, 3))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

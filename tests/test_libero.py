@@ -1,0 +1,206 @@
+"""LIBERO: skipped, saying so, without its environment (`bash launch/libero.sh`) or its assets.
+
+The simulator runs in its own Python: `libero_probe.py` notes there what is asserted here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy.spatial.transform import Rotation
+
+from data_pipelines.embodiments import libero_panda
+from data_pipelines.policy_parts import parse
+from data_pipelines.policy_vector import vector
+from data_pipelines.regenerate_libero import moving_actions
+from data_pipelines.sources.open import open_dataset
+from mvjax.evaluation.rollout import run_rollouts
+from mvjax.evaluation.suites.libero import Libero
+from mvjax.evaluation.suites.libero_policy import libero_commands
+from mvjax.evaluation.suites.libero_python import libero_python
+from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE
+from mvjax.evaluation.suites.libero_tasks import max_steps, split_task, suite_tasks
+from mvjax.policy.observation import ObservationSpec
+
+ROOT = Path(__file__).parent.parent
+SPEC = ObservationSpec(observed_frames=5, fps=5, proprio_horizon=1, proprio_fps=20, execute=5)
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    """LIBERO's Python, where simulators can start."""
+    try:
+        python = str(libero_python())
+    except FileNotFoundError as error:
+        pytest.skip(str(error))
+    if not Path(os.environ.get(ASSETS_VARIABLE, "?"), "scenes").is_dir():
+        pytest.skip(f"{ASSETS_VARIABLE} does not name LIBERO's assets")
+    return python
+
+
+def run(python: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "LP_NUM_THREADS": "1"}
+    environment.setdefault("MUJOCO_GL", "egl")
+    command = [python, *arguments]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def facts(python, tmp_path_factory):
+    out = tmp_path_factory.mktemp("libero") / "facts.npz"
+    run(python, str(Path(__file__).with_name("libero_probe.py")), str(out))
+    return np.load(out)
+
+
+@pytest.fixture(scope="module")
+def recorded(python, tmp_path_factory):
+    """Two demonstrations of a task in LIBERO's HDF5 layout."""
+    out = tmp_path_factory.mktemp("libero") / "hdf5"
+    tasks = ["--tasks", "object-2", "--episodes", "2", "--workers", "1", "--size", "48x64"]
+    command = ["-m", "data_pipelines.record", "--suite", "libero", "--kind", "hdf5"]
+    run(sys.executable, *command, "--out", str(out), *tasks)  # starts LIBERO's Python itself
+    return out
+
+
+def test_tasks_have_numbers_and_the_published_step_limits():
+    assert suite_tasks("goal")[9] == "goal-9" and len(suite_tasks("90")) == 90
+    limits = {suite: max_steps(f"{suite}-0") for suite in ("spatial", "object", "goal")}
+    assert limits == {"spatial": 220, "object": 280, "goal": 300}
+    assert split_task("10-7") == ("libero_10", 7)
+    for wrong in ("spatial-10", "spatial", "kitchen-1", "spatial-x"):
+        with pytest.raises(ValueError, match=f"unknown LIBERO task '{wrong}'"):
+            split_task(wrong)
+
+
+def test_a_policy_that_repeats_a_demonstration_sends_its_very_actions():
+    rng = np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (60, 7))
+    actions[:, 6] = rng.choice([-1.0, 1.0], 60)
+    chunk = vector(parse(libero_panda.HDF5_ACTION), {"actions": actions}, {}, 10)
+    commands = libero_commands(chunk, np.zeros(10, np.float32))
+    np.testing.assert_allclose(commands, actions, atol=1e-5)
+    chunk[:, 9] *= 0.3  # an undecided gripper
+    np.testing.assert_array_equal(libero_commands(chunk, np.zeros(10))[:, 6], actions[:, 6])
+
+
+def test_actions_that_do_nothing_are_dropped_as_the_release_does():
+    still, move = np.zeros(6), np.full(6, 0.1)
+    rows = [(still, -1), (move, -1), (still, -1), (still, 1), (still, 1), (move, 1), (still, 1)]
+    actions = np.array([[*motion, gripper] for motion, gripper in rows])
+    np.testing.assert_array_equal(moving_actions(actions), actions[[1, 3, 5]])
+
+
+def test_states_are_those_of_liberos_own_environment(facts):
+    np.testing.assert_array_equal(facts["state"], facts["official_state"])
+    # robosuite's observations are one substep, 2 ms, older than the state after set_init_state.
+    np.testing.assert_allclose(facts["proprio"][:3], facts["official_position"], atol=1e-5)
+    np.testing.assert_allclose(facts["quaternion"], facts["official_quaternion"], atol=1e-5)
+    rotation = Rotation.from_quat(facts["official_quaternion"])
+    np.testing.assert_allclose(facts["proprio"][3:9], rotation.as_matrix()[:2].ravel(), atol=1e-5)
+    difference = Rotation.from_rotvec(facts["rotation"]) * rotation.inv()
+    assert difference.magnitude() < 1e-4
+    np.testing.assert_allclose(facts["proprio"][9], facts["official_fingers"][0], atol=1e-4)
+    assert str(facts["instruction"]) == "pick up the salad dressing and place it in the basket"
+    assert int(facts["max_steps"]) == 280
+
+
+def test_pictures_are_liberos_own_turned_by_180_degrees(facts):
+    """They differ by shadows and smoothed edges alone."""
+    ours, theirs = (facts[k].astype(float) for k in ("picture", "official_picture"))
+    assert np.abs(ours - theirs).mean() < 6
+    assert np.abs(ours[:, ::-1] - theirs).mean() > 15
+
+
+def test_equal_seeds_give_equal_episodes_also_after_others_and_looks_ahead(facts):
+    np.testing.assert_array_equal(facts["again"], facts["first"])
+    np.testing.assert_array_equal(facts["with_looks"], facts["first"])
+    assert np.abs(facts["other_seed"][0] - facts["first"][0]).max() > 1e-4
+    assert np.abs(facts["drawn"][0] - facts["first"][0]).max() > 1e-3
+
+
+def test_a_look_ahead_shows_what_the_expert_makes_happen(facts):
+    assert facts["future"].shape == (3, 96, 128, 3)
+    np.testing.assert_array_equal(facts["future"][-1], facts["came"])
+
+
+def test_the_expert_succeeds_in_worker_processes_of_another_python(python, tmp_path):
+    results = run_rollouts(
+        suite="libero",
+        make_simulator=Libero,
+        episodes=[("object-2", 0), ("object-2", 1)],
+        controller="expert",
+        spec=SPEC,
+        folder=tmp_path,
+        config_hash="expert",
+        workers=1,
+        videos_per_task=1,
+        interpreter=Path(python),
+    )
+    assert [result.success for result in results] == [True, True]
+    assert (tmp_path / results[0].video).stat().st_size > 10_000
+
+
+def test_a_policy_sees_the_release_history_and_its_actions_are_executed(python, tmp_path):
+    seen = []
+
+    def plan(observations):
+        seen.extend(observations)
+        chunk = np.tile(np.array([0.3, 0, 0, 1, 0, 0, 0, 1, 0, -1], "f4"), (60, 1))
+        return np.stack([libero_commands(chunk, each.proprio[-1]) for each in observations])
+
+    run_rollouts(
+        suite="libero",
+        make_simulator=Libero,
+        episodes=[("object-2", 0)],
+        controller=plan,
+        spec=SPEC,
+        folder=tmp_path,
+        config_hash="forward",
+        max_steps=25,
+        workers=1,
+        interpreter=Path(python),
+    )
+    assert len(seen) == 5
+    assert all(each.frames.shape == (5, 480, 640, 3) for each in seen)
+    assert (seen[0].frames == seen[0].frames[-1]).all()  # padded by the first frame
+    # Steps 0, 4, ..., 16 are what a query at step 16 would see; that at 20 sees 4, 8, ..., 20.
+    assert (seen[4].frames[-1] != seen[4].frames[0]).any()
+    forward = np.diff([each.proprio[-1, 0] for each in seen])
+    assert (forward > 0.01).all()
+
+
+def test_recordings_read_back_as_libero_files_and_play_again(recorded, python, tmp_path):
+    (file,) = recorded.glob("*.hdf5")
+    assert file.name == "pick_up_the_salad_dressing_and_place_it_in_the_basket_demo.hdf5"
+    episodes = open_dataset("robomimic_hdf5", file, "libero", "libero_panda")
+    assert len(episodes) == 2
+    streams = episodes[0].streams
+    assert streams["actions"].values.shape[1] == 7
+    assert set(episodes[0].cameras) == {"obs/agentview_rgb", "obs/eye_in_hand_rgb"}
+
+    out = tmp_path / "again"
+    run(
+        sys.executable,
+        "-m",
+        "data_pipelines.regenerate_libero",
+        "--source",
+        str(recorded),
+        "--out",
+        str(out),
+        "--workers",
+        "1",
+    )
+    report = json.loads((out / "regenerated.json").read_text())
+    assert [row["success"] for row in report] == [True, True]
+    again = open_dataset("lerobot", out, "libero", "libero_panda")
+    assert again[0].instructions == ("pick up the salad dressing and place it in the basket.",)
+    frames = again[0].streams["observation.images.agentview"].values
+    assert frames.read([0]).shape == (1, 480, 640, 3)
+    kept = moving_actions(streams["actions"].values)
+    np.testing.assert_array_equal(again[0].streams["action"].values, kept.astype("f4"))
