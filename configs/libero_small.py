@@ -21,11 +21,11 @@ Networks and training are the quickstart's, with LIBERO's rates and ten numbers 
 policies. Two CPU cores, about half an hour, under 6 GB, most of it for simulation.
 """
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
 
 from configs import quickstart
+from configs.libero_protocol import libero_protocol
 from data_pipelines.embodiments import libero_panda
-from mvjax.evaluation.suites.libero_tasks import suite_tasks
 
 TASKS = ("object-2", "object-4")
 
@@ -37,20 +37,17 @@ def get_config(argument: str = "full") -> ConfigDict:
         argument: "full", "smoke" (a few steps, as the quickstart's), or a suite (spatial, object,
             goal) whose ten tasks are to be evaluated.
     """
-    size = argument if argument in ("full", "smoke") else "full"
+    size = quickstart_size(argument)
     config = quickstart.get_config(size)
     config.run_dir = "runs/libero_small"
     del config.recording, config.study, config.datasets.video
-    config.evaluation = dict(
-        config.evaluation,
-        suite="libero",
-        tasks=TASKS if argument == size else suite_tasks(argument),
-        episodes_per_task=1 if size == "smoke" else 5,
-        first_seed=0,  # initial states 0 to 4
-        execute=5,
-        max_steps=config_dict.placeholder(int),  # LIBERO's own: 220, 280 or 300
-        workers=2,
-    )
+    suite = "object" if argument in ("", size) else argument
+    protocol = libero_protocol(suite, workers=2)
+    if argument in ("", size):
+        protocol["tasks"] = TASKS
+    if size == "smoke":
+        protocol.update(episodes_per_task=1, max_steps=24)
+    config.evaluation = protocol
     # 13 frames at 5 fps, 5 of them observed: 2.4 s. Actions reach as far ahead as the video.
     config.clip = dict(height=48, width=64, observed_frames=5, future_frames=8, fps=5.0)
     config.policy_io = dict(
@@ -66,3 +63,8 @@ def get_config(argument: str = "full") -> ConfigDict:
         weight=1.0,
     )
     return config
+
+
+def quickstart_size(argument: str) -> str:
+    """The quickstart's size for an argument of these configurations: a suite's is "full"."""
+    return "smoke" if argument == "smoke" else "full"

@@ -5,9 +5,10 @@ from ml_collections import ConfigDict
 from configs import libero_small, quickstart_action
 
 
-def get_config(size: str = "full") -> ConfigDict:
+def get_config(argument: str = "full") -> ConfigDict:
     """The quickstart's objective."""
-    config, objective = libero_small.get_config(size), quickstart_action.get_config(size)
+    config = libero_small.get_config(argument)
+    objective = quickstart_action.get_config(libero_small.quickstart_size(argument))
     config.stage = "action"
     config.backbone = dict(checkpoint=config.get_ref("run_dir") + "/video", precision="float32")
     config.flow = objective.flow

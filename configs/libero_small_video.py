@@ -5,9 +5,10 @@ from ml_collections import ConfigDict
 from configs import libero_small, quickstart_video
 
 
-def get_config(size: str = "full") -> ConfigDict:
+def get_config(argument: str = "full") -> ConfigDict:
     """The quickstart's objective."""
-    config = libero_small.get_config(size)
+    config = libero_small.get_config(argument)
     config.stage = "video"
-    config.flow = quickstart_video.get_config(size).flow
+    objective = quickstart_video.get_config(libero_small.quickstart_size(argument))
+    config.flow = objective.flow
     return config

@@ -30,7 +30,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipelines.recording import Recording, Unit
+from data_pipelines.recording import Recording, Unit, picture_size
 from data_pipelines.recording_assembly import assemble
 from data_pipelines.recording_suites import SUITES
 from data_pipelines.recording_unit import record_unit
@@ -134,15 +134,6 @@ def _write_json(path: Path, content: dict) -> None:
     os.replace(part, path)
 
 
-def _size(text: str | None) -> tuple[int, int] | None:
-    if text is None:
-        return None
-    height, _, width = text.partition("x")
-    if not (height.isdecimal() and width.isdecimal()):
-        raise ValueError(f"--size must be height x width in pixels, e.g. 128x128, got {text!r}")
-    return int(height), int(width)
-
-
 def main() -> None:
     """Entry point of `python -m data_pipelines.record`."""
     parser = argparse.ArgumentParser(
@@ -162,7 +153,7 @@ def main() -> None:
         if args.suite == "libero":
             in_libero_python("data_pipelines.record")
         tasks = tuple(args.tasks.split(","))
-        height, width = _size(args.size) or SUITES[args.suite].size
+        height, width = picture_size(args.size) or SUITES[args.suite].size
         recording = Recording(
             args.kind,
             tasks,

@@ -84,3 +84,19 @@ class Recording:
     def fps(self) -> int:
         """Frames per second."""
         return self.simulator.control_hz // self.stride
+
+
+def picture_size(text: str | None) -> tuple[int, int] | None:
+    """(height, width) in pixels of a flag such as "480x640"; None of none.
+
+    Raises:
+        ValueError: if it is no size that video can have.
+    """
+    if text is None:
+        return None
+    height, _, width = text.partition("x")
+    if not (height.isdecimal() and width.isdecimal()) or int(height) % 2 or int(width) % 2:
+        raise ValueError(
+            f"--size must be height x width in pixels, both even, such as 480x640; got {text!r}"
+        )
+    return int(height), int(width)

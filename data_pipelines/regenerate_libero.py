@@ -25,6 +25,7 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.recording import picture_size
 from data_pipelines.recording_libero import state
 from data_pipelines.recording_workers import worker_pool
 from data_pipelines.sources.finished import UNFINISHED
@@ -208,10 +209,11 @@ def main() -> None:
     parser.add_argument("--source", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--size", default="480x640", help="of the pictures: height x width, pixels")
     args = parser.parse_args()
     try:
         in_libero_python("data_pipelines.regenerate_libero")
-        result = regenerate(args.source, args.out, args.workers)
+        result = regenerate(args.source, args.out, args.workers, picture_size(args.size))
     except KeyboardInterrupt:
         print(f"\nstopped; give the same command again to go on with {args.out}", file=sys.stderr)
         sys.exit(130)

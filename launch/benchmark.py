@@ -3,11 +3,13 @@
     python -m launch.benchmark --config=configs/quickstart_video.py
     python -m launch.benchmark --config=configs/bridge_video.py --config.training.batch_size=1
     python -m launch.benchmark --config=configs/bridge_video.py --data --minutes=10
+    python -m launch.benchmark --config=configs/bridge_action.py --policy --batches=1,8
 
 Data and checkpoints are not needed: the networks are untrained, the batch is noise. PyTorch takes
 part where torch and diffusers are installed (requirements-torch.txt); both are measured in turns.
 --data measures how fast data comes instead: records and videos of noise, of the configuration's
-sizes, beside the plain read of the same bytes and PyAV alone.
+sizes, beside the plain read of the same bytes and PyAV alone. --policy measures the time of an
+answer, by part; of a GPU's memory half is then left to PyTorch.
 """
 
 import importlib.util
@@ -15,6 +17,7 @@ import json
 import os
 import tempfile
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -26,6 +29,7 @@ from data_pipelines import benchmark as data
 from data_pipelines.benchmark_files import make_records, make_videos
 from launch.entry import config_flag, run
 from mvjax.clip import Clip
+from mvjax.policy.benchmark import measure_policy, policy_table
 from mvjax.training.benchmark import OurStep, Speed, compare
 
 CONFIG = config_flag()
@@ -37,6 +41,9 @@ DATA = flags.DEFINE_bool("data", False, "Measure how fast data comes, instead of
 MINUTES = flags.DEFINE_float("minutes", 1.0, "With --data: of watching memory.", lower_bound=0)
 RECORDS = flags.DEFINE_integer("records", 200, "With --data: so many.", lower_bound=40)
 ROWS = flags.DEFINE_integer("rows", 1_000_000, "With --data: of numbers.", lower_bound=1)
+POLICY = flags.DEFINE_bool("policy", False, "Measure the policy's answers, instead of a step.")
+BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "With --policy: queries at a time.")
+STOP_STEP = flags.DEFINE_integer("stop_step", 0, "With --policy: K, full passes before the last.")
 OUT = flags.DEFINE_string("out", None, "A .json file for the figures.")
 
 
@@ -45,6 +52,8 @@ def main() -> None:
     if DATA.value:
         with tempfile.TemporaryDirectory() as folder:
             content = _measure_data(CONFIG.value, Path(folder))
+    elif POLICY.value:
+        content = _measure_policy(CONFIG.value)
     else:
         content = _measure_steps(CONFIG.value)
     if OUT.value:
@@ -53,13 +62,10 @@ def main() -> None:
 
 def _measure_steps(config: ConfigDict) -> dict:
     competitors = [OurStep(config)]
-    installed = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
-    if TORCH.value and installed:
+    if _with_torch():
         from mvjax.training.torch_peer import TorchStep
 
         competitors.append(TorchStep(config, competitors[0].flops, COMPILE.value))
-    elif TORCH.value:
-        print("PyTorch is not measured: pip install -r requirements-torch.txt.")
     speeds = compare(competitors, STEPS.value, ROUNDS.value)
     device = jax.devices()[0]
     print(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
@@ -72,6 +78,39 @@ def _measure_steps(config: ConfigDict) -> dict:
         "device": device.device_kind,
         "devices": jax.device_count(),
         "speeds": [speed.as_dict() for speed in speeds],
+    }
+
+
+def _with_torch() -> bool:
+    installed = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
+    if TORCH.value and not installed:
+        print("PyTorch is not measured: pip install -r requirements-torch.txt.")
+    return TORCH.value and installed
+
+
+def _measure_policy(config: ConfigDict) -> dict:
+    peer_of = None
+    if _with_torch():
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+        from mvjax.policy.torch_policy import TorchPolicy
+
+        peer_of = partial(TorchPolicy, compiled=COMPILE.value)
+    if not all(size.isdecimal() and int(size) for size in BATCHES.value):
+        raise ValueError(f"--batches takes numbers of queries, e.g. 1,8,64; got {BATCHES.value}.")
+    sizes = sorted(int(size) for size in BATCHES.value)
+    batches = []
+    for batch in measure_policy(
+        config, sizes, stop_step=STOP_STEP.value, rounds=ROUNDS.value, peer_of=peer_of
+    ):
+        batches.append(batch)
+        print(policy_table(batch), flush=True)
+    device = jax.devices()[0].device_kind
+    print(f"{jax.device_count()} x {device}, jax {jax.__version__}")
+    return {
+        "device": device,
+        "devices": jax.device_count(),
+        "stop_step": STOP_STEP.value,
+        "batches": [batch.as_dict() for batch in batches],
     }
 
 

@@ -19,6 +19,7 @@ video at every stop step, and writes offline.html and offline.json.
 from pathlib import Path
 from statistics import fmean
 
+import jax
 from absl import flags
 from ml_collections import ConfigDict
 
@@ -92,6 +93,8 @@ def main() -> None:
     for name, setting in chosen.items():
         results = evaluate(config, Path(CHECKPOINT.value), Path(OUT.value) / name, setting)
         mean = mean_success(success_table((r.task, r.success) for r in results))
+        if jax.process_index() > 0:
+            continue
         print(
             f"{setting.label}: {mean.rate:.0%} of {mean.trials} episodes "
             f"(95 % interval {mean.low:.0%} to {mean.high:.0%})"

@@ -63,6 +63,7 @@ def main(out: str) -> None:
         "with_looks": episode(simulator, 3, 40, looks=(0, 17)),
     }
     simulator.reset(3)
+    facts["state_later"] = simulator.state()
     facts["future"] = simulator.lookahead(60, 20)
     for _ in range(60):
         simulator.step(simulator.expert_action())

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -107,6 +108,20 @@ def test_results_do_not_depend_on_the_number_of_workers(tmp_path):
         assert result.mode == "policy" and result.plan_seconds > 0
     lines = (tmp_path / "2" / "results.jsonl").read_text().splitlines()
     assert {(json.loads(x)["task"], json.loads(x)["seed"]) for x in lines} == set(EPISODES)
+
+
+def test_processes_share_the_episodes_and_end_with_one_table(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        halves = [
+            pool.submit(rollouts, tmp_path / "2", "expert", workers=1, process=process, processes=2)
+            for process in range(2)
+        ]
+        both = [outcomes(half.result()) for half in halves]
+    alone = outcomes(rollouts(tmp_path / "1", "expert", workers=1))
+    assert both == [alone, alone]
+    lines = (tmp_path / "2" / "results_1.jsonl").read_text().splitlines()
+    assert len(lines) == len(EPISODES) // 2
+    assert sorted(outcomes(read_results(tmp_path / "2" / "results.jsonl"))) == sorted(alone)
 
 
 def test_expert_none_and_oracle(tmp_path):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from mvjax.checkpoints.bridge import latest_step, read_meta
@@ -47,6 +48,8 @@ def settings_for(mode: str, stop_steps: Sequence[int], video_steps: int) -> dict
 def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> list[EpisodeResult]:
     """Plays every episode of `config.evaluation` under one setting; resumes what is on file.
 
+    The processes of a job share the episodes; each has the whole policy on its own devices.
+
     Args:
         config: configuration of the stage-2 run, with `evaluation {suite, tasks,
             episodes_per_task, first_seed, execute, max_steps, workers, videos_per_task}`.
@@ -72,7 +75,8 @@ def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> l
         controller = _in_simulator(policy.plan, suite.convert)
         identity = _identity(config, checkpoint) + str(sampling)
     protocol_text = "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
-    write_setting(folder, setting)
+    if jax.process_index() == 0:
+        write_setting(folder, setting)
     return run_rollouts(
         suite=protocol.suite,
         make_simulator=suite.make_simulator,
@@ -96,6 +100,8 @@ def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> l
         workers=protocol.workers,
         videos_per_task=protocol.videos_per_task,
         interpreter=suite.interpreter(),
+        process=jax.process_index(),
+        processes=jax.process_count(),
     )
 
 

@@ -8,7 +8,7 @@ evaluation that was killed goes on where it stopped.
 
 import os
 import time
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from data_pipelines.shared_folder import wait_until
 from mvjax.evaluation.results import EpisodeResult, append_result, drop_torn_line, read_results
 from mvjax.evaluation.schedule import Schedule
 from mvjax.evaluation.worker import Job, MakeSimulator, Order, Outcome, Query
@@ -41,8 +42,13 @@ def run_rollouts(
     workers: int | None = None,
     videos_per_task: int = 0,
     interpreter: Path | None = None,
+    process: int = 0,
+    processes: int = 1,
 ) -> list[EpisodeResult]:
     """Plays every episode that is not on file yet, and returns the results of all.
+
+    Several processes of one job take every n-th episode each, and write files of their own
+    (`results_1.jsonl`, ...); process 0 puts them together in `results.jsonl` when all are played.
 
     Args:
         suite: the suite's name in the results.
@@ -60,6 +66,8 @@ def run_rollouts(
         workers: simulator processes; one per core unless given.
         videos_per_task: record the first so many episodes of each task.
         interpreter: the Python that has the simulator, if it is not this one.
+        process: which of the job's processes this is.
+        processes: how many share the episodes and the folder.
 
     Returns:
         One result per episode, in the order of `episodes`.
@@ -70,27 +78,42 @@ def run_rollouts(
             `plan` returned nonsense.
     """
     mode = _mode(controller, oracle_frames)
-    path = folder / "results.jsonl"
+    ours = folder / (f"results_{process}.jsonl" if process else "results.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
-    drop_torn_line(path)
+    drop_torn_line(ours)
     orders = _orders(episodes, folder, videos_per_task)
-    done = _on_file(path, orders, suite, mode, config_hash)
-    left = [order for order in orders if (order.task, order.seed) not in done]
-    processes: list[WorkerProcess] = []
-    with tqdm(total=len(orders), initial=len(done), unit="episode") as bar:
+
+    def on_file() -> dict[tuple[str, int], EpisodeResult]:
+        files = sorted(folder.glob("results*.jsonl"))
+        return dict(ChainMap(*(_on_file(f, orders, suite, mode, config_hash) for f in files)))
+
+    done = on_file()
+    share = orders[process::processes]
+    left = [order for order in share if (order.task, order.seed) not in done]
+    simulators: list[WorkerProcess] = []
+    with tqdm(
+        total=len(share), initial=len(share) - len(left), unit="episode", disable=process > 0
+    ) as bar:
         try:
             job = Job(make_simulator, spec, mode, oracle_frames, max_steps)
             for _ in range(min(workers or os.cpu_count() or 1, len(left))):
-                processes.append(WorkerProcess(job, interpreter))
-            for played in _play(processes, Schedule(left), controller, spec.execute):
+                simulators.append(WorkerProcess(job, interpreter))
+            for played in _play(simulators, Schedule(left), controller, spec.execute):
                 result = EpisodeResult(suite=suite, mode=mode, config_hash=config_hash, **played)
-                append_result(path, result)
+                append_result(ours, result)
                 done[result.task, result.seed] = result
                 bar.set_postfix_str(f"{sum(r.success for r in done.values())} successes")
                 bar.update()
         finally:  # also after an error or Ctrl-C
-            for process in processes:
-                process.stop()
+            for simulator in simulators:
+                simulator.stop()
+    if len(done) < len(orders):
+        wait_until(lambda: len(on_file()) == len(orders))
+        done = on_file()
+    if process == 0:
+        known = {(result.task, result.seed) for result in read_results(ours)}
+        for key in done.keys() - known:
+            append_result(ours, done[key])
     return [done[order.task, order.seed] for order in orders]
 
 

@@ -85,13 +85,19 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps [..., d_in] to [..., d_out] in the dtype of `x`."""
+        shape = x.shape
+        # For the kernel's gradient XLA transposes what has several leading dimensions in memory,
+        # which on a CPU costs more than the product. Over several devices they may be split, and
+        # must stay apart.
+        if jax.sharding.get_abstract_mesh().size <= 1:
+            x = x.reshape(-1, shape[-1])
         y = x @ self.kernel[...].astype(x.dtype)
         if self.adapted:
             low = x @ self.lora_a[...].astype(x.dtype)
             y += (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
-        return y
+        return y.reshape(*shape[:-1], y.shape[-1])
 
 
 class RMSNorm(nnx.Module):

@@ -77,6 +77,8 @@ class Libero:
 
         np.random.seed(seed)  # LIBERO draws from numpy's global generator
         self._expert = None
+        gripper = self._robot.gripper  # the one thing that a soft reset leaves as it was
+        gripper.current_action = np.zeros(gripper.dof)
         while True:
             try:
                 self._env.reset()

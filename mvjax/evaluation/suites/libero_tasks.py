@@ -10,7 +10,13 @@ COUNTS = {"spatial": 10, "object": 10, "goal": 10, "10": 10, "90": 90}
 
 
 def suite_tasks(suite: str) -> tuple[str, ...]:
-    """All tasks of a suite, such as "goal-0" to "goal-9"."""
+    """All tasks of a suite, such as "goal-0" to "goal-9".
+
+    Raises:
+        ValueError: there is no such suite.
+    """
+    if suite not in COUNTS:
+        raise ValueError(f"unknown LIBERO suite {suite!r}; the suites are {', '.join(COUNTS)}")
     return tuple(f"{suite}-{number}" for number in range(COUNTS[suite]))
 
 

@@ -1,0 +1,153 @@
+"""The policy's benchmark: what is measured is the policy, and PyTorch computes the same."""
+
+import json
+
+import numpy as np
+import pytest
+from test_networks import relative_rms
+from tiny_policy import random_observation, tiny_policy
+from tiny_stages import tiny_config
+
+from configs import bridge_action
+from data_pipelines.normalizer import Normalizer
+from mvjax.clip import Clip
+from mvjax.models.build import (
+    action_decoder_config,
+    decoder_network,
+    video_dit_config,
+    video_network,
+)
+from mvjax.models.ngram_text import NgramTextEncoder
+from mvjax.models.parameters import Network
+from mvjax.models.presets import WAN_VAES
+from mvjax.models.wan_vae import WanVAE
+from mvjax.policy import benchmark, benchmark_parts
+from mvjax.policy.model import VideoActionModel
+from mvjax.policy.policy import Policy
+from mvjax.policy.sampling import Sampling
+from mvjax.policy.untrained import untrained_policy
+
+pytestmark = pytest.mark.usefixtures("quickly")
+PARTS = ["prepare", "encode", "video", "context", "actions", "fetch", "query"]
+
+
+@pytest.fixture(autouse=True)
+def short_turns(monkeypatch):
+    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
+
+
+def with_sampling(policy, **sampling):
+    """The policy with another sampling; its weights are the same."""
+    model = policy.model
+    model = type(model)(
+        model.clip, model.layer, model.backbone, model.decoder, Sampling(**sampling)
+    )
+    return type(policy)(model, policy.weights, policy.text_encoder, policy.normalizer, 2)
+
+
+def test_every_part_and_the_whole_are_measured():
+    config = tiny_config("action")
+    (batch,) = benchmark.measure_policy(config, [2], stop_step=0, rounds=2, peer_of=None)
+    (ours,) = batch.answers
+    assert list(ours.parts) == PARTS
+    assert all(0 < part.p50 <= part.p95 for part in ours.parts.values())
+    assert ours.parts["query"].mfu is None  # of a CPU nothing is known
+    by_part = [ours.parts[name].tflop for name in PARTS[1:5]]
+    assert ours.parts["query"].tflop == pytest.approx(sum(by_part)) and min(by_part) > 0
+    assert ours.queries_per_second == pytest.approx(2e3 / ours.parts["query"].p50)
+    json.dumps(batch.as_dict())
+    assert "queries/s" in benchmark.policy_table(batch)
+
+
+def test_the_query_that_is_measured_is_the_policys_answer():
+    policy, _ = tiny_policy(batch_size=2)
+    observations = [random_observation(i) for i in range(2)]
+    query = benchmark_parts.our_parts(policy, observations)["query"]
+    np.testing.assert_allclose(query.run(None), policy.plan(observations), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [dict(), dict(stop_step=2, draws=3), dict(stop_step=3)],
+    ids=["one pass", "denoised, of three draws", "denoised fully"],
+)
+def test_pytorch_computes_the_same_actions(sampling):
+    pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    from mvjax.policy.torch_policy import TorchPolicy
+
+    policy = with_sampling(tiny_policy()[0], video_steps=3, action_steps=2, **sampling)
+    observations = [random_observation(i) for i in range(2)]
+    parts = benchmark_parts.their_parts(TorchPolicy(policy, compiled=False), observations)
+    assert relative_rms(parts["query"].run(None), policy.plan(observations)) < 1e-5
+    answers = benchmark.measure({"PyTorch": parts}, policy, 1)
+    assert list(answers[0].parts) == PARTS
+
+
+def test_pytorch_encodes_by_the_wan_vae_too():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    import jax
+    from published import CONFIGS
+
+    from mvjax.checkpoints.torch_weights.kind_vae import VAE
+    from mvjax.checkpoints.torch_weights.torch_networks import TorchWanVAE, load_params, vae_rules
+
+    network = VAE.network(CONFIGS["vae"])
+    params = network.init(jax.random.key(0))
+    theirs = TorchWanVAE(network.config)
+    load_params(theirs.net, params, vae_rules(network.config))
+    video = np.random.default_rng(0).uniform(-1, 1, (1, 5, 32, 48, 3)).astype(np.float32)
+    with torch.no_grad():
+        latents = theirs(torch.from_numpy(video))
+    assert relative_rms(latents, network.bind(params).encode(video)) < 1e-5
+
+
+def test_the_work_of_a_query_of_the_released_sizes():
+    """From shapes alone: 107 TFLOP to block 20, 8 for five frames, 3.9 for keys and values."""
+    config = bridge_action.get_config()
+    vae = Network(lambda key: WanVAE(WAN_VAES["wan21"], key))
+    backbone, decoder = (
+        video_network(video_dit_config(config)),
+        decoder_network(action_decoder_config(config)),
+    )
+    model = VideoActionModel(Clip(**config.clip), 20, backbone, decoder, Sampling())
+    weights = vae.bind(vae.abstract), backbone.abstract, decoder.abstract
+    text = NgramTextEncoder(config.text.length, config.text.dim)
+    policy = Policy(model, weights, text, Normalizer({}, {}), 1)
+    tflop = {part: flops / 1e12 for part, flops in benchmark_parts.part_flops(policy).items()}
+    assert tflop["video"] == pytest.approx(107, abs=1)
+    assert tflop["encode"] == pytest.approx(8, abs=1)
+    assert tflop["context"] == pytest.approx(3.87, abs=0.01)
+    assert tflop["actions"] == pytest.approx(0.4, abs=0.1)
+    assert tflop["query"] == pytest.approx(sum(tflop.values()) - tflop["query"])
+
+
+def test_a_batch_that_does_not_fit_is_said(monkeypatch):
+    memory = type("Memory", (), {"available": 1000})
+    monkeypatch.setattr(benchmark_parts.psutil, "virtual_memory", lambda: memory)
+    config = tiny_config("action")
+    (batch,) = benchmark.measure_policy(config, [1, 2], stop_step=0, rounds=1, peer_of=None)
+    assert batch.size == 1 and not batch.answers
+    assert "A batch of 1 does not fit: it needs" in benchmark.policy_table(batch)
+
+
+def test_only_stage_two_makes_a_policy():
+    with pytest.raises(ValueError, match="stage is 'action'; this one's is 'video'"):
+        untrained_policy(tiny_config("video"), Sampling())
+
+
+def test_the_command_writes_its_figures(command, tmp_path):
+    config = "configs/quickstart_action.py:smoke"
+    said = command(
+        "launch.benchmark",
+        f"--config={config}",
+        "--policy",
+        "--batches=1",
+        "--rounds=1",
+        "--notorch",
+        f"--out={tmp_path / 'figures.json'}",
+    )
+    assert said.code == 0, said.err
+    (batch,) = json.loads((tmp_path / "figures.json").read_text())["batches"]
+    assert list(batch["answers"][0]["parts"]) == PARTS
