@@ -38,6 +38,7 @@ import dataclasses
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
+from configs.libero_protocol import libero_protocol
 from data_pipelines.embodiments import libero_panda, widowx
 from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
 from mvjax.parallel.rules import DEFAULT_RULES
@@ -166,6 +167,7 @@ def libero(suite: str, share: str) -> ConfigDict:
     )
     config = shared(f"runs/{name}", {name: robot}, dict(horizon=60, fps=20.0, shift=0.0))
     config.training.episodes_per_task = LIBERO_SHARES[share]
+    config.evaluation = libero_protocol(suite)
     return config
 
 

@@ -106,7 +106,7 @@ choose_python() {
   if [ "$best" = 0 ] && [ -n "${PYTHON:-}" ] && [ -z "$found" ]; then
     fail "PYTHON=$PYTHON does not run. Set PYTHON to a Python 3.11, 3.12 or 3.13, or unset it."
   elif [ "$best" = 0 ]; then
-    fail "mvjax needs Python 3.11 or newer (up to 3.13); found: ${found:-none that runs}." \
+    fail "mvjax needs Python 3.11 or newer (up to 3.$newest_minor); found: ${found:-none that runs}." \
       "Install Python 3.12, or set PYTHON=/path/to/python3.12."
   fi
   printf '%s\n' "$best_path"

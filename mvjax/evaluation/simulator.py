@@ -16,11 +16,13 @@ class Simulator(Protocol):
         instruction: what to do, in words.
         control_hz: control steps per second of simulated time.
         max_steps: control steps after which an episode counts as failed.
+        action_dim: numbers in an action.
     """
 
     instruction: str
     control_hz: int
     max_steps: int
+    action_dim: int
 
     def reset(self, seed: int) -> None:
         """Start the episode that `seed` names; equal seeds give equal episodes."""

@@ -135,7 +135,7 @@ def _actions(
 ) -> Iterator[np.ndarray]:
     """The endless actions of an episode, each decided when it is needed."""
     if mode == "none":
-        yield from itertools.repeat(np.zeros_like(simulator.expert_action()))
+        yield from itertools.repeat(np.zeros(simulator.action_dim, np.float32))
     while mode == "expert":
         yield simulator.expert_action()
     while True:

@@ -1,5 +1,7 @@
 """A policy of a configuration's sizes without weights or data, for measuring its speed."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,6 @@ from mvjax.checkpoints.backbone import load_backbone
 from mvjax.clip import Clip
 from mvjax.models.build import action_decoder_config, decoder_network, video_network
 from mvjax.models.linear_tokenizer import CHANNELS, GROUP, PATCH, LinearTokenizer, Projection
-from mvjax.models.ngram_text import NgramTextEncoder
 from mvjax.models.parameters import Network
 from mvjax.models.presets import WAN_VAES
 from mvjax.models.wan_vae import WanVAE
@@ -24,12 +25,26 @@ from mvjax.policy.policy import Policy
 from mvjax.policy.sampling import Sampling
 
 
+@dataclass(frozen=True)
+class NoiseTextEncoder:
+    """Gives every text its own noise, float32 [n, length, dim]."""
+
+    length: int
+    dim: int
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Equal texts, equal embeddings."""
+        generators = (np.random.default_rng(list(text.encode())) for text in texts)
+        size = (self.length, self.dim)
+        return np.stack([rng.standard_normal(size, np.float32) for rng in generators])
+
+
 def untrained_policy(config: Any, sampling: Sampling, batch_size: int = 1) -> Policy:
     """The policy that `load_policy` would give, its weights drawn at random.
 
     The tokenizer is linear where the configuration names an .npz file, else a Wan VAE of the
-    released sizes. Texts are embedded by character n-grams: a policy keeps embeddings, so the text
-    encoder has no part in the time of a query.
+    released sizes. Texts are embedded as noise: a policy keeps embeddings, so the text encoder has
+    no part in the time of a query.
 
     Args:
         config: of a stage-2 run; its checkpoints and data are not read.
@@ -60,7 +75,7 @@ def untrained_policy(config: Any, sampling: Sampling, batch_size: int = 1) -> Po
             Clip(**config.clip), config.context_layer, video_network(video_dit), decoder, sampling
         ),
         weights=(tokenizer, backbone_params, decoder_params),
-        text_encoder=NgramTextEncoder(config.text.length, config.text.dim),
+        text_encoder=NoiseTextEncoder(config.text.length, config.text.dim),
         normalizer=Normalizer({}, {"proprio": Mode.NONE, "actions": Mode.NONE}),
         batch_size=-(-batch_size // ways) * ways,
         mesh=mesh,

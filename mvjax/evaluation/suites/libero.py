@@ -33,6 +33,7 @@ class Libero:
     """
 
     control_hz = 20
+    action_dim = 7
 
     def __init__(self, task: str, height: int = 480, width: int = 640) -> None:
         """Builds the environment, about five seconds."""

@@ -93,6 +93,7 @@ class MetaWorld:
     """
 
     control_hz = 80
+    action_dim = 4
     max_steps = 500
 
     def __init__(
