@@ -1,25 +1,23 @@
 """NumPy arrays out of pickles, without running the pickle.
 
-A pickle is a program that may call any Python function. Here the standard library decodes its
-opcodes (`pickletools.genops`, which executes nothing), and they are carried out on lists, tuples,
-dicts and plain values. A name is only compared with the few that NumPy writes around an array;
-nothing is imported or called, and any other name is an error. Both spellings of NumPy's modules
-are known: `numpy.core` (1.x) and `numpy._core` (2.x).
+The pickle is carried out by `mvjax.inert_pickle`, which knows no way to import or call anything.
+Here is what the few names stand for that NumPy writes around an array; any other is an error. Both
+spellings of NumPy's modules are known: `numpy.core` (1.x) and `numpy._core` (2.x).
 """
 
 import math
-import pickletools
 import re
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-_NUMPY = {
+from mvjax.inert_pickle import Dialect, Name, describe_pickle
+
+_NAMES = {
     f"numpy.{core}.{name}": name.rpartition(".")[2]
     for core in ("core", "_core")
     for name in ("multiarray._reconstruct", "multiarray.scalar", "numeric._frombuffer")
-}
-_NAMES = _NUMPY | {
+} | {
     "numpy.ndarray": "ndarray",
     "numpy.dtype": "dtype",
     "_codecs.encode": "encode",  # protocols 1 and 2 have no bytes
@@ -27,19 +25,9 @@ _NAMES = _NUMPY | {
 }
 _NUMBER = re.compile(r"[<>=|]?[biufc]\d{1,2}")  # a dtype's code; never objects or structures
 
-_CONSTANTS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8", "BYTEARRAY8"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "SHORT_BINSTRING", "BINSTRING"),
-}
-
 
 class PickleRefused(ValueError):
     """A pickle that is damaged, or holds more than arrays and plain values."""
-
-
-class _Name(NamedTuple):
-    kind: str  # a value of `_NAMES`
 
 
 class _Pending:
@@ -60,90 +48,13 @@ def read_array_pickle(data: bytes, where: object) -> Any:
         PickleRefused: if it refers to anything else, or is damaged.
     """
     try:
-        return _finished(_run(data), {})
+        return _finished(describe_pickle(data, _NUMPY), {})
     except PickleRefused as error:
         raise PickleRefused(f"{where} {error}") from None
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
         raise PickleRefused(
             f"{where}: a damaged pickle ({error}); copy or make it again"
         ) from error
-
-
-def _run(data: bytes) -> Any:
-    stack: list[Any] = []
-    below_marks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        nonlocal stack
-        items, stack = stack, below_marks.pop()
-        return items
-
-    def last(count: int) -> list[Any]:
-        return [stack.pop() for _ in range(count)][::-1]
-
-    for opcode, arg, _ in pickletools.genops(data):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                below_marks.append(stack)
-                stack = []
-            case "POP":
-                stack.pop()
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                memo[arg] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(memo[arg])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case name if name in _CONSTANTS:
-                stack.append(arg)
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE":
-                items = since_mark()
-                stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(last(int(opcode.name[-1]))))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "LIST":
-                items = since_mark()
-                stack.append(items)
-            case "APPEND":
-                _list(stack[-2]).append(stack.pop())
-            case "APPENDS":
-                items = since_mark()
-                _list(stack[-1]).extend(items)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "SETITEM":
-                _set(stack[-3], last(2))
-            case "SETITEMS":
-                items = since_mark()
-                _set(stack[-1], items)
-            case "GLOBAL":
-                stack.append(_named(arg.replace(" ", ".", 1)))
-            case "STACK_GLOBAL":
-                stack.append(_named(".".join(last(2))))
-            case "INST":
-                raise _refusal(arg.replace(" ", ".", 1))
-            case "REDUCE":
-                stack.append(_call(*last(2)))
-            case "BUILD":
-                target, state = last(2)
-                _build(target, state)
-                stack.append(target)
-            case name:
-                raise ValueError(f"NumPy does not write the opcode {name}")
-    raise ValueError("it has no end")
 
 
 def _refusal(name: str) -> PickleRefused:
@@ -153,47 +64,26 @@ def _refusal(name: str) -> PickleRefused:
     )
 
 
-def _named(name: str) -> _Name:
-    if name not in _NAMES:
-        raise _refusal(name)
-    return _Name(_NAMES[name])
-
-
-def _list(target: Any) -> list:
-    if not isinstance(target, list):
-        raise TypeError("items are put into something that is no list")
-    return target
-
-
-def _set(target: Any, items: list[Any]) -> None:
-    if not isinstance(target, dict):
-        raise TypeError("entries are put into something that is no dict")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float | bytes | None):
-            raise TypeError("a dict has keys that are no names")
-        target[key] = value
-
-
 def _call(function: Any, args: Any) -> Any:
     match function, args:
-        case _Name("dtype"), (str(code), *_) if _NUMBER.fullmatch(code):
+        case Name("dtype"), (str(code), *_) if _NUMBER.fullmatch(code):
             return _Pending(np.dtype(code))
-        case _Name("dtype"), (code, *_):
+        case Name("dtype"), (code, *_):
             raise PickleRefused(f"holds an array of type {code!r}; only numbers are read")
-        case _Name("encode"), (str(text), "latin1"):
+        case Name("encode"), (str(text), "latin1"):
             return text.encode("latin1")
-        case _Name("bytes"), ():
+        case Name("bytes"), ():
             return b""
-        case _Name("_reconstruct"), (_Name("ndarray"), *_):
+        case Name("_reconstruct"), (Name("ndarray"), *_):
             return _Pending()
-        case _Name("scalar"), (_Pending(value=np.dtype() as dtype), content):
+        case Name("scalar"), (_Pending(value=np.dtype() as dtype), content):
             return _array(content, dtype, (1,), "C")[0]
-        case _Name("_frombuffer"), (content, _Pending(value=np.dtype() as dtype), shape, order):
+        case Name("_frombuffer"), (content, _Pending(value=np.dtype() as dtype), shape, order):
             return _array(content, dtype, shape, order)
     raise ValueError("something is called in a way that NumPy does not")
 
 
-def _build(target: Any, state: Any) -> None:
+def _build(target: Any, state: Any) -> Any:
     """The second step: a type's byte order, or an array's content."""
     match target, state:
         case _Pending(value=np.dtype() as dtype), (_, str(order), None, None, None, *_):
@@ -208,6 +98,7 @@ def _build(target: Any, state: Any) -> None:
             target.value = _array(content, dtype, shape, "F" if fortran else "C")
         case _:
             raise ValueError("an array is described in an unknown way")
+    return target
 
 
 def _array(content: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) -> np.ndarray:
@@ -229,9 +120,24 @@ def _finished(value: Any, done: dict[int, Any]) -> Any:
             result = type(value)(_finished(item, done) for item in value)
         case dict():
             result = {key: _finished(item, done) for key, item in value.items()}
-        case _Pending() | _Name():
+        case _Pending() | Name():
             raise ValueError("it holds something that is no array")
         case _:
             result = value
     done[id(value)] = result
     return result
+
+
+_NUMPY = Dialect(
+    names=_NAMES,
+    effects={
+        "REDUCE": _call,
+        "BUILD": _build,
+        # Lists and strings as Python 2 and protocol 0 write them.
+        "LIST": list,
+        "SHORT_BINSTRING": str,
+        "BINSTRING": str,
+    },
+    refusal=_refusal,
+    unwritten="NumPy does not write the opcode",
+)

@@ -1,14 +1,10 @@
 """The description of the tensors inside a PyTorch file, read without running it.
 
-A pickle is a program for a small stack machine whose calls can reach any Python function, so
-loading one from a stranger is running a stranger's code. Here no unpickler is used. The opcodes are
-decoded by the standard library (`pickletools.genops`, which executes nothing) and carried out below
-on dicts, lists, tuples and plain values. A name is only ever compared with the ones PyTorch writes
-around tensors; nothing is imported, no attribute is set, and "calling" a name means one of the few
-cases of `_call`. Any other name is an error.
+The pickle in the file is carried out by `mvjax.inert_pickle`, which knows no way to import or call
+anything. Here is what PyTorch's own names stand for: "calling" one means one of the few cases of
+`_call`, and any name but the ones PyTorch writes around tensors is an error.
 """
 
-import pickletools
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,6 +13,7 @@ import numpy as np
 
 from mvjax.checkpoints.torch_weights.dtypes import TYPE_NAMES
 from mvjax.checkpoints.torch_weights.tensors import WeightsError
+from mvjax.inert_pickle import Dialect, Name, describe_pickle
 
 
 class StoredTensor(NamedTuple):
@@ -27,13 +24,6 @@ class StoredTensor(NamedTuple):
     offset: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class _Name:
-    """Something the pickle refers to by name, e.g. "torch.FloatStorage"."""
-
-    name: str
 
 
 @dataclass(frozen=True)
@@ -67,12 +57,9 @@ _CALLS = {
     *("torch.Size", "torch.device"),
     *("numpy.dtype", "numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar"),
 }
-_KNOWN = _CALLS | _STORAGES.keys() | _DTYPES.keys()
-
-_CONSTANTS = {
-    *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("UNICODE", "SHORT_BINUNICODE", "BINUNICODE", "BINUNICODE8"),
-    *("SHORT_BINBYTES", "BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+_NAMES = {name: name for name in _CALLS | _STORAGES.keys() | _DTYPES.keys()}
+_NAMES |= {  # as protocol 2 spells them
+    name.replace("builtins.", "__builtin__."): name for name in _CALLS if "builtins." in name
 }
 _LARGEST = 2**63  # of a PyTorch size or stride
 
@@ -88,7 +75,7 @@ def read_pickle(data: bytes, where: Path) -> Any:
         WeightsError: it refers to anything but tensors and plain values, or is damaged.
     """
     try:
-        return _run(data)
+        return describe_pickle(data, _PYTORCH)
     except WeightsError as error:
         raise WeightsError(f"{where} {error}") from None
     except (ValueError, TypeError, LookupError, AttributeError) as error:
@@ -98,122 +85,24 @@ def read_pickle(data: bytes, where: Path) -> Any:
         ) from error
 
 
-def _run(data: bytes) -> Any:
-    stack: list[Any] = []
-    below_marks: list[list[Any]] = []
-    memo: dict[int, Any] = {}
-
-    def since_mark() -> list[Any]:
-        nonlocal stack
-        items, stack = stack, below_marks.pop()
-        return items
-
-    def last(count: int) -> list[Any]:
-        return [stack.pop() for _ in range(count)][::-1]
-
-    for opcode, arg, _ in pickletools.genops(data):
-        match opcode.name:
-            case "PROTO" | "FRAME":
-                pass
-            case "STOP":
-                return stack.pop()
-            case "MARK":
-                below_marks.append(stack)
-                stack = []
-            case "POP":
-                stack.pop()
-            case "BINPUT" | "LONG_BINPUT" | "PUT":
-                memo[arg] = stack[-1]
-            case "MEMOIZE":
-                memo[len(memo)] = stack[-1]
-            case "BINGET" | "LONG_BINGET" | "GET":
-                stack.append(memo[arg])
-            case "NONE":
-                stack.append(None)
-            case "NEWTRUE" | "NEWFALSE":
-                stack.append(opcode.name == "NEWTRUE")
-            case name if name in _CONSTANTS:
-                stack.append(arg)
-            case "EMPTY_TUPLE":
-                stack.append(())
-            case "TUPLE":
-                items = since_mark()
-                stack.append(tuple(items))
-            case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                stack.append(tuple(last(int(opcode.name[-1]))))
-            case "EMPTY_LIST":
-                stack.append([])
-            case "APPEND":
-                _extend(stack[-2], last(1))
-            case "APPENDS":
-                items = since_mark()
-                _extend(stack[-1], items)
-            case "EMPTY_DICT":
-                stack.append({})
-            case "SETITEM":
-                _set(stack[-3], last(2))
-            case "SETITEMS":
-                items = since_mark()
-                _set(stack[-1], items)
-            case "EMPTY_SET":
-                stack.append(_OPAQUE)
-            case "ADDITEMS":
-                since_mark()
-            case "GLOBAL":
-                stack.append(_named(arg.replace(" ", ".", 1)))
-            case "STACK_GLOBAL":
-                stack.append(_named(".".join(last(2))))
-            case "INST":  # names and calls in one; PyTorch never writes it
-                raise _refusal(arg.replace(" ", ".", 1))
-            case "REDUCE" | "NEWOBJ":
-                stack.append(_call(*last(2)))
-            case "BUILD":  # attributes of an object, e.g. `_metadata` of a state_dict: not needed
-                stack.pop()
-            case "BINPERSID":
-                stack.append(_storage(stack.pop()))
-            case name:
-                raise ValueError(f"PyTorch does not write the pickle opcode {name}")
-    raise ValueError("it has no end")
-
-
 def _refusal(name: str) -> WeightsError:
     return WeightsError(
-        f"would call {name}; a weights file must hold only tensors. If you trust where it comes "
-        "from, load it in PyTorch and save its state_dict() again."
+        f"would call {name.replace('__builtin__.', 'builtins.', 1)}; a weights file must hold only "
+        "tensors. If you trust where it comes from, load it in PyTorch and save its state_dict() "
+        "again."
     )
-
-
-def _named(name: str) -> _Name:
-    name = name.replace("__builtin__.", "builtins.", 1)  # as protocol 2 spells it
-    if name not in _KNOWN:
-        raise _refusal(name)
-    return _Name(name)
-
-
-def _extend(target: Any, items: list[Any]) -> None:
-    if isinstance(target, list):
-        target.extend(items)
-
-
-def _set(target: Any, items: list[Any]) -> None:
-    if not isinstance(target, dict):
-        raise TypeError("entries are put into something that is no dict")
-    for key, value in zip(items[::2], items[1::2], strict=True):
-        if not isinstance(key, str | int | float | bytes | None):
-            raise TypeError("a dict has keys that are no names")
-        target[key] = value
 
 
 def _storage(reference: Any) -> _Storage:
     """A persistent id: ("storage", class, key, device, number of elements)."""
     kind, storage, key, _, _ = reference
-    if kind != "storage" or not isinstance(storage, _Name) or not isinstance(key, str):
+    if kind != "storage" or not isinstance(storage, Name) or not isinstance(key, str):
         raise ValueError("a storage is described in an unknown way")
     return _Storage(key, _STORAGES[storage.name])
 
 
 def _call(function: Any, args: Any) -> Any:
-    if not isinstance(function, _Name) or function.name not in _CALLS:
+    if not isinstance(function, Name) or function.name not in _CALLS:
         raise ValueError("something is called that is no function")
     match function.name.removeprefix("torch._utils."), args:
         case "_rebuild_tensor", (storage, offset, shape, strides):
@@ -250,3 +139,19 @@ def _tensor(
             "holds a conjugated or negated view of a tensor; save a clone() of it instead."
         )
     return StoredTensor(storage.key, dtype, offset, tuple(shape), tuple(strides))
+
+
+_PYTORCH = Dialect(
+    names=_NAMES,
+    effects={
+        "REDUCE": _call,
+        "NEWOBJ": _call,
+        "BINPERSID": _storage,
+        # Attributes of an object, e.g. `_metadata` of a state_dict: not needed.
+        "BUILD": lambda target, state: target,
+        "EMPTY_SET": lambda: _OPAQUE,
+        "ADDITEMS": lambda target, items: target,
+    },
+    refusal=_refusal,
+    unwritten="PyTorch does not write the pickle opcode",
+)
