@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from published import random_tensors, write_published
-from test_policy import random_params
+from tiny_policy import random_params
 from tiny_stages import save_untrained, tiny_config
 
 from data_pipelines.pictures import cover, read_observed

@@ -51,7 +51,7 @@ def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, Con
         model=VideoActionModel(
             Clip(**config.clip), config.context_layer, backbone, decoder, sampling
         ),
-        weights=(tokenizer, _random_params(backbone, 1), _random_params(decoder, 2)),
+        weights=(tokenizer, random_params(backbone, 1), random_params(decoder, 2)),
         text_encoder=NgramTextEncoder(config.text.length, config.text.dim),
         normalizer=Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE)),
         batch_size=batch_size,
@@ -75,7 +75,7 @@ def _random_projection(rng, size):
     return Projection(*(rng.normal(scale=size**-0.5, size=s).astype(np.float32) for s in shapes))
 
 
-def _random_params(network, seed):
+def random_params(network, seed):
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda p: rng.normal(
