@@ -7,7 +7,8 @@
 plays the tasks of config.evaluation and writes the success to a folder. Modes: policy (its own
 predicted video, partially denoised for --stop_steps evaluations), oracle (the expert's true future
 video in its place), expert (the scripted expert), none (zero actions). A stopped evaluation goes on
-where it was when the same command is given again.
+where it was when the same command is given again. With --variant=WORD other checkpoints, layers or
+shares of the data are evaluated into the same folder, for one report.
 
     python -m launch.evaluate --suite=offline --config=configs/quickstart_action.py \
         --checkpoint=runs/quickstart/action --out=runs/quickstart/offline
@@ -36,6 +37,9 @@ MODES = flags.DEFINE_list("modes", ["policy"], "policy, oracle, expert, none.")
 STOP_STEPS = flags.DEFINE_list(
     "stop_steps", None, "Evaluations of the video before the plan; 0, or offline all, if not given."
 )
+VARIANT = flags.DEFINE_string(
+    "variant", "", "A word for another checkpoint, layer or share of the data, kept beside others."
+)
 SUITE = flags.DEFINE_string("suite", "", '"offline", or another simulator than the config names.')
 MOMENTS = flags.DEFINE_integer("moments", 32, "Offline: moments per dataset.", lower_bound=1)
 BATCH = flags.DEFINE_integer("batch", 8, "Offline: moments computed at once.", lower_bound=1)
@@ -46,7 +50,7 @@ def settings(modes: list[str], stop_steps: list[str], video_steps: int) -> dict[
     if not modes:
         raise ValueError("--modes must name at least one mode: policy, oracle, expert or none.")
     steps = _stop_steps(stop_steps, video_steps)
-    by_mode = [settings_for(mode, steps, video_steps) for mode in modes]
+    by_mode = [settings_for(mode, steps, video_steps, VARIANT.value) for mode in modes]
     return {name: setting for chosen in by_mode for name, setting in chosen.items()}
 
 
@@ -85,6 +89,8 @@ def main() -> None:
         if not CHECKPOINT.value:
             raise ValueError("--checkpoint must be given: the training directory of a stage-2 run.")
         return offline(config)
+    if VARIANT.value and not VARIANT.value.replace("-", "").isalnum():
+        raise ValueError(f"--variant is one word of letters, digits and -, got {VARIANT.value!r}.")
     if SUITE.value:
         config.evaluation.suite = SUITE.value
     chosen = settings(MODES.value, STOP_STEPS.value or ["0"], config.sampler.video_steps)

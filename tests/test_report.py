@@ -80,6 +80,8 @@ def run(tmp_path):
     evaluation(run, "oracle", Setting("true future", "oracle"), (20, 20))
     evaluation(run, "expert", Setting("scripted expert", "expert"), (20, 20))
     evaluation(run, "none", Setting("doing nothing", "none"), (0, 0))
+    half = Setting("half: stop after 0 steps", "policy", 0, variant="half")
+    evaluation(run, "half_policy_k0", half, (20, 11))
     for task in TASKS:
         for seed in range(2):
             write_clip(run / "evaluation" / "policy" / "videos" / f"{task}_{seed}.mp4", 200)
@@ -130,6 +132,7 @@ def test_report_says_the_numbers(run):
         "doing nothing",
         "true future",
         "stop after 5 steps",
+        "half: stop after 0 steps 0 77.5 %",
         "90 ms",  # 0.9 s over 10 queries
         "drawer <1>",
         "1 min 15 s 1.4 GB",

@@ -26,7 +26,9 @@ SUITES = {
 }
 
 
-def settings_for(mode: str, stop_steps: Sequence[int], video_steps: int) -> dict[str, Setting]:
+def settings_for(
+    mode: str, stop_steps: Sequence[int], video_steps: int, variant: str = ""
+) -> dict[str, Setting]:
     """The settings of one mode by folder name: one per stop step, or one for "expert" and "none".
 
     The first policy setting is the one of the report's headline.
@@ -39,8 +41,15 @@ def settings_for(mode: str, stop_steps: Sequence[int], video_steps: int) -> dict
         raise ValueError(f"mode must be policy, oracle, expert or none, got {mode!r}.")
     of = f"of {video_steps}"
     labels = {"policy": "stop after {} " + of, "oracle": "true future, noise of step {} " + of}
+    before, begins = (f"{variant}_", f"{variant}: ") if variant else ("", "")
     return {
-        f"{mode}_k{k}": Setting(labels[mode].format(k), mode, k, main=mode == "policy" and k == 0)
+        f"{before}{mode}_k{k}": Setting(
+            begins + labels[mode].format(k),
+            mode,
+            k,
+            main=mode == "policy" and k == 0 and not variant,
+            variant=variant,
+        )
         for k in stop_steps
     }
 

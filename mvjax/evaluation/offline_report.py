@@ -7,6 +7,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+import jax
 import numpy as np
 from tqdm import tqdm
 
@@ -45,7 +46,8 @@ def evaluate_offline(
     progress = tqdm(window_errors(policy, windows, stop_steps), total=len(windows), unit="moment")
     label = f"{checkpoint} on {', '.join(config.datasets)}"
     summary = summarise(list(progress), stop_steps, policy.model.sigmas, label)
-    write_offline(folder, summary)
+    if jax.process_index() == 0:
+        write_offline(folder, summary)
     return summary
 
 

@@ -50,7 +50,7 @@ def read_evaluations(run_dir: Path) -> list[Evaluated]:
 def main_evaluation(evaluations: list[Evaluated]) -> Evaluated | None:
     """The setting marked main, or the policy with the fewest video steps (the paper's default)."""
     marked = [evaluated for evaluated in evaluations if evaluated.setting.main]
-    policies = [evaluated for evaluated in evaluations if evaluated.setting.mode == "policy"]
+    policies = [e for e in evaluations if e.setting.mode == "policy" and not e.setting.variant]
     return next(iter(marked + policies), None)
 
 

@@ -91,20 +91,20 @@ def success(main: Evaluated | None, evaluations: list[Evaluated]) -> str:
 
 def sweep(evaluations: list[Evaluated]) -> str:
     """How much video denoising the policy needs: figure and table of all settings."""
-    policies = [
-        e for e in evaluations if e.setting.mode == "policy" and e.setting.stop_step is not None
-    ]
+    own = [e for e in evaluations if not e.setting.variant]
+    policies = [e for e in own if e.setting.mode == "policy" and e.setting.stop_step is not None]
     title = "How far to denoise the video"
     if len(policies) < 2:
         return section(title, missing("Fewer than two stopping points have been evaluated."))
-    others = [e for e in evaluations if e.setting.mode != "policy"]
+    others = [e for e in own if e.setting.mode != "policy"]
+    variants = [e for e in evaluations if e.setting.variant]
     figure = figures.sweep_figure(
         [(e.setting.stop_step, e.mean) for e in policies],
         [replace(e.mean, name=e.setting.label) for e in others],
         title,
     )
     rows = []
-    for e in [*policies, *others]:
+    for e in [*policies, *others, *variants]:
         stop = "–" if e.setting.stop_step is None else str(e.setting.stop_step)
         plan = "–" if e.plan_ms is None else f"{e.plan_ms:.0f} ms"
         rows.append(row(e.setting.label, [stop, rate_cell(e.mean), plan]))

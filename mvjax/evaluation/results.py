@@ -52,12 +52,15 @@ class Setting:
         stop_step: K, the video denoising steps before the context is read; with the oracle, whose
             noise level the true future gets; None for expert and none.
         main: whether this is the result of the report's headline.
+        variant: what is different from the run's own policy (another checkpoint, layer, share of
+            the data); "" for nothing.
     """
 
     label: str
     mode: str
     stop_step: int | None = None
     main: bool = False
+    variant: str = ""
 
 
 def write_setting(folder: Path, setting: Setting) -> None:
