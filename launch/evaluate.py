@@ -29,6 +29,7 @@ from mvjax.evaluation.closed_loop import evaluate, settings_for
 from mvjax.evaluation.offline_report import evaluate_offline
 from mvjax.evaluation.results import Setting
 from mvjax.evaluation.statistics import mean_success, success_table
+from mvjax.parallel import distributed
 
 CONFIG = config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
@@ -84,7 +85,12 @@ def offline(config: ConfigDict) -> None:
 
 def main() -> None:
     """Evaluates, and prints one line per setting or stop step."""
-    config = CONFIG.value
+    with distributed.initialized():
+        evaluate_as_told(CONFIG.value)
+
+
+def evaluate_as_told(config: ConfigDict) -> None:
+    """Offline or in a simulator, as the flags say."""
     if SUITE.value == "offline":
         if not CHECKPOINT.value:
             raise ValueError("--checkpoint must be given: the training directory of a stage-2 run.")

@@ -190,6 +190,18 @@ def test_the_real_command_in_two_processes_equals_one(folder):
     assert_same_losses(losses(folder / "video"), losses(folder / "video_straight"))
 
 
+def test_an_evaluation_in_two_processes_shares_its_episodes(folder):
+    pytest.importorskip("metaworld", reason="plays Meta-World")
+    words = ["--modes=none", f"--out={folder / 'evaluation'}", "--config.evaluation.max_steps=3"]
+    words += ["--config.evaluation.videos_per_task=0", "--config.evaluation.workers=1"]
+    flag = "--config=configs/quickstart_action.py:smoke"
+    code, said = finish(start(2, "launch.evaluate", flag, *words))
+    assert code == 0, said
+    ours = folder / "evaluation" / "none"
+    lines = [(ours / name).read_text().count("\n") for name in ("results.jsonl", "results_1.jsonl")]
+    assert lines == [2, 1]  # the first has put both together
+
+
 def test_a_process_that_meets_no_other_says_so():
     program = "from mvjax.parallel.distributed import *\nwith initialized(start_seconds=1): pass"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MVJAX_COORDINATOR": "127.0.0.1:9"}

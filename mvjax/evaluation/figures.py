@@ -50,7 +50,7 @@ def curves_figure(
     figure, axes = _axes(x_label, y_label)
     for (name, (x, y)), colour in zip(curves.items(), COLOURS):
         axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.8, label=name)
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, 1.15 * max(float(np.max(y)) for _, y in curves.values()) or 1)
     axes.legend(frameon=False)
     return _svg(figure, title)
 

@@ -106,9 +106,9 @@ def write_offline(folder: Path, summary: dict[str, Any]) -> Path:
 def _head(summary: dict[str, Any]) -> str:
     return section(
         "What was measured",
-        f"<p>{summary['windows']} moments of held-out episodes. Action error: mean squared error "
-        "of the normalised chunk against what was done there; 1 is about what a constant would "
-        "get.</p>",
+        f"<p>{escape(summary['label'])}: {summary['windows']} moments of held-out episodes.</p>"
+        "<p>Action error: mean squared error of the normalised chunk against what was done there; "
+        "1 is about what a constant would get.</p>",
     )
 
 
