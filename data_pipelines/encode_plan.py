@@ -51,10 +51,11 @@ def begin(path: Path, settings: dict[str, Any], process: int) -> None:
     """Writes the plan, or compares it with the one that is there.
 
     Raises:
-        ValueError: if the folder was begun with other settings.
+        ValueError: if the folder has records that were made with other settings.
     """
     plan = path / "plan.json"
-    if process == 0 and not plan.exists():
+    # A plan of which nothing was made, because of a mistake in it, binds nobody.
+    if process == 0 and not any(path.glob("shard_*.npz")):
         path.mkdir(parents=True, exist_ok=True)
         write_json(plan, settings)
     wait_until(plan.exists)

@@ -180,6 +180,13 @@ def test_a_killed_job_continues_and_gives_the_same_records(tmp_path):
     assert not list((tmp_path / "killed").glob("*.partial"))
 
 
+def test_after_a_mistake_in_the_settings_the_same_folder_can_be_used(tmp_path):
+    wrong = ConfigDict(dict(ROBOT.to_dict(), action="acton"))
+    with pytest.raises(StreamMismatch, match="acton"):
+        _encode([_episode(0)], tmp_path, wrong)
+    assert len(_encode([_episode(0)], tmp_path)) == 30
+
+
 def test_other_settings_are_refused_by_name(tmp_path):
     episodes = [_episode(0)]
     _encode(episodes, tmp_path)
