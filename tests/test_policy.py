@@ -157,7 +157,8 @@ def test_nothing_compiles_after_the_first_query(policy):
 
 def test_predicted_video_begins_with_what_was_observed(policy):
     queries = observations(3)
-    video = policy.predict_video(queries)
+    actions, video = policy.plan_with_video(queries)
+    np.testing.assert_array_equal(actions, policy.plan(queries))
     assert video.shape == (3, 13, 48, 32, 3) and video.dtype == np.uint8
     for ours, query in zip(video, queries):
         latents = policy.weights[0].encode(query.frames[None].astype(np.float32) / 127.5 - 1)

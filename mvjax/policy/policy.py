@@ -68,6 +68,14 @@ class Policy:
         actions = np.concatenate(chunks)[: len(observations)]
         return self.normalizer.unnormalize("actions", actions)
 
+    def plan_with_video(self, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks of `plan`, and the video of `predict_video` that the model expects.
+
+        The video is denoised fully, whatever the stop step: it costs as many full passes as the
+        schedule has steps, and is meant for looking on, not for control.
+        """
+        return self.plan(observations), self.predict_video(observations)
+
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
         """Fully denoised video with the observed frames first, uint8 [n, frames, h, w, 3]."""
         videos = []
