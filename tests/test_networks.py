@@ -60,10 +60,8 @@ def dit():
     return golden, c, network, params
 
 
-@pytest.fixture(scope="module")
-def decoder():
-    golden, c, tensors = load("action_decoder")
-    config = ActionDecoderConfig(
+def decoder_config(c):
+    return ActionDecoderConfig(
         width=c["width"],
         num_blocks=c["blocks"],
         num_heads=c["heads"],
@@ -75,6 +73,12 @@ def decoder():
         proprio_dim=c["adim"],
         proprio_horizon=c["obs"],
     )
+
+
+@pytest.fixture(scope="module")
+def decoder():
+    golden, c, tensors = load("action_decoder")
+    config = decoder_config(c)
     network = Network(lambda key: ActionDecoder(config, key))
     params = to_params(tensors, action_decoder(1, 1))
     assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network.abstract)

@@ -116,7 +116,9 @@ def test_the_work_of_a_query_of_the_released_sizes():
     policy = Policy(model, weights, text, Normalizer({}, {}), 1)
     tflop = {part: flops / 1e12 for part, flops in benchmark_parts.part_flops(policy).items()}
     assert tflop["video"] == pytest.approx(107, abs=1)
-    assert tflop["encode"] == pytest.approx(6.2, abs=0.1)
+    # 7.8 by the usual count (published: 8); the compiler leaves out what meets the causal zeros
+    # before the first frame, 3 of the 15 temporal taps of five frames.
+    assert tflop["encode"] == pytest.approx(7.8 * 12 / 15, abs=0.1)
     assert tflop["context"] == pytest.approx(3.87, abs=0.01)
     assert tflop["actions"] == pytest.approx(0.4, abs=0.1)
     assert tflop["query"] == pytest.approx(sum(tflop.values()) - tflop["query"])

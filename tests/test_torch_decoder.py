@@ -3,7 +3,7 @@
 import jax
 import numpy as np
 import pytest
-from test_networks import load, relative_rms
+from test_networks import decoder_config, load, relative_rms
 
 from mvjax.checkpoints.torch_weights.names_dit import action_decoder as decoder_names
 from mvjax.flow.action import sample_actions, scale_noisy_actions
@@ -19,18 +19,7 @@ from mvjax.checkpoints.torch_weights.torch_networks import decoder_rules, load_p
 @pytest.fixture(scope="module")
 def published():
     golden, c, tensors = load("action_decoder")
-    config = ActionDecoderConfig(
-        width=c["width"],
-        num_blocks=c["blocks"],
-        num_heads=c["heads"],
-        context_dim=c["ctx"],
-        adaln_rank=c["adaln"],
-        time_rank=c["rank"],
-        action_dim=c["adim"],
-        action_horizon=c["horizon"],
-        proprio_dim=c["adim"],
-        proprio_horizon=c["obs"],
-    )
+    config = decoder_config(c)
     decoder = TorchActionDecoder(config)
     decoder.load_state_dict({name: torch.from_numpy(value) for name, value in tensors.items()})
     return {name: torch.from_numpy(value) for name, value in golden.items()}, config, decoder
