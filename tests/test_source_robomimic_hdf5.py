@@ -60,7 +60,8 @@ def open_it(path, **options):
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory):
-    return write_libero(tmp_path_factory.mktemp("libero"), demos=range(len(LENGTHS)))
+    suite = tmp_path_factory.mktemp("libero") / "libero_spatial"
+    return write_libero(suite, demos=range(len(LENGTHS)))
 
 
 def test_a_file_as_libero_writes_it_is_read_exactly(file):
