@@ -14,7 +14,7 @@ data_pipelines/embodiments may know their streams; LIBERO's own HDF5 files are
     )
 
 and BridgeData V2 as recorded has the format "bridge_raw", the video "images0", widowx.RAW_ACTION
-and widowx.RAW_PROPRIO. For any other streams, describe the parts (data_pipelines/policy_parts.py).
+and widowx.RAW_PROPRIO. For any other streams, describe the parts (data_pipelines/vectors/parts.py).
 Stage 1 was published with every camera of Bridge as a video of its own: a dataset for each,
 
     for camera in ("images1", "images2"):

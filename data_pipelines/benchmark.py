@@ -19,10 +19,10 @@ from ml_collections import ConfigDict
 
 from data_pipelines.benchmark_files import NO_POLICY, VIDEO_ONLY, NumberShards
 from data_pipelines.clips import cut_episode
-from data_pipelines.column_statistics import column_statistics
 from data_pipelines.episode import Episode, Stream
 from data_pipelines.loader import make_loader
-from data_pipelines.records import RecordDataset
+from data_pipelines.normalization.column_statistics import column_statistics
+from data_pipelines.records.dataset import RecordDataset
 from data_pipelines.video import VideoFile
 
 BATCH = 8

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.encode import encode_dataset
+from data_pipelines.encoding.job import encode_dataset
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
-from data_pipelines.records import RecordDataset, write_npz
+from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.records.writer import write_npz
 from data_pipelines.video import write_video
 from mvjax.clip import Clip
 

@@ -8,8 +8,8 @@ from ml_collections import ConfigDict
 
 from data_pipelines.cameras import camera_rows, cameras, tile
 from data_pipelines.episode import Episode
-from data_pipelines.policy_parts import Part, bases, dims, parse, streams
-from data_pipelines.policy_vector import StreamMismatch, read
+from data_pipelines.vectors.parts import Part, bases, dims, parse, streams
+from data_pipelines.vectors.vector import StreamMismatch, read
 from data_pipelines.windows import WindowSpec, anchors, nearest_indices, request_times
 
 _DECODE_FRAMES = 4  # decoded at a time: still in the processor's cache when they are resized
@@ -50,7 +50,7 @@ def cut_episode(
 
     Args:
         episode: the episode.
-        dataset: `video` (see `camera_rows`), `action` and `proprio` (see `policy_parts`).
+        dataset: `video` (see `camera_rows`), `action` and `proprio` (see `vectors.parts`).
         clip: height, width, observed_frames, future_frames, fps.
         policy_io: `action {horizon, fps, shift, dim}` and `proprio {horizon, fps, dim}`.
         anchor_fps: windows per second of video; None makes one per frame.

@@ -6,8 +6,8 @@ import grain
 import numpy as np
 
 from data_pipelines.mixture import record_mixture
-from data_pipelines.normalizers import Normalizers
-from data_pipelines.records import RecordDataset
+from data_pipelines.normalization.per_embodiment import Normalizers
+from data_pipelines.records.dataset import RecordDataset
 from data_pipelines.selection import PerTask
 
 

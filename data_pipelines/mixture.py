@@ -9,11 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.bad_share import BadShare
-from data_pipelines.normalizers import VECTORS, Normalizers
-from data_pipelines.policy_parts import mask, parse
-from data_pipelines.records import RecordDataset
+from data_pipelines.normalization.per_embodiment import VECTORS, Normalizers
+from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.records.shard_reader import DamagedRecord
 from data_pipelines.selection import PerTask
-from data_pipelines.shard_reader import DamagedRecord
+from data_pipelines.vectors.parts import mask, parse
 
 LEAST_SAMPLES = 200  # before the share of damaged ones stops a training
 _TRIES = 1000  # samples in a row that may be damaged

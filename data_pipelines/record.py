@@ -30,11 +30,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data_pipelines.recording import Recording, Unit, picture_size
-from data_pipelines.recording_assembly import assemble
-from data_pipelines.recording_suites import SUITES
-from data_pipelines.recording_unit import record_unit
-from data_pipelines.recording_workers import worker_pool
+from data_pipelines.recording.assembly import assemble
+from data_pipelines.recording.plan import Recording, Unit, picture_size
+from data_pipelines.recording.suites import SUITES
+from data_pipelines.recording.unit import record_unit
+from data_pipelines.recording.workers import worker_pool
 from data_pipelines.sources.finished import MANIFEST, UNFINISHED
 from mvjax.evaluation.suites.libero_python import in_libero_python
 

@@ -25,9 +25,9 @@ import h5py
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.recording import picture_size
-from data_pipelines.recording_libero import state
-from data_pipelines.recording_workers import worker_pool
+from data_pipelines.recording.libero import state
+from data_pipelines.recording.plan import picture_size
+from data_pipelines.recording.workers import worker_pool
 from data_pipelines.sources.finished import UNFINISHED
 from data_pipelines.video import write_video
 from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, write_lerobot

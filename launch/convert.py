@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from data_pipelines.released_statistics import looks_like_statistics, released_normalizer
+from data_pipelines.normalization.released import looks_like_statistics, released_normalizer
 from launch.entry import run
 from mvjax.checkpoints.store import checkpoint_folder
 from mvjax.checkpoints.torch_weights.convert import plan, write

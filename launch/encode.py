@@ -12,12 +12,12 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from data_pipelines.encode import encode_dataset
-from data_pipelines.encode_finish import encode_texts
-from data_pipelines.local_devices import LocalTokenizer, local_batch_size
-from data_pipelines.records import RecordDataset
+from data_pipelines.encoding.finish import encode_texts
+from data_pipelines.encoding.job import encode_dataset
+from data_pipelines.encoding.local_devices import LocalTokenizer, local_batch_size
+from data_pipelines.encoding.text_table import StoredTexts, TextEncoder
+from data_pipelines.records.dataset import RecordDataset
 from data_pipelines.sources.open import open_config
-from data_pipelines.text_table import StoredTexts, TextEncoder
 from launch.entry import config_flag, run
 from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
 from mvjax.clip import Clip

@@ -17,10 +17,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipelines.inspection import Inspection, inspect_dataset
-from data_pipelines.inspection_page import write_page
-from data_pipelines.inspection_records import inspect_records, is_records
-from data_pipelines.inspection_text import describe
+from data_pipelines.inspection.dataset import Inspection, inspect_dataset
+from data_pipelines.inspection.page import write_page
+from data_pipelines.inspection.records import inspect_records, is_records
+from data_pipelines.inspection.text import describe
 from data_pipelines.sources.open import FORMATS, detect, open_config, open_dataset
 from launch.entry import run
 

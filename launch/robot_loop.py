@@ -17,7 +17,7 @@ from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.policy.client import PolicyClient
 from mvjax.policy.observation import History, Observation, ObservationSpec
 from mvjax.policy.overlap import Overlap
-from mvjax.policy.request import IMAGE_HISTORY, STATE_HISTORY
+from mvjax.policy.serving.request import IMAGE_HISTORY, STATE_HISTORY
 
 SERVER = flags.DEFINE_string("server", "ws://localhost:8000", "Address of the policy server.")
 PATIENCE = flags.DEFINE_float("patience", 60.0, "How long to wait for it, seconds.", 0.0)

@@ -16,13 +16,13 @@ from pathlib import Path
 from absl import flags
 
 from launch.entry import config_flag, path_flag, run
-from mvjax.policy.adapters.body import body_of
-from mvjax.policy.adapters.clients import CLIENTS, make_adapter
 from mvjax.policy.load import load_policy
 from mvjax.policy.sampling import Sampling
-from mvjax.policy.server import PolicyServer, Serving
-from mvjax.policy.serving import Batching, make_server
-from mvjax.policy.wire import WireLimits
+from mvjax.policy.serving.adapters.body import body_of
+from mvjax.policy.serving.adapters.clients import CLIENTS, make_adapter
+from mvjax.policy.serving.server import PolicyServer, Serving
+from mvjax.policy.serving.start import Batching, make_server
+from mvjax.policy.serving.wire import WireLimits
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")

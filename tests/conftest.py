@@ -12,7 +12,7 @@ from tiny_stages import five_steps, quick_compiles, tiny_config, train_tiny
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
-    "data_pipelines.encode",
+    "data_pipelines.encoding.job",
     "data_pipelines.fit_tokenizer",
     "launch.entry",
     "mvjax.evaluation.closed_loop",

@@ -24,13 +24,8 @@ from run_records import without_times
 from toy_training import LENGTH, toy_config, toy_stage
 
 from data_pipelines.loader import make_loader
-from data_pipelines.records import (
-    RecordDataset,
-    RecordWriter,
-    write_json,
-    write_npz,
-    write_texts,
-)
+from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
 from mvjax.training.loop import train
 from mvjax.training.metrics import Record, read_records
 

@@ -9,11 +9,11 @@ import time
 
 import numpy as np
 
-from mvjax.policy.adapters.body import Body
-from mvjax.policy.adapters.clients import make_adapter
-from mvjax.policy.batcher import Batcher
-from mvjax.policy.server import PolicyServer, Serving
-from mvjax.policy.sessions import Senses
+from mvjax.policy.serving.adapters.body import Body
+from mvjax.policy.serving.adapters.clients import make_adapter
+from mvjax.policy.serving.batcher import Batcher
+from mvjax.policy.serving.server import PolicyServer, Serving
+from mvjax.policy.serving.sessions import Senses
 
 SIZES = {"plain": (2, 2), "libero": (8, 7), "aloha": (14, 14), "droid": (8, 8)}
 

@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from record_folders import make_records
 
-from data_pipelines import column_statistics as module
-from data_pipelines.column_statistics import column_statistics
-from data_pipelines.normalizer import compute_statistics
-from data_pipelines.normalizers import make_normalizers
-from data_pipelines.records import RecordDataset
+from data_pipelines.normalization import column_statistics as module
+from data_pipelines.normalization.column_statistics import column_statistics
+from data_pipelines.normalization.normalizer import compute_statistics
+from data_pipelines.normalization.per_embodiment import make_normalizers
+from data_pipelines.records.dataset import RecordDataset
 
 
 @pytest.fixture

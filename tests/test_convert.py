@@ -18,8 +18,8 @@ from published import (
     write_published,
 )
 
-from data_pipelines.normalizer import compute_statistics, load_normalizer
-from data_pipelines.released_statistics import released_normalizer
+from data_pipelines.normalization.normalizer import compute_statistics, load_normalizer
+from data_pipelines.normalization.released import released_normalizer
 from mvjax.checkpoints.bridge import abstract_params, read_meta, restore_params
 from mvjax.checkpoints.torch_weights.convert import plan, write
 from mvjax.checkpoints.torch_weights.export import plan_export, write_export

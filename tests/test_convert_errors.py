@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from published import CONFIGS, prefixed, published_shapes, random_tensors, tensor, write_published
 
-from data_pipelines.released_statistics import released_normalizer
+from data_pipelines.normalization.released import released_normalizer
 from mvjax.checkpoints.torch_weights.convert import plan, write
 from mvjax.checkpoints.torch_weights.kind import Hints
 from mvjax.checkpoints.torch_weights.kind_action import ACTION

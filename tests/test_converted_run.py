@@ -10,8 +10,8 @@ import pytest
 from published import CONFIGS, random_tensors, write_published
 from tiny_stages import tiny_config, train_tiny
 
-from data_pipelines.normalizer import compute_statistics
-from data_pipelines.released_statistics import released_normalizer
+from data_pipelines.normalization.normalizer import compute_statistics
+from data_pipelines.normalization.released import released_normalizer
 from mvjax.checkpoints.backbone import load_backbone
 from mvjax.checkpoints.bridge import read_meta, restore_params
 from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer

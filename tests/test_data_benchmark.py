@@ -11,8 +11,8 @@ from data_pipelines.benchmark import (
     statistics_seconds,
 )
 from data_pipelines.benchmark_files import NumberShards, make_records, make_videos
-from data_pipelines.column_statistics import column_statistics
-from data_pipelines.normalizer import compute_statistics
+from data_pipelines.normalization.column_statistics import column_statistics
+from data_pipelines.normalization.normalizer import compute_statistics
 from mvjax.clip import Clip
 
 

@@ -16,7 +16,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_stages import quick_compiles, tiny_batch, tiny_config
 from toy_processes import train_toys
 
-from data_pipelines.records import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
 from mvjax.parallel.mesh import make_mesh
 from mvjax.training.feed import local_rows
 from mvjax.training.metrics import read_records

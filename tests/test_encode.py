@@ -13,13 +13,13 @@ from ml_collections import ConfigDict
 
 from data_pipelines.bad_share import TooManyBad
 from data_pipelines.clips import StreamMismatch, cut_episode
-from data_pipelines.encode import encode_dataset, split_of
-from data_pipelines.encode_finish import encode_texts
+from data_pipelines.encoding.finish import encode_texts
+from data_pipelines.encoding.job import encode_dataset, split_of
+from data_pipelines.encoding.text_table import StoredTexts
 from data_pipelines.episode import Episode, Stream
-from data_pipelines.normalizer import Mode
-from data_pipelines.normalizers import make_normalizers
-from data_pipelines.records import RecordDataset
-from data_pipelines.text_table import StoredTexts
+from data_pipelines.normalization.normalizer import Mode
+from data_pipelines.normalization.per_embodiment import make_normalizers
+from data_pipelines.records.dataset import RecordDataset
 
 SIZE, FPS, CONTROL = 48, 40, 80
 CLIP = ConfigDict(dict(height=16, width=16, observed_frames=5, future_frames=8, fps=20))

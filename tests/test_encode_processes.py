@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.records import RecordDataset
+from data_pipelines.records.dataset import RecordDataset
 from data_pipelines.video import write_video
 from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
 

@@ -15,10 +15,10 @@ from scipy.spatial.transform import Rotation
 
 from configs import libero_small_action
 from data_pipelines.embodiments import libero_panda
-from data_pipelines.policy_parts import dims, parse
-from data_pipelines.policy_vector import vector
 from data_pipelines.regenerate_libero import moving_actions
 from data_pipelines.sources.open import open_dataset
+from data_pipelines.vectors.parts import dims, parse
+from data_pipelines.vectors.vector import vector
 from mvjax.evaluation.rollout import run_rollouts
 from mvjax.evaluation.suites.libero import Libero
 from mvjax.evaluation.suites.libero_policy import libero_commands

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.normalizer import (
+from data_pipelines.normalization.normalizer import (
     Mode,
     Normalizer,
     compute_statistics,

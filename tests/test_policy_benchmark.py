@@ -9,7 +9,7 @@ from tiny_policy import random_observation, tiny_policy
 from tiny_stages import tiny_config
 
 from configs import bridge_action
-from data_pipelines.normalizer import Normalizer
+from data_pipelines.normalization.normalizer import Normalizer
 from mvjax.clip import Clip
 from mvjax.models.build import (
     action_decoder_config,

@@ -10,9 +10,9 @@ from ml_collections import ConfigDict
 from scipy.spatial.transform import Rotation
 
 from data_pipelines.episode import Stream
-from data_pipelines.normalizer import Mode
-from data_pipelines.policy_parts import bases, dims, mask, modes, parse, streams
-from data_pipelines.policy_vector import StreamMismatch, read, restore, vector
+from data_pipelines.normalization.normalizer import Mode
+from data_pipelines.vectors.parts import bases, dims, mask, modes, parse, streams
+from data_pipelines.vectors.vector import StreamMismatch, read, restore, vector
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "windows.npz")
 RNG = np.random.default_rng(0)

@@ -14,8 +14,8 @@ from ml_collections import ConfigDict
 from configs import mimic_video
 from data_pipelines.cameras import camera_rows
 from data_pipelines.embodiments import libero_panda, widowx
-from data_pipelines.normalizer import Mode
-from data_pipelines.policy_parts import dims, modes, parse, streams
+from data_pipelines.normalization.normalizer import Mode
+from data_pipelines.vectors.parts import dims, modes, parse, streams
 from mvjax.checkpoints.backbone import abstract_backbone
 from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.record import Recording, record_dataset
-from data_pipelines.recording_assembly import assemble
-from data_pipelines.recording_unit import record_unit
+from data_pipelines.recording.assembly import assemble
+from data_pipelines.recording.unit import record_unit
 from data_pipelines.sources.open import open_dataset
 
 TASK = "coffee-button-v3"

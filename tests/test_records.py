@@ -6,14 +6,9 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from data_pipelines.record_codec import decode_record, encode_record
-from data_pipelines.records import (
-    RecordDataset,
-    RecordWriter,
-    write_json,
-    write_npz,
-    write_texts,
-)
+from data_pipelines.records.codec import decode_record, encode_record
+from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
 
 RNG = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import pytest
 from running_server import Running
 from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
 
-from data_pipelines.normalizer import Mode, Normalizer, compute_statistics
+from data_pipelines.normalization.normalizer import Mode, Normalizer, compute_statistics
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
 from mvjax.policy.client import PolicyClient

@@ -18,7 +18,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from mvjax.policy.client import PolicyClient, QueryRefused
-from mvjax.policy.wire import decode, encode
+from mvjax.policy.serving.wire import decode, encode
 
 PICTURE = np.zeros((*SIZE, 3), np.uint8)
 

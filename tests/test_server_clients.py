@@ -12,7 +12,7 @@ import pytest
 from running_server import Running
 
 from mvjax.policy.client import PolicyClient, QueryRefused
-from mvjax.policy.wire import encode
+from mvjax.policy.serving.wire import encode
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 VANISHING = """

@@ -19,7 +19,7 @@ from data_pipelines.convert_rlds import convert_rlds
 from data_pipelines.episode import FrameReader
 from data_pipelines.sources.open import detect, open_dataset
 from data_pipelines.sources.rlds_example import parse_example
-from data_pipelines.tfrecord import read_index, read_record
+from data_pipelines.sources.tfrecord import read_index, read_record
 
 FIXTURES = Path(__file__).parent / "fixtures/rlds"
 ARM, ARM_ARRAY, CELL = (FIXTURES / n for n in ("arm/1.0.0", "arm_array/1.0.0", "cell/0.1.0"))

@@ -7,7 +7,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from mvjax.policy.wire import WireError, WireLimits, decode, encode
+from mvjax.policy.serving.wire import WireError, WireLimits, decode, encode
 
 DTYPES = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()
 

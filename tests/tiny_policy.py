@@ -11,7 +11,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tiny_stages import quick_compiles, tiny_batch, tiny_config
 
-from data_pipelines.normalizer import Mode, Normalizer, compute_statistics
+from data_pipelines.normalization.normalizer import Mode, Normalizer, compute_statistics
 from mvjax.clip import Clip
 from mvjax.models.build import (
     action_decoder_config,
@@ -21,15 +21,15 @@ from mvjax.models.build import (
 )
 from mvjax.models.linear_tokenizer import LinearTokenizer, Projection
 from mvjax.models.ngram_text import NgramTextEncoder
-from mvjax.policy.adapters.body import body_of
-from mvjax.policy.adapters.clients import make_adapter
 from mvjax.policy.model import VideoActionModel
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
 from mvjax.policy.sampling import Sampling
-from mvjax.policy.server import Serving
-from mvjax.policy.serving import Batching, make_server
-from mvjax.policy.wire import WireLimits
+from mvjax.policy.serving.adapters.body import body_of
+from mvjax.policy.serving.adapters.clients import make_adapter
+from mvjax.policy.serving.server import Serving
+from mvjax.policy.serving.start import Batching, make_server
+from mvjax.policy.serving.wire import WireLimits
 
 DIMS = {"plain": (4, 4), "libero": (10, 10)}
 SIZE = (48, 32)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from array_record.python import array_record_module
 
-from data_pipelines.tfrecord import TFRecordIndex, read_index, read_record
+from data_pipelines.sources.tfrecord import TFRecordIndex, read_index, read_record
 
 INFO, FEATURES = "dataset_info.json", "features.json"
 FORMATS = ("tfrecord", "array_record")

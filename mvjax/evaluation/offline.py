@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.clips import cut_episode
-from data_pipelines.encode import split_of
+from data_pipelines.encoding.job import split_of
 from data_pipelines.episode import Episode
 from mvjax.evaluation.similarity import psnr, ssim
 from mvjax.flow.sampler import advance, evaluations

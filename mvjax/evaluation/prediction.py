@@ -7,7 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.clips import cut_episode
-from data_pipelines.encode import split_of
+from data_pipelines.encoding.job import split_of
 from data_pipelines.episode import Episode
 from data_pipelines.video import write_video
 from mvjax.policy.observation import Observation

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.shared_folder import wait_until
+from data_pipelines.encoding.shared_folder import wait_until
 from mvjax.evaluation.results import EpisodeResult, append_result, drop_torn_line, read_results
 from mvjax.evaluation.schedule import Schedule
 from mvjax.evaluation.worker import Job, MakeSimulator, Order, Outcome, Query

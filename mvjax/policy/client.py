@@ -17,7 +17,7 @@ from typing import Any
 from websockets.exceptions import ConnectionClosed, InvalidStatus, InvalidURI, WebSocketException
 from websockets.sync.client import ClientConnection, connect
 
-from mvjax.policy.wire import decode, encode
+from mvjax.policy.serving.wire import decode, encode
 
 LOG = logging.getLogger(__name__)
 

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.normalizer import Normalizer
-from data_pipelines.normalizers import load_normalizers
+from data_pipelines.normalization.normalizer import Normalizer
+from data_pipelines.normalization.per_embodiment import load_normalizers
 from mvjax.checkpoints.backbone import load_backbone, load_decoder
 from mvjax.checkpoints.bridge import latest_step, read_meta
 from mvjax.checkpoints.encoders import (

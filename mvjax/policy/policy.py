@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from data_pipelines.normalizer import Normalizer
+from data_pipelines.normalization.normalizer import Normalizer
 from data_pipelines.transforms import resize_area
 from mvjax.flow.sampler import published_noise
 from mvjax.parallel.mesh import make_mesh

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.normalizer import Mode, Normalizer
+from data_pipelines.normalization.normalizer import Mode, Normalizer
 from mvjax.checkpoints.backbone import load_backbone
 from mvjax.clip import Clip
 from mvjax.models.build import action_decoder_config, decoder_network, video_network

@@ -8,16 +8,16 @@ import grain
 import jax
 from jax.sharding import NamedSharding
 
-from data_pipelines.encode_plan import recorded_policy_io
+from data_pipelines.encoding.plan import recorded_policy_io
+from data_pipelines.encoding.shared_folder import wait_until
 from data_pipelines.loader import make_loader
-from data_pipelines.normalizers import (
+from data_pipelines.normalization.per_embodiment import (
     Normalizers,
     data_fingerprint,
     load_normalizers,
     make_normalizers,
 )
-from data_pipelines.records import RecordDataset
-from data_pipelines.shared_folder import wait_until
+from data_pipelines.records.dataset import RecordDataset
 from mvjax.checkpoints.bridge import read_meta
 from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip

@@ -3,8 +3,8 @@
 import numpy as np
 
 from data_pipelines.embodiments.libero_panda import HDF5_ACTION
-from data_pipelines.policy_parts import parse
-from data_pipelines.policy_vector import restore
+from data_pipelines.vectors.parts import parse
+from data_pipelines.vectors.vector import restore
 
 _ACTION = parse(HDF5_ACTION, "action")
 
