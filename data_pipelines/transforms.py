@@ -1,8 +1,8 @@
 """Small pure functions between a stream's values and what a network is given."""
 
 import numpy as np
+import scipy  # its parts are loaded when they are first used
 from PIL import Image
-from scipy.spatial.transform import Rotation
 
 # How datasets store a rotation -> how many numbers that takes.
 ROTATION_WIDTHS = {
@@ -98,12 +98,13 @@ def rotation_matrices(values: np.ndarray, form: str) -> np.ndarray:
     flat = np.asarray(values, np.float64).reshape(-1, ROTATION_WIDTHS[form])
     if form == "matrix":
         return flat.reshape(*lead, 3, 3)
+    kind = scipy.spatial.transform.Rotation
     if form == "rotvec":
-        rotation = Rotation.from_rotvec(flat)
+        rotation = kind.from_rotvec(flat)
     elif form == "euler_xyz":
-        rotation = Rotation.from_euler("xyz", flat)
+        rotation = kind.from_euler("xyz", flat)
     else:
-        rotation = Rotation.from_quat(flat, scalar_first=form == "quaternion_wxyz")
+        rotation = kind.from_quat(flat, scalar_first=form == "quaternion_wxyz")
     return rotation.as_matrix().reshape(*lead, 3, 3)
 
 
@@ -116,7 +117,7 @@ def rotation_values(matrices: np.ndarray, form: str) -> np.ndarray:
     lead = matrices.shape[:-2]
     if form == "matrix":
         return matrices.reshape(*lead, 9)
-    rotation = Rotation.from_matrix(matrices.reshape(-1, 3, 3))
+    rotation = scipy.spatial.transform.Rotation.from_matrix(matrices.reshape(-1, 3, 3))
     if form == "rotvec":
         values = rotation.as_rotvec()
     elif form == "euler_xyz":

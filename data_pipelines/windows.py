@@ -9,12 +9,15 @@ value and are marked as padding. Semantics: `ChunkReader` of the release.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-from scipy.spatial.transform import Rotation
+import scipy  # its parts are loaded when they are first used
 
 from data_pipelines.episode import Stream
+
+if TYPE_CHECKING:
+    from scipy.spatial.transform import Rotation
 
 Interpolation = Literal["nearest", "previous", "linear", "pose", "quaternion"]
 SECOND_NS = 1_000_000_000
@@ -168,22 +171,22 @@ def _interpolate(
     gap = np.maximum(stamps[after] - stamps[before], 1)
     weight = (times - stamps[before]) / gap
     if spec.interpolation == "quaternion":
-        stored = Rotation.from_quat(values)
+        stored = scipy.spatial.transform.Rotation.from_quat(values)
         turned = stored[before.ravel()] * _part_way(stored, before, weight)
         return turned.as_quat().reshape(*weight.shape, 4).astype(dtype)
     start, end = values[before].astype(np.float64), values[after].astype(np.float64)
     blend = weight.reshape(weight.shape + (1,) * (values.ndim - 1))
     mixed = start + blend * (end - start)
     if spec.interpolation == "pose":
-        stored = Rotation.from_matrix(values[:, :3, :3])
+        stored = scipy.spatial.transform.Rotation.from_matrix(values[:, :3, :3])
         turned = stored.as_matrix()[before.ravel()] @ _part_way(stored, before, weight).as_matrix()
         mixed[..., :3, :3] = turned.reshape(*weight.shape, 3, 3)
     return mixed.astype(dtype)
 
 
-def _part_way(stored: Rotation, before: np.ndarray, weight: np.ndarray) -> Rotation:
+def _part_way(stored: "Rotation", before: np.ndarray, weight: np.ndarray) -> "Rotation":
     """Slerp: a share `weight` of the turn from rotation `before` to the one after it."""
     # Turns between neighbours are taken once, because an instant between them is in many windows.
     after = np.minimum(np.arange(len(stored)) + 1, len(stored) - 1)
     turn = (stored.inv() * stored[after]).as_rotvec()
-    return Rotation.from_rotvec(turn[before.ravel()] * weight.reshape(-1, 1))
+    return type(stored).from_rotvec(turn[before.ravel()] * weight.reshape(-1, 1))

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +29,10 @@ CORPUS = [
     "The video shows a robot arm in a kitchen. It grasps the handle of the moka pot.",
     "turn on the stove and put both cream cheese boxes into the basket",
 ]
+
+
+# A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")

@@ -63,13 +63,21 @@ class Commands:
 
 @pytest.fixture(scope="module")
 def commands(tmp_path_factory) -> Iterator[Commands]:
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    folder = tmp_path_factory.mktemp("quickstart")
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+        # Both runs, and every restart, compile the same programs.
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+    }
     if sys.platform == "linux":
         backend = find_rendering_backend()
         if backend is None:
             pytest.skip("this machine cannot render")
         environment["MUJOCO_GL"] = backend
-    commands = Commands(tmp_path_factory.mktemp("quickstart"), environment)
+    commands = Commands(folder, environment)
     yield commands
     for process in commands.processes:  # only after a failure
         if process.poll() is None:

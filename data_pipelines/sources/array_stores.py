@@ -8,14 +8,13 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numcodecs
 import numpy as np
-import zarr
 from safetensors import SafetensorError, safe_open
 
 # What may unpack a chunk. numcodecs knows others, and one of them is pickle: using it would be
@@ -63,10 +62,19 @@ def open_store(path: Path, sparse: bool) -> ArrayStore:
 
 @dataclass(frozen=True)
 class ZarrStore:
-    """A zarr group of format 2 in a folder."""
+    """A zarr group of format 2 in a folder.
+
+    Keeps the last chunk that `rows` unpacked of each array, as neighbouring rows share it: a chunk
+    of pictures can be 65 of them, and take longer to unpack than all that is done with a few. Safe
+    to use from several threads; pickling drops the chunks.
+    """
 
     path: Path
     sparse: bool = False
+    _unpacked: dict[str, tuple[int, np.ndarray]] = field(default_factory=dict, repr=False)
+
+    def __reduce__(self):
+        return ZarrStore, (self.path, self.sparse)
 
     @cached_property
     def _described(self) -> dict[str, dict]:
@@ -92,16 +100,25 @@ class ZarrStore:
             return self._array(key)[()]
 
     def rows(self, key: str, indices: np.ndarray) -> np.ndarray:
-        """Some rows of an array; each chunk is unpacked once."""
+        """Some rows of an array."""
         with _named(self.path, key):
-            array = self._array(key)
-            out = np.empty((len(indices), *array.shape[1:]), array.dtype)
-            size = array.chunks[0]
-            for chunk in np.unique(indices // size):
-                wanted = np.flatnonzero(indices // size == chunk)
-                block = array[chunk * size : (chunk + 1) * size]
-                out[wanted] = block[indices[wanted] - chunk * size]
+            about = self._described[key]
+            out = np.empty((len(indices), *about["shape"][1:]), about["dtype"])
+            size = about["chunks"][0]
+            for number in np.unique(indices // size):
+                wanted = np.flatnonzero(indices // size == number)
+                out[wanted] = self._chunk(key, int(number))[indices[wanted] - number * size]
             return out
+
+    def _chunk(self, key: str, number: int) -> np.ndarray:
+        kept, block = self._unpacked.get(key, (None, None))
+        if kept != number:
+            del block
+            self._unpacked.pop(key, None)  # not two in memory at a time
+            size = self._described[key]["chunks"][0]
+            block = self._array(key)[number * size : (number + 1) * size]
+            self._unpacked[key] = number, block
+        return block
 
     def check(self, key: str) -> None:
         """Raise ValueError if a chunk is missing or cut off.
@@ -123,9 +140,11 @@ class ZarrStore:
                             "sparse=True if its writer left out chunks of zeros, as zarr 3 does"
                         ) from None
 
-    def _array(self, key: str) -> zarr.Array:
+    def _array(self, key: str) -> Any:
         _check_codecs(self._described[key])
         self.check(key)
+        import zarr  # half a second, which most commands do without
+
         return zarr.open_array(self.path / key, mode="r", zarr_format=2)
 
     def _byte_strings(self, key: str) -> np.ndarray:

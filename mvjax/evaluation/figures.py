@@ -3,13 +3,15 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 
 from mvjax.evaluation.statistics import SuccessRate
+
+if TYPE_CHECKING:  # loaded when the first figure is drawn: an evaluation may have none
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 SIZE_INCHES = (4.6, 2.9)  # 331 points: at a phone's width, 9-point text stays about 9 pixels
 COLOURS = ("#0b62c4", "#b35900", "#2f7d32", "#8a3ffc", "#57606a")
@@ -92,7 +94,7 @@ def study_figure(curves: Mapping[str, Sequence[tuple[int, SuccessRate]]], title:
 
 
 def _with_intervals(
-    axes: Axes, x: Sequence[int], rates: Sequence[SuccessRate], colour: str, name: str
+    axes: "Axes", x: Sequence[int], rates: Sequence[SuccessRate], colour: str, name: str
 ) -> None:
     below = [100 * (rate.rate - rate.low) for rate in rates]
     above = [100 * (rate.high - rate.rate) for rate in rates]
@@ -110,7 +112,9 @@ def _running_mean(values: np.ndarray, width: int) -> np.ndarray:
     return (total[end] - total[start]) / (end - start)
 
 
-def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
+def _axes(x_label: str, y_label: str) -> tuple["Figure", "Axes"]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=SIZE_INCHES, layout="constrained")
     axes = figure.subplots()
     axes.spines[["top", "right"]].set_visible(False)
@@ -121,15 +125,17 @@ def _axes(x_label: str, y_label: str) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _finished(figure: Figure, axes: Axes, title: str) -> str:
+def _finished(figure: "Figure", axes: "Axes", title: str) -> str:
     axes.set_ylim(-3, 103)
     axes.margins(x=0.06)
     axes.legend(frameon=True, framealpha=0.85, edgecolor="none")
     return _svg(figure, title)
 
 
-def _svg(figure: Figure, title: str) -> str:
+def _svg(figure: "Figure", title: str) -> str:
     """The figure as an SVG element without fixed size, metadata or clashing ids."""
+    import matplotlib
+
     settings = {
         "svg.fonttype": "none",  # real text, in the page's font
         "svg.hashsalt": title,  # the ids that stay are unique to this figure

@@ -1,7 +1,7 @@
 """How alike two videos are: PSNR and SSIM."""
 
 import numpy as np
-from scipy.ndimage import gaussian_filter
+import scipy
 
 PEAK = 255.0
 _WINDOW = dict(sigma=1.5, truncate=3.5)  # 11 x 11 pixels
@@ -39,7 +39,7 @@ def ssim(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
 
 
 def _ssim(x: np.ndarray, y: np.ndarray) -> float:
-    blur = lambda image: gaussian_filter(image, axes=(0, 1), **_WINDOW)  # noqa: E731
+    blur = lambda image: scipy.ndimage.gaussian_filter(image, axes=(0, 1), **_WINDOW)  # noqa: E731
     mean_x, mean_y = blur(x), blur(y)
     variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
     covariance = blur(x * y) - mean_x * mean_y
