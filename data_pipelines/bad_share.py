@@ -16,15 +16,16 @@ class TooManyBad(ValueError):
 class BadShare:
     """Counts what was read and what could not be; for several threads."""
 
-    def __init__(self, allowed: float, what: str, least: int):
+    def __init__(self, allowed: float, what: str, least: int, remedy: str):
         """Starts at zero.
 
         Args:
             allowed: share that may be bad, 0 to 1.
             what: what is counted, for the sentence: "episodes of 'robot'".
             least: nothing is said before so many were seen: one of the first three may be bad.
+            remedy: what a person can do, for the sentence: "Repair them".
         """
-        self._allowed, self._what, self._least = allowed, what, least
+        self._allowed, self._what, self._least, self._remedy = allowed, what, least, remedy
         self._lock = threading.Lock()
         self._bad: list[str] = []
         self.seen = self.bad = 0
@@ -56,5 +57,5 @@ class BadShare:
             raise TooManyBad(
                 f"{self.bad} of {self.seen} {self._what} could not be read, more than "
                 f"config.max_bad_share = {self._allowed:g} allows: {', '.join(self._bad)}{more}. "
-                "Repair or remove them, or allow more with --config.max_bad_share."
+                f"{self._remedy}, or allow more with --config.max_bad_share."
             )

@@ -6,7 +6,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines.clips import cut_episode
+from data_pipelines.bad_share import BadShare
+from data_pipelines.encoding.cutter import EpisodeCutter
+from data_pipelines.encoding.job import LEAST_EPISODES
+from data_pipelines.encoding.shard import count, say_skipped
 from data_pipelines.episode import Episode
 
 
@@ -17,24 +20,43 @@ def sample_clips(
     *,
     episodes_per_source: int,
     clips_per_episode: int,
+    max_bad_share: float = 0.05,
 ) -> Iterator[np.ndarray]:
     """Yields the clips of one episode at a time, evenly spread over every source.
+
+    Episodes that cannot be read are reported and left out, as in the encoding job.
 
     Args:
         sources: pairs of episodes and their dataset's config section.
         clip, policy_io: as for `encode_dataset`.
         episodes_per_source: episodes read from each source, evenly spaced.
         clips_per_episode: windows taken from each, evenly spaced.
+        max_bad_share: share of unreadable episodes among them that is too much.
 
     Yields:
         float32 [n, frames, h, w, 3] in [-1, 1].
+
+    Raises:
+        StreamMismatch: if a config does not fit its episodes.
+        TooManyBad: if more than `max_bad_share` cannot be read.
     """
-    chosen = [
-        (episodes, dataset, int(i))
+    bad = BadShare(max_bad_share, "sampled episodes", LEAST_EPISODES, "Repair them")
+    cutters = [
+        EpisodeCutter(episodes, dataset, clip, policy_io, None, None, 0.0)
         for episodes, dataset in sources
-        for i in np.linspace(0, len(episodes) - 1, min(episodes_per_source, len(episodes)))
     ]
-    for episodes, dataset, i in tqdm(chosen, desc="fit tokenizer", unit="episode"):
-        cuts = cut_episode(episodes[i], dataset, clip, policy_io)
-        rows = np.linspace(0, len(cuts.clips) - 1, clips_per_episode).astype(int)
-        yield cuts.frames[cuts.clips[np.unique(rows)]].astype(np.float32) / 127.5 - 1
+    chosen = [
+        (cut, int(i))
+        for cut in cutters
+        for i in np.linspace(0, len(cut.episodes) - 1, min(episodes_per_source, len(cut.episodes)))
+    ]
+    with tqdm(chosen, desc="fit tokenizer", unit="episode") as progress:
+        for cut, index in progress:
+            row, windows = cut(index)
+            say_skipped(row, progress)
+            count(row, bad)
+            rows = set(np.linspace(0, row["count"] - 1, clips_per_episode).astype(int))
+            clips = [frames for n, (frames, _) in enumerate(windows) if n in rows]
+            if clips:
+                yield np.stack(clips).astype(np.float32) / 127.5 - 1
+    bad.check()

@@ -9,7 +9,11 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.bad_share import BadShare
-from data_pipelines.normalization.per_embodiment import VECTORS, Normalizers
+from data_pipelines.normalization.per_embodiment import (
+    VECTORS,
+    Normalizers,
+    check_padding_is_told,
+)
 from data_pipelines.records.dataset import RecordDataset
 from data_pipelines.records.shard_reader import DamagedRecord
 from data_pipelines.selection import PerTask
@@ -57,7 +61,8 @@ def record_mixture(
         ValueError: if the datasets do not go together, or one has nothing in this split.
     """
     _check(datasets, weights, normalizers is not None)
-    bad = BadShare(max_bad_share, f"samples of the {split} split", LEAST_SAMPLES)
+    samples, remedy = f"samples of the {split} split", "Make those files again"
+    bad = BadShare(max_bad_share, samples, LEAST_SAMPLES, remedy)
     acting = [dataset for dataset in datasets if "actions" in dataset.shapes]
 
     def stream(dataset: RecordDataset) -> grain.MapDataset:
@@ -133,11 +138,8 @@ def _vectors(
     horizon, dim = dataset.shapes["actions"]
     learned = mask(parse(dataset.settings["dataset"]["action"], "action"), dim)
     learned = np.broadcast_to(learned, (horizon, dim)).astype(np.float32)
-    if mask_padding and "actions_padded" not in dataset.shapes:
-        raise ValueError(
-            f"The records of {dataset.name!r} do not tell which actions are padding; encode them "
-            "again, or set policy_io.action.mask_padding to False."
-        )
+    if mask_padding:
+        check_padding_is_told([dataset])
 
     def vectors(record: Window) -> Window:
         inside = learned

@@ -1,4 +1,6 @@
-"""Which episodes of a dataset are used: all, or few of every task to see what data is worth."""
+"""Which episodes of a dataset are used for what: its splits, and few of every task to see what data
+is worth.
+"""
 
 import hashlib
 import math
@@ -17,6 +19,12 @@ class Chosen(Protocol):
 
 
 Row = TypeVar("Row", bound=Chosen)
+
+
+def split_of(episode_id: str, validation_share: float) -> str:
+    """Of an episode: by md5 of its id (the release's stage 1), so that new data moves none."""
+    bucket = int(hashlib.md5(episode_id.encode()).hexdigest(), 16) % 10_000
+    return "validation" if bucket < round(validation_share * 10_000) else "train"
 
 
 def kept(total: int, per_task: PerTask) -> int:

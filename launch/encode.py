@@ -1,7 +1,8 @@
 """Encodes every dataset once into records of latents, text, actions and proprioception.
 
     python -m launch.encode --config=configs/quickstart.py
-    python -m launch.encode --config=... --only=text     # the text embeddings again, latents stay
+    python -m launch.encode --config=... --only=text      # the text embeddings again, latents stay
+    python -m launch.encode --config=... --retry_skipped  # episodes that were repaired since
 
 Run the same command again to go on where an earlier call was stopped. Several processes (also of
 several machines that share the folder) divide the work among them: start it in all of them, as
@@ -25,11 +26,16 @@ from mvjax.parallel import distributed
 
 CONFIG = config_flag()
 ONLY = flags.DEFINE_enum("only", "", ("", "text"), "Of finished records: what to make again.")
+RETRY = flags.DEFINE_bool(
+    "retry_skipped", False, "Make shards again that have skipped episodes which can be read now."
+)
 
 
 def main() -> None:
     """Writes `records` of every dataset, or their text embeddings."""
     config = CONFIG.value
+    if ONLY.value and RETRY.value:
+        raise ValueError("--only=text reads no episodes; give --retry_skipped in another call.")
     with distributed.initialized():
         if ONLY.value == "text":
             _texts(config)
@@ -60,8 +66,10 @@ def _records(config: ConfigDict) -> None:
             anchor_fps=dataset.anchor_fps,
             validation_share=config.validation_share,
             max_bad_share=config.max_bad_share,
+            retry_skipped=RETRY.value,
             process=jax.process_index(),
             processes=jax.process_count(),
+            meet=lambda: distributed.everywhere(True),
         )
         _tell(dataset.name, records)
 

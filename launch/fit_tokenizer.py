@@ -9,7 +9,7 @@ from data_pipelines.fit_tokenizer import sample_clips
 from data_pipelines.sources.open import open_config
 from launch.entry import config_flag, run
 from mvjax.clip import Clip
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
+from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_linear_tokenizer
 
 CONFIG = config_flag()
 
@@ -22,11 +22,21 @@ def main() -> None:
     if path.exists():
         print(f"{path} is already fitted.")
         return
+    if path.suffix != ".npz":  # the folder of a converted Wan VAE, which is not there yet
+        raise ValueError(
+            f"config.tokenizer is {path}: a linear tokenizer is fitted into a .npz file. For a Wan "
+            "VAE, convert it into that folder (docs/weights.md)."
+        )
     sources = [(open_config(dataset), dataset) for dataset in config.datasets.values()]
     clips = sample_clips(
-        sources, config.clip, config.policy_io, episodes_per_source=48, clips_per_episode=8
+        sources,
+        config.clip,
+        config.policy_io,
+        episodes_per_source=48,
+        clips_per_episode=8,
+        max_bad_share=config.max_bad_share,
     )
-    save_tokenizer(path, fit_linear_tokenizer(clips))
+    save_linear_tokenizer(path, fit_linear_tokenizer(clips))
 
 
 if __name__ == "__main__":

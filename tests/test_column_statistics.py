@@ -84,3 +84,34 @@ def test_percentiles_are_those_of_numpy():
         data = rng.normal(size=(n, 3))
         expected = np.percentile(data, np.linspace(0, 100, 1001), axis=0)
         np.testing.assert_allclose(compute_statistics(data)["percentiles"], expected, rtol=1e-12)
+
+
+@pytest.fixture
+def ending(tmp_path):
+    """A dataset whose third step is mostly padding, the fourth always, and its training records."""
+    padded = np.random.default_rng(0).random((120, 4)) < [0.0, 0.2, 0.9, 1.0]
+    dataset = make_records(tmp_path / "ending", 1, shards=5, actions_padded=padded)
+    return dataset, dataset.record_indices("train"), padded
+
+
+def test_what_is_not_learned_does_not_count(ending):
+    """With `mask_padding`; without, padded steps count, as in the release."""
+    dataset, indices, padded = ending
+    actions = dataset.columns("actions")["actions"]
+    made = make_normalizers([dataset], mask_padding=True)
+    ours, nearest = made.of().statistics["actions"], [0, 1, 2, 2]
+    for step in range(4):
+        inside = indices[~padded[indices, nearest[step]]]
+        theirs = compute_statistics(actions[inside, nearest[step]])
+        _assert_equal({name: value[..., step, :] for name, value in ours.items()}, theirs)
+    everything = make_normalizers([dataset])
+    _assert_equal(everything.of().statistics["actions"], compute_statistics(actions[indices]))
+    _assert_equal(made.of().statistics["proprio"], everything.of().statistics["proprio"])
+    assert made.fingerprint != everything.fingerprint
+
+
+def test_nothing_but_padding_is_an_error(tmp_path):
+    padded = np.ones((40, 4), bool)
+    dataset = make_records(tmp_path / "a", 1, records=40, actions_padded=padded)
+    with pytest.raises(ValueError, match="all actions are padding"):
+        make_normalizers([dataset], mask_padding=True)

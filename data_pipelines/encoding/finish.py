@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from data_pipelines.bad_share import BadShare
@@ -11,6 +11,8 @@ from data_pipelines.encoding.text_table import StoredTexts, TextEncoder, embed
 from data_pipelines.episode import Episode
 from data_pipelines.records.dataset import RecordDataset
 from data_pipelines.records.writer import write_json, write_texts
+
+REMEDY = "Repair them and encode with --retry_skipped"
 
 
 def finish(
@@ -30,7 +32,7 @@ def finish(
         max_bad_share: share of unreadable episodes that is too much.
     """
     name = settings["dataset"]["name"]
-    bad = BadShare(max_bad_share, f"episodes of {name!r}", settings["episodes"] + 1)
+    bad = BadShare(max_bad_share, f"episodes of {name!r}", settings["episodes"] + 1, REMEDY)
     rows, skipped, first = [], [], 0
     texts: dict[str, int] = {}  # distinct instructions; here -> an episode that has it
     shards = list_shards(path, settings)
@@ -87,7 +89,7 @@ def encode_texts(
     path = Path(path)
     plan, manifest = path / "plan.json", path / "manifest.json"
     settings = json.loads(plan.read_text()) if plan.exists() else None
-    if settings is None or not all(is_finished(shard) for shard in list_shards(path, settings)):
+    if settings is None or not all(map(is_finished, list_shards(path, settings))):
         raise ValueError(f"{path} is not finished; encode without --only first.")
     if settings["identity"]["text_encoder"] != identity:
         settings["identity"]["text_encoder"] = identity
@@ -98,7 +100,15 @@ def encode_texts(
     return finish(path, settings, text_encoder, episodes)
 
 
-def list_shards(path: Path, settings: Mapping[str, int]) -> list[Path]:
-    """The files that hold so many episodes."""
-    shards = -(-settings["episodes"] // settings["episodes_per_shard"])
-    return [path / f"shard_{number:05d}.arrayrecord" for number in range(shards)]
+def list_shards(path: Path, settings: Mapping[str, int]) -> dict[Path, range]:
+    """The files of a plan, in order, and the numbers of the episodes in each."""
+    size, episodes = settings["episodes_per_shard"], settings["episodes"]
+    return {
+        path / f"shard_{number:05d}.arrayrecord": range(first, min(first + size, episodes))
+        for number, first in enumerate(range(0, episodes, size))
+    }
+
+
+def is_complete(path: Path, shards: Iterable[Path]) -> bool:
+    """Whether nothing is left to do: a manifest outlives none of its shards (`shard.forget`)."""
+    return (path / "manifest.json").exists() and all(map(is_finished, shards))

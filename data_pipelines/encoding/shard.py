@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.bad_share import BadShare
+from data_pipelines.records.columns import read_columns
 from data_pipelines.records.writer import RecordWriter, write_npz
 
 _READ_AHEAD = 2  # episodes decoded while the accelerator is busy with earlier ones
@@ -37,8 +38,13 @@ def is_finished(shard: Path) -> bool:
 
 def finished_rows(shard: Path) -> list[Row]:
     """The episodes of a finished shard."""
-    with np.load(shard.with_suffix(".npz")) as columns:
-        return json.loads(str(columns["rows"]))
+    return json.loads(str(read_columns(shard, "rows")["rows"]))
+
+
+def forget(shard: Path) -> None:
+    """Makes a shard unfinished; the folder, too, until the job has made it again."""
+    (shard.parent / "manifest.json").unlink(missing_ok=True)
+    shard.with_suffix(".npz").unlink(missing_ok=True)
 
 
 def encode_shard(
@@ -69,8 +75,7 @@ def encode_shard(
     def windows() -> Iterator[Window]:
         for row, cuts in _read_ahead(cut, indices):
             rows.append(row)
-            if "reason" in row:
-                progress.write(f"skipped episode {row['id']}: {row['reason']}", file=sys.stderr)
+            say_skipped(row, progress)
             count(row, bad)
             yield from cuts
             progress.update()
@@ -95,6 +100,12 @@ def count(row: Row, bad: BadShare) -> None:
         bad.is_bad(row["id"], row["reason"])
     else:
         bad.good()
+
+
+def say_skipped(row: Row, progress: tqdm) -> None:
+    """Names a bad episode on the screen."""
+    if "reason" in row:
+        progress.write(f"skipped episode {row['id']}: {row['reason']}", file=sys.stderr)
 
 
 def _read_ahead(cut: Cut, indices: range) -> Iterator[tuple[Row, Iterator[Window]]]:

@@ -72,10 +72,14 @@ def load_normalizers(path: Path) -> Normalizers:
 
 
 def data_fingerprint(
-    datasets: Sequence[RecordDataset], episodes_per_task: PerTask = None, seed: int = 0
+    datasets: Sequence[RecordDataset],
+    episodes_per_task: PerTask = None,
+    seed: int = 0,
+    mask_padding: bool = False,
 ) -> str:
-    """Identity of the statistics of these datasets, known before they are made."""
+    """Identity of the statistics that `make_normalizers` makes, known before they are made."""
     identity = [*(dataset.fingerprint for dataset in datasets), f"{episodes_per_task} {seed}"]
+    identity += ["mask_padding"] * mask_padding
     return hashlib.sha256("/".join(identity).encode()).hexdigest()
 
 
@@ -83,6 +87,8 @@ def make_normalizers(
     datasets: Sequence[RecordDataset],
     episodes_per_task: PerTask = None,
     seed: int = 0,
+    mask_padding: bool = False,
+    *,
     scratch: Path | None = None,
 ) -> Normalizers:
     """Statistics of actions and proprioception over the training windows of every embodiment.
@@ -94,9 +100,18 @@ def make_normalizers(
         datasets: those with actions and proprio.
         episodes_per_task: as in `record_mixture`, so that statistics see what training sees.
         seed: as in `record_mixture`.
+        mask_padding: as in `record_mixture`: action steps that are not learned do not count either.
+            Proprioception is what the network sees, repeated or not, so all of it counts.
         scratch: a folder to work in, from which a stopped call goes on; removed at the end.
+
+    Raises:
+        ValueError: if datasets of one embodiment are normalised differently, or have no windows for
+            training, or with `mask_padding` do not tell what is padding.
     """
-    fingerprint = data_fingerprint(datasets, episodes_per_task, seed)
+    choice = (episodes_per_task, seed, mask_padding)
+    if mask_padding:
+        check_padding_is_told(datasets)
+    fingerprint = data_fingerprint(datasets, *choice)
     temporary = scratch is None
     scratch = Path(tempfile.mkdtemp()) if temporary else Path(scratch)
     if not temporary and scratch.exists() and not (scratch / fingerprint).exists():
@@ -109,16 +124,28 @@ def make_normalizers(
         for number, name in enumerate(names):
             ours = [dataset for dataset in datasets if dataset.embodiment == name]
             sources = [(d, d.record_indices("train", episodes_per_task, seed)) for d in ours]
+            folder = scratch / str(number)
             statistics = {
-                key: column_statistics(sources, key, scratch / str(number)) for key in VECTORS
+                "actions": column_statistics(sources, "actions", folder, padding=not mask_padding),
+                "proprio": column_statistics(sources, "proprio", folder),
             }
-            own = data_fingerprint(ours, episodes_per_task, seed)
+            own = data_fingerprint(ours, *choice)
             result[name] = Normalizer(statistics, _modes(ours), own)
         shutil.rmtree(scratch)
     finally:
         if temporary:
             shutil.rmtree(scratch, ignore_errors=True)
     return Normalizers(result, fingerprint)
+
+
+def check_padding_is_told(datasets: Sequence[RecordDataset]) -> None:
+    """Raises ValueError if records were made before they told which actions are padding."""
+    for dataset in datasets:
+        if "actions" in dataset.shapes and "actions_padded" not in dataset.shapes:
+            raise ValueError(
+                f"The records of {dataset.name!r} do not tell which actions are padding; encode "
+                "them again, or set policy_io.action.mask_padding to False."
+            )
 
 
 def _modes(datasets: Sequence[RecordDataset]) -> dict[str, Mode | tuple[Mode, ...]]:

@@ -12,7 +12,6 @@ A record is packed by `codec`; `writer` writes the files.
 """
 
 import json
-import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -22,6 +21,7 @@ import numpy as np
 
 from data_pipelines import selection
 from data_pipelines.records.codec import decode_record
+from data_pipelines.records.columns import read_columns
 from data_pipelines.records.shard_reader import DamagedRecord, ShardReader
 
 
@@ -65,7 +65,7 @@ class RecordDataset:
         file = self.path / "manifest.json"
         if not file.exists():
             state = "is not finished" if (self.path / "plan.json").exists() else "holds no records"
-            raise FileNotFoundError(f"{self.path} {state}: run the encoding job on it first.")
+            raise FileNotFoundError(f"{self.path} {state}: run launch.encode first.")
         manifest = json.loads(file.read_text())
         self.settings: dict = manifest["settings"]
         self.name: str = self.settings["dataset"]["name"]
@@ -150,17 +150,8 @@ class RecordDataset:
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def _columns(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
-        """Of each shard; {} for one whose episodes were all skipped."""
-        for shard in self._shards:
-            file = shard.with_suffix(".npz")
-            try:
-                with np.load(file) as columns:
-                    yield {name: columns[name] for name in names if "anchor" in columns}
-            except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
-                raise ValueError(
-                    f"{file} is damaged ({type(error).__name__}: {error}); delete it and run the "
-                    "encoding job again"
-                ) from error
+        """Of each shard; {} for one whose episodes were all skipped, which has none."""
+        return (read_columns(shard, *names) for shard in self._shards)
 
     def record_indices(
         self,

@@ -1,0 +1,104 @@
+"""Two robots and videos without actions, encoded, trained in both stages, and each one's policy."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from encode_toys import SIZE, episode, random_tokenizer
+from tiny_stages import quick_compiles, tiny_config
+
+from data_pipelines.encoding.job import encode_dataset
+from data_pipelines.normalization.normalizer import compute_statistics
+from data_pipelines.records.dataset import RecordDataset
+from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
+from mvjax.models.linear_tokenizer import save_linear_tokenizer
+from mvjax.policy.load import load_policy
+from mvjax.policy.observation import Observation
+from mvjax.policy.sampling import Sampling
+from mvjax.training.run import run
+
+# What their actions and states are in: metres here, millimetres around another origin there.
+UNITS = {"arm": dict(scale=1.0), "giant": dict(scale=1000.0, offset=500.0)}
+
+
+def _config(stage, folder):
+    config = tiny_config(stage, steps=2, sample_every=0, ema_decay=0.0)
+    robot = dict(config.datasets.robot, video="front", anchor_fps=20.0, weight=1.0)
+    robot |= dict(action="action", proprio="state")
+    config.datasets = {
+        name: dict(robot, name=name, embodiment=name, records=str(folder / name)) for name in UNITS
+    }
+    nothing = dict(action="", proprio="")
+    config.datasets.human = dict(
+        robot, name="human", embodiment="human", records=str(folder / "human"), **nothing
+    )
+    config.tokenizer = str(folder / "tokenizer.npz")
+    if stage == "action":
+        config.backbone.checkpoint = str(folder / "video")
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with the records of the three, and a directory of either stage."""
+    folder = tmp_path_factory.mktemp("embodiments")
+    save_linear_tokenizer(folder / "tokenizer.npz", random_tokenizer())
+    config = _config("video", folder)
+    tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
+    text_encoder, text_identity = load_text_encoder(config)
+    for number, (name, dataset) in enumerate(config.datasets.items()):
+        encode_dataset(
+            [episode(10 * number + i, **UNITS.get(name, {"acting": False})) for i in range(2)],
+            dataset,
+            config.clip,
+            config.policy_io,
+            tokenizer,
+            text_encoder,
+            dataset.records,
+            identity={"tokenizer": tokenizer_identity, "text_encoder": text_identity},
+            batch_size=16,
+            anchor_fps=dataset.anchor_fps,
+            validation_share=0.0,
+        )
+    with quick_compiles():
+        for stage in ("video", "action"):
+            run(_config(stage, folder), folder / stage)
+    return folder
+
+
+def _policy(folder, embodiment):
+    config = _config("action", folder)
+    config.embodiment = embodiment
+    return load_policy(config, folder / "action", Sampling(video_steps=2, action_steps=2), 1)
+
+
+def test_each_policy_reads_and_answers_in_its_own_units(folder, quickly):
+    """In the same situation, told in either's units, both decide the same and say it in theirs."""
+    rng = np.random.default_rng(0)
+    frames = rng.integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+    situation, decided = rng.uniform(-1, 1, (1, 4)), {}
+    policies = {name: _policy(folder, name) for name in UNITS}
+    for name, policy in policies.items():
+        policy = replace(policy, model=policies["arm"].model)  # equal, and compiled once
+        statistics, records = policy.normalizer.statistics, RecordDataset(folder / name)
+        for key in ("actions", "proprio"):
+            theirs = compute_statistics(records.columns(key)[key])
+            for which, values in statistics[key].items():
+                np.testing.assert_allclose(values, theirs[which], rtol=1e-6)
+        proprio = policy.normalizer.unnormalize("proprio", situation)
+        (chunk,) = policy.plan([Observation(frames, proprio, "open the drawer")])
+        mean, spread = (statistics["actions"][which] for which in ("mean_clamped", "std_clamped"))
+        decided[name] = (chunk - mean) / spread
+    assert np.abs(decided["arm"]).max() > 0.1
+    np.testing.assert_allclose(decided["giant"], decided["arm"], atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("embodiment", "said"),
+    [("", "say which is meant"), ("human", "there is none of 'human'")],
+)
+def test_a_policy_of_several_must_be_told_whose_it_is(folder, embodiment, said):
+    sentence = f"the embodiments arm, giant; {said} \\(--config.embodiment=NAME\\)"
+    with pytest.raises(ValueError, match=sentence) as error:
+        _policy(folder, embodiment)
+    assert "\n" not in str(error.value)

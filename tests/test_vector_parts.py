@@ -1,0 +1,125 @@
+"""How a config describes a vector, and what is said when it is wrong."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+from vector_streams import HZ, TIMES, N, read_parts
+
+from data_pipelines.episode import Stream
+from data_pipelines.normalization.normalizer import Mode
+from data_pipelines.vectors.parts import dims, mask, modes, parse
+from data_pipelines.vectors.vector import StreamMismatch, read
+
+
+def test_widths_and_modes():
+    parts = parse(
+        (
+            dict(stream="eef", represent="pose", normalize="SQUASH"),
+            dict(stream="joints"),
+            dict(pad=2),
+            dict(stream="rotation rotvec", represent="rotation", rotation="rotvec"),
+            dict(stream="grip", represent="gripper", closed=0, open=1, normalize="IDENTITY"),
+        )
+    )
+    assert dims(parts, 25) == (9, 7, 2, 6, 1)
+    expected = [Mode.SQUASH] * 3 + [Mode.IDENTITY] * 6 + [Mode.VARIANCE] * 7 + [Mode.IDENTITY] * 9
+    assert modes(parts, 25) == tuple(expected)
+    assert mask(parts, 25).tolist() == [True] * 16 + [False] * 2 + [True] * 7
+    with pytest.raises(ValueError, match=r"says 18 dimensions, but the parts have eef 9, joints 1"):
+        dims(parts, 18)
+    with pytest.raises(ValueError, match=r"says 8 dimensions, but the parts have eef 9$"):
+        dims(parts[:1], 8)
+    with pytest.raises(ValueError, match=r"parts \['joints', 'action'\] are unknown.*`columns`"):
+        dims(parse((dict(stream="joints"), dict(stream="action"))), 14)
+
+
+def test_a_description_survives_a_config_and_json():
+    described = (dict(stream="eef", represent="pose"), dict(stream="action", columns=(0, 1)))
+    config = ConfigDict(dict(action=described))
+    stored = json.loads(config.to_json())["action"]
+    assert parse(config.action) == parse(stored) == parse(described)
+    assert parse((ConfigDict(described[0]),)) == parse(described[:1])
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (dict(stream="a", frob=1), r"values has no \['frob'\]; it takes"),
+        (dict(stream="a", represent="6d"), "represent must be one of values, .* got '6d'"),
+        (dict(represent="pose"), r"pose also needs \['stream'\]"),
+        (dict(stream="a", represent="delta"), r"delta also needs \['base'\]"),
+        (dict(stream="a", represent="gripper", closed=0), r"also needs \['open'\]"),
+        (dict(stream="a", represent="gripper", closed=0, open=0), "closed and open must differ"),
+        (dict(stream="a", represent="gripper", closed="0", open=1), "closed must be a number"),
+        (dict(stream="a", represent="rotation"), r"needs \['rotation'\]"),
+        (
+            dict(stream="a", represent="rotation", rotation="rpy"),
+            "rotation must be one of matrix, .*'rpy'",
+        ),
+        (dict(stream="a", base="b"), r"values has no \['base'\]"),
+        (dict(stream="a", columns=3), "columns must be different whole numbers"),
+        (dict(stream="a", columns=(1, 1)), "columns must be different whole numbers"),
+        (dict(stream="a", columns=(0.5,)), "columns must be different whole numbers"),
+        (dict(stream="a", columns=()), "columns must be different whole numbers"),
+        (
+            dict(stream="a", represent="rotation", rotation="rotvec", columns=(1, 2)),
+            "rotation rotvec is stored in 3 numbers",
+        ),
+        (dict(stream="a", represent="pose", columns=(1, 2, 3)), "pose .*in 16 numbers"),
+        (dict(stream=("a", "b")), "two streams are the position and the rotation of a pose"),
+        (dict(stream=("a", "b"), represent="pose"), "they need `rotation`"),
+        (dict(stream=("a", "b", "c"), represent="pose", rotation="rotvec"), "stream must be"),
+        (dict(stream=""), "stream must be a stream's name"),
+        (dict(stream="a", interpolation="pose"), "interpolation of values must be one of nearest"),
+        (
+            dict(stream="a", represent="pose", interpolation="linear"),
+            "interpolation of pose must be one of",
+        ),
+        (dict(stream="a", normalize="MINMAX"), "normalize must be one of VARIANCE, .* 'MINMAX'"),
+        (
+            dict(stream="a", represent="rotation", rotation="rotvec", normalize="VARIANCE"),
+            r"has no \['normalize'\]",
+        ),
+        (dict(pad=0), "pad must be a number of dimensions, got 0"),
+        (dict(pad=3, stream="a"), r"pad has no \['stream'\]"),
+        (dict(stream="a", shift="soon"), "shift must be a number"),
+    ],
+)
+def test_wrong_parts_are_explained(part, message):
+    with pytest.raises(ValueError, match=rf"^part 1 of action, .*{message}") as error:
+        parse((dict(stream="fine"), part), "action")
+    assert "\n" not in str(error.value)
+
+
+def test_wrong_descriptions_are_explained():
+    for given in (dict(stream="a"), ("a", "b"), 3):
+        with pytest.raises(ValueError, match="action must be a stream's name or"):
+            parse(given, "action")
+
+
+@pytest.mark.parametrize(
+    ("part", "dim", "message"),
+    [
+        (dict(stream="nose"), 3, "'nose'"),
+        (dict(stream="joints"), 6, "stream 'joints' has 7 dimensions, but policy_io says 6"),
+        (dict(stream="joints", columns=(0, 7)), 2, "has 7 dimensions, so no column 7"),
+        (dict(stream="joints", represent="pose"), 9, "'joints' has 7 dimensions, .* says 16"),
+        (dict(stream="joints", represent="delta", base="position"), 7, "'position' has 3 dim"),
+        (dict(stream="label"), 1, "'label' is a camera or text"),
+        (dict(stream=("joints", "rotation rotvec"), represent="pose", rotation="rotvec"), 9, "7"),
+    ],
+)
+def test_streams_that_do_not_fit_are_named(part, dim, message):
+    with pytest.raises(StreamMismatch, match=message):
+        read_parts(part, dim=dim)
+
+
+def test_what_is_no_rotation_is_an_error_of_the_episode():
+    episode = {"q": Stream(TIMES, np.zeros((N, 4)))}
+    part = dict(stream="q", represent="rotation", rotation="quaternion_xyzw")
+    with pytest.raises(ValueError, match=re.compile("zero norm", re.IGNORECASE)) as error:
+        read(parse((part,)), episode, TIMES[:1], 6, horizon=1, fps=HZ)
+    assert not isinstance(error.value, StreamMismatch)
