@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.benchmark_files import NO_POLICY, VIDEO_ONLY, NumberShards
 from data_pipelines.clips import cut_episode
-from data_pipelines.episode import Episode, Stream
+from data_pipelines.episode import Episode
 from data_pipelines.loader import make_loader
 from data_pipelines.normalization.column_statistics import column_statistics
 from data_pipelines.records.dataset import RecordDataset
@@ -150,9 +150,8 @@ def decoding_speed(videos: Sequence[Path], rounds: int, threads: int) -> Pair:
 
 
 def _cut(path: Path) -> int:
-    video = VideoFile(path)
-    stream = Stream(video.timestamps, video)
-    episode = Episode(path.stem, "benchmark", "none", ("",), {"video": stream}, ("video",))
+    streams = {"video": VideoFile(path).stream()}
+    episode = Episode(path.stem, "benchmark", "none", ("",), streams, ("video",))
     return len(cut_episode(episode, VIDEO_ONLY, _CLIP, NO_POLICY, 1.0).frames)
 
 

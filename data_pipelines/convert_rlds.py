@@ -158,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     try:
         folder = convert_rlds(args.source, args.out, args.leave_out_damaged)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     counts = ", ".join(f"{name}: {len(files)} episodes" for name, files in folder.splits.items())
     print(f"{folder.path} is complete ({counts})")

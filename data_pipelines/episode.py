@@ -72,7 +72,7 @@ class Episode:
         id: unique within its source and the same at every opening.
         source: the dataset's name.
         embodiment: the body that acts ("metaworld_sawyer", "human", ...).
-        instructions: one or more descriptions of what happens.
+        instructions: one or more descriptions of what happens; ("",) where there is none.
         streams: the dataset's own feature names -> signals; a common time axis.
         cameras: the streams that are video.
         embeddings: where the dataset stores them, an instruction's text embedding, float [n, d]

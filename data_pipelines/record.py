@@ -1,4 +1,4 @@
-"""Record demonstrations of scripted experts in simulation.
+r"""Record demonstrations of scripted experts in simulation.
 
     python -m data_pipelines.record --out data/robot --kind robot \
         --tasks drawer-open-v3,door-open-v3 --episodes 24

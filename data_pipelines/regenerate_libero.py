@@ -1,4 +1,4 @@
-"""Play LIBERO's demonstrations again, as mimic-video's release prepares them.
+r"""Play LIBERO's demonstrations again, as mimic-video's release prepares them.
 
     python -m data_pipelines.regenerate_libero --source datasets/libero_spatial \
         --out data/libero_spatial_regenerated

@@ -2,7 +2,7 @@
 
 import os
 import threading
-from bisect import bisect_left, bisect_right
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -10,20 +10,12 @@ from pathlib import Path
 
 import av
 import numpy as np
-from av.video.reformatter import VideoReformatter
 
-from data_pipelines.episode import NANOSECONDS
-from data_pipelines.video_index import (
-    FileRange,
-    VideoIndex,
-    VideoPlace,
-    open_video,
-    read_index,
-    unreadable,
-)
+from data_pipelines.episode import NANOSECONDS, Stream
+from data_pipelines.video_decoder import Decoder
+from data_pipelines.video_index import FileRange, VideoIndex, VideoPlace, read_index
 
 GOP = 10  # a keyframe every 10 frames: any frame costs at most 10 decodes, at ~1.3x the size
-DECODE_ON = 8  # frames that are cheaper to decode and drop than to seek over
 INDICES_KEPT = 256  # files whose frame lists a pool remembers
 
 
@@ -114,7 +106,7 @@ class VideoPool:
         self._max_open = max_open
         self._lock = threading.Lock()
         self._indices: OrderedDict[VideoPlace, _IndexOnce] = OrderedDict()
-        self._decoders: OrderedDict[VideoPlace, _Decoder] = OrderedDict()
+        self._decoders: OrderedDict[VideoPlace, Decoder] = OrderedDict()
 
     def __reduce__(self):
         return VideoPool, (self._max_open,)
@@ -132,7 +124,7 @@ class VideoPool:
         """Frames at increasing presentation times of one file: uint8 [k, h, w, 3]."""
         index = self.index(path)
         with self._lock:
-            decoder = self._decoders.pop(path, None) or _Decoder(path, index)
+            decoder = self._decoders.pop(path, None) or Decoder(path, index)
             self._decoders[path] = decoder  # most recent last
             surplus = []
             while len(self._decoders) > self._max_open:
@@ -183,6 +175,18 @@ class VideoFile:
         scale, half = NANOSECONDS * base.numerator, base.denominator // 2
         return np.array([((p - pts[0]) * scale + half) // base.denominator for p in pts], np.int64)
 
+    def stream(self) -> Stream:
+        """The frames with their times.
+
+        Raises:
+            ValueError: as at any first use, or if two frames have the same time.
+        """
+        times = self.timestamps
+        try:
+            return Stream(times, self)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from None
+
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3]."""
         pts = self._frames()
@@ -221,79 +225,3 @@ class VideoFile:
             return bisect_left(index.pts, limit / index.time_base)
         half = (index.pts[-1] - index.pts[0]) / max(len(index.pts) - 1, 1) / 2
         return bisect_left(index.pts, seconds / index.time_base - half)
-
-
-class _Decoder:
-    """One open file; goes on decoding where it stopped when that is cheaper than a seek."""
-
-    def __init__(self, path: VideoPlace, index: VideoIndex):
-        self._path = path
-        self._index = index
-        self._lock = threading.Lock()
-        self._container = None
-        self._to_rgb = VideoReformatter()  # keeps its tables from frame to frame
-        self.seeks = 0
-
-    def read(self, pts: list[int]) -> np.ndarray:
-        with self._lock:
-            try:
-                if self._container is None:
-                    self._open()
-                first = self._frame(pts[0])
-                frames = np.empty((len(pts), *first.shape), np.uint8)
-                frames[0] = first
-                for place, p in enumerate(pts[1:], 1):
-                    frame = self._frame(p)
-                    if frame.shape != first.shape:
-                        reason = f"frames of {first.shape[:2]} and of {frame.shape[:2]}"
-                        raise ValueError(unreadable(self._path, reason))
-                    frames[place] = frame  # the only copy
-                return frames
-            except av.FFmpegError as error:
-                self._close()
-                raise ValueError(unreadable(self._path, error)) from error
-
-    def close(self) -> None:
-        with self._lock:
-            self._close()
-
-    def _close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-            self._container = None
-
-    def _open(self) -> None:
-        self._container = open_video(self._path)
-        self._stream = self._container.streams.video[0]
-        self._stream.codec_context.thread_count = 1  # the loader's own threads fill the cores
-        self._decoded = self._container.decode(self._stream)
-        self._last: av.VideoFrame | None = None
-
-    def _frame(self, pts: int) -> np.ndarray:
-        if self._last is None or self._last.pts != pts:
-            self._advance(pts)
-        picture = self._to_rgb.reformat(self._last, format="rgb24")
-        plane, width = picture.planes[0], picture.width
-        rows = np.frombuffer(plane, np.uint8).reshape(picture.height, plane.line_size)
-        return rows[:, : 3 * width].reshape(picture.height, width, 3)
-
-    def _advance(self, pts: int) -> None:
-        index = self._index
-        last = self._last.pts if self._last is not None else index.pts[0] - 1
-        key = index.keyframes[max(bisect_right(index.keyframes, pts) - 1, 0)]
-        ahead = bisect_left(index.pts, key) - bisect_right(index.pts, last)
-        if pts < last or ahead > DECODE_ON:
-            self._container.seek(key, stream=self._stream, backward=True)
-            self._decoded = self._container.decode(self._stream)
-            self.seeks += 1
-        for frame in self._decoded:
-            if frame.pts is not None and frame.pts >= pts:
-                self._last = frame
-                break
-        else:
-            self._close()
-            raise ValueError(unreadable(self._path, "it ends before its own frame list does"))
-        if self._last.pts != pts:
-            found = self._last.pts
-            self._close()
-            raise ValueError(unreadable(self._path, f"frame at {pts} is missing, next is {found}"))

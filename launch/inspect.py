@@ -17,11 +17,11 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipelines.inspection.dataset import Inspection, inspect_dataset
+from data_pipelines.inspection.dataset import Inspection, inspect_dataset, inspect_path
 from data_pipelines.inspection.page import write_page
 from data_pipelines.inspection.records import inspect_records, is_records
 from data_pipelines.inspection.text import describe
-from data_pipelines.sources.open import FORMATS, detect, open_config, open_dataset
+from data_pipelines.sources.open import FORMATS, detect, open_config
 from launch.entry import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Take DATASET from this configuration.")
@@ -35,6 +35,8 @@ STRICT = flags.DEFINE_bool("strict", False, "Exit with 1 if there is any problem
 
 def main(dataset: str) -> None:
     """Prints what was found."""
+    if OUT.value and Path(OUT.value).is_dir():
+        raise ValueError(f"--out must be an .html file, but {OUT.value} is a folder.")
     found = _inspect(dataset)
     print(describe(found))
     if OUT.value:
@@ -48,20 +50,18 @@ def main(dataset: str) -> None:
 
 
 def _inspect(dataset: str) -> Inspection:
-    path = Path(dataset)
+    path, how = Path(dataset), dict(limit=EPISODES.value, thorough=THOROUGH.value)
     if CONFIG.value is not None:
         sections = CONFIG.value.datasets
         if dataset not in sections:
             raise ValueError(
                 f"the configuration has no dataset {dataset!r}; it has {', '.join(sections)}."
             )
-        episodes, format = open_config(sections[dataset]), sections[dataset].format
-    elif is_records(path):
+        episodes = open_config(sections[dataset])
+        return inspect_dataset(episodes, dataset, sections[dataset].format, **how)
+    if is_records(path):
         return inspect_records(path, thorough=THOROUGH.value)
-    else:
-        format = FORMAT.value or detect(path)
-        episodes = open_dataset(format, path, path.resolve().name, "unknown", _options())
-    return inspect_dataset(episodes, dataset, format, limit=EPISODES.value, thorough=THOROUGH.value)
+    return inspect_path(path, FORMAT.value or detect(path), _options(), **how)
 
 
 def _options() -> dict[str, Any]:

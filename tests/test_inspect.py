@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.episode import Episode, LazyEpisodes, Stream
-from data_pipelines.inspection.dataset import inspect_dataset
+from data_pipelines.inspection.dataset import inspect_dataset, inspect_path
 from data_pipelines.inspection.page import write_page
 from data_pipelines.inspection.records import inspect_records, is_records
 from data_pipelines.inspection.text import describe
@@ -99,7 +99,7 @@ def test_faults_of_videos_are_found_and_named(videos):
         "unreadable video": ["number 5"],
         "frozen video": ["frozen"],
         "black video": ["black"],
-        "empty instruction": ["silent"],
+        "no instruction": ["silent"],
         "two or fewer samples": ["short"],
     }
     (unreadable,) = found.problems_by_kind()["unreadable video"]
@@ -148,6 +148,17 @@ def test_missing_files_leave_the_rest_readable(robot):
     found = _inspect("lerobot", robot)
     assert _kinds(found)["missing file"] == ["number 1"]
     assert found.readable == 3
+
+
+def test_a_dataset_of_unknown_rate_is_looked_at_all_the_same():
+    found = inspect_path(ROOT / "tests/fixtures/rlds/arm/1.0.0", "rlds", {})
+    assert found.readable == 4
+    assert dict(found.facts)["rate"] == "unknown; a step is shown as one second"
+    (problem,) = found.problems_by_kind()["unknown rate"]
+    assert "set dataset.options.fps" in problem.text
+    found = inspect_path(ROOT / "tests/fixtures/rlds/arm/1.0.0", "rlds", {"fps": 10})
+    assert "unknown rate" not in found.problems_by_kind()
+    assert found.streams["steps/action"].rate == pytest.approx(10)
 
 
 def _episode(name, times, shape=(2,), video=None):
@@ -267,6 +278,19 @@ def test_records_that_are_not_finished_are_looked_at(records):
     assert "not finished" in dict(found.facts)["format"]
     assert dict(found.facts)["shards"] == "1 of 2 finished"
     assert found.instructions == {"open": 1, "close": 1} and found.readable == 2
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_records_without_words_are_named(records, finished):
+    if finished:
+        write_texts(records / "texts.npz", ["open", " "], np.ones((2, 3, 4)))
+    else:
+        (records / "manifest.json").unlink()
+        with np.load(records / "shard_00000.npz") as columns:
+            kept = dict(columns)
+        rows = str(kept.pop("rows")).replace('"close"', '""')
+        write_npz(records / "shard_00000.npz", rows=np.asarray(rows), **kept)
+    assert _kinds(inspect_records(records))["no instruction"] == ["b"]
 
 
 def test_a_corrupt_record_is_named(records):

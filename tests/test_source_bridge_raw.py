@@ -72,6 +72,19 @@ def tree(tmp_path):
     return tmp_path
 
 
+def test_folders_that_lie_elsewhere_are_followed_once(tree, tmp_path_factory):
+    """As where a part of the dataset has moved to another disk."""
+    ids = [episode.id for episode in open_it(tree)]
+    site = tree / "rss"
+    moved = tmp_path_factory.mktemp("disk") / "moved"
+    site.rename(moved)
+    site.symlink_to(moved)
+    (moved / "toykitchen2/back").symlink_to(tree)  # which would never end
+    (tree / "twice").symlink_to(moved)
+    assert recognises(tree)
+    assert [episode.id for episode in open_it(tree)] == ids
+
+
 def test_trajectories_are_read_without_their_idle_first_step(tree):
     assert recognises(tree) and recognises(tree / DATE)
     episodes = open_it(tree)

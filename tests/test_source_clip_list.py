@@ -219,7 +219,7 @@ def test_something_something(tmp_path):
     assert shown(episodes[0]) == list(range(24))
     with pytest.raises(ValueError, match=r"entry 2: .*42326\.webm: not a readable video"):
         episodes[1]
-    with pytest.raises(ValueError, match="entry 3: damaged"):
+    with pytest.raises(ValueError, match="entry 3: the entry is no object with names"):
         episodes[2]
 
 

@@ -111,7 +111,13 @@ def test_a_broken_pair_leaves_the_others_usable(folder):
     with h5py.File(task / "13.hdf5", "a") as file:
         del file["transforms/leftHand"]
         file["transforms/leftHand"] = np.zeros((COUNT, 3))
-    (task / ".14.mp4").touch()
+    for number, key in ((14, "transforms/leftHand"), (15, "camera/intrinsic")):
+        write_pair(task / str(number), 7, llm_description="Odd.")
+        with h5py.File(task / f"{number}.hdf5", "a") as file:
+            del file[key]
+            file.create_group(key)
+    write_pair(task / "16", 7, llm_description=5)
+    (task / ".17.mp4").touch()
     episodes = open_it(root)
     for index, message in enumerate(
         [
@@ -121,12 +127,15 @@ def test_a_broken_pair_leaves_the_others_usable(folder):
             r"11\.hdf5 has poses of \[9\] frames and the video 40",
             r"12\.hdf5 has no attribute 'description'",
             r"13\.hdf5 has transforms/leftHand of shape \[9, 3\]; \['N', 4, 4\] is expected",
+            r"14\.hdf5: transforms/leftHand is no array of numbers",
+            r"15\.hdf5: camera/intrinsic is no array of numbers",
+            r"16\.hdf5: the attribute 'llm_description' is .*5.*, which is no text",
         ]
     ):
         with pytest.raises(ValueError, match=message):
             episodes[index]
-    assert episodes[6].instructions == ("Pour.",)
-    assert len(episodes) == 7
+    assert episodes[9].instructions == ("Pour.",)
+    assert len(episodes) == 10
 
 
 def test_what_is_no_egodex_says_why(tmp_path):

@@ -107,6 +107,20 @@ def test_an_episode_written_by_zarr_2_is_read_exactly():
     )
 
 
+def test_neighbouring_pictures_are_unpacked_once(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr")
+    frames = open_it(path)[0].streams["workspace_rgb"].values
+    expected = stored()["workspace_rgb"]
+    np.testing.assert_array_equal(frames.read([0, 1]), expected[:2])
+    (path / "workspace_rgb/0.0.0.0").unlink()  # so that what is read now was kept
+    np.testing.assert_array_equal(frames.read([64, 2]), expected[[64, 2]])
+    np.testing.assert_array_equal(frames.store.rows("workspace_rgb", np.array([3])), expected[3:4])
+    sent = pickle.loads(pickle.dumps(frames))
+    for reader in (sent, frames):
+        with pytest.raises(ValueError, match=r"chunk 0\.0\.0\.0 is missing"):
+            reader.read([66, 0])
+
+
 def test_safetensors_hold_the_same_and_latents_are_left_out(tmp_path):
     write_safetensors(tmp_path / "a/b/traj0.safetensors")
     save_file({"encoded_text": np.ones((3, 4))}, tmp_path / "unrelated.bin")
@@ -240,6 +254,14 @@ def test_broken_safetensors_and_text_are_named(tmp_path):
     episodes = open_it(tmp_path)
     with pytest.raises(ValueError, match=r"a\.safetensors.* not UTF-8 text \(byte 6 is 0xdf\)"):
         episodes[0]
+    for wrong, message in (
+        ({"language_instruction": np.zeros((1, 5), np.float32)}, r"float32 \[1, 5\] is no text"),
+        ({"language_embedding": np.ones(5, np.float16)}, r"float16 \[5\] is no embedding"),
+    ):
+        write_safetensors(path, **wrong)
+        with pytest.raises(ValueError, match=rf"^{path} \(language_\w+\): {message}"):
+            episodes[0]
+    write_safetensors(path)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"a\.safetensors: "):
         episodes[0]

@@ -108,6 +108,13 @@ def test_the_rate_is_the_files_unless_it_is_given(tmp_path):
     assert rate(write_libero(tmp_path / "slow", env_args=slow)) == 10
     assert rate(write_libero(tmp_path / "none", env_args="{}")) == 20
     assert rate(write_libero(tmp_path / "over", env_args=slow), fps=30) == pytest.approx(30)
+    assert rate(write_libero(tmp_path / "odd", env_args='{"env_kwargs": 5}')) == 20
+    for wrong in (-5, "fast"):
+        args = json.dumps({"env_kwargs": {"control_freq": wrong}})
+        with pytest.raises(
+            ValueError, match=rf"_demo\.hdf5: control_freq is {wrong!r}.*option fps"
+        ):
+            rate(write_libero(tmp_path / f"wrong {wrong}", env_args=args))
 
 
 def test_the_instruction_is_the_files_or_the_names(tmp_path):
@@ -119,6 +126,8 @@ def test_the_instruction_is_the_files_or_the_names(tmp_path):
     assert instruction(nothing) == ("close the top drawer",)
     spelt = json.dumps({"language_instruction": list('"close it"')})
     assert instruction(write_libero(tmp_path / "a", scene, problem_info=spelt)) == ("close it",)
+    number = write_libero(tmp_path / "n", scene, problem_info='{"language_instruction": 5}')
+    assert instruction(number) == ("close the top drawer",)
     named = write_libero(tmp_path / "b")
     assert instruction(named, instruction_style="release") == ("put the bowl on the plate.",)
     assert instruction(named, instruction="lift") == ("lift",)
@@ -179,8 +188,9 @@ def test_a_broken_file_costs_only_its_own_episodes(tmp_path):
         (lambda d: d.__delitem__("actions"), "demo_1 has no array `actions`"),
         (lambda d: d.attrs.__setitem__("num_samples", 50), "should have 50 samples but has 5"),
         (lambda d: d.pop("actions") and d.create_dataset("actions", (0, 7), "f8"), "is empty"),
+        (lambda d: d.file.pop(d.name) and d.file.create_dataset("data/demo_1", 3, "f4"), "no gr"),
     ],
-    ids=["short observation", "no actions", "cut off", "empty"],
+    ids=["short observation", "no actions", "cut off", "empty", "an array"],
 )
 def test_a_demonstration_that_contradicts_itself_is_named(tmp_path, damage, message):
     path = write_libero(tmp_path)

@@ -64,6 +64,13 @@ def test_a_broken_episode_leaves_the_others_usable(folder):
     assert episodes[3].instructions == ("with a mark",)
 
 
+def test_a_caption_that_is_no_file_is_named(folder):
+    (folder / "metas/a.txt").unlink()
+    (folder / "metas/a.txt").mkdir()
+    with pytest.raises(ValueError, match=r"a\.txt: the text cannot be read \(Is a directory\)"):
+        open_it(folder)[0]
+
+
 def test_cameras_share_a_caption_without_their_number(folder):
     for camera in range(2):
         os.link(folder / "video/a.mp4", folder / f"video/pick{camera}.mp4")

@@ -115,7 +115,7 @@ def test_a_broken_sample_leaves_the_others_usable(tmp_path, video):
             r"latin\.txt: not UTF-8 text \(byte 2 is 0xef\)",
             r"picture has no video, only \['jpg', 'txt'\]",
             r"half\.mp4: not a readable video",
-            r"field\.json has no text 'caption', but \['text'\]; name the field",
+            r"field\.json has no text under 'caption' \(it has \['text'\]\); name the field",
             r"bad\.json: not JSON",
         ]
     ):
@@ -151,6 +151,23 @@ def test_a_tar_that_is_cut_off_keeps_what_it_still_has(tmp_path, video):
     (tmp_path / "a.tar").write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])
     with pytest.raises(ValueError, match=rf"damaged at byte {third} .*1 and all samples after it"):
         open_it(tmp_path / "a.tar")[1]
+
+
+def test_a_shard_that_holds_nothing_or_is_none_is_counted_and_named(tmp_path, video):
+    whole = write_tar(tmp_path / "a.tar", {"x.mp4": video, "x.txt": b"x"}).read_bytes()
+    (tmp_path / "b.tar").write_bytes(bytes(10_240))
+    # What a downloader leaves that takes the whole space at its beginning.
+    (tmp_path / "c.tar").write_bytes(whole.rstrip(b"\0") + bytes(2 << 20))
+    (tmp_path / "d.tar").mkdir()
+    episodes = open_it(tmp_path)
+    assert (len(episodes), episodes[0].id) == (4, "a/x")
+    for index, message in (
+        (1, r"b\.tar: the tar holds no samples"),
+        (2, r"c\.tar: the tar is empty from byte \d+ on; x and all samples after it are lost"),
+        (3, r"d\.tar: the shard cannot be read \(Is a directory\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            episodes[index]
 
 
 def test_compressed_shards_are_refused_with_what_to_do(tmp_path, video):

@@ -5,9 +5,11 @@ episode that cannot be read is a finding and never stops the inspection.
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -15,6 +17,8 @@ from tqdm import tqdm
 from data_pipelines.episode import Episode
 from data_pipelines.inspection.episode import look_at
 from data_pipelines.inspection.found import Problem, SeenEpisode, SeenStream
+from data_pipelines.sources.open import open_dataset
+from data_pipelines.sources.rlds import UnknownRate
 
 _SAMPLED = 24  # episodes whose frames are decoded, unless all are
 _SHOWN = 12  # of these, on the page
@@ -114,6 +118,38 @@ def inspect_dataset(
         ("embodiment", ", ".join(sorted(embodiments)) or "unknown"),
         ("frames", "every frame decoded" if thorough else f"{len(decoded)} episodes sampled"),
     ]
+    return found
+
+
+def inspect_path(
+    path: Path,
+    format: str,
+    options: Mapping[str, Any],
+    *,
+    limit: int = 1000,
+    thorough: bool = False,
+) -> Inspection:
+    """Opens a dataset and looks at it, also where training would refuse it for want of `fps`.
+
+    Args:
+        path: its folder or file.
+        format: of `sources.open.FORMATS`.
+        options: of this format.
+        limit, thorough: of `inspect_dataset`.
+
+    Raises:
+        ValueError: if it cannot be opened.
+    """
+    name, unknown = path.resolve().name, None
+    try:
+        episodes = open_dataset(format, path, name, "unknown", options)
+    except UnknownRate as error:  # what is seen helps to find it
+        episodes = open_dataset(format, path, name, "unknown", {**options, "fps": 1.0})
+        unknown = Problem("unknown rate", ALL, f"{error} (--option=fps=... here)")
+    found = inspect_dataset(episodes, str(path), format, limit=limit, thorough=thorough)
+    if unknown:
+        found.facts.append(("rate", "unknown; a step is shown as one second"))
+        found.problems.append(unknown)
     return found
 
 

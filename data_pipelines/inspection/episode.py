@@ -7,7 +7,7 @@ import av
 import numpy as np
 
 from data_pipelines.episode import NANOSECONDS, Episode, Stream
-from data_pipelines.inspection.found import Sample, SeenEpisode, SeenStream, rate_of
+from data_pipelines.inspection.found import Problem, Sample, SeenEpisode, SeenStream, rate_of
 from data_pipelines.inspection.video import look_at_video
 
 GAP_PERIODS = 1.5  # a longer step between neighbouring samples is a gap
@@ -35,7 +35,7 @@ def look_at(
         return seen
     seen.id, seen.embodiment = episode.id, episode.embodiment
     seen.instructions = tuple(episode.instructions)
-    _check_instructions(seen)
+    seen.problems += check_instructions(seen.id, seen.instructions)
     sample = Sample() if decode else None
     for name, stream in episode.streams.items():
         try:
@@ -53,10 +53,11 @@ def look_at(
 
 # Sources say in words what is wrong; these are the words people count by. The first one counts.
 _KINDS = {
+    "file that was not downloaded": r"git lfs",
+    "missing file": r"(is|are) missing|no such file|not complete",
     "text in another encoding": r"utf-8|codec can't decode",
     "unreadable video": r"readable video|no frames between|avcodec|avformat",
     "refused pickle": r"pickle",
-    "missing file": r"(is|are) missing|no such file|not complete",
     "timestamps that do not increase": r"strictly increase",
     "without any sample": r"needs at least one value",
 }
@@ -75,13 +76,18 @@ def _text(error: Exception) -> str:
     return words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}"
 
 
-def _check_instructions(seen: SeenEpisode) -> None:
-    if not seen.instructions:
-        seen.complain("no instruction", "it has no instruction")
-    elif not all(text.strip() for text in seen.instructions):
-        seen.complain("empty instruction", "an instruction is empty")
-    elif any("\ufffd" in text for text in seen.instructions):
-        seen.complain("text in another encoding", f"characters were lost: {seen.instructions}")
+def check_instructions(episode: str, texts: Sequence[str]) -> list[Problem]:
+    """What is wrong with the instructions of an episode."""
+    empty = sum(not text.strip() for text in texts)
+    if empty == len(texts):
+        return [Problem("no instruction", episode, "training gives it the empty text")]
+    found = []
+    if empty:
+        found.append(Problem("empty instruction", episode, f"{empty} of {len(texts)}"))
+    if any("\ufffd" in text for text in texts):
+        lost = f"characters were lost: {list(texts)}"
+        found.append(Problem("text in another encoding", episode, lost))
+    return found
 
 
 def _check_times(seen: SeenEpisode, episode: Episode) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.inspection.dataset import ALL, Inspection
+from data_pipelines.inspection.episode import check_instructions
 from data_pipelines.inspection.found import Problem, SeenStream
 from data_pipelines.records.dataset import RecordDataset
 
@@ -40,12 +41,12 @@ def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
     found = Inspection(str(path), length_unit="windows")
     found.lengths = [row.count for row in dataset.episodes if row.count]
     found.readable = len(found.lengths)
+    found.problems += [Problem(_SKIPPED, row["id"], row["reason"]) for row in dataset.skipped]
     for row in dataset.episodes:
         if row.count:
-            found.instructions.update({dataset.instructions[i] for i in row.instructions})
-    found.problems += [Problem(_SKIPPED, row["id"], row["reason"]) for row in dataset.skipped]
-    if not all(text.strip() for text in found.instructions):
-        found.problems.append(Problem("empty instruction", ALL, "some windows have an empty one"))
+            texts = {dataset.instructions[i] for i in row.instructions}
+            found.instructions.update(texts)
+            found.problems += check_instructions(row.id, tuple(texts))
     splits = Counter()
     for row in dataset.episodes:
         splits[row.split] += row.count
@@ -66,7 +67,10 @@ def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
 
 
 def _unfinished(path: Path) -> Inspection:
-    plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
+    try:
+        plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}/plan.json is damaged ({error}); encode it again") from error
     found = Inspection(str(path), length_unit="windows")
     for file in sorted(path.glob("shard_*.npz")):
         try:
@@ -81,6 +85,7 @@ def _unfinished(path: Path) -> Inspection:
             elif row["count"]:
                 found.lengths.append(row["count"])
                 found.instructions.update(set(row["instructions"]))
+                found.problems += check_instructions(row["id"], row["instructions"])
     found.readable = len(found.lengths)
     done, each = len(list(path.glob("shard_*.npz"))), plan.get("episodes_per_shard")
     total = f" of {-(-plan['episodes'] // each)}" if each and "episodes" in plan else ""

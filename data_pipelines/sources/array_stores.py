@@ -17,11 +17,13 @@ import numcodecs
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from data_pipelines.unreadable import reason
+
 # What may unpack a chunk. numcodecs knows others, and one of them is pickle: using it would be
 # executing the dataset (only the newest versions refuse that themselves).
 CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta"}
 _BYTES = "vlen-bytes"
-_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, SafetensorError)
+_FAULTS = (OSError, ValueError, KeyError, TypeError, RuntimeError, ArithmeticError, SafetensorError)
 
 
 class ArrayStore(Protocol):
@@ -248,4 +250,7 @@ def _named(path: Path, key: str = "") -> Iterator[None]:
     try:
         yield
     except _FAULTS as error:
-        raise ValueError(f"{path}{f' ({key})' if key else ''}: {error}") from error
+        if str(error).startswith(str(path)):
+            raise
+        where = f"{path} ({key})" if key else path
+        raise ValueError(f"{where}: {reason(path, error)}") from error

@@ -60,7 +60,8 @@ def open_bridge_raw(
         embodiment: the robot, becomes `Episode.embodiment`.
         fps: steps per second, evenly spaced; None takes the recorded times (about 5 per second).
         cameras: the image folders to read, e.g. ("images0",) as mimic-video; None for all.
-        instruction_style: "stored", or "release" for the labels that mimic-video kept and repaired.
+        instruction_style: "stored", or "release" for the labels that mimic-video kept and repaired;
+            a trajectory without a label, or whose label it dropped, has the instruction "".
 
     Raises:
         ValueError: if an option is unknown, or there are no trajectories.

@@ -19,7 +19,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipelines.episode import Episode, LazyEpisodes, Stream
+from data_pipelines.episode import Episode, LazyEpisodes
 from data_pipelines.sources.clip_list_layouts import LAYOUTS, Layout, find_layout
 from data_pipelines.sources.clip_list_rows import LIST_SUFFIXES, read_rows, undecodable
 from data_pipelines.video import VideoFile, VideoPool
@@ -55,7 +55,7 @@ def open_clip_list(
     layout: str = "auto",
     columns: Mapping[str, str] | None = None,
     videos: str = "",
-    fps: float = 0.0,
+    fps: float | None = None,
     narration_seconds: float = 4.0,
 ) -> Sequence[Episode]:
     """Open a list of clips; the videos are read when an episode is asked for.
@@ -69,7 +69,7 @@ def open_clip_list(
             those of `Layout`.
         videos: the folder that the file names are relative to; "" is the layout's, which for a
             list of one's own is the list's folder.
-        fps: rate that frame numbers count in; 0 takes the row's own. Times need none.
+        fps: rate that frame numbers count in; None takes the row's own. Times need none.
         narration_seconds: length of a clip around an Ego4D narration, which is one instant.
 
     Raises:
@@ -94,7 +94,8 @@ def open_clip_list(
         why = f"number {clips[0].number}: {clips[0].fault}" if clips else "it is empty"
         raise ValueError(f"{path} has no usable clip among {len(clips)} lines; {why}")
     folder = Path(videos) if videos else path.parent / chosen.videos
-    dataset = _Dataset(path, name, embodiment, clips, _repeats(clips), folder, Fraction(str(fps)))
+    rate = None if fps is None else Fraction(str(fps))
+    dataset = _Dataset(path, name, embodiment, clips, _repeats(clips), folder, rate)
     return LazyEpisodes(len(clips), dataset.load)
 
 
@@ -126,7 +127,7 @@ class _Dataset:
     clips: list[_Clip]
     repeats: dict[int, int]  # index of a clip -> how many of the same name come before it
     videos: Path
-    fps: Fraction
+    fps: Fraction | None
     pool: VideoPool = field(default_factory=VideoPool)
 
     def load(self, index: int) -> Episode:
@@ -137,7 +138,7 @@ class _Dataset:
             start, end = _part(clip, self.fps)
             timed = bool(clip.start or clip.end)
             video = VideoFile(self.videos / clip.file, start, end, self.pool, exact=timed)
-            stream = Stream(video.timestamps, video)
+            stream = video.stream()
         except ValueError as error:
             what = "entry" if self.path.suffix.lower() == ".json" else "line"
             raise ValueError(f"{self.path}, {what} {clip.number}: {error}") from None
@@ -184,7 +185,7 @@ def _repeats(clips: list[_Clip]) -> dict[int, int]:
     return repeats
 
 
-def _part(clip: _Clip, fps: Fraction) -> tuple[Fraction, Fraction | None]:
+def _part(clip: _Clip, fps: Fraction | None) -> tuple[Fraction, Fraction | None]:
     """Start and end, seconds; exact, as the decimals that were written."""
     if clip.start or clip.end or not (clip.start_frame or clip.end_frame):
         start = _seconds(clip.start) if clip.start else Fraction(0)

@@ -56,14 +56,15 @@ def _json_entries(path: Path, text: str, narration_seconds: float) -> Iterator[R
         raise ValueError(f"{path}: not a JSON file ({error}); copy it again") from None
     if isinstance(content, dict):
         videos = content.get("videos")
-        content = ego4d_rows(videos if isinstance(videos, dict) else content, narration_seconds)
-    elif not isinstance(content, list):
+        rows = ego4d_rows(videos if isinstance(videos, dict) else content, narration_seconds)
+    elif isinstance(content, list):
+        fault = "the entry is no object with names"
+        rows = (row if isinstance(row, dict) else fault for row in content)
+    else:
         raise ValueError(
             f"{path}: a JSON list of clips is expected, not a {type(content).__name__}"
         )
-    for number, row in enumerate(content, 1):
-        known = isinstance(row, dict | str)
-        yield number, row if known else "the entry is no object with names"
+    yield from enumerate(rows, 1)
 
 
 def _json_object(line: str) -> dict[str, Any] | str:

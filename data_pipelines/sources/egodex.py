@@ -18,11 +18,12 @@ import h5py
 import numpy as np
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
+from data_pipelines.sources.hdf5_frames import named_faults
 from data_pipelines.sources.text import decode_text
 from data_pipelines.video import VideoFile, VideoPool
 
 FPS = 30
-CAMERA = "video"
+CAMERA, INTRINSIC = "video", "camera/intrinsic"
 TOLERANCE_FRAMES = FPS // 2  # by which poses and video may differ in length
 _DEEPEST = 2  # folders between the dataset's and the files: part and task
 
@@ -75,16 +76,11 @@ class _Dataset:
         if not poses.is_file():
             raise ValueError(f"{poses}: the poses are missing; copy the file again")
         video = VideoFile(stem.with_suffix(".mp4"), pool=self.pool)
-        streams = {CAMERA: Stream(video.timestamps, video)}
-        try:
-            with h5py.File(poses) as file:
-                numbers = _read_numbers(file, poses)
-                instruction = _description(file.attrs, poses)
-        except OSError as error:  # h5py's, for anything that is wrong in the file
-            raise ValueError(
-                f"{poses}: not a readable HDF5 file ({error}); copy it again"
-            ) from None
-        lengths = {len(values) for key, values in numbers.items() if key != "camera/intrinsic"}
+        streams = {CAMERA: video.stream()}
+        with named_faults(poses), h5py.File(poses) as file:
+            numbers = _read_numbers(file, poses)
+            instruction = _description(file.attrs, poses)
+        lengths = {len(values) for key, values in numbers.items() if key != INTRINSIC}
         if len(lengths) != 1 or abs(lengths.pop() - len(video)) > TOLERANCE_FRAMES:
             found = sorted({len(values) for values in numbers.values()} - {1})
             raise ValueError(
@@ -122,18 +118,24 @@ def _files(folder: Path, deeper: int) -> Iterator[Path]:
 def _read_numbers(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
     numbers = {}
     for group, shape in (("transforms", (4, 4)), ("confidences", ())):
-        for joint, values in file.get(group, {}).items():
-            if values.shape[1:] != shape:
-                raise ValueError(
-                    f"{path} has {group}/{joint} of shape {list(values.shape)}; "
-                    f"{['N', *shape]} is expected"
-                )
-            numbers[f"{group}/{joint}"] = values[()]
-    if not numbers:
+        for joint in file.get(group, ()):
+            numbers[f"{group}/{joint}"] = _read_array(file, f"{group}/{joint}", shape, path)
+    if not any(map(len, numbers.values())):
         raise ValueError(f"{path} holds no transforms; it is no EgoDex file, or cut off")
-    if "camera/intrinsic" in file:
-        numbers["camera/intrinsic"] = file["camera/intrinsic"][()][None]
+    if INTRINSIC in file:
+        numbers[INTRINSIC] = _read_array(file, INTRINSIC, (3,), path)[None]
     return numbers
+
+
+def _read_array(file: h5py.File, key: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
+    array = file[key]
+    if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiu":
+        raise ValueError(f"{path}: {key} is no array of numbers; copy the file again")
+    if array.shape[1:] != shape:
+        raise ValueError(
+            f"{path} has {key} of shape {list(array.shape)}; {['N', *shape]} is expected"
+        )
+    return array[()]
 
 
 def _description(attributes: h5py.AttributeManager, path: Path) -> str:
@@ -141,7 +143,10 @@ def _description(attributes: h5py.AttributeManager, path: Path) -> str:
 
     def text(key: str) -> str:
         value = attributes.get(key, "")
-        return (decode_text(value, path) if isinstance(value, bytes) else str(value)).strip()
+        text = decode_text(value, path) if isinstance(value, bytes) else value
+        if not isinstance(text, str):
+            raise ValueError(f"{path}: the attribute {key!r} is {value!r}, which is no text")
+        return text.strip()
 
     if text("llm_type") == "reversible" and text("which_llm_description") == "2":
         key = "llm_description2"

@@ -9,6 +9,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 
+from data_pipelines.unreadable import reason
+
 FLIPS = {
     "none": np.s_[:],
     "vertical": np.s_[:, ::-1],
@@ -37,23 +39,29 @@ class Hdf5Pool:
         Raises:
             ValueError: if it cannot be read, also where that shows only inside the `with`.
         """
-        with self._lock:
-            try:
-                file = self._files.pop(path, None) or _open(path)
-                self._files[path] = file  # most recent last
-                while len(self._files) > self._max_open:
-                    self._files.popitem(last=False)[1].close()
-                yield file
-            except FileNotFoundError as error:
-                raise ValueError(f"{path}: the file is missing; copy it again") from error
-            except UnicodeDecodeError as error:
-                raise ValueError(
-                    f"{path} holds text that is not UTF-8 ({error}); write it as UTF-8"
-                ) from error
-            except (OSError, KeyError, RuntimeError) as error:  # as h5py reports damage
-                raise ValueError(
-                    f"{path}: not a readable HDF5 file ({error}); copy or write it again"
-                ) from error
+        with self._lock, named_faults(path):
+            file = self._files.pop(path, None) or _open(path)
+            self._files[path] = file  # most recent last
+            while len(self._files) > self._max_open:
+                self._files.popitem(last=False)[1].close()
+            yield file
+
+
+@contextmanager
+def named_faults(path: Path) -> Iterator[None]:
+    """What h5py raises where a file is damaged becomes a ValueError that names the file."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: the file is missing; copy it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{path} holds text that is not UTF-8 ({error}); write it as UTF-8"
+        ) from error
+    except (OSError, KeyError, RuntimeError) as error:
+        raise ValueError(
+            f"{path}: not a readable HDF5 file ({reason(path, error)}); copy or write it again"
+        ) from error
 
 
 def _open(path: Path) -> h5py.File:

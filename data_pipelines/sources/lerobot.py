@@ -168,7 +168,7 @@ class _Dataset:
                     f"{video.path}: {len(video)} of the {len(times)} frames of episode "
                     f"{place.number} are there; copy or encode it again"
                 )
-            streams[key] = Stream(video.timestamps, video)
+            streams[key] = video.stream()
         return Episode(
             id=f"episode_{place.number:06d}",
             source=self.name,
@@ -208,4 +208,11 @@ def _timestamps(table: pa.Table, fps: float, path: Path) -> np.ndarray:
     tolerance = max(TOLERANCE_S, float(np.spacing(stored.max())))
     stored = stored.astype(np.float64)
     seconds = regular if np.abs(stored - regular).max() < tolerance else stored
-    return np.round(seconds * NANOSECONDS).astype(np.int64)
+    if not np.isfinite(seconds).all():
+        raise ValueError(f"{path}: timestamp holds NaN or infinity; record the episode again")
+    times = np.round(seconds * NANOSECONDS).astype(np.int64)
+    try:
+        Stream(times, times)
+    except ValueError as error:  # here it is known of which file
+        raise ValueError(f"{path}: {error}") from None
+    return times

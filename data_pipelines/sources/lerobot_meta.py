@@ -60,14 +60,15 @@ def read_info(path: Path) -> dict:
         )
         whole = whole and isinstance(info.get("data_path"), str) and info.get("fps", 0) > 0
         whole = whole and isinstance(info.get("total_episodes"), int)
+        whole = whole and (isinstance(info.get("video_path"), str) or not video_features(info))
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{file} is damaged ({type(error).__name__}: {error}); copy it again"
         ) from error
     if not whole:
         raise ValueError(
-            f"{file} must say fps, data_path, total_episodes, and the dtype and shape of every "
-            "feature; copy or convert the dataset again"
+            f"{file} must say fps, data_path, total_episodes, video_path where there are videos, "
+            "and the dtype and shape of every feature; copy or convert the dataset again"
         )
     return info
 

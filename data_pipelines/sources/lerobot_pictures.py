@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from data_pipelines.sources.lerobot_rows import Span
+from data_pipelines.unreadable import reason
 
 BATCH = 32  # rows in memory beside those wanted: a row group can hold a million pictures
 
@@ -112,5 +113,7 @@ def _read_column(path: Path, key: str, span: Span) -> list[dict]:
                 if start >= stop:
                     break
     except (OSError, pa.ArrowException) as error:
-        raise ValueError(f"{path}: not a readable parquet file ({error}); copy it again") from error
+        raise ValueError(
+            f"{path}: not a readable parquet file ({reason(path, error)}); copy it again"
+        ) from error
     return rows

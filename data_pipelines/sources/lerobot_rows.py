@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_pipelines.unreadable import reason
+
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index")
 
 
@@ -56,7 +58,7 @@ class Rows:
                 return self._read(path, episode)
         except (OSError, pa.ArrowException) as error:
             raise ValueError(
-                f"{path}: not a readable parquet file ({error}); copy it again"
+                f"{path}: not a readable parquet file ({reason(path, error)}); copy it again"
             ) from error
 
     def _read(self, path: Path, episode: int) -> tuple[pa.Table, list[Span]]:
@@ -93,7 +95,7 @@ def as_array(table: pa.Table, key: str, shape: Sequence[int], path: Path) -> np.
     """A column as [n, *shape], in the dataset's own number format.
 
     Raises:
-        ValueError: if values are missing or have another shape; it names the file `path`.
+        ValueError: if values are missing, no numbers or of another shape; it names the file `path`.
     """
     column = table[key].combine_chunks()
     missing = column.null_count
@@ -107,16 +109,21 @@ def as_array(table: pa.Table, key: str, shape: Sequence[int], path: Path) -> np.
             f"but has {len(column) - missing}; record or convert the episode again"
         )
     # A copy, so that a few rows do not keep their whole row group in memory.
-    return np.array(column.to_numpy(zero_copy_only=False)).reshape(table.num_rows, *shape)
+    array = np.array(column.to_numpy(zero_copy_only=False)).reshape(table.num_rows, *shape)
+    if array.dtype.kind not in "biuf":
+        raise ValueError(f"{path}: {key} holds {column.type}, not numbers; convert it again")
+    return array
 
 
 def _describe(path: Path, columns: Sequence[str]) -> _File:
     metadata = pq.read_metadata(path)
-    names = metadata.schema.to_arrow_schema().names
-    if missing := [column for column in columns if column not in names]:
+    schema = metadata.schema.to_arrow_schema()
+    if missing := [column for column in columns if column not in schema.names]:
         raise ValueError(
             f"{path} has no columns {missing}, which meta/info.json says it has; convert it again"
         )
+    if not pa.types.is_integer(schema.field("episode_index").type):
+        raise ValueError(f"{path}: episode_index is no whole number; convert the dataset again")
     paths = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
     place = paths.index("episode_index")
     least, most = [], []

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.sources.lerobot_meta import Listing, Place, video_features
+from data_pipelines.unreadable import reason
 
 
 def read_listing(path: Path, info: dict) -> Listing:
@@ -28,8 +29,8 @@ def read_listing(path: Path, info: dict) -> Listing:
     table = _read_episodes(path, faults)
     numbers = table["episode_index"].to_numpy()
     order = np.argsort(numbers, kind="stable")
-    last = np.append(np.diff(numbers[order]) > 0, True)  # of several rows for one episode
-    order = order[last]
+    # Of several rows for one episode the last.
+    order = order[np.append(np.diff(numbers[order]) > 0, True)[: len(order)]]
     files = _Files(path, info, table.take(order).combine_chunks())
     return Listing(numbers[order].tolist(), files.place, _read_tasks(path, faults), faults)
 
@@ -68,13 +69,16 @@ def _read_episodes(path: Path, faults: list[str]) -> pa.Table:
             table = pq.read_table(file, columns=names)
             tables.append(table.cast(table.schema.remove_metadata()))
         except (OSError, pa.ArrowException) as error:
-            faults.append(f"{file} is damaged: {error}")
+            faults.append(f"{file} is damaged: {reason(file, error)}")
     if not tables:
         found = "; ".join(faults) or "no parquet files under meta/episodes"
         raise ValueError(f"{path} is not complete: {found}; copy it again")
     table = pa.concat_tables(tables, promote_options="permissive")
     if missing := {"episode_index", "length"} - set(table.column_names):
         raise ValueError(f"{path}/meta/episodes has no {sorted(missing)}; convert it again")
+    index = table["episode_index"]
+    if not pa.types.is_integer(index.type) or index.null_count:
+        raise ValueError(f"{path}/meta/episodes: not every episode_index is a whole number")
     return table
 
 
@@ -86,5 +90,5 @@ def _read_tasks(path: Path, faults: list[str]) -> dict[int, str]:
         text = next(n for n in table.column_names if n != "task_index")
         return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
     except (KeyError, OSError, StopIteration, UnicodeDecodeError, pa.ArrowException) as error:
-        faults.append(f"{file} cannot be read: {error}")
+        faults.append(f"{file} cannot be read: {reason(file, error)}")
         return {}

@@ -90,7 +90,7 @@ class _Dataset:
             id=self.ids[index],
             source=self.name,
             embodiment=self.embodiment,
-            instructions=tuple(dict.fromkeys(instructions)),
+            instructions=tuple(dict.fromkeys(instructions)) or ("",),
             streams={key: _stream(store, key, shapes[key], key in cameras) for key in keys},
             cameras=tuple(cameras),
             embeddings=_embeddings(store, instructions) if EMBEDDING in shapes else {},
@@ -99,15 +99,14 @@ class _Dataset:
 
 def _stream(store: ArrayStore, key: str, shape: tuple[int, ...], camera: bool) -> Stream:
     times = store.read(key + TIMES)
+    if camera:
+        store.check(key)
+    values = StoredFrames(store, key, shape[0]) if camera else store.read(key)
     if times.dtype.kind == "f":  # the newer release's Bridge: seconds times 1e9
         times = np.round(times)
     try:
         with np.errstate(invalid="raise"):
-            times = times.astype(np.int64)
-        if not camera:
-            return Stream(times, store.read(key))
-        store.check(key)
-        return Stream(times, StoredFrames(store, key, shape[0]))
+            return Stream(times.astype(np.int64), values)
     except (ValueError, FloatingPointError) as error:
         raise ValueError(f"{store.path} ({key}): {error}") from error
 
@@ -118,15 +117,22 @@ def _is_camera(store: ArrayStore, key: str, shape: tuple[int, ...]) -> bool:
 
 def _instructions(store: ArrayStore) -> tuple[str, ...]:
     """One per row: byte strings, or the newer release's rows of bytes."""
-    rows = store.read(INSTRUCTION)
+    rows, where = store.read(INSTRUCTION), f"{store.path} ({INSTRUCTION})"
     if rows.dtype == np.uint8:
-        rows = [row.tobytes() for row in np.atleast_2d(rows)]
-    return tuple(decode_text(bytes(row), f"{store.path} ({INSTRUCTION})") for row in rows)
+        rows = [row.tobytes().rstrip(b"\0") for row in np.atleast_2d(rows)]
+    if not all(isinstance(row, bytes) for row in rows):
+        raise ValueError(f"{where}: {rows.dtype} {list(rows.shape)} is no text")
+    return tuple(decode_text(row, where) for row in rows)
 
 
 def _embeddings(store: ArrayStore, instructions: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The rows of the tokens, without the zeros that fill up to 512."""
     stored = store.read(EMBEDDING)
+    if stored.ndim < 2 or stored.dtype.kind != "f":
+        raise ValueError(
+            f"{store.path} ({EMBEDDING}): {stored.dtype} {list(stored.shape)} is no embedding; "
+            "[n, tokens, width] is expected"
+        )
     found = {}
     for instruction, rows in zip(instructions, stored.reshape(-1, *stored.shape[-2:])):
         used = np.flatnonzero(rows.any(axis=-1))

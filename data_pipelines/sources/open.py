@@ -1,5 +1,6 @@
 """Open a dataset by the name of its format, or find out which format it has."""
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,6 +78,11 @@ def open_dataset(
         raise ValueError(
             f"dataset {name!r}: the format {format!r} has no options {sorted(unknown)}; it has "
             f"{sorted(known) or 'none'}"
+        )
+    fps = options.get("fps")
+    if fps is not None and not (isinstance(fps, int | float) and 0 < fps < math.inf):
+        raise ValueError(
+            f"dataset {name!r}: the option fps is {fps!r}; give a number above 0, per second"
         )
     return opener(Path(path), name=name, embodiment=embodiment, **options)
 

@@ -4,8 +4,8 @@ Read without TensorFlow, from TFRecord and from ArrayRecord files alike: an epis
 found by its offset and checked by its checksum. Streams carry the dataset's own names
 ("steps/observation/state", "steps/action", or "steps/action/<key>" where the action is a dict).
 
-RLDS keeps no timestamps, so steps are 1 / `fps` apart. Depth, text and values of which a step has
-any number are no streams.
+RLDS has no place for timestamps or a frame rate, so steps are 1 / `fps` apart. Depth, text and
+values of which a step has any number are no streams.
 """
 
 import zlib
@@ -18,13 +18,21 @@ import numpy as np
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
 from data_pipelines.sources.rlds_example import Values, parse_example
 from data_pipelines.sources.rlds_features import Feature, read_features
-from data_pipelines.sources.rlds_folder import RecordFiles, open_folder, version_folders
+from data_pipelines.sources.rlds_folder import (
+    PreparedFolder,
+    RecordFiles,
+    open_folder,
+    version_folders,
+)
 from data_pipelines.sources.rlds_frames import ArrayFrames, EncodedFrames
 from data_pipelines.sources.text import decode_text
 
-# Steps per second by the beginning of a dataset's name: DROID, RT-1, OpenVLA's LIBERO.
-KNOWN_FPS = {"droid": 15.0, "fractal": 3.0, "libero": 20.0}
-DEFAULT_FPS = 5.0  # BridgeData V2
+# Steps per second by the beginning of a dataset's name: BridgeData V2, DROID, RT-1, LIBERO.
+KNOWN_FPS = {"bridge": 5.0, "droid": 15.0, "fractal": 3.0, "libero": 20.0}
+
+
+class UnknownRate(ValueError):
+    """Nothing says how many steps a second of this dataset has."""
 
 
 def recognises(path: Path) -> bool:
@@ -48,14 +56,14 @@ def open_rlds(
         name: of the dataset, becomes `Episode.source`.
         embodiment: the robot, becomes `Episode.embodiment`.
         split: "train", "val", ...
-        fps: steps per second, which RLDS does not store. None means `KNOWN_FPS` by the dataset's
-            own name, and for all others 5, as in BridgeData V2, which may be wrong.
+        fps: steps per second; may be left out for the datasets of `KNOWN_FPS`.
         instruction: full name of the text to take; "" takes every text that has "instruction" in
-            its name. Empty texts are dropped; an episode can have several. An embedding kept
+            its name. An episode can have several; empty ones are left out. An embedding kept
             beside a text ("language_embedding" beside "language_instruction") goes with it as one
             row; those of Bridge and Open X-Embodiment are sentence embeddings, not T5's.
 
     Raises:
+        UnknownRate: if `fps` is left out and the dataset's own name is not of `KNOWN_FPS`.
         ValueError: if it is no such dataset, or has no such split or text.
     """
     folder = open_folder(path)
@@ -67,12 +75,21 @@ def open_rlds(
             f"{[key for key in features if features[key].kind == 'text']}; set "
             "dataset.options.instruction"
         )
-    if fps is None:
-        known = [rate for start, rate in KNOWN_FPS.items() if folder.name.startswith(start)]
-        fps = known[0] if known else DEFAULT_FPS
     records = folder.split(split)
-    opened = _Split(records, split, name, embodiment, float(fps), features, texts)
+    rate = _known_rate(folder) if fps is None else float(fps)
+    opened = _Split(records, split, name, embodiment, rate, features, texts)
     return LazyEpisodes(len(records), opened.load)
+
+
+def _known_rate(folder: PreparedFolder) -> float:
+    for start, rate in KNOWN_FPS.items():
+        if folder.name.startswith(start):
+            return rate
+    known = ", ".join(f"{rate:g} for {start}*" for start, rate in KNOWN_FPS.items())
+    raise UnknownRate(
+        f"{folder.path} does not say how many steps a second has, and the name {folder.name!r} is "
+        f"not one of those known ({known}); set dataset.options.fps"
+    )
 
 
 @dataclass(frozen=True)
@@ -114,7 +131,7 @@ class _Split:
             id=id,
             source=self.name,
             embodiment=self.embodiment,
-            instructions=tuple(said),
+            instructions=tuple(said) or ("",),
             streams={key: Stream(times, values[key]) for key in shown},
             cameras=tuple(key for key, feature in shown.items() if feature.is_camera),
             embeddings={text: row for text, row in said.items() if row is not None},

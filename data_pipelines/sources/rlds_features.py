@@ -76,7 +76,7 @@ def read_features(folder: Path) -> dict[str, Feature]:
             )
         steps = root.get("featuresDict", {}).get("features", {}).get(STEPS, {})
         found = _flatten(STEPS, steps.get("sequence", {}).get("feature", {}))
-    except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, UnicodeError, json.JSONDecodeError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}); copy it again"
         ) from error

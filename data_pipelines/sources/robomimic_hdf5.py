@@ -118,6 +118,8 @@ class _Dataset:
             raise ValueError(demo.fault)
         with self.pool.open(demo.file) as file:
             data, group = file["data"], file["data"][demo.key]
+            if not isinstance(group, h5py.Group):
+                raise ValueError(f"{demo.file}: {demo.key} is no group of arrays")
             instruction = self.wording.of(data, group, demo.file)
             arrays = _arrays(group)
             if "actions" not in arrays:
@@ -151,8 +153,14 @@ class _Dataset:
     def _rate(self, data: h5py.Group) -> float:
         if self.fps is not None:
             return self.fps
-        kwargs = json_attribute(data, "env_args").get("env_kwargs") or {}
-        return float(kwargs.get("control_freq") or LIBERO_HZ)
+        kwargs = json_attribute(data, "env_args").get("env_kwargs")
+        rate = (kwargs if isinstance(kwargs, dict) else {}).get("control_freq") or LIBERO_HZ
+        if not isinstance(rate, int | float) or rate <= 0:
+            raise ValueError(
+                f"{data.file.filename}: control_freq is {rate!r}, which is no rate; set the option "
+                "fps to the steps per second"
+            )
+        return float(rate)
 
 
 def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
@@ -177,8 +185,8 @@ def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
 def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
     """Numeric arrays of a demonstration, and of its `obs`, by path."""
     found: dict[str, h5py.Dataset] = {}
-    for prefix, part in (("", group), ("obs/", group.get("obs", {}))):
-        for key in sorted(part):
+    for prefix, part in (("", group), ("obs/", group.get("obs"))):
+        for key in sorted(part) if isinstance(part, h5py.Group) else ():
             array = part[key]
             if isinstance(array, h5py.Dataset) and array.ndim and array.dtype.kind in "biuf":
                 found[prefix + key] = array
@@ -190,7 +198,7 @@ def _length(demo: _Demo, group: h5py.Group, arrays: dict[str, h5py.Dataset]) -> 
     if length == 0:
         raise ValueError(f"{demo.file}: {demo.key} is empty; leave it out")
     said = group.attrs.get("num_samples")  # LIBERO's are strings or numbers
-    if said is not None and int(string(said)) != length:
+    if said is not None and string(said) != str(length):
         raise ValueError(
             f"{demo.file}: {demo.key} should have {string(said)} samples but has {length} "
             "actions; copy or write the file again"

@@ -48,9 +48,9 @@ class Wording:
             return words.replace("black bowl", "bowl") + "."
         stored = json_attribute(data, "problem_info").get("language_instruction")
         stored = stored or json_attribute(demo, "ep_meta").get("lang")  # LIBERO's, RoboCasa's
-        if stored:
+        if stored and isinstance(stored, str | list):
             # Some of LIBERO's are lists of characters, some are quoted.
-            return "".join(stored).strip().strip('"')
+            return "".join(map(str, stored)).strip().strip('"')
         if not file.stem.endswith("_demo"):
             return ""
         return _SCENE.sub("", file.stem.removesuffix("_demo")).replace("_", " ")

@@ -17,6 +17,7 @@ from typing import BinaryIO, NamedTuple
 
 _BLOCK = 512
 _LONGEST_NAME = 1 << 16  # bytes, of a name kept in a block of its own
+_LONGEST_PADDING = 1 << 20  # bytes of zeros at the end; tar writes 10,240 unless told otherwise
 _MAGICS = {
     b"\x1f\x8b": "gunzip",
     b"\x28\xb5\x2f\xfd": "unzstd",
@@ -80,7 +81,7 @@ def index_shard(path: Path) -> Shard:
     """Find the samples of a tar.
 
     Raises:
-        ValueError: if it is missing, compressed, or no tar at all.
+        ValueError: if it is missing, compressed, no tar at all, or has no samples.
     """
     shard = Shard(path)
     seen: Counter[str] = Counter()
@@ -98,6 +99,8 @@ def index_shard(path: Path) -> Shard:
                 shard.kinds[member.kind] += 1
     except FileNotFoundError:
         raise ValueError(f"{path}: the shard is missing") from None
+    except OSError as error:
+        raise ValueError(f"{path}: the shard cannot be read ({error.strerror})") from error
     except tarfile.TarError as error:
         if key is None:
             raise ValueError(f"{path}: not a readable tar ({error}); copy it again") from None
@@ -105,6 +108,8 @@ def index_shard(path: Path) -> Shard:
         shard.faults[len(shard.starts) - 1] = (
             f"{path}: {error}; {key} and all samples after it are lost; copy the tar again"
         )
+    if key is None:
+        raise ValueError(f"{path}: the tar holds no samples")
     return shard
 
 
@@ -126,6 +131,8 @@ def _walk(file: BinaryIO, at: int) -> Iterator[_Member]:
         try:
             header = tarfile.TarInfo.frombuf(os.pread(fd, _BLOCK, at), "utf-8", "surrogateescape")
         except tarfile.EOFHeaderError:
+            if size - at > _LONGEST_PADDING:  # as of a download that is not finished
+                raise tarfile.ReadError(f"the tar is empty from byte {at} on") from None
             return
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"the tar is damaged at byte {at} ({error})") from None

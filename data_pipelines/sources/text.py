@@ -7,12 +7,14 @@ def read_text(path: Path) -> str:
     """The stripped text of a file.
 
     Raises:
-        ValueError: if the file is missing or not UTF-8.
+        ValueError: if the file is missing, cannot be read, or is not UTF-8.
     """
     try:
         return decode_text(path.read_bytes(), path).strip()
     except FileNotFoundError:
         raise ValueError(f"{path}: the text is missing; write it, in UTF-8") from None
+    except OSError as error:
+        raise ValueError(f"{path}: the text cannot be read ({error.strerror})") from error
 
 
 def decode_text(data: bytes, where: object) -> str:

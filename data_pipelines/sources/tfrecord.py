@@ -11,6 +11,8 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
+from data_pipelines.unreadable import reason
+
 _HEADER, _FOOTER = 12, 4
 _MASK_DELTA = 0xA282EAD8
 
@@ -39,10 +41,8 @@ def read_index(path: Path) -> TFRecordIndex:
             file.seek(at)
             header = file.read(_HEADER)
             size = int.from_bytes(header[:8], "little")
-            if not starts and header.startswith(b"version http"):
-                fault = "it is a placeholder of Git LFS (git lfs pull fetches the file)"
-            elif len(header) == _HEADER and not _intact(header[:8], header[8:]):
-                fault = f"the header of record {len(starts)} is damaged"
+            if len(header) == _HEADER and not _intact(header[:8], header[8:]):
+                fault = reason(path, f"the header of record {len(starts)} is damaged")
             elif len(header) < _HEADER or at + _HEADER + size + _FOOTER > end:
                 fault = f"the file ends within record {len(starts)}"
             else:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data_pipelines.episode import Episode, LazyEpisodes, Stream
+from data_pipelines.episode import Episode, LazyEpisodes
 from data_pipelines.sources.finished import check_finished
 from data_pipelines.sources.text import read_text
 from data_pipelines.sources.text_embedding import read_text_embedding
@@ -91,14 +91,13 @@ class _Dataset:
         caption = read_text(self.path / "metas" / f"{key}.txt")
         files = (self.path / folder / f"{key}{suffix}" for folder, suffix in self.stored)
         embedding = next((file for file in files if file.is_file()), None)
-        video = VideoFile(file, pool=self.pool)
         return Episode(
             # The suffix tells a.webm from a.mp4; the usual one is left out, as the writers do.
             id=file.stem if file.suffix == ".mp4" else file.name,
             source=self.name,
             embodiment=self.embodiment,
             instructions=(caption,),
-            streams={STREAM: Stream(video.timestamps, video)},
+            streams={STREAM: VideoFile(file, pool=self.pool).stream()},
             cameras=(STREAM,),
             embeddings={caption: read_text_embedding(embedding)} if embedding else {},
         )

@@ -17,7 +17,7 @@ from fnmatch import fnmatch
 from itertools import accumulate
 from pathlib import Path
 
-from data_pipelines.episode import Episode, LazyEpisodes, Stream
+from data_pipelines.episode import Episode, LazyEpisodes
 from data_pipelines.sources.tar_index import Place, Shard, index_shard
 from data_pipelines.sources.text import decode_text
 from data_pipelines.video import VideoFile, VideoPool
@@ -87,8 +87,7 @@ class _Dataset:
         streams = {}
         for camera, kind in cameras.items():
             place = FileRange(shard.path, *members[kind], name=f"{key}.{kind}")
-            video = VideoFile(place, pool=self.pool)
-            streams[camera] = Stream(video.timestamps, video)
+            streams[camera] = VideoFile(place, pool=self.pool).stream()
         repeat = f" #{shard.repeats[index] + 1}" if index in shard.repeats else ""
         return Episode(
             id=f"{shard.path.stem}/{key}{repeat}",
@@ -148,6 +147,7 @@ def _captions(shard: Path, key: str, members: dict[str, Place], wanted: str) -> 
     if not captions or not all(isinstance(caption, str) for caption in captions):
         there = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{where} has no text {wanted!r}, but {there}; name the field with the option caption"
+            f"{where} has no text under {wanted!r} (it has {there}); name the field with the "
+            "option caption"
         )
     return tuple(caption.strip() for caption in captions)

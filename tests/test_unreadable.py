@@ -1,0 +1,50 @@
+"""A dataset that was cloned without its large files says so, whatever its format."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from rlds_datasets import ARM, copy
+
+from data_pipelines.sources.open import open_dataset
+from data_pipelines.unreadable import reason
+from data_pipelines.video import VideoFile
+
+FIXTURES = Path(__file__).parent / "fixtures"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+SAID = "it is a placeholder of Git LFS, git lfs pull fetches the file"
+
+
+@pytest.mark.parametrize(
+    ("format", "file"),
+    [
+        ("lerobot", "lerobot_v21/data/chunk-000/episode_000000.parquet"),
+        ("lerobot", "lerobot_v21/videos/chunk-000/observation.images.front/episode_000000.mp4"),
+        ("lerobot", "lerobot_v30/meta/episodes/chunk-000/file-000.parquet"),
+        ("robomimic_hdf5", "a/a_demo.hdf5"),
+        ("mimic_episodes", "a/a.safetensors"),
+    ],
+)
+def test_files_that_were_not_fetched_are_named(tmp_path, format, file):
+    root = tmp_path / Path(file).parts[0]
+    if (FIXTURES / root.name).is_dir():
+        shutil.copytree(FIXTURES / root.name, root)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(POINTER)
+    with pytest.raises(ValueError) as caught:
+        open_dataset(format, root, "set", "arm")[0]
+    assert str(tmp_path / file) in str(caught.value) and SAID in str(caught.value)
+
+
+def test_files_of_records_that_were_not_fetched_are_named(tmp_path):
+    folder = copy(ARM, tmp_path)
+    file = next(folder.glob("*train.tfrecord-00000*"))
+    file.write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"{file}: no record 0, {SAID}"):
+        open_dataset("rlds", folder, "set", "arm", {"fps": 5})[0]
+
+
+def test_what_libraries_say_becomes_one_line(tmp_path):
+    assert reason(tmp_path / "a", ValueError("bad\n  thrift\n")) == "bad thrift"
+    with pytest.raises(ValueError, match=r"not a readable video \(File name too long\); copy"):
+        VideoFile(tmp_path / f"{'a' * 300}.mp4").stream()

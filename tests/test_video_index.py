@@ -1,0 +1,139 @@
+"""The lists of frames that MP4s keep, against what FFmpeg says packet by packet."""
+
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from data_pipelines import video_index
+from data_pipelines.video import VideoFile
+from data_pipelines.video_index import (
+    FileRange,
+    index_of_packets,
+    index_of_tables,
+    open_video,
+    read_index,
+)
+
+COUNT = 130
+EVEN, UNEVEN = range(COUNT), np.cumsum(np.random.default_rng(0).integers(1, 5, COUNT)).tolist()
+
+
+def encode(path: Path, times, b_frames: int = 0, **options) -> Path:
+    """Frames at `times` / 30 s, each of another grey."""
+    with av.open(str(path), "w", options=options) as container:
+        keys = {"threads": "1", "x264-params": "scenecut=0"}
+        stream = container.add_stream("libx264", rate=30, options=keys)
+        stream.width = stream.height = 32
+        stream.gop_size, stream.max_b_frames = 20, b_frames
+        for i, at in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), i, np.uint8), format="rgb24")
+            frame.pts, frame.time_base = int(at), Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def copy_packets(source: Path, target: Path, shift: int = 0, **options) -> Path:
+    """The same packets, earlier by so many frames; those before 0 are hidden by an edit list."""
+    with av.open(str(source)) as given, av.open(str(target), "w", options=options) as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        ticks = int(shift / 30 / given.streams.video[0].time_base)
+        for packet in given.demux(given.streams.video[0]):
+            if packet.size:
+                packet.pts, packet.dts = packet.pts - ticks, packet.dts - ticks
+                packet.stream = stream
+                container.mux(packet)
+    return target
+
+
+def both(place):
+    """The index by the tables, and by the packets."""
+    found = []
+    for way in (index_of_tables, index_of_packets):
+        with open_video(place) as container:
+            found.append(way(place, container.streams.video[0]))
+    return found
+
+
+@pytest.mark.parametrize("front", [False, True], ids=["tables last", "tables first"])
+@pytest.mark.parametrize("b_frames", [0, 3])
+@pytest.mark.parametrize("times", [EVEN, UNEVEN], ids=["even", "uneven"])
+def test_the_tables_say_what_the_packets_say(tmp_path, times, b_frames, front):
+    options = {"movflags": "faststart"} if front else {}
+    path = encode(tmp_path / "a.mp4", times, b_frames, **options)
+    tables, packets = both(path)
+    assert tables == packets and len(tables.pts) == COUNT and len(tables.keyframes) >= 7
+    seconds = np.array(tables.pts) * float(tables.time_base)
+    np.testing.assert_allclose(seconds - seconds[0], (np.array(times) - times[0]) / 30, atol=1e-6)
+
+    trimmed = copy_packets(path, tmp_path / "trimmed.mp4", shift=15)
+    tables, packets = both(trimmed)
+    assert tables == packets and tables.pts[0] < 0
+
+    inside = tmp_path / "inside.bin"
+    inside.write_bytes(b"x" * 700 + path.read_bytes() + b"y" * 900)
+    tables, packets = both(FileRange(inside, 700, path.stat().st_size, "a.mp4"))
+    assert tables == packets and len(tables.pts) == COUNT
+
+
+def test_without_such_tables_the_packets_are_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_index, "_LONG", 10)
+    path = encode(tmp_path / "a.mp4", EVEN, 2)
+    whole = read_index(path)
+    movflags = "frag_keyframe+empty_moov"
+    for other in (
+        copy_packets(path, tmp_path / "fragmented.mp4", movflags=movflags),
+        copy_packets(path, tmp_path / "a.mkv"),
+    ):
+        tables, packets = both(other)
+        assert tables is None and read_index(other) == packets
+        times = np.array(packets.pts) * packets.time_base
+        np.testing.assert_allclose(
+            (times - times[0]).astype(float),
+            (np.array(whole.pts) * whole.time_base - whole.pts[0] * whole.time_base).astype(float),
+            atol=1e-3,
+        )
+
+
+def test_a_file_whose_pictures_are_not_all_there_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_index, "_LONG", 10)
+    path = encode(tmp_path / "a.mp4", EVEN, 2, movflags="faststart")
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) - 200])
+    with pytest.raises(ValueError, match=rf"a\.mp4: not a readable video \(\d+ of {COUNT} frames"):
+        read_index(path)
+
+
+def test_damaged_tables_are_no_other_error(tmp_path):
+    """Whatever they say then, it is what FFmpeg says, or the packets are read."""
+    content = encode(tmp_path / "a.mp4", EVEN, 2).read_bytes()
+    start = content.index(b"moov")
+    rng = np.random.default_rng(0)
+    used = 0
+    for number in range(60):
+        bad = bytearray(content)
+        bad[rng.integers(start, len(bad))] = rng.integers(256)
+        path = tmp_path / f"{number}.mp4"
+        path.write_bytes(bad)
+        try:
+            with open_video(path) as container:
+                if not container.streams.video:
+                    continue
+            tables, packets = both(path)
+        except (av.FFmpegError, ValueError):
+            continue
+        if tables is not None:
+            assert tables.pts == packets.pts
+            used += 1
+    assert used > 5
+
+
+def test_every_frame_of_a_long_file_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(video_index, "_LONG", 10)
+    video = VideoFile(encode(tmp_path / "a.mp4", EVEN, 2))
+    greys = video.read(range(COUNT)).mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(greys, np.arange(COUNT), atol=3)
+    np.testing.assert_allclose(video.read([77]).mean(), 77, atol=3)
