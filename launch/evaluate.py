@@ -1,4 +1,4 @@
-"""Evaluates a trained policy, in a simulator or on held-out episodes.
+r"""Evaluates a trained policy, in a simulator or on held-out episodes.
 
     python -m launch.evaluate --config=configs/quickstart_action.py \
         --checkpoint=runs/quickstart/action --out=runs/quickstart/evaluation \
@@ -8,7 +8,7 @@ plays the tasks of config.evaluation and writes the success to a folder. Modes: 
 predicted video, partially denoised for --stop_steps evaluations), oracle (the expert's true future
 video in its place), expert (the scripted expert), none (zero actions). A stopped evaluation goes on
 where it was when the same command is given again. With --variant=WORD other checkpoints, layers or
-shares of the data are evaluated into the same folder, for one report.
+shares of the data are evaluated into the same folder; its report.html holds all that is there.
 
     python -m launch.evaluate --suite=offline --config=configs/quickstart_action.py \
         --checkpoint=runs/quickstart/action --out=runs/quickstart/offline
@@ -26,7 +26,8 @@ from ml_collections import ConfigDict
 
 from launch.entry import config_flag, path_flag, run
 from mvjax.evaluation.closed_loop import evaluate, settings_for
-from mvjax.evaluation.offline_report import evaluate_offline
+from mvjax.evaluation.offline_job import evaluate_offline
+from mvjax.evaluation.report import build_evaluation_report
 from mvjax.evaluation.results import Setting
 from mvjax.evaluation.statistics import mean_success, success_table
 from mvjax.parallel import distributed
@@ -76,6 +77,10 @@ def offline(config: ConfigDict) -> None:
     summary = evaluate_offline(
         config, Path(CHECKPOINT.value), Path(OUT.value), steps, MOMENTS.value, BATCH.value
     )
+    if jax.process_index() > 0:
+        return
+    for said in summary["unreadable"]:
+        print(f"could not be read: {said}")
     print("action error (MSE, normalised) at stop step: true video, generated video")
     for i, k in enumerate(steps):
         true, generated = (summary[key]["mse"][i] for key in ("true_video", "generated_video"))
@@ -102,8 +107,8 @@ def evaluate_as_told(config: ConfigDict) -> None:
     chosen = settings(MODES.value, STOP_STEPS.value or ["0"], config.sampler.video_steps)
     if not CHECKPOINT.value and any(s.stop_step is not None for s in chosen.values()):
         raise ValueError("--checkpoint must be given: the training directory of a stage-2 run.")
-    for name, setting in chosen.items():
-        results = evaluate(config, Path(CHECKPOINT.value), Path(OUT.value) / name, setting)
+    out = Path(OUT.value)
+    for setting, results in evaluate(config, Path(CHECKPOINT.value), out, chosen):
         mean = mean_success(success_table((r.task, r.success) for r in results))
         if jax.process_index() > 0:
             continue
@@ -111,6 +116,8 @@ def evaluate_as_told(config: ConfigDict) -> None:
             f"{setting.label}: {mean.rate:.0%} of {mean.trials} episodes "
             f"(95 % interval {mean.low:.0%} to {mean.high:.0%})"
         )
+    if jax.process_index() == 0:
+        print(f"The report is {build_evaluation_report(out)}.")
 
 
 if __name__ == "__main__":

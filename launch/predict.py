@@ -1,4 +1,4 @@
-"""Writes predicted and true future video of held-out episodes, as pairs of mp4 files.
+r"""Writes predicted and true future video of held-out episodes, as pairs of mp4 files.
 
     python -m launch.predict --config=configs/quickstart_action.py \
         --checkpoint=runs/quickstart/action --out=runs/quickstart/predictions

@@ -1,4 +1,4 @@
-"""Serves a trained policy to robots and simulators, in openpi's websocket protocol.
+r"""Serves a trained policy to robots and simulators, in openpi's websocket protocol.
 
     python -m launch.serve --config=configs/quickstart_action.py \
         --checkpoint=runs/quickstart/action --port=8000

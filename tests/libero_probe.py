@@ -21,6 +21,16 @@ def episode(simulator: Libero, seed: int, steps: int, looks: tuple[int, ...] = (
     return np.stack(states)
 
 
+def pushed(simulator: Libero, direction: tuple[int, int, int]) -> np.ndarray:
+    """Positions of the end effector at full command for a second, then half a second back."""
+    simulator.reset(0)
+    action, positions = np.array([*direction, 0, 0, 0, -1]), []
+    for step in range(30):
+        simulator.step(action if step < 20 else action * (-1, -1, -1, 1, 1, 1, 1))
+        positions.append(simulator.effector_position())
+    return np.stack(positions)
+
+
 def official(task: str, seed: int) -> dict[str, np.ndarray]:
     """The same start through LIBERO's own evaluation environment, with its hard resets."""
     scene = Libero(task).scene
@@ -61,6 +71,7 @@ def main(out: str) -> None:
         "drawn": episode(simulator, 12345, 1),
         "again": episode(simulator, 3, 40),
         "with_looks": episode(simulator, 3, 40, looks=(0, 17)),
+        "pushed": np.stack([pushed(simulator, d) for d in ((-1, 1, 1), (1, 1, -1), (1, -1, 1))]),
     }
     simulator.reset(3)
     facts["state_later"] = simulator.state()

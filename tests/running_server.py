@@ -1,45 +1,35 @@
 """Server processes for tests, and what is sent to them."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 import urllib.request
-from pathlib import Path
 
-TESTS = Path(__file__).parent
-PATHS = os.pathsep.join([str(TESTS.parent), str(TESTS)])
+import forked
 
 
 class Running:
-    """A server program of this folder as a process, and its address.
+    """A server program as a process, and its address.
 
     Its first line that starts with `says` ends with its port, after a colon if there is one.
     """
 
-    def __init__(self, *command: str, says: str = "", wait: bool = True):
+    def __init__(self, module: str, *arguments: str, says: str = "", wait: bool = True):
         self._says = says
-        self.process = subprocess.Popen(
-            [sys.executable, *command],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            cwd=TESTS.parent,
-            env=os.environ | {"PYTHONPATH": PATHS, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        )
-
+        self.program = forked.Program(module, *arguments)
         if wait:
             self.wait()
 
     def wait(self) -> None:
         """Waits until clients can connect."""
-        lines = [self.process.stdout.readline()]
-        while lines[-1] and not lines[-1].startswith(self._says):
-            lines.append(self.process.stdout.readline())
-        assert lines[-1], "".join(lines) + self.process.stderr.read()
-        self.port = int(lines[-1].split(":")[-1])
+        while not (said := self._said()):
+            assert self.program.poll() is None, self.program.err
+            time.sleep(0.02)
+        self.port = int(said[0].split(":")[-1])
         self.uri = f"ws://127.0.0.1:{self.port}"
+
+    def _said(self) -> list[str]:
+        lines = self.program.out.splitlines(keepends=True)
+        return [line for line in lines if line.startswith(self._says) and line.endswith("\n")]
 
     def get(self, path: str) -> bytes:
         """The body of an HTTP answer."""
@@ -60,5 +50,5 @@ class Running:
 
     def stop(self) -> str:
         """Kills the process and returns what it complained about."""
-        self.process.kill()
-        return self.process.communicate()[1]
+        self.program.kill()
+        return self.program.finish().err

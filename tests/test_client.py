@@ -25,7 +25,7 @@ def query(*numbers):
 
 @pytest.fixture(scope="module")
 def server():
-    running = Running("tests/slow_server.py", "0")
+    running = Running("slow_server", "0")
     yield running
     running.stop()
 
@@ -50,11 +50,11 @@ def test_a_message_too_large_to_be_read_is_refused_and_the_next_goes_through(ser
 
 
 def test_a_server_that_is_started_again_is_found_again(caplog):
-    first = Running("tests/slow_server.py", "0")
+    first = Running("slow_server", "0")
     with PolicyClient(first.uri, patience=15) as client:
         client.infer(query(0, 0))
         first.stop()
-        second = Running("tests/slow_server.py", "0", f"port={first.port}")
+        second = Running("slow_server", "0", f"port={first.port}")
         try:
             assert client.infer(query(7, 8))["actions"][0, 0] == 7
             assert "was lost" in caplog.text and "connecting again" in caplog.text
@@ -63,7 +63,7 @@ def test_a_server_that_is_started_again_is_found_again(caplog):
 
 
 def test_a_server_that_is_gone_is_said_to_be():
-    running = Running("tests/slow_server.py", "0")
+    running = Running("slow_server", "0")
     with PolicyClient(running.uri, patience=0.2) as client:
         running.stop()
         with pytest.raises(ServerUnreachable, match=f"no policy server at {running.uri}.*serve"):
@@ -76,7 +76,7 @@ def test_an_address_that_is_none_is_said_at_once():
 
 
 def test_a_late_answer_is_not_taken_for_the_next():
-    running = Running("tests/slow_server.py", "0.6")
+    running = Running("slow_server", "0.6")
     try:
         with PolicyClient(running.uri, timeout=0.3) as client:
             with pytest.raises(ServerUnreachable, match=r"has not answered for 0\.3 s"):

@@ -26,6 +26,7 @@ from mvjax.evaluation.suites.libero_python import libero_python
 from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE
 from mvjax.evaluation.suites.libero_tasks import max_steps, split_task, suite_tasks
 from mvjax.policy.observation import ObservationSpec
+from mvjax.policy.serving.adapters.libero import EPISODE_JUMP_M
 
 ROOT = Path(__file__).parent.parent
 SPEC = ObservationSpec(observed_frames=5, fps=5, proprio_horizon=1, proprio_fps=20, execute=5)
@@ -67,6 +68,16 @@ def recorded(python, tmp_path_factory):
     command = ["-m", "data_pipelines.record", "--suite", "libero", "--kind", "hdf5"]
     run(sys.executable, *command, "--out", str(out), *tasks)  # starts LIBERO's Python itself
     return out
+
+
+def test_an_arm_at_full_command_does_not_look_like_a_new_episode(facts):
+    """The server takes a jump between two queries for one; openpi's client executes five steps."""
+    moved = {
+        steps: np.linalg.norm(facts["pushed"][:, steps:] - facts["pushed"][:, :-steps], axis=2)
+        for steps in (5, 8)
+    }
+    assert 0.1 < moved[5].max() < 0.13
+    assert moved[8].max() < EPISODE_JUMP_M
 
 
 def test_tasks_have_numbers_and_the_published_step_limits():

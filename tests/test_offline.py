@@ -1,15 +1,27 @@
 """Offline evaluation: its errors are those of the policy itself, and its pages say them."""
 
 import dataclasses
+import functools
+import itertools
 import json
+import os
+import signal
+from fractions import Fraction
 
+import forked
+import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from tiny_policy import random_observation, tiny_policy
+from tiny_policy import random_observation, run_config, save_run, tiny_policy
 
 from data_pipelines.episode import Episode, Stream
-from mvjax.evaluation.offline import Window, held_out_windows, window_errors
+from data_pipelines.selection import split_of
+from data_pipelines.writers.hdf5 import Demonstration, Scene, write_hdf5
+from launch.local import free_port
+from mvjax.evaluation import offline_job
+from mvjax.evaluation.held_out import Moment, Window, held_out_moments, windows_at
+from mvjax.evaluation.offline import window_errors
 from mvjax.evaluation.offline_report import summarise, write_offline
 from mvjax.evaluation.similarity import psnr, ssim
 
@@ -28,37 +40,41 @@ def windows():
     for seed in range(3):
         future = rng.integers(0, 256, (8, 48, 32, 3), np.uint8)
         query = dataclasses.replace(random_observation(seed), future=future)
-        made.append(Window(f"episode {seed}", query, rng.normal(size=(4, 4)).astype(np.float32)))
+        moment = Moment("robot", seed, f"episode {seed}", Fraction(1, 2))
+        made.append(Window(moment, query, rng.normal(size=(4, 4)).astype(np.float32)))
     return made
 
 
-def sampled(policy, **changes):
-    sampling = dataclasses.replace(policy.model.sampling, **changes)
-    return dataclasses.replace(policy, model=dataclasses.replace(policy.model, sampling=sampling))
+@pytest.fixture(scope="module")
+def errors(policy, windows):
+    """At all stop steps."""
+    found = list(window_errors(policy, windows, [0, 1, 2, 3]))
+    assert [window for window, _ in found] == windows
+    return [error for _, error in found]
 
 
-def test_errors_are_those_of_the_policy_at_every_stop_step_and_mode(policy, windows):
-    errors = list(window_errors(policy, windows, [0, 1, 2, 3]))
-    assert len(errors) == 3
+@pytest.mark.parametrize(
+    ("k", "oracle"), [(0, False), (2, False), (1, True)], ids=["noise", "half", "true video"]
+)
+def test_errors_are_those_of_the_policy(policy, windows, errors, k, oracle):
+    sampling = dataclasses.replace(policy.model.sampling, stop_step=k, oracle=oracle)
     queries, wanted = [w.observation for w in windows], np.stack([w.actions for w in windows])
-    for k in range(4):
-        for oracle, name in ((False, "generated_video"), (True, "true_video")):
-            plan = sampled(policy, stop_step=k, oracle=oracle).plan(queries)
-            raw = [getattr(e, f"raw_{name}")[k] for e in errors]
-            np.testing.assert_allclose(raw, np.abs(plan - wanted), rtol=1e-3, atol=1e-4)
-            scaled = policy.normalizer.normalize("actions", wanted)
-            scaled -= policy.normalizer.affines["actions"].scale * (
-                plan - policy.normalizer.affines["actions"].shift
-            )
-            squared = [getattr(e, name)[k] for e in errors]
-            np.testing.assert_allclose(squared, scaled**2, rtol=1e-3, atol=1e-3)
+    plan = policy.sampled(sampling).plan(queries)
+    name = "true_video" if oracle else "generated_video"
+    raw = [getattr(error, f"raw_{name}")[k] for error in errors]
+    np.testing.assert_allclose(raw, np.abs(plan - wanted), rtol=1e-3, atol=1e-4)
+    affine = policy.normalizer.affines["actions"]
+    scaled = affine.scale * (plan - affine.shift)
+    scaled -= policy.normalizer.normalize("actions", wanted)  # which bounds it
+    squared = [getattr(error, name)[k] for error in errors]
+    np.testing.assert_allclose(squared, scaled**2, rtol=1e-3, atol=1e-3)
 
 
-def test_the_video_is_compared_with_the_true_future(policy, windows):
-    error = next(window_errors(policy, windows[:1], [0]))
+def test_the_video_is_compared_with_the_true_future(policy, windows, errors):
     made = policy.predict_video([windows[0].observation])[0, 5:]
-    np.testing.assert_allclose(error.psnr, psnr(made, windows[0].observation.future), rtol=1e-3)
-    np.testing.assert_allclose(error.ssim, ssim(made, windows[0].observation.future), atol=1e-3)
+    future = windows[0].observation.future
+    np.testing.assert_allclose(errors[0].psnr, psnr(made, future), rtol=1e-3)
+    np.testing.assert_allclose(errors[0].ssim, ssim(made, future), atol=1e-3)
 
 
 def test_psnr_and_ssim_are_those_of_scikit_image():
@@ -73,21 +89,110 @@ def test_psnr_and_ssim_are_those_of_scikit_image():
     assert psnr(frame[None], frame[None])[0] == np.inf and ssim(frame[None], frame[None])[0] == 1
 
 
-def test_the_files_hold_both_tables(policy, windows, tmp_path):
-    steps = [0, 3]
-    errors = list(window_errors(policy, windows, steps))
-    page = write_offline(tmp_path, summarise(errors, steps, policy.model.sigmas, "a <policy>"))
+def test_the_files_hold_both_tables(policy, errors, tmp_path):
+    sigmas, steps = policy.model.sampling.sigmas, [0, 1, 2, 3]
+    page = write_offline(tmp_path, summarise(errors, ["a > b"], steps, sigmas, "a <policy>"))
     summary = json.loads((tmp_path / "offline.json").read_text())
-    assert summary["windows"] == 3 and summary["sigmas"] == [80.0, policy.model.sigmas[3]]
+    assert summary["windows"] == 3 and summary["sigmas"] == sigmas.tolist()
     mse = np.mean([e.generated_video for e in errors], axis=(0, 2, 3))
     np.testing.assert_allclose(summary["generated_video"]["mse"], mse)
-    assert np.shape(summary["true_video"]["mse_by_step"]) == (2, 4)
+    assert np.shape(summary["true_video"]["mse_by_step"]) == (4, 4)
     text = page.read_text()
     assert (
         f"{mse[1]:.4f}" in text
         and "a &lt;policy&gt;" in text
+        and "Could not be read: a &gt; b" in text
         and "http" not in text.split("svg")[0]
     )
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run folder, five demonstrations of which one is too short, and a configuration file."""
+    folder = tmp_path_factory.mktemp("run")
+    save_run(folder)
+    demonstrations = [demonstration(number, 12) for number in range(4)] + [demonstration(4, 1)]
+    write_hdf5(folder / "data" / "lift_demo.hdf5", demonstrations, Scene("lift", "Lift"))
+    (folder / "config.py").write_text(
+        f"from test_offline import whole_config\nget_config = lambda: whole_config({str(folder)!r})"
+    )
+    return folder
+
+
+def demonstration(seed, steps):
+    rng = np.random.default_rng(seed)
+    state = rng.normal(size=(steps, 4))
+    pictures = rng.integers(0, 256, (steps, 40, 40, 3), np.uint8)
+    return Demonstration(rng.normal(size=(steps, 4)), {"front": pictures}, states=state)
+
+
+def whole_config(folder):
+    config = run_config(folder)
+    names = dict(video="obs/front", action="actions", proprio="states")
+    robot = dict(name="robot", format="robomimic_hdf5", path=f"{folder}/data", embodiment="arm")
+    config.datasets = {"robot": robot | names}
+    config.validation_share = 1.0
+    config.sampler.update(video_steps=3, action_steps=2, draws=1)
+    return config
+
+
+def arguments(run, out):
+    flags = ("--suite=offline", "--moments=6", "--batch=1", "--stop_steps=0,2")
+    paths = (f"--config={run}/config.py", f"--checkpoint={run}/action", f"--out={out}")
+    return ("launch.evaluate", *flags, *paths)
+
+
+def compiled_once(folder):
+    """The processes of a test share what they have compiled."""
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+
+
+def killed_at_the_third_moment(folder):
+    compiled_once(folder)
+    written, write = itertools.count(1), offline_job.write_npz
+
+    def write_or_die(path, **arrays):
+        if next(written) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        write(path, **arrays)
+
+    offline_job.write_npz = write_or_die
+
+
+def test_processes_share_the_moments_and_a_killed_one_goes_on(run, tmp_path):
+    """All end with the same table, to the last bit."""
+    quick = functools.partial(compiled_once, tmp_path)
+    variables = {"MVJAX_COORDINATOR": f"127.0.0.1:{free_port()}", "MVJAX_PROCESS_COUNT": "2"}
+    both = [
+        forked.Program(
+            *arguments(run, tmp_path / "two"),
+            environment={**variables, "MVJAX_PROCESS_ID": str(process)},
+            prepare=quick,
+        )
+        for process in range(2)
+    ]
+    with both[0], both[1]:
+        said = [program.finish() for program in both]
+    assert [s.code for s in said] == [0, 0], said
+    assert "action error" in said[0].out and "action error" not in said[1].out
+
+    command = arguments(run, tmp_path / "one")
+    moments = tmp_path / "one" / "moments"
+    killed = functools.partial(killed_at_the_third_moment, tmp_path)
+    assert forked.run(*command, prepare=killed).code == -signal.SIGKILL
+    before = {path: path.stat().st_mtime_ns for path in moments.glob("*.npz")}
+    assert len(before) == 2 and not (tmp_path / "one" / "offline.json").exists()
+    again = forked.run(*command, prepare=quick)
+    assert again.code == 0, again.err
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+    tables = [(tmp_path / name / "offline.json").read_bytes() for name in ("one", "two")]
+    assert tables[0] == tables[1]
+    summary = json.loads(tables[0])
+    assert summary["windows"] == 5 and np.shape(summary["true_video"]["mse"]) == (2,)
+    (unreadable,) = summary["unreadable"]
+    assert "demo_4" in unreadable and f"could not be read: {unreadable}" in again.out
 
 
 def episodes(count):
@@ -107,20 +212,27 @@ def episodes(count):
     return [Episode(f"e{i}", "d", "arm", ("go",), streams, ("v",)) for i in range(count)]
 
 
-def test_windows_are_spread_over_held_out_episodes():
-    config = tiny_policy()[1]
-    whole = ConfigDict(
-        dict(
-            clip=dict(height=48, width=32, observed_frames=5, future_frames=8, fps=20.0),
-            policy_io=config.policy_io.to_dict(),
-            validation_share=0.5,
-        )
-    )
-    dataset = ConfigDict(dict(name="d", video="v", action="a", proprio="p"))
-    windows = held_out_windows(episodes(12), dataset, whole, 9)
-    assert len(windows) == 9 and 3 < len({w.episode for w in windows}) < 10
+class WithABrokenOne(list):
+    """Its first episode cannot be opened."""
+
+    def __getitem__(self, index):
+        if index == 0:
+            raise OSError("moov atom not found")
+        return super().__getitem__(index)
+
+
+def test_moments_are_spread_over_held_out_episodes(capsys):
+    config, dataset = tiny_policy()[1], ConfigDict(dict(name="d", video="v", action="a"))
+    dataset.proprio = "p"
+    data = WithABrokenOne(episodes(12))
+    moments = held_out_moments(data, dataset, 0.5, 9)
+    assert len(moments) == 9 and 3 < len({m.id for m in moments}) < 10
+    assert capsys.readouterr().err == "d: skipped episode number 0: moov atom not found\n"
+    assert all(split_of(m.id, 0.5) == "validation" for m in moments)
+    last = [m for m in moments if m.id == moments[-1].id]
+    windows = windows_at(data[last[0].episode], last, dataset, config)
+    assert [w.moment for w in windows] == last
     assert windows[0].observation.frames.shape == (5, 48, 32, 3)
     assert windows[0].observation.future.shape == (8, 48, 32, 3)
-    whole.validation_share = 0.0
     with pytest.raises(ValueError, match=r"has no held-out episode: config\.validation_share is 0"):
-        held_out_windows(episodes(3), dataset, whole, 2)
+        held_out_moments(data, dataset, 0.0, 2)

@@ -1,6 +1,7 @@
 """The policy: what it computes, that a query depends on nothing but itself, and what it costs."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +26,10 @@ def policy():
     return variant(tiny_policy(batch_size=2)[0], action_steps=EULER_STEPS)
 
 
+@functools.cache  # equal variants are one policy, which compiles its programs once
 def variant(policy, batch_size=None, **sampling):
-    model = policy.model
-    model = dataclasses.replace(model, sampling=dataclasses.replace(model.sampling, **sampling))
-    return dataclasses.replace(policy, model=model, batch_size=batch_size or policy.batch_size)
+    sampled = policy.sampled(dataclasses.replace(policy.model.sampling, **sampling))
+    return dataclasses.replace(sampled, batch_size=batch_size or policy.batch_size)
 
 
 def observations(count, future=True):
@@ -157,14 +158,38 @@ def test_nothing_compiles_after_the_first_query(policy):
 
 def test_predicted_video_begins_with_what_was_observed(policy):
     queries = observations(3)
-    actions, video = policy.plan_with_video(queries)
-    np.testing.assert_array_equal(actions, policy.plan(queries))
+    video = policy.predict_video(queries)
     assert video.shape == (3, 13, 48, 32, 3) and video.dtype == np.uint8
     for ours, query in zip(video, queries):
         latents = policy.weights[0].encode(query.frames[None].astype(np.float32) / 127.5 - 1)
         coded = (np.asarray(policy.weights[0].decode(latents))[0] + 1) * 127.5
         np.testing.assert_allclose(ours[:5], np.clip(coded, 0, 255), atol=0.51)
     assert np.std(video[0, 5:].astype(float) - video[1, 5:].astype(float)) > 0
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [dict(), dict(stop_step=2), dict(stop_step=1, oracle=True)],
+    ids=["partial pass", "two evaluations first", "true future"],
+)
+def test_the_plan_and_the_video_are_of_one_trajectory(policy, sampling):
+    """Equal to both alone, and no step of the schedule is computed twice."""
+    both, queries = variant(policy, **sampling), observations(3)
+    actions, video = both.plan_with_video(queries)
+    np.testing.assert_allclose(actions, both.plan(queries), rtol=1e-6, atol=1e-6)
+    alone = policy.predict_video(queries)
+    np.testing.assert_allclose(video.astype(int), alone, atol=1)  # rounding
+    assert np.mean(video != alone) < 1e-3
+    inputs = both.inputs(queries[:2], with_future=both.model.sampling.oracle)
+    traced = jax.make_jaxpr(VideoActionModel.act_and_predict.__wrapped__, static_argnums=0)(
+        both.model, both.weights, inputs
+    )
+    evaluations = [
+        scan.params["length"]
+        for scan in traced.jaxpr.eqns
+        if scan.primitive.name == "scan" and scan.outvars[0].aval.shape == inputs.video_noise.shape
+    ]
+    assert sum(evaluations) == policy.model.sampling.video_steps + 1
 
 
 def context_products(jaxpr, tokens, inside_loop=False):

@@ -24,7 +24,7 @@ from mvjax.policy import benchmark, benchmark_parts
 from mvjax.policy.model import VideoActionModel
 from mvjax.policy.policy import Policy
 from mvjax.policy.sampling import Sampling
-from mvjax.policy.untrained import NoiseTextEncoder, untrained_policy
+from mvjax.policy.untrained import NoiseTextEncoder, random_observations, untrained_policy
 
 pytestmark = pytest.mark.usefixtures("quickly")
 PARTS = ["prepare", "encode", "video", "context", "actions", "fetch", "query"]
@@ -35,16 +35,8 @@ def short_turns(monkeypatch):
     monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
 
 
-def with_sampling(policy, **sampling):
-    """The policy with another sampling; its weights are the same."""
-    model = policy.model
-    model = type(model)(
-        model.clip, model.layer, model.backbone, model.decoder, Sampling(**sampling)
-    )
-    return type(policy)(model, policy.weights, policy.text_encoder, policy.normalizer, 2)
-
-
 def test_every_part_and_the_whole_are_measured():
+    """And the query that is measured is the policy's answer."""
     config = tiny_config("action")
     (batch,) = benchmark.measure_policy(config, [2], stop_step=0, rounds=2, peer_of=None)
     (ours,) = batch.answers
@@ -56,13 +48,9 @@ def test_every_part_and_the_whole_are_measured():
     assert ours.queries_per_second == pytest.approx(2e3 / ours.parts["query"].p50)
     json.dumps(batch.as_dict())
     assert "queries/s" in benchmark.policy_table(batch)
-
-
-def test_the_query_that_is_measured_is_the_policys_answer():
-    policy, _ = tiny_policy(batch_size=2)
-    observations = [random_observation(i) for i in range(2)]
-    query = benchmark_parts.our_parts(policy, observations)["query"]
-    np.testing.assert_allclose(query.run(None), policy.plan(observations), rtol=1e-5, atol=1e-6)
+    policy = untrained_policy(config, Sampling(**{**config.sampler, "fresh_noise": False}), 2)
+    expected = policy.plan(random_observations(policy, 2))
+    np.testing.assert_allclose(ours.actions, expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +63,8 @@ def test_pytorch_computes_the_same_actions(sampling):
     pytest.importorskip("diffusers", reason="diffusers is not installed")
     from mvjax.policy.torch_policy import TorchPolicy
 
-    policy = with_sampling(tiny_policy()[0], video_steps=3, action_steps=2, **sampling)
+    policy, _ = tiny_policy(batch_size=2)
+    policy = policy.sampled(Sampling(video_steps=3, action_steps=2, **sampling))
     observations = [random_observation(i) for i in range(2)]
     parts = benchmark_parts.their_parts(TorchPolicy(policy, compiled=False), observations)
     assert relative_rms(parts["query"].run(None), policy.plan(observations)) < 1e-5

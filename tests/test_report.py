@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mvjax.evaluation.environment import write_environment
-from mvjax.evaluation.report import build_report
+from mvjax.evaluation.report import build_evaluation_report, build_report
 from mvjax.evaluation.results import EpisodeResult, Setting, append_result, write_setting
 
 TASKS = ("drawer-close-v3", "window-open-v3")
@@ -172,3 +172,19 @@ def test_a_report_of_an_unfinished_run_says_what_is_missing(tmp_path):
 
     with pytest.raises(FileNotFoundError, match="There is no run folder"):
         build_report(tmp_path / "old", tmp_path / "old.html")
+
+
+def test_variants_alone_make_a_report_with_a_curve_for_each(tmp_path):
+    """Another layer over two stop steps, six shares of the data at one: none is left out."""
+    for k, rate in ((0, 12), (5, 14)):
+        setting = Setting(f"layer9: stop after {k}", "policy", k, variant="layer9")
+        evaluation(tmp_path, f"layer9_policy_k{k}", setting, (rate, rate))
+    for n in range(6):
+        setting = Setting(f"share{n}: stop after 0", "policy", 0, variant=f"share{n}")
+        evaluation(tmp_path, f"share{n}_policy_k0", setting, (n, n))
+    path = build_evaluation_report(tmp_path / "evaluation")
+    page = Page(text := path.read_text())
+    assert path.name == "report.html" and "Not evaluated yet" not in page.text
+    assert text.count("<svg") == 1 and ">layer9<" in text and ">share0<" not in text
+    for words in ("layer9: stop after 5 5 70 %", "share5: stop after 0 0 25 %"):
+        assert words in page.text, page.text

@@ -1,16 +1,12 @@
 """`python -m launch.serve` and `python -m launch.robot_loop`, as at the keyboard."""
 
-import signal
-import textwrap
-
 import numpy as np
 import pytest
 from running_server import Running
-from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
+from tiny_policy import run_config, save_run
+from tiny_stages import quick_compiles
 
-from data_pipelines.normalization.normalizer import Mode, Normalizer, compute_statistics
 from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
 from mvjax.policy.client import PolicyClient
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
@@ -23,38 +19,19 @@ ACTION = "--config=configs/quickstart_action.py:smoke"
 def trained(tmp_path_factory):
     """A run folder of both stages at toy size, and the configuration file that names it."""
     folder = tmp_path_factory.mktemp("run")
-    clip = np.random.default_rng(0).uniform(-1, 1, (8, 13, 32, 32, 3)).astype(np.float32)
-    save_tokenizer(folder / "tokenizer.npz", fit_linear_tokenizer([clip]))
-    with quick_compiles():
-        save_untrained(tiny_config("video"), folder / "video")
-        save_untrained(toy_config(folder), folder / "action")
-    batch = tiny_batch(toy_config(folder))
-    statistics = {name: compute_statistics(batch[name]) for name in ("actions", "proprio")}
-    normalizer = Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE))
-    normalizer.save(folder / "action" / "normalizer.json")
+    save_run(folder)
     (folder / "config.py").write_text(
-        textwrap.dedent(f"""
-            from pathlib import Path
-            from test_serve import toy_config
-
-            def get_config():
-                return toy_config(Path({str(folder)!r}))
-        """)
+        f"from tiny_policy import run_config\nget_config = lambda: run_config({str(folder)!r})"
     )
     return folder
 
 
-def toy_config(folder):
-    config = tiny_config("action")
-    config.tokenizer = str(folder / "tokenizer.npz")
-    config.backbone.checkpoint = str(folder / "video")
-    return config
-
-
 def serve(trained, *flags):
     return Running(
-        *("-m", "launch.serve", f"--config={trained}/config.py"),
-        *(f"--checkpoint={trained}/action", "--host=127.0.0.1", "--port=0", *flags),
+        "launch.serve",
+        f"--config={trained}/config.py",
+        f"--checkpoint={trained}/action",
+        *("--host=127.0.0.1", "--port=0", *flags),
         says="Serving",
         wait=False,
     )
@@ -65,7 +42,7 @@ def test_a_trained_policy_is_served_and_drives_a_robot(trained, command):
     pytest.importorskip("metaworld", reason="Meta-World is not installed")
     running = serve(trained, "--batch_sizes=1", "--prompt=close the drawer")
     try:
-        config = toy_config(trained)
+        config = run_config(trained)
         with quick_compiles():
             policy = load_policy(config, trained / "action", Sampling(**config.sampler), 1)
             frame = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
@@ -79,13 +56,12 @@ def test_a_trained_policy_is_served_and_drives_a_robot(trained, command):
             np.testing.assert_allclose(client.infer(message)["actions"], expected, atol=1e-4)
         check_robot(command, running, ["--execute=2"])
         check_robot(command, running, ["--execute=4", "--nooverlap"])
-        running.process.send_signal(signal.SIGTERM)
-        out, complaints = running.process.communicate(timeout=20)
-        assert out.endswith("Stopped.\n") and running.process.returncode == 0
-        assert "Traceback" not in complaints
+        running.program.terminate()
+        said = running.program.finish()
+        assert said.out.endswith("Stopped.\n") and said.code == 0
+        assert "Traceback" not in said.err
     finally:
-        if running.process.poll() is None:
-            running.stop()
+        running.stop()
 
 
 def check_robot(command, running, flags):
@@ -117,7 +93,7 @@ def test_mistakes_in_the_command(complains, flags, words):
 
 
 def test_an_address_that_is_taken_is_said_first(complains):
-    taken = Running("tests/slow_server.py", "0")
+    taken = Running("slow_server", "0")
     try:
         flags = ("--checkpoint=x", "--host=127.0.0.1", f"--port={taken.port}")
         words = f"Nobody can be served at 127.0.0.1:{taken.port} (Address already in use)"

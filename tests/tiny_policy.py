@@ -5,11 +5,12 @@ python tests/tiny_policy.py [client=plain] [max_clients=8] [ping=20] ...
 
 import asyncio
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tiny_stages import quick_compiles, tiny_batch, tiny_config
+from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
 
 from data_pipelines.normalization.normalizer import Mode, Normalizer, compute_statistics
 from mvjax.clip import Clip
@@ -19,7 +20,7 @@ from mvjax.models.build import (
     video_dit_config,
     video_network,
 )
-from mvjax.models.linear_tokenizer import LinearTokenizer, Projection
+from mvjax.models.linear_tokenizer import LinearTokenizer, Projection, save_linear_tokenizer
 from mvjax.models.ngram_text import NgramTextEncoder
 from mvjax.policy.model import VideoActionModel
 from mvjax.policy.observation import Observation
@@ -44,16 +45,14 @@ def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, Con
     batch = tiny_batch(config)
     backbone = video_network(video_dit_config(config))
     decoder = decoder_network(action_decoder_config(config))
-    statistics = {name: compute_statistics(batch[name]) for name in ("actions", "proprio")}
-    tokenizer = LinearTokenizer(*(_random_projection(rng, 8 * 8 * 3 * t) for t in (1, 4)))
     sampling = Sampling(video_steps=3, action_steps=2)
     policy = Policy(
         model=VideoActionModel(
             Clip(**config.clip), config.context_layer, backbone, decoder, sampling
         ),
-        weights=(tokenizer, random_params(backbone, 1), random_params(decoder, 2)),
+        weights=(_random_tokenizer(rng), random_params(backbone, 1), random_params(decoder, 2)),
         text_encoder=NgramTextEncoder(config.text.length, config.text.dim),
-        normalizer=Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE)),
+        normalizer=_normalizer(batch),
         batch_size=batch_size,
     )
     return policy, config
@@ -69,10 +68,37 @@ def random_observation(seed: int, client: str = "plain") -> Observation:
     )
 
 
-def _random_projection(rng, size):
+def save_run(folder: Path) -> None:
+    """What a run of both stages leaves in `video` and `action`, untrained; and its tokenizer."""
+    save_linear_tokenizer(folder / "tokenizer.npz", _random_tokenizer(np.random.default_rng(0)))
+    with quick_compiles():
+        save_untrained(tiny_config("video"), folder / "video")
+        save_untrained(run_config(folder), folder / "action")
+    _normalizer(tiny_batch(run_config(folder))).save(folder / "action" / "normalizer.json")
+
+
+def run_config(folder: Path | str) -> ConfigDict:
+    """The configuration of its stage 2."""
+    config = tiny_config("action")
+    config.tokenizer = f"{folder}/tokenizer.npz"
+    config.backbone.checkpoint = f"{folder}/video"
+    return config
+
+
+def _normalizer(batch: dict[str, np.ndarray]) -> Normalizer:
+    statistics = {name: compute_statistics(batch[name]) for name in ("actions", "proprio")}
+    return Normalizer(statistics, dict.fromkeys(statistics, Mode.VARIANCE))
+
+
+def _random_tokenizer(rng: np.random.Generator) -> LinearTokenizer:
     """In place of a fit, which takes seconds."""
-    shapes = ((size,), (size, 16), (16, size))
-    return Projection(*(rng.normal(scale=size**-0.5, size=s).astype(np.float32) for s in shapes))
+
+    def projection(size: int) -> Projection:
+        shapes = ((size,), (size, 16), (16, size))
+        scaled = (rng.normal(scale=size**-0.5, size=shape) for shape in shapes)
+        return Projection(*(array.astype(np.float32) for array in scaled))
+
+    return LinearTokenizer(*(projection(8 * 8 * 3 * frames) for frames in (1, 4)))
 
 
 def random_params(network, seed):

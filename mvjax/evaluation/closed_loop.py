@@ -1,14 +1,13 @@
-"""Success in a simulator: one setting (mode and stop step) of a trained policy at a time."""
+"""Success in a simulator: the settings (mode and stop step) of a trained policy, one by one."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from mvjax.checkpoints.bridge import latest_step, read_meta
 from mvjax.evaluation.results import EpisodeResult, Setting, write_setting
 from mvjax.evaluation.rollout import Plan, run_rollouts
 from mvjax.evaluation.suites.libero import Libero
@@ -16,7 +15,7 @@ from mvjax.evaluation.suites.libero_policy import libero_commands
 from mvjax.evaluation.suites.libero_python import libero_python
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.evaluation.suites.suite import Convert, Suite
-from mvjax.policy.load import load_policy
+from mvjax.policy.load import load_policy, policy_identity
 from mvjax.policy.observation import Observation, ObservationSpec
 from mvjax.policy.sampling import Sampling
 
@@ -54,44 +53,71 @@ def settings_for(
     }
 
 
-def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> list[EpisodeResult]:
-    """Plays every episode of `config.evaluation` under one setting; resumes what is on file.
+def evaluate(
+    config: Any, checkpoint: Path, folder: Path, settings: Mapping[str, Setting]
+) -> Iterator[tuple[Setting, list[EpisodeResult]]]:
+    """Plays every episode of `config.evaluation` under each setting; resumes what is on file.
 
-    The processes of a job share the episodes; each has the whole policy on its own devices.
+    The processes of a job share the episodes; each has the whole policy on its own devices. The
+    policy is loaded once for all settings.
 
     Args:
         config: configuration of the stage-2 run, with `evaluation {suite, tasks,
             episodes_per_task, first_seed, execute, max_steps, workers, videos_per_task}`.
         checkpoint: training directory of the stage-2 run; unused by "expert" and "none".
-        folder: where results, recordings and the setting's description go.
-        setting: mode and stop step.
+        folder: where results, recordings and the settings' descriptions go, in a folder for each.
+        settings: by the names of their folders.
+
+    Yields:
+        Each setting with its results as soon as they are complete.
+
+    Raises:
+        ValueError: if the suite is unknown, or the policy's actions are not for it.
     """
-    protocol, io = config.evaluation, config.policy_io
+    protocol = config.evaluation
     if protocol.suite not in SUITES:
         raise ValueError(f"Unknown suite {protocol.suite!r}; known: {', '.join(SUITES)}.")
-    suite = SUITES[protocol.suite]
-    if io.action.fps != suite.control_hz:
+    suite, fps = SUITES[protocol.suite], config.policy_io.action.fps
+    if fps != suite.control_hz:
         raise ValueError(
-            f"The policy's actions are {io.action.fps:g} per second, but {protocol.suite} takes "
+            f"The policy's actions are {fps:g} per second, but {protocol.suite} takes "
             f"{suite.control_hz}: set policy_io.action.fps to that and train again."
         )
-    oracle = setting.mode == "oracle"
-    identity, controller = "", setting.mode
-    if setting.mode in ("policy", "oracle"):
-        sampling = Sampling(**config.sampler, stop_step=setting.stop_step, oracle=oracle)
-        policy = load_policy(config, checkpoint, sampling, protocol.workers)
-        policy.warm_up()
-        controller = _in_simulator(policy.plan, suite.convert)
-        identity = _identity(config, checkpoint) + str(sampling)
+    policy = None
+    for name, setting in settings.items():
+        identity, controller = "", setting.mode
+        if setting.mode in ("policy", "oracle"):
+            oracle = setting.mode == "oracle"
+            sampling = Sampling(**config.sampler, stop_step=setting.stop_step, oracle=oracle)
+            if policy is None:
+                policy = load_policy(config, checkpoint, sampling, protocol.workers)
+            policy = policy.sampled(sampling)
+            policy.warm_up()
+            controller = _in_simulator(policy.plan, suite.convert)
+            identity = policy_identity(config, checkpoint) + str(sampling)
+        if jax.process_index() == 0:
+            write_setting(folder / name, setting)
+        yield setting, _play(config, suite, folder / name, setting, controller, identity)
+
+
+def _play(
+    config: Any,
+    suite: Suite,
+    folder: Path,
+    setting: Setting,
+    controller: Plan | str,
+    identity: str,
+) -> list[EpisodeResult]:
+    protocol, io = config.evaluation, config.policy_io
+    # --config.evaluation.tasks=a,b puts one string into the tuple.
+    tasks = [task.strip() for task in ",".join(protocol.tasks).split(",")]
     protocol_text = "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
-    if jax.process_index() == 0:
-        write_setting(folder, setting)
     return run_rollouts(
         suite=protocol.suite,
         make_simulator=suite.make_simulator,
         episodes=[
             (task, protocol.first_seed + i)
-            for task in protocol.tasks
+            for task in filter(None, tasks)
             for i in range(protocol.episodes_per_task)
         ],
         controller=controller,
@@ -104,7 +130,7 @@ def evaluate(config: Any, checkpoint: Path, folder: Path, setting: Setting) -> l
         ),
         folder=folder,
         config_hash=hashlib.sha256((identity + protocol_text).encode()).hexdigest()[:16],
-        oracle_frames=config.clip.future_frames if oracle else 0,
+        oracle_frames=config.clip.future_frames if setting.mode == "oracle" else 0,
         max_steps=protocol.max_steps,
         workers=protocol.workers,
         videos_per_task=protocol.videos_per_task,
@@ -122,9 +148,3 @@ def _in_simulator(plan: Plan, convert: Convert) -> Plan:
         return np.stack([convert(chunk, seen.proprio[-1]) for chunk, seen in chunks])
 
     return converted
-
-
-def _identity(config: Any, checkpoint: Path) -> str:
-    """Tells one trained policy from another, also when a folder is trained further."""
-    parts = [checkpoint, *filter(None, [config.backbone.checkpoint])]
-    return "".join(f"{latest_step(Path(p))} {read_meta(Path(p))}" for p in parts)

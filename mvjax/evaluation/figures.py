@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,7 +29,7 @@ def loss_figure(curves: Mapping[str, tuple[np.ndarray, np.ndarray]], title: str)
     """
     figure, axes = _axes("step", "loss")
     top = 0.0
-    for (name, (steps, losses)), colour in zip(curves.items(), COLOURS):
+    for (name, (steps, losses)), colour in zip(curves.items(), cycle(COLOURS)):
         smooth = _running_mean(losses, max(1, len(losses) // 25))
         keep = np.unique(np.linspace(0, len(steps) - 1, POINTS_DRAWN).astype(int))
         axes.plot(steps[keep], losses[keep], color=colour, alpha=0.25, linewidth=0.7)
@@ -50,7 +51,7 @@ def curves_figure(
         title: what a screen reader says.
     """
     figure, axes = _axes(x_label, y_label)
-    for (name, (x, y)), colour in zip(curves.items(), COLOURS):
+    for (name, (x, y)), colour in zip(curves.items(), cycle(COLOURS)):
         axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.8, label=name)
     axes.set_ylim(0, 1.15 * max(float(np.max(y)) for _, y in curves.values()) or 1)
     axes.legend(frameon=False)
@@ -58,21 +59,23 @@ def curves_figure(
 
 
 def sweep_figure(
-    sweep: Sequence[tuple[int, SuccessRate]], lines: Sequence[SuccessRate], title: str
+    curves: Mapping[str, Sequence[tuple[int, SuccessRate]]],
+    lines: Sequence[SuccessRate],
+    title: str,
 ) -> str:
     """Success against the number of video denoising steps, with Wilson intervals.
 
     Args:
-        sweep: (stop step, success) pairs.
+        curves: name of a policy -> (stop step, success) pairs.
         lines: settings without a stop step (oracle, expert, doing nothing), as horizontal lines.
         title: what a screen reader says.
     """
     figure, axes = _axes("video denoising steps before the context is read", "success, %")
-    steps = [step for step, _ in sweep]
-    _with_intervals(axes, steps, [rate for _, rate in sweep], COLOURS[0], "policy")
-    if steps:
-        axes.set_xticks(steps)
-    for line, colour, dash in zip(lines, COLOURS[1:], ("--", ":", "-.", "--")):
+    colours = cycle(COLOURS)
+    for (name, points), colour in zip(curves.items(), colours):
+        _with_intervals(axes, [x for x, _ in points], [rate for _, rate in points], colour, name)
+    axes.set_xticks(sorted({step for points in curves.values() for step, _ in points}))
+    for line, colour, dash in zip(lines, colours, cycle(("--", ":", "-."))):
         axes.axhline(100 * line.rate, color=colour, linestyle=dash, linewidth=1.4, label=line.name)
     return _finished(figure, axes, title)
 
@@ -85,7 +88,7 @@ def study_figure(curves: Mapping[str, Sequence[tuple[int, SuccessRate]]], title:
         title: what a screen reader says.
     """
     figure, axes = _axes("action demonstrations per task", "success, %")
-    for (name, points), colour in zip(curves.items(), COLOURS):
+    for (name, points), colour in zip(curves.items(), cycle(COLOURS)):
         points = sorted(points, key=lambda point: point[0])
         _with_intervals(axes, [x for x, _ in points], [rate for _, rate in points], colour, name)
     ticks = sorted({x for points in curves.values() for x, _ in points})

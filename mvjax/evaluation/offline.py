@@ -6,38 +6,20 @@ at every stop step ("genvid"). Both are here, per step of the chunk and dimensio
 SSIM of the video that full denoising ends with.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
-from data_pipelines.clips import cut_episode
-from data_pipelines.encoding.job import split_of
-from data_pipelines.episode import Episode
+from mvjax.evaluation.held_out import Window
 from mvjax.evaluation.similarity import psnr, ssim
-from mvjax.flow.sampler import advance, evaluations
+from mvjax.flow.sampler import Trajectory, advance, evaluations, start
 from mvjax.policy.model import Inputs, VideoActionModel, Weights, medoid, to_pixels
-from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
-
-
-@dataclass(frozen=True)
-class Window:
-    """A moment of a held-out episode.
-
-    Attributes:
-        episode: its id.
-        observation: with the true future.
-        actions: what was done, raw units [horizon, dim].
-    """
-
-    episode: str
-    observation: Observation
-    actions: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -58,78 +40,39 @@ class WindowErrors:
     ssim: np.ndarray
 
 
-def held_out_windows(
-    episodes: Sequence[Episode], dataset: ConfigDict, config: ConfigDict, count: int
-) -> list[Window]:
-    """So many moments, spread over the validation episodes and over their length.
-
-    Args:
-        episodes: of the dataset.
-        dataset: its config section, with actions.
-        config: `clip`, `policy_io`, `validation_share`.
-        count: how many.
-
-    Raises:
-        ValueError: if no episode is held out.
-    """
-    held_out = [
-        i
-        for i in range(len(episodes))
-        if split_of(episodes[i].id, config.validation_share) == "validation"
-    ]
-    if not held_out:
-        raise ValueError(
-            f"Dataset {dataset.name!r} has no held-out episode: config.validation_share is "
-            f"{config.validation_share}; train with a larger one."
-        )
-    chosen = [held_out[n * len(held_out) // count] for n in range(count)]
-    windows, observed = [], config.clip.observed_frames
-    for index in dict.fromkeys(chosen):
-        episode, many = episodes[index], chosen.count(index)
-        cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
-        for n in range(many):
-            at = (2 * n + 1) * len(cuts.clips) // (2 * many)
-            past, future = np.split(cuts.frames[cuts.clips[at]], [observed])
-            proprio = cuts.columns["proprio"][at]
-            observation = Observation(past, proprio, episode.instructions[0], future)
-            windows.append(Window(episode.id, observation, cuts.columns["actions"][at]))
-    return windows
-
-
 def window_errors(
-    policy: Policy, windows: Sequence[Window], stop_steps: Sequence[int]
-) -> Iterator[WindowErrors]:
-    """Errors of each window, computed in batches of the policy.
+    policy: Policy, windows: Iterable[Window], stop_steps: Sequence[int]
+) -> Iterator[tuple[Window, WindowErrors]]:
+    """Every window with its errors, computed in batches of the policy.
 
     Args:
         policy: its sampling says the schedule; its stop step and mode are not used.
-        windows: of `held_out_windows`.
+        windows: no more than a batch of them is held at a time.
         stop_steps: at which steps K of the schedule to read the video.
     """
-    for start in range(0, len(windows), policy.batch_size):
-        batch = list(windows[start : start + policy.batch_size])
-        full = batch + batch[-1:] * (policy.batch_size - len(batch))
-        yield from list(_batch_errors(policy, full, stop_steps))[: len(batch)]
+    windows = iter(windows)
+    while batch := list(islice(windows, policy.batch_size)):
+        (full,) = policy.batches(batch)
+        yield from zip(batch, _batch_errors(policy, full, stop_steps))
 
 
 def _batch_errors(
     policy: Policy, batch: list[Window], stop_steps: Sequence[int]
 ) -> Iterator[WindowErrors]:
-    model, clip = policy.model, policy.model.clip
+    model, clip, sigmas = policy.model, policy.model.clip, policy.model.sampling.sigmas
     inputs = policy.inputs([window.observation for window in batch], with_future=True)
     read_true, read_generated = [], []
     with policy.devices():
         clean = _encode(model, policy.weights, inputs.video)
-        x, previous = inputs.video_noise * np.float32(model.sigmas[0]), jnp.zeros_like(clean)
-        for k, (sigma, coefficients) in enumerate(zip(*evaluations(model.sigmas))):
+        here = start(inputs.video_noise, sigmas)
+        for k, (sigma, coefficients) in enumerate(zip(*evaluations(sigmas))):
             if k in stop_steps:
                 noisy = clean + sigma * inputs.video_noise
-                for video, chunks in ((noisy, read_true), (x, read_generated)):
+                for video, chunks in ((noisy, read_true), (here.x, read_generated)):
                     act = _act(model, policy.weights, video, clean, sigma, inputs)
                     chunks.append(np.asarray(act))
-            step = _step(model, policy.weights, x, previous, clean, sigma, coefficients, inputs)
-            x, previous = step
-        made = np.asarray(_decode(policy.weights, x))[:, clip.observed_frames :]
+            here = _step(model, policy.weights, here, clean, sigma, coefficients, inputs)
+        made = np.asarray(_decode(policy.weights, here.x))[:, clip.observed_frames :]
     shown = np.asarray(inputs.video)[:, clip.observed_frames :]
     wanted = np.stack([window.actions for window in batch])
     normalised = policy.normalizer.normalize("actions", wanted)
@@ -165,9 +108,11 @@ def _act(model, weights: Weights, x, clean, sigma, inputs: Inputs) -> jax.Array:
 
 
 @partial(jax.jit, static_argnums=0)
-def _step(model, weights: Weights, x, previous, clean, sigma, coefficients, inputs: Inputs):
-    x0 = model.denoised(weights[1], x, clean, jnp.full((len(x), 1), sigma), inputs.text)
-    return advance(x, x0, previous, coefficients), x0
+def _step(
+    model, weights: Weights, here: Trajectory, clean, sigma, coefficients, inputs: Inputs
+) -> Trajectory:
+    x0 = model.denoised(weights[1], here.x, clean, jnp.full((len(clean), 1), sigma), inputs.text)
+    return Trajectory(advance(here.x, x0, here.previous, coefficients), x0)
 
 
 @jax.jit

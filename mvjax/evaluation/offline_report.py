@@ -7,66 +7,36 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-import jax
 import numpy as np
-from tqdm import tqdm
 
-from data_pipelines.sources.open import open_config
 from mvjax.evaluation.figures import curves_figure
-from mvjax.evaluation.offline import WindowErrors, held_out_windows, window_errors
+from mvjax.evaluation.offline import WindowErrors
 from mvjax.evaluation.report_html import row, section, table
-from mvjax.policy.load import load_policy
-from mvjax.policy.sampling import Sampling
 
 TRUE, GENERATED = "true video", "generated video"
 
 
-def evaluate_offline(
-    config: Any, checkpoint: Path, folder: Path, stop_steps: Sequence[int], count: int, batch: int
-) -> dict[str, Any]:
-    """Evaluates a policy on the held-out episodes of every dataset with actions.
-
-    Args:
-        config: configuration of the stage-2 run.
-        checkpoint: its training directory.
-        folder: where the results go.
-        stop_steps: at which to read the video.
-        count: moments per dataset.
-        batch: moments computed at once.
-
-    Returns:
-        What `summarise` gives.
-    """
-    sampling = Sampling(**config.sampler)
-    policy = load_policy(config, checkpoint, sampling, batch)
-    windows = []
-    for dataset in config.datasets.values():
-        if dataset.action:
-            windows += held_out_windows(open_config(dataset), dataset, config, count)
-    progress = tqdm(window_errors(policy, windows, stop_steps), total=len(windows), unit="moment")
-    label = f"{checkpoint} on {', '.join(config.datasets)}"
-    summary = summarise(list(progress), stop_steps, policy.model.sigmas, label)
-    if jax.process_index() == 0:
-        write_offline(folder, summary)
-    return summary
-
-
 def summarise(
-    errors: Sequence[WindowErrors], stop_steps: Sequence[int], sigmas: np.ndarray, label: str
+    errors: Sequence[WindowErrors],
+    unreadable: Sequence[str],
+    stop_steps: Sequence[int],
+    sigmas: np.ndarray,
+    label: str,
 ) -> dict[str, Any]:
     """Means over windows, JSON-able.
 
     Args:
         errors: of every window.
+        unreadable: episodes that are not among them, and why.
         stop_steps: at which the video was read.
         sigmas: noise levels of the whole schedule.
         label: what was evaluated.
 
     Returns:
-        windows, label, stop_steps, sigmas; under "true_video" and "generated_video" mse (of
-        normalised actions, per stop step), mse_by_step and mse_by_dimension (per stop step and step
-        of the chunk, or dimension), and mae_by_dimension (in the actions' units); psnr and ssim per
-        future frame.
+        windows, unreadable, label, stop_steps, sigmas; under "true_video" and "generated_video"
+        mse (of normalised actions, per stop step), mse_by_step and mse_by_dimension (per stop step
+        and step of the chunk, or dimension), and mae_by_dimension (in the actions' units); psnr and
+        ssim per future frame.
     """
 
     def mean(name: str, *axes: int) -> list:
@@ -75,6 +45,7 @@ def summarise(
     summary = {
         "label": label,
         "windows": len(errors),
+        "unreadable": list(unreadable),
         "stop_steps": list(stop_steps),
         "sigmas": [float(sigmas[k]) for k in stop_steps],
     }
@@ -107,8 +78,9 @@ def _head(summary: dict[str, Any]) -> str:
     return section(
         "What was measured",
         f"<p>{escape(summary['label'])}: {summary['windows']} moments of held-out episodes.</p>"
-        "<p>Action error: mean squared error of the normalised chunk against what was done there; "
-        "1 is about what a constant would get.</p>",
+        + "".join(f"<p>Could not be read: {escape(said)}</p>" for said in summary["unreadable"])
+        + "<p>Action error: mean squared error of the normalised chunk against what was done "
+        "there; 1 is about what a constant would get.</p>",
     )
 
 

@@ -7,9 +7,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.clips import cut_episode
-from data_pipelines.encoding.job import split_of
 from data_pipelines.episode import Episode
 from data_pipelines.video import write_video
+from mvjax.evaluation.held_out import held_out_episodes
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
 
@@ -37,15 +37,11 @@ def write_predictions(
         folder: where the videos go.
         count: how many pairs, spread over the held-out episodes.
     """
-    held_out = [e for e in episodes if split_of(e.id, config.validation_share) == "validation"]
-    if not held_out:
-        raise ValueError(
-            f"Dataset {dataset.name!r} has no validation episode; raise validation_share."
-        )
+    held_out = list(held_out_episodes(episodes, dataset, config.validation_share))
     chosen = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)
     folder.mkdir(parents=True, exist_ok=True)
     observed = config.clip.observed_frames
-    for episode in (held_out[i] for i in chosen):
+    for episode in (episodes[held_out[i]] for i in chosen):
         cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
         true = cuts.frames[cuts.clips[len(cuts.clips) // 3]]
         proprio = np.zeros((config.policy_io.proprio.horizon, config.policy_io.proprio.dim))

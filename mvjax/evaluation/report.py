@@ -16,6 +16,7 @@ not produced yet is said in a line. All it reads lies in the run folder:
 - `environment.json`: see `mvjax.evaluation.environment`, which writes it.
 """
 
+from html import escape
 from pathlib import Path
 from string import Template
 
@@ -40,7 +41,7 @@ def build_report(run_dir: Path, out: Path) -> None:
     """
     if not run_dir.is_dir():
         raise FileNotFoundError(f"There is no run folder {run_dir}: give the folder of a run.")
-    evaluations = data.read_evaluations(run_dir)
+    evaluations = data.read_evaluations(run_dir / "evaluation")
     main = data.main_evaluation(evaluations)
     phases = data.read_phases(run_dir)
     command = run_dir / "command.txt"
@@ -53,6 +54,7 @@ def build_report(run_dir: Path, out: Path) -> None:
         sections.rollouts(main),
         sections.success(main, evaluations),
         sections.sweep(evaluations),
+        sections.settings(evaluations),
         sections.predictions(data.read_predictions(run_dir)),
         sections.losses(losses),
         sections.study(data.read_study(run_dir)),
@@ -61,8 +63,30 @@ def build_report(run_dir: Path, out: Path) -> None:
             command.read_text().strip() if command.exists() else "", data.read_environment(run_dir)
         ),
     ]
+    _write(out, f"Run {run_dir.resolve().name}", body)
+
+
+def build_evaluation_report(folder: Path) -> Path:
+    """Draws `report.html` of the settings in a folder of results, and returns its path.
+
+    Args:
+        folder: with `<setting>/results.jsonl` and the rest, as `python -m launch.evaluate` leaves.
+    """
+    evaluations = data.read_evaluations(folder)
+    main = data.main_evaluation(evaluations)
+    body = [
+        sections.headline(main, evaluations, 0.0),
+        sections.rollouts(main),
+        sections.success(main, evaluations),
+        sections.sweep(evaluations),
+        sections.settings(evaluations),
+    ]
+    return _write(folder / "report.html", f"Evaluation in {folder}", body)
+
+
+def _write(out: Path, title: str, body: list[str]) -> Path:
     template = Template(Path(__file__).with_name("report.html").read_text())
-    page = template.substitute(title=f"Run {run_dir.resolve().name}", body="\n".join(body))
+    page = template.substitute(title=escape(title), body="\n".join(body))
     partial = out.with_name(out.name + ".partial")
     partial.write_text(page)
-    partial.replace(out)
+    return partial.replace(out)

@@ -30,10 +30,13 @@ class Evaluated:
         return 1e3 * sum(r.plan_seconds for r in self.results) / queries if queries else None
 
 
-def read_evaluations(run_dir: Path) -> list[Evaluated]:
-    """Every setting with at least one finished episode: policies by stop step, then the others."""
+def read_evaluations(folder: Path) -> list[Evaluated]:
+    """Every setting in a folder of results with at least one finished episode.
+
+    Policies by stop step, then the others.
+    """
     evaluations = []
-    for path in sorted(run_dir.glob("evaluation/*/results.jsonl")):
+    for path in sorted(folder.glob("*/results.jsonl")):
         results = read_results(path)
         if results and (path.parent / "setting.json").exists():
             # Episodes end in any order: sorted, so that a resumed run draws the same report.
@@ -48,10 +51,14 @@ def read_evaluations(run_dir: Path) -> list[Evaluated]:
 
 
 def main_evaluation(evaluations: list[Evaluated]) -> Evaluated | None:
-    """The setting marked main, or the policy with the fewest video steps (the paper's default)."""
+    """The setting marked main, or the policy with the fewest video steps (the paper's default).
+
+    A variant only where there is nothing else.
+    """
     marked = [evaluated for evaluated in evaluations if evaluated.setting.main]
-    policies = [e for e in evaluations if e.setting.mode == "policy" and not e.setting.variant]
-    return next(iter(marked + policies), None)
+    policies = [e for e in evaluations if e.setting.mode == "policy"]
+    own = [e for e in policies if not e.setting.variant]
+    return next(iter(marked + own + policies), None)
 
 
 def read_losses(metrics: Path) -> dict[str, Curve]:

@@ -90,30 +90,36 @@ def success(main: Evaluated | None, evaluations: list[Evaluated]) -> str:
 
 
 def sweep(evaluations: list[Evaluated]) -> str:
-    """How much video denoising the policy needs: figure and table of all settings."""
-    own = [e for e in evaluations if not e.setting.variant]
-    policies = [e for e in own if e.setting.mode == "policy" and e.setting.stop_step is not None]
+    """How much video denoising the policy needs: a curve of every variant with several stops."""
     title = "How far to denoise the video"
-    if len(policies) < 2:
+    curves: dict[str, list[tuple[int, SuccessRate]]] = {}
+    for e in evaluations:
+        if e.setting.mode == "policy" and e.setting.stop_step is not None:
+            name = e.setting.variant or "policy"
+            curves.setdefault(name, []).append((e.setting.stop_step, e.mean))
+    curves = {name: points for name, points in curves.items() if len(points) > 1}
+    if not curves:
         return section(title, missing("Fewer than two stopping points have been evaluated."))
-    others = [e for e in own if e.setting.mode != "policy"]
-    variants = [e for e in evaluations if e.setting.variant]
-    figure = figures.sweep_figure(
-        [(e.setting.stop_step, e.mean) for e in policies],
-        [replace(e.mean, name=e.setting.label) for e in others],
-        title,
-    )
-    rows = []
-    for e in [*policies, *others, *variants]:
-        stop = "–" if e.setting.stop_step is None else str(e.setting.stop_step)
-        plan = "–" if e.plan_ms is None else f"{e.plan_ms:.0f} ms"
-        rows.append(row(e.setting.label, [stop, rate_cell(e.mean), plan]))
-    listed = table(["Setting", "Video steps", "Success", "Planning per query"], rows)
+    others = [e for e in evaluations if e.setting.mode != "policy" and not e.setting.variant]
+    lines = [replace(e.mean, name=e.setting.label) for e in others]
     note = (
         "<p>The decoder reads the video model after so many denoising steps of the future; "
         "with none, the future is pure noise. Bars are 95 % Wilson intervals.</p>"
     )
-    return section(title, note + f'<div class="figures">{figure}{listed}</div>')
+    return section(title, note + figures.sweep_figure(curves, lines, title))
+
+
+def settings(evaluations: list[Evaluated]) -> str:
+    """Every setting in a line, variants (other checkpoints, layers, shares of data) included."""
+    if not evaluations:
+        return section("All settings", missing("Nothing has been evaluated yet."))
+    rows = []
+    for e in sorted(evaluations, key=lambda e: e.setting.variant):  # stable: by mode and stop step
+        stop = "–" if e.setting.stop_step is None else str(e.setting.stop_step)
+        plan = "–" if e.plan_ms is None else f"{e.plan_ms:.0f} ms"
+        rows.append(row(e.setting.label, [stop, rate_cell(e.mean), plan]))
+    head = ["Setting", "Video steps", "Success", "Planning per query"]
+    return section("All settings", table(head, rows))
 
 
 def predictions(pairs: Mapping[str, tuple[Path, Path]]) -> str:

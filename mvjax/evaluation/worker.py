@@ -70,9 +70,9 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in the simulator, as text."""
+    """An exception in the simulator, as text: its traceback, or a sentence for the person."""
 
-    traceback: str
+    text: str
 
 
 def serve(file_descriptor: int) -> None:
@@ -86,7 +86,10 @@ def serve(file_descriptor: int) -> None:
             if order.task != task:  # rebuilding costs about a second: the queue avoids it
                 if simulator is not None:
                     simulator.close()
-                simulator, task = job.make_simulator(order.task), order.task
+                try:
+                    simulator, task = job.make_simulator(order.task), order.task
+                except ValueError as error:  # no such task: a sentence for the person
+                    return connection.send(Failure(str(error)))
             connection.send(play(simulator, order, job, connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):
         pass  # the evaluation ended, or was killed

@@ -69,7 +69,7 @@ class WorkerProcess:
             raise self._died() from None
         if isinstance(message, Query | Outcome):
             return message
-        raise RolloutError(f"{self._episode()} failed in its simulator:\n{message.traceback}")
+        raise RolloutError(f"{self._episode()} failed in its simulator:\n{message.text}")
 
     def stop(self, patience: float = 5.0) -> None:
         """Ends the process; kills it if it is not gone after `patience` seconds."""

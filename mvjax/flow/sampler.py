@@ -1,12 +1,25 @@
 """The two-step Adams-Bashforth video sampler, and the noise of published runs."""
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+
+
+class Trajectory(NamedTuple):
+    """A video between noise and its end.
+
+    Attributes:
+        x: noisy latents [b, t, h, w, c].
+        previous: the clean prediction one evaluation before; before the first one, zeros.
+    """
+
+    x: Array
+    previous: Array
 
 
 def step_coefficients(sigmas: np.ndarray) -> np.ndarray:
@@ -66,18 +79,39 @@ def sample_video(
             f"stop_step must be between 0 and {len(sigmas) - 1} (the number of sampling steps), "
             f"got {stop_step}."
         )
-    x = noise * sigmas[0]
-    if stop_step == 0:
-        return x
+    return sample_on(denoise, start(noise, sigmas), sigmas, 0, stop_step).x
 
-    def step(carry, inputs):
-        x, previous = carry
+
+def start(noise: Array, sigmas: np.ndarray) -> Trajectory:
+    """The trajectory before the first evaluation, from standard normal noise."""
+    return Trajectory(noise * sigmas[0], jnp.zeros_like(noise))
+
+
+def sample_on(
+    denoise: Callable[[Array, Array], Array],
+    here: Trajectory,
+    sigmas: np.ndarray,
+    first: int,
+    last: int,
+) -> Trajectory:
+    """The trajectory after the evaluations `first`, ..., `last` - 1 of `evaluations(sigmas)`.
+
+    Args:
+        denoise: called with noisy latents and σ [b, 1]; returns the clean prediction.
+        here: the trajectory before evaluation `first`.
+        sigmas: decreasing noise levels, float64 [steps + 1].
+        first, last: between 0 and steps + 1; after all steps + 1, x is the clean prediction.
+    """
+    if first == last:
+        return here
+
+    def step(here, inputs):
         sigma, coefficients = inputs
-        x0 = denoise(x, jnp.full((x.shape[0], 1), sigma))
-        return (advance(x, x0, previous, coefficients), x0), None
+        x0 = denoise(here.x, jnp.full((len(here.x), 1), sigma))
+        return Trajectory(advance(here.x, x0, here.previous, coefficients), x0), None
 
-    inputs = [jnp.asarray(array[:stop_step]) for array in evaluations(sigmas)]
-    return jax.lax.scan(step, (x, jnp.zeros_like(x)), tuple(inputs))[0][0]
+    inputs = tuple(jnp.asarray(array[first:last]) for array in evaluations(sigmas))
+    return jax.lax.scan(step, here, inputs)[0]
 
 
 def published_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:

@@ -52,7 +52,7 @@ def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, 
         return lambda *args: jax.block_until_ready(program(*args))
 
     def choose(decoder, context_kv, proprio, noise):
-        sigma = jnp.full((len(proprio), 1), model.sigmas[model.sampling.stop_step])
+        sigma = jnp.full((len(proprio), 1), model.sampling.stop_sigma)
         return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
     def prepare(_: Any = None) -> Inputs:

@@ -66,6 +66,12 @@ def load_policy(
     )
 
 
+def policy_identity(config: Any, decoder_directory: Path) -> str:
+    """Tells one trained policy from another, also when a folder is trained further."""
+    parts = [decoder_directory, *filter(None, [config.backbone.checkpoint])]
+    return "".join(f"{latest_step(Path(p))} {read_meta(Path(p))}" for p in parts)
+
+
 def _normalizer(decoder_directory: Path, embodiment: str) -> Normalizer:
     path = decoder_directory / "normalizer.json"
     if not path.exists():

@@ -59,7 +59,7 @@ def generation_config(checkpoint: Path) -> ConfigDict:
     return config
 
 
-def load_tokenizer(path: str | Path, checkpoint: Path) -> Any:
+def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:
     """The video tokenizer at `path`, which must be the one `checkpoint` was trained with."""
     if path == "":
         raise ValueError(

@@ -2,21 +2,20 @@
 
     video ─ encode ─▶ latents ─ context ─▶ hidden states after block k ─ actions ─▶ chunks
 
-`act` is all of it, one compiled program; the parts are there to be measured and compared.
+`act` is all of it, one compiled program, and `act_and_predict` the same with the video that the
+model expects; the parts are there to be measured and compared.
 """
 
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from mvjax.clip import Clip
 from mvjax.flow.action import sample_actions
-from mvjax.flow.noise_levels import karras_sigmas
-from mvjax.flow.sampler import sample_video
+from mvjax.flow.sampler import Trajectory, sample_on, start
 from mvjax.flow.video import condition_mask, denoise, network_input
 from mvjax.models.attention import KeysValues
 from mvjax.models.param_tree import Params
@@ -63,12 +62,6 @@ class VideoActionModel:
     decoder: Network
     sampling: Sampling
 
-    @cached_property
-    def sigmas(self) -> np.ndarray:
-        """Noise levels of the video, float64 [video_steps + 1]."""
-        s = self.sampling
-        return karras_sigmas(s.video_steps, sigma_max=s.sigma_max, sigma_min=s.sigma_min)
-
     def encode(self, tokenizer: Any, video: Array) -> Array:
         """Latents of the frames that are given; those that are not are zeros.
 
@@ -93,11 +86,11 @@ class VideoActionModel:
             text: embeddings [b, l, d].
             noise: standard normal, as `clean`.
         """
-        k = self.sampling.stop_step
         if self.sampling.oracle:
-            x = clean + self.sigmas[k] * noise
+            x = self._true_future(clean, noise)
         else:
-            x = self._generate(params, clean, text, noise, k)
+            begin, stop = start(noise, self.sampling.sigmas), self.sampling.stop_step
+            x = self._denoise(params, begin, clean, text, 0, stop).x
         return self.read(params, x, clean, self._sigma(len(clean)), text)
 
     def read(self, params: Params, x: Array, clean: Array, sigma: Array, text: Array) -> Array:
@@ -151,28 +144,50 @@ class VideoActionModel:
         tokenizer, backbone, decoder = weights
         clean = self.encode(tokenizer, inputs.video)
         context = self.context(backbone, clean, inputs.text, inputs.video_noise)
-        sigma = self._sigma(len(context))
-        chunks = self.actions(decoder, context, sigma, inputs.proprio, inputs.action_noise)
-        return medoid(chunks)
+        return self._chunks(decoder, context, inputs)
 
     @partial(jax.jit, static_argnums=0)
     def predict(self, weights: Weights, inputs: Inputs) -> Array:
         """The fully denoised clip, uint8 [b, frames, h, w, 3], from its observed frames."""
         tokenizer, backbone, _ = weights
-        clean, last = self.encode(tokenizer, inputs.video), self.sampling.video_steps
-        x = self._generate(backbone, clean, inputs.text, inputs.video_noise, last)
-        sigma = jnp.full((len(x), 1), self.sigmas[last])
-        return to_pixels(tokenizer, self.denoised(backbone, x, clean, sigma, inputs.text))
+        clean = self.encode(tokenizer, inputs.video)
+        begin = start(inputs.video_noise, self.sampling.sigmas)
+        end = self._denoise(backbone, begin, clean, inputs.text, 0, self.sampling.evaluations)
+        return to_pixels(tokenizer, end.x)
 
-    def _generate(
-        self, params: Params, clean: Array, text: Array, noise: Array, stop_step: int
-    ) -> Array:
-        """Noisy latents after `stop_step` evaluations."""
+    @partial(jax.jit, static_argnums=0)
+    def act_and_predict(self, weights: Weights, inputs: Inputs) -> tuple[Array, Array]:
+        """The chunks of `act` and the clip of `predict`.
+
+        One video is denoised to σ_K, read there for the chunks, and denoised on to its end. In
+        oracle mode the chunks are read from the true future, and the clip is what the model
+        expects without having seen it.
+        """
+        tokenizer, backbone, decoder = weights
+        text, noise, stop = inputs.text, inputs.video_noise, self.sampling.stop_step
+        clean, begin = self.encode(tokenizer, inputs.video), start(noise, self.sampling.sigmas)
+        here = self._denoise(backbone, begin, clean, text, 0, stop)
+        x = self._true_future(clean, noise) if self.sampling.oracle else here.x
+        context = self.read(backbone, x, clean, self._sigma(len(x)), text)
+        end = self._denoise(backbone, here, clean, text, stop, self.sampling.evaluations)
+        return self._chunks(decoder, context, inputs), to_pixels(tokenizer, end.x)
+
+    def _chunks(self, decoder: Params, context: Array, inputs: Inputs) -> Array:
+        sigma = self._sigma(len(context))
+        return medoid(self.actions(decoder, context, sigma, inputs.proprio, inputs.action_noise))
+
+    def _true_future(self, clean: Array, noise: Array) -> Array:
+        return clean + self.sampling.stop_sigma * noise
+
+    def _denoise(
+        self, params: Params, here: Trajectory, clean: Array, text: Array, first: int, last: int
+    ) -> Trajectory:
+        """The video after the evaluations `first`, ..., `last` - 1."""
         step = lambda x, sigma: self.denoised(params, x, clean, sigma, text)  # noqa: E731
-        return sample_video(step, noise, self.sigmas, stop_step)
+        return sample_on(step, here, self.sampling.sigmas, first, last)
 
     def _sigma(self, samples: int) -> Array:
-        return jnp.full((samples, 1), self.sigmas[self.sampling.stop_step])
+        return jnp.full((samples, 1), self.sampling.stop_sigma)
 
     def _condition_mask(self, samples: int) -> Array:
         return condition_mask(

@@ -1,9 +1,9 @@
 """The policy: frames, proprioception and an instruction in, an action chunk out."""
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from hashlib import blake2b
 from typing import Any
@@ -19,6 +19,7 @@ from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import Rules, make_rules, spec, split_ways, use_rules
 from mvjax.policy.model import Inputs, VideoActionModel, Weights
 from mvjax.policy.observation import Observation
+from mvjax.policy.sampling import Sampling
 
 _TEXTS_KEPT = 256  # embeddings of 512 x 1024 numbers are 2 MB each
 
@@ -60,30 +61,27 @@ class Policy:
 
         Queries are answered in compiled batches of `batch_size`, the last one padded.
         """
-        chunks = []
-        for batch in self.batches(observations):
-            inputs = self.inputs(batch, with_future=self.model.sampling.oracle)
-            with self.devices():
-                chunks.append(np.asarray(self.model.act(self.weights, inputs)))
-        actions = np.concatenate(chunks)[: len(observations)]
-        return self.normalizer.unnormalize("actions", actions)
+        chunks = self._answer(self.model.act, observations, self.model.sampling.oracle)
+        return self.normalizer.unnormalize("actions", chunks)
 
     def plan_with_video(self, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
-        """The chunks of `plan`, and the video of `predict_video` that the model expects.
+        """The chunks of `plan`, and the video of `predict_video` they were read from.
 
-        The video is denoised fully, whatever the stop step: it costs as many full passes as the
-        schedule has steps, and is meant for looking on, not for control.
+        The video that the plan is read from at σ_K is denoised on to its end, so all steps of the
+        schedule are computed once, whatever K is: meant for looking on, not for control. In oracle
+        mode the plan is read from the true future, and the video is what the model expects instead.
         """
-        return self.plan(observations), self.predict_video(observations)
+        program, oracle = self.model.act_and_predict, self.model.sampling.oracle
+        chunks, video = self._answer(program, observations, oracle)
+        return self.normalizer.unnormalize("actions", chunks), video
 
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
         """Fully denoised video with the observed frames first, uint8 [n, frames, h, w, 3]."""
-        videos = []
-        for batch in self.batches(observations):
-            inputs = self.inputs(batch, with_future=False)
-            with self.devices():
-                videos.append(np.asarray(self.model.predict(self.weights, inputs)))
-        return np.concatenate(videos)[: len(observations)]
+        return self._answer(self.model.predict, observations, with_future=False)
+
+    def sampled(self, sampling: Sampling) -> "Policy":
+        """The same networks, answering in another way; both share memory and remembered texts."""
+        return replace(self, model=replace(self.model, sampling=sampling))
 
     def warm_up(self) -> None:
         """Compiles `plan`, so that the first real query is not slow."""
@@ -120,6 +118,20 @@ class Policy:
         proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
         arrays = map(self._split, (video, self._text(batch), proprio))
         return Inputs(*arrays, *self._noise(batch))
+
+    def _answer(
+        self,
+        program: Callable[[Weights, Inputs], Any],
+        observations: Sequence[Observation],
+        with_future: bool,
+    ) -> Any:
+        """What a program of the model says to each observation, on the host."""
+        answers = []
+        for batch in self.batches(observations):
+            inputs = self.inputs(batch, with_future)
+            with self.devices():
+                answers.append(jax.device_get(program(self.weights, inputs)))
+        return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(observations)], *answers)
 
     def _split(self, array: np.ndarray | jax.Array) -> jax.Array:
         """An array whose first dimension is the batch, on the devices."""

@@ -1,6 +1,11 @@
 """How a query to the policy is answered."""
 
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from mvjax.flow.noise_levels import karras_sigmas
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,18 @@ class Sampling:
                 raise ValueError(
                     f"The policy's {name} must be at least 1, got {getattr(self, name)}."
                 )
+
+    @cached_property
+    def sigmas(self) -> np.ndarray:
+        """Noise levels of the video, float64 [video_steps + 1]."""
+        return karras_sigmas(self.video_steps, sigma_max=self.sigma_max, sigma_min=self.sigma_min)
+
+    @property
+    def stop_sigma(self) -> float:
+        """σ_K, the noise level at which the plan is read."""
+        return float(self.sigmas[self.stop_step])
+
+    @property
+    def evaluations(self) -> int:
+        """Evaluations of the network for a whole video: the steps and the clean prediction."""
+        return self.video_steps + 1

@@ -100,7 +100,7 @@ class TorchPolicy:
 
     def context(self, clean: Tensor, text: Tensor, noise: Tensor) -> Tensor:
         """Hidden states after block k at the noise level of the stop step."""
-        sigmas, coefficients = evaluations(self._model.sigmas)
+        sigmas, coefficients = evaluations(self._model.sampling.sigmas)
         x, previous = noise * float(sigmas[0]), torch.zeros_like(noise)
         frames = torch.arange(clean.shape[1], device=clean.device)
         observed = (frames < self._model.clip.condition_latents).float().expand(len(clean), -1)
@@ -125,7 +125,7 @@ class TorchPolicy:
         draws, steps = noise.shape[1], self._model.sampling.action_steps
         proprio = proprio.to(self._decoder_dtype).repeat_interleave(draws, dim=0)
         x = noise.flatten(0, 1)
-        sigma = float(self._model.sigmas[self._model.sampling.stop_step])
+        sigma = self._model.sampling.stop_sigma
         sigma = torch.full((len(x), 1), sigma, device=x.device)
         for t in np.cumsum([1.0] + [-1 / steps] * (steps - 1), dtype=np.float32).tolist():
             noisy = (x / ((1 - t) ** 2 + t**2) ** 0.5).to(self._decoder_dtype)

@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.normalization.normalizer import Mode, Normalizer
 from mvjax.checkpoints.backbone import load_backbone
-from mvjax.clip import Clip
+from mvjax.clip import CHANNELS, SPATIAL, TEMPORAL, Clip
 from mvjax.models.build import action_decoder_config, decoder_network, video_network
-from mvjax.models.linear_tokenizer import CHANNELS, GROUP, PATCH, LinearTokenizer, Projection
+from mvjax.models.linear_tokenizer import LinearTokenizer, Projection
 from mvjax.models.parameters import Network
 from mvjax.models.presets import WAN_VAES
 from mvjax.models.wan_vae import WanVAE
@@ -108,5 +108,5 @@ def _tokenizer(path: Path) -> LinearTokenizer | WanVAE:
         maps = rng.standard_normal((features, CHANNELS), np.float32) / np.sqrt(features)
         return Projection(np.zeros(features, np.float32), 3 * maps, maps.T)
 
-    pixels = 3 * PATCH**2
-    return LinearTokenizer(projection(pixels), projection(GROUP * pixels))
+    pixels = 3 * SPATIAL**2
+    return LinearTokenizer(projection(pixels), projection(TEMPORAL * pixels))
