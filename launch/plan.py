@@ -26,13 +26,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 from absl import flags
 
 from launch.entry import config_flag, path_flag, run
-from mvjax.parallel.topology import pod_devices
-from mvjax.training.plan import Plan, plan
+from mvjax.parallel.topology import pod_devices, pod_size
+from mvjax.training.plan import USUAL_MFU, Plan, batch_size, plan
 from mvjax.training.plan_report import report
-from mvjax.training.plan_search import search
+from mvjax.training.plan_search import Found, search
 
 CONFIG = config_flag()
 TOPOLOGY = path_flag("topology", "Generation and chips of a slice: v5e:4x4, v5p:8x8x8, v6e:16x16.")
@@ -40,52 +41,51 @@ SLICES = flags.DEFINE_integer("slices", 1, "Such slices, joined along the data a
 BATCH_PER_CHIP = flags.DEFINE_float(
     "batch_per_chip", None, "Clips per chip instead of training.batch_size; 0.5: two chips a clip."
 )
-MFU = flags.DEFINE_float("mfu", 0.4, "Share of the peak FLOP/s for the step time.")
+MFU = flags.DEFINE_float("mfu", USUAL_MFU, "Share of the peak FLOP/s for the step time.")
 SEARCH = flags.DEFINE_bool(
     "search", False, "Find the best mesh, and the largest batch unless given."
 )
-MAX_COMPILES = flags.DEFINE_integer("max_compiles", 12, "Programs that --search compiles.")
+MAX_COMPILES = flags.DEFINE_integer(
+    "max_compiles", 12, "Programs that --search compiles at most.", lower_bound=1
+)
 JSON = flags.DEFINE_string("json", None, "A file for the figures.")
 
 
 def main() -> None:
     """Prints the plan."""
     config, devices = CONFIG.value, pod_devices(TOPOLOGY.value, SLICES.value)
-    batch_size = _batch_size(len(devices))
+    per_chip, ended = BATCH_PER_CHIP.value, []
+    size = None if per_chip is None else batch_size(per_chip, len(devices))
     if SEARCH.value:
-        config, found = search(
-            config,
-            devices,
-            mfu=MFU.value,
-            batch_size=batch_size,
-            max_compiles=MAX_COMPILES.value,
-            say=lambda line: print(line, file=sys.stderr, flush=True),
-        )
+        found = _search(config, devices, size)
+        config, made = found.config, found.plan
+        ended = [f"largest     {found.ended}", f"train with  {found.flags}"]
     else:
-        if batch_size is not None:
-            config.training.batch_size = batch_size
-        found = plan(config, devices, MFU.value)
-    print(report(config, TOPOLOGY.value, found))
+        if size is not None:
+            config.training.batch_size = size
+        made = plan(config, devices, MFU.value)
+    print("\n".join([report(config, TOPOLOGY.value, made), *ended]))
     if JSON.value:
-        _write(Path(JSON.value), config, found)
+        _write(Path(JSON.value), config, made)
 
 
-def _batch_size(devices: int) -> int | None:
-    if BATCH_PER_CHIP.value is None:
-        return None
-    size = BATCH_PER_CHIP.value * devices
-    if size < 1 or size != round(size):
-        raise ValueError(
-            f"--batch_per_chip={BATCH_PER_CHIP.value:g} makes {size:g} clips on {devices} chips; "
-            "the batch must be a whole number of them."
-        )
-    return round(size)
+def _search(config: Any, devices: list[jax.Device], size: int | None) -> Found:
+    return search(
+        config,
+        devices=len(devices),
+        slices=SLICES.value,
+        hbm_bytes=pod_size(TOPOLOGY.value)[1].hbm_bytes,
+        compiled=lambda candidate: plan(candidate, devices, MFU.value),
+        batch_size=size,
+        max_compiles=MAX_COMPILES.value,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
 
 
-def _write(path: Path, config: Any, found: Plan) -> None:
+def _write(path: Path, config: Any, made: Plan) -> None:
     figures = dict(topology=TOPOLOGY.value, stage=config.stage, remat=config.video_model.remat)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures | found.as_dict(), indent=1) + "\n")
+    path.write_text(json.dumps(figures | made.as_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
+from configs import quickstart_video
 from mvjax.models.build import video_dit_config, video_network
 from mvjax.parallel.topology import NoCompiler, pod_devices
 from mvjax.training.collectives import Collective, collectives
@@ -49,42 +50,11 @@ def test_without_the_compiler_it_says_what_to_install(monkeypatch):
         pod_devices("v5e:4x4")
 
 
-PROGRAM = """
-import jax, jax.numpy as jnp, sys
-from jax.sharding import AxisType, PartitionSpec as P
-from mvjax.training.collectives import collectives
-
-mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
-
-def local(w):  # [8, 32] of [64, 32]
-    def body(x, _):
-        whole = jax.lax.all_gather(x, "b", tiled=True)
-        return jax.lax.psum_scatter(jnp.sin(whole), "b", tiled=True), None
-    w, _ = jax.lax.scan(body, w, length=5)
-    w = jax.lax.ppermute(w, "a", [(0, 1), (1, 0)])
-    w = jax.lax.all_to_all(w, "b", 0, 1, tiled=True)
-    return jax.lax.psum(w, ("a", "b"))
-
-f = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(("a", "b")), out_specs=P()))
-text = f.lower(jax.ShapeDtypeStruct((64, 32), "float32")).compile().as_text()
-for c in collectives(text, 8):
-    print(c.kind, c.across_slices, c.count, c.sent_bytes)
-"""
-
-
 def test_exchanges_of_a_program_on_eight_devices():
     """Each device has [8, 32] float32, 1 KiB; `b` joins four, the loop runs five times."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(ROOT),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    found = {line.split()[0]: line.split()[1:] for line in done.stdout.splitlines()}
+    said = forked.run("exchanges", devices=8)
+    assert said.code == 0, said.err
+    found = {line.split()[0]: line.split()[1:] for line in said.out.splitlines()}
     assert found == {
         "all-gather": ["False", "5", str(5 * 3 * 1024.0)],
         "reduce-scatter": ["False", "5", str(5 * 3 * 1024.0)],
@@ -185,7 +155,7 @@ def test_mistakes_in_the_command(complains, arguments, words):
     [
         (["--topology=v5e:3x5"], "libtpu knows no slice v5e:3x5"),
         (["--topology=v5e:4x4", "--batch_per_chip=0.3"], "makes 4.8 clips on 16 chips"),
-        (["--topology=v5e:4x4", "--batch_per_chip=0.5"], "a batch of 8 samples cannot be split"),
+        (["--topology=v5e:4x4", "--batch_per_chip=0.5"], "is 8; it must be a multiple of 16"),
         (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "a divisor of the device count"),
         (["--topology=v5e:4x4", "--mfu=40"], "up to 1; got 40"),
         (
@@ -248,13 +218,34 @@ def test_the_quickstart_on_one_chip_and_its_largest_batch(tmp_path):
     assert "[2/2] data=1 fsdp=1 context=1 tensor=1, 2 clips" in done.stderr
     assert "TPU v5e" in done.stdout and "fits" in done.stdout and "exchange    none" in done.stdout
     found = json.loads(file.read_text())
+    assert "largest     --max_compiles=2; 4 clips were not tried" in done.stdout
+    assert "--config.mesh.tensor=1 --config.training.batch_size=2" in done.stdout
+    assert found["host_bytes"] == 0
     assert found["devices"] == 1 and found["batch_size"] in (1, 2) and not found["collectives"]
     assert 0 < found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"] / 100
-    from configs import quickstart_video
-
     network = video_network(video_dit_config(quickstart_video.get_config("smoke")))
     assert found["parameters"] == found["trainable"] == network.num_parameters
     assert found["argument_bytes"] >= 4 * 4 * network.num_parameters  # with moments and average
+
+
+@needs_libtpu
+def test_offloaded_attention_lies_in_the_memory_of_the_host(tmp_path):
+    file = tmp_path / "plan.json"
+    done = planned(
+        VIDEO,
+        "--topology=v5e:1x1",
+        "--batch_per_chip=1",
+        "--config.video_model.attention=splash",
+        "--config.video_model.remat=offload",
+        "--config.video_model.width=256",
+        "--config.video_model.num_heads=2",
+        f"--json={file}",
+    )
+    assert done.returncode == 0, done.stderr
+    blocks = quickstart_video.get_config("smoke").video_model.num_blocks
+    # Per block and head: 64 tokens in one tile of 128, 128 channels and the softmax's sum, float32.
+    assert json.loads(file.read_text())["host_bytes"] == blocks * 2 * 128 * (128 + 1) * 4
+    assert "GB in the host" in done.stdout or "MB in the host" in done.stdout
 
 
 @needs_libtpu

@@ -6,7 +6,8 @@
 #
 # Submit from the repository. The folder and the data must be on a disk that all nodes share. Slurm
 # sends SIGTERM 10 minutes before the time limit and before a preemption: the step is saved, and
-# the same line continues the run.
+# the same line continues the run. Ask for GPUs per node, not per task: JAX gives every process of a
+# node its own.
 #SBATCH --job-name=mvjax
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00
@@ -15,5 +16,7 @@
 #SBATCH --output=mvjax-%j.log
 
 set -euo pipefail
-# If one process dies, srun ends the others.
-exec srun --kill-on-bad-exit=1 "${PYTHON:-.venv/bin/python}" -m launch.train "$@"
+# If one process dies, srun ends the others. It does not take the CPUs of a task from sbatch (since
+# Slurm 22.05), and one CPU could not feed a GPU.
+exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+  "${PYTHON:-.venv/bin/python}" -m "${MODULE:-launch.train}" "$@"

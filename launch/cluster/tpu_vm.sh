@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs the same command on every machine of a TPU pod (TPU VMs, one or several slices).
+# Runs the same command on every machine of a TPU pod (TPU VMs).
 #
 #   TPU=my-pod ZONE=us-east5-a launch/cluster/tpu_vm.sh \
 #       --config=configs/bridge_video.py --workdir=/mnt/runs/bridge
@@ -9,10 +9,18 @@
 #   gcloud compute tpus queued-resources create my-pod --node-id=my-pod --zone=us-east5-a \
 #       --accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5
 #
+# Several slices: a queued resource made with --node-count=4 --node-prefix=my-pod; give its name as
+# QUEUED instead of TPU, and --config.mesh.data=4.
+#
 # If one machine fails, the others stop within a minute; the same line continues the run.
 
 set -euo pipefail
-: "${TPU:?the name of the pod}" "${ZONE:?its zone}"
+: "${ZONE:?the zone of the pod}"
+if [[ -n ${QUEUED:-} ]]; then
+  pod=(queued-resources ssh "$QUEUED" --node=all)
+else
+  pod=(tpu-vm ssh "${TPU:?the name of the pod}")
+fi
 printf -v flags ' %q' "$@"
-exec gcloud compute tpus tpu-vm ssh "$TPU" --zone="$ZONE" --worker=all \
-  --command="cd ${FOLDER:-mvjax} && ${PYTHON:-.venv/bin/python} -m launch.train$flags"
+exec gcloud compute tpus "${pod[@]}" --zone="$ZONE" --worker=all \
+  --command="cd ${FOLDER:-mvjax} && ${PYTHON:-.venv/bin/python} -m ${MODULE:-launch.train}$flags"

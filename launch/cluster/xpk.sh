@@ -4,7 +4,8 @@
 #   CLUSTER=my-cluster NAME=bridge-1 TPU_TYPE=v5p-128 SLICES=2 launch/cluster/xpk.sh \
 #       --config=configs/bridge_video.py --config.mesh.data=2 --workdir=/mnt/runs/bridge
 #
-# IMAGE is a container with this repository as its working folder (docs/clusters.md).
+# IMAGE is a container with this repository as its working folder, and --workdir is on storage that
+# was attached to the cluster (docs/clusters.md). Project and zone are those of `gcloud config`.
 
 set -euo pipefail
 : "${CLUSTER:?the name of the GKE cluster}" "${NAME:?a new name for the workload}"
@@ -12,4 +13,5 @@ set -euo pipefail
 printf -v flags ' %q' "$@"
 exec xpk workload create --cluster="$CLUSTER" --workload="$NAME" --docker-image="$IMAGE" \
   --tpu-type="$TPU_TYPE" --num-slices="${SLICES:-1}" --max-restarts="${RESTARTS:-10}" \
-  --command="python -m launch.train$flags"
+  --termination-grace-period-seconds=300 \
+  --command="MODULE=${MODULE:-launch.train} launch/cluster/pod.sh$flags"

@@ -1,13 +1,15 @@
 """The device mesh: which devices work together, and along which axis."""
 
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
+_TYPES = (AxisType.Auto,) * len(MESH_AXES)
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -30,12 +32,17 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             `data` is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    unknown = sorted(set(sizes) - set(MESH_AXES))
-    if unknown:
-        raise ValueError(f"mesh has the unknown axis {unknown[0]!r}; the axes are {MESH_AXES}.")
-    shape = _resolve({axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}, len(devices))
-    types = (AxisType.Auto,) * len(MESH_AXES)
-    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=types)
+    shape = _resolve(sizes, len(devices))
+    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=_TYPES)
+
+
+def abstract_mesh(sizes: Mapping[str, int], device_count: int) -> AbstractMesh:
+    """As `make_mesh` for so many devices, without devices: shapes can be split over it.
+
+    Raises:
+        ValueError: As `make_mesh`, but for what concerns slices.
+    """
+    return AbstractMesh(_resolve(sizes, device_count), MESH_AXES, axis_types=_TYPES)
 
 
 def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
@@ -64,14 +71,16 @@ def slice_count(devices: Sequence[jax.Device]) -> int:
     return len({getattr(device, "slice_index", 0) for device in devices})
 
 
-def _resolve(sizes: dict[str, int], device_count: int) -> tuple[int, ...]:
+def _resolve(sizes: Mapping[str, int], device_count: int) -> tuple[int, ...]:
+    unknown = sorted(set(sizes) - set(MESH_AXES))
+    if unknown:
+        raise ValueError(f"mesh has the unknown axis {unknown[0]!r}; the axes are {MESH_AXES}.")
+    sizes = {axis: int(sizes.get(axis, 1)) for axis in MESH_AXES}
     given = ", ".join(f"{axis}={size}" for axis, size in sizes.items())
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     if len(open_axes) > 1 or any(size < 1 and size != -1 for size in sizes.values()):
         raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {given}.")
-    fixed = 1
-    for size in sizes.values():
-        fixed *= size if size != -1 else 1
+    fixed = math.prod(size for size in sizes.values() if size != -1)
     if device_count % fixed or (not open_axes and fixed != device_count):
         kind = "a divisor of" if open_axes else "exactly"
         raise ValueError(

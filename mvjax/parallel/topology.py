@@ -1,14 +1,34 @@
 """TPU pods that are not here: their devices, as the compiler knows them."""
 
 import importlib.util
+import math
 import re
+from dataclasses import dataclass, field
 
 import jax
 from jax.experimental import topologies
 
-# Axes of the torus of a slice, and what libtpu must be told to count a chip as one device.
-_AXES = {"v4": 3, "v5e": 2, "v5p": 3, "v6e": 2, "tpu7x": 3}
-_OPTIONS = {"v4": {"chip_config_name": "megacore"}}
+from mvjax.parallel.chips import Chip, chip
+
+
+@dataclass(frozen=True)
+class _Generation:
+    """Axes of a slice's torus; its devices as jax names and counts them; settings of libtpu."""
+
+    axes: int
+    device_kind: str
+    devices_per_chip: int = 1
+    options: dict[str, str] = field(default_factory=dict)
+
+
+_GENERATIONS = {
+    # Without this a v4 chip counts as two devices.
+    "v4": _Generation(3, "TPU v4", options={"chip_config_name": "megacore"}),
+    "v5e": _Generation(2, "TPU v5 lite"),
+    "v5p": _Generation(3, "TPU v5"),
+    "v6e": _Generation(2, "TPU v6 lite"),
+    "tpu7x": _Generation(3, "TPU7x", devices_per_chip=2),
+}
 
 
 class NoCompiler(RuntimeError):
@@ -34,7 +54,8 @@ def pod_devices(topology: str, slices: int = 1) -> list[jax.Device]:
             "compiling for a TPU needs libtpu, which is not installed; "
             "pip install -r requirements-aot.txt (no TPU is needed)."
         )
-    name, options = f"{generation}:{'x'.join(map(str, sizes))}", _OPTIONS.get(generation, {})
+    name = f"{generation}:{'x'.join(map(str, sizes))}"
+    options = _GENERATIONS[generation].options
     try:
         found = topologies.get_topology_desc(name, "tpu", num_slices=slices, **options)
     except jax.errors.JaxRuntimeError as error:
@@ -46,18 +67,30 @@ def pod_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     return list(found.devices)
 
 
+def pod_size(topology: str, slices: int = 1) -> tuple[int, Chip]:
+    """Number of devices of `pod_devices`, and what each of them can do; needs no libtpu.
+
+    Raises:
+        ValueError: if the topology is not one of a TPU generation.
+    """
+    generation, sizes = _parse(topology)
+    known = _GENERATIONS[generation]
+    return math.prod(sizes) * known.devices_per_chip * slices, chip(known.device_kind)
+
+
 def _parse(topology: str) -> tuple[str, list[int]]:
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     generation = match[1] if match else ""
     sizes = [int(size) for size in match[2].split("x")] if match else []
-    if generation not in _AXES:
+    if generation not in _GENERATIONS:
         raise ValueError(
             f"the topology {topology!r} is not known; it is a TPU generation "
-            f"({', '.join(_AXES)}) and its chips along each axis, e.g. v5e:4x4 or v5p:8x8x8."
+            f"({', '.join(_GENERATIONS)}) and its chips along each axis, e.g. v5e:4x4 or v5p:8x8x8."
         )
-    if len(sizes) != _AXES[generation]:
+    axes = _GENERATIONS[generation].axes
+    if len(sizes) != axes:
         raise ValueError(
-            f"a slice of {generation} has {_AXES[generation]} axes, but {topology!r} gives "
-            f"{len(sizes)}; e.g. {generation}:{'x'.join(['4'] * _AXES[generation])}."
+            f"a slice of {generation} has {axes} axes, but {topology!r} gives {len(sizes)}; "
+            f"e.g. {generation}:{'x'.join(['4'] * axes)}."
         )
     return generation, sizes

@@ -15,10 +15,12 @@ import jax
 from mvjax.checkpoints.backbone import abstract_backbone
 from mvjax.models.param_tree import split
 from mvjax.parallel.chips import GB, Chip, chip
-from mvjax.parallel.mesh import slice_count
+from mvjax.parallel.mesh import make_mesh, slice_count
 from mvjax.training.collectives import Collective, collectives
 from mvjax.training.flops import step_flops
 from mvjax.training.program import Program, make_program
+
+USUAL_MFU = 0.4  # published trainings of such networks on TPUs reach 0.3 to 0.5
 
 
 class DoesNotFit(ValueError):
@@ -36,7 +38,8 @@ class Plan:
         batch_size: samples per step of the whole pod.
         parameters, trainable, frozen: numbers of parameters: of the trained network, those of them
             that learn, and of the frozen backbone.
-        argument_bytes: state, frozen backbone and batch.
+        array_bytes: state, frozen backbone and batch, by their shapes.
+        argument_bytes: the same as the compiler lays them out, padded to the tiles of the chip.
         peak_bytes: the most that is in memory at once, arguments included.
         host_bytes: what is kept in the host's memory (remat "offload").
         hbm_bytes: what the device has.
@@ -58,6 +61,7 @@ class Plan:
     parameters: int
     trainable: int
     frozen: int
+    array_bytes: int
     argument_bytes: int
     peak_bytes: int
     host_bytes: int
@@ -76,7 +80,7 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
+def plan(config: Any, devices: Sequence[jax.Device], mfu: float = USUAL_MFU) -> Plan:
     """Compiles the train step of a configuration for the devices of `pod_devices`.
 
     Args:
@@ -91,7 +95,7 @@ def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
     if not 0 < mfu <= 1:
         raise ValueError(f"the MFU is a share of the peak, more than 0 and up to 1; got {mfu}.")
     kind, slices = _known(devices[0]), slice_count(devices)
-    program = make_program(config, devices, abstract_backbone)
+    program = make_program(config, make_mesh(config.mesh, devices), abstract_backbone)
     start = time.perf_counter()
     try:
         compiled = program.compile()
@@ -100,31 +104,62 @@ def plan(config: Any, devices: Sequence[jax.Device], mfu: float = 0.4) -> Plan:
     compile_seconds = time.perf_counter() - start
     exchanges = collectives(compiled.as_text(), len(devices) // slices)
     inside = sum(c.sent_bytes for c in exchanges if not c.across_slices)
-    memory, samples = compiled.memory_analysis(), config.training.batch_size
-    flops = step_flops(config) * samples / len(devices)
-    seconds = flops / (kind.peak_flops * mfu)
+    memory = compiled.memory_analysis()
     return Plan(
-        device=kind.name,
-        devices=len(devices),
+        **before_compiling(config, program, kind, mfu),
         slices=slices,
+        argument_bytes=memory.argument_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
+        collectives=tuple(exchanges),
+        link_seconds=inside / kind.link_bytes,
+        compile_seconds=compile_seconds,
+    )
+
+
+def before_compiling(config: Any, program: Program, kind: Chip, mfu: float) -> dict[str, Any]:
+    """The fields of a `Plan` that follow from shapes and shardings; no compiler is needed.
+
+    Args:
+        config: of a training run.
+        program: its step, on the mesh of a pod or an abstract one.
+        kind: what the devices of the mesh are.
+        mfu: share of the peak FLOP/s to assume.
+    """
+    devices, samples = program.mesh.size, config.training.batch_size
+    flops = step_flops(config) * samples / devices
+    seconds = flops / (kind.peak_flops * mfu)
+    return dict(
+        device=kind.name,
+        devices=devices,
         mesh=dict(program.mesh.shape),
         batch_size=samples,
         parameters=_count(program.state.params),
         trainable=_count(split(program.state.params, program.stage.trainable)[0]),
         frozen=_count(program.stage.frozen),
-        argument_bytes=memory.argument_size_in_bytes,
-        peak_bytes=memory.peak_memory_in_bytes,
-        host_bytes=memory.host_temp_size_in_bytes,
+        array_bytes=program.argument_bytes,
         hbm_bytes=kind.hbm_bytes,
-        collectives=tuple(exchanges),
-        link_seconds=inside / kind.link_bytes,
         flops=flops,
         peak_flops=kind.peak_flops,
         mfu=mfu,
         step_seconds=seconds,
         clips_per_second=samples / seconds,
-        compile_seconds=compile_seconds,
     )
+
+
+def batch_size(per_chip: float, devices: int) -> int:
+    """Samples per step of a pod.
+
+    Raises:
+        ValueError: if that is not a whole number of them.
+    """
+    size = per_chip * devices
+    if size < 1 or size != round(size):
+        raise ValueError(
+            f"--batch_per_chip={per_chip:g} makes {size:g} clips on {devices} chips; "
+            "the batch must be a whole number of them."
+        )
+    return round(size)
 
 
 def _known(device: jax.Device) -> Chip:

@@ -14,7 +14,7 @@ def report(config: Any, topology: str, plan: Plan) -> str:
     share = plan.peak_bytes / plan.hbm_bytes
     fits = "fits" if share <= 1 else "DOES NOT FIT"
     frozen = f", {_millions(plan.frozen)} frozen in the backbone" if plan.frozen else ""
-    host = f", {plan.host_bytes / GB:.1f} GB in the host" if plan.host_bytes else ""
+    host = f", {_bytes(plan.host_bytes)} in the host" if plan.host_bytes else ""
     training = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full training"
     what = f"video, {training}" if config.stage == "video" else "action decoder"
     rows = [
@@ -77,13 +77,14 @@ def table(plans: dict[str, dict[str, Any]]) -> str:
 
 def _cells(arguments: str, p: dict[str, Any]) -> list[str]:
     across = sum(c["sent_bytes"] for c in p["collectives"] if c["across_slices"]) / GB
+    host = f" + {p['host_bytes'] / GB:.1f} in the host" if p["host_bytes"] else ""
     inside = sum(c["sent_bytes"] for c in p["collectives"] if not c["across_slices"]) / GB
     return [
         f"{p['slices']} x {p['topology']}" if p["slices"] > 1 else p["topology"],
         f"{p['devices']}",
         "·".join(str(size) for size in p["mesh"].values()),
         f"{p['batch_size']}",
-        f"{p['peak_bytes'] / GB:.1f} of {p['hbm_bytes'] / GB:.1f}",
+        f"{p['peak_bytes'] / GB:.1f} of {p['hbm_bytes'] / GB:.1f}{host}",
         f"{p['argument_bytes'] / GB:.2f}",
         f"{p['flops'] / 1e12:.0f}",
         f"{inside:.1f}" + (f" + {across:.2f}" if across else ""),

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# What a pod of a JobSet runs: launch.train, with an exit code that Kubernetes understands.
+#
+# A run that SIGTERM interrupted (a preemption, a drained node) has saved everything and ends with
+# code 0, which a JobSet takes for the end of the work. Here it ends with 143 as long as the last
+# step is not reached, so that it is started again and continues.
+
+set -uo pipefail
+python=${PYTHON:-python}
+if [[ ${MODULE:-launch.train} != launch.train ]]; then # others end with 0 only when they are done
+  exec "$python" -m "$MODULE" "$@"
+fi
+for flag in "$@"; do
+  case $flag in --workdir=*) workdir=${flag#*=} ;; esac
+done
+: "${workdir:?must be given as --workdir=FOLDER}"
+
+"$python" -m launch.train "$@" &
+training=$!
+trap 'kill -TERM "$training"' TERM # Kubernetes signals this process only
+wait "$training"
+code=$?
+if ((code > 128)); then # the trap ended `wait`, or a signal the training
+  wait "$training"
+  code=$?
+fi
+if ((code == 0)) && [[ ! -f $workdir/finished ]]; then
+  code=143
+fi
+exit "$code"

@@ -1,0 +1,121 @@
+"""What `--search` tries and why it stops, with a compiler of which memory and time are known."""
+
+import pytest
+
+from configs import quickstart_video
+from mvjax.parallel.chips import GB
+from mvjax.training.plan import DoesNotFit, Plan
+from mvjax.training.plan_search import search
+
+DEVICES = 8
+
+
+def made(config, peak_bytes, link_seconds):
+    return Plan(
+        device="a chip",
+        devices=DEVICES,
+        slices=1,
+        mesh=dict(config.mesh),
+        batch_size=config.training.batch_size,
+        parameters=0,
+        trainable=0,
+        frozen=0,
+        array_bytes=0,
+        argument_bytes=0,
+        peak_bytes=peak_bytes,
+        host_bytes=0,
+        hbm_bytes=GB,
+        collectives=(),
+        link_seconds=link_seconds,
+        flops=0.0,
+        peak_flops=1.0,
+        mfu=0.4,
+        step_seconds=config.training.batch_size / DEVICES,
+        clips_per_second=0.0,
+        compile_seconds=0.0,
+    )
+
+
+def searched(per_clip=GB // 8, links=lambda config: 0.0, config=None, **settings):
+    """(found, what was said) with a compiler that counts a share of the memory per clip."""
+
+    def compiled(config):
+        batch = config.training.batch_size
+        clips = batch / DEVICES
+        peak = per_clip(clips) if callable(per_clip) else GB // 100 + per_clip * clips
+        if peak > GB:
+            raise DoesNotFit("too large")
+        return made(config, int(peak), links(config))
+
+    said = []
+    found = search(
+        config or quickstart_video.get_config("smoke"),
+        **dict(devices=DEVICES, slices=1, hbm_bytes=GB, batch_size=None, max_compiles=20)
+        | settings,
+        compiled=compiled,
+        say=said.append,
+    )
+    return found, said
+
+
+@pytest.mark.parametrize(("per_chip", "clips"), [(1, 8), (3, 24), (7, 56), (12, 96), (16, 128)])
+def test_the_largest_batch_is_found_not_a_power_of_two(per_chip, clips):
+    found, said = searched(per_clip=int(0.98 * GB) // per_chip)
+    assert found.config.training.batch_size == found.plan.batch_size == clips
+    assert found.ended == f"{clips + 8} clips do not fit"
+    assert found.flags.endswith(f"--config.training.batch_size={clips}")
+    assert len(said) <= 3 + 3  # meshes; twice the batch, the largest, and one more
+
+
+def test_the_mesh_with_the_shortest_exchanges_is_chosen():
+    found, said = searched(links=lambda config: abs(config.mesh.fsdp - 4))
+    assert dict(found.config.mesh) == dict(data=2, fsdp=4, context=1, tensor=1)
+    tried = [line.partition(", ")[0].partition("] ")[2] for line in said]
+    assert tried[:3] == [f"data={8 // n} fsdp={n} context=1 tensor=1" for n in (8, 4, 1)]
+    assert "--config.mesh.data=2 --config.mesh.fsdp=4" in found.flags
+
+
+def test_chips_share_a_clip_where_one_each_does_not_fit():
+    found, said = searched(per_clip=int(1.5 * GB))
+    assert found.config.mesh.context == 2 and found.config.training.batch_size == 4
+    assert said[0].endswith("does not fit") and found.ended == "8 clips do not fit"
+
+
+def test_a_larger_batch_that_is_slower_is_not_taken():
+    found, _ = searched(links=lambda config: config.training.batch_size**2)
+    assert found.plan.batch_size == 8
+    assert found.ended == "with 16 clips a step takes longer per clip"
+
+
+def test_the_budget_ends_a_search_and_says_what_is_open():
+    found, said = searched(max_compiles=4)
+    assert len(said) == 4 and found.plan.batch_size == 16
+    assert found.ended == "--max_compiles=4; 56 clips were not tried"
+
+
+def test_memory_that_grows_faster_than_foreseen_is_no_surprise():
+    found, said = searched(per_clip=lambda clips: GB // 100 + GB * clips**2 // 500)
+    assert found.plan.batch_size == 8 * 22 and found.ended == f"{8 * 23} clips do not fit"
+    assert len(said) < 15
+
+
+def test_a_given_batch_is_kept_and_decides_the_context():
+    found, _ = searched(batch_size=2)
+    assert found.config.mesh.context == 4 and found.plan.batch_size == 2
+    assert found.ended == "the batch was given"
+
+
+def test_micro_batches_make_the_least_batch_larger():
+    config = quickstart_video.get_config("smoke")
+    config.training.accumulate = 4
+    found, _ = searched(config=config, batch_size=32)
+    assert found.config.mesh.context == 1
+
+
+def test_nothing_that_fits_or_could_be_tried_is_a_sentence():
+    with pytest.raises(DoesNotFit, match="none of the 9 programs tried fits; use"):
+        searched(per_clip=100 * GB)
+    with pytest.raises(DoesNotFit, match="no mesh of 9 devices was worth compiling"):
+        searched(batch_size=2, devices=9)
+    with pytest.raises(DoesNotFit, match="no mesh of 8 devices was worth compiling"):
+        searched(hbm_bytes=1000)
