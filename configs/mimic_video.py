@@ -34,12 +34,11 @@ them (docs/weights.md, "A whole release"). Records hold 2.5 MB of latents per wi
 serves both stages, and `--config.datasets.NAME.anchor_fps` thins the windows.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 from configs.libero_protocol import libero_protocol
 from data_pipelines.embodiments import libero_panda, widowx
+from mvjax.models.build import decoder_section, video_section
 from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
 from mvjax.parallel.rules import DEFAULT_RULES
 
@@ -78,10 +77,7 @@ def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
     config.video_model = video_model("cosmos2b")
     config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)
     config.context_layer = 20
-    config.decoder = _without(
-        ACTION_DECODERS["bridge"],
-        *("context_dim", "action_dim", "action_horizon", "proprio_dim", "proprio_horizon"),
-    )
+    config.decoder = decoder_section(ACTION_DECODERS["bridge"])
     config.sampler = dict(
         video_steps=35,
         action_steps=10,
@@ -220,9 +216,5 @@ def action_stage(
 
 def video_model(preset: str) -> dict:
     """The section of a named video DiT, without what other sections say."""
-    sizes = _without(VIDEO_DITS[preset], "text_dim", "latent_channels", "lora")
-    return sizes | {"remat": "attention"}  # activations of 19,200 tokens fit no chip otherwise
-
-
-def _without(preset, *derived: str) -> dict:
-    return {k: v for k, v in dataclasses.asdict(preset).items() if k not in derived}
+    # Activations of 19,200 tokens fit no chip otherwise.
+    return video_section(VIDEO_DITS[preset]) | {"remat": "attention"}

@@ -8,12 +8,20 @@ goes on from Cosmos-Predict2; from random weights:
     python -m launch.train --config=configs/pretrain_video.py:scratch \
         --workdir=runs/pretrain/scratch
 
+and first, on a laptop, the same data through every step with tiny networks and small clips
+(`launch.fit_tokenizer` before `launch.encode`; no weights are needed):
+
+    python -m launch.fit_tokenizer --config=configs/pretrain_video.py:rehearsal
+    python -m launch.encode --config=configs/pretrain_video.py:rehearsal
+    python -m launch.train --config=configs/pretrain_video.py:rehearsal \
+        --workdir=runs/rehearsal/video
+
 Everything learns. The result is a backbone like any other: `--config.init_from=runs/pretrain/video`
 in stage 1, `--config.backbone.checkpoint=runs/pretrain/video` in stage 2.
 
-Not a published recipe. Learning rate, decay and noise are those of NVIDIA's own training (its
-noise is σ = √latent frames · exp(N(ln 4, 1.2)), here with the spread 1); the rest is a starting
-point.
+Not a published recipe. Learning rate (0.6 · 2^-14.5, falling to half of it), weight decay and noise
+are those of NVIDIA's own training (its noise is σ = √latent frames · exp(N(ln 4, 1.2)), here with
+the spread 1); the rest is a starting point.
 
 Weights: weights/cosmos2b (not for scratch), weights/wan_vae, weights/t5_11b (docs/weights.md).
 Data: data/human, a folder of videos and captions; data/robot, a LeRobot v3.0 dataset, of which only
@@ -24,16 +32,18 @@ dataset's share of the windows, whatever its size. Chips and memory: see docs/po
 from ml_collections import ConfigDict
 
 from configs import mimic_video
+from mvjax.models.build import video_section
+from mvjax.models.presets import VIDEO_DITS
 
 
 def get_config(start: str = "cosmos") -> ConfigDict:
     """100,000 steps of 256 clips, two thirds of them human.
 
     Args:
-        start: "cosmos" or "scratch".
+        start: "cosmos", "scratch", or "rehearsal": twenty steps of 8 small clips from scratch.
     """
-    if start not in ("cosmos", "scratch"):
-        raise ValueError(f"The start must be cosmos or scratch, got {start!r}.")
+    if start not in ("cosmos", "scratch", "rehearsal"):
+        raise ValueError(f"The start must be cosmos, scratch or rehearsal, got {start!r}.")
     video_only = dict(action="", proprio="")
     human = dict(
         format="video_folder",
@@ -62,16 +72,26 @@ def get_config(start: str = "cosmos") -> ConfigDict:
     config.lora.rank = 0
     config.flow.update(sigma_scale=16.0, loss_scale=10.0)
     config.optimizer.update(
-        learning_rate=2**-14.5,
-        schedule="cosine",
+        learning_rate=0.6 * 2**-14.5,
+        schedule="linear",
         warmup_steps=1000,
         decay_steps=steps,
-        final_fraction=0.3,
+        final_fraction=0.5,
         clip_norm=1.0,
     )
     config.training.sample_every = 5000
-    if start == "scratch":
+    if start != "cosmos":
         config.init_from = ""
-        config.optimizer.update(learning_rate=1e-4, warmup_steps=5000)
+        config.optimizer.update(
+            learning_rate=1e-4, schedule="cosine", warmup_steps=5000, final_fraction=0.3
+        )
         config.training.ema_decay = 0.9999
+    if start == "rehearsal":
+        config.run_dir = "runs/rehearsal"
+        config.clip.update(height=64, width=64, future_frames=8)
+        config.tokenizer, config.text_encoder = config.get_ref("run_dir") + "/tokenizer.npz", ""
+        config.text.update(length=8, dim=64)
+        config.video_model.update(video_section(VIDEO_DITS["tiny"]))
+        config.mesh.update(data=-1, fsdp=1)
+        config.training.update(steps=20, batch_size=8, log_every=1, sample_every=0)
     return config

@@ -6,11 +6,10 @@ cores, no accelerator. The recipe is tuned for minutes, not for records: a real 
 (Meta-World v3), 64x64 video, networks of about two million parameters with the released structure.
 """
 
-import dataclasses
-
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 from data_pipelines.embodiments import metaworld_sawyer
+from mvjax.models.build import decoder_section, video_section
 from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
 from mvjax.parallel.rules import DEFAULT_RULES
 
@@ -116,13 +115,10 @@ def get_config(size: str = "full") -> ConfigDict:
     config.text_encoder = ""  # character n-grams
     config.text = dict(length=8, dim=64)
 
-    dit, decoder = VIDEO_DITS["tiny"], ACTION_DECODERS["tiny"]
-    config.video_model = _without(dit, "text_dim", "latent_channels", "lora")
+    config.video_model = video_section(VIDEO_DITS["tiny"])
     config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)
     config.context_layer = 3
-    config.decoder = _without(
-        decoder, "context_dim", "action_dim", "action_horizon", "proprio_dim", "proprio_horizon"
-    )
+    config.decoder = decoder_section(ACTION_DECODERS["tiny"])
     # Published: 35 steps, σ_min 0.002, one noise for all queries, one draw. A short training sees
     # little noise below 0.3, and cannot remove it.
     config.sampler = dict(
@@ -168,7 +164,3 @@ def get_config(size: str = "full") -> ConfigDict:
         episodes_per_task=config_dict.placeholder(object),  # or one, tenth, half, full
     )
     return config
-
-
-def _without(preset, *derived: str) -> dict:
-    return {k: v for k, v in dataclasses.asdict(preset).items() if k not in derived}

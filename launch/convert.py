@@ -30,7 +30,7 @@ LORA = flags.DEFINE_enum("lora", "merge", ("merge", "keep"), "What becomes of Lo
 ALPHA = flags.DEFINE_float("lora_alpha", 32.0, "alpha of the adapters; no file tells it.")
 EMA = flags.DEFINE_bool("ema", False, "Take the moving average of an NVIDIA file (net_ema.*).")
 DTYPE = flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16"), "Of what is written.")
-ROPE = flags.DEFINE_list("rope_ratio_thw", None, "Of a video DiT of no released size: t,h,w.")
+ROPE = flags.DEFINE_list("rope_ratio_thw", None, "Rotary ratios t,h,w of a video DiT.")
 PROPRIO = flags.DEFINE_integer("proprio_horizon", 1, "Proprioception steps of an action decoder.")
 PRECISION = flags.DEFINE_enum(
     "precision", "bfloat16", PRECISIONS, "In which the network computes, unless a run says it."
@@ -58,8 +58,7 @@ def main(source: str, destination: str) -> None:
 
 
 def _import(source: Path, destination: Path) -> None:
-    ratios = tuple(float(r) for r in ROPE.value) if ROPE.value else None
-    opened = open_source(source, Hints(ratios, PROPRIO.value, PRECISION.value), ema=EMA.value)
+    opened = open_source(source, Hints(_ratios(), PROPRIO.value, PRECISION.value), ema=EMA.value)
     try:
         conversion = plan(opened, lora=LORA.value, alpha=ALPHA.value, dtype=DTYPE.value)
     except ValueError as error:
@@ -76,6 +75,11 @@ def _import(source: Path, destination: Path) -> None:
 
 
 def _export(source: Path, destination: Path) -> None:
+    if source.exists() and not checkpoint_folder(source).is_dir():
+        raise ValueError(
+            f"--to={TO.value} writes a checkpoint of this project for PyTorch, but {source} is "
+            "none; leave --to out to make one of it."
+        )
     export = plan_export(source, TO.value, lora=LORA.value, dtype=DTYPE.value)
     print(describe_export(export, source, destination))
     if DRY_RUN.value:
@@ -95,8 +99,20 @@ def _statistics(source: Path, destination: Path) -> None:
         normalizer.save(path)
 
 
+def _ratios() -> tuple[float, float, float] | None:
+    if ROPE.value is None:
+        return None
+    try:
+        t, h, w = map(float, ROPE.value)
+    except ValueError:
+        given = ",".join(ROPE.value)
+        raise ValueError(f"--rope_ratio_thw must be t,h,w, e.g. 1,3,3; got {given!r}.") from None
+    return t, h, w
+
+
 def _bar(nbytes: int) -> tqdm:
-    return tqdm(total=nbytes, unit="B", unit_scale=True, unit_divisor=1000, desc="tensors")
+    units = dict(unit="B", unit_scale=True, unit_divisor=1000)
+    return tqdm(total=nbytes, desc="tensors", delay=0.5, **units)  # none before an early error
 
 
 if __name__ == "__main__":

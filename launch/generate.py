@@ -1,4 +1,4 @@
-"""Generates a video from a picture (or the end of a video) and a prompt.
+r"""Generates a video from a picture (or the end of a video) and a prompt.
 
     python -m launch.generate --checkpoint=runs/quickstart/video --image=start.png \
         --prompt="open the drawer" --out=video.mp4
@@ -28,7 +28,7 @@ from mvjax.policy.generation import Denoising, generate
 from mvjax.policy.load_generation import (
     embed_texts,
     generation_config,
-    load_tokenizer,
+    load_matching_tokenizer,
     load_video_model,
     read_embedding,
 )
@@ -81,7 +81,7 @@ def main() -> None:
     )
     observed = read_observed(Path(IMAGE.value), config.clip.observed_frames)
     clip = _clip(config, len(observed))
-    tokenizer = load_tokenizer(config.tokenizer, checkpoint)
+    tokenizer = load_matching_tokenizer(config.tokenizer, checkpoint)
     text, negative = _texts(config, checkpoint)
     model = load_video_model(checkpoint, config.video_model.precision)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -2,7 +2,9 @@
 
 from dataclasses import dataclass
 
-SPATIAL, TEMPORAL, CHANNELS, PATCH = 8, 4, 16, 2  # compression of the tokenizer; patch of the DiT
+SPATIAL, TEMPORAL, CHANNELS = 8, 4, 16  # compression of the video tokenizer, and its channels
+PATCH = 2  # a token of the video DiT covers 2×2 latents of one latent frame
+PIXELS_PER_TOKEN = SPATIAL * PATCH  # in height and in width
 
 
 @dataclass(frozen=True)
@@ -24,9 +26,9 @@ class Clip:
 
     def __post_init__(self):
         for name in ("height", "width"):
-            if getattr(self, name) < 16 or getattr(self, name) % (SPATIAL * PATCH):
+            if getattr(self, name) < PIXELS_PER_TOKEN or getattr(self, name) % PIXELS_PER_TOKEN:
                 raise ValueError(
-                    f"clip.{name} must be a multiple of {SPATIAL * PATCH} pixels (8x8 pixels to a "
+                    f"clip.{name} must be a multiple of {PIXELS_PER_TOKEN} pixels (8x8 pixels to a "
                     f"latent, 2x2 latents to a token), got {getattr(self, name)}."
                 )
         if self.observed_frames < 1 or (self.observed_frames - 1) % TEMPORAL:
@@ -66,4 +68,15 @@ class Clip:
     @property
     def tokens(self) -> int:
         """Length of the video DiT's sequence."""
-        return self.latent_frames * (self.height // 16) * (self.width // 16)
+        return self.latent_frames * self.height * self.width // PIXELS_PER_TOKEN**2
+
+
+def check_frames(frames: int) -> None:
+    """Raises ValueError unless a video has the 1 + 4k frames that a video tokenizer takes."""
+    if frames < 1 or (frames - 1) % TEMPORAL:
+        lower = max(1, (frames - 1) // TEMPORAL * TEMPORAL + 1)
+        raise ValueError(
+            f"A clip of {frames} frames cannot be tokenized: the first frame stands alone and the "
+            f"others are taken four at a time, so use 1 + 4k frames, e.g. {lower} or "
+            f"{lower + TEMPORAL}."
+        )

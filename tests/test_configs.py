@@ -158,5 +158,5 @@ def test_impossible_stage_settings_are_explained():
 def test_missing_records_are_named(tmp_path):
     config = tiny_config("video", steps=1)
     config.run_dir = str(tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"records/robot holds no records: run the enc"):
+    with pytest.raises(FileNotFoundError, match=r"records/robot holds no records: run "):
         run(config, tmp_path / "video")

@@ -159,7 +159,7 @@ def test_released_sizes_are_recognised_without_reading_a_tensor(
         for n, shape in published_shapes(kind, layout, config).items()
     }
     assert len(tensors) == count
-    hints = Hints(published=kind.published(config) if kind.published else None)
+    hints = Hints(published=kind.published(config) if layout == "diffusers" else None)
     conversion = plan(Source(tmp_path, kind, layout, tensors, {}, [], hints))
     assert conversion.num_parameters == parameters
     assert conversion.nbytes == 2 * parameters

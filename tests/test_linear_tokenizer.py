@@ -6,8 +6,8 @@ import pytest
 from mvjax.models.linear_tokenizer import (
     fit_linear_tokenizer,
     from_patches,
-    load_tokenizer,
-    save_tokenizer,
+    load_linear_tokenizer,
+    save_linear_tokenizer,
     to_patches,
 )
 
@@ -79,12 +79,12 @@ def test_patches_come_back(group):
 
 def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
     path = tmp_path / "new" / "tokenizer.npz"
-    save_tokenizer(path, tokenizer)
-    loaded = load_tokenizer(path)
+    save_linear_tokenizer(path, tokenizer)
+    loaded = load_linear_tokenizer(path)
     np.testing.assert_array_equal(loaded.encode(clips(1)), tokenizer.encode(clips(1)))
     assert [p.name for p in path.parent.iterdir()] == ["tokenizer.npz"]
     with pytest.raises(FileNotFoundError, match=r"no fitted tokenizer at .*; fit one first"):
-        load_tokenizer(tmp_path / "none.npz")
+        load_linear_tokenizer(tmp_path / "none.npz")
 
 
 def test_wrong_video_is_explained(tokenizer):

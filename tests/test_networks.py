@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -15,6 +16,7 @@ from mvjax.clip import Clip
 from mvjax.flow import action, noise_levels, sampler, video
 from mvjax.models import presets
 from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
+from mvjax.models.action_embedder import Embedder
 from mvjax.models.layers import gelu
 from mvjax.models.lora import LoRA
 from mvjax.models.parameters import Network
@@ -75,6 +77,17 @@ def decoder_config(c):
     )
 
 
+def denoiser(network, params, text, clean, mask):
+    """(noisy latents, σ) -> clean prediction, compiled."""
+
+    @jax.jit
+    def denoise(params, noisy, sigma):
+        net = network.bind(params)
+        return video.denoise(lambda i: net(*i[:2], text, i[2]), noisy, clean, sigma, mask)
+
+    return partial(denoise, params)
+
+
 @pytest.fixture(scope="module")
 def decoder():
     golden, c, tensors = load("action_decoder")
@@ -89,16 +102,20 @@ def test_video_dit_velocity_and_hidden_states(dit):
     golden, c, network, params = dit
     latents, text = last(golden["in.latents_bcthw"]), golden["in.text_bld"]
     mask, padding = golden["in.condition_mask_b1thw"][:, 0], golden["in.padding_mask_b1hw"][:, 0]
-    net = network.bind(params)
-    velocity = jax.jit(lambda net, t: net(latents, t, text, mask, padding))
-    out = velocity(net, golden["in.timesteps_bt"])
-    assert relative_rms(out, last(golden["out.velocity_bcthw"])) < 1e-5
-    out = velocity(net, golden["in.timesteps_b1"])
-    assert relative_rms(out, last(golden["out.velocity_from_b1"])) < 1e-5
-    for k in range(c["num_blocks"] + 1):
-        out = net.hidden(latents, golden["in.timesteps_bt"], text, mask, padding, layer=k)
+
+    @jax.jit
+    def outputs(params):
+        net = network.bind(params)
+        inputs = latents, golden["in.timesteps_bt"], text, mask, padding
+        hidden = [net.hidden(*inputs, layer=k) for k in range(c["num_blocks"] + 1)]
+        return net(*inputs), net(latents, golden["in.timesteps_b1"], *inputs[2:]), hidden
+
+    velocity, from_b1, hidden = outputs(params)
+    assert relative_rms(velocity, last(golden["out.velocity_bcthw"])) < 1e-5
+    assert relative_rms(from_b1, last(golden["out.velocity_from_b1"])) < 1e-5
+    for k, ours in enumerate(hidden):
         theirs = golden[f"out.hidden_{k}_bthwd"]
-        assert relative_rms(out.reshape(theirs.shape), theirs) < 1e-5, k
+        assert relative_rms(ours.reshape(theirs.shape), theirs) < 1e-5, k
 
 
 def test_video_denoising_and_loss(dit):
@@ -106,9 +123,8 @@ def test_video_denoising_and_loss(dit):
     x0, noise = last(golden["denoise.x0"]), last(golden["denoise.noise"])
     sigma, text = jnp.asarray(golden["denoise.sigma_b1"]), golden["in.text_bld"]
     mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
-    net = network.bind(params)
     noisy = x0 + sigma[..., None, None, None] * noise
-    prediction = video.denoise(lambda i: net(*i[:2], text, i[2]), noisy, x0, sigma, mask)
+    prediction = denoiser(network, params, text, x0, mask)(noisy, sigma)
     assert relative_rms(prediction, last(golden["denoise.x0_pred"])) < 1e-5
     noise_prediction = (noisy - prediction) / sigma[..., None, None, None]
     assert relative_rms(noise_prediction, last(golden["denoise.eps_pred"])) < 1e-5
@@ -125,28 +141,29 @@ def test_sigma_table_and_every_sampler_step(dit):
     sigmas = noise_levels.karras_sigmas(c["steps"])
     np.testing.assert_allclose(sigmas, golden["sampler.sigmas"], rtol=1e-12)
 
-    x0, noise = last(golden["denoise.x0"]), last(golden["sampler.noise"])
-    text = golden["in.text_bld"]
+    clean = last(golden["denoise.x0"])
     mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
-    net = network.bind(params)
-    plan = jax.jit(lambda net, i: net.hidden(*i[:2], text, i[2], layer=c["layer"]))
+    denoise = denoiser(network, params, golden["in.text_bld"], clean, mask)
 
-    def denoise(x, sigma):
-        return video.denoise(lambda i: net(*i[:2], text, i[2]), x, x0, sigma, mask)
+    @jax.jit
+    def context(params, x, sigma):
+        i = video.network_input(x, clean, sigma, mask)
+        net = network.bind(params)
+        return net.hidden(*i[:2], golden["in.text_bld"], i[2], layer=c["layer"])
 
-    for k in range(c["steps"] + 1):
-        sample = sampler.sample_video(denoise, noise, sigmas, stop_step=k)
-        if k:
-            assert relative_rms(sample, last(golden["sampler.samples_after_step"][k - 1])) < 1e-5, k
-        sigma = jnp.full((c["B"], 1), sigmas[k])
-        context = plan(net, video.network_input(sample, x0, sigma, mask))
-        theirs = golden["sampler.context_at_step"][k]
-        assert relative_rms(context.reshape(theirs.shape), theirs) < 1e-5, k
-    assert relative_rms(denoise(sample, sigma), last(golden["sampler.final_x0"])) < 1e-5
+    x, previous = last(golden["sampler.noise"]) * sigmas[0], jnp.zeros_like(clean)
+    expected = [*golden["sampler.samples_after_step"], golden["sampler.final_x0"]]
+    for k, (sigma, coefficients) in enumerate(zip(*sampler.evaluations(sigmas))):
+        sigma, theirs = jnp.full((c["B"], 1), sigma), golden["sampler.context_at_step"][k]
+        assert relative_rms(context(params, x, sigma).reshape(theirs.shape), theirs) < 1e-5, k
+        x0 = denoise(x, sigma)
+        x, previous = sampler.advance(x, x0, previous, coefficients), x0
+        assert relative_rms(x, last(expected[k])) < 1e-5, k
 
 
-@pytest.mark.parametrize("k", range(6))
-def test_the_policy_reads_the_published_context_at_every_stop_step(dit, decoder, k):
+@pytest.mark.parametrize("k", [0, 1, 5])
+def test_the_policy_reads_the_published_context(dit, decoder, k):
+    """Without a step, after the first (which is Euler's), and after the last."""
     golden, c, network, params = dit
     clean = last(golden["denoise.x0"])
     _, t, h, w, _ = clean.shape
@@ -170,49 +187,63 @@ def test_the_policy_samples_the_published_actions(dit, decoder):
 
 def test_action_decoder_velocity_and_hidden_states(decoder):
     golden, c, network, params = decoder
-    net = network.bind(params)
-    inputs = [
-        golden[f"in.{k}"]
-        for k in ("state_bod", "noisy_actions_bha", "timesteps_bt", "video_sigma_b1")
-    ]
-    kv = net.context_keys_values(jnp.asarray(golden["in.context_bnd"]))
-    assert relative_rms(net.tokens(*inputs, kv), golden["out.velocity_bta"]) < 1e-5
-    dropped = net.tokens(*inputs, kv, jnp.ones(2))
+    names = ("state_bod", "noisy_actions_bha", "timesteps_bt", "video_sigma_b1")
+    inputs = [golden[f"in.{name}"] for name in names]
+
+    @jax.jit
+    def outputs(params, context):
+        net = network.bind(params)
+        kv = net.context_keys_values(context)
+        hidden = [net.hidden(*inputs, kv, layer=k) for k in range(1, c["blocks"] + 1)]
+        return net.tokens(*inputs, kv), net.tokens(*inputs, kv, jnp.ones(2)), hidden
+
+    velocity, dropped, hidden = outputs(params, golden["in.context_bnd"])
+    assert relative_rms(velocity, golden["out.velocity_bta"]) < 1e-5
     assert relative_rms(dropped, golden["out.velocity_state_dropped"]) < 1e-5
-    for k in range(1, c["blocks"] + 1):
-        hidden = net.hidden(*inputs, kv, layer=k)
-        assert relative_rms(hidden, golden[f"out.hidden_{k}"]) < 1e-5, k
+    for k, ours in enumerate(hidden, 1):
+        assert relative_rms(ours, golden[f"out.hidden_{k}"]) < 1e-5, k
 
 
 def test_action_loss_and_ten_euler_steps(decoder):
     golden, _, network, params = decoder
-    net = network.bind(params)
-    kv = net.context_keys_values(jnp.asarray(golden["in.context_bnd"]))
-
-    def velocity(noisy, time):
-        return net(golden["in.state_bod"], noisy, time, golden["in.video_sigma_b1"], kv)
-
     actions, noise, t = (jnp.asarray(golden[f"loss.{k}"]) for k in ("actions", "noise", "t_b1"))
     noisy = action.scale_noisy_actions((1 - t)[..., None] * actions + t[..., None] * noise, t)
-    assert relative_rms(velocity(noisy, t), golden["loss.velocity"]) < 1e-5
-    loss = 10 * action.action_loss(velocity, actions, noise, t).mean()
+
+    @jax.jit
+    def outputs(params, context):
+        net = network.bind(params)
+        kv = net.context_keys_values(context)
+
+        def velocity(noisy, time):
+            return net(golden["in.state_bod"], noisy, time, golden["in.video_sigma_b1"], kv)
+
+        loss = 10 * action.action_loss(velocity, actions, noise, t).mean()
+        sample = action.sample_actions(velocity, jnp.asarray(golden["sample.noise"]), steps=10)
+        return velocity(noisy, t), loss, sample
+
+    velocity, loss, sample = outputs(params, golden["in.context_bnd"])
+    assert relative_rms(velocity, golden["loss.velocity"]) < 1e-5
     assert relative_rms(loss, golden["loss.mse_times_10"]) < 1e-5
-    sample = action.sample_actions(velocity, jnp.asarray(golden["sample.noise"]), steps=10)
     assert relative_rms(sample, golden["sample.actions_normalized"]) < 1e-5
 
 
 def test_draws_share_one_context(decoder):
     """r noise draws on one video pass give what r separate passes give."""
     golden, _, network, params = decoder
-    net = network.bind(params)
-    kv = net.context_keys_values(jnp.asarray(golden["in.context_bnd"]))
     one = [golden[f"in.{k}"] for k in ("state_bod", "noisy_actions_bha", "timesteps_bt")]
     two = [np.stack([x, x[:, ::-1] * 0.5], axis=1).reshape(-1, *x.shape[1:]) for x in one]
     sigma = golden["in.video_sigma_b1"]
-    both = net.tokens(*two, sigma.repeat(2, axis=0), kv)
+
+    @jax.jit
+    def outputs(params, context):
+        net = network.bind(params)
+        kv = net.context_keys_values(context)
+        alone = [net.tokens(*[x[r::2] for x in two], sigma, kv) for r in range(2)]
+        return net.tokens(*two, sigma.repeat(2, axis=0), kv), alone
+
+    both, alone = outputs(params, golden["in.context_bnd"])
     for r in range(2):
-        alone = net.tokens(*[x[r::2] for x in two], sigma, kv)
-        np.testing.assert_allclose(both[r::2], alone, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(both[r::2], alone[r], rtol=1e-5, atol=1e-6)
 
 
 def is_jaxpr(value):
@@ -268,15 +299,32 @@ def test_text_projection_and_time_scale_of_predict25(dit):
     golden, c, network, params = dit
     config = dataclasses.replace(network.config, text_projection_dim=40, timestep_scale=0.001)
     projecting = Network(lambda key: VideoDiT(config, key))
-    made = projecting.init(jax.random.key(0))["text_projection"]
-    kernel, bias = made["kernel"], made["bias"] + 0.1
-    text = jax.random.normal(jax.random.key(1), (c["B"], c["L"], 40))
+    draw = np.random.default_rng(0).normal
+    projection = {
+        name: 0.2 * draw(size=p.shape).astype(np.float32)
+        for name, p in projecting.abstract["text_projection"].items()
+    }
+    text = draw(size=(c["B"], c["L"], 40)).astype(np.float32)
     latents, times = last(golden["in.latents_bcthw"]), golden["in.timesteps_bt"]
     mask = golden["in.condition_mask_b1thw"][:, 0]
-    ours = projecting.bind({**params, "text_projection": {"kernel": kernel, "bias": bias}})
-    projected = gelu(text @ kernel + bias)
-    theirs = network.bind(params).hidden(latents, times, projected, mask, layer=1)
-    assert relative_rms(ours.hidden(latents, times * 1000, text, mask, layer=1), theirs) < 1e-5
+
+    @jax.jit
+    def outputs(params, projection):
+        net = projecting.bind({**params, "text_projection": projection})
+        projected = gelu(text @ projection["kernel"] + projection["bias"])
+        other = network.bind(params).hidden(latents, times, projected, mask, layer=1)
+        return net.hidden(latents, times * 1000, text, mask, layer=1), other
+
+    ours, theirs = outputs(params, projection)
+    assert relative_rms(ours, theirs) < 1e-5
+
+
+def test_embedders_start_as_kaiming_uniform():
+    embedder = Embedder(jax.random.key(0), 10, 1024)
+    for layer, fan_in, squared_gain in (("layer0", 10, 2), ("layer1", 47, 2), ("layer2", 220, 1)):
+        kernel, variance = getattr(embedder, layer).kernel[...], squared_gain / fan_in
+        assert kernel.shape[0] == fan_in and jnp.abs(kernel).max() <= np.sqrt(3 * variance)
+        np.testing.assert_allclose(kernel.var(), variance, rtol=0.15)
 
 
 def test_published_noise_is_numpys():

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_torch_files import every_type, small
+from weight_files import every_type, small
 
 from mvjax.checkpoints.torch_weights.open import open_weights
 from mvjax.checkpoints.torch_weights.pt_writer import write_pt

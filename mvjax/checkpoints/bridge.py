@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from mvjax.checkpoints import damage
 from mvjax.checkpoints.store import checkpoint_folder, stored_tree
 from mvjax.checkpoints.tree_match import check_match, check_restored, leaf_paths
 from mvjax.models.param_tree import Params, merge
@@ -31,27 +32,31 @@ def restore_params(
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         CheckpointMismatch: If parameters are absent, extra or of another shape, naming both sides.
+        OSError: If it is damaged.
     """
     where = step_folder(directory, step)
-    stored = stored_tree(where)
-    check_match(leaf_paths(stored["params"]), leaf_paths(abstract), where)
-    averaged = _common(abstract, stored.get("ema", {})) if use_ema else {}
-    wanted = {"params": _without(abstract, averaged), "ema": averaged}
-    wanted = {name: tree for name, tree in wanted.items() if tree}  # orbax rejects empty ones
-    args = ocp.args.PyTreeRestore(
-        item=wanted,
-        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-        partial_restore=True,
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
-        restored = reader.restore(where / "state", args=args)
-    check_restored(restored, where)
+    with damage.said(where):
+        stored = stored_tree(where)
+        check_match(leaf_paths(stored["params"]), leaf_paths(abstract), where)
+        averaged = _common(abstract, stored.get("ema", {})) if use_ema else {}
+        wanted = {"params": _without(abstract, averaged), "ema": averaged}
+        wanted = {name: tree for name, tree in wanted.items() if tree}  # orbax rejects empty ones
+        args = ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=True,
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as reader:
+            restored = reader.restore(where / "state", args=args)
+        check_restored(restored, where)
     return merge(restored.get("params", {}), restored.get("ema", {}))
 
 
 def abstract_params(directory: Path, *, step: int | None = None) -> Params:
     """Shapes and dtypes of the stored parameters, without shardings and without reading them."""
-    stored = stored_tree(step_folder(directory, step))["params"]
+    where = step_folder(directory, step)
+    with damage.said(where):
+        stored = stored_tree(where)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
@@ -62,8 +67,9 @@ def latest_step(directory: Path) -> int:
 
 def read_meta(directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """The description stored with a checkpoint: configuration, versions, data, normalizer."""
-    with ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
-        return reader.restore(step_folder(directory, step) / "meta")
+    where = step_folder(directory, step)
+    with damage.said(where), ocp.Checkpointer(ocp.JsonCheckpointHandler()) as reader:
+        return reader.restore(where / "meta")
 
 
 def step_folder(directory: Path, step: int | None) -> Path:
@@ -75,7 +81,8 @@ def step_folder(directory: Path, step: int | None) -> Path:
     folder = checkpoint_folder(directory)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{directory} is not a training directory: it has no folder 'checkpoints'."
+            f"{directory} is not a training directory: it has no folder 'checkpoints'; weights for "
+            "PyTorch are converted first (python -m launch.convert)."
         )
     steps = sorted(ocp.utils.checkpoint_steps(folder))
     if not steps or (step is not None and step not in steps):

@@ -19,12 +19,12 @@ from mvjax.checkpoints.torch_weights.kind import Kind
 from mvjax.checkpoints.torch_weights.kind_text import TEXT
 from mvjax.checkpoints.torch_weights.kind_vae import VAE
 from mvjax.checkpoints.tree_match import CheckpointMismatch, leaf_paths
-from mvjax.models.linear_tokenizer import LinearTokenizer, load_tokenizer
+from mvjax.models.linear_tokenizer import LinearTokenizer, load_linear_tokenizer
 from mvjax.models.ngram_text import NgramTextEncoder
 from mvjax.models.param_tree import Params
 from mvjax.models.parameters import Network
 from mvjax.models.t5_text import T5TextEncoder
-from mvjax.models.text_tokenizer import load_tokenizer as load_text_tokenizer
+from mvjax.models.text_tokenizer import load_t5_tokenizer
 from mvjax.models.wan_vae import WanVAE
 
 _SMALL = 1 << 20  # bytes; norms and biases are below, and no two trainings share them
@@ -39,7 +39,7 @@ def load_video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str]:
     """
     path = Path(path)
     if not path.is_dir():
-        return load_tokenizer(path), hashlib.sha256(path.read_bytes()).hexdigest()
+        return load_linear_tokenizer(path), hashlib.sha256(path.read_bytes()).hexdigest()
     network, params = _load(path, VAE)
     return network.bind(params), f"wan vae {_fingerprint(params)}"
 
@@ -65,7 +65,7 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
         raise CheckpointMismatch(
             f"{directory} embeds texts in {network.config.width} dimensions, but text.dim is {dim}."
         )
-    tokenizer = load_text_tokenizer(directory, length)
+    tokenizer = load_t5_tokenizer(directory, length)
     encoder = T5TextEncoder(network, params, tokenizer)
     return encoder, f"t5 {length}x{dim} {_fingerprint(params)}"
 

@@ -1,13 +1,12 @@
 """The action decoder of mimic-video (`World2ActionDIT`): reads the video's residual stream."""
 
 from dataclasses import dataclass
-from itertools import pairwise
-from math import log
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from mvjax.models.action_embedder import Embedder
 from mvjax.models.attention import Attention, KeysValues
 from mvjax.models.attention_kernels import check_kernel
 from mvjax.models.layers import (
@@ -15,7 +14,6 @@ from mvjax.models.layers import (
     LayerNorm,
     Linear,
     RMSNorm,
-    gelu,
     run_blocks,
     stack,
     truncated_normal,
@@ -68,34 +66,6 @@ class ActionDecoderConfig:
     def dtype(self) -> str:
         """The dtype of matmuls and the residual stream."""
         return compute_dtype(self.precision)
-
-
-def embedder_widths(d_in: int, d: int) -> list[int]:
-    """Widths of an embedder's layers, about ×4 each from `d_in` to `d` (release, `target_mult`)."""
-    ratio = d / d_in
-    hops = max(1, round(log(ratio, 4)))
-    widths = [d_in]
-    for _ in range(hops - 1):
-        widths.append(round(widths[-1] * ratio ** (1 / hops)))
-    return [*widths, d]
-
-
-class Embedder(nnx.Module):
-    """Lifts actions or proprioception to the width: linears with GELU between, times 1/√d."""
-
-    def __init__(self, key: Array, d_in: int, d: int):
-        widths = embedder_widths(d_in, d)
-        self.d, self.depth = d, len(widths) - 1
-        for i, (a, b) in enumerate(pairwise(widths)):
-            setattr(
-                self, f"layer{i}", Linear(jax.random.fold_in(key, i), a, b, (None, None), bias=True)
-            )
-
-    def __call__(self, x: Array) -> Array:
-        """Maps [b, n, d_in] to [b, n, d]."""
-        for i in range(self.depth):
-            x = getattr(self, f"layer{i}")(gelu(x) if i else x)
-        return x * self.d**-0.5
 
 
 class Block(nnx.Module):

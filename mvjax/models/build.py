@@ -1,5 +1,9 @@
-"""From a configuration to networks: lengths and widths that follow from others are filled in."""
+"""From a configuration to networks, and back.
 
+Lengths and widths that follow from other sections of the configuration are filled in, and left out.
+"""
+
+import dataclasses
 from typing import Any
 
 from mvjax.clip import CHANNELS
@@ -38,6 +42,14 @@ def video_dit_config(config: Any) -> VideoDiTConfig:
     return model
 
 
+def video_section(model: VideoDiTConfig) -> dict[str, Any]:
+    """The section `video_model` of a configuration that describes this video DiT."""
+    elsewhere = {"latent_channels", "lora"}
+    if not model.text_projection_dim:
+        elsewhere.add("text_dim")  # then it is `text.dim`
+    return _fields(model, elsewhere)
+
+
 def action_decoder_config(config: Any) -> ActionDecoderConfig:
     """The action decoder of a configuration.
 
@@ -62,6 +74,12 @@ def action_decoder_config(config: Any) -> ActionDecoderConfig:
     )
 
 
+def decoder_section(decoder: ActionDecoderConfig) -> dict[str, Any]:
+    """The section `decoder` of a configuration that describes this action decoder."""
+    vectors = {"action_dim", "action_horizon", "proprio_dim", "proprio_horizon"}
+    return _fields(decoder, vectors | {"context_dim"})
+
+
 def video_network(config: VideoDiTConfig) -> Network:
     """A video DiT without weights."""
     return Network(lambda key: VideoDiT(config, key))
@@ -70,3 +88,7 @@ def video_network(config: VideoDiTConfig) -> Network:
 def decoder_network(config: ActionDecoderConfig) -> Network:
     """An action decoder without weights."""
     return Network(lambda key: ActionDecoder(config, key))
+
+
+def _fields(sizes: VideoDiTConfig | ActionDecoderConfig, elsewhere: set[str]) -> dict[str, Any]:
+    return {k: v for k, v in dataclasses.asdict(sizes).items() if k not in elsewhere}

@@ -1,21 +1,36 @@
-"""The layers every network here is made of: linear with optional LoRA, norms, sinusoids."""
+"""What every network here is made of: linear with optional LoRA, norms, activations, MLP."""
 
+from collections.abc import Callable
 from functools import partial
+from math import pi, sqrt
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from mvjax.models.lora import LoRA
 from mvjax.models.remat import rematerialised
 
 Array = jax.Array
+Init = Callable[[Array, tuple[int, ...], int], Array]  # (key, shape, fan_in) -> kernel
 
 
 def truncated_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
     """Normal with std 1/√fan_in cut at ±3 std (the release, for transformer kernels)."""
-    return jax.random.truncated_normal(key, -3.0, 3.0, shape) / np.sqrt(fan_in)
+    return jax.random.truncated_normal(key, -3.0, 3.0, shape) / sqrt(fan_in)
+
+
+def kaiming_uniform(
+    key: Array, shape: tuple[int, ...], fan_in: int, gain: float = sqrt(1 / 3)
+) -> Array:
+    """Uniform with std gain/√fan_in; the default gain is that of PyTorch's own layers (a = √5)."""
+    bound = gain * sqrt(3 / fan_in)
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def zeros(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
+    """Zeros, whatever the key and the fan-in."""
+    return jnp.zeros(shape)
 
 
 def stack(make_block, key: Array, count: int):
@@ -54,7 +69,7 @@ class Linear(nnx.Module):
         name: the attribute name under which LoRA targets find this layer.
         lora: adapters to add, or None.
         bias: whether there is a bias, started at zero.
-        zero: start the kernel at zero instead of the truncated normal.
+        init: initialisation of the kernel.
     """
 
     def __init__(
@@ -67,19 +82,16 @@ class Linear(nnx.Module):
         name: str = "",
         lora: LoRA | None = None,
         bias: bool = False,
-        zero: bool = False,
+        init: Init = truncated_normal,
     ):
         kernel_key, lora_key = jax.random.split(key)
-        kernel = (
-            jnp.zeros((d_in, d_out)) if zero else truncated_normal(kernel_key, (d_in, d_out), d_in)
-        )
-        self.kernel = nnx.Param(kernel, axes=axes)
+        self.kernel = nnx.Param(init(kernel_key, (d_in, d_out), d_in), axes=axes)
         self.bias = nnx.Param(jnp.zeros(d_out), axes=(axes[1],)) if bias else None
         self.adapted = lora is not None and name in lora.targets
         if self.adapted:
             self.lora_scale = lora.scale
-            bound = 1 / np.sqrt(d_in)  # peft's default: kaiming-uniform(a=√5) for A, zero for B
-            a = jax.random.uniform(lora_key, (d_in, lora.rank), minval=-bound, maxval=bound)
+            # As peft's default: B starts at zero.
+            a = kaiming_uniform(lora_key, (d_in, lora.rank), d_in)
             self.lora_a = nnx.Param(a, axes=(axes[0], "lora"))
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, d_out)), axes=("lora", axes[1]))
 
@@ -147,7 +159,7 @@ def gelu(x: Array) -> Array:
 
 def _gelu_gradient(x: Array, gradient: Array) -> tuple[Array]:
     wide = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * wide**2) / np.sqrt(2 * np.pi).astype(np.float32)
+    density = jnp.exp(-0.5 * wide**2) / sqrt(2 * pi)
     slope = _normal_cdf(wide) + wide * density
     return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
 
@@ -156,7 +168,7 @@ gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
 
 
 def _normal_cdf(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x * np.sqrt(0.5).astype(np.float32)))
+    return 0.5 * (1 + jax.lax.erf(x * sqrt(0.5)))
 
 
 @partial(jax.checkpoint, prevent_cse=False)

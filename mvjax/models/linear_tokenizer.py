@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvjax.clip import CHANNELS, SPATIAL, TEMPORAL, check_frames
+
 Array = jax.Array
-PATCH, GROUP, CHANNELS = 8, 4, 16
 
 
 class Projection(NamedTuple):
@@ -37,13 +38,13 @@ class LinearTokenizer(NamedTuple):
         """Video [b, 1 + 4k, h, w, 3] in [-1, 1] to latents [b, 1 + k, h/8, w/8, 16]."""
         _, t, h, w, _ = video.shape
         check_frames(t)
-        if h % PATCH or w % PATCH:
-            raise ValueError(f"Frames of {h}x{w}: height and width must be multiples of {PATCH}.")
+        if h % SPATIAL or w % SPATIAL:
+            raise ValueError(f"Frames of {h}x{w}: height and width must be multiples of {SPATIAL}.")
         latents = [
             (to_patches(part, size) - p.mean) @ p.encode
             for part, size, p in (
                 (video[:, :1], 1, self.first),
-                (video[:, 1:], GROUP, self.group),
+                (video[:, 1:], TEMPORAL, self.group),
             )
         ]
         return jnp.concatenate(latents, axis=1)
@@ -55,13 +56,13 @@ class LinearTokenizer(NamedTuple):
             from_patches(part @ p.decode + p.mean, size)
             for part, size, p in (
                 (latents[:, :1], 1, self.first),
-                (latents[:, 1:], GROUP, self.group),
+                (latents[:, 1:], TEMPORAL, self.group),
             )
         ]
         return jnp.concatenate(parts, axis=1)
 
 
-def save_tokenizer(path: Path, tokenizer: LinearTokenizer) -> None:
+def save_linear_tokenizer(path: Path, tokenizer: LinearTokenizer) -> None:
     """Writes a fitted tokenizer as .npz, all of it or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
@@ -75,10 +76,13 @@ def save_tokenizer(path: Path, tokenizer: LinearTokenizer) -> None:
     partial.replace(path)
 
 
-def load_tokenizer(path: Path) -> LinearTokenizer:
-    """Reads what `save_tokenizer` wrote."""
+def load_linear_tokenizer(path: Path) -> LinearTokenizer:
+    """Reads what `save_linear_tokenizer` wrote."""
     if not path.exists():
-        raise FileNotFoundError(f"There is no fitted tokenizer at {path}; fit one first.")
+        raise FileNotFoundError(
+            f"There is no fitted tokenizer at {path}; fit one first (launch.fit_tokenizer), or "
+            "convert a Wan VAE into that folder (launch.convert)."
+        )
     with np.load(path) as arrays:
         return LinearTokenizer(
             *(
@@ -88,28 +92,17 @@ def load_tokenizer(path: Path) -> LinearTokenizer:
         )
 
 
-def check_frames(frames: int) -> None:
-    """Raises ValueError unless the clip has 1 + 4k frames."""
-    if frames < 1 or (frames - 1) % GROUP:
-        lower = max(1, (frames - 1) // GROUP * GROUP + 1)
-        raise ValueError(
-            f"A clip of {frames} frames cannot be tokenized: the first frame stands alone and the "
-            f"others are taken four at a time, so use 1 + 4k frames, e.g. {lower} or "
-            f"{lower + GROUP}."
-        )
-
-
 def fit_linear_tokenizer(clips: Iterable[np.ndarray]) -> LinearTokenizer:
     """Fits both projections to clips.
 
     Args:
         clips: batches of video, float32 [b, 1 + 4k, h, w, 3] in [-1, 1], k at least 1.
     """
-    moments = [_Moments(PATCH**2 * 3), _Moments(GROUP * PATCH**2 * 3)]
+    moments = [_Moments(SPATIAL**2 * 3), _Moments(TEMPORAL * SPATIAL**2 * 3)]
     for video in clips:
         check_frames(video.shape[1])
         moments[0].add(to_patches(video[:, :1], 1))
-        moments[1].add(to_patches(video[:, 1:], GROUP))
+        moments[1].add(to_patches(video[:, 1:], TEMPORAL))
     return LinearTokenizer(*(m.projection() for m in moments))
 
 
@@ -143,15 +136,15 @@ class _Moments:
 def to_patches(video, group: int):
     """[b, n·group, h, w, 3] to [b, n, h/8, w/8, group·192]."""
     b, t, h, w, c = video.shape
-    x = video.reshape(b, t // group, group, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    x = video.reshape(b, t // group, group, h // SPATIAL, SPATIAL, w // SPATIAL, SPATIAL, c)
     return x.transpose(0, 1, 3, 5, 2, 4, 6, 7).reshape(
-        b, t // group, h // PATCH, w // PATCH, group * PATCH**2 * c
+        b, t // group, h // SPATIAL, w // SPATIAL, group * SPATIAL**2 * c
     )
 
 
 def from_patches(x, group: int):
     """The inverse of `to_patches`."""
     b, n, h, w, size = x.shape
-    c = size // (group * PATCH**2)
-    x = x.reshape(b, n, h, w, group, PATCH, PATCH, c)
-    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, n * group, h * PATCH, w * PATCH, c)
+    c = size // (group * SPATIAL**2)
+    x = x.reshape(b, n, h, w, group, SPATIAL, SPATIAL, c)
+    return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, n * group, h * SPATIAL, w * SPATIAL, c)

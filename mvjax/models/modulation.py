@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mvjax.models.layers import Linear, layer_norm, silu
+from mvjax.models.layers import Linear, layer_norm, silu, zeros
 
 Array = jax.Array
 
@@ -20,7 +20,7 @@ class Modulation(nnx.Module):
         keys = jax.random.split(key)
         self.chunks = chunks
         self.down = Linear(keys[0], d_embedding, rank, ("embed", None))
-        self.up = Linear(keys[1], rank, chunks * d, (None, "embed"), zero=True)
+        self.up = Linear(keys[1], rank, chunks * d, (None, "embed"), init=zeros)
 
     def __call__(self, embedding: Array, shared: Array) -> list[Array]:
         """Shift, scale and (with three chunks) gate, each [b, t, d].

@@ -13,7 +13,7 @@ Array = jax.Array
 MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
 
 
-def turn_features(t: Array, d: int) -> Array:
+def time_features(t: Array, d: int) -> Array:
     """concat(sin, cos) of 2π t / period, for d/2 periods from 4e-3 to 4, rounded to bfloat16.
 
     The release computes the angle in float64 and rounds the features to bfloat16 in every
@@ -87,8 +87,8 @@ class PairTimeEmbedding(nnx.Module):
             video_time: flow time τ of the video [b, 1].
             dtype: compute dtype.
         """
-        action = turn_features(action_time, self.d).astype(dtype)
-        video = turn_features(video_time, self.d).astype(dtype)
+        action = time_features(action_time, self.d).astype(dtype)
+        video = time_features(video_time, self.d).astype(dtype)
         # Said here, since the compiler would rather split the width, as the kernels are.
         wide = silu(self.proj_action(action)), silu(self.proj_video(video))
         wide = [constrain(x, "batch", None, None) for x in wide]

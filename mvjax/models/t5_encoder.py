@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from mvjax.models.layers import Linear, RMSNorm, stack
-from mvjax.models.precision import PRECISIONS
+from mvjax.models.precision import compute_dtype
 from mvjax.parallel.rules import constrain
 
 Array = jax.Array
@@ -34,10 +34,7 @@ class T5EncoderConfig:
     precision: str = "float32"
 
     def __post_init__(self):
-        if self.precision not in PRECISIONS:
-            raise ValueError(
-                f"The T5 encoder's precision is {self.precision!r}; it must be one of {PRECISIONS}."
-            )
+        compute_dtype(self.precision)
         if self.relative_buckets % 4 or self.max_distance <= self.relative_buckets // 4:
             raise ValueError(
                 f"The T5 encoder's relative_buckets {self.relative_buckets} must be a multiple of "

@@ -24,7 +24,7 @@ class T5TextEncoder:
     Args:
         network: a `T5Encoder` without weights.
         params: its parameters, on the device, in float32 or bfloat16; sharded or not.
-        tokenizer: from `load_tokenizer`; its length becomes the length here.
+        tokenizer: from `load_t5_tokenizer`; its length becomes the length here.
 
     Raises:
         ValueError: the tokenizer has more ids than the network has embeddings.

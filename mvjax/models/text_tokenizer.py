@@ -12,7 +12,7 @@ FILES = ("tokenizer.json", "spiece.model")  # the first is what the release read
 
 @dataclass(frozen=True)
 class T5Tokenizer:
-    """Texts to ids; `load_tokenizer` makes one from a file.
+    """Texts to ids; `load_t5_tokenizer` makes one from a file.
 
     Attributes:
         pieces: ids of a text, without end mark.
@@ -38,7 +38,7 @@ class T5Tokenizer:
         return tokens, used
 
 
-def load_tokenizer(path: str | Path, length: int = 512) -> T5Tokenizer:
+def load_t5_tokenizer(path: str | Path, length: int = 512) -> T5Tokenizer:
     """Reads a T5 tokenizer.
 
     Args:

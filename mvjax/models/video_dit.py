@@ -7,18 +7,19 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mvjax.clip import PATCH
 from mvjax.models.attention import Attention, check_context
 from mvjax.models.attention_kernels import check_kernel
 from mvjax.models.layers import MLP, Linear, RMSNorm, gelu, run_blocks, silu, stack
 from mvjax.models.lora import LoRA
 from mvjax.models.modulation import Modulation, modulate
+from mvjax.models.patches import patchify, unpatchify
 from mvjax.models.precision import compute_dtype, round_to_bfloat16, time_dtype
 from mvjax.models.remat import check_remat
 from mvjax.models.rope import rope_table
 from mvjax.parallel.rules import constrain
 
 Array = jax.Array
-PATCH = 2  # a token covers 2×2 latents of one latent frame
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class VideoDiTConfig:
 
     Attributes:
         text_dim: width of the text that the cross-attention reads.
+        rope_ratio_thw: rotary extrapolation ratios, see `mvjax.models.rope.rope_table`.
         text_projection_dim: width of the text that enters, projected to `text_dim` (Predict2.5:
             100352); 0 where it enters as it is (Predict2).
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
@@ -54,6 +56,11 @@ class VideoDiTConfig:
         compute_dtype(self.precision)
         check_kernel(self.attention)
         check_remat(self.remat)
+        if len(self.rope_ratio_thw) != 3 or min(self.rope_ratio_thw) <= 0:
+            raise ValueError(
+                "rope_ratio_thw must be three positive ratios, of time, height and width; got "
+                f"{self.rope_ratio_thw}."
+            )
         if self.width % self.num_heads:
             raise ValueError(
                 f"Video DiT width {self.width} is not a multiple of num_heads {self.num_heads}."
@@ -252,10 +259,10 @@ class VideoDiT(nnx.Module):
         return run_blocks(step, x, self.blocks, layer, config.remat)
 
 
-def time_sinusoid(timesteps: Array, d: int) -> Array:
-    """concat(cos, sin) of t · 10000^(-i / (d/2)), i < d/2; [b, t] to float32 [b, t, d]."""
+def time_sinusoid(tau: Array, d: int) -> Array:
+    """concat(cos, sin) of τ · 10000^(-i / (d/2)), i < d/2; float32 [b, t] to [b, t, d]."""
     frequencies = jnp.asarray(np.exp(-np.log(10000.0) * np.arange(d // 2) / (d // 2)), jnp.float32)
-    angles = timesteps.astype(jnp.float32)[..., None] * frequencies
+    angles = tau[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
@@ -267,22 +274,3 @@ def by_frame(x: Array, per_frame: Array) -> Array:
     """
     b, t, _ = per_frame.shape
     return x.reshape(b, t, -1, x.shape[-1])
-
-
-def patchify(x: Array) -> Array:
-    """[b, t, h, w, c] to [b, t·h/2·w/2, 4 c]; within a token the channel is slowest."""
-    b, t, h, w, c = x.shape
-    if h % PATCH or w % PATCH:
-        raise ValueError(
-            f"Latents of {h}x{w} cannot be cut into 2x2 patches; use pictures whose height and "
-            "width are multiples of 16 pixels."
-        )
-    x = x.reshape(b, t, h // PATCH, PATCH, w // PATCH, PATCH, c)
-    return x.transpose(0, 1, 2, 4, 6, 3, 5).reshape(b, -1, PATCH**2 * c)
-
-
-def unpatchify(x: Array, shape: tuple[int, ...]) -> Array:
-    """[b, tokens, 4 c] to [b, t, h, w, c]; within a token the channel is fastest (as published)."""
-    b, t, h, w, c = shape
-    x = x.reshape(b, t, h // PATCH, w // PATCH, PATCH, PATCH, c)
-    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h, w, c)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mvjax.models.linear_tokenizer import GROUP, PATCH, check_frames
+from mvjax.clip import SPATIAL, TEMPORAL, check_frames
 from mvjax.models.precision import round_to_bfloat16
 from mvjax.models.wan_vae_config import WanVAEConfig
 from mvjax.models.wan_vae_layers import (
@@ -56,18 +56,18 @@ class WanVAE(nnx.Module):
         """
         _, t, h, w, c = video.shape
         check_frames(t)
-        if h % PATCH or w % PATCH or c != 3:
+        if h % SPATIAL or w % SPATIAL or c != 3:
             raise ValueError(
                 f"Frames of {h}x{w} with {c} channels cannot be encoded: height and width must be "
-                f"multiples of {PATCH}, and the three channels come last."
+                f"multiples of {SPATIAL}, and the three channels come last."
             )
 
         def encode_chunk(x: Array, history: History) -> Array:
             moments = self.quant_conv(self.encoder(x.astype(self.config.dtype), history))
             mean, _log_variance = jnp.split(moments, 2, axis=-1)
-            return self._normalise(mean.astype(jnp.float32))
+            return self.normalise(mean.astype(jnp.float32))
 
-        return in_chunks(encode_chunk, video, t // GROUP, self.config.chunk, GROUP, 1)
+        return in_chunks(encode_chunk, video, t // TEMPORAL, self.config.chunk, TEMPORAL, 1)
 
     @jax.jit
     def decode(self, latents: Array) -> Array:
@@ -90,16 +90,18 @@ class WanVAE(nnx.Module):
             )
 
         def decode_chunk(x: Array, history: History) -> Array:
-            z = self._unnormalise(x.astype(jnp.float32)).astype(self.config.dtype)
+            z = self.unnormalise(x.astype(jnp.float32)).astype(self.config.dtype)
             return self.decoder(self.post_quant_conv(z), history).astype(jnp.float32)
 
-        return in_chunks(decode_chunk, latents, t - 1, self.config.chunk, 1, GROUP)
+        return in_chunks(decode_chunk, latents, t - 1, self.config.chunk, 1, TEMPORAL)
 
-    def _normalise(self, mean: Array) -> Array:
+    def normalise(self, mean: Array) -> Array:
+        """Latents of unit variance from posterior means, float32 [..., latent_channels]."""
         step, shift, inverse = self._statistics()
         return step(step(mean - shift) * inverse)
 
-    def _unnormalise(self, latents: Array) -> Array:
+    def unnormalise(self, latents: Array) -> Array:
+        """The inverse of `normalise`."""
         step, shift, inverse = self._statistics()
         return step(step(step(latents) / inverse) + shift)
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mvjax.models.layers import Linear
+from mvjax.models.layers import Linear, kaiming_uniform
 from mvjax.models.precision import round_to_bfloat16
 
 Array = jax.Array
@@ -40,8 +40,8 @@ class History:
         """
         if not self.at_start:
             x = jnp.concatenate([next(self._before), x], axis=1)
-        missing = max(0, frames - x.shape[1])
-        tail = jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0), (0, 0))) if missing else x
+        short = max(0, frames - x.shape[1])
+        tail = jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0), (0, 0))) if short else x
         self.after.append(tail[:, -frames:])
         return x, frames if self.at_start else 0
 
@@ -60,9 +60,8 @@ class Conv(nnx.Module):
         self, key: Array, size: tuple[int, ...], d_in: int, d_out: int, stride: tuple[int, ...] = ()
     ):
         self.stride = stride or (1,) * len(size)
-        # PyTorch's default, as in the release: uniform with variance 1 / (3 fan_in).
-        bound = 1 / math.sqrt(math.prod(size) * d_in)
-        kernel = jax.random.uniform(key, (*size, d_in, d_out), minval=-bound, maxval=bound)
+        # PyTorch's default, as in the release.
+        kernel = kaiming_uniform(key, (*size, d_in, d_out), math.prod(size) * d_in)
         self.kernel = nnx.Param(kernel, axes=(None,) * kernel.ndim)
         self.bias = nnx.Param(jnp.zeros(d_out), axes=(None,))
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from flax.traverse_util import unflatten_dict
 
 from mvjax.checkpoints.streamed import StreamedArray, write_streamed
 from mvjax.checkpoints.torch_weights.kind import Config
@@ -74,16 +75,14 @@ def plan(
     network = kind.network(config)
     check_shapes(found, network.abstract)
     _check_floats(found.parameters.values())
-    params: Params = {}
-    for path, parameter in found.parameters.items():
-        *parents, leaf = path.split(".")
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        node[leaf] = _streamed(parameter, dtype)
-    arrays = [_leaf(params, path) for path in found.parameters]
+    arrays = {path: _streamed(parameter, dtype) for path, parameter in found.parameters.items()}
     return Conversion(
-        source, tensors, config, params, network.num_parameters, sum(a.nbytes for a in arrays)
+        source,
+        tensors,
+        config,
+        params=unflatten_dict(arrays, sep="."),
+        num_parameters=network.num_parameters,
+        nbytes=sum(array.nbytes for array in arrays.values()),
     )
 
 
@@ -172,9 +171,3 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     for start in range(0, array.shape[1], 16):  # 16 columns of bfloat16 fill half a cache line
         out[:, start : start + 16] = array[:, start : start + 16]
     return out
-
-
-def _leaf(tree: Params, path: str) -> StreamedArray:
-    for key in path.split("."):
-        tree = tree[key]
-    return tree

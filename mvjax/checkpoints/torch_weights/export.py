@@ -3,10 +3,11 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import ml_dtypes
 import numpy as np
@@ -21,7 +22,6 @@ from mvjax.checkpoints.torch_weights.safetensors_files import write_safetensors_
 from mvjax.checkpoints.torch_weights.source import KINDS
 from mvjax.checkpoints.torch_weights.tensors import Tensors, TorchTensor, WeightsError
 from mvjax.checkpoints.tree_match import check_match, leaf_paths
-from mvjax.models.param_tree import Params
 from mvjax.models.text_tokenizer import FILES as TOKENIZER_FILES
 
 Read = Callable[[str, int | None], np.ndarray]  # a parameter, or one block of a stacked one
@@ -77,7 +77,8 @@ def plan_export(directory: Path, target: str, *, lora: str = "merge", dtype: str
         )
     layout, config = kind.exports[target], meta["config"]
     reader = ParameterReader(directory)
-    check_match(leaf_paths(reader.tree), leaf_paths(kind.network(config).abstract), directory)
+    stored = leaf_paths(reader.tree)
+    check_match(stored, leaf_paths(kind.network(config).abstract), directory)
     read = _merging(reader, config) if lora == "merge" else reader.read
     if lora == "merge" and "lora" in config:
         config = {**config, "lora": {"rank": 0, "alpha": 0.0, "targets": []}}
@@ -86,7 +87,7 @@ def plan_export(directory: Path, target: str, *, lora: str = "merge", dtype: str
     prefix = "net." if layout in kind.prefixed else ""
     tensors = {}
     for rule in kind.rules(layout, config):
-        for name, tensor in _tensors(rule, reader.tree, read, dtype).items():
+        for name, tensor in _tensors(rule, stored, read, dtype).items():
             tensors[prefix + name] = tensor
     files = tuple(p for name in TOKENIZER_FILES if (p := directory / name).is_file())
     return Export(kind, layout, config, tensors, files)
@@ -106,7 +107,8 @@ def write_export(
         FileExistsError: if the destination exists.
         OSError: if it cannot be written.
     """
-    if destination.exists() and not (destination.is_dir() and not any(destination.iterdir())):
+    empty = export.folder and destination.is_dir() and not any(destination.iterdir())
+    if destination.exists() and not empty:
         raise FileExistsError(f"{destination} exists already; choose another name.")
     tensors = {name: _counted(tensor, wrote) for name, tensor in export.tensors.items()}
     if not export.folder:
@@ -153,9 +155,9 @@ def _merging(reader: ParameterReader, config: Config) -> Read:
     return read
 
 
-def _tensors(rule: Rule, tree: Params, read: Read, dtype: str) -> Tensors:
+def _tensors(rule: Rule, leaves: Mapping[str, Any], read: Read, dtype: str) -> Tensors:
     path = rule.ours.replace(".", "/")
-    stored = leaf_paths(tree)[path]
+    stored = leaves[path]
     kept = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype or stored.dtype)
     stacked = "{i}" in rule.torch
     shape = rule.layout.torch_shape(stored.shape[1:] if stacked else stored.shape)

@@ -16,7 +16,8 @@ class Hints:
     """What a file of weights does not say, and a person may.
 
     Attributes:
-        rope_ratio_thw: rotary extrapolation ratios of a video DiT whose size is not a released one.
+        rope_ratio_thw: rotary extrapolation ratios of a video DiT; None for what its configuration
+            says, or else a released model of its size has.
         proprio_horizon: of an action decoder's positions, how many are proprioception.
         precision: in which the network is computed by default (`mvjax.models.precision`).
         published: the configuration that came with the weights (`config.json` of a Hugging Face

@@ -1,17 +1,14 @@
 """The action decoder of mimic-video."""
 
-import dataclasses
-
 from mvjax.checkpoints.torch_weights.kind import Config, Hints, Kind
 from mvjax.checkpoints.torch_weights.match import match
 from mvjax.checkpoints.torch_weights.names_dit import action_decoder
 from mvjax.checkpoints.torch_weights.rules import Rules
 from mvjax.checkpoints.torch_weights.tensors import Tensors, WeightsError
-from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
-from mvjax.models.build import decoder_network
+from mvjax.models.action_decoder import ActionDecoderConfig
+from mvjax.models.action_embedder import embedder_widths
+from mvjax.models.build import decoder_network, decoder_section
 from mvjax.models.parameters import Network
-
-_ELSEWHERE = ("context_dim", "action_dim", "action_horizon", "proprio_dim", "proprio_horizon")
 
 
 def _infer(layout: str, tensors: Tensors, hints: Hints) -> Config:
@@ -38,14 +35,13 @@ def _infer(layout: str, tensors: Tensors, hints: Hints) -> Config:
         mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
         precision=hints.precision,
     )
-    fields = dataclasses.asdict(decoder)
     return {
         "video_model": {"width": decoder.context_dim},
         "policy_io": {
             "action": {"horizon": decoder.action_horizon, "dim": decoder.action_dim},
             "proprio": {"horizon": p, "dim": decoder.proprio_dim},
         },
-        "decoder": {name: value for name, value in fields.items() if name not in _ELSEWHERE},
+        "decoder": decoder_section(decoder),
     }
 
 

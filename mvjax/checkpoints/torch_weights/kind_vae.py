@@ -38,9 +38,10 @@ def _from_config(hints: Hints) -> dict:
     published = hints.published or {}
     absent = [name for name in _DIFFUSERS.values() if name not in published]
     if absent:
+        problem = f"which lacks {', '.join(absent)}" if published else "which is not there"
         raise WeightsError(
-            "a diffusers VAE is described by the config.json beside its weights, which lacks "
-            f"{', '.join(absent)}; copy the whole folder."
+            f"a diffusers VAE is described by the config.json beside its weights, {problem}; copy "
+            "the whole folder."
         )
     return {
         ours: tuple(published[name]) if isinstance(published[name], list) else published[name]

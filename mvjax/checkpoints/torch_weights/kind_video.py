@@ -14,10 +14,11 @@ from mvjax.checkpoints.torch_weights.names_dit import (
 from mvjax.checkpoints.torch_weights.peft import adapted_layers, adapter_rank
 from mvjax.checkpoints.torch_weights.rules import Rules
 from mvjax.checkpoints.torch_weights.tensors import Tensors, WeightsError
-from mvjax.models.build import video_dit_config, video_network
+from mvjax.clip import PATCH
+from mvjax.models.build import video_dit_config, video_network, video_section
 from mvjax.models.parameters import Network
 from mvjax.models.presets import VIDEO_DITS
-from mvjax.models.video_dit import PATCH, VideoDiTConfig
+from mvjax.models.video_dit import VideoDiTConfig
 
 _TABLES = {"nvidia": video_dit, "diffusers": video_dit_diffusers}
 _MASKS = 2  # condition and padding mask, beside the latents
@@ -50,29 +51,27 @@ def _infer(layout: str, tensors: Tensors, hints: Hints) -> Config:
 
 def _complete(sizes: dict, hints: Hints) -> VideoDiTConfig:
     """Adds what the tensors cannot tell: the rotary ratios."""
-    for preset in VIDEO_DITS.values():
-        if all(getattr(preset, name) == value for name, value in sizes.items()):
-            ratios = preset.rope_ratio_thw
-            break
-    else:
-        ratios = hints.rope_ratio_thw or tuple((hints.published or {}).get("rope_scale", ()))
-        if not ratios:
-            raise WeightsError(
-                f"a video DiT of width {sizes['width']} with {sizes['num_blocks']} blocks is no "
-                "released size, and its weights do not tell the rotary extrapolation ratios; give "
-                "--rope_ratio_thw, e.g. 1,3,3 (as Cosmos-Predict2 2B)."
-            )
+    released = (
+        preset.rope_ratio_thw
+        for preset in VIDEO_DITS.values()
+        if all(getattr(preset, name) == value for name, value in sizes.items())
+    )
+    said = hints.rope_ratio_thw or tuple((hints.published or {}).get("rope_scale", ()))
+    ratios = said or next(released, None)
+    if ratios is None:
+        raise WeightsError(
+            f"a video DiT of width {sizes['width']} with {sizes['num_blocks']} blocks is no "
+            "released size, and its weights do not tell the rotary extrapolation ratios; give "
+            "--rope_ratio_thw, e.g. 1,3,3 (as Cosmos-Predict2 2B)."
+        )
     return VideoDiTConfig(**sizes, rope_ratio_thw=ratios, precision=hints.precision)
 
 
 def video_sections(model: VideoDiTConfig) -> Config:
     """The sections of a configuration that describe a video DiT without adapters."""
     # Training and the policy call the network with τ itself, whatever its release counts to.
-    fields = dataclasses.asdict(dataclasses.replace(model, timestep_scale=1.0))
-    if not model.text_projection_dim:  # then the width of the text says it
-        del fields["text_dim"]
     return {
-        "video_model": {k: v for k, v in fields.items() if k not in ("latent_channels", "lora")},
+        "video_model": video_section(dataclasses.replace(model, timestep_scale=1.0)),
         "text": {"dim": model.text_input_dim},
         "lora": {"rank": 0, "alpha": 0.0, "targets": []},
     }

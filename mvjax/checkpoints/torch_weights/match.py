@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
-import jax
-
 from mvjax.checkpoints.torch_weights.rules import Rule, Rules
 from mvjax.checkpoints.torch_weights.tensors import Tensors, TorchTensor, WeightsError
+from mvjax.checkpoints.tree_match import leaf_paths
 
 _BLOCK = re.compile(r"\.(\d+)\.")
 
@@ -110,9 +109,9 @@ def check_shapes(found: Match, abstract: Mapping[str, Any]) -> None:
     Raises:
         WeightsError: names all that is missing, unknown or misshapen.
     """
-    misshapen = []
+    shapes, misshapen = leaf_paths(abstract), []
     for path, parameter in found.parameters.items():
-        shape = _leaf(abstract, path).shape
+        shape = shapes[path.replace(".", "/")].shape
         expected = parameter.rule.layout.torch_shape(shape[1:] if parameter.stacked else shape)
         misshapen += [
             f"{name} is {list(tensor.shape)} instead of {list(expected)}"
@@ -121,12 +120,6 @@ def check_shapes(found: Match, abstract: Mapping[str, Any]) -> None:
         ]
     if found.missing or found.unknown or misshapen:
         raise WeightsError(_sentence(found.missing, found.unknown, misshapen))
-
-
-def _leaf(tree: Mapping[str, Any], path: str) -> jax.ShapeDtypeStruct:
-    for key in path.split("."):
-        tree = tree[key]
-    return tree
 
 
 def _sentence(missing: list[str], unknown: list[str], misshapen: list[str]) -> str:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
-from mvjax.models.action_decoder import PROPRIO_TIME, ActionDecoderConfig, embedder_widths
+from mvjax.models.action_decoder import PROPRIO_TIME, ActionDecoderConfig
+from mvjax.models.action_embedder import embedder_widths
 from mvjax.models.pair_time import MAX_PERIOD, MIN_PERIOD
 
 KeysValues = tuple[Tensor, Tensor]

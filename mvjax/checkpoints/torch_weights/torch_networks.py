@@ -14,10 +14,12 @@ from mvjax.checkpoints.torch_weights.names_wan_vae import wan_vae_diffusers
 from mvjax.checkpoints.torch_weights.rules import Rules
 from mvjax.checkpoints.torch_weights.torch_reference import cosmos_transformer
 from mvjax.checkpoints.tree_match import leaf_paths
+from mvjax.clip import PATCH
 from mvjax.flow.video import CONDITION_SIGMA
-from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
+from mvjax.models.action_decoder import ActionDecoderConfig
+from mvjax.models.action_embedder import embedder_widths
 from mvjax.models.param_tree import Params
-from mvjax.models.video_dit import PATCH, VideoDiTConfig
+from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.models.wan_vae_config import WanVAEConfig
 
 

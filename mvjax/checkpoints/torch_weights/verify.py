@@ -83,9 +83,9 @@ def torch_state(conversion: Conversion) -> State:
 
     source = conversion.source
     loaded = {} if has_adapters(source.tensors) else _read_by_torch(source.path)
-    state = {}
+    state, arrays = {}, leaf_paths(conversion.params)
     for path, parameter in _parameters(conversion).items():
-        written = leaf_paths(conversion.params)[path.replace(".", "/")].dtype
+        written = arrays[path.replace(".", "/")].dtype
         for name, tensor in zip(parameter.names, parameter.tensors):
             value = loaded[source.names[name]].float().numpy() if loaded else tensor.read()
             state[name] = torch.from_numpy(value.astype(written).astype(np.float32))
@@ -112,11 +112,9 @@ def _read_by_torch(path: Path) -> State:
 
 def compare_weights(conversion: Conversion, state: State, params: Any) -> None:
     """Raises ValueError unless every parameter equals its tensor, bit for bit in float32."""
-    different = []
+    leaves, different = leaf_paths(params), []
     for path, parameter in _parameters(conversion).items():
-        leaf = params
-        for key in path.split("."):
-            leaf = leaf[key]
+        leaf = leaves[path.replace(".", "/")]
         pieces = leaf if parameter.stacked else leaf[None]
         different += [
             name
