@@ -7,15 +7,18 @@ Every phase is a command of its own, printed before it runs; phases that are don
 """
 
 import argparse
+import json
 import os
 import shlex
 import sys
 from pathlib import Path
 
 from configs import quickstart as quickstart_config
+from configs import quickstart_action, quickstart_video
 from launch.phases import Phase, python, run_phases
 from launch.preflight import find_rendering_backend, require
 from launch.study import collect_study, study_phases
+from mvjax.checkpoints.config_match import differences
 from mvjax.evaluation.environment import write_environment
 from mvjax.evaluation.report import build_report
 
@@ -87,6 +90,34 @@ def phases(run_dir: str, size: str) -> list[Phase]:
     ]
 
 
+def check_settings(run_dir: Path, size: str) -> None:
+    """Remembers the settings of a new run; of an older one, they must be those of now.
+
+    A phase that is done is known by its command, which names a configuration file, not what was in
+    that file. The study's own settings stand in its commands.
+
+    Raises:
+        SystemExit: if the files have been changed since the run began, with what differs.
+    """
+    stages = (quickstart_video.get_config(size), quickstart_action.get_config(size))
+    text = json.dumps([stage.to_dict() | {"study": None} for stage in stages], indent=1)
+    file = run_dir / "settings.json"
+    if not file.exists():
+        partial = file.with_name(file.name + ".partial")
+        partial.write_text(text)
+        partial.replace(file)
+    pairs = zip(json.loads(file.read_text()), json.loads(text))
+    found = [d for there, here in pairs for d in differences(there, here, "config")]
+    if found := list(dict.fromkeys(found)):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        print(
+            f"{run_dir} was made with other settings: {'; '.join(found[:3])}{more}. Give "
+            "--run-dir=ANOTHER_FOLDER, or the settings of before.",
+            file=sys.stderr,
+        )
+        raise SystemExit(2)
+
+
 def main() -> None:
     """Runs all phases, then draws the report."""
     parser = argparse.ArgumentParser(
@@ -103,6 +134,7 @@ def main() -> None:
         os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
     require(run_dir)
     run_dir.mkdir(parents=True, exist_ok=True)
+    check_settings(run_dir, arguments.size)
     words = ["bash", "launch/quickstart.sh", *sys.argv[1:]]
     (run_dir / "command.txt").write_text(shlex.join(words) + "\n")
 

@@ -50,14 +50,14 @@ def openpi():
 
 @pytest.fixture
 def simple(request):
-    running = Running("tests/slow_server.py", "0", f"client={request.param}")
+    running = Running("slow_server", "0", f"client={request.param}")
     yield running
     running.stop()
 
 
 def test_libero_client_and_a_real_policy(openpi):
     """Its answers are the policy's own, with the history that its pictures make."""
-    running = Running("tests/tiny_policy.py", "client=libero", "sizes=1", wait=False)
+    running = Running("tiny_policy", "client=libero", "sizes=1", wait=False)
     try:
         with quick_compiles():
             policy, _ = tiny_policy("libero")

@@ -18,8 +18,9 @@ from pathlib import Path
 import pytest
 from run_records import without_times
 
+from configs import quickstart_action
 from launch.preflight import find_rendering_backend
-from launch.quickstart import phases
+from launch.quickstart import check_settings, phases
 from mvjax.checkpoints.bridge import abstract_params, read_meta
 from mvjax.evaluation.results import read_results
 from mvjax.training.metrics import read_records
@@ -173,6 +174,19 @@ def test_a_finished_run_does_nothing_new(commands, runs):
     assert said.count(": done before (") == len(phases(str(run_dir), "smoke"))
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in before} == before
     assert "The report is " in said
+
+
+def test_a_run_whose_configuration_was_edited_is_refused(tmp_path, monkeypatch, capsys):
+    check_settings(tmp_path, "smoke")
+    check_settings(tmp_path, "smoke")
+    edited = quickstart_action.get_config("smoke")
+    edited.optimizer.learning_rate = 0.5
+    monkeypatch.setattr(quickstart_action, "get_config", lambda size: edited)
+    with pytest.raises(SystemExit) as stopped:
+        check_settings(tmp_path, "smoke")
+    said = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert "other settings: config.optimizer.learning_rate is 0.001 there, 0.5 here. Give" in said
 
 
 def test_lora_trains_from_the_video_run_and_stage_2_reads_it(commands, runs):

@@ -25,9 +25,9 @@ PICTURE = np.zeros((*SIZE, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def starting():
-    running = Running("tests/tiny_policy.py", "max_clients=12", "ping=5", "sizes=1,4", wait=False)
+    running = Running("tiny_policy", "max_clients=12", "ping=5", "sizes=1,4", wait=False)
     yield running
-    assert running.process.poll() is None
+    assert running.program.poll() is None
     assert "Traceback" not in running.stop()
 
 

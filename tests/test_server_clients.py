@@ -54,7 +54,7 @@ def asking_process(server, how):
 
 @pytest.fixture
 def slow(request):
-    running = Running("tests/slow_server.py", *request.param)
+    running = Running("slow_server", *request.param)
     yield running
     running.stop()
 
@@ -109,7 +109,7 @@ def test_a_query_that_breaks_the_policy_harms_no_other(slow):
 
 def test_nothing_waits_for_the_window_when_all_have_asked():
     """One client alone is answered at once; two that ask together wait for each other only."""
-    slow = Running("tests/slow_server.py", "0", "window=5")
+    slow = Running("slow_server", "0", "window=5")
     try:
         with PolicyClient(slow.uri) as one, ThreadPoolExecutor(2) as pool:
             assert one.infer(query(0, 0))["server_timing"]["wait_ms"] < 1000
