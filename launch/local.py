@@ -53,7 +53,7 @@ def _started(
     command: Sequence[str], count: int
 ) -> Iterator[tuple[list[subprocess.Popen], list[IO[str] | None]]]:
     """The processes and what each writes (None for process 0, whose output is ours)."""
-    coordinator = f"127.0.0.1:{_free_port()}"
+    coordinator = f"127.0.0.1:{free_port()}"
     outputs = [None, *(tempfile.TemporaryFile("w+", errors="replace") for _ in range(count - 1))]
     processes: list[subprocess.Popen] = []
     try:
@@ -139,7 +139,8 @@ def _end(processes: Sequence[subprocess.Popen]) -> None:
             process.wait()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -30,9 +30,9 @@ from mvjax.models.lora import merge_lora
 from mvjax.models.param_tree import Params
 from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import make_rules
-from mvjax.training.optimizer import make_optimizer
+from mvjax.training.program import assemble
 from mvjax.training.start import describe
-from mvjax.training.state import TrainState, abstract_state, create_state
+from mvjax.training.state import TrainState, create_state
 
 
 def save_on_eight(folder: Path) -> tuple[ConfigDict, Params]:
@@ -42,9 +42,8 @@ def save_on_eight(folder: Path) -> tuple[ConfigDict, Params]:
     config.rules.lora = ("fsdp",)  # as published runs split their adapters
     config.mesh.update(data=1, fsdp=2, context=2, tensor=2)
     stage, mesh, rules = build_stage(config)
-    optimizer = make_optimizer(config.optimizer)
+    optimizer, abstract, _ = assemble(config, stage, mesh, rules)
     with jax.set_mesh(mesh), Store(folder, keep=1) as store:
-        abstract = abstract_state(stage, optimizer, False, mesh, rules)
         state = create_state(stage, optimizer, abstract, seed=0)
         state = dataclasses.replace(state, params=_adapted(state))
         store.save(0, state, None, describe(config, stage, {}))

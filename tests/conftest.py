@@ -1,27 +1,15 @@
 """Trained runs that several test files read, and commands run as at the keyboard."""
 
-import multiprocessing
 import os
-import runpy
 import signal
-import sys
-from pathlib import Path
-from typing import NamedTuple
+import tempfile
 
+import forked
+import jax
 import pytest
 from tiny_stages import five_steps, quick_compiles, tiny_config, train_tiny
 
-ROOT = Path(__file__).parents[1]
-PRELOADED = [
-    "data_pipelines.encoding.job",
-    "data_pipelines.fit_tokenizer",
-    "launch.entry",
-    "mvjax.evaluation.closed_loop",
-    "mvjax.checkpoints.torch_weights.export",
-    "mvjax.evaluation.prediction",
-    "mvjax.policy.load_generation",
-    "mvjax.training.run",
-]
+COMPILED = pytest.StashKey[tempfile.TemporaryDirectory]()
 CORPUS = [
     "pick up the red mug and put it on the left plate",
     "open the top drawer of the wooden cabinet, then close it",
@@ -33,6 +21,22 @@ CORPUS = [
 
 # A shell starts what it runs in the background deaf to Ctrl-C, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """What is compiled once serves all tests of this process, and the processes that they start."""
+    config.stash[COMPILED] = tempfile.TemporaryDirectory(prefix="mvjax_compiled_")
+    for name, value in {
+        "jax_compilation_cache_dir": config.stash[COMPILED].name,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }.items():
+        jax.config.update(name, value)
+        os.environ[name.upper()] = str(value)
+
+
+def pytest_unconfigure(config):
+    config.stash[COMPILED].cleanup()
 
 
 @pytest.fixture(scope="module")
@@ -88,42 +92,10 @@ def lora_config(init_from):
     return config
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-def _run_module(module: str, arguments: list[str], folder: Path, prepare) -> None:
-    if prepare:
-        prepare()
-    os.chdir(ROOT)
-    os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"  # compiles four times faster
-    for number, name in ((1, "out"), (2, "err")):
-        os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.argv = [module, *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
-
-
-@pytest.fixture(scope="module")
-def command(tmp_path_factory):
-    """command("launch.train", "--flag=1") -> Said, like `python -m` in a shell.
-
-    The real module runs as `__main__`, in a process forked from one that has imported jax and the
-    rest already: about 0.1 s per command instead of 3.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    folder = tmp_path_factory.mktemp("output")
-
-    def run(module: str, *arguments: object, prepare=None) -> Said:
-        words = [str(argument) for argument in arguments]
-        process = context.Process(target=_run_module, args=(module, words, folder, prepare))
-        process.start()
-        process.join()
-        return Said(process.exitcode, (folder / "out").read_text(), (folder / "err").read_text())
-
-    return run
+@pytest.fixture(scope="session")
+def command():
+    """command("launch.train", "--flag=1") -> Said, like `python -m` in a shell but sooner."""
+    return forked.run
 
 
 @pytest.fixture

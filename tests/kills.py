@@ -9,9 +9,7 @@ The real loop, loader and checkpoints, with a small network. Prints what was fou
 import argparse
 import dataclasses
 import json
-import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from forked import Program
 from run_records import without_times
 from toy_training import LENGTH, toy_config, toy_stage
 
@@ -95,24 +94,16 @@ def train_once(workdir: Path, data: Path, steps: int, mesh: Mapping[str, int]) -
     train(config, numbered_stage(size), Numbered(data, size), workdir)
 
 
-def start(workdir: Path, data: Path, steps: int, mesh: str = "") -> subprocess.Popen:
+def start(workdir: Path, data: Path, steps: int, mesh: str = "") -> Program:
     """`train_once` in a process of its own: on one device, or on eight in the given mesh."""
-    here = Path(__file__)
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={8 if mesh else 1}",
-        "PYTHONPATH": f"{here.parents[1]}:{here.parent}",
-    }
-    command = [sys.executable, here, "--train", str(workdir), str(data), str(steps), mesh]
-    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+    return Program("kills", "--train", workdir, data, steps, mesh, devices=8 if mesh else 1)
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: Program) -> None:
     """Waits for the end, which must be a good one."""
-    said = process.communicate()[1]
-    if process.returncode:
-        raise RuntimeError(f"the training ended with code {process.returncode}: {said}")
+    said = process.finish()
+    if said.code:
+        raise RuntimeError(f"the training ended with code {said.code}: {said.err}")
 
 
 def kill_and_continue(
@@ -138,21 +129,17 @@ def kill_and_continue(
         else:
             _wait_for_records(workdir, process)
             wait = chance.uniform(0, running)
-        try:
-            said = process.communicate(timeout=wait)[1]
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.communicate()
-            reached.append(int((read_records(workdir) or [{"step": 0}])[-1]["step"]))
-            continue
-        if process.returncode:
-            raise RuntimeError(f"the training ended with code {process.returncode}: {said}")
-        return reached
+        if process.wait(wait) is not None:  # it was faster
+            finish(process)
+            return reached
+        process.kill()
+        process.wait()
+        reached.append(int((read_records(workdir) or [{"step": 0}])[-1]["step"]))
     finish(start(workdir, data, steps, meshes[kills % len(meshes)]))
     return reached
 
 
-def _wait_for_records(workdir: Path, process: subprocess.Popen) -> None:
+def _wait_for_records(workdir: Path, process: Program) -> None:
     """Until a process that was just started has logged a step, or has ended."""
     began = time.time()
     while process.poll() is None:

@@ -27,9 +27,9 @@ from mvjax.checkpoints.tree_match import leaf_paths
 from mvjax.parallel.mesh import MESH_AXES, make_mesh
 from mvjax.parallel.rules import make_rules, sharding_tree
 from mvjax.training import stages
-from mvjax.training.optimizer import make_optimizer, make_schedule
-from mvjax.training.state import TrainState, abstract_state, create_state
-from mvjax.training.step import compile_step, make_step
+from mvjax.training.program import assemble
+from mvjax.training.state import TrainState, create_state
+from mvjax.training.step import compile_step
 
 KINDS = ("full", "lora", "action")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1), (1, 1, 8, 1))
@@ -87,7 +87,7 @@ def run(case: Case, start: Start | None = None) -> tuple[Run, Start]:
     config = config_of(case.kind)
     devices = jax.devices()[: math.prod(case.mesh)]
     mesh, rules = make_mesh(dict(zip(MESH_AXES, case.mesh)), devices), make_rules(config.rules)
-    optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
+    config.training.accumulate = case.accumulate
 
     def backbone_of(*where):
         if start is None:
@@ -97,15 +97,12 @@ def run(case: Case, start: Start | None = None) -> tuple[Run, Start]:
 
     with jax.set_mesh(mesh):
         stage = stages.build(config, mesh, rules, backbone_of)
-        abstract = abstract_state(stage, optimizer, False, mesh, rules)
+        optimizer, abstract, step = assemble(config, stage, mesh, rules)
         if start is None:
-            state = create_state(stage, optimizer, abstract, seed=0)
+            state = create_state(stage, optimizer, abstract, config.training.seed)
             start = Start(*jax.tree.map(np.array, (state, stage.frozen)))
         else:
             state = _placed(start.state, abstract)
-        step = make_step(
-            stage, optimizer, schedule, rules, seed=0, ema_decay=0.0, accumulate=case.accumulate
-        )
         split = sharding_tree(stage.batch_axes, mesh, rules)
         compiled, losses, gradient = None, [], {}
         for number in range(STEPS):

@@ -1,5 +1,6 @@
 """Several processes: the losses of one, the death of one, and a restart with another number."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -7,21 +8,23 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import psutil
 import pytest
-import yaml
 from jax.sharding import NamedSharding, PartitionSpec
-from tiny_stages import quick_compiles, tiny_batch, tiny_config
+from tiny_stages import tiny_batch, tiny_config
 from toy_processes import train_toys
 
 from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
+from launch.local import free_port
 from mvjax.parallel.mesh import make_mesh
 from mvjax.training.feed import local_rows
 from mvjax.training.metrics import read_records
 from mvjax.training.run import run
 
+pytestmark = pytest.mark.usefixtures("quickly")
 ROOT = Path(__file__).parents[1]
 CONFIG = """
 from tiny_stages import tiny_config
@@ -36,6 +39,15 @@ def get_config(argument):
     return config
 """
 FOREVER = 100_000
+UNLUCKY = """
+import jax
+from mvjax.parallel import distributed
+
+with distributed.initialized():
+    if jax.process_index() == 1:
+        raise ValueError("thirteen steps bring bad luck.")
+    distributed.everywhere(True)  # waits for the other, in vain
+"""
 
 
 @pytest.fixture(scope="module")
@@ -72,18 +84,40 @@ def config_of(folder, steps):
     return f"--config={folder / 'config.py'}:{argument}", namespace["get_config"](argument)
 
 
-def start(processes, *command, devices=1):
-    """A command in several processes of so many devices each, as in a shell."""
+def start(processes, *command, path=ROOT / "tests"):
+    """A command in several processes, as in a shell."""
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # compiles four times faster
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "PYTHONPATH": f"{ROOT}:{path}",
     }
     launcher = [sys.executable, "-m", "launch.local", f"--processes={processes}", "--"]
     words = [*launcher, *map(str, command)]
     return subprocess.Popen(words, env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True)
+
+
+@contextlib.contextmanager
+def together(count, *command):
+    """The processes of one run, forked: they start at once, but nobody stops them together."""
+    coordinator, processes = f"127.0.0.1:{free_port()}", contextlib.ExitStack()
+    with processes:
+        yield [
+            processes.enter_context(
+                forked.Program(*command, environment=place(index, count, coordinator))
+            )
+            for index in range(count)
+        ]
+
+
+def place(index, count, coordinator):
+    """The variables that tell a process its place among the others."""
+    return {
+        "MVJAX_COORDINATOR": coordinator,
+        "MVJAX_PROCESS_COUNT": str(count),
+        "MVJAX_PROCESS_ID": str(index),
+    }
 
 
 def finish(process, seconds=200):
@@ -116,6 +150,17 @@ def assert_same_losses(ours, theirs):
 
 
 @pytest.fixture(scope="module")
+def straight(folder, quickly):
+    """straight(steps) -> the records of so many steps in a single process on one device."""
+
+    def records(steps):
+        train_toys(folder / "straight", steps)  # goes on, or has them already
+        return read_records(folder / "straight")[:steps]
+
+    return records
+
+
+@pytest.fixture(scope="module")
 def broken(folder):
     """A run of two processes, one of which is killed: (workdir, exit code, words, seconds)."""
     workdir = folder / "killed"
@@ -136,7 +181,7 @@ def test_when_one_process_is_killed_the_others_stop_and_it_is_said(broken):
     assert said.splitlines()[-1] == sentence
 
 
-def test_a_restart_resumes_and_sigterm_to_one_process_saves_the_same_step_of_all(folder, broken):
+def test_a_restart_resumes_and_sigterm_to_one_process_saves_the_same_step_of_all(broken, straight):
     workdir = broken[0]
     before = max(losses(workdir))
     process = start(2, "toy_processes", workdir, FOREVER)
@@ -149,33 +194,36 @@ def test_a_restart_resumes_and_sigterm_to_one_process_saves_the_same_step_of_all
     assert code == 0 and f"continuing {workdir} at step " in said, said
     assert said.count(f"stopping at step {stopped}, saved; run the same command") == 1
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
-    # The rest in a single process with a mesh of four devices, and all of it in this process.
+    # The rest in a single process with a mesh of four devices.
     words = workdir, stopped + 3, "fsdp=2", "context=2"
-    assert finish(start(1, "toy_processes", *words, devices=4))[0] == 0
-    train_toys(folder / "straight", stopped + 3)
-    assert_same_losses(losses(workdir), losses(folder / "straight"))
-    for ours, theirs in zip(read_records(workdir), read_records(folder / "straight")):
-        assert ours["first_sample"] == theirs["first_sample"]
+    assert forked.run("toy_processes", *words, devices=4).code == 0
+    ours, theirs = read_records(workdir), straight(stopped + 3)
+    assert [r["step"] for r in ours] == [r["step"] for r in theirs]
+    assert [r["first_sample"] for r in ours] == [r["first_sample"] for r in theirs]
+    np.testing.assert_allclose(*([r["loss"] for r in run] for run in (ours, theirs)), rtol=1e-5)
 
 
-def test_four_processes_of_which_two_share_their_samples_train_and_stop_as_one(folder):
+def test_four_processes_of_which_two_share_their_samples_train_and_stop_as_one(folder, straight):
     """fsdp 2 x context 2: each pair of processes holds the same half of the batch."""
     workdir = folder / "four"
-    process = start(4, "toy_processes", workdir, FOREVER, "fsdp=2", "context=2")
-    while len(losses(workdir)) < 6:
-        assert process.poll() is None, process.communicate()[1]
-        time.sleep(0.005)
-    child(process, 2).terminate()
-    code, said = finish(process)
+    with together(4, "toy_processes", workdir, FOREVER, "fsdp=2", "context=2") as processes:
+        while len(losses(workdir)) < 6:
+            assert all(process.poll() is None for process in processes), processes[0].err
+            time.sleep(0.02)
+        processes[2].terminate()
+        assert [process.wait(60) for process in processes] == [0, 0, 0, 0], processes[0].err
+        said = processes[0].err
     ours = losses(workdir)
-    assert code == 0 and f"stopping at step {max(ours)}, saved" in said, said
-    train_toys(folder / "one", 6)
-    assert_same_losses({step: ours[step] for step in range(1, 7)}, losses(folder / "one"))
+    assert f"stopping at step {max(ours)}, saved" in said, said
+    assert_same_losses(
+        {step: ours[step] for step in range(1, 7)}, {r["step"]: r["loss"] for r in straight(6)}
+    )
 
 
 def test_an_error_in_one_process_ends_the_others_at_once_with_its_sentence(folder):
+    (folder / "unlucky.py").write_text(UNLUCKY)
     began = time.monotonic()
-    code, said = finish(start(2, "toy_processes", folder / "unlucky", 13))
+    code, said = finish(start(2, "unlucky", path=folder))
     assert code == 2 and time.monotonic() - began < 60
     reason = "saying 'ValueError: thirteen steps bring bad luck.'; the others are stopped."
     assert said.splitlines()[-1] == f"launch.local: process 1 of 2 ended with code 2, {reason}"
@@ -183,10 +231,11 @@ def test_an_error_in_one_process_ends_the_others_at_once_with_its_sentence(folde
 
 def test_the_real_command_in_two_processes_equals_one(folder):
     flag, config = config_of(folder, 3)
-    code, said = finish(start(2, "launch.train", flag, f"--workdir={folder / 'video'}"))
-    assert code == 0 and said.count("100%") == 1, said
-    with quick_compiles():
-        run(config, folder / "video_straight")
+    with together(2, "launch.train", flag, f"--workdir={folder / 'video'}") as processes:
+        codes = [process.wait() for process in processes]
+        said = processes[0].err, processes[1].err
+    assert codes == [0, 0] and "3/3" in said[0] and not said[1], said
+    run(config, folder / "video_straight")
     assert_same_losses(losses(folder / "video"), losses(folder / "video_straight"))
 
 
@@ -195,25 +244,23 @@ def test_an_evaluation_in_two_processes_shares_its_episodes(folder):
     words = ["--modes=none", f"--out={folder / 'evaluation'}", "--config.evaluation.max_steps=3"]
     words += ["--config.evaluation.videos_per_task=0", "--config.evaluation.workers=1"]
     flag = "--config=configs/quickstart_action.py:smoke"
-    code, said = finish(start(2, "launch.evaluate", flag, *words))
-    assert code == 0, said
+    with together(2, "launch.evaluate", flag, *words) as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[0].err
     ours = folder / "evaluation" / "none"
     lines = [(ours / name).read_text().count("\n") for name in ("results.jsonl", "results_1.jsonl")]
     assert lines == [2, 1]  # the first has put both together
 
 
-def test_a_process_that_meets_no_other_says_so():
+def test_a_process_that_meets_no_other_says_so(tmp_path, monkeypatch):
     program = "from mvjax.parallel.distributed import *\nwith initialized(start_seconds=1): pass"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "MVJAX_COORDINATOR": "127.0.0.1:9"}
-    for index, count, words in (
-        ("1", "2", "process 1 of 2 (coordinator 127.0.0.1:9) has not met all the others within"),
-        ("1", "", "MVJAX_COORDINATOR and MVJAX_PROCESS_ID is set; set all of"),
+    (tmp_path / "alone.py").write_text(program)
+    monkeypatch.syspath_prepend(tmp_path)
+    for count, words in (
+        ("2", "process 1 of 2 (coordinator 127.0.0.1:9) has not met all the others within"),
+        ("", "MVJAX_COORDINATOR and MVJAX_PROCESS_ID is set; set all of"),
     ):
-        environment |= {"MVJAX_PROCESS_ID": index, "MVJAX_PROCESS_COUNT": count}
-        said = subprocess.run(
-            [sys.executable, "-c", program], env=environment, capture_output=True, text=True
-        )
-        assert said.returncode != 0 and words in said.stderr.splitlines()[-1]
+        said = forked.run("alone", environment=place(1, count, "127.0.0.1:9"))
+        assert said.code != 0 and words in said.err.splitlines()[-1]
 
 
 def test_rows_of_a_batch_follow_the_mesh_and_must_divide_it():
@@ -224,14 +271,3 @@ def test_rows_of_a_batch_follow_the_mesh_and_must_divide_it():
     wide = NamedSharding(jax.sharding.AbstractMesh((4,), ("data",)), PartitionSpec("data"))
     with pytest.raises(ValueError, match="batch of 6 samples cannot be split over 4 devices"):
         local_rows(wide, 6)
-
-
-def test_cluster_files_are_well_formed():
-    folder = ROOT / "launch" / "cluster"
-    scripts = sorted(folder.glob("*.sh"))
-    assert {script.name for script in scripts} == {"slurm.sh", "tpu_vm.sh", "xpk.sh"}
-    for script in scripts:
-        subprocess.run(["bash", "-n", script], check=True)
-    jobs = yaml.safe_load((folder / "gke_jobset.yaml").read_text())
-    container = jobs["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
-    assert "launch.train" in " ".join(container["containers"][0]["command"])

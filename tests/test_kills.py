@@ -18,6 +18,7 @@ from run_records import without_times
 
 from mvjax.training.metrics import read_records
 
+pytestmark = pytest.mark.usefixtures("quickly")
 STEPS = 60  # four epochs of the smaller dataset, five of the larger
 OTHER_MESH = "data=2 fsdp=2 context=2 tensor=1"
 
@@ -30,7 +31,7 @@ def data(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def straight(data, tmp_path_factory):
+def straight(data, tmp_path_factory, quickly):
     workdir = tmp_path_factory.mktemp("straight")
     train_once(workdir, data, STEPS, {})
     return workdir

@@ -12,7 +12,7 @@ from tiny_stages import build_stage, five_steps, tiny_loader
 from mvjax.clip import Clip
 from mvjax.flow.video import condition_mask
 from mvjax.models.build import video_dit_config, video_network
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_tokenizer
+from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_linear_tokenizer
 from mvjax.parallel.rules import sharding_tree
 from mvjax.policy.generation import Conditions, Denoising, VideoModel
 from mvjax.training.feed import device_batches
@@ -28,7 +28,7 @@ IDENTITY = {"tokenizer": "given by the file"}
 def tokenizer(tmp_path_factory):
     """The file of a tokenizer fitted to noise, as the latents of the tests are."""
     path, rng = tmp_path_factory.mktemp("tokenizer") / "tokenizer.npz", np.random.default_rng(0)
-    save_tokenizer(
+    save_linear_tokenizer(
         path, fit_linear_tokenizer([rng.uniform(-1, 1, (8, 13, 32, 32, 3)).astype("float32")])
     )
     return path

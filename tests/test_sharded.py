@@ -4,12 +4,9 @@
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
+import forked
 import jax
 import numpy as np
 import pytest
@@ -18,26 +15,17 @@ from tiny_stages import build_stage, five_steps, train_tiny
 from mvjax.checkpoints.bridge import abstract_params, restore_params
 from mvjax.checkpoints.store import Store
 from mvjax.training.metrics import read_records
-from mvjax.training.optimizer import make_optimizer
-from mvjax.training.state import abstract_state
+from mvjax.training.program import assemble
 
 pytestmark = pytest.mark.usefixtures("quickly")
-HERE = Path(__file__).parent
 CASES = ["lora:8,1,1,1:2", "lora:1,8,1,1:1", "lora:2,2,2,1:2", "lora:1,1,8,1:1"]
 
 
 def run(program, *arguments):
     """What a program of this folder prints, given eight devices."""
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "PYTHONPATH": str(HERE.parent),
-    }
-    command = [sys.executable, str(HERE / program), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+    said = forked.run(program, *arguments, devices=8)
+    assert said.code == 0, said.err
+    return said.out
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +34,7 @@ def eight(tmp_path_factory):
     and accumulates.
     """
     out = tmp_path_factory.mktemp("eight")
-    run("tiny_stages.py", out, "data=1", "fsdp=2", "context=2", "tensor=2")
+    run("tiny_stages", out, "data=1", "fsdp=2", "context=2", "tensor=2")
     return out
 
 
@@ -63,9 +51,8 @@ def first_gradient(workdir, config, tmp_path):
     """The first step's gradient: Adam's first moment after it, over 1 - b1."""
     shutil.copytree(workdir / "checkpoints" / "1", tmp_path / "checkpoints" / "1")
     stage, mesh, rules = build_stage(config)
-    optimizer = make_optimizer(config.optimizer)
+    _, abstract, _ = assemble(config, stage, mesh, rules)
     with jax.set_mesh(mesh), Store(tmp_path, keep=1) as store:
-        abstract = abstract_state(stage, optimizer, config.training.ema_decay > 0, mesh, rules)
         state = store.restore(abstract).state
     moment = state.opt_state.inner[0].mu
     return jax.tree.map(lambda m: np.asarray(m) / (1 - config.optimizer.b1), moment)
@@ -119,7 +106,7 @@ def test_the_parameters_were_split_and_the_checkpoints_agree(one, eight):
 
 def test_other_arrangements_equal_one_device():
     """LoRA on the other meshes, on two of them with every batch in two parts."""
-    results = [json.loads(line) for line in run("mesh_equality.py", *CASES).splitlines()]
+    results = [json.loads(line) for line in run("mesh_equality", *CASES).splitlines()]
     assert [result["case"] for result in results] == CASES
     for result in results:
         assert len(set(result["losses"])) == 5 and result["tensors"] > 20
@@ -128,7 +115,7 @@ def test_other_arrangements_equal_one_device():
 
 def test_stage_2_on_two_devices_reads_what_stage_1_saved_on_eight(tmp_path):
     """Merged and cast as on one device, bit for bit, and split: only the small norms are whole."""
-    result = json.loads(run("bridge_meshes.py", tmp_path))
+    result = json.loads(run("bridge_meshes", tmp_path))
     assert result["different"] == [] and result["tensors"] > 20
     assert (result["dtypes"], result["devices"]) == (["bfloat16"], [2])
     assert all(name.endswith("norm/scale") for name in result["whole"])
@@ -137,6 +124,6 @@ def test_stage_2_on_two_devices_reads_what_stage_1_saved_on_eight(tmp_path):
 
 def test_a_policy_on_eight_devices_answers_as_on_one():
     meshes = ("8,1,1,1", "1,8,1,1", "1,2,2,2")
-    lines = run("policy_meshes.py", *meshes).splitlines()
+    lines = run("policy_meshes", *meshes).splitlines()
     differences = {mesh: float(number) for mesh, number in map(str.split, lines)}
     assert differences.keys() == set(meshes) and max(differences.values()) < 1e-5, differences

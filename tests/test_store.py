@@ -69,6 +69,19 @@ def test_positions_given_as_bytes_come_back_as_bytes(tmp_path):
         assert store.restore(abstract).position == b'{"next": 7}'
 
 
+def test_who_reads_a_damaged_checkpoint_is_told_which_and_what_to_do(copied):
+    """Stage 2 and the policy do not go back a step by themselves: they would be another model."""
+    newest = checkpoint_folder(copied) / "4"
+    sound = (newest / "meta" / "metadata").read_text()
+    for path, content in (("meta/metadata", sound[:9]), ("state/_METADATA", "{")):
+        (newest / path).write_text(content)
+        with pytest.raises(OSError, match=r"checkpoints/4 cannot be read \(JSON.*move it away"):
+            read_meta(copied) and abstract_params(copied)
+        (newest / "meta" / "metadata").write_text(sound)
+    newest.rename(copied / "away")
+    assert read_meta(copied)["data_fingerprint"] == "abc" and abstract_params(copied)
+
+
 @pytest.mark.parametrize(("keep_every", "left"), [(0, ["5", "6"]), (3, ["3", "5", "6"])])
 def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, keep_every, left):
     config = toy_config(steps=5, checkpoint_every=1, keep_every=keep_every)

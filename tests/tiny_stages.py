@@ -24,10 +24,10 @@ from mvjax.parallel.rules import Rules, make_rules
 from mvjax.training import stages
 from mvjax.training.loop import train
 from mvjax.training.metrics import Record
-from mvjax.training.optimizer import make_optimizer
+from mvjax.training.program import assemble
 from mvjax.training.stage import Stage
 from mvjax.training.start import describe
-from mvjax.training.state import abstract_state, create_state
+from mvjax.training.state import create_state
 
 WORDS = ("open the drawer", "close the drawer", "press the button")
 
@@ -93,10 +93,9 @@ def train_tiny(config: ConfigDict, workdir: Path) -> Record:
 def save_untrained(config: ConfigDict, workdir: Path) -> Params:
     """A checkpoint of step 0 and its parameters: what a run leaves, without compiling a step."""
     stage, mesh, rules = build_stage(config)
-    optimizer, settings = make_optimizer(config.optimizer), config.training
+    optimizer, abstract, _ = assemble(config, stage, mesh, rules)
     with jax.set_mesh(mesh), Store(workdir, keep=1) as store:
-        abstract = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
-        state = create_state(stage, optimizer, abstract, settings.seed)
+        state = create_state(stage, optimizer, abstract, config.training.seed)
         store.save(0, state, None, describe(config, stage, {}))
     return state.params
 

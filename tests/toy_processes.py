@@ -6,7 +6,6 @@ python -m launch.local --processes=2 -- toy_processes WORKDIR STEPS [fsdp=2 cont
 import sys
 from pathlib import Path
 
-import jax
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_training import toy_config, toy_loader, toy_stage
 
@@ -36,8 +35,6 @@ def train_toys(workdir: str | Path, steps: int, *mesh: str) -> None:
     config.mesh.update({name: int(size) for name, size in (entry.split("=") for entry in mesh)})
     sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(("data", "fsdp")))
     loader = Rows(toy_loader(), local_rows(sharding, config.training.batch_size))
-    if steps == 13 and jax.process_index() == 1:  # a mistake in one process only
-        raise ValueError("thirteen steps bring bad luck.")
     train(config, toy_stage(), loader, Path(workdir), meta={"data_fingerprint": "toy"})
 
 

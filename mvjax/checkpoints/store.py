@@ -22,12 +22,8 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mvjax.checkpoints.tree_match import (
-    CheckpointMismatch,
-    check_match,
-    check_restored,
-    leaf_paths,
-)
+from mvjax.checkpoints.damage import NOT_ITS_FAULT, reason
+from mvjax.checkpoints.tree_match import check_match, check_restored, leaf_paths
 from mvjax.parallel.distributed import everywhere
 
 SPARE_BYTES = 8 << 20  # metadata and the loader's position, beside the arrays
@@ -139,8 +135,8 @@ class Store:
             failure = restored = None
             try:
                 restored = self._restore_step(step, abstract)
-            except (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError):
-                raise  # the checkpoint is not at fault
+            except NOT_ITS_FAULT:
+                raise
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
                 failure = error
             if everywhere(failure is None):  # each process reads its own part
@@ -151,7 +147,7 @@ class Store:
             error = next(iter(damaged.values()))
             raise OSError(
                 f"none of the checkpoints {list(damaged)} in {self.folder} can be read (the "
-                f"newest: {_reason(error)}); bring back a copy, or start in a new directory."
+                f"newest: {reason(error)}); bring back a copy, or start in a new directory."
             ) from error
         return None
 
@@ -177,7 +173,7 @@ class Store:
             if jax.process_index() == 0:
                 warnings.warn(
                     f"checkpoint {step} in {self.folder} cannot be read and is set aside as "
-                    f"damaged_{step} ({_reason(error)}).",
+                    f"damaged_{step} ({reason(error)}).",
                     stacklevel=3,
                 )
                 target = self.folder / f"damaged_{step}"
@@ -196,10 +192,6 @@ class _Manager(ocp.CheckpointManager):
         # It would ask about its own step numbers, also from background threads; what the
         # processes agree on would then be a step that they never reach, and they would not stop.
         return False
-
-
-def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def stored_tree(where: Path) -> dict[str, Any]:

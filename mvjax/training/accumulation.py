@@ -28,7 +28,8 @@ def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh, rules: Rules)
         axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in rules["batch"]) or "1"
         raise ValueError(
             f"training.batch_size is {batch_size}; it must be a multiple of {accumulate * ways}, "
-            f"training.accumulate = {accumulate} times the mesh axes of the batch, {axes}."
+            f"training.accumulate = {accumulate} times the mesh axes of the batch, {axes} "
+            "(fewer samples than devices need config.mesh.context or .tensor)."
         )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from mvjax.parallel.mesh import make_mesh
 from mvjax.training.flops import peak_flops
 from mvjax.training.program import make_program
 from mvjax.training.stage import Batch
@@ -58,7 +59,7 @@ class OurStep:
         if config.stage == "action":
             config = config.copy_and_resolve_references()
             config.backbone.checkpoint = ""
-        program = make_program(config, jax.devices())
+        program = make_program(config, make_mesh(config.mesh))
         with jax.set_mesh(program.mesh):
             self._state = create_state(
                 program.stage, program.optimizer, program.state, settings.seed

@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 
-from mvjax.clip import Clip
-from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
+from mvjax.clip import PATCH, Clip
+from mvjax.models.action_decoder import ActionDecoderConfig
+from mvjax.models.action_embedder import embedder_widths
 from mvjax.models.build import action_decoder_config, video_dit_config
 from mvjax.models.lora import LoRA
-from mvjax.models.video_dit import PATCH, VideoDiTConfig
+from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel.chips import chip
 
 

@@ -14,17 +14,16 @@ from mvjax.models.param_tree import merge
 from mvjax.parallel.mesh import make_mesh
 from mvjax.parallel.rules import make_rules, sharding_tree
 from mvjax.training import completion
-from mvjax.training.accumulation import check_batch_size
 from mvjax.training.feed import device_batches
 from mvjax.training.interrupt import Interrupt
 from mvjax.training.metrics import MetricsWriter, Record, read_records
-from mvjax.training.optimizer import make_optimizer, make_schedule
 from mvjax.training.pace import Pace
+from mvjax.training.program import assemble
 from mvjax.training.samples import HeldOut
 from mvjax.training.stage import Batch, Stage
 from mvjax.training.start import describe, say, say_finished, start_state
-from mvjax.training.state import TrainState, abstract_state
-from mvjax.training.step import Step, compile_step, make_step
+from mvjax.training.state import TrainState
+from mvjax.training.step import Step, compile_step
 from mvjax.training.trace import traced_steps
 
 MAX_SKIPPED_IN_A_ROW = 50
@@ -73,8 +72,7 @@ def train(
     """
     workdir, settings = Path(workdir), config.training
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
-    check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
-    optimizer, schedule = make_optimizer(config.optimizer), make_schedule(config.optimizer)
+    optimizer, abstract, step = assemble(config, stage, mesh, rules)
     description = describe(config, stage, meta or {})
     with (
         jax.set_mesh(mesh),
@@ -88,17 +86,7 @@ def train(
             return (read_records(workdir) or [{"step": reached}])[-1]
         completion.forget(workdir)
         loader = iter(loader)
-        abstract = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
         state = start_state(config, stage, optimizer, abstract, store, loader, description)
-        step = make_step(
-            stage,
-            optimizer,
-            schedule,
-            rules,
-            seed=settings.seed,
-            ema_decay=settings.ema_decay,
-            accumulate=settings.accumulate,
-        )
         batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, rules))
         first = int(state.step)
         writer = MetricsWriter(workdir, first, config.wandb, description["config"])

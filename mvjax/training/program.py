@@ -1,19 +1,19 @@
 """The train step of a configuration with its arguments as shapes: nothing is allocated."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from mvjax.checkpoints.backbone import Backbone, load_backbone
 from mvjax.clip import Clip
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules, sharding_tree
+from mvjax.parallel.rules import Rules, make_rules, sharding_tree
 from mvjax.training import stages
+from mvjax.training.accumulation import check_batch_size
 from mvjax.training.optimizer import make_optimizer, make_schedule
 from mvjax.training.stage import Batch, Stage
 from mvjax.training.state import TrainState, abstract_state
@@ -25,13 +25,13 @@ class Program:
     """A train step and its arguments as shapes with shardings.
 
     Attributes:
-        mesh: of the devices.
+        mesh: the devices; abstract (`abstract_mesh`) where only shapes are wanted.
         stage, optimizer: what is trained, and how.
         step: not compiled.
         state, batch: its arguments, beside `stage.frozen`.
     """
 
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     stage: Stage
     optimizer: optax.GradientTransformation
     step: Step
@@ -40,7 +40,7 @@ class Program:
 
     @property
     def argument_bytes(self) -> int:
-        """Of state, frozen network and batch, per device."""
+        """Of state, frozen network and batch, per device, without what a compiler pads."""
         return _bytes((self.state, self.stage.frozen, self.batch))
 
     def compile(self) -> Callable[..., Any]:
@@ -50,24 +50,42 @@ class Program:
 
 
 def make_program(
-    config: Any, devices: Sequence[jax.Device], backbone_of: Backbone = load_backbone
+    config: Any, mesh: Mesh | AbstractMesh, backbone_of: Backbone = load_backbone
 ) -> Program:
-    """The step that `loop.train` would run on these devices, not compiled yet.
+    """The step that `loop.train` would run on this mesh, not compiled yet.
 
     Args:
         config: of a training run; no data is read.
-        devices: which may be those of a pod that is not here.
+        mesh: of `make_mesh`, whose devices may be those of a pod that is not here, or of
+            `abstract_mesh`, which has none: nothing can be compiled for it.
         backbone_of: `abstract_backbone` where only the shapes of the frozen network are needed.
 
     Raises:
         ValueError: if batch, mesh, network and devices do not go together.
     """
-    settings, rules = config.training, make_rules(config.rules)
-    mesh = make_mesh(config.mesh, devices)
-    optimizer = make_optimizer(config.optimizer)
+    rules = make_rules(config.rules)
     stage = stages.build(config, mesh, rules, backbone_of)
-    state = abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules)
+    optimizer, state, step = assemble(config, stage, mesh, rules)
     batch = _abstract_batch(config, stage, sharding_tree(stage.batch_axes, mesh, rules))
+    return Program(mesh, stage, optimizer, step, state, batch)
+
+
+def assemble(
+    config: Any, stage: Stage, mesh: Mesh | AbstractMesh, rules: Rules
+) -> tuple[optax.GradientTransformation, TrainState, Step]:
+    """What a configuration trains a stage with: the optimizer, the state as shapes, the step.
+
+    Args:
+        config: `optimizer` and `training` are read.
+        stage: what is trained.
+        mesh, rules: where, and how it is sharded.
+
+    Raises:
+        ValueError: if batch, mesh and stage do not go together.
+    """
+    settings = config.training
+    check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
+    optimizer = make_optimizer(config.optimizer)
     step = make_step(
         stage,
         optimizer,
@@ -77,34 +95,21 @@ def make_program(
         ema_decay=settings.ema_decay,
         accumulate=settings.accumulate,
     )
-    return Program(mesh, stage, optimizer, step, state, batch)
+    return optimizer, abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules), step
 
 
 def _abstract_batch(config: Any, stage: Stage, shardings: Any) -> Batch:
-    """Shapes and shardings of a batch of all processes together, as the loader gives it.
-
-    Raises:
-        ValueError: if `training.batch_size` cannot be split as the mesh asks.
-    """
+    """Shapes and shardings of a batch of all processes together, as the loader gives it."""
     samples, text = config.training.batch_size, config.text
     shapes = {"latents": Clip(**config.clip).latent_shape, "text": (text.length, text.dim)}
     if stage.name == "action":
         streams = {"actions": config.policy_io.action, "proprio": config.policy_io.proprio}
         streams["action_mask"] = config.policy_io.action
         shapes |= {name: (io.horizon, io.dim) for name, io in streams.items()}
-    batch = {}
-    for name, sharding in shardings.items():
-        shape = (samples, *shapes[name])
-        try:
-            sharding.shard_shape(shape)
-        except ValueError as error:
-            raise ValueError(
-                f"a batch of {samples} samples cannot be split over the mesh "
-                f"{dict(sharding.mesh.shape)}: make it a multiple of data x fsdp "
-                "(--batch_per_chip, config.training.batch_size), or raise config.mesh.context."
-            ) from error
-        batch[name] = jax.ShapeDtypeStruct(shape, "float32", sharding=sharding)  # as loaded
-    return batch
+    return {
+        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32", sharding=sharding)
+        for name, sharding in shardings.items()
+    }
 
 
 def _bytes(tree: Any) -> int:

@@ -18,6 +18,7 @@ from data_pipelines.normalization.per_embodiment import (
     make_normalizers,
 )
 from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.selection import PerTask
 from mvjax.checkpoints.bridge import read_meta
 from mvjax.checkpoints.config_match import differences
 from mvjax.clip import Clip
@@ -59,7 +60,9 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     # Before any data is read: the loader would complain about the mesh alone.
     check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
-    normalizers = _normalizers(datasets, settings, Path(workdir)) if acting else None
+    mask_padding = acting and config.policy_io.action.get("mask_padding", False)
+    choice = (settings.episodes_per_task, settings.seed, mask_padding)
+    normalizers = _normalizers(datasets, choice, Path(workdir)) if acting else None
 
     def batches(split: str, batch_size: int, **reading: int) -> grain.DatasetIterator:
         return make_loader(
@@ -70,7 +73,7 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
             split,
             normalizers,
             settings.episodes_per_task if split == "train" else None,
-            mask_padding=acting and config.policy_io.action.get("mask_padding", False),
+            mask_padding=mask_padding,
             max_bad_share=config.max_bad_share,
             rows=local_rows(NamedSharding(mesh, spec(("batch",), rules)), batch_size),
             **reading,
@@ -133,16 +136,21 @@ def _check_backbone(config: Any, identity: dict[str, str]) -> None:
             )
 
 
-def _normalizers(datasets: Sequence[RecordDataset], settings: Any, workdir: Path) -> Normalizers:
-    """Those that the run has; or new ones, which process 0 makes for all."""
-    path, choice = workdir / "normalizer.json", (settings.episodes_per_task, settings.seed)
+def _normalizers(
+    datasets: Sequence[RecordDataset], choice: tuple[PerTask, int, bool], workdir: Path
+) -> Normalizers:
+    """Those that the run has; or new ones, which process 0 makes for all.
+
+    `choice` is what `make_normalizers` takes beside the datasets.
+    """
+    path = workdir / "normalizer.json"
     if jax.process_index() == 0 and not path.exists():
         make_normalizers(datasets, *choice, scratch=workdir / "normalizer.unfinished").save(path)
     wait_until(path.exists)
     normalizers = load_normalizers(path)
     if normalizers.fingerprint != data_fingerprint(datasets, *choice):
         raise ValueError(
-            f"{path} was made from other data, or with another training.episodes_per_task or "
-            "training.seed; use those, or a new --workdir."
+            f"{path} was made from other data, or with another training.episodes_per_task, "
+            "training.seed or policy_io.action.mask_padding; use those, or a new --workdir."
         )
     return normalizers

@@ -71,7 +71,8 @@ def make_step(
         (loss, own_metrics), grads = gradient(state, trainable, fixed, frozen, batch)
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-        decay = ema_decay_at(state.step, ema_decay)
+        skips = opt_state.skipped_in_a_row > 0  # and then the average stays where it is, too
+        decay = jnp.where(skips, 1.0, ema_decay_at(state.step, ema_decay))
         ema = {}
         if state.ema:
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
