@@ -7,16 +7,22 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NoReturn
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
+_TRAINED = Path(__file__).parents[1] / "configs/trained.py"
+
 flags.disclaim_key_flags()  # --help of an entry point lists the flags that are defined here for it
 
 
 def config_flag() -> flags.FlagHolder:
-    """Defines `--config=FILE.py[:argument]`, whose settings `--config.a.b=value` overrides."""
+    """Defines `--config=FILE.py[:argument]`, whose settings `--config.a.b=value` overrides.
+
+    A command that has a flag --checkpoint, too, takes that run's own configuration by itself.
+    """
     holder = config_flags.DEFINE_config_file(
         "config", help_string="A file of configs/; --config.a.b=value changes a setting of it."
     )
@@ -70,7 +76,7 @@ def _must_be_given(name: str) -> str:
 
 def _parse(arguments: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS([_with_underscores(argument) for argument in arguments])
+        return flags.FLAGS(_with_config([_with_underscores(word) for word in arguments]))
     except Exception as error:  # a configuration file is a program: it may raise anything
         sentence = _configuration_sentence(error) or _flag_sentence(error)
         if sentence is None or os.environ.get("MVJAX_TRACEBACK"):
@@ -84,6 +90,19 @@ def _with_underscores(argument: str) -> str:
     if name.startswith("--"):
         name = "--" + name[2:].replace("-", "_")
     return name + equals + value
+
+
+def _with_config(arguments: list[str]) -> list[str]:
+    """The arguments with the configuration that --checkpoint was trained with, if none is given."""
+    names = [word.partition("=")[0] for word in arguments]
+    if "--config" in names or "--checkpoint" not in names or "config" not in flags.FLAGS:
+        return arguments
+    place = names.index("--checkpoint")
+    _, equals, workdir = arguments[place].partition("=")
+    if not equals:
+        workdir = arguments[place + 1] if place + 1 < len(arguments) else ""
+    given = [f"--config={_TRAINED}:{workdir}"] if workdir else []
+    return [arguments[0], *given, *arguments[1:]]
 
 
 def _configuration_sentence(error: BaseException | None) -> str | None:

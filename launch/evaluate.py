@@ -1,17 +1,17 @@
 r"""Evaluates a trained policy, in a simulator or on held-out episodes.
 
-    python -m launch.evaluate --config=configs/quickstart_action.py \
-        --checkpoint=runs/quickstart/action --out=runs/quickstart/evaluation \
-        --modes=policy --stop_steps=0,5,10
+    python -m launch.evaluate --checkpoint=runs/quickstart/action \
+        --out=runs/quickstart/evaluation --modes=policy --stop_steps=0,5,10
 
-plays the tasks of config.evaluation and writes the success to a folder. Modes: policy (its own
-predicted video, partially denoised for --stop_steps evaluations), oracle (the expert's true future
-video in its place), expert (the scripted expert), none (zero actions). A stopped evaluation goes on
-where it was when the same command is given again. With --variant=WORD other checkpoints, layers or
-shares of the data are evaluated into the same folder; its report.html holds all that is there.
+plays the tasks of config.evaluation (of the run's own configuration, unless --config names another)
+and writes the success to a folder. Modes: policy (its own predicted video, partially denoised for
+--stop_steps evaluations), oracle (the expert's true future video in its place), expert (the
+scripted expert), none (zero actions). A stopped evaluation goes on where it was when the same
+command is given again. With --variant=WORD other checkpoints, layers or shares of the data are
+evaluated into the same folder; its report.html holds all that is there.
 
-    python -m launch.evaluate --suite=offline --config=configs/quickstart_action.py \
-        --checkpoint=runs/quickstart/action --out=runs/quickstart/offline
+    python -m launch.evaluate --suite=offline --checkpoint=runs/quickstart/action \
+        --out=runs/quickstart/offline
 
 compares the policy's actions with those of held-out demonstrations, for true and for generated
 video at every stop step, and writes offline.html and offline.json.

@@ -1,7 +1,7 @@
 r"""Writes predicted and true future video of held-out episodes, as pairs of mp4 files.
 
-    python -m launch.predict --config=configs/quickstart_action.py \
-        --checkpoint=runs/quickstart/action --out=runs/quickstart/predictions
+    python -m launch.predict --checkpoint=runs/quickstart/action \
+        --out=runs/quickstart/predictions
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """A robot that asks a policy server, as an example for yours: Meta-World stands in for the robot.
 
-    python -m launch.serve --config=configs/quickstart_action.py --checkpoint=runs/quickstart/action
+    python -m launch.serve --checkpoint=runs/quickstart/action
     python -m launch.robot_loop --server=ws://localhost:8000 --task=drawer-close-v3
 
 The robot moves on while the next chunk is computed; with --nooverlap it waits for every answer.

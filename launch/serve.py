@@ -1,7 +1,6 @@
 r"""Serves a trained policy to robots and simulators, in openpi's websocket protocol.
 
-    python -m launch.serve --config=configs/quickstart_action.py \
-        --checkpoint=runs/quickstart/action --port=8000
+    python -m launch.serve --checkpoint=runs/quickstart/action --port=8000
 
 `--client=libero`, `aloha` or `droid` for openpi's clients of these robots. docs/serving.md has the
 messages, and what to watch for on a robot.

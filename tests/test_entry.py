@@ -8,8 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from configs import trained
 from data_pipelines.video import write_video
+from mvjax.checkpoints.bridge import read_meta
+from mvjax.parallel.rules import make_rules
+from mvjax.training.optimizer import make_schedule
 
 ROOT = Path(__file__).parents[1]
 VIDEO = "--config=configs/quickstart_video.py:smoke"
@@ -95,6 +100,16 @@ def test_mistakes_in_evaluation_commands(complains, tmp_path, arguments, words):
     out = tmp_path / "out"
     complains(words, "launch.evaluate", ACTION, f"--out={out}", *arguments)
     assert not out.exists()  # nothing was played before the mistake was noticed
+
+
+def test_a_run_brings_its_own_configuration(complains, video_run):
+    config = trained.get_config(str(video_run))
+    assert config.to_json() == ConfigDict(read_meta(video_run)["config"]).to_json()
+    assert make_rules(config.rules) and make_schedule(config.optimizer)
+    for checkpoint in ([f"--checkpoint={video_run}"], ["--checkpoint", video_run]):
+        misspelt = "--config.sampler.video_step=1"
+        complains("did you mean 'video_steps'?", "launch.predict", *checkpoint, misspelt)
+    complains("nothing is not a training directory", "launch.predict", "--checkpoint=nothing")
 
 
 def test_mistakes_in_the_other_commands(complains):

@@ -1,0 +1,36 @@
+"""The configuration of a training run, as its checkpoints hold it.
+
+    python -m launch.serve --checkpoint=runs/quickstart/action
+
+`launch.serve`, `launch.evaluate` and `launch.predict` take it by themselves where no --config is
+given; settings can be changed as ever: `--config.evaluation.episodes_per_task=50`. By name it is
+`--config=configs/trained.py:runs/quickstart/action`. The paths in it are those of then: relative
+ones belong to the folder in which the run was trained.
+"""
+
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from mvjax.checkpoints.bridge import read_meta
+
+
+def get_config(workdir: str) -> ConfigDict:
+    """Reads it.
+
+    Args:
+        workdir: a training directory.
+
+    Raises:
+        ValueError: if that is none, or holds converted weights.
+    """
+    try:
+        config = read_meta(Path(workdir)).get("config", {})
+    except OSError as error:
+        raise ValueError(str(error)) from error
+    if "training" not in config:
+        raise ValueError(
+            f"{workdir} holds converted weights, which know nothing but their network; give "
+            "--config=FILE.py, e.g. configs/bridge_action.py."
+        )
+    return ConfigDict(config)
