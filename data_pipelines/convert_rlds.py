@@ -150,7 +150,9 @@ def _write_json(path: Path, content: dict) -> None:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="data_pipelines.convert_rlds",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("source", type=Path, help="<name>/<version> with .tfrecord files")
     parser.add_argument("out", type=Path, help="the folder to make")

@@ -137,16 +137,18 @@ def _write_json(path: Path, content: dict) -> None:
 def main() -> None:
     """Entry point of `python -m data_pipelines.record`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="data_pipelines.record",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--suite", choices=tuple(SUITES), default="metaworld")
-    parser.add_argument("--kind", choices=("robot", "video", "hdf5"), required=True)
+    parser.add_argument("--out", type=Path, required=True, help="the dataset's folder")
+    parser.add_argument("--suite", choices=tuple(SUITES), default="metaworld", help="simulator")
+    parser.add_argument("--kind", choices=("robot", "video", "hdf5"), required=True, help="format")
     parser.add_argument("--tasks", required=True, help="comma-separated, e.g. drawer-open-v3")
     parser.add_argument("--episodes", type=int, required=True, help="per task")
-    parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--noise", type=float, default=0.1)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=2, help="simulator processes (2)")
+    parser.add_argument("--noise", type=float, default=0.1, help="on executed actions, std (0.1)")
+    parser.add_argument("--seed", type=int, default=0, help="decides every episode (0)")
     parser.add_argument("--size", help="of the pictures, e.g. 128x128: height x width, pixels")
     args = parser.parse_args()
     try:

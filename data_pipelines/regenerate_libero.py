@@ -204,11 +204,13 @@ def _episode(folder: Path, instruction: str) -> RobotEpisode:
 def main() -> None:
     """Entry point of `python -m data_pipelines.regenerate_libero`."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="data_pipelines.regenerate_libero",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--source", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--source", type=Path, required=True, help="folder of LIBERO's .hdf5")
+    parser.add_argument("--out", type=Path, required=True, help="the dataset's folder")
+    parser.add_argument("--workers", type=int, default=2, help="simulator processes (2)")
     parser.add_argument("--size", default="480x640", help="of the pictures: height x width, pixels")
     args = parser.parse_args()
     try:

@@ -123,7 +123,7 @@ def _configuration_sentence(error: BaseException | None) -> str | None:
 def _flag_sentence(error: Exception) -> str | None:
     text = _text(error)
     if isinstance(error, flags.Error):
-        return re.sub(r"^flag --\w+=(None)?: ", "", text)
+        return re.sub(r"(^|(?<=\s))flag --\w+=(None)?: ", "", text)
     if isinstance(error, OSError):
         return _sentence(error)
     if "get_config" in text:

@@ -10,6 +10,9 @@ from mvjax.checkpoints.torch_weights.match import collapse
 from mvjax.checkpoints.torch_weights.tensors import Tensors
 
 SHOWN = 8  # names of dropped entries
+# Sections that a training run has; what is left describes its network.
+_OF_A_RUN = {"recording", "evaluation", "study", "datasets", "sampler", "mesh", "rules"}
+_OF_A_RUN |= {"optimizer", "training", "flow", "backbone"}
 
 
 def describe_conversion(conversion: Conversion, destination: Path) -> str:
@@ -52,5 +55,5 @@ def _settings(config: Config) -> list[str]:
         f"{section}: {', '.join(f'{name}={value}' for name, value in settings.items())}"
         for section, settings in config.items()
         if section != "lora" or settings["rank"]
-        if isinstance(settings, dict)
+        if isinstance(settings, dict) and section not in _OF_A_RUN
     ]
