@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import jax
+from jax._src.api import clean_up
+from jax._src.dispatch import wait_for_tokens
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
@@ -132,6 +134,8 @@ def _run(
     for number, name in enumerate(outputs, start=1):
         os.dup2(os.open(name, os.O_WRONLY | os.O_TRUNC), number)
     sys.argv = words
+    for leave in (clean_up, wait_for_tokens):  # a forked process forgets what jax does at the end:
+        atexit.register(leave)  # wait for the others of its job, before their coordinator is gone
     try:
         runpy.run_module(words[0], run_name="__main__", alter_sys=True)
     except Exception:

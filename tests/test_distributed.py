@@ -49,6 +49,16 @@ with distributed.initialized():
     distributed.everywhere(True)  # waits for the other, in vain
 """
 
+LATE = """
+import time
+import jax
+from mvjax.parallel import distributed
+
+with distributed.initialized():
+    distributed.everywhere(True)
+    time.sleep(jax.process_index())  # process 0 holds what connects them
+"""
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -229,6 +239,13 @@ def test_an_error_in_one_process_ends_the_others_at_once_with_its_sentence(folde
     assert said.splitlines()[-1] == f"launch.local: process 1 of 2 ended with code 2, {reason}"
 
 
+def test_a_process_that_ends_first_waits_for_the_others(tmp_path, monkeypatch):
+    (tmp_path / "late.py").write_text(LATE)
+    monkeypatch.syspath_prepend(tmp_path)
+    with together(2, "late") as processes:
+        assert [process.wait() for process in processes] == [0, 0], processes[1].err
+
+
 def test_the_real_command_in_two_processes_equals_one(folder):
     flag, config = config_of(folder, 3)
     with together(2, "launch.train", flag, f"--workdir={folder / 'video'}") as processes:
@@ -245,7 +262,7 @@ def test_an_evaluation_in_two_processes_shares_its_episodes(folder):
     words += ["--config.evaluation.videos_per_task=0", "--config.evaluation.workers=1"]
     flag = "--config=configs/quickstart_action.py:smoke"
     with together(2, "launch.evaluate", flag, *words) as processes:
-        assert [process.wait() for process in processes] == [0, 0], processes[0].err
+        assert [process.wait() for process in processes] == [0, 0], [p.err for p in processes]
     ours = folder / "evaluation" / "none"
     lines = [(ours / name).read_text().count("\n") for name in ("results.jsonl", "results_1.jsonl")]
     assert lines == [2, 1]  # the first has put both together
