@@ -219,6 +219,7 @@ def memory_over_time(
         while (now := time.perf_counter() - start) < seconds:
             next(loader)
             seen[int(now / seconds * points)].append(process.memory_info().rss / 1e6)
+        seen[-1].append(process.memory_info().rss / 1e6)  # also where the last batch came late
     finally:
         stop.set()
         beside.join()

@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+import threading
 from collections.abc import Callable, Sequence
 
 import grain
@@ -96,6 +97,7 @@ class _Replacing:
     def __init__(self, dataset: RecordDataset, order: grain.MapDataset, bad: BadShare):
         self._dataset, self._order, self._bad = dataset, order, bad
         self._named: set[int] = set()
+        self._lock = threading.Lock()
 
     def __call__(self, place: int) -> Window:
         damage = None
@@ -115,9 +117,11 @@ class _Replacing:
         raise ValueError(f"{_TRIES} records in a row could not be read; the last: {damage}")
 
     def _name(self, index: int, error: DamagedRecord) -> None:
-        if index not in self._named:
+        with self._lock:  # several threads may meet it at once
+            if index in self._named:
+                return
             self._named.add(index)
-            tqdm.write(f"replaced: {error}.", file=sys.stderr)
+        tqdm.write(f"replaced: {error}.", file=sys.stderr)
 
 
 def _vectors(

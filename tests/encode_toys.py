@@ -1,7 +1,7 @@
 """Small episodes in memory, a tokenizer that pools, and the encoding job on them; run as a program,
-it encodes slowly.
+it encodes slowly until a file is there.
 
-python tests/encode_toys.py OUT
+python tests/encode_toys.py OUT shard_00002.npz
 """
 
 import sys
@@ -136,16 +136,19 @@ def assert_same_files(a, b):
         assert (a / name).read_bytes() == (b / name).read_bytes(), name
 
 
-def encode_slowly(path):
-    """Six shards, with time to be killed."""
+def encode_slowly(path, until):
+    """Six shards, of which the last is never reached: soon after `until` is there, it waits."""
 
     class Slow(Tokenizer):
+        left = 3  # a shard has four batches
+
         def encode(self, video):
-            time.sleep(0.02)
+            self.left -= (path / until).exists()
+            time.sleep(0.02 if self.left else 60)
             return super().encode(video)
 
     encode([episode(i) for i in range(12)], path, tokenizer=Slow())
 
 
 if __name__ == "__main__":
-    encode_slowly(Path(sys.argv[1]))
+    encode_slowly(Path(sys.argv[1]), sys.argv[2])

@@ -9,6 +9,7 @@ import os
 import runpy
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import NamedTuple
 import jax
 from jax._src.api import clean_up
 from jax._src.dispatch import wait_for_tokens
+from jax._src.lru_cache import LRUCache
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
@@ -30,6 +32,16 @@ PRELOADED = [
     "mvjax.training.run",
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def _put_whole(cache: LRUCache, key: str, value: bytes) -> None:
+    # jax writes into the entry itself: a process that meets half of it complains on stderr.
+    part = cache.path / f"{key}.{os.getpid()}.{threading.get_ident()}"
+    part.write_bytes(value)
+    part.replace(cache.path / f"{key}-cache")
+
+
+LRUCache.put = _put_whole  # of what this process compiles, and those that are forked
 
 
 class Said(NamedTuple):

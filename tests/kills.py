@@ -10,6 +10,7 @@ import argparse
 import dataclasses
 import json
 import random
+import signal
 import sys
 import tempfile
 import time
@@ -52,9 +53,13 @@ def write_datasets(folder: Path) -> None:
 
 
 class Numbered:
-    """The training loader, its windows turned into what the toy stage takes."""
+    """The training loader, its windows turned into what the toy stage takes.
 
-    def __init__(self, folder: Path, batch_size: int):
+    In place of batch number `ends` it waits, for a process that is to be killed before its end.
+    """
+
+    def __init__(self, folder: Path, batch_size: int, ends: int = 0):
+        self._left = ends
         datasets = [RecordDataset(folder / name) for name in DATASETS]
         self._loader = make_loader(datasets, WEIGHTS, batch_size, 3, "train")
 
@@ -62,7 +67,8 @@ class Numbered:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        time.sleep(PAUSE)
+        self._left -= 1
+        time.sleep(PAUSE if self._left else 3600)
         numbers = next(self._loader)["latents"].reshape(-1).astype(int)
         tokens = [np.random.default_rng(n).normal(size=(LENGTH, 3)) for n in numbers]
         tokens = np.asarray(tokens, np.float32)
@@ -86,17 +92,20 @@ def numbered_stage(batch_size: int):
     return dataclasses.replace(stage, objective=objective)
 
 
-def train_once(workdir: Path, data: Path, steps: int, mesh: Mapping[str, int]) -> None:
+def train_once(
+    workdir: Path, data: Path, steps: int, mesh: Mapping[str, int], ends: int = 0
+) -> None:
     """What the killed process does: trains to the end, from wherever it finds itself."""
     config = toy_config(steps=steps, checkpoint_every=10, keep=3)
     config.mesh.update(mesh)
     size = config.training.batch_size
-    train(config, numbered_stage(size), Numbered(data, size), workdir)
+    train(config, numbered_stage(size), Numbered(data, size, ends), workdir)
 
 
-def start(workdir: Path, data: Path, steps: int, mesh: str = "") -> Program:
+def start(workdir: Path, data: Path, steps: int, mesh: str = "", ends: int = 0) -> Program:
     """`train_once` in a process of its own: on one device, or on eight in the given mesh."""
-    return Program("kills", "--train", workdir, data, steps, mesh, devices=8 if mesh else 1)
+    devices = 8 if mesh else 1
+    return Program("kills", "--train", workdir, data, steps, mesh, ends, devices=devices)
 
 
 def finish(process: Program) -> None:
@@ -119,21 +128,27 @@ def kill_and_continue(
     first) and of the `startup` seconds before its first step.
 
     Returns:
-        The last step on record at each kill. Fewer than `kills` if the run was faster.
+        The last step on record at each kill.
+
+    Raises:
+        ValueError: With so few steps that some process would have nothing to do.
+        RuntimeError: If a process ended before it was killed.
     """
-    reached, running = [], steps * PAUSE / max(kills, 1)  # leaves work for the last start
+    ends = steps // (kills + 1)  # leaves work for the last start, however late the kills come
+    if ends < 10:
+        raise ValueError(f"{steps} steps are too few for {kills} kills; at least 10 for each.")
+    reached = []
     for number in range(kills):
-        process = start(workdir, data, steps, meshes[number % len(meshes)])
+        process = start(workdir, data, steps, meshes[number % len(meshes)], ends)
         if number % 2:
-            wait = chance.uniform(0, startup)
+            process.wait(chance.uniform(0, startup))
         else:
             _wait_for_records(workdir, process)
-            wait = chance.uniform(0, running)
-        if process.wait(wait) is not None:  # it was faster
-            finish(process)
-            return reached
+            process.wait(chance.uniform(0, ends * PAUSE))
         process.kill()
-        process.wait()
+        said = process.finish()
+        if said.code != -signal.SIGKILL:
+            raise RuntimeError(f"the training ended with code {said.code}: {said.err}")
         reached.append(int((read_records(workdir) or [{"step": 0}])[-1]["step"]))
     finish(start(workdir, data, steps, meshes[kills % len(meshes)]))
     return reached
@@ -215,6 +230,6 @@ if __name__ == "__main__":
     if sys.argv[1:2] == ["--train"]:
         folders, steps, mesh = sys.argv[2:4], int(sys.argv[4]), sys.argv[5].split()
         sizes = {axis: int(size) for axis, size in (entry.split("=") for entry in mesh)}
-        train_once(*map(Path, folders), steps, sizes)
+        train_once(*map(Path, folders), steps, sizes, int(sys.argv[6]))
     else:
         main(sys.argv[1:])

@@ -1,11 +1,14 @@
 """A server whose policy takes its time and needs no jax: what is tested is the server.
 
 python tests/slow_server.py seconds_per_batch [client=droid] [max_clients=3] [ping=0.5] ...
+
+With hold=FILE it answers nothing before that file is there.
 """
 
 import asyncio
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -24,6 +27,7 @@ def main(
     most: str = "4",
     window: str = "0",
     horizon: str = "4",
+    hold: str = "",
     **more: str,
 ):
     """Answers with chunks that repeat the state; a state of 13 breaks the policy."""
@@ -31,6 +35,8 @@ def main(
 
     def plan(observations):
         time.sleep(seconds)
+        while hold and not Path(hold).exists():
+            time.sleep(0.01)
         states = np.stack([o.proprio[-1] for o in observations])
         if (states == 13).any():
             raise RuntimeError("thirteen\nis too much")

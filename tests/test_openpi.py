@@ -34,6 +34,8 @@ def openpi():
     tried = subprocess.run([*command, "-c", "import openpi_client"], capture_output=True, text=True)
     if tried.returncode and not python:
         pytest.skip(f"uv cannot install openpi-client: {tried.stderr.strip()[-200:]}")
+    if not python:
+        command.insert(1, "--offline")  # it has all that is needed; nothing is asked again
 
     def run(kind, server):
         said = subprocess.run(

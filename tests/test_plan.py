@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -218,7 +219,7 @@ def test_the_quickstart_on_one_chip_and_its_largest_batch(tmp_path):
     assert "[2/2] data=1 fsdp=1 context=1 tensor=1, 2 clips" in done.stderr
     assert "TPU v5e" in done.stdout and "fits" in done.stdout and "exchange    none" in done.stdout
     found = json.loads(file.read_text())
-    assert "largest     --max_compiles=2; 4 clips were not tried" in done.stdout
+    assert re.search(r"largest     --max_compiles=2; \d+ clips were not tried", done.stdout)
     assert "--config.mesh.tensor=1 --config.training.batch_size=2" in done.stdout
     assert found["host_bytes"] == 0
     assert found["devices"] == 1 and found["batch_size"] in (1, 2) and not found["collectives"]

@@ -22,11 +22,23 @@ TASK = "coffee-button-v3"
 ROBOT = Recording("robot", (TASK,), episodes=4, height=32, width=32, unit_episodes=1)
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
+import time
 from pathlib import Path
-from data_pipelines.record import Recording, record_dataset
+
+from data_pipelines import record
+from data_pipelines.recording.unit import record_unit
+
+
+def all_but_the_last(unit, *rest):
+    if unit.first == 3:  # however late the recording is killed, it is not finished
+        time.sleep(600)
+    return record_unit(unit, *rest)
+
+
 if __name__ == "__main__":
-    recording = Recording("robot", ("{task}",), episodes=4, height=32, width=32, unit_episodes=1)
-    record_dataset(Path("{out}"), recording, workers=1)
+    recording = record.Recording("robot", ("{task}",), 4, height=32, width=32, unit_episodes=1)
+    record.record_unit = all_but_the_last
+    record.record_dataset(Path("{out}"), recording, workers=1)
 """
 
 

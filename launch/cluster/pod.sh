@@ -15,9 +15,9 @@ for flag in "$@"; do
 done
 : "${workdir:?must be given as --workdir=FOLDER}"
 
+trap 'kill -TERM "$!"' TERM # Kubernetes signals this process only
 "$python" -m launch.train "$@" &
 training=$!
-trap 'kill -TERM "$training"' TERM # Kubernetes signals this process only
 wait "$training"
 code=$?
 if ((code > 128)); then # the trap ended `wait`, or a signal the training

@@ -4,6 +4,7 @@ import importlib.util
 import math
 import re
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 from jax.experimental import topologies
@@ -29,6 +30,7 @@ _GENERATIONS = {
     "v6e": _Generation(2, "TPU v6 lite"),
     "tpu7x": _Generation(3, "TPU7x", devices_per_chip=2),
 }
+_CHIPS_PER_HOST = 4
 
 
 class NoCompiler(RuntimeError):
@@ -55,7 +57,9 @@ def pod_devices(topology: str, slices: int = 1) -> list[jax.Device]:
             "pip install -r requirements-aot.txt (no TPU is needed)."
         )
     name = f"{generation}:{'x'.join(map(str, sizes))}"
-    options = _GENERATIONS[generation].options
+    options: dict[str, Any] = dict(_GENERATIONS[generation].options)
+    if math.prod(sizes) < _CHIPS_PER_HOST:  # else older versions of libtpu look for whole hosts
+        options["chips_per_host_bounds"] = [*sizes, 1, 1][:3]
     try:
         found = topologies.get_topology_desc(name, "tpu", num_slices=slices, **options)
     except jax.errors.JaxRuntimeError as error:
