@@ -1,6 +1,7 @@
 """What a run writes down about itself."""
 
 import json
+import sys
 
 import jax
 import numpy as np
@@ -14,6 +15,7 @@ from mvjax.training.flops import step_flops
 from mvjax.training.levels import error_by_level, named_levels
 from mvjax.training.loop import train
 from mvjax.training.metrics import MetricsWriter, read_records
+from mvjax.training.run import run
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -111,11 +113,10 @@ def test_wandb_is_asked_for_by_name(tmp_path, monkeypatch):
     assert len(runs) == 2 and all(number in run.name for run in runs) and wandb.run is None
 
 
-def test_wandb_that_is_not_installed_is_explained(tmp_path):
-    try:
-        import wandb  # noqa: F401
-    except ImportError:
-        with pytest.raises(ValueError, match="not installed: pip install wandb"):
-            MetricsWriter(tmp_path, 0, "a_project")
-    else:
-        pytest.skip("wandb is installed")
+def test_wandb_that_is_not_installed_is_explained_before_any_data_is_read(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not
+    config = tiny_config("video")
+    config.wandb = "a_project"
+    with pytest.raises(ValueError, match="not installed: pip install wandb"):
+        run(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -31,6 +31,7 @@ from mvjax.training.feed import local_rows
 from mvjax.training.loop import train
 from mvjax.training.metrics import Record
 from mvjax.training.samples import look_at
+from mvjax.training.wandb_board import require_wandb
 
 
 def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
@@ -47,6 +48,8 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
     for name in ("keep_every", "sample_every"):
         if settings[name] < 0:
             raise ValueError(f"training.{name} must be 0 (off) or more, got {settings[name]}.")
+    if config.wandb and jax.process_index() == 0:  # which alone writes there
+        require_wandb(config.wandb)
     Clip(**config.clip)
     video_dit_config(config)  # wrong settings are said before any data is read
     if acting:

@@ -4,9 +4,25 @@ import importlib
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+
+def require_wandb(project: str) -> ModuleType:
+    """The package, without which a run cannot be shown in this project.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"config.wandb is {project!r}, but the package wandb is not installed: "
+            'pip install wandb, or leave config.wandb="".'
+        ) from error
 
 
 def open_wandb(project: str, workdir: Path, config: Any) -> "WandbBoard":
@@ -20,13 +36,7 @@ def open_wandb(project: str, workdir: Path, config: Any) -> "WandbBoard":
     Raises:
         ValueError: If the package is not installed.
     """
-    try:
-        wandb = importlib.import_module("wandb")
-    except ImportError as error:
-        raise ValueError(
-            f"config.wandb is {project!r}, but the package wandb is not installed: "
-            'pip install wandb, or leave config.wandb="".'
-        ) from error
+    wandb = require_wandb(project)
     name = workdir / "wandb_id"  # an interrupted run goes on under its own number
     if not name.exists():
         name.write_text(uuid.uuid4().hex[:12])
