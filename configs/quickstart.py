@@ -70,6 +70,7 @@ def get_config(size: str = "full") -> ConfigDict:
 
     # `--study`: action demonstrations per task; the largest number means all that are recorded.
     config.study = dict(
+        video_steps=16 if smoke else 6000,  # of the backbone that is trained on video
         demonstrations=(2,) if smoke else (5, 10, 24),
         seeds=1 if smoke else 3,
         steps=10 if smoke else 800,

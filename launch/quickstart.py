@@ -141,9 +141,13 @@ def main() -> None:
     run_phases(phases(arguments.run_dir, arguments.size), run_dir / "phases.json")
     if arguments.study:
         config = quickstart_config.get_config(arguments.size)
-        flags = configured("quickstart_action", arguments.run_dir, arguments.size)
+        video, action = (
+            configured(f"quickstart_{stage}", arguments.run_dir, arguments.size)
+            for stage in ("video", "action")
+        )
         (run_dir / "study").mkdir(exist_ok=True)
-        run_phases(study_phases(arguments.run_dir, config, flags), run_dir / "study/phases.json")
+        study = study_phases(arguments.run_dir, config, video, action)
+        run_phases(study, run_dir / "study/phases.json")
         collect_study(arguments.run_dir, config)
     write_environment(run_dir)
     build_report(run_dir, run_dir / "report.html")
