@@ -11,7 +11,9 @@ import json
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from configs import quickstart as quickstart_config
 from configs import quickstart_action, quickstart_video
@@ -90,19 +92,25 @@ def phases(run_dir: str, size: str) -> list[Phase]:
     ]
 
 
-def check_settings(run_dir: Path, size: str) -> None:
-    """Remembers the settings of a new run; of an older one, they must be those of now.
+def stage_settings(size: str) -> list[dict[str, Any]]:
+    """Those of both stages, without the study's."""
+    stages = (quickstart_video.get_config(size), quickstart_action.get_config(size))
+    return [stage.to_dict() | {"study": None} for stage in stages]
+
+
+def check_settings(folder: Path, settings: Sequence[dict[str, Any]]) -> None:
+    """Remembers the settings of a new folder; of an older one, they must be those of now.
 
     A phase that is done is known by its command, which names a configuration file, not what was in
-    that file. The study's own settings stand in its commands.
+    that file; and a training that is done is not repeated.
 
     Raises:
-        SystemExit: if the files have been changed since the run began, with what differs.
+        SystemExit: if they have been changed since the folder was begun, with what differs.
     """
-    stages = (quickstart_video.get_config(size), quickstart_action.get_config(size))
-    text = json.dumps([stage.to_dict() | {"study": None} for stage in stages], indent=1)
-    file = run_dir / "settings.json"
+    text = json.dumps(settings, indent=1)
+    file = folder / "settings.json"
     if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
         partial = file.with_name(file.name + ".partial")
         partial.write_text(text)
         partial.replace(file)
@@ -111,7 +119,7 @@ def check_settings(run_dir: Path, size: str) -> None:
     if found := list(dict.fromkeys(found)):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         print(
-            f"{run_dir} was made with other settings: {'; '.join(found[:3])}{more}. Give "
+            f"{folder} was made with other settings: {'; '.join(found[:3])}{more}. Give "
             "--run-dir=ANOTHER_FOLDER, or the settings of before.",
             file=sys.stderr,
         )
@@ -133,19 +141,19 @@ def main() -> None:
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
     require(run_dir)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    check_settings(run_dir, arguments.size)
+    config = quickstart_config.get_config(arguments.size)
+    check_settings(run_dir, stage_settings(arguments.size))
+    if arguments.study:
+        check_settings(run_dir / "study", [{"study": config.study.to_dict()}])
     words = ["bash", "launch/quickstart.sh", *sys.argv[1:]]
     (run_dir / "command.txt").write_text(shlex.join(words) + "\n")
 
     run_phases(phases(arguments.run_dir, arguments.size), run_dir / "phases.json")
     if arguments.study:
-        config = quickstart_config.get_config(arguments.size)
         video, action = (
             configured(f"quickstart_{stage}", arguments.run_dir, arguments.size)
             for stage in ("video", "action")
         )
-        (run_dir / "study").mkdir(exist_ok=True)
         study = study_phases(arguments.run_dir, config, video, action)
         run_phases(study, run_dir / "study/phases.json")
         collect_study(arguments.run_dir, config)

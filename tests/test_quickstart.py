@@ -20,7 +20,7 @@ from run_records import without_times
 
 from configs import quickstart_action
 from launch.preflight import find_rendering_backend
-from launch.quickstart import check_settings, phases
+from launch.quickstart import check_settings, phases, stage_settings
 from mvjax.checkpoints.bridge import abstract_params, read_meta
 from mvjax.evaluation.results import read_results
 from mvjax.training.metrics import read_records
@@ -177,13 +177,13 @@ def test_a_finished_run_does_nothing_new(commands, runs):
 
 
 def test_a_run_whose_configuration_was_edited_is_refused(tmp_path, monkeypatch, capsys):
-    check_settings(tmp_path, "smoke")
-    check_settings(tmp_path, "smoke")
+    for _ in range(2):
+        check_settings(tmp_path / "run", stage_settings("smoke"))
     edited = quickstart_action.get_config("smoke")
     edited.optimizer.learning_rate = 0.5
     monkeypatch.setattr(quickstart_action, "get_config", lambda size: edited)
     with pytest.raises(SystemExit) as stopped:
-        check_settings(tmp_path, "smoke")
+        check_settings(tmp_path / "run", stage_settings("smoke"))
     said = capsys.readouterr().err
     assert stopped.value.code == 2
     assert "other settings: config.optimizer.learning_rate is 0.001 there, 0.5 here. Give" in said
