@@ -1,4 +1,5 @@
-# Set-up shared by quickstart.sh, test.sh and .ci/run: sourced by them, never run by itself.
+# Set-up shared by quickstart.sh, test.sh, libero.sh and .ci/run: sourced by them, never run by itself.
+# It leaves its caller in the repository's folder.
 #
 #   ensure_environment requirements.txt    makes or repairs .venv and leaves its Python in $python
 #   ensure_gl                              finds (or installs) off-screen OpenGL, exports MUJOCO_GL
@@ -14,6 +15,8 @@ root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 venv="${MVJAX_VENV:-$root/.venv}"
 case "$venv" in /*) ;; *) venv="$PWD/$venv" ;; esac
 export MVJAX_VENV="$venv"
+case "${PYTHON:-}" in /*) ;; */*) PYTHON="$PWD/$PYTHON" ;; esac
+cd "$root" || exit 2  # `-e .` in a requirements file means the current folder
 python="$venv/bin/python"
 made_here="$venv/.made-by-mvjax"   # only an environment with this file is ever removed
 half_done="$venv/.half-installed"  # holds the installing process's id while it works
@@ -117,11 +120,19 @@ describe_python() {
   "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.base_prefix)' 2>/dev/null </dev/null
 }
 
-# What an environment was made from. The development file includes the other, so both are in it.
+# What an environment was made from: its Python, the requirements file and, where that names this
+# project, the project's place and what pyproject.toml says about its packages.
 stamp_text() {
-  describe_python "$python" || return 1
-  cat "$root/requirements.txt"
-  if [ "$1" != requirements.txt ]; then cat "$root/$1"; fi
+  describe_python "$python" && cat "$root/$1" || return 1
+  case "$(cat "$root/$1")" in
+    *"-e ."*)
+      "$python" -c '
+import pathlib, sys, tomllib
+folder = pathlib.Path(sys.argv[1])
+settings = tomllib.loads((folder / "pyproject.toml").read_text())
+print(folder, settings["project"], settings["build-system"], settings["tool"].get("setuptools"))
+' "$root" </dev/null ;;
+  esac
 }
 
 stamp_file() { printf '%s\n' "$venv/.installed-from-$1"; }
@@ -159,13 +170,14 @@ make_environment() {
     fail "$base could not make an environment: $(tail -n 1 "$venv/install.log")"
 }
 
-install_requirements() {
+# Installs what the words for pip name into the environment of $python.
+install_packages() {
   if have_uv; then
-    uv pip install --python "$python" -r "$root/$1" </dev/null && return 0
-    say "uv could not install $1; trying pip"
+    uv pip install --python "$python" "$@" </dev/null && return 0
+    say "uv could not install $*; trying pip"
   fi
   "$python" -m pip --version || "$python" -m ensurepip || return 1
-  "$python" -m pip install --disable-pip-version-check --no-input -r "$root/$1" </dev/null
+  "$python" -m pip install --disable-pip-version-check --no-input "$@" </dev/null
 }
 
 # Stops where another process is installing; forgets an installation that was interrupted.
@@ -182,7 +194,7 @@ check_half_done() {
 
 # Leaves a Python with every package of the named requirements file in $python.
 ensure_environment() {
-  local requirements="$1" log="$venv/install.log" began=$SECONDS fresh=0 other
+  local requirements="$1" log="$venv/install.log" began=$SECONDS fresh=0
   if [ "$(uname -sm)" = "Darwin x86_64" ]; then
     fail "mvjax needs a Mac with Apple silicon and an arm64 shell: JAX has no Intel builds."
   fi
@@ -196,21 +208,22 @@ ensure_environment() {
     fresh=1
   fi
   say "installing $requirements (the environment takes about 1.3 GB); the log is $log"
-  if ! install_requirements "$requirements" >>"$log" 2>&1; then
+  if ! install_packages -r "$root/$requirements" >>"$log" 2>&1; then
     # What was there before still works: nothing is changed until everything is downloaded.
     if [ "$fresh" = 0 ]; then rm -f "$half_done"; fi
     tail -n 5 "$log" >&2
     fail "the installation failed after $((SECONDS - began)) s. The full log is $log"
   fi
-  for other in requirements.txt "$requirements"; do
-    stamp_text "$other" >"$(stamp_file "$other")"
-  done
+  stamp_text "$requirements" >"$(stamp_file "$requirements")"
+  if [ "$requirements" = requirements-dev.txt ]; then  # includes the packages of the other
+    stamp_text requirements.txt >"$(stamp_file requirements.txt)"
+  fi
   rm -f "$half_done"
   say "installed in $((SECONDS - began)) s"
 }
 
 # Prints the first backend that really renders.
-find_gl() { (cd "$root" && "$python" -m launch.preflight --find-gl); }
+find_gl() { "$python" -m launch.preflight --find-gl; }
 
 # Exports a MUJOCO_GL that really renders, after installing the libraries where that is possible.
 # macOS needs nothing; a MUJOCO_GL that is already set is left to launch/preflight.py to test.

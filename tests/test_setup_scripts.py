@@ -26,13 +26,22 @@ class Machine:
         (self.repository / "launch").mkdir(parents=True)
         for name in ("setup.sh", "quickstart.sh", "preflight.py", "__init__.py"):
             shutil.copy(ROOT / "launch" / name, self.repository / "launch")
-        (self.repository / "requirements.txt").write_text("# nothing\n")
-        (self.repository / "requirements-dev.txt").write_text("-r requirements.txt\n")
+        (self.repository / "requirements.txt").write_text("-e .[train]\n")
+        (self.repository / "requirements-dev.txt").write_text("-e .[dev]\n")
+        self.write_pyproject(train=["jax"], dev=["mvjax[train]", "pytest"])
         self.bin.mkdir()
         for tool in TOOLS:
             (self.bin / tool).symlink_to(shutil.which(tool))
         self.environment = {"PATH": str(self.bin), "HOME": str(folder)}
         self.venv = self.repository / ".venv"
+
+    def write_pyproject(self, line_length: int = 100, **extras: list[str]) -> None:
+        (self.repository / "pyproject.toml").write_text(
+            "[build-system]\nrequires = ['setuptools']\n"
+            "[project]\nname = 'mvjax'\n"
+            f"[project.optional-dependencies]\ntrain = {extras['train']}\ndev = {extras['dev']}\n"
+            f"[tool.ruff]\nline-length = {line_length}\n"
+        )
 
     def command(self, path: str, script: str) -> Path:
         """Puts a small program on the machine, by default on its PATH."""
@@ -170,11 +179,47 @@ def test_development_packages_are_added_and_cover_the_others(machine, with_uv):
     assert (machine.venv / "kept").exists()
 
 
-def test_changed_requirements_are_installed(machine, with_uv):
+@pytest.mark.parametrize(
+    "changed", [{"train": ["jax<2"], "dev": ["pytest"]}, {"train": ["jax"], "dev": ["ruff"]}]
+)
+def test_changed_packages_are_installed(machine, with_uv, changed):
+    machine.write_pyproject(train=["jax"], dev=["pytest"])
     machine.run("ensure_environment requirements-dev.txt")
-    (machine.repository / "requirements.txt").write_text("# something else\n")
+    machine.write_pyproject(**changed)
     assert machine.run("ensure_environment requirements-dev.txt").returncode == 0
     assert with_uv.read_text().count("\n") == 2
+
+
+def test_a_changed_requirements_file_is_installed(machine, with_uv):
+    machine.run("ensure_environment requirements-dev.txt")
+    (machine.repository / "requirements-dev.txt").write_text("-e .[dev,torch]\n")
+    assert machine.run("ensure_environment requirements-dev.txt").returncode == 0
+    assert with_uv.read_text().count("\n") == 2
+
+
+def test_settings_of_other_tools_install_nothing(machine, with_uv):
+    machine.run("ensure_environment requirements-dev.txt")
+    machine.write_pyproject(train=["jax"], dev=["mvjax[train]", "pytest"], line_length=80)
+    again = machine.run("ensure_environment requirements-dev.txt")
+    assert again.returncode == 0 and again.stderr == ""
+    assert with_uv.read_text().count("\n") == 1
+
+
+def test_a_list_that_does_not_name_the_project_stands_for_itself(machine, with_uv):
+    (machine.repository / "requirements-libero.txt").write_text("bddl\n")
+    machine.run("ensure_environment requirements-libero.txt")
+    machine.write_pyproject(train=["jax<2"], dev=["pytest"])
+    machine.run("ensure_environment requirements-libero.txt")
+    assert with_uv.read_text().count("\n") == 1
+    machine.run("ensure_environment requirements.txt")
+    assert with_uv.read_text().count("\n") == 2
+
+
+def test_the_project_is_installed_from_its_own_folder(machine, with_uv):
+    calls = machine.folder / "folders"
+    machine.command("uv", f'[ "$1" = --version ] || pwd >>"{calls}"')
+    machine.run("ensure_environment requirements.txt")
+    assert calls.read_text() == f"{machine.repository}\n"
 
 
 def test_an_installation_that_was_killed_is_started_afresh(machine, with_uv):

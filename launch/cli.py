@@ -1,0 +1,110 @@
+"""`mvjax COMMAND [flags]`, which `pip install` puts on the PATH, is `python -m launch.COMMAND`.
+
+This file needs no package but mvjax itself, so that `mvjax --help` works wherever it is installed.
+"""
+
+import difflib
+import importlib.util
+import os
+import runpy
+import sys
+from typing import NamedTuple, NoReturn
+
+import mvjax
+
+
+class Command(NamedTuple):
+    """One line of `mvjax --help`, and the extra that brings the packages of the command."""
+
+    help: str
+    extra: str = "train"
+
+
+COMMANDS = {
+    "quickstart": Command("data, both training stages, a robot driven and a report", "sim"),
+    "inspect": Command("say what is in a dataset and what is wrong with it"),
+    "fit_tokenizer": Command("fit the linear video tokenizer of the quickstart"),
+    "encode": Command("encode datasets once into latents, text and numbers"),
+    "train": Command("train one stage: the video model or the action decoder"),
+    "convert": Command("convert PyTorch weights, in both directions"),
+    "generate": Command("generate a video from a picture and a prompt"),
+    "evaluate": Command("evaluate a policy in a simulator or on held-out episodes", "sim"),
+    "record": Command("record demonstrations in a simulator", "sim"),
+    "serve": Command("serve a policy to robots", "serve"),
+    "estimate": Command("say what a training run needs on a TPU pod, without one", "tpu"),
+    "local": Command("run a command in several processes of this machine"),
+}
+
+# Packages that another extra brings than the one the command usually needs.
+_EXTRA_OF_PACKAGE = {
+    "metaworld": "sim",
+    "mujoco": "sim",
+    "gymnasium": "sim",
+    "torch": "torch",
+    "diffusers": "torch",
+    "transformers": "torch",
+    "peft": "torch",
+    "wandb": "wandb",
+    "libtpu": "tpu",
+}
+_OURS = ("mvjax", "data_pipelines", "configs", "launch")
+
+
+def main() -> None:
+    """Runs the command that the first argument names, as `python -m launch.COMMAND` would."""
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("help", "--help", "-h"):
+        print(_usage())
+    elif arguments[0] == "--version":
+        print(f"mvjax {mvjax.__version__}")
+    elif arguments[0].replace("-", "_") in COMMANDS:
+        _run(arguments[0].replace("-", "_"), arguments[1:])
+    else:
+        _stop(_unknown(arguments[0]))
+
+
+def _run(name: str, arguments: list[str]) -> None:
+    module = f"launch.{name}"
+    if importlib.util.find_spec(module) is None:
+        _stop(f"this version has no {module}.")
+    sys.argv = [f"mvjax {name}", *arguments]
+    try:
+        # As the main module: flags belong to it, and processes that are spawned import it again.
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", *_OURS) or os.environ.get("MVJAX_TRACEBACK"):
+            raise
+        extra = _EXTRA_OF_PACKAGE.get(package, COMMANDS[name].extra)
+        _stop(f"`mvjax {name}` needs the package {package}: pip install 'mvjax[{extra}]'.")
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "Usage: mvjax COMMAND [flags]",
+            "",
+            *lines,
+            "",
+            "`mvjax COMMAND --help` describes a command and its flags.",
+            "`mvjax --version` prints the version.",
+        ]
+    )
+
+
+def _unknown(given: str) -> str:
+    close = difflib.get_close_matches(given, COMMANDS, n=3)
+    if close:
+        return f"there is no command {given!r}; did you mean {' or '.join(close)}?"
+    return f"there is no command {given!r}; `mvjax --help` lists them."
+
+
+def _stop(sentence: str) -> NoReturn:
+    print(f"mvjax: {sentence}", file=sys.stderr)
+    raise SystemExit(2)
+
+
+if __name__ == "__main__":
+    main()
