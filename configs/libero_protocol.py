@@ -7,7 +7,7 @@ are of 50: `--config.evaluation.episodes_per_task=50`.
 
 from ml_collections import config_dict
 
-from mvjax.evaluation.suites.libero_tasks import suite_tasks
+from mvjax.evaluation.suites.libero_scene import suite_tasks
 
 
 def libero_protocol(suite: str, workers: int = 8) -> dict:

@@ -1,7 +1,7 @@
 """A small policy on LIBERO, from demonstrations to closed loop: what both stages share.
 
     bash launch/libero.sh
-    python -m data_pipelines.record --suite libero --kind robot \
+    python -m mvjax.evaluation.record --suite libero --kind robot \
         --out runs/libero_small/data/robot --tasks object-2,object-4 --episodes 16
     python -m launch.fit_tokenizer --config=configs/libero_small.py
     python -m launch.encode --config=configs/libero_small.py

@@ -14,7 +14,7 @@ data_pipelines/embodiments may know their streams; LIBERO's own HDF5 files are
     )
 
 and BridgeData V2 as recorded has the format "bridge_raw", the video "images0", widowx.RAW_ACTION
-and widowx.RAW_PROPRIO. For any other streams, describe the parts (data_pipelines/vectors/parts.py).
+and widowx.RAW_PROPRIO. For any other streams, describe the parts (data_pipelines/vectors.py).
 Stage 1 was published with every camera of Bridge as a video of its own: a dataset for each,
 
     for camera in ("images1", "images2"):
@@ -38,9 +38,14 @@ from ml_collections import ConfigDict, FieldReference, config_dict
 
 from configs.libero_protocol import libero_protocol
 from data_pipelines.embodiments import libero_panda, widowx
-from mvjax.models.build import decoder_section, video_section
-from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
-from mvjax.parallel.rules import DEFAULT_RULES
+from mvjax.models.presets import (
+    ACTION_DECODERS,
+    PUBLISHED_LORA_TARGETS,
+    VIDEO_DITS,
+    decoder_section,
+    video_section,
+)
+from mvjax.parallel import DEFAULT_RULES
 
 LIBERO_SUITES = ("goal", "object", "spatial")
 LIBERO_SHARES = {"full": 50, "half": 25, "tenth": 5, "one": 1}  # demonstrations per task

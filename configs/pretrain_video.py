@@ -32,8 +32,7 @@ dataset's share of the windows, whatever its size. Chips and memory: see docs/po
 from ml_collections import ConfigDict
 
 from configs import mimic_video
-from mvjax.models.build import video_section
-from mvjax.models.presets import VIDEO_DITS
+from mvjax.models.presets import VIDEO_DITS, video_section
 
 
 def get_config(start: str = "cosmos") -> ConfigDict:

@@ -9,9 +9,14 @@ cores, no accelerator. The recipe is tuned for minutes, not for records: a real 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
 from data_pipelines.embodiments import metaworld_sawyer
-from mvjax.models.build import decoder_section, video_section
-from mvjax.models.presets import ACTION_DECODERS, PUBLISHED_LORA_TARGETS, VIDEO_DITS
-from mvjax.parallel.rules import DEFAULT_RULES
+from mvjax.models.presets import (
+    ACTION_DECODERS,
+    PUBLISHED_LORA_TARGETS,
+    VIDEO_DITS,
+    decoder_section,
+    video_section,
+)
+from mvjax.parallel import DEFAULT_RULES
 
 ROBOT_TASKS = (
     "drawer-close-v3",
@@ -33,7 +38,7 @@ VIDEO_TASKS = (
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    """The shared sections; lengths that follow from others are derived by `mvjax.clip`.
+    """The shared sections; lengths that follow from others are derived by `data_pipelines.clip`.
 
     Args:
         size: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute

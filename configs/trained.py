@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mvjax.checkpoints.bridge import read_meta
+from mvjax.training.bridge import read_meta
 
 
 def get_config(workdir: str) -> ConfigDict:

@@ -21,9 +21,14 @@ from pathlib import Path
 from array_record.python import array_record_module
 from tqdm import tqdm
 
-from data_pipelines.sources.rlds_features import read_features
-from data_pipelines.sources.rlds_folder import INFO, PreparedFolder, open_folder
-from data_pipelines.sources.tfrecord import read_index, read_record
+from data_pipelines.sources.rlds import (
+    INFO,
+    PreparedFolder,
+    open_folder,
+    read_features,
+    read_index,
+    read_record,
+)
 
 PLAN = "conversion.json"  # of what, and what was left out
 

@@ -4,9 +4,13 @@ An episode is a set of named streams, each with its own timestamps, so that fram
 horizons stay configuration: windows are drawn by time, never by index.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import hashlib
+import math
+import threading
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from pathlib import Path
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 
@@ -113,3 +117,149 @@ class LazyEpisodes(Sequence[Episode]):
 
     def __iter__(self) -> Iterator[Episode]:
         return (self._load(i) for i in range(self._length))
+
+
+# How much of a dataset may be unreadable before the work on it stops.
+#
+# Out of thousands of files some are always broken. Each is left out, counted and named; too many of
+# them mean that something else is wrong, and a person should know before hours are spent.
+
+
+_NAMED = 3
+
+
+class TooManyBad(ValueError):
+    """More was unreadable than `max_bad_share` allows."""
+
+
+class BadShare:
+    """Counts what was read and what could not be; for several threads."""
+
+    def __init__(self, allowed: float, what: str, least: int, remedy: str):
+        """Starts at zero.
+
+        Args:
+            allowed: share that may be bad, 0 to 1.
+            what: what is counted, for the sentence: "episodes of 'robot'".
+            least: nothing is said before so many were seen: one of the first three may be bad.
+            remedy: what a person can do, for the sentence: "Repair them".
+        """
+        self._allowed, self._what, self._least, self._remedy = allowed, what, least, remedy
+        self._lock = threading.Lock()
+        self._bad: list[str] = []
+        self.seen = self.bad = 0
+
+    def good(self, count: int = 1) -> None:
+        """So many were read."""
+        with self._lock:
+            self.seen += count
+
+    def is_bad(self, name: str, reason: str) -> None:
+        """One could not be read.
+
+        Raises:
+            TooManyBad: if that is one too many.
+        """
+        with self._lock:
+            self.seen += 1
+            self.bad += 1
+            if len(self._bad) < _NAMED:
+                self._bad.append(f"{name} ({reason})")
+        if self.seen >= self._least:
+            self.check()
+
+    def check(self) -> None:
+        """Raises TooManyBad if the share is too large, whatever was seen so far."""
+        if self.bad > self._allowed * self.seen:
+            unnamed = self.bad - len(self._bad)
+            more = f" and {unnamed} more" if unnamed else ""
+            raise TooManyBad(
+                f"{self.bad} of {self.seen} {self._what} could not be read, more than "
+                f"config.max_bad_share = {self._allowed:g} allows: {', '.join(self._bad)}{more}. "
+                f"{self._remedy}, or allow more with --config.max_bad_share."
+            )
+
+
+# Which episodes of a dataset are used for what: its splits, and few of every task to see what data
+# is worth.
+
+
+PerTask = int | str | None
+_PARTS = {"full": 1, "half": 2, "tenth": 10}  # and "one"
+
+
+class Chosen(Protocol):
+    """What is chosen among: an episode with an id, and instructions of which one names the task."""
+
+    id: str
+    instructions: Sequence[Hashable]
+
+
+Row = TypeVar("Row", bound=Chosen)
+
+
+def split_of(episode_id: str, validation_share: float) -> str:
+    """Of an episode: by md5 of its id (the release's stage 1), so that new data moves none."""
+    bucket = int(hashlib.md5(episode_id.encode()).hexdigest(), 16) % 10_000
+    return "validation" if bucket < round(validation_share * 10_000) else "train"
+
+
+def kept(total: int, per_task: PerTask) -> int:
+    """How many of a task's episodes are used.
+
+    Args:
+        total: how many there are.
+        per_task: a number; "one", "tenth", "half" (rounded up) or "full"; None is "full".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if per_task is None or per_task in _PARTS:
+        return math.ceil(total / _PARTS.get(per_task, 1))
+    if per_task == "one":
+        per_task = 1
+    if isinstance(per_task, bool) or not isinstance(per_task, int) or per_task < 1:
+        raise ValueError(
+            f"training.episodes_per_task is {per_task!r}; give a number of episodes, or one, "
+            f"{', '.join(reversed(_PARTS))} for a share of every task's."
+        )
+    return min(per_task, total)
+
+
+def of_every_task(rows: Sequence[Row], per_task: PerTask, seed: int) -> list[Row]:
+    """Chooses episodes of every task (the first instruction).
+
+    Which ones depends on the seed and the ids alone, and a smaller choice is part of a larger one,
+    so that results with more data differ by the data that was added.
+    """
+    tasks: dict[Hashable, list[Row]] = {}
+    for row in sorted(rows, key=lambda row: hashlib.md5(f"{seed}/{row.id}".encode()).digest()):
+        tasks.setdefault(row.instructions[0], []).append(row)
+    return [row for task in tasks.values() for row in task[: kept(len(task), per_task)]]
+
+
+# Why a file cannot be read, in one line that says it to a person.
+
+
+_GIT_LFS = b"version https://git-lfs"  # how the file begins that stands for another one
+
+
+def reason(path: Path, error: object) -> str:
+    """What a library says of a file, or that the file was never downloaded.
+
+    Args:
+        path: the file.
+        error: the library's exception, or a text.
+    """
+    if is_placeholder(path):
+        return "it is a placeholder of Git LFS, git lfs pull fetches the file"
+    return " ".join(str(getattr(error, "strerror", None) or error).split())
+
+
+def is_placeholder(path: Path) -> bool:
+    """Whether a dataset was cloned without its large files, and this is one of them."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_GIT_LFS)) == _GIT_LFS
+    except OSError:
+        return False

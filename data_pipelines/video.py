@@ -2,7 +2,7 @@
 
 import os
 import threading
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
@@ -10,10 +10,113 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.reformatter import VideoReformatter
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.episode import NANOSECONDS, Stream
-from data_pipelines.video_decoder import Decoder
-from data_pipelines.video_index import FileRange, VideoIndex, VideoPlace, read_index
+from data_pipelines.video_index import (
+    FileRange,
+    VideoIndex,
+    VideoPlace,
+    open_video,
+    read_index,
+    unreadable,
+)
+
+# Exact random access to the frames of one open video file, through PyAV.
+
+
+DECODE_ON = 8  # frames that are cheaper to decode and drop than to seek over
+
+
+class Decoder:
+    """One open file; goes on decoding where it stopped when that is cheaper than a seek.
+
+    Safe to use from several threads, one at a time.
+
+    Args:
+        path: the video.
+        index: its frames.
+    """
+
+    def __init__(self, path: VideoPlace, index: VideoIndex):
+        self._path = path
+        self._index = index
+        self._lock = threading.Lock()
+        self._container = None
+        self._to_rgb = VideoReformatter()  # keeps its tables from frame to frame
+        self.seeks = 0
+
+    def read(self, pts: list[int]) -> np.ndarray:
+        """Frames at increasing presentation times: uint8 [k, h, w, 3].
+
+        Raises:
+            ValueError: if one cannot be decoded, or they differ in size.
+        """
+        with self._lock:
+            try:
+                if self._container is None:
+                    self._open()
+                first = self._frame(pts[0])
+                frames = np.empty((len(pts), *first.shape), np.uint8)
+                frames[0] = first
+                for place, p in enumerate(pts[1:], 1):
+                    frame = self._frame(p)
+                    if frame.shape != first.shape:
+                        reason = f"frames of {first.shape[:2]} and of {frame.shape[:2]}"
+                        raise ValueError(unreadable(self._path, reason))
+                    frames[place] = frame  # the only copy
+                return frames
+            except av.FFmpegError as error:
+                self._close()
+                raise ValueError(unreadable(self._path, error)) from error
+
+    def close(self) -> None:
+        """Closes the file; the next `read` opens it again."""
+        with self._lock:
+            self._close()
+
+    def _close(self) -> None:
+        if self._container is not None:
+            self._container.close()
+            self._container = None
+
+    def _open(self) -> None:
+        self._container = open_video(self._path)
+        self._stream = self._container.streams.video[0]
+        self._stream.codec_context.thread_count = 1  # the loader's own threads fill the cores
+        self._decoded = self._container.decode(self._stream)
+        self._last: av.VideoFrame | None = None
+
+    def _frame(self, pts: int) -> np.ndarray:
+        if self._last is None or self._last.pts != pts:
+            self._advance(pts)
+        picture = self._to_rgb.reformat(self._last, format="rgb24")
+        plane, width = picture.planes[0], picture.width
+        rows = np.frombuffer(plane, np.uint8).reshape(picture.height, plane.line_size)
+        return rows[:, : 3 * width].reshape(picture.height, width, 3)
+
+    def _advance(self, pts: int) -> None:
+        index = self._index
+        last = self._last.pts if self._last is not None else index.pts[0] - 1
+        key = index.keyframes[max(bisect_right(index.keyframes, pts) - 1, 0)]
+        ahead = bisect_left(index.pts, key) - bisect_right(index.pts, last)
+        if pts < last or ahead > DECODE_ON:
+            self._container.seek(key, stream=self._stream, backward=True)
+            self._decoded = self._container.decode(self._stream)
+            self.seeks += 1
+        for frame in self._decoded:
+            if frame.pts is not None and frame.pts >= pts:
+                self._last = frame
+                break
+        else:
+            self._close()
+            raise ValueError(unreadable(self._path, "it ends before its own frame list does"))
+        if self._last.pts != pts:
+            found = self._last.pts
+            self._close()
+            raise ValueError(unreadable(self._path, f"frame at {pts} is missing, next is {found}"))
+
 
 GOP = 10  # a keyframe every 10 frames: any frame costs at most 10 decodes, at ~1.3x the size
 INDICES_KEPT = 256  # files whose frame lists a pool remembers
@@ -225,3 +328,106 @@ class VideoFile:
             return bisect_left(index.pts, limit / index.time_base)
         half = (index.pts[-1] - index.pts[0]) / max(len(index.pts) - 1, 1) / 2
         return bisect_left(index.pts, seconds / index.time_base - half)
+
+
+# What a person points at, a picture or a video file, as the frames that a model observes.
+
+
+def read_observed(path: Path, most: int) -> np.ndarray:
+    """A picture, or the last frames of a video: as many of 1 + 4k frames as there are.
+
+    Args:
+        path: a picture or a video, recognised by its content.
+        most: frames at most, 1 + 4k; of a video with fewer, the largest 1 + 4k are taken.
+
+    Returns:
+        uint8 [1 + 4k, h, w, 3]. Frames are taken as they follow each other (as published), so a
+        video should have the frame rate of the model.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is neither a picture nor a video, or cannot be decoded.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no picture or video at {path}.")
+    try:
+        with Image.open(path) as picture:
+            upright = ImageOps.exif_transpose(picture)  # cameras store how they were held
+            return np.asarray(upright.convert("RGB"))[None]
+    except UnidentifiedImageError:
+        return _last_frames(path, most)
+    except OSError as error:
+        raise ValueError(f"{path} is a damaged picture ({error}); copy it again.") from error
+
+
+def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Scales frames until they cover the size, without aliasing, and cuts out the centre.
+
+    Source: Cosmos-Predict2, which treats its conditioning pictures so.
+
+    Args:
+        frames: uint8 [t, h, w, 3].
+        height, width: of the output, pixels.
+
+    Returns:
+        uint8 [t, height, width, 3].
+    """
+    h, w = frames.shape[1:3]
+    if height * w >= width * h:  # the height decides; the width is rounded up
+        scaled = height, -(-w * height // h)
+    else:
+        scaled = -(-h * width // w), width
+    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
+    return resize_area(frames, *scaled)[:, top : top + height, left : left + width]
+
+
+def _last_frames(path: Path, most: int) -> np.ndarray:
+    video = VideoFile(path)
+    try:
+        count = min(len(video), most)
+        count -= (count - 1) % 4
+        return video.read(range(len(video) - count, len(video)))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is neither a picture (such as .png, .jpg) nor a video (such as .mp4) that can "
+            "be read; give another file, or convert this one."
+        ) from error
+
+
+def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Resizes frames without aliasing.
+
+    Where both sides shrink by whole factors every output pixel is the rounded mean of its box;
+    otherwise Pillow's antialiased bilinear filter is used, which is the release's resize.
+
+    Args:
+        frames: uint8 [t, h, w, 3].
+        height: output height, pixels.
+        width: output width, pixels.
+
+    Returns:
+        uint8 [t, height, width, 3]; the input itself when it already has that size.
+    """
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
+        raise ValueError(
+            f"Frames are {frames.dtype} {frames.shape}; resize_area expects uint8 [t, h, w, 3]."
+        )
+    _, h, w, _ = frames.shape
+    if (h, w) == (height, width):
+        return frames
+    if h % height or w % width:
+        images = [
+            Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
+            for frame in frames
+        ]
+        return np.stack([np.asarray(image) for image in images])
+    rows, columns = h // height, w // width
+    area = rows * columns
+    # Adding whole strided planes is several times faster than reducing over tiny axes.
+    total = np.full(
+        (len(frames), height, width, 3), area // 2, np.uint32 if area > 256 else np.uint16
+    )
+    for row in range(rows):
+        for column in range(columns):
+            total += frames[:, row::rows, column::columns]
+    return (total // area).astype(np.uint8)

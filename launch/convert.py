@@ -15,15 +15,21 @@ from pathlib import Path
 from absl import flags
 from tqdm import tqdm
 
-from data_pipelines.normalization.released import looks_like_statistics, released_normalizer
+from data_pipelines.normalize import looks_like_statistics, released_normalizer
 from launch.entry import run
-from mvjax.checkpoints.store import checkpoint_folder
-from mvjax.checkpoints.torch_weights.convert import plan, write
-from mvjax.checkpoints.torch_weights.describe import describe_conversion, describe_export
-from mvjax.checkpoints.torch_weights.export import TARGETS, plan_export, write_export
-from mvjax.checkpoints.torch_weights.kind import Hints
-from mvjax.checkpoints.torch_weights.source import open_source
-from mvjax.models.precision import PRECISIONS
+from mvjax.models.layers import PRECISIONS
+from mvjax.training.checkpoint import checkpoint_folder
+from mvjax.weights.convert import (
+    TARGETS,
+    describe_conversion,
+    describe_export,
+    plan,
+    plan_export,
+    write,
+    write_export,
+)
+from mvjax.weights.kinds import Hints
+from mvjax.weights.source import open_source
 
 TO = flags.DEFINE_enum("to", None, TARGETS, "Write SOURCE, a checkpoint of ours, for these.")
 LORA = flags.DEFINE_enum("lora", "merge", ("merge", "keep"), "What becomes of LoRA adapters.")
@@ -69,7 +75,7 @@ def _import(source: Path, destination: Path) -> None:
     with _bar(conversion.nbytes) as bar:
         write(conversion, destination, bar.update)
     if VERIFY.value:
-        from mvjax.checkpoints.torch_weights.verify import verify  # the only part that needs torch
+        from launch.benchmarks.verify_weights import verify  # the only part that needs torch
 
         print(verify(conversion, destination))
 

@@ -13,16 +13,20 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from data_pipelines.encoding.finish import encode_texts
-from data_pipelines.encoding.job import encode_dataset
-from data_pipelines.encoding.local_devices import LocalTokenizer, local_batch_size
-from data_pipelines.encoding.text_table import StoredTexts, TextEncoder
-from data_pipelines.records.dataset import RecordDataset
-from data_pipelines.sources.open import open_config
+from data_pipelines.clip import Clip
+from data_pipelines.records import RecordDataset
+from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, run
-from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
-from mvjax.clip import Clip
-from mvjax.parallel import distributed
+from mvjax import parallel
+from mvjax.encode import (
+    LocalTokenizer,
+    StoredTexts,
+    TextEncoder,
+    encode_dataset,
+    encode_texts,
+    local_batch_size,
+)
+from mvjax.policy.load import load_text_encoder, load_video_tokenizer
 
 CONFIG = config_flag()
 ONLY = flags.DEFINE_enum("only", "", ("", "text"), "Of finished records: what to make again.")
@@ -36,7 +40,7 @@ def main() -> None:
     config = CONFIG.value
     if ONLY.value and RETRY.value:
         raise ValueError("--only=text reads no episodes; give --retry_skipped in another call.")
-    with distributed.initialized():
+    with parallel.initialized():
         if ONLY.value == "text":
             _texts(config)
         else:
@@ -69,7 +73,7 @@ def _records(config: ConfigDict) -> None:
             retry_skipped=RETRY.value,
             process=jax.process_index(),
             processes=jax.process_count(),
-            meet=lambda: distributed.everywhere(True),
+            meet=lambda: parallel.everywhere(True),
         )
         _tell(dataset.name, records)
 

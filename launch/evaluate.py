@@ -25,12 +25,11 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from launch.entry import config_flag, path_flag, run
-from mvjax.evaluation.closed_loop import evaluate, settings_for
-from mvjax.evaluation.offline_job import evaluate_offline
+from mvjax import parallel
+from mvjax.evaluation.closed_loop import evaluate, mean_success, settings_for, success_table
+from mvjax.evaluation.offline import evaluate_offline
 from mvjax.evaluation.report import build_evaluation_report
-from mvjax.evaluation.results import Setting
-from mvjax.evaluation.statistics import mean_success, success_table
-from mvjax.parallel import distributed
+from mvjax.evaluation.rollout import Setting
 
 CONFIG = config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
@@ -90,7 +89,7 @@ def offline(config: ConfigDict) -> None:
 
 def main() -> None:
     """Evaluates, and prints one line per setting or stop step."""
-    with distributed.initialized():
+    with parallel.initialized():
         evaluate_as_told(CONFIG.value)
 
 

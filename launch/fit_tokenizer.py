@@ -5,11 +5,11 @@ python -m launch.fit_tokenizer --config=configs/quickstart.py
 
 from pathlib import Path
 
-from data_pipelines.fit_tokenizer import sample_clips
-from data_pipelines.sources.open import open_config
+from data_pipelines.clip import Clip
+from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, run
-from mvjax.clip import Clip
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_linear_tokenizer
+from mvjax.fit_tokenizer import sample_clips
+from mvjax.models.stand_ins import fit_linear_tokenizer, save_linear_tokenizer
 
 CONFIG = config_flag()
 

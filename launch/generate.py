@@ -19,14 +19,14 @@ from absl import flags
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines.pictures import read_observed
-from data_pipelines.video import write_video
+from data_pipelines.clip import Clip
+from data_pipelines.video import read_observed, write_video
 from launch.entry import path_flag, run
-from mvjax.clip import Clip
-from mvjax.models.precision import PRECISIONS
-from mvjax.policy.generation import Denoising, generate
-from mvjax.policy.load_generation import (
+from mvjax.models.layers import PRECISIONS
+from mvjax.policy.generate import (
+    Denoising,
     embed_texts,
+    generate,
     generation_config,
     load_matching_tokenizer,
     load_video_model,

@@ -17,11 +17,16 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from data_pipelines.inspection.dataset import Inspection, inspect_dataset, inspect_path
-from data_pipelines.inspection.page import write_page
-from data_pipelines.inspection.records import inspect_records, is_records
-from data_pipelines.inspection.text import describe
-from data_pipelines.sources.open import FORMATS, detect, open_config
+from data_pipelines.inspect import (
+    Inspection,
+    describe,
+    inspect_dataset,
+    inspect_path,
+    inspect_records,
+    is_records,
+)
+from data_pipelines.inspect_page import write_page
+from data_pipelines.sources.formats import FORMATS, detect, open_config
 from launch.entry import run
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "Take DATASET from this configuration.")

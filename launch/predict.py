@@ -8,11 +8,11 @@ from pathlib import Path
 
 from absl import flags
 
-from data_pipelines.sources.open import open_config
+from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, path_flag, run
-from mvjax.evaluation.prediction import write_predictions
+from mvjax.evaluation.offline import write_predictions
+from mvjax.flow import Sampling
 from mvjax.policy.load import load_policy
-from mvjax.policy.sampling import Sampling
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")

@@ -10,19 +10,228 @@ import argparse
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from configs import quickstart as quickstart_config
 from configs import quickstart_action, quickstart_video
-from launch.phases import Phase, python, run_phases
 from launch.preflight import find_rendering_backend, require
-from launch.study import collect_study, study_phases
-from mvjax.checkpoints.config_match import differences
-from mvjax.evaluation.environment import write_environment
-from mvjax.evaluation.report import build_report
+from mvjax.evaluation.report import build_report, write_environment
+from mvjax.evaluation.rollout import read_results
+from mvjax.training.checkpoint import differences
+
+# Running a list of commands one after another, measured, and continued where they stopped.
+
+
+SAMPLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A step of a run: a name for people, and the command a person would type for it.
+
+    A phase must be able to go on where an earlier, killed call of it stopped.
+
+    Attributes:
+        name: unique among the phases.
+        command: the words of the command.
+        proof: a file that only a completed call leaves, for commands that end with code 0 when
+            they are interrupted, too; "" where code 0 says enough.
+    """
+
+    name: str
+    command: tuple[str, ...]
+    proof: str = ""
+
+
+def python(module: str, *arguments: str) -> tuple[str, ...]:
+    """The command that runs a module with this interpreter."""
+    return (sys.executable, "-m", module, *arguments)
+
+
+def run_phases(phases: Sequence[Phase], record: Path) -> None:
+    """Runs every phase that is not recorded as finished with the same command.
+
+    Args:
+        phases: in order; the first failure ends the run.
+        record: JSON list of {"name", "command", "seconds", "peak_mb", "finished"}; seconds add up
+            over interrupted calls, peak_mb is the resident memory of the phase's whole process
+            tree.
+
+    Raises:
+        SystemExit: with the code of a phase that failed, or 130 after Ctrl-C, 143 after SIGTERM.
+    """
+    with _noted_signals() as signals:
+        _run(phases, record, signals)
+
+
+def _run(phases: Sequence[Phase], record: Path, signals: list[int]) -> None:
+    rows = {row["name"]: row for row in json.loads(record.read_text())} if record.exists() else {}
+    for number, phase in enumerate(phases, start=1):
+        command = ["python", *phase.command[1:]]
+        row = rows.get(phase.name)
+        title = f"[{number}/{len(phases)}] {phase.name}"
+        if row and row["command"] == command and row["finished"]:
+            print(f"{title}: done before ({row['seconds']:.0f} s)", flush=True)
+            continue
+        if not row or row["command"] != command:
+            row = {"name": phase.name, "command": command, "seconds": 0.0, "peak_mb": 0}
+        print(f"{title}\n    {shlex.join(command)}", flush=True)
+        code, seconds, peak = _measure(phase.command, signals)
+        row["seconds"] = round(row["seconds"] + seconds, 1)
+        row["peak_mb"] = max(row["peak_mb"], peak)
+        if code == 0 and not signals and phase.proof and not Path(phase.proof).exists():
+            signals.append(signal.SIGTERM)  # the command had it, and saved what it had reached
+        row["finished"] = code == 0 and not signals
+        rows[phase.name] = row
+        partial = record.with_name(record.name + ".partial")
+        partial.write_text(json.dumps([rows[p.name] for p in phases if p.name in rows], indent=1))
+        partial.replace(record)
+        if code != 0 or signals:
+            print(f"'{phase.name}' stopped; run the same command again to go on.", file=sys.stderr)
+            raise SystemExit(128 + signals[0] if signals else code)
+
+
+@contextmanager
+def _noted_signals() -> Iterator[list[int]]:
+    """Inside the block, Ctrl-C and SIGTERM do nothing but enter the list."""
+    noted: list[int] = []
+    before = {
+        number: signal.signal(number, lambda number, _: noted.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield noted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _measure(command: Sequence[str], signals: Sequence[int]) -> tuple[int, float, int]:
+    """Runs a command; its exit code, seconds, and peak memory in MB.
+
+    A terminal sends Ctrl-C to the child as well, which saves and ends; SIGTERM comes alone and is
+    handed on, or the child would go on by itself and meet the next call in the same folder.
+    """
+    start = time.monotonic()
+    child = subprocess.Popen(command)
+    peak, handed_on = 0, False
+    while child.poll() is None:
+        peak = max(peak, _memory_mb(child.pid))
+        if signal.SIGTERM in signals and not handed_on:
+            child.terminate()
+            handed_on = True
+        with suppress(subprocess.TimeoutExpired):
+            child.wait(SAMPLE_SECONDS)
+    code = child.returncode
+    code = 128 - code if code < 0 else code  # as a shell says it: 137 for a killed process
+    return code, time.monotonic() - start, peak
+
+
+def _memory_mb(pid: int) -> int:
+    """Resident memory of a process and everything it started."""
+    total = 0
+    with suppress(psutil.Error):
+        process = psutil.Process(pid)
+        for one in [process, *process.children(recursive=True)]:
+            with suppress(psutil.Error):  # it ended just now
+                total += one.memory_info().rss
+    return total // 2**20
+
+
+# The sample-efficiency study: few action demonstrations, backbone trained on video or not.
+#
+# For every number of action demonstrations per task and every seed, the same decoder is trained
+# with the same budget on two backbones: one that stage 1 trained on all video, for longer than
+# the quickstart's, and an untrained one. The seed decides the decoder's start, the order of the
+# batches, the choice of demonstrations and the untrained backbone. Only `launch.quickstart
+# --study` runs this.
+
+
+BACKBONES = {"trained": "backbone trained on video", "untrained": "untrained backbone"}
+
+
+def study_phases(
+    run_dir: str, config: Any, video: tuple[str, ...], action: tuple[str, ...]
+) -> list[Phase]:
+    """Stage 1, then a training and an evaluation per backbone, number of demonstrations and seed.
+
+    Args:
+        run_dir: the quickstart's folder; results go to `study/` in it.
+        config: `study {video_steps, demonstrations, seeds, steps, episodes_per_task}`.
+        video, action: the flags that name the configuration of each stage and the run folder.
+    """
+    checkpoints = {"trained": f"{run_dir}/study/video", "untrained": ""}
+    train = python(
+        "launch.train",
+        *video,
+        *_steps(config.study.video_steps),
+        f"--workdir={checkpoints['trained']}",
+    )
+    phases = [Phase("study: train the backbone", train, f"{checkpoints['trained']}/finished")]
+    for backbone, demonstrations, seed in _cells(config):
+        folder = _folder(run_dir, backbone, demonstrations, seed)
+        flags = [
+            *action,
+            *_steps(config.study.steps),
+            f"--config.backbone.checkpoint={checkpoints[backbone]}",
+            f"--config.training.seed={seed}",
+            f"--config.training.episodes_per_task={demonstrations}",
+            f"--config.evaluation.episodes_per_task={config.study.episodes_per_task}",
+        ]
+        name = f"{BACKBONES[backbone]}, {demonstrations} demonstrations per task, seed {seed}"
+        train = python("launch.train", *flags, f"--workdir={folder}")
+        evaluate = python("launch.evaluate", *flags, f"--checkpoint={folder}", f"--out={folder}")
+        phases += [
+            Phase(f"study: train, {name}", train, f"{folder}/finished"),
+            Phase(f"study: play, {name}", evaluate),
+        ]
+    return phases
+
+
+def collect_study(run_dir: str, config: Any) -> None:
+    """Writes `study/results.json`: successes of all seeds together, per backbone and number."""
+    totals: dict[tuple[str, int], list[bool]] = {}
+    for backbone, demonstrations, seed in _cells(config):
+        folder = Path(_folder(run_dir, backbone, demonstrations, seed))
+        results = read_results(folder / "policy_k0" / "results.jsonl")
+        totals.setdefault((backbone, demonstrations), []).extend(r.success for r in results)
+    rows = [
+        {
+            "label": BACKBONES[backbone],
+            "demonstrations": demonstrations,
+            "successes": sum(outcomes),
+            "trials": len(outcomes),
+        }
+        for (backbone, demonstrations), outcomes in totals.items()
+    ]
+    (Path(run_dir) / "study" / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
+
+
+def _steps(number: int) -> tuple[str, str]:
+    return f"--config.training.steps={number}", f"--config.optimizer.decay_steps={number}"
+
+
+def _cells(config: Any) -> list[tuple[str, int, int]]:
+    return [
+        (backbone, demonstrations, seed)
+        for seed in range(config.study.seeds)
+        for demonstrations in config.study.demonstrations
+        for backbone in BACKBONES
+    ]
+
+
+def _folder(run_dir: str, backbone: str, demonstrations: int, seed: int) -> str:
+    return f"{run_dir}/study/{backbone}_{demonstrations}_seed{seed}"
 
 
 def configured(name: str, run_dir: str, size: str) -> tuple[str, str]:
@@ -42,7 +251,7 @@ def phases(run_dir: str, size: str) -> list[Phase]:
     def record(name: str) -> tuple[str, ...]:
         what = config.recording[name]
         return python(
-            "data_pipelines.record",
+            "mvjax.evaluation.record",
             f"--out={run_dir}/data/{name}",
             f"--kind={what.kind}",
             f"--tasks={','.join(what.tasks)}",

@@ -4,7 +4,7 @@
     python -m launch.robot_loop --server=ws://localhost:8000 --task=drawer-close-v3
 
 The robot moves on while the next chunk is computed; with --nooverlap it waits for every answer.
-This side needs no jax: on a robot, `mvjax.policy.client` and `.overlap` are enough.
+This side needs no jax: on a robot, `mvjax.serving.client` and `.overlap` are enough.
 """
 
 import time
@@ -14,10 +14,9 @@ from absl import flags
 
 from launch.entry import run
 from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.policy.client import PolicyClient
 from mvjax.policy.observation import History, Observation, ObservationSpec
-from mvjax.policy.overlap import Overlap
-from mvjax.policy.serving.request import IMAGE_HISTORY, STATE_HISTORY
+from mvjax.serving.client import Overlap, PolicyClient
+from mvjax.serving.session import IMAGE_HISTORY, STATE_HISTORY
 
 SERVER = flags.DEFINE_string("server", "ws://localhost:8000", "Address of the policy server.")
 PATIENCE = flags.DEFINE_float("patience", 60.0, "How long to wait for it, seconds.", 0.0)

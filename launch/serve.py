@@ -15,13 +15,11 @@ from pathlib import Path
 from absl import flags
 
 from launch.entry import config_flag, path_flag, run
+from mvjax.flow import Sampling
 from mvjax.policy.load import load_policy
-from mvjax.policy.sampling import Sampling
-from mvjax.policy.serving.adapters.body import body_of
-from mvjax.policy.serving.adapters.clients import CLIENTS, make_adapter
-from mvjax.policy.serving.server import PolicyServer, Serving
-from mvjax.policy.serving.start import Batching, make_server
-from mvjax.policy.serving.wire import WireLimits
+from mvjax.serving.adapters import CLIENTS, body_of, make_adapter
+from mvjax.serving.protocol import WireLimits
+from mvjax.serving.server import Batching, PolicyServer, Serving, make_server
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")

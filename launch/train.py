@@ -12,7 +12,7 @@ from pathlib import Path
 from absl import flags
 
 from launch.entry import config_flag, path_flag, run
-from mvjax.parallel import distributed
+from mvjax import parallel
 from mvjax.training import run as training
 
 CONFIG = config_flag()
@@ -22,7 +22,7 @@ PROFILE = flags.DEFINE_bool("profile", False, "Trace three steps into the folder
 
 def main() -> None:
     """Trains `config.stage` in `--workdir`."""
-    with distributed.initialized():
+    with parallel.initialized():
         training.run(CONFIG.value, Path(WORKDIR.value), profile=PROFILE.value)
 
 

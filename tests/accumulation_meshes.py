@@ -9,10 +9,9 @@ import jax
 import numpy as np
 from toy_training import toy_config, toy_loader, toy_stage
 
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules, sharding_tree, use_rules
-from mvjax.training.accumulation import _split
-from mvjax.training.loop import train
+from mvjax.parallel import make_mesh, make_rules, sharding_tree, use_rules
+from mvjax.training.step import _split
+from mvjax.training.train import train
 
 if __name__ == "__main__":
     config = toy_config(steps=3, batch_size=16, accumulate=2)

@@ -22,17 +22,14 @@ import numpy as np
 from ml_collections import ConfigDict
 from tiny_stages import build_stage, quick_compiles, tiny_config
 
-from mvjax.checkpoints.backbone import load_backbone
-from mvjax.checkpoints.store import Store
-from mvjax.checkpoints.tree_match import leaf_paths
-from mvjax.models.build import video_dit_config
-from mvjax.models.lora import merge_lora
-from mvjax.models.param_tree import Params
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
-from mvjax.training.program import assemble
-from mvjax.training.start import describe
-from mvjax.training.state import TrainState, create_state
+from mvjax.models.layers import merge_lora
+from mvjax.models.network import Params
+from mvjax.models.presets import video_dit_config
+from mvjax.parallel import make_mesh, make_rules
+from mvjax.training.bridge import load_backbone
+from mvjax.training.checkpoint import Store, leaf_paths
+from mvjax.training.start import assemble, describe
+from mvjax.training.step import TrainState, create_state
 
 
 def save_on_eight(folder: Path) -> tuple[ConfigDict, Params]:

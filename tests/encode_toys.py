@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.encoding.job import encode_dataset
 from data_pipelines.episode import Episode, Stream
-from mvjax.models.linear_tokenizer import LinearTokenizer, Projection
+from mvjax.encode import encode_dataset
+from mvjax.models.stand_ins import LinearTokenizer, Projection
 
 SIZE, FPS, CONTROL = 48, 40, 80
 CLIP = ConfigDict(dict(height=16, width=16, observed_frames=5, future_frames=8, fps=20))

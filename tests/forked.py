@@ -22,13 +22,13 @@ from jax._src.lru_cache import LRUCache
 
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
-    "data_pipelines.encoding.job",
-    "data_pipelines.fit_tokenizer",
+    "mvjax.encode",
+    "mvjax.fit_tokenizer",
     "launch.entry",
-    "mvjax.checkpoints.torch_weights.export",
+    "mvjax.weights.convert",
     "mvjax.evaluation.closed_loop",
-    "mvjax.evaluation.prediction",
-    "mvjax.policy.load_generation",
+    "mvjax.evaluation.offline",
+    "mvjax.policy.generate",
     "mvjax.training.run",
 ]
 _CONTEXT = multiprocessing.get_context("forkserver")

@@ -24,10 +24,9 @@ from run_records import without_times
 from toy_training import LENGTH, toy_config, toy_stage
 
 from data_pipelines.loader import make_loader
-from data_pipelines.records.dataset import RecordDataset
-from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
-from mvjax.training.loop import train
+from data_pipelines.records import RecordDataset, RecordWriter, write_json, write_npz, write_texts
 from mvjax.training.metrics import Record, read_records
+from mvjax.training.train import train
 
 DATASETS = {"one": range(60), "two": range(100, 137)}  # windows are numbers; 37 is no multiple of 8
 WEIGHTS = (2.0, 1.0)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 
-from data_pipelines.sources.open import open_dataset
+from data_pipelines.sources.formats import open_dataset
 
 FIXTURES = Path(__file__).parent / "fixtures"
 FRONT, WRIST = "observation.images.front", "observation.images.wrist"

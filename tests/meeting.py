@@ -2,9 +2,9 @@
 
 import jax
 
-from mvjax.parallel import distributed
+from mvjax import parallel
 
-with distributed.initialized():
-    assert distributed.everywhere(True) and not distributed.everywhere(jax.process_index() == 0)
+with parallel.initialized():
+    assert parallel.everywhere(True) and not parallel.everywhere(jax.process_index() == 0)
     devices = f"{jax.device_count()} devices"
     print(f"process {jax.process_index()} of {jax.process_count()}, {devices}")

@@ -22,14 +22,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from tiny_stages import quick_compiles, tiny_batch, tiny_config
 
-from mvjax.checkpoints.backbone import abstract_backbone, load_backbone
-from mvjax.checkpoints.tree_match import leaf_paths
-from mvjax.parallel.mesh import MESH_AXES, make_mesh
-from mvjax.parallel.rules import make_rules, sharding_tree
-from mvjax.training import stages
-from mvjax.training.program import assemble
-from mvjax.training.state import TrainState, create_state
-from mvjax.training.step import compile_step
+from mvjax.parallel import MESH_AXES, make_mesh, make_rules, sharding_tree
+from mvjax.training.bridge import abstract_backbone, load_backbone
+from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.start import assemble
+from mvjax.training.step import TrainState, compile_step, create_state
 
 KINDS = ("full", "lora", "action")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1), (1, 1, 8, 1))
@@ -96,7 +93,7 @@ def run(case: Case, start: Start | None = None) -> tuple[Run, Start]:
         return model, _placed(start.frozen, abstract)
 
     with jax.set_mesh(mesh):
-        stage = stages.build(config, mesh, rules, backbone_of)
+        stage = start.build(config, mesh, rules, backbone_of)
         optimizer, abstract, step = assemble(config, stage, mesh, rules)
         if start is None:
             state = create_state(stage, optimizer, abstract, config.training.seed)

@@ -11,8 +11,7 @@ import numpy as np
 from tiny_policy import random_observation, tiny_policy
 from tiny_stages import quick_compiles
 
-from mvjax.parallel.mesh import MESH_AXES, make_mesh
-from mvjax.parallel.rules import sharding_tree, split_ways
+from mvjax.parallel import MESH_AXES, make_mesh, sharding_tree, split_ways
 
 
 def on_mesh(policy, sizes):

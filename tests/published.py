@@ -6,17 +6,13 @@ from pathlib import Path
 
 import numpy as np
 
-from mvjax.checkpoints.torch_weights.kind import Config, Kind
-from mvjax.checkpoints.torch_weights.kind_action import ACTION
-from mvjax.checkpoints.torch_weights.kind_text import TEXT
-from mvjax.checkpoints.torch_weights.kind_vae import VAE
-from mvjax.checkpoints.torch_weights.kind_video import VIDEO
-from mvjax.checkpoints.torch_weights.match import match
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.rules import Rule, Rules
-from mvjax.checkpoints.torch_weights.safetensors_files import write_safetensors_folder
-from mvjax.checkpoints.torch_weights.tensors import Tensors, TorchTensor
-from mvjax.checkpoints.tree_match import leaf_paths
+from mvjax.training.checkpoint import leaf_paths
+from mvjax.weights.files import Tensors, TorchTensor
+from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Config, Kind
+from mvjax.weights.match import match
+from mvjax.weights.names import Rule, Rules
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.safetensors_files import write_safetensors_folder
 
 LAYOUTS = [
     (VIDEO, "nvidia"),

@@ -5,8 +5,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from data_pipelines.records.dataset import RecordDataset
-from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.records import RecordDataset, RecordWriter, write_json, write_npz, write_texts
 
 RECORDS, PER_EPISODE = 120, 10
 

@@ -8,8 +8,8 @@ from pathlib import Path
 import google_crc32c
 import numpy as np
 
-from data_pipelines.sources.open import open_dataset
-from data_pipelines.sources.tfrecord import read_index, read_record
+from data_pipelines.sources.formats import open_dataset
+from data_pipelines.sources.rlds import read_index, read_record
 
 FIXTURES = Path(__file__).parent / "fixtures/rlds"
 ARM, ARM_ARRAY, CELL = (FIXTURES / n for n in ("arm/1.0.0", "arm_array/1.0.0", "cell/0.1.0"))

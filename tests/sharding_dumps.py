@@ -17,14 +17,12 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
-from mvjax.checkpoints.backbone import abstract_backbone
-from mvjax.checkpoints.tree_match import leaf_paths
-from mvjax.models.param_tree import Params, split
-from mvjax.parallel.mesh import MESH_AXES
-from mvjax.parallel.rules import make_rules
-from mvjax.training import stages
-from mvjax.training.optimizer import make_optimizer
-from mvjax.training.state import abstract_state
+from mvjax.models.network import Params, split
+from mvjax.parallel import MESH_AXES, make_rules
+from mvjax.training import start
+from mvjax.training.bridge import abstract_backbone
+from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.step import abstract_state, make_optimizer
 
 FOLDER = Path(__file__).with_name("golden") / "shardings"
 # A small slice, and two slices that use every axis.
@@ -55,7 +53,7 @@ def dump(case: str, topology: str) -> dict[str, Any]:
     config, shape = config_of(case), TOPOLOGIES[topology]
     mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rules = make_rules(config.rules)
-    stage = stages.build(config, mesh, rules, abstract_backbone)
+    stage = start.build(config, mesh, rules, abstract_backbone)
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(stage, optimizer, config.training.ema_decay > 0, mesh, rules)
     learns = leaf_paths(split(state.params, stage.trainable)[0])

@@ -12,11 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from mvjax.policy.serving.adapters.body import Body
-from mvjax.policy.serving.adapters.clients import make_adapter
-from mvjax.policy.serving.batcher import Batcher
-from mvjax.policy.serving.server import PolicyServer, Serving
-from mvjax.policy.serving.sessions import Senses
+from mvjax.serving.adapters import Body, make_adapter
+from mvjax.serving.server import Batcher, PolicyServer, Serving
+from mvjax.serving.session import Senses
 
 SIZES = {"plain": (2, 2), "libero": (8, 7), "aloha": (14, 14), "droid": (8, 8)}
 

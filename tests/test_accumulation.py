@@ -13,12 +13,12 @@ from test_loop import params_of
 from tiny_stages import build_stage, tiny_batch, tiny_config
 from toy_training import toy_config, toy_loader, toy_stage
 
-from mvjax.checkpoints.tree_match import leaf_paths
-from mvjax.models.param_tree import merge, split
-from mvjax.parallel.rules import make_rules, use_rules
-from mvjax.training.accumulation import mean_gradient
-from mvjax.training.loop import train
+from mvjax.models.network import merge, split
+from mvjax.parallel import make_rules, use_rules
+from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.metrics import read_records
+from mvjax.training.step import mean_gradient
+from mvjax.training.train import train
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mvjax.flow.action import action_loss
+from mvjax.flow import action_loss
 
 SAMPLES, HORIZON, DIM = 6, 4, 3
 RNG = np.random.default_rng(0)

@@ -7,10 +7,8 @@ from scipy.spatial.transform import Rotation
 
 from configs import libero_action
 from data_pipelines.embodiments import aloha, droid_franka, libero_panda
-from mvjax.policy.serving.adapters.body import body_of
-from mvjax.policy.serving.adapters.clients import make_adapter
-from mvjax.policy.serving.request import RequestError
-from mvjax.policy.serving.sessions import Senses, Session
+from mvjax.serving.adapters import body_of, make_adapter
+from mvjax.serving.session import RequestError, Senses, Session
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 SENSES = Senses(observed_frames=5, proprio_horizon=1)

@@ -10,12 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from mvjax.models.attention import attend, check_context, on_shards
-from mvjax.models.attention_kernels import LANES, choose_kernel, fit_block, splash, xla
-from mvjax.models.build import video_network
-from mvjax.models.presets import VIDEO_DITS
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules, use_rules
+from mvjax.models.attention import (
+    LANES,
+    attend,
+    check_context,
+    choose_kernel,
+    fit_block,
+    on_shards,
+    splash,
+    xla,
+)
+from mvjax.models.presets import VIDEO_DITS, video_network
+from mvjax.parallel import make_mesh, make_rules, use_rules
 
 pytestmark = pytest.mark.usefixtures("quickly")
 interpreted = functools.partial(splash, interpret=True)  # the TPU's kernel, without a TPU

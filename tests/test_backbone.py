@@ -9,17 +9,16 @@ from conftest import lora_config
 from test_lora import stored
 from tiny_stages import five_steps, save_untrained, tiny_config
 
-from mvjax.checkpoints.backbone import load_backbone, load_decoder
-from mvjax.checkpoints.tree_match import CheckpointMismatch
-from mvjax.models.build import (
+from mvjax.models.layers import merge_lora
+from mvjax.models.presets import (
     action_decoder_config,
     decoder_network,
     video_dit_config,
     video_network,
 )
-from mvjax.models.lora import merge_lora
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
+from mvjax.parallel import make_mesh, make_rules
+from mvjax.training.bridge import load_backbone, load_decoder
+from mvjax.training.checkpoint import CheckpointMismatch
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from tiny_stages import tiny_config
 
-from mvjax.training.benchmark import OurStep, compare
+from launch.benchmarks.training_speed import OurStep, compare
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -24,7 +24,7 @@ def test_our_step_is_measured(stage):
 def test_pytorch_is_measured_in_turns(stage):
     pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from mvjax.training.torch_peer import TorchStep
+    from launch.benchmarks.torch_peer import TorchStep
 
     config = tiny_config(stage)
     ours = OurStep(config)

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from running_server import Running
 
-from mvjax.policy.client import PolicyClient, QueryRefused, ServerUnreachable
-from mvjax.policy.overlap import Overlap
+from mvjax.serving.client import Overlap, PolicyClient, QueryRefused, ServerUnreachable
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 
@@ -92,7 +91,7 @@ def test_a_late_answer_is_not_taken_for_the_next(tmp_path):
 
 def test_a_client_process_imports_no_jax(server):
     program = (
-        "import sys; from mvjax.policy.client import PolicyClient\n"
+        "import sys; from mvjax.serving.client import PolicyClient\n"
         "import numpy as np\n"
         f"with PolicyClient({server.uri!r}) as client:\n"
         "    message = {'observation/image': np.zeros((8, 8, 3), np.uint8), 'prompt': 'go',\n"

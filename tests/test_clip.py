@@ -2,7 +2,7 @@
 
 import pytest
 
-from mvjax.clip import Clip
+from data_pipelines.clip import Clip
 
 
 def clip(**changes):

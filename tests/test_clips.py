@@ -4,10 +4,16 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines.cameras import camera_rows, cameras, tile
-from data_pipelines.clips import StreamMismatch, cut_episode, cut_numbers
+from data_pipelines.clips import (
+    StreamMismatch,
+    camera_rows,
+    cameras,
+    cut_episode,
+    cut_numbers,
+    tile,
+)
 from data_pipelines.episode import Episode, Stream
-from data_pipelines.transforms import resize_area
+from data_pipelines.video import resize_area
 
 RNG = np.random.default_rng(0)
 CLIP = ConfigDict(dict(height=32, width=48, observed_frames=5, future_frames=8, fps=10))

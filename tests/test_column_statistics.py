@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 from record_folders import make_records
 
-from data_pipelines.normalization import column_statistics as module
-from data_pipelines.normalization.column_statistics import column_statistics
-from data_pipelines.normalization.normalizer import compute_statistics
-from data_pipelines.normalization.per_embodiment import make_normalizers
-from data_pipelines.records.dataset import RecordDataset
+from data_pipelines import normalize as module
+from data_pipelines.normalize import column_statistics, compute_statistics, make_normalizers
+from data_pipelines.records import RecordDataset
 
 
 @pytest.fixture

@@ -12,14 +12,14 @@ from absl import flags
 from ml_collections import config_flags
 from tiny_stages import build_stage, tiny_config
 
-from mvjax.clip import Clip
-from mvjax.models.build import action_decoder_config, video_dit_config
-from mvjax.parallel.mesh import make_mesh
+from data_pipelines.clip import Clip
+from mvjax.flow import Sampling
+from mvjax.models.presets import action_decoder_config, video_dit_config
+from mvjax.parallel import make_mesh
 from mvjax.policy.observation import control_stride
-from mvjax.policy.sampling import Sampling
-from mvjax.training import stages
-from mvjax.training.optimizer import make_schedule
+from mvjax.training import start
 from mvjax.training.run import run
+from mvjax.training.step import make_schedule
 
 pytestmark = pytest.mark.usefixtures("quickly")
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -152,7 +152,7 @@ def test_impossible_stage_settings_are_explained():
             build_stage(config)
     config.stage = "both"
     with pytest.raises(ValueError, match="must be 'video' or 'action', got 'both'"):
-        stages.build(config, None, None)
+        start.build(config, None, None)
 
 
 def test_missing_records_are_named(tmp_path):

@@ -18,22 +18,15 @@ from published import (
     write_published,
 )
 
-from data_pipelines.normalization.normalizer import compute_statistics, load_normalizer
-from data_pipelines.normalization.released import released_normalizer
-from mvjax.checkpoints.bridge import abstract_params, read_meta, restore_params
-from mvjax.checkpoints.torch_weights.convert import plan, write
-from mvjax.checkpoints.torch_weights.export import plan_export, write_export
-from mvjax.checkpoints.torch_weights.kind import Hints
-from mvjax.checkpoints.torch_weights.kind_action import ACTION
-from mvjax.checkpoints.torch_weights.kind_text import TEXT
-from mvjax.checkpoints.torch_weights.kind_vae import VAE
-from mvjax.checkpoints.torch_weights.kind_video import VIDEO, video_sections
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.source import Source, open_source
-from mvjax.checkpoints.torch_weights.tensors import TorchTensor
-from mvjax.checkpoints.tree_match import leaf_paths
+from data_pipelines.normalize import compute_statistics, load_normalizer, released_normalizer
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
+from mvjax.training.bridge import abstract_params, read_meta, restore_params
+from mvjax.training.checkpoint import leaf_paths
+from mvjax.weights.convert import plan, plan_export, write, write_export
+from mvjax.weights.files import TorchTensor
+from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints, video_sections
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.source import Source, open_source, open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 HINTS = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")

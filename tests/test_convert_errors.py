@@ -14,15 +14,12 @@ import numpy as np
 import pytest
 from published import CONFIGS, prefixed, published_shapes, random_tensors, tensor, write_published
 
-from data_pipelines.normalization.released import released_normalizer
-from mvjax.checkpoints.torch_weights.convert import plan, write
-from mvjax.checkpoints.torch_weights.kind import Hints
-from mvjax.checkpoints.torch_weights.kind_action import ACTION
-from mvjax.checkpoints.torch_weights.kind_video import VIDEO
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.source import open_source
-from mvjax.checkpoints.torch_weights.tensors import TorchTensor
+from data_pipelines.normalize import released_normalizer
+from mvjax.weights.convert import plan, write
+from mvjax.weights.files import TorchTensor
+from mvjax.weights.kinds import ACTION, VIDEO, Hints
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.source import open_source, open_weights
 
 ROOT = Path(__file__).parent.parent
 ROPE = "--rope_ratio_thw=1,3,3"

@@ -6,17 +6,12 @@ import numpy as np
 import pytest
 from published import CONFIGS, NO_LORA, prefixed, random_tensors
 
-from mvjax.checkpoints.torch_weights.convert import plan, write
-from mvjax.checkpoints.torch_weights.export import plan_export, write_export
-from mvjax.checkpoints.torch_weights.kind import Hints
-from mvjax.checkpoints.torch_weights.kind_text import TEXT
-from mvjax.checkpoints.torch_weights.kind_vae import VAE
-from mvjax.checkpoints.torch_weights.kind_video import VIDEO
-from mvjax.checkpoints.torch_weights.names_dit import video_dit, with_adapters
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.source import open_source
-from mvjax.checkpoints.torch_weights.verify import verify
+from launch.benchmarks.verify_weights import verify
+from mvjax.weights.convert import plan, plan_export, write, write_export
+from mvjax.weights.kinds import TEXT, VAE, VIDEO, Hints
+from mvjax.weights.names import video_dit, with_adapters
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.source import open_source, open_weights
 
 torch = pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")

@@ -10,31 +10,21 @@ import pytest
 from published import CONFIGS, random_tensors, write_published
 from tiny_stages import build_stage, tiny_config
 
-from data_pipelines.normalization.normalizer import compute_statistics
-from data_pipelines.normalization.released import released_normalizer
-from mvjax.checkpoints.backbone import load_backbone
-from mvjax.checkpoints.bridge import restore_params
-from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
-from mvjax.checkpoints.store import Store
-from mvjax.checkpoints.torch_weights.convert import plan, write
-from mvjax.checkpoints.torch_weights.kind import Hints
-from mvjax.checkpoints.torch_weights.kind_action import ACTION
-from mvjax.checkpoints.torch_weights.kind_text import TEXT
-from mvjax.checkpoints.torch_weights.kind_vae import VAE
-from mvjax.checkpoints.torch_weights.kind_video import VIDEO
-from mvjax.checkpoints.torch_weights.source import open_source
-from mvjax.checkpoints.tree_match import CheckpointMismatch
-from mvjax.models.build import video_dit_config
-from mvjax.models.lora import merge_lora
-from mvjax.models.param_tree import split
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
-from mvjax.policy.load import load_policy
+from data_pipelines.normalize import compute_statistics, released_normalizer
+from mvjax.flow import Sampling
+from mvjax.models.layers import merge_lora
+from mvjax.models.network import split
+from mvjax.models.presets import video_dit_config
+from mvjax.parallel import make_mesh, make_rules
+from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokenizer
 from mvjax.policy.observation import Observation
-from mvjax.policy.sampling import Sampling
-from mvjax.training.optimizer import make_optimizer
+from mvjax.training.bridge import load_backbone, restore_params
+from mvjax.training.checkpoint import CheckpointMismatch, Store
 from mvjax.training.start import describe, start_state
-from mvjax.training.state import abstract_state
+from mvjax.training.step import abstract_state, make_optimizer
+from mvjax.weights.convert import plan, write
+from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints
+from mvjax.weights.source import open_source
 
 pytestmark = pytest.mark.usefixtures("quickly")
 HINTS = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")

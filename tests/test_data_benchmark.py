@@ -3,17 +3,18 @@
 import numpy as np
 import pytest
 
-from data_pipelines.benchmark import (
+from data_pipelines.clip import Clip
+from data_pipelines.normalize import column_statistics, compute_statistics
+from launch.benchmarks.data import (
+    NumberShards,
     clip_bytes,
     decoding_speed,
+    make_records,
+    make_videos,
     memory_over_time,
     records_speed,
     statistics_seconds,
 )
-from data_pipelines.benchmark_files import NumberShards, make_records, make_videos
-from data_pipelines.normalization.column_statistics import column_statistics
-from data_pipelines.normalization.normalizer import compute_statistics
-from mvjax.clip import Clip
 
 
 @pytest.fixture(scope="module")

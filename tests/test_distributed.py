@@ -17,11 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_stages import tiny_batch, tiny_config
 from toy_processes import train_toys
 
-from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.records import RecordWriter, write_json, write_npz, write_texts
 from launch.local import free_port
-from mvjax.parallel.mesh import make_mesh
-from mvjax.training.feed import local_rows
+from mvjax.parallel import make_mesh
 from mvjax.training.metrics import read_records
+from mvjax.training.prefetch import local_rows
 from mvjax.training.run import run
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -269,7 +269,7 @@ def test_an_evaluation_in_two_processes_shares_its_episodes(folder):
 
 
 def test_a_process_that_meets_no_other_says_so(tmp_path, monkeypatch):
-    program = "from mvjax.parallel.distributed import *\nwith initialized(start_seconds=1): pass"
+    program = "from mvjax.parallel import *\nwith initialized(start_seconds=1): pass"
     (tmp_path / "alone.py").write_text(program)
     monkeypatch.syspath_prepend(tmp_path)
     for count, words in (

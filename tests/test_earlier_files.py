@@ -14,15 +14,14 @@ import numpy as np
 import pytest
 
 from configs import trained
-from data_pipelines.normalization.per_embodiment import load_normalizers
-from data_pipelines.records.dataset import RecordDataset
-from mvjax.checkpoints.backbone import load_backbone
-from mvjax.checkpoints.tree_match import leaf_paths
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
+from data_pipelines.normalize import load_normalizers
+from data_pipelines.records import RecordDataset
+from mvjax.flow import Sampling
+from mvjax.parallel import make_mesh, make_rules
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
-from mvjax.policy.sampling import Sampling
+from mvjax.training.bridge import load_backbone
+from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.metrics import read_records
 from mvjax.training.run import run
 

@@ -9,9 +9,8 @@ from scipy.spatial.transform import Rotation
 
 from data_pipelines import embodiments
 from data_pipelines.episode import Stream
-from data_pipelines.normalization.normalizer import Mode
-from data_pipelines.vectors.parts import bases, mask, modes, parse, streams
-from data_pipelines.vectors.vector import read, restore, vector
+from data_pipelines.representations import Mode
+from data_pipelines.vectors import bases, mask, modes, parse, read, restore, streams, vector
 
 N = 20
 RNG = np.random.default_rng(0)

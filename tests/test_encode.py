@@ -7,9 +7,9 @@ from encode_toys import CLIP, HUMAN, ROBOT, TextEncoder, Tokenizer, encode, epis
 from ml_collections import ConfigDict
 
 from data_pipelines.clips import StreamMismatch
-from data_pipelines.normalization.normalizer import Mode
-from data_pipelines.normalization.per_embodiment import make_normalizers
-from data_pipelines.selection import split_of
+from data_pipelines.episode import split_of
+from data_pipelines.normalize import make_normalizers
+from data_pipelines.representations import Mode
 
 
 def test_a_record_is_its_window(tmp_path):

@@ -18,9 +18,9 @@ from encode_toys import (
     episode,
 )
 
-from data_pipelines.bad_share import TooManyBad
 from data_pipelines.clips import StreamMismatch, cut_episode
-from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.episode import TooManyBad
+from data_pipelines.records import RecordDataset
 
 
 def test_bad_episodes_are_named_and_the_rest_is_encoded(tmp_path):

@@ -8,9 +8,9 @@ import pytest
 from encode_toys import random_tokenizer
 from forked import Program, run
 
-from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.records import RecordDataset
 from data_pipelines.video import write_video
-from mvjax.models.linear_tokenizer import save_linear_tokenizer
+from mvjax.models.stand_ins import save_linear_tokenizer
 
 CONFIG = """
 from configs.quickstart import get_config as quickstart

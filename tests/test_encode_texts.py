@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from encode_toys import IDENTITY, OtherTextEncoder, TextEncoder, assert_same, encode, episode
 
-from data_pipelines.encoding.finish import encode_texts
-from data_pipelines.encoding.text_table import StoredTexts
-from data_pipelines.records.dataset import RecordDataset
+from data_pipelines.records import RecordDataset
+from mvjax.encode import StoredTexts, encode_texts
 
 
 def test_texts_alone_are_made_again(tmp_path):

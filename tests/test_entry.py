@@ -12,9 +12,9 @@ from ml_collections import ConfigDict
 
 from configs import trained
 from data_pipelines.video import write_video
-from mvjax.checkpoints.bridge import read_meta
-from mvjax.parallel.rules import make_rules
-from mvjax.training.optimizer import make_schedule
+from mvjax.parallel import make_rules
+from mvjax.training.bridge import read_meta
+from mvjax.training.step import make_schedule
 
 ROOT = Path(__file__).parents[1]
 VIDEO = "--config=configs/quickstart_video.py:smoke"
@@ -51,7 +51,7 @@ def get_config(run_dir):
         ([VIDEO + "st", "--workdir=x"], "size must be full or smoke, got 'smokest'"),
         (["--config=configs/video.py", "--workdir=x"], "No such file or directory: 'configs/video"),
         (["--config=configs", "--workdir=x"], "--config cannot be read: Is a directory"),
-        (["--config=mvjax/clip.py", "--workdir=x"], "with a function get_config"),
+        (["--config=data_pipelines/clip.py", "--workdir=x"], "with a function get_config"),
         (["--config=pyproject.toml", "--workdir=x"], "pyproject.toml, line "),
         (["--config=configs/quickstart.py", "--workdir=x"], "configuration has no setting 'stage'"),
         ([VIDEO, "--workdir=x", "--config.clip.future_frames=7"], "clip.future_frames a positive"),

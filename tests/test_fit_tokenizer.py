@@ -5,9 +5,9 @@ import pytest
 from encode_toys import CLIP, HUMAN, POLICY_IO, ROBOT, BrokenFrames, episode
 from ml_collections import ConfigDict
 
-from data_pipelines.bad_share import TooManyBad
 from data_pipelines.clips import StreamMismatch, cut_episode
-from data_pipelines.fit_tokenizer import sample_clips
+from data_pipelines.episode import TooManyBad
+from mvjax.fit_tokenizer import sample_clips
 
 
 def _sample(*sources, episodes=3, **options):

@@ -9,20 +9,20 @@ import numpy as np
 import pytest
 from tiny_stages import tiny_batch, tiny_config
 
-from mvjax.checkpoints.backbone import abstract_backbone
-from mvjax.clip import Clip
-from mvjax.models.build import (
+from data_pipelines.clip import Clip
+from mvjax.models.flops import action_decoder_flops, peak_flops, step_flops, video_dit_flops
+from mvjax.models.network import merge, split
+from mvjax.models.presets import (
+    ACTION_DECODERS,
+    VIDEO_DITS,
     action_decoder_config,
     decoder_network,
     video_dit_config,
     video_network,
 )
-from mvjax.models.param_tree import merge, split
-from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
-from mvjax.training import stages
-from mvjax.training.flops import action_decoder_flops, peak_flops, step_flops, video_dit_flops
+from mvjax.parallel import make_mesh, make_rules
+from mvjax.training import start
+from mvjax.training.bridge import abstract_backbone
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_a_training_step_is_what_its_gradient_computes(stage, rank):
     config.clip.update(height=64, width=64)
     config.training.batch_size = 2
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
-    built, batch = stages.build(config, mesh, rules, abstract_backbone), tiny_batch(config)
+    built, batch = start.build(config, mesh, rules, abstract_backbone), tiny_batch(config)
     learned, fixed = split(jax.eval_shape(built.init, jax.random.key(0)), built.trainable)
 
     def gradient(learned, fixed, frozen):

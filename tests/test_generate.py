@@ -13,25 +13,24 @@ from published import random_tensors, write_published
 from tiny_policy import random_params
 from tiny_stages import save_untrained, tiny_config
 
-from data_pipelines.pictures import cover, read_observed
-from data_pipelines.video import VideoFile, write_video
-from mvjax.checkpoints.encoders import load_video_tokenizer
-from mvjax.checkpoints.torch_weights.convert import plan, write
-from mvjax.checkpoints.torch_weights.kind import Hints
-from mvjax.checkpoints.torch_weights.kind_vae import VAE
-from mvjax.checkpoints.torch_weights.kind_video import VIDEO
-from mvjax.checkpoints.torch_weights.source import open_source
-from mvjax.clip import Clip
-from mvjax.flow.noise_levels import karras_sigmas
-from mvjax.flow.sampler import published_noise, sample_video
-from mvjax.flow.video import condition_mask, denoise
-from mvjax.models.build import video_dit_config, video_network
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_linear_tokenizer
-from mvjax.models.ngram_text import NgramTextEncoder
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
-from mvjax.policy.generation import Denoising, VideoModel, generate
-from mvjax.policy.load_generation import generation_config, load_matching_tokenizer, read_embedding
+from data_pipelines.clip import Clip
+from data_pipelines.video import VideoFile, cover, read_observed, write_video
+from mvjax.flow import condition_mask, denoise, karras_sigmas, published_noise, sample_video
+from mvjax.models.presets import video_dit_config, video_network
+from mvjax.models.stand_ins import NgramTextEncoder, fit_linear_tokenizer, save_linear_tokenizer
+from mvjax.parallel import make_mesh, make_rules
+from mvjax.policy.generate import (
+    Denoising,
+    VideoModel,
+    generate,
+    generation_config,
+    load_matching_tokenizer,
+    read_embedding,
+)
+from mvjax.policy.load import load_video_tokenizer
+from mvjax.weights.convert import plan, write
+from mvjax.weights.kinds import VAE, VIDEO, Hints
+from mvjax.weights.source import open_source
 
 pytestmark = pytest.mark.usefixtures("quickly")
 CLIP = Clip(height=32, width=48, observed_frames=5, future_frames=8, fps=10.0)

@@ -13,15 +13,18 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.episode import Episode, LazyEpisodes, Stream
-from data_pipelines.inspection.dataset import inspect_dataset, inspect_path
-from data_pipelines.inspection.page import write_page
-from data_pipelines.inspection.records import inspect_records, is_records
-from data_pipelines.inspection.text import describe
-from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
-from data_pipelines.sources.open import open_dataset
+from data_pipelines.inspect import (
+    describe,
+    inspect_dataset,
+    inspect_path,
+    inspect_records,
+    is_records,
+)
+from data_pipelines.inspect_page import write_page
+from data_pipelines.records import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import write_video
-from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, write_lerobot
-from data_pipelines.writers.lerobot_stats import frame_stats
+from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, frame_stats, write_lerobot
 from data_pipelines.writers.video_folder import write_video_folder
 
 FPS, FRAMES = 10, 12

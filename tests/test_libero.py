@@ -15,18 +15,14 @@ from scipy.spatial.transform import Rotation
 
 from configs import libero_small_action
 from data_pipelines.embodiments import libero_panda
-from data_pipelines.regenerate_libero import moving_actions
-from data_pipelines.sources.open import open_dataset
-from data_pipelines.vectors.parts import dims, parse
-from data_pipelines.vectors.vector import vector
+from data_pipelines.sources.formats import open_dataset
+from data_pipelines.vectors import dims, parse, vector
+from mvjax.evaluation.libero_demos import moving_actions
 from mvjax.evaluation.rollout import run_rollouts
-from mvjax.evaluation.suites.libero import Libero
-from mvjax.evaluation.suites.libero_policy import libero_commands
-from mvjax.evaluation.suites.libero_python import libero_python
-from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE
-from mvjax.evaluation.suites.libero_tasks import max_steps, split_task, suite_tasks
+from mvjax.evaluation.suites.libero import Libero, libero_commands, libero_python
+from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE, max_steps, split_task, suite_tasks
 from mvjax.policy.observation import ObservationSpec
-from mvjax.policy.serving.adapters.libero import EPISODE_JUMP_M
+from mvjax.serving.adapters import EPISODE_JUMP_M
 
 ROOT = Path(__file__).parent.parent
 SPEC = ObservationSpec(observed_frames=5, fps=5, proprio_horizon=1, proprio_fps=20, execute=5)
@@ -65,7 +61,7 @@ def recorded(python, tmp_path_factory):
     """A demonstration of a task in LIBERO's HDF5 layout."""
     out = tmp_path_factory.mktemp("libero") / "hdf5"
     tasks = ["--tasks", "object-2", "--episodes", "1", "--workers", "1", "--size", "48x64"]
-    command = ["-m", "data_pipelines.record", "--suite", "libero", "--kind", "hdf5"]
+    command = ["-m", "mvjax.evaluation.record", "--suite", "libero", "--kind", "hdf5"]
     run(sys.executable, *command, "--out", str(out), *tasks)  # starts LIBERO's Python itself
     return out
 
@@ -215,7 +211,7 @@ def test_recordings_read_back_as_libero_files_and_play_again(recorded, python, t
     run(
         sys.executable,
         "-m",
-        "data_pipelines.regenerate_libero",
+        "mvjax.evaluation.libero_demos",
         "--source",
         str(recorded),
         "--out",

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from mvjax.models.linear_tokenizer import (
+from mvjax.models.stand_ins import (
     fit_linear_tokenizer,
     from_patches,
     load_linear_tokenizer,

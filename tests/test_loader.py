@@ -4,9 +4,8 @@ import numpy as np
 import pytest
 from record_folders import PER_EPISODE, ids, make_records, take
 
-from data_pipelines.loader import make_loader
-from data_pipelines.mixture import record_mixture
-from data_pipelines.normalization.per_embodiment import make_normalizers
+from data_pipelines.loader import make_loader, record_mixture
+from data_pipelines.normalize import make_normalizers
 
 
 @pytest.fixture

@@ -9,11 +9,10 @@ import pytest
 from run_records import without_times
 from toy_training import toy_config, toy_loader, toy_stage
 
-from mvjax.checkpoints.bridge import abstract_params, restore_params
-from mvjax.checkpoints.tree_match import CheckpointMismatch
-from mvjax.training import loop
-from mvjax.training.loop import TrainingDiverged, train
+from mvjax.training.bridge import abstract_params, restore_params
+from mvjax.training.checkpoint import CheckpointMismatch
 from mvjax.training.metrics import read_records
+from mvjax.training.train import TrainingDiverged, train
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -235,7 +234,7 @@ def test_a_profile_has_its_steps(tmp_path, steps):
 
 
 def test_a_diverged_run_stops_with_the_reason(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop, "MAX_SKIPPED_IN_A_ROW", 3)
+    monkeypatch.setattr("mvjax.training.train.MAX_SKIPPED_IN_A_ROW", 3)
     with pytest.raises(TrainingDiverged, match="not finite for 3 steps"):
         train(toy_config(steps=9), toy_stage(scale=float("inf")), toy_loader(), tmp_path)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None

@@ -6,11 +6,11 @@ import pytest
 from conftest import lora_config
 from tiny_stages import build_stage, tiny_batch, tiny_config, train_tiny
 
-from mvjax.checkpoints.bridge import abstract_params, restore_params
-from mvjax.checkpoints.tree_match import CheckpointMismatch
-from mvjax.models.build import video_dit_config, video_network
-from mvjax.models.lora import LoRA, learns_with_lora, merge_lora
-from mvjax.models.param_tree import merge, split
+from mvjax.models.layers import LoRA, learns_with_lora, merge_lora
+from mvjax.models.network import merge, split
+from mvjax.models.presets import video_dit_config, video_network
+from mvjax.training.bridge import abstract_params, restore_params
+from mvjax.training.checkpoint import CheckpointMismatch
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

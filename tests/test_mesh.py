@@ -2,8 +2,8 @@ import jax
 import pytest
 from jax.sharding import AxisType
 
-from mvjax.parallel.mesh import MESH_AXES, abstract_mesh, make_mesh
-from mvjax.parallel.topology import pod_size
+from mvjax.parallel import MESH_AXES, abstract_mesh, make_mesh
+from mvjax.pods.topology import pod_size
 
 COUNT = len(jax.devices())
 

@@ -9,13 +9,13 @@ import pytest
 from tiny_stages import build_stage, tiny_config, tiny_loader
 from toy_training import toy_config, toy_loader, toy_stage
 
-from mvjax.clip import Clip
-from mvjax.training import pace
-from mvjax.training.flops import step_flops
-from mvjax.training.levels import error_by_level, named_levels
-from mvjax.training.loop import train
+from data_pipelines.clip import Clip
+from mvjax.models.flops import step_flops
+from mvjax.training import metrics
 from mvjax.training.metrics import MetricsWriter, read_records
+from mvjax.training.objectives import error_by_level, named_levels
 from mvjax.training.run import run
+from mvjax.training.train import train
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -38,7 +38,7 @@ def records(tmp_path_factory):
     workdir, config = tmp_path_factory.mktemp("run"), tiny_config("video", steps=7)
     config.training.log_every = 3
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pace, "peak_flops", lambda device: 1e12)
+        patch.setattr(metrics, "peak_flops", lambda device: 1e12)
         train(config, build_stage(config)[0], tiny_loader(config), workdir)
     return config, workdir, read_records(workdir)
 

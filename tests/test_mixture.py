@@ -4,16 +4,10 @@ import numpy as np
 import pytest
 from record_folders import PER_EPISODE, flip_bits, ids, make_records, take
 
-from data_pipelines.bad_share import TooManyBad
-from data_pipelines.loader import make_loader
-from data_pipelines.mixture import LEAST_SAMPLES
-from data_pipelines.normalization.per_embodiment import (
-    Normalizers,
-    load_normalizers,
-    make_normalizers,
-)
-from data_pipelines.records.dataset import RecordDataset
-from data_pipelines.selection import kept
+from data_pipelines.episode import TooManyBad, kept
+from data_pipelines.loader import LEAST_SAMPLES, make_loader
+from data_pipelines.normalize import Normalizers, load_normalizers, make_normalizers
+from data_pipelines.records import RecordDataset
 
 PADDED_PART = (dict(stream="action", columns=(0,)), dict(pad=1))
 

@@ -11,16 +11,15 @@ import numpy as np
 import pytest
 from published import to_params
 
-from mvjax.checkpoints.torch_weights.names_dit import action_decoder, video_dit
-from mvjax.clip import Clip
-from mvjax.flow import action, noise_levels, sampler, video
-from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
-from mvjax.models.action_embedder import Embedder
+from data_pipelines.clip import Clip
+from mvjax import flow
+from mvjax.flow import Sampling
+from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig, Embedder
 from mvjax.models.layers import gelu
-from mvjax.models.parameters import Network
+from mvjax.models.network import Network
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
-from mvjax.policy.model import VideoActionModel
-from mvjax.policy.sampling import Sampling
+from mvjax.policy.policy import VideoActionModel
+from mvjax.weights.names import action_decoder, video_dit
 
 pytestmark = pytest.mark.usefixtures("quickly")
 GOLDEN = Path(__file__).parent / "golden"
@@ -81,7 +80,7 @@ def denoiser(network, params, text, clean, mask):
     @jax.jit
     def denoise(params, noisy, sigma):
         net = network.bind(params)
-        return video.denoise(lambda i: net(*i[:2], text, i[2]), noisy, clean, sigma, mask)
+        return flow.denoise(lambda i: net(*i[:2], text, i[2]), noisy, clean, sigma, mask)
 
     return partial(denoise, params)
 
@@ -120,42 +119,40 @@ def test_video_denoising_and_loss(dit):
     golden, c, network, params = dit
     x0, noise = last(golden["denoise.x0"]), last(golden["denoise.noise"])
     sigma, text = jnp.asarray(golden["denoise.sigma_b1"]), golden["in.text_bld"]
-    mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
+    mask = flow.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
     noisy = x0 + sigma[..., None, None, None] * noise
     prediction = denoiser(network, params, text, x0, mask)(noisy, sigma)
     assert relative_rms(prediction, last(golden["denoise.x0_pred"])) < 1e-5
     noise_prediction = (noisy - prediction) / sigma[..., None, None, None]
     assert relative_rms(noise_prediction, last(golden["denoise.eps_pred"])) < 1e-5
-    assert relative_rms(video.loss_weight(sigma), golden["denoise.loss_weight_b1"]) < 1e-5
+    assert relative_rms(flow.loss_weight(sigma), golden["denoise.loss_weight_b1"]) < 1e-5
     theirs = golden["denoise.weighted_sq_err_mean_per_sample"]
-    assert relative_rms(video.video_loss(x0, prediction, sigma), theirs) < 1e-5
+    assert relative_rms(flow.video_loss(x0, prediction, sigma), theirs) < 1e-5
 
 
 def test_sigma_table_and_every_sampler_step(dit):
     golden, c, network, params = dit
-    np.testing.assert_allclose(
-        noise_levels.karras_sigmas(35), golden["sampler.sigmas_35"], rtol=1e-12
-    )
-    sigmas = noise_levels.karras_sigmas(c["steps"])
+    np.testing.assert_allclose(flow.karras_sigmas(35), golden["sampler.sigmas_35"], rtol=1e-12)
+    sigmas = flow.karras_sigmas(c["steps"])
     np.testing.assert_allclose(sigmas, golden["sampler.sigmas"], rtol=1e-12)
 
     clean = last(golden["denoise.x0"])
-    mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
+    mask = flow.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
     denoise = denoiser(network, params, golden["in.text_bld"], clean, mask)
 
     @jax.jit
     def context(params, x, sigma):
-        i = video.network_input(x, clean, sigma, mask)
+        i = flow.network_input(x, clean, sigma, mask)
         net = network.bind(params)
         return net.hidden(*i[:2], golden["in.text_bld"], i[2], layer=c["layer"])
 
     x, previous = last(golden["sampler.noise"]) * sigmas[0], jnp.zeros_like(clean)
     expected = [*golden["sampler.samples_after_step"], golden["sampler.final_x0"]]
-    for k, (sigma, coefficients) in enumerate(zip(*sampler.evaluations(sigmas))):
+    for k, (sigma, coefficients) in enumerate(zip(*flow.evaluations(sigmas))):
         sigma, theirs = jnp.full((c["B"], 1), sigma), golden["sampler.context_at_step"][k]
         assert relative_rms(context(params, x, sigma).reshape(theirs.shape), theirs) < 1e-5, k
         x0 = denoise(x, sigma)
-        x, previous = sampler.advance(x, x0, previous, coefficients), x0
+        x, previous = flow.advance(x, x0, previous, coefficients), x0
         assert relative_rms(x, last(expected[k])) < 1e-5, k
 
 
@@ -205,7 +202,7 @@ def test_action_decoder_velocity_and_hidden_states(decoder):
 def test_action_loss_and_ten_euler_steps(decoder):
     golden, _, network, params = decoder
     actions, noise, t = (jnp.asarray(golden[f"loss.{k}"]) for k in ("actions", "noise", "t_b1"))
-    noisy = action.scale_noisy_actions((1 - t)[..., None] * actions + t[..., None] * noise, t)
+    noisy = flow.scale_noisy_actions((1 - t)[..., None] * actions + t[..., None] * noise, t)
 
     @jax.jit
     def outputs(params, context):
@@ -215,8 +212,8 @@ def test_action_loss_and_ten_euler_steps(decoder):
         def velocity(noisy, time):
             return net(golden["in.state_bod"], noisy, time, golden["in.video_sigma_b1"], kv)
 
-        loss = 10 * action.action_loss(velocity, actions, noise, t).mean()
-        sample = action.sample_actions(velocity, jnp.asarray(golden["sample.noise"]), steps=10)
+        loss = 10 * flow.action_loss(velocity, actions, noise, t).mean()
+        sample = flow.sample_actions(velocity, jnp.asarray(golden["sample.noise"]), steps=10)
         return velocity(noisy, t), loss, sample
 
     velocity, loss, sample = outputs(params, golden["in.context_bnd"])
@@ -270,7 +267,7 @@ def test_keys_and_values_of_the_context_are_computed_once_per_query(decoder, ste
         net = network.bind(params)
         kv = net.context_keys_values(context)
         state, sigma = golden["in.state_bod"], golden["in.video_sigma_b1"]
-        return action.sample_actions(lambda x, t: net(state, x, t, sigma, kv), noise, steps)
+        return flow.sample_actions(lambda x, t: net(state, x, t, sigma, kv), noise, steps)
 
     jaxpr = jax.make_jaxpr(query)(params, golden["in.context_bnd"], golden["sample.noise"]).jaxpr
     width, reading, attending = c["ctx"], 0, 0
@@ -326,7 +323,7 @@ def test_embedders_start_as_kaiming_uniform():
 
 
 def test_published_noise_is_numpys():
-    noise = sampler.published_noise(0, (1, 2, 3, 4, 16))
+    noise = flow.published_noise(0, (1, 2, 3, 4, 16))
     np.testing.assert_array_equal(
         noise[0, :, :, :, 0].ravel()[:3], np.float32([1.7640524, 0.4001572, 0.978738])
     )

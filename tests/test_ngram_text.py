@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mvjax.models.ngram_text import NgramTextEncoder
+from mvjax.models.stand_ins import NgramTextEncoder
 
 TEXTS = ["open the drawer", "Close the door.", ""]
 DIGEST = "69a9a07b3e11e46473a19f392bb35a2725f884a70d4bb611755aabd0af3b4a8a"

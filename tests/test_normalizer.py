@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.normalization.normalizer import (
-    Mode,
+from data_pipelines.normalize import (
     Normalizer,
     compute_statistics,
     concat_statistics,
     load_normalizer,
 )
+from data_pipelines.representations import Mode
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "normalizer.npz")
 DATA = GOLDEN["in.data"]

@@ -15,15 +15,21 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_policy import random_observation, run_config, save_run, tiny_policy
 
-from data_pipelines.episode import Episode, Stream
-from data_pipelines.selection import split_of
+from data_pipelines.episode import Episode, Stream, split_of
 from data_pipelines.writers.hdf5 import Demonstration, Scene, write_hdf5
 from launch.local import free_port
-from mvjax.evaluation import offline_job
-from mvjax.evaluation.held_out import Moment, Window, held_out_moments, windows_at
-from mvjax.evaluation.offline import window_errors
-from mvjax.evaluation.offline_report import summarise, write_offline
-from mvjax.evaluation.similarity import psnr, ssim
+from mvjax.evaluation import offline
+from mvjax.evaluation.offline import (
+    Moment,
+    Window,
+    held_out_moments,
+    psnr,
+    ssim,
+    summarise,
+    window_errors,
+    windows_at,
+    write_offline,
+)
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -150,14 +156,14 @@ def compiled_once(folder):
 
 def killed_at_the_third_moment(folder):
     compiled_once(folder)
-    written, write = itertools.count(1), offline_job.write_npz
+    written, write = itertools.count(1), offline.write_npz
 
     def write_or_die(path, **arrays):
         if next(written) == 3:
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, **arrays)
 
-    offline_job.write_npz = write_or_die
+    offline.write_npz = write_or_die
 
 
 def test_processes_share_the_moments_and_a_killed_one_goes_on(run, tmp_path):

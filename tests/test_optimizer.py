@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from mvjax.training.optimizer import make_optimizer, make_schedule
+from mvjax.training.step import make_optimizer, make_schedule
 
 
 def config(**changes):

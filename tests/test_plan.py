@@ -11,9 +11,9 @@ import forked
 import pytest
 
 from configs import quickstart_video
-from mvjax.models.build import video_dit_config, video_network
-from mvjax.parallel.topology import NoCompiler, pod_devices
-from mvjax.training.collectives import Collective, collectives
+from mvjax.models.presets import video_dit_config, video_network
+from mvjax.pods.collectives import Collective, collectives
+from mvjax.pods.topology import NoCompiler, pod_devices
 
 ROOT = Path(__file__).parents[1]
 VIDEO = "--config=configs/quickstart_video.py:smoke"
@@ -147,7 +147,7 @@ def test_habits_of_the_tpu_compiler():
     ],
 )
 def test_mistakes_in_the_command(complains, arguments, words):
-    complains(words, "launch.plan", *arguments)
+    complains(words, "launch.estimate", *arguments)
 
 
 @needs_libtpu
@@ -166,13 +166,13 @@ def test_mistakes_in_the_command(complains, arguments, words):
     ],
 )
 def test_mistakes_about_a_pod(complains, arguments, words):
-    complains(words, "launch.plan", VIDEO, *arguments)
+    complains(words, "launch.estimate", VIDEO, *arguments)
 
 
 SLICES = """
-import launch.plan  # its environment
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.topology import pod_devices
+import launch.estimate  # its environment
+from mvjax.parallel import make_mesh
+from mvjax.pods.topology import pod_devices
 
 mesh = make_mesh(dict(data=4, fsdp=4), pod_devices("v5p:2x2x2", slices=2))
 print(mesh.devices.shape, [sorted({d.slice_index for d in row.flat}) for row in mesh.devices])
@@ -199,7 +199,7 @@ def test_a_video_too_long_for_the_chip_is_said_in_one_sentence():
     )
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith(
-        "launch.plan: the step does not fit a TPU v5e of"
+        "launch.estimate: the step does not fit a TPU v5e of"
     )
     assert "config.video_model.remat" in done.stderr and "Traceback" not in done.stderr
 
@@ -277,5 +277,8 @@ def test_stage_two_on_a_pod_with_every_axis_in_use(tmp_path):
 def planned(*arguments: str) -> subprocess.CompletedProcess:
     """The command as at the keyboard."""
     return subprocess.run(
-        [sys.executable, "-m", "launch.plan", *arguments], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "launch.estimate", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )

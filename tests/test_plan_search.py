@@ -3,9 +3,9 @@
 import pytest
 
 from configs import quickstart_video
-from mvjax.parallel.chips import GB
-from mvjax.training.plan import DoesNotFit, Plan
-from mvjax.training.plan_search import search
+from mvjax.parallel import GB
+from mvjax.pods.compile import DoesNotFit, Plan
+from mvjax.pods.search import search
 
 DEVICES = 8
 

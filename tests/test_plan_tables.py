@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.plan_tables import DOCS, TABLES, changes, file_of, with_tables
+from launch.benchmarks.pod_tables import DOCS, TABLES, changes, file_of, with_tables
 
 LINES = [line for lines in TABLES.values() for line in lines.items()]
 
@@ -11,14 +11,14 @@ LINES = [line for lines in TABLES.values() for line in lines.items()]
 def test_parameters_shapes_and_flops_are_those_on_file(name, arguments, monkeypatch):
     monkeypatch.chdir(DOCS.parent)  # the command names configs/
     assert file_of(name).exists() and changes(name, arguments) == [], (
-        "run `python -m launch.plan_tables` (needs libtpu), which computes this line again: "
-        f"python -m launch.plan {arguments}"
+        "run `python -m launch.benchmarks.pod_tables` (needs libtpu), which computes this line again: "
+        f"python -m launch.estimate {arguments}"
     )
 
 
 def test_the_page_shows_what_the_files_say():
     page = (DOCS / "pods.md").read_text()
-    assert with_tables(page) == page, "run `python -m launch.plan_tables`"
+    assert with_tables(page) == page, "run `python -m launch.benchmarks.pod_tables`"
 
 
 def test_every_file_is_that_of_a_line():

@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 from tiny_policy import tiny_policy
 
-from mvjax.flow.action import scale_noisy_actions
-from mvjax.flow.noise_levels import karras_sigmas
-from mvjax.flow.sampler import published_noise, sample_video
-from mvjax.flow.video import condition_mask, denoise, network_input
-from mvjax.policy.model import VideoActionModel
+from mvjax.flow import (
+    condition_mask,
+    denoise,
+    karras_sigmas,
+    network_input,
+    published_noise,
+    sample_video,
+    scale_noisy_actions,
+)
 from mvjax.policy.observation import Observation
+from mvjax.policy.policy import VideoActionModel
 
 pytestmark = pytest.mark.usefixtures("quickly")
 EULER_STEPS = 4

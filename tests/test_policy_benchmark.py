@@ -9,22 +9,21 @@ from tiny_policy import random_observation, tiny_policy
 from tiny_stages import tiny_config
 
 from configs import bridge_action
-from data_pipelines.normalization.normalizer import Normalizer
-from mvjax.clip import Clip
-from mvjax.models.build import (
+from data_pipelines.clip import Clip
+from data_pipelines.normalize import Normalizer
+from launch.benchmarks import policy_speed
+from launch.benchmarks.policy_speed import NoiseTextEncoder, random_observations, untrained_policy
+from mvjax.flow import Sampling
+from mvjax.models.network import Network
+from mvjax.models.presets import (
+    WAN_VAES,
     action_decoder_config,
     decoder_network,
     video_dit_config,
     video_network,
 )
-from mvjax.models.parameters import Network
-from mvjax.models.presets import WAN_VAES
 from mvjax.models.wan_vae import WanVAE
-from mvjax.policy import benchmark, benchmark_parts
-from mvjax.policy.model import VideoActionModel
-from mvjax.policy.policy import Policy
-from mvjax.policy.sampling import Sampling
-from mvjax.policy.untrained import NoiseTextEncoder, random_observations, untrained_policy
+from mvjax.policy.policy import Policy, VideoActionModel
 
 pytestmark = pytest.mark.usefixtures("quickly")
 PARTS = ["prepare", "encode", "video", "context", "actions", "fetch", "query"]
@@ -32,13 +31,13 @@ PARTS = ["prepare", "encode", "video", "context", "actions", "fetch", "query"]
 
 @pytest.fixture(autouse=True)
 def short_turns(monkeypatch):
-    monkeypatch.setattr(benchmark, "TURN_SECONDS", 0.0)
+    monkeypatch.setattr(policy_speed, "TURN_SECONDS", 0.0)
 
 
 def test_every_part_and_the_whole_are_measured():
     """And the query that is measured is the policy's answer."""
     config = tiny_config("action")
-    (batch,) = benchmark.measure_policy(config, [2], stop_step=0, rounds=2, peer_of=None)
+    (batch,) = policy_speed.measure_policy(config, [2], stop_step=0, rounds=2, peer_of=None)
     (ours,) = batch.answers
     assert list(ours.parts) == PARTS
     assert all(0 < part.p50 <= part.p95 for part in ours.parts.values())
@@ -47,7 +46,7 @@ def test_every_part_and_the_whole_are_measured():
     assert ours.parts["query"].tflop == pytest.approx(sum(by_part)) and min(by_part) > 0
     assert ours.queries_per_second == pytest.approx(2e3 / ours.parts["query"].p50)
     json.dumps(batch.as_dict())
-    assert "queries/s" in benchmark.policy_table(batch)
+    assert "queries/s" in policy_speed.policy_table(batch)
     policy = untrained_policy(config, Sampling(**{**config.sampler, "fresh_noise": False}), 2)
     expected = policy.plan(random_observations(policy, 2))
     np.testing.assert_allclose(ours.actions, expected, rtol=1e-5, atol=1e-6)
@@ -61,14 +60,14 @@ def test_every_part_and_the_whole_are_measured():
 def test_pytorch_computes_the_same_actions(sampling):
     pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
     pytest.importorskip("diffusers", reason="diffusers is not installed")
-    from mvjax.policy.torch_policy import TorchPolicy
+    from launch.benchmarks.torch_peer import TorchPolicy
 
     policy, _ = tiny_policy(batch_size=2)
     policy = policy.sampled(Sampling(video_steps=3, action_steps=2, **sampling))
     observations = [random_observation(i) for i in range(2)]
-    parts = benchmark_parts.their_parts(TorchPolicy(policy, compiled=False), observations)
+    parts = policy_speed.their_parts(TorchPolicy(policy, compiled=False), observations)
     assert relative_rms(parts["query"].run(None), policy.plan(observations)) < 1e-5
-    answers = benchmark.measure({"PyTorch": parts}, policy, 1)
+    answers = policy_speed.measure({"PyTorch": parts}, policy, 1)
     assert list(answers[0].parts) == PARTS
 
 
@@ -78,8 +77,8 @@ def test_pytorch_encodes_by_the_wan_vae_too():
     import jax
     from published import CONFIGS
 
-    from mvjax.checkpoints.torch_weights.kind_vae import VAE
-    from mvjax.checkpoints.torch_weights.torch_networks import TorchWanVAE, load_params, vae_rules
+    from launch.benchmarks.torch_networks import TorchWanVAE, load_params, vae_rules
+    from mvjax.weights.kinds import VAE
 
     network = VAE.network(CONFIGS["vae"])
     params = network.init(jax.random.key(0))
@@ -103,7 +102,7 @@ def test_the_work_of_a_query_of_the_released_sizes():
     weights = vae.bind(vae.abstract), backbone.abstract, decoder.abstract
     text = NoiseTextEncoder(config.text.length, config.text.dim)
     policy = Policy(model, weights, text, Normalizer({}, {}), 1)
-    tflop = {part: flops / 1e12 for part, flops in benchmark_parts.part_flops(policy).items()}
+    tflop = {part: flops / 1e12 for part, flops in policy_speed.part_flops(policy).items()}
     assert tflop["video"] == pytest.approx(107, abs=1)
     # 7.8 by the usual count (published: 8); the compiler leaves out what meets the causal zeros
     # before the first frame, 3 of the 15 temporal taps of five frames.
@@ -115,11 +114,11 @@ def test_the_work_of_a_query_of_the_released_sizes():
 
 def test_a_batch_that_does_not_fit_is_said(monkeypatch):
     memory = type("Memory", (), {"available": 1000})
-    monkeypatch.setattr(benchmark_parts.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(policy_speed.psutil, "virtual_memory", lambda: memory)
     config = tiny_config("action")
-    (batch,) = benchmark.measure_policy(config, [1, 2], stop_step=0, rounds=1, peer_of=None)
+    (batch,) = policy_speed.measure_policy(config, [1, 2], stop_step=0, rounds=1, peer_of=None)
     assert batch.size == 1 and not batch.answers
-    assert "A batch of 1 does not fit: it needs" in benchmark.policy_table(batch)
+    assert "A batch of 1 does not fit: it needs" in policy_speed.policy_table(batch)
 
 
 def test_only_stage_two_makes_a_policy():
@@ -130,7 +129,7 @@ def test_only_stage_two_makes_a_policy():
 def test_the_command_writes_its_figures(command, tmp_path):
     config = "configs/quickstart_action.py:smoke"
     said = command(
-        "launch.benchmark",
+        "launch.benchmarks.speed",
         f"--config={config}",
         "--policy",
         "--batches=1",

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from test_networks import GOLDEN, decoder, dit, last, relative_rms  # noqa: F401
 
-from mvjax.flow import action, noise_levels, sampler, video
-from mvjax.models.parameters import Network
+from mvjax import flow
+from mvjax.models.attention import rope_table
+from mvjax.models.network import Network
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
-from mvjax.models.rope import rope_table
 
 pytestmark = pytest.mark.usefixtures("quickly")
 NARROW = ("bfloat16", "published")
@@ -108,13 +108,13 @@ def test_video_samples_stay_float32_and_near_in_published_precision(dit):  # noq
     golden, c, network, params = dit
     net = in_precision(network, "published", params)
     x0, noise = last(golden["denoise.x0"]), last(golden["sampler.noise"])
-    mask = video.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
-    text, sigmas = golden["in.text_bld"], noise_levels.karras_sigmas(c["steps"])
+    mask = flow.condition_mask(jnp.full(c["B"], c["cond"]), c["T"])
+    text, sigmas = golden["in.text_bld"], flow.karras_sigmas(c["steps"])
 
     def denoise(x, sigma):
-        return video.denoise(lambda i: net(*i[:2], text, i[2]), x, x0, sigma, mask)
+        return flow.denoise(lambda i: net(*i[:2], text, i[2]), x, x0, sigma, mask)
 
-    sample = sampler.sample_video(denoise, noise, sigmas, stop_step=c["steps"])
+    sample = flow.sample_video(denoise, noise, sigmas, stop_step=c["steps"])
     assert sample.dtype == "float32"
     assert relative_rms(sample, last(golden["sampler.samples_after_step"][-1])) < BOUND
 
@@ -133,6 +133,6 @@ def test_action_decoder_in_bfloat16_is_near_float32(decoder, precision, bound): 
 
     # The release keeps the sample in bfloat16 between the Euler steps; ours has its noise's dtype.
     noise = jnp.asarray(golden["sample.noise"], "bfloat16" if precision == "published" else None)
-    chunk = action.sample_actions(lambda x, t: net(state, x, t, sigma, kv), noise, steps=10)
+    chunk = flow.sample_actions(lambda x, t: net(state, x, t, sigma, kv), noise, steps=10)
     assert chunk.dtype == noise.dtype
     assert relative_rms(chunk, golden["sample.actions_normalized"]) < BOUND

@@ -6,8 +6,8 @@ import pytest
 
 from mvjax.models import presets
 from mvjax.models.action_decoder import ActionDecoder
-from mvjax.models.lora import LoRA
-from mvjax.models.parameters import Network
+from mvjax.models.layers import LoRA
+from mvjax.models.network import Network
 from mvjax.models.video_dit import VideoDiT
 
 

@@ -12,28 +12,27 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mimic_video
-from data_pipelines.cameras import camera_rows
+from data_pipelines.clip import Clip
+from data_pipelines.clips import camera_rows
 from data_pipelines.embodiments import libero_panda, widowx
-from data_pipelines.normalization.normalizer import Mode
-from data_pipelines.vectors.parts import dims, modes, parse, streams
-from mvjax.checkpoints.backbone import abstract_backbone
-from mvjax.checkpoints.config_match import differences
-from mvjax.clip import Clip
-from mvjax.models.build import (
+from data_pipelines.representations import Mode
+from data_pipelines.vectors import dims, modes, parse, streams
+from mvjax.flow import Sampling
+from mvjax.models.network import Network, split
+from mvjax.models.presets import (
+    ACTION_DECODERS,
+    VIDEO_DITS,
     action_decoder_config,
     decoder_network,
     video_dit_config,
     video_network,
 )
-from mvjax.models.param_tree import split
-from mvjax.models.parameters import Network
-from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
+from mvjax.parallel import make_mesh, make_rules
 from mvjax.policy.observation import control_stride
-from mvjax.policy.sampling import Sampling
-from mvjax.training import stages
-from mvjax.training.optimizer import make_schedule
+from mvjax.training import start
+from mvjax.training.bridge import abstract_backbone
+from mvjax.training.checkpoint import differences
+from mvjax.training.step import make_schedule
 
 CONFIGS = Path(mimic_video.__file__).parent
 SUITES = mimic_video.LIBERO_SUITES
@@ -103,7 +102,7 @@ def test_stages_take_the_batches_that_the_lengths_say(name, argument):
     config = get(name, argument)
     config.mesh = dict(fsdp=-1)
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
-    stage = stages.build(config, mesh, rules, abstract_backbone)
+    stage = start.build(config, mesh, rules, abstract_backbone)
     io, samples = config.policy_io, 2
     shapes = {
         "latents": Clip(**config.clip).latent_shape,
@@ -189,7 +188,7 @@ def test_data_in_other_formats_take_the_place_of_the_releases():
 def trainable(name: str, argument: str = "") -> tuple[int, int]:
     """Parameters altogether, and those that learn."""
     config = get(name, argument)
-    stage = stages.build(config, None, None)
+    stage = start.build(config, None, None)
     params = network(video_dit_config(config)).abstract
     return sizes(params), sizes(split(params, stage.trainable)[0])
 

@@ -21,8 +21,8 @@ from run_records import without_times
 from configs import quickstart_action
 from launch.preflight import find_rendering_backend
 from launch.quickstart import check_settings, phases, stage_settings
-from mvjax.checkpoints.bridge import abstract_params, read_meta
-from mvjax.evaluation.results import read_results
+from mvjax.evaluation.rollout import read_results
+from mvjax.training.bridge import abstract_params, read_meta
 from mvjax.training.metrics import read_records
 
 pytestmark = pytest.mark.timeout(900)

@@ -13,10 +13,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.record import Recording, record_dataset
-from data_pipelines.recording.assembly import assemble
-from data_pipelines.recording.unit import record_unit
-from data_pipelines.sources.open import open_dataset
+from data_pipelines.sources.formats import open_dataset
+from mvjax.evaluation.record import Recording, assemble, record_dataset, record_unit
 
 TASK = "coffee-button-v3"
 ROBOT = Recording("robot", (TASK,), episodes=4, height=32, width=32, unit_episodes=1)
@@ -26,7 +24,7 @@ import time
 from pathlib import Path
 
 from data_pipelines import record
-from data_pipelines.recording.unit import record_unit
+from mvjax.evaluation.record import record_unit
 
 
 def all_but_the_last(unit, *rest):
@@ -176,7 +174,15 @@ def test_a_finished_recording_is_left_alone(robot):
 
 def test_ctrl_c_ends_everything_at_once_and_quietly(tmp_path):
     out = tmp_path / "interrupted"
-    command = [sys.executable, "-m", "data_pipelines.record", "--out", str(out), "--kind", "robot"]
+    command = [
+        sys.executable,
+        "-m",
+        "mvjax.evaluation.record",
+        "--out",
+        str(out),
+        "--kind",
+        "robot",
+    ]
     process = subprocess.Popen(
         [*command, "--tasks", TASK, "--episodes", "40", "--workers", "2"],
         cwd=ROOT,

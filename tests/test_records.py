@@ -6,9 +6,15 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from data_pipelines.records.codec import decode_record, encode_record
-from data_pipelines.records.dataset import RecordDataset
-from data_pipelines.records.writer import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.records import (
+    RecordDataset,
+    RecordWriter,
+    decode_record,
+    encode_record,
+    write_json,
+    write_npz,
+    write_texts,
+)
 
 RNG = np.random.default_rng(0)
 

@@ -8,10 +8,8 @@ import numpy as np
 import pytest
 
 from mvjax.models.attention import Attention
-from mvjax.models.build import decoder_network, video_network
-from mvjax.models.layers import run_blocks, stack
-from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
-from mvjax.models.remat import POLICIES
+from mvjax.models.layers import POLICIES, run_blocks, stack
+from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS, decoder_network, video_network
 
 pytestmark = pytest.mark.usefixtures("quickly")
 SMALL = dict(width=48, num_blocks=6, num_heads=2, adaln_rank=4)

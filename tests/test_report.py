@@ -7,9 +7,8 @@ import re
 import numpy as np
 import pytest
 
-from mvjax.evaluation.environment import write_environment
-from mvjax.evaluation.report import build_evaluation_report, build_report
-from mvjax.evaluation.results import EpisodeResult, Setting, append_result, write_setting
+from mvjax.evaluation.report import build_evaluation_report, build_report, write_environment
+from mvjax.evaluation.rollout import EpisodeResult, Setting, append_result, write_setting
 
 TASKS = ("drawer-close-v3", "window-open-v3")
 VOID = {"meta", "br"}

@@ -16,10 +16,14 @@ import numpy as np
 import pytest
 from toy_simulator import Fragile, Rail
 
-from mvjax.evaluation.results import EpisodeResult, append_result, read_results
-from mvjax.evaluation.rollout import run_rollouts
+from mvjax.evaluation.rollout import (
+    EpisodeResult,
+    RolloutError,
+    append_result,
+    read_results,
+    run_rollouts,
+)
 from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.evaluation.worker_process import RolloutError
 from mvjax.policy.observation import ObservationSpec
 
 SPEC = ObservationSpec(observed_frames=5, fps=20, proprio_horizon=2, proprio_fps=80, execute=8)

@@ -3,8 +3,15 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
-from mvjax.parallel.mesh import MESH_AXES, make_mesh
-from mvjax.parallel.rules import constrain, make_rules, sharding_tree, spec, use_rules
+from mvjax.parallel import (
+    MESH_AXES,
+    constrain,
+    make_mesh,
+    make_rules,
+    sharding_tree,
+    spec,
+    use_rules,
+)
 
 # A pod that does not exist: shardings are decided without devices.
 POD = AbstractMesh((2, 8, 4, 2), MESH_AXES, axis_types=(AxisType.Auto,) * 4)

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from weight_files import assert_same, tensor
 
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.tensors import WeightsError
+from mvjax.weights.files import WeightsError
+from mvjax.weights.source import open_weights
 
 
 @pytest.mark.parametrize(

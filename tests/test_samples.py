@@ -9,16 +9,16 @@ import pytest
 from run_records import without_times
 from tiny_stages import build_stage, five_steps, tiny_loader
 
-from mvjax.clip import Clip
-from mvjax.flow.video import condition_mask
-from mvjax.models.build import video_dit_config, video_network
-from mvjax.models.linear_tokenizer import fit_linear_tokenizer, save_linear_tokenizer
-from mvjax.parallel.rules import sharding_tree
-from mvjax.policy.generation import Conditions, Denoising, VideoModel
-from mvjax.training.feed import device_batches
-from mvjax.training.loop import train
+from data_pipelines.clip import Clip
+from mvjax.flow import condition_mask
+from mvjax.models.presets import video_dit_config, video_network
+from mvjax.models.stand_ins import fit_linear_tokenizer, save_linear_tokenizer
+from mvjax.parallel import sharding_tree
+from mvjax.policy.generate import Conditions, Denoising, VideoModel
 from mvjax.training.metrics import read_records
-from mvjax.training.samples import HeldOutVideos, look_at
+from mvjax.training.prefetch import device_batches
+from mvjax.training.train import train
+from mvjax.training.validation import HeldOutVideos, look_at
 
 pytestmark = pytest.mark.usefixtures("quickly")
 IDENTITY = {"tokenizer": "given by the file"}

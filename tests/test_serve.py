@@ -7,10 +7,10 @@ from tiny_policy import run_config, save_run
 from tiny_stages import quick_compiles
 
 from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.policy.client import PolicyClient
+from mvjax.flow import Sampling
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
-from mvjax.policy.sampling import Sampling
+from mvjax.serving.client import PolicyClient
 
 ACTION = "--config=configs/quickstart_action.py:smoke"
 

@@ -17,8 +17,8 @@ from tiny_stages import quick_compiles
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from mvjax.policy.client import PolicyClient, QueryRefused
-from mvjax.policy.serving.wire import decode, encode
+from mvjax.serving.client import PolicyClient, QueryRefused
+from mvjax.serving.protocol import decode, encode
 
 PICTURE = np.zeros((*SIZE, 3), np.uint8)
 

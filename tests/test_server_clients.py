@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from running_server import Running
 
-from mvjax.policy.client import PolicyClient, QueryRefused
-from mvjax.policy.serving.wire import encode
+from mvjax.serving.client import PolicyClient, QueryRefused
+from mvjax.serving.protocol import encode
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 VANISHING = """

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from tiny_stages import build_stage, five_steps, train_tiny
 
-from mvjax.checkpoints.bridge import abstract_params, restore_params
-from mvjax.checkpoints.store import Store
+from mvjax.training.bridge import abstract_params, restore_params
+from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import read_records
-from mvjax.training.program import assemble
+from mvjax.training.start import assemble
 
 pytestmark = pytest.mark.usefixtures("quickly")
 CASES = ["lora:8,1,1,1:2", "lora:1,8,1,1:1", "lora:2,2,2,1:2", "lora:1,1,8,1:1"]

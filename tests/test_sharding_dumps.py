@@ -6,7 +6,7 @@ import math
 import pytest
 from sharding_dumps import FOLDER, as_text, dump, names, path_of
 
-from mvjax.parallel.mesh import MESH_AXES
+from mvjax.parallel import MESH_AXES
 
 REGENERATE = "if it is meant, run `python tests/sharding_dumps.py` and look at the diff"
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data_pipelines.sources.bridge_raw import open_bridge_raw, recognises
+from data_pipelines.sources.bridge import open_bridge_raw, recognises
 
 DATE = "rss/toykitchen2/set_table/00/2022-01-01_00-00-00"
 STEPS = 6

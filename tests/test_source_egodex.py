@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.sources.egodex import open_egodex
-from data_pipelines.sources.open import detect
+from data_pipelines.sources.formats import detect
 from data_pipelines.video import write_video
 
 JOINTS = ("leftHand", "rightHand", "leftIndexFingerTip")

@@ -27,7 +27,7 @@ from lerobot_datasets import (
 )
 
 from data_pipelines.episode import FrameReader
-from data_pipelines.sources.open import detect
+from data_pipelines.sources.formats import detect
 
 
 @pytest.fixture(params=NAMES)

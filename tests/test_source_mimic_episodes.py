@@ -12,7 +12,7 @@ import zarr
 from safetensors.numpy import save_file
 
 from data_pipelines.episode import FrameReader
-from data_pipelines.sources.mimic_episodes import open_mimic_episodes, recognises
+from data_pipelines.sources.mimic_video import open_mimic_episodes, recognises
 
 FIXTURES = Path(__file__).parent / "fixtures"
 TEXT = "put the bowl on the plate – now."

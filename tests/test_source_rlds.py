@@ -23,7 +23,7 @@ from rlds_datasets import (
 )
 
 from data_pipelines.episode import FrameReader
-from data_pipelines.sources.open import open_dataset
+from data_pipelines.sources.formats import open_dataset
 from data_pipelines.sources.rlds import UnknownRate
 
 IMAGE, WRIST = "steps/observation/image_0", "steps/observation/wrist_image"
@@ -155,7 +155,7 @@ def test_an_opened_dataset_can_be_sent_and_shared():
 def test_tensorflow_and_tfds_are_not_imported():
     code = (
         "import sys; from pathlib import Path;"
-        "from data_pipelines.sources.open import open_dataset;"
+        "from data_pipelines.sources.formats import open_dataset;"
         f"open_dataset('rlds', Path({str(ARM_ARRAY)!r}), 'a', 'b', dict(fps=5))[0];"
         "assert not {'tensorflow', 'tensorflow_datasets'} & set(sys.modules)"
     )

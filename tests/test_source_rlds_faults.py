@@ -6,9 +6,8 @@ import numpy as np
 import pytest
 from rlds_datasets import ARM, ARM_ARRAY, CELL, copy, damage, open_rlds, readable, rewrite, shards
 
-from data_pipelines.sources.open import detect
-from data_pipelines.sources.rlds_example import parse_example
-from data_pipelines.sources.tfrecord import read_index, read_record
+from data_pipelines.sources.formats import detect
+from data_pipelines.sources.rlds import parse_example, read_index, read_record
 
 
 def test_a_truncated_file_costs_its_last_episodes_only(tmp_path):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from data_pipelines.sources.array_pickle import PickleRefused, read_array_pickle
-from data_pipelines.sources.open import detect, open_dataset
+from data_pipelines.pickles import PickleRefused, read_array_pickle
+from data_pipelines.sources.formats import detect, open_dataset
 from data_pipelines.sources.video_folder import open_video_folder
 from data_pipelines.video import write_video
 

@@ -10,7 +10,7 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines.sources.open import detect, open_dataset
+from data_pipelines.sources.formats import detect, open_dataset
 from data_pipelines.sources.webdataset import open_webdataset
 
 FIXTURE = Path(__file__).parent / "fixtures/webdataset"  # written by make_webdataset.py

@@ -7,10 +7,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from data_pipelines.episode import Episode, FrameReader, Stream
-from data_pipelines.sources.open import open_dataset
+from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import write_video
-from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, write_lerobot
-from data_pipelines.writers.lerobot_stats import frame_stats, vector_stats
+from data_pipelines.writers.lerobot import (
+    RobotEpisode,
+    VideoPart,
+    frame_stats,
+    vector_stats,
+    write_lerobot,
+)
 from data_pipelines.writers.video_folder import write_video_folder
 
 FPS = 30

@@ -6,18 +6,22 @@ import numpy as np
 import pytest
 from tiny_stages import build_stage, tiny_batch, tiny_config
 
-from mvjax.checkpoints.bridge import abstract_params
-from mvjax.flow.action import action_loss
-from mvjax.flow.noise_levels import sample_action_time, sample_video_sigma
-from mvjax.flow.video import condition_mask, network_input
-from mvjax.models.build import (
+from mvjax.flow import (
+    action_loss,
+    condition_mask,
+    network_input,
+    sample_action_time,
+    sample_video_sigma,
+)
+from mvjax.models.presets import (
     action_decoder_config,
     decoder_network,
     video_dit_config,
     video_network,
 )
-from mvjax.training.loop import train
+from mvjax.training.bridge import abstract_params
 from mvjax.training.metrics import read_records
+from mvjax.training.train import train
 
 pytestmark = pytest.mark.usefixtures("quickly")
 KEY = jax.random.key(5)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from mvjax.evaluation.statistics import mean_success, success_table, wilson_interval
+from mvjax.evaluation.closed_loop import mean_success, success_table, wilson_interval
 
 
 @pytest.mark.parametrize(

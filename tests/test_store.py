@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 from toy_training import toy_config, toy_loader, toy_stage
 
-from mvjax.checkpoints.bridge import abstract_params, read_meta, restore_params
-from mvjax.checkpoints.store import Store, checkpoint_folder
-from mvjax.checkpoints.tree_match import CheckpointMismatch
-from mvjax.models.param_tree import merge
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules
-from mvjax.training.loop import train
-from mvjax.training.optimizer import make_optimizer
-from mvjax.training.state import abstract_state
+from mvjax.models.network import merge
+from mvjax.parallel import make_mesh, make_rules
+from mvjax.training.bridge import abstract_params, read_meta, restore_params
+from mvjax.training.checkpoint import CheckpointMismatch, Store, checkpoint_folder
+from mvjax.training.step import abstract_state, make_optimizer
+from mvjax.training.train import train
 
 
 def toy_abstract(stage=None, ema=True):

@@ -12,13 +12,17 @@ import pytest
 from conftest import CORPUS
 from published import to_arrays, to_params
 
-from mvjax.checkpoints.torch_weights.names_t5 import IGNORED, T5, TIED
 from mvjax.models import presets
-from mvjax.models.parameters import Network
-from mvjax.models.t5_encoder import T5Encoder, T5EncoderConfig, position_bucket
-from mvjax.models.t5_text import T5TextEncoder
-from mvjax.models.text_tokenizer import load_t5_tokenizer
-from mvjax.parallel.rules import make_rules, sharding_tree
+from mvjax.models.network import Network
+from mvjax.models.t5 import (
+    T5Encoder,
+    T5EncoderConfig,
+    T5TextEncoder,
+    load_t5_tokenizer,
+    position_bucket,
+)
+from mvjax.parallel import make_rules, sharding_tree
+from mvjax.weights.names import IGNORED, T5, TIED
 
 GOLDEN = Path(__file__).parent / "golden" / "t5_encoder.npz"
 TEXTS = [

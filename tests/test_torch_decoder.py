@@ -5,15 +5,18 @@ import numpy as np
 import pytest
 from test_networks import decoder_config, load, relative_rms
 
-from mvjax.checkpoints.torch_weights.names_dit import action_decoder as decoder_names
-from mvjax.flow.action import sample_actions, scale_noisy_actions
+from mvjax.flow import sample_actions, scale_noisy_actions
 from mvjax.models.action_decoder import ActionDecoderConfig
-from mvjax.models.build import decoder_network
+from mvjax.models.presets import decoder_network
+from mvjax.weights.names import action_decoder as decoder_names
 
 torch = pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
 
-from mvjax.checkpoints.torch_weights.torch_action_decoder import TorchActionDecoder  # noqa: E402
-from mvjax.checkpoints.torch_weights.torch_networks import decoder_rules, load_params  # noqa: E402
+from launch.benchmarks.torch_networks import (  # noqa: E402
+    TorchActionDecoder,
+    decoder_rules,
+    load_params,
+)
 
 
 @pytest.fixture(scope="module")

@@ -7,9 +7,9 @@ import pytest
 from torch_archives import described, rebuild, write_zip
 from weight_files import assert_same, every_type, tensor
 
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.tensors import WeightsError
+from mvjax.weights.files import WeightsError
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.source import open_weights
 
 
 def test_storages_are_aligned_and_checksummed(tmp_path):

@@ -8,13 +8,10 @@ import numpy as np
 import pytest
 from weight_files import every_type, small
 
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.safetensors_files import (
-    write_safetensors,
-    write_safetensors_folder,
-)
-from mvjax.checkpoints.torch_weights.tensors import WeightsError
+from mvjax.weights.files import WeightsError
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.safetensors_files import write_safetensors, write_safetensors_folder
+from mvjax.weights.source import open_weights
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data_pipelines.transforms import (
+from data_pipelines.representations import (
     ROTATION_WIDTHS,
     gripper_command,
     gripper_opening,

@@ -7,14 +7,13 @@ import pytest
 from encode_toys import SIZE, episode, random_tokenizer
 from tiny_stages import quick_compiles, tiny_config
 
-from data_pipelines.encoding.job import encode_dataset
-from data_pipelines.normalization.normalizer import compute_statistics
-from data_pipelines.records.dataset import RecordDataset
-from mvjax.checkpoints.encoders import load_text_encoder, load_video_tokenizer
-from mvjax.models.linear_tokenizer import save_linear_tokenizer
-from mvjax.policy.load import load_policy
+from data_pipelines.normalize import compute_statistics
+from data_pipelines.records import RecordDataset
+from mvjax.encode import encode_dataset
+from mvjax.flow import Sampling
+from mvjax.models.stand_ins import save_linear_tokenizer
+from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokenizer
 from mvjax.policy.observation import Observation
-from mvjax.policy.sampling import Sampling
 from mvjax.training.run import run
 
 # What their actions and states are in: metres here, millimetres around another origin there.

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from rlds_datasets import ARM, copy
 
-from data_pipelines.sources.open import open_dataset
-from data_pipelines.unreadable import reason
+from data_pipelines.episode import reason
+from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import VideoFile
 
 FIXTURES = Path(__file__).parent / "fixtures"

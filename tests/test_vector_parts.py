@@ -9,9 +9,8 @@ from ml_collections import ConfigDict
 from vector_streams import HZ, TIMES, N, read_parts
 
 from data_pipelines.episode import Stream
-from data_pipelines.normalization.normalizer import Mode
-from data_pipelines.vectors.parts import dims, mask, modes, parse
-from data_pipelines.vectors.vector import StreamMismatch, read
+from data_pipelines.representations import Mode
+from data_pipelines.vectors import StreamMismatch, dims, mask, modes, parse, read
 
 
 def test_widths_and_modes():

@@ -14,8 +14,7 @@ from vector_streams import (
     there_and_back,
 )
 
-from data_pipelines.vectors.parts import mask, parse, streams
-from data_pipelines.vectors.vector import read, restore
+from data_pipelines.vectors import mask, parse, read, restore, streams
 
 
 def test_one_name_is_its_values():

@@ -19,8 +19,7 @@ from vector_streams import (
 )
 
 from data_pipelines.episode import Stream
-from data_pipelines.vectors.parts import parse
-from data_pipelines.vectors.vector import read
+from data_pipelines.vectors import parse, read
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "windows.npz")
 

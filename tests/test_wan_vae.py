@@ -10,12 +10,10 @@ import numpy as np
 import pytest
 from published import to_arrays, to_params
 
-from mvjax.checkpoints.torch_weights.names_wan_vae import wan_vae, wan_vae_diffusers
-from mvjax.models.parameters import Network
+from mvjax.models.network import Network
 from mvjax.models.presets import WAN_VAES
-from mvjax.models.wan_vae import WanVAE
-from mvjax.models.wan_vae_config import LATENT_MEAN, LATENT_STD, WanVAEConfig
-from mvjax.models.wan_vae_layers import ChannelNorm
+from mvjax.models.wan_vae import LATENT_MEAN, LATENT_STD, ChannelNorm, WanVAE, WanVAEConfig
+from mvjax.weights.names import wan_vae, wan_vae_diffusers
 
 TINY = WAN_VAES["tiny"]
 pytestmark = pytest.mark.usefixtures("quickly")

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from weight_files import assert_same, every_type, small, tensor, to_pt, to_safetensors, to_shards
 
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.safetensors_files import write_safetensors
-from mvjax.checkpoints.torch_weights.tensors import TorchTensor, WeightsError
+from mvjax.weights.files import TorchTensor, WeightsError
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.safetensors_files import write_safetensors
+from mvjax.weights.source import open_weights
 
 
 @pytest.mark.parametrize("write", [write_pt, write_safetensors])
@@ -135,7 +135,7 @@ def test_strided_values_are_written_in_their_own_order(tmp_path):
 def test_torch_is_not_imported():
     code = (
         "import sys; sys.modules['torch'] = sys.modules['safetensors'] = None\n"
-        "import mvjax.checkpoints.torch_weights.open, mvjax.checkpoints.torch_weights.pt_writer"
+        "import mvjax.weights.source, mvjax.weights.pt_files"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -6,13 +6,10 @@ import numpy as np
 import pytest
 from weight_files import assert_same, small, tensor
 
-from mvjax.checkpoints.torch_weights.open import open_weights
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.safetensors_files import (
-    write_safetensors,
-    write_safetensors_folder,
-)
-from mvjax.checkpoints.torch_weights.tensors import WeightsError
+from mvjax.weights.files import WeightsError
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.safetensors_files import write_safetensors, write_safetensors_folder
+from mvjax.weights.source import open_weights
 
 
 def test_folders(tmp_path):

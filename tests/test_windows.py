@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.episode import Stream
-from data_pipelines.transforms import relative_poses, rotation_to_6d
+from data_pipelines.representations import relative_poses, rotation_to_6d
 from data_pipelines.windows import SECOND_NS, WindowSpec, anchors, read_window, request_times
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "windows.npz")

@@ -7,7 +7,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from mvjax.policy.serving.wire import WireError, WireLimits, decode, encode
+from mvjax.serving.protocol import WireError, WireLimits, decode, encode
 
 DTYPES = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()
 
@@ -115,7 +115,7 @@ def test_only_plain_numbers_are_sent():
 def test_a_robot_needs_neither_jax_nor_the_rest_of_the_package():
     """The client imports quickly where only numpy, msgpack and websockets are installed."""
     program = (
-        "import sys, mvjax.policy.client; "
+        "import sys, mvjax.serving.client; "
         "allowed = {'numpy', 'msgpack', 'websockets', 'mvjax', *sys.stdlib_module_names}; "
         "allowed.add('cython_runtime'); "
         "print([m for m in sys.modules if m.split('.')[0] not in allowed and m[0] != '_'])"

@@ -12,25 +12,27 @@ import numpy as np
 from ml_collections import ConfigDict
 from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
 
-from data_pipelines.normalization.normalizer import Mode, Normalizer, compute_statistics
-from mvjax.clip import Clip
-from mvjax.models.build import (
+from data_pipelines.clip import Clip
+from data_pipelines.normalize import Normalizer, compute_statistics
+from data_pipelines.representations import Mode
+from mvjax.flow import Sampling
+from mvjax.models.presets import (
     action_decoder_config,
     decoder_network,
     video_dit_config,
     video_network,
 )
-from mvjax.models.linear_tokenizer import LinearTokenizer, Projection, save_linear_tokenizer
-from mvjax.models.ngram_text import NgramTextEncoder
-from mvjax.policy.model import VideoActionModel
+from mvjax.models.stand_ins import (
+    LinearTokenizer,
+    NgramTextEncoder,
+    Projection,
+    save_linear_tokenizer,
+)
 from mvjax.policy.observation import Observation
-from mvjax.policy.policy import Policy
-from mvjax.policy.sampling import Sampling
-from mvjax.policy.serving.adapters.body import body_of
-from mvjax.policy.serving.adapters.clients import make_adapter
-from mvjax.policy.serving.server import Serving
-from mvjax.policy.serving.start import Batching, make_server
-from mvjax.policy.serving.wire import WireLimits
+from mvjax.policy.policy import Policy, VideoActionModel
+from mvjax.serving.adapters import body_of, make_adapter
+from mvjax.serving.protocol import WireLimits
+from mvjax.serving.server import Batching, Serving, make_server
 
 DIMS = {"plain": (4, 4), "libero": (10, 10)}
 SIZE = (48, 32)

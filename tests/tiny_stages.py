@@ -15,19 +15,17 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from mvjax.checkpoints.store import Store
-from mvjax.clip import Clip
-from mvjax.models.ngram_text import NgramTextEncoder
-from mvjax.models.param_tree import Params
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import Rules, make_rules
-from mvjax.training import stages
-from mvjax.training.loop import train
+from data_pipelines.clip import Clip
+from mvjax.models.network import Params
+from mvjax.models.stand_ins import NgramTextEncoder
+from mvjax.parallel import Rules, make_mesh, make_rules
+from mvjax.training import start
+from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import Record
-from mvjax.training.program import assemble
-from mvjax.training.stage import Stage
-from mvjax.training.start import describe
-from mvjax.training.state import create_state
+from mvjax.training.objectives import Stage
+from mvjax.training.start import assemble, describe
+from mvjax.training.step import create_state
+from mvjax.training.train import train
 
 WORDS = ("open the drawer", "close the drawer", "press the button")
 
@@ -84,7 +82,7 @@ def build_stage(config: ConfigDict) -> tuple[Stage, Mesh, Rules]:
     """The stage of a configuration, and where it runs."""
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     with jax.set_mesh(mesh):
-        return stages.build(config, mesh, rules), mesh, rules
+        return start.build(config, mesh, rules), mesh, rules
 
 
 def train_tiny(config: ConfigDict, workdir: Path) -> Record:

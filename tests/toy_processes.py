@@ -9,10 +9,10 @@ from pathlib import Path
 from jax.sharding import NamedSharding, PartitionSpec
 from toy_training import toy_config, toy_loader, toy_stage
 
-from mvjax.parallel import distributed
-from mvjax.parallel.mesh import make_mesh
-from mvjax.training.feed import local_rows
-from mvjax.training.loop import train
+from mvjax import parallel
+from mvjax.parallel import make_mesh
+from mvjax.training.prefetch import local_rows
+from mvjax.training.train import train
 
 
 class Rows:
@@ -39,5 +39,5 @@ def train_toys(workdir: str | Path, steps: int, *mesh: str) -> None:
 
 
 if __name__ == "__main__":
-    with distributed.initialized():
+    with parallel.initialized():
         train_toys(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

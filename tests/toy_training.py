@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from mvjax.parallel.rules import constrain
-from mvjax.training.loop import train
-from mvjax.training.stage import Stage
+from mvjax.parallel import constrain
+from mvjax.training.objectives import Stage
+from mvjax.training.train import train
 
 WIDTH, LENGTH = 16, 8
 

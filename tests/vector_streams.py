@@ -4,8 +4,7 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from data_pipelines.episode import Stream
-from data_pipelines.vectors.parts import bases, parse, streams
-from data_pipelines.vectors.vector import read, restore, vector
+from data_pipelines.vectors import bases, parse, read, restore, streams, vector
 
 RNG = np.random.default_rng(0)
 N, HZ = 40, 10

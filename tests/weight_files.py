@@ -2,13 +2,9 @@
 
 import numpy as np
 
-from mvjax.checkpoints.torch_weights.dtypes import TYPE_NAMES
-from mvjax.checkpoints.torch_weights.pt_writer import write_pt
-from mvjax.checkpoints.torch_weights.safetensors_files import (
-    write_safetensors,
-    write_safetensors_folder,
-)
-from mvjax.checkpoints.torch_weights.tensors import TorchTensor
+from mvjax.weights.files import TYPE_NAMES, TorchTensor
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.safetensors_files import write_safetensors, write_safetensors_folder
 
 
 def tensor(array):

@@ -18,8 +18,7 @@ import h5py
 import numpy as np
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
-from data_pipelines.sources.hdf5_frames import named_faults
-from data_pipelines.sources.text import decode_text
+from data_pipelines.sources.files import decode_text, named_faults
 from data_pipelines.video import VideoFile, VideoPool
 
 FPS = 30

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipelines.episode import Episode, LazyEpisodes
-from data_pipelines.sources.finished import check_finished
-from data_pipelines.sources.text import read_text
-from data_pipelines.sources.text_embedding import read_text_embedding
+from data_pipelines.sources.clips import read_text_embedding
+from data_pipelines.sources.files import check_finished, read_text
 from data_pipelines.video import VideoFile, VideoPool
 from data_pipelines.video_index import VIDEO_SUFFIXES
 

@@ -19,14 +19,156 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data_pipelines.writers.lerobot_meta import (
-    CHUNK_FILES,
-    DATA_PATH,
-    VIDEO_PATH,
-    dataset_info,
-    tasks_table,
-)
-from data_pipelines.writers.lerobot_stats import Stats, combine, vector_stats
+# The descriptive files of a LeRobot v3.0 dataset: `meta/info.json`, `meta/tasks.parquet`.
+
+
+CHUNK_FILES = 1000  # files per chunk folder
+DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+OWN_COLUMNS = {  # columns LeRobot adds to every dataset
+    "timestamp": "float32",
+    "frame_index": "int64",
+    "episode_index": "int64",
+    "index": "int64",
+    "task_index": "int64",
+}
+
+
+def tasks_table(tasks: list[str]) -> pa.Table:
+    """Task numbers indexed by the task's text, as pandas stores a data frame with an index."""
+    columns = [
+        {
+            "name": name,
+            "field_name": name,
+            "pandas_type": kind,
+            "numpy_type": numpy,
+            "metadata": None,
+        }
+        for name, kind, numpy in (
+            ("task_index", "int64", "int64"),
+            ("task", "unicode", "object"),
+        )
+    ]
+    names = {"name": None, "field_name": None, "pandas_type": "unicode", "numpy_type": "object"}
+    pandas = {
+        "index_columns": ["task"],
+        "column_indexes": [{**names, "metadata": {"encoding": "UTF-8"}}],
+        "columns": columns,
+        "creator": {"library": "pyarrow", "version": pa.__version__},
+        "pandas_version": "2.0.0",
+    }
+    table = pa.table({"task_index": np.arange(len(tasks)), "task": tasks})
+    return table.replace_schema_metadata({"pandas": json.dumps(pandas)})
+
+
+def dataset_info(
+    *,
+    vectors: Mapping[str, int],
+    videos: Sequence[str],
+    frame_size: tuple[int, int],
+    fps: int,
+    robot_type: str,
+    totals: Mapping[str, int],
+) -> dict:
+    """The content of info.json.
+
+    Args:
+        vectors: feature name -> dimensions of a float32 vector.
+        videos: names of the video features.
+        frame_size: (height, width) of the videos in pixels.
+        fps: frames and rows per second.
+        robot_type: the robot's name.
+        totals: total_episodes, total_frames and total_tasks.
+    """
+    height, width = frame_size
+    features = {
+        key: {"dtype": "float32", "shape": [dim], "names": None} for key, dim in vectors.items()
+    }
+    for key in videos:
+        features[key] = {
+            "dtype": "video",
+            "shape": [height, width, 3],
+            "names": ["height", "width", "channels"],
+            "info": {
+                "video.height": height,
+                "video.width": width,
+                "video.codec": "h264",
+                "video.pix_fmt": "yuv420p",
+                "video.is_depth_map": False,
+                "video.fps": fps,
+                "video.channels": 3,
+                "has_audio": False,
+            },
+        }
+    for key, dtype in OWN_COLUMNS.items():
+        features[key] = {"dtype": dtype, "shape": [1], "names": None}
+    return {
+        "codebase_version": "v3.0",
+        "robot_type": robot_type,
+        **totals,
+        "chunks_size": CHUNK_FILES,
+        "data_files_size_in_mb": 100,
+        "video_files_size_in_mb": 500,
+        "fps": fps,
+        "splits": {"train": f"0:{totals['total_episodes']}"},
+        "data_path": DATA_PATH,
+        "video_path": VIDEO_PATH if videos else None,
+        "features": features,
+    }
+
+
+# The statistics a LeRobot v3.0 dataset carries, per episode and over all of it.
+#
+# Each feature has min, max, mean, std, count and the quantiles q01, q10, q50, q90, q99. Vectors
+# have shape [d]; pictures are scaled to [0, 1] and have shape [3, 1, 1], over a sample of the
+# frames.
+
+
+QUANTILES = {"q01": 0.01, "q10": 0.1, "q50": 0.5, "q90": 0.9, "q99": 0.99}
+
+Stats = dict[str, np.ndarray]
+
+
+def vector_stats(values: np.ndarray) -> Stats:
+    """Statistics of [n, d] values, each of shape [d] (count: [1])."""
+    values = values.astype(np.float64)
+    quantiles = np.quantile(values, list(QUANTILES.values()), axis=0)
+    return {
+        "min": values.min(0),
+        "max": values.max(0),
+        "mean": values.mean(0),
+        "std": values.std(0),
+        "count": np.array([len(values)]),
+        **dict(zip(QUANTILES, quantiles)),
+    }
+
+
+def frame_stats(frames: Sequence[np.ndarray]) -> Stats:
+    """Statistics of uint8 [h, w, 3] frames per channel, each of shape [3, 1, 1] (count: [1])."""
+    stats = vector_stats(np.stack(frames).reshape(-1, 3) / 255.0)
+    stats = {name: value.reshape(3, 1, 1) for name, value in stats.items() if name != "count"}
+    return {**stats, "count": np.array([len(frames)])}
+
+
+def combine(parts: Sequence[Stats]) -> Stats:
+    """Statistics of a union from those of its parts; quantiles are averaged, as LeRobot does."""
+    counts = np.array([part["count"][0] for part in parts], np.float64)
+    weights = counts / counts.sum()
+
+    def average(values: Sequence[np.ndarray]) -> np.ndarray:
+        return np.tensordot(weights, np.stack(values), 1)
+
+    mean = average([part["mean"] for part in parts])
+    variance = average([part["std"] ** 2 + (part["mean"] - mean) ** 2 for part in parts])
+    return {
+        "min": np.min([part["min"] for part in parts], 0),
+        "max": np.max([part["max"] for part in parts], 0),
+        "mean": mean,
+        "std": np.sqrt(variance),
+        "count": np.array([int(counts.sum())]),
+        **{name: average([part[name] for part in parts]) for name in QUANTILES},
+    }
+
 
 EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
 

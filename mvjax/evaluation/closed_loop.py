@@ -1,23 +1,23 @@
 """Success in a simulator: the settings (mode and stop step) of a trained policy, one by one."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from statistics import NormalDist, fmean
 from typing import Any
 
 import jax
 import numpy as np
 
-from mvjax.evaluation.results import EpisodeResult, Setting, write_setting
-from mvjax.evaluation.rollout import Plan, run_rollouts
-from mvjax.evaluation.suites.libero import Libero
-from mvjax.evaluation.suites.libero_policy import libero_commands
-from mvjax.evaluation.suites.libero_python import libero_python
+from mvjax.evaluation.rollout import EpisodeResult, Plan, Setting, run_rollouts, write_setting
+from mvjax.evaluation.suites.libero import Libero, libero_commands, libero_python
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.evaluation.suites.suite import Convert, Suite
+from mvjax.flow import Sampling
 from mvjax.policy.load import load_policy, policy_identity
 from mvjax.policy.observation import Observation, ObservationSpec
-from mvjax.policy.sampling import Sampling
 
 SUITES = {
     "metaworld": Suite(MetaWorld, control_hz=80),
@@ -148,3 +148,79 @@ def _in_simulator(plan: Plan, convert: Convert) -> Plan:
         return np.stack([convert(chunk, seen.proprio[-1]) for chunk, seen in chunks])
 
     return converted
+
+
+# Success rates with confidence intervals.
+
+
+@dataclass(frozen=True)
+class SuccessRate:
+    """A success rate with its Wilson interval; rate, low and high are fractions."""
+
+    name: str
+    successes: int
+    trials: int
+    rate: float
+    low: float
+    high: float
+
+
+def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tuple[float, float]:
+    """The Wilson score interval of a success probability.
+
+    Unlike the normal approximation it stays inside [0, 1] and does not shrink to a point at 0 or
+    all successes (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4).
+
+    Args:
+        successes: how many trials succeeded.
+        trials: how many there were; with none, nothing is known and the interval is (0, 1).
+        confidence: the two-sided confidence level.
+
+    Returns:
+        The lower and upper end, as fractions.
+    """
+    if not 0 <= successes <= trials:
+        raise ValueError(f"{successes} successes of {trials} trials is not possible.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is a fraction between 0 and 1, not {confidence}.")
+    if trials == 0:
+        return 0.0, 1.0
+    z = NormalDist().inv_cdf(0.5 + confidence / 2)
+    rate = successes / trials
+    scale = 1 + z * z / trials
+    centre = (rate + z * z / (2 * trials)) / scale
+    spread = z / scale * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
+    # Exact at the ends, where rounding would leave 1e-17.
+    low = 0.0 if successes == 0 else centre - spread
+    high = 1.0 if successes == trials else centre + spread
+    return low, high
+
+
+def success_rate(name: str, successes: int, trials: int) -> SuccessRate:
+    """A rate with its 95 % Wilson interval."""
+    rate = successes / trials if trials else 0.0
+    return SuccessRate(name, successes, trials, rate, *wilson_interval(successes, trials))
+
+
+def success_table(outcomes: Iterable[tuple[str, bool]]) -> list[SuccessRate]:
+    """Success per task, in order of first appearance.
+
+    Args:
+        outcomes: (task, success) of every episode.
+    """
+    by_task: dict[str, list[bool]] = {}
+    for task, success in outcomes:
+        by_task.setdefault(task, []).append(bool(success))
+    return [success_rate(task, sum(tried), len(tried)) for task, tried in by_task.items()]
+
+
+def mean_success(table: list[SuccessRate]) -> SuccessRate:
+    """The mean over tasks, every task weighing the same, with the Wilson interval of all episodes.
+
+    The interval pools the episodes: it says how sure the number is for these tasks, not how it
+    would be on other tasks.
+    """
+    successes = sum(row.successes for row in table)
+    trials = sum(row.trials for row in table)
+    rate = fmean(row.rate for row in table) if table else 0.0
+    return SuccessRate("mean", successes, trials, rate, *wilson_interval(successes, trials))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from mvjax.evaluation.statistics import SuccessRate
+from mvjax.evaluation.closed_loop import SuccessRate
 
 if TYPE_CHECKING:  # loaded when the first figure is drawn: an evaluation may have none
     from matplotlib.axes import Axes

@@ -6,20 +6,201 @@ at every stop step ("genvid"). Both are here, per step of the chunk and dimensio
 SSIM of the video that full denoising ends with.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
-from itertools import islice
+from html import escape
+from itertools import groupby, islice
+from pathlib import Path
+from string import Template
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import scipy
+from ml_collections import ConfigDict
+from tqdm import tqdm
 
-from mvjax.evaluation.held_out import Window
-from mvjax.evaluation.similarity import psnr, ssim
-from mvjax.flow.sampler import Trajectory, advance, evaluations, start
-from mvjax.policy.model import Inputs, VideoActionModel, Weights, medoid, to_pixels
-from mvjax.policy.policy import Policy
+from data_pipelines.clips import cut_episode
+from data_pipelines.episode import Episode, split_of
+from data_pipelines.records import write_npz
+from data_pipelines.sources.formats import open_config
+from data_pipelines.video import write_video
+from mvjax.encode import wait_until
+from mvjax.evaluation.figures import curves_figure
+from mvjax.evaluation.report import row, section, table
+from mvjax.flow import Sampling, Trajectory, advance, evaluations, start
+from mvjax.policy.load import load_policy, policy_identity
+from mvjax.policy.observation import Observation
+from mvjax.policy.policy import Inputs, Policy, VideoActionModel, Weights, medoid, to_pixels
+
+# Moments of held-out episodes, as observations with their true future and what was done there.
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a held-out episode.
+
+    Attributes:
+        dataset: the dataset's name.
+        episode: the episode's number in it.
+        id: the episode's id.
+        at: how much of the episode lies before it, a share.
+    """
+
+    dataset: str
+    episode: int
+    id: str
+    at: Fraction
+
+
+@dataclass(frozen=True)
+class Window:
+    """What a demonstration shows at a moment.
+
+    Attributes:
+        moment: which one.
+        observation: with the true future.
+        actions: what was done, raw units [horizon, dim].
+    """
+
+    moment: Moment
+    observation: Observation
+    actions: np.ndarray
+
+
+def held_out_episodes(
+    episodes: Sequence[Episode], dataset: ConfigDict, validation_share: float
+) -> dict[int, str]:
+    """Number and id of the episodes that no training has seen.
+
+    One that cannot be opened is left out and said: the encoding job has left it out as well.
+
+    Args:
+        episodes: of the dataset.
+        dataset: its config section.
+        validation_share: share of the episodes that training holds out.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    held_out = {}
+    for number in range(len(episodes)):
+        try:
+            id = episodes[number].id
+        except Exception as error:  # readers and decoders raise types of their own
+            print(f"{dataset.name}: skipped episode number {number}: {error}", file=sys.stderr)
+            continue
+        if split_of(id, validation_share) == "validation":
+            held_out[number] = id
+    if not held_out:
+        raise ValueError(
+            f"Dataset {dataset.name!r} has no held-out episode: config.validation_share is "
+            f"{validation_share}; train with a larger one."
+        )
+    return held_out
+
+
+def held_out_moments(
+    episodes: Sequence[Episode], dataset: ConfigDict, validation_share: float, count: int
+) -> list[Moment]:
+    """So many moments, spread over the held-out episodes and over their length.
+
+    Args:
+        episodes, dataset, validation_share: as in `held_out_episodes`.
+        count: how many.
+
+    Returns:
+        Moments in the order of their episodes.
+    """
+    held_out = held_out_episodes(episodes, dataset, validation_share)
+    numbers = list(held_out)
+    chosen = Counter(numbers[n * len(numbers) // count] for n in range(count))
+    return [
+        Moment(dataset.name, number, held_out[number], Fraction(2 * n + 1, 2 * many))
+        for number, many in chosen.items()
+        for n in range(many)
+    ]
+
+
+def windows_at(
+    episode: Episode, moments: Sequence[Moment], dataset: ConfigDict, config: ConfigDict
+) -> list[Window]:
+    """Reads moments of one episode.
+
+    Args:
+        episode: theirs.
+        moments: which.
+        dataset: its config section, with actions.
+        config: `clip` and `policy_io`.
+
+    Raises:
+        ValueError: if the episode cannot be cut.
+    """
+    cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
+    windows = []
+    for moment in moments:
+        index = int(moment.at * len(cuts.clips))
+        past, future = np.split(cuts.frames[cuts.clips[index]], [config.clip.observed_frames])
+        proprio = cuts.columns["proprio"][index]
+        observation = Observation(past, proprio, episode.instructions[0], future)
+        windows.append(Window(moment, observation, cuts.columns["actions"][index]))
+    return windows
+
+
+# How alike two videos are: PSNR and SSIM.
+
+
+PEAK = 255.0
+_WINDOW = dict(sigma=1.5, truncate=3.5)  # 11 x 11 pixels
+
+
+def psnr(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Peak signal-to-noise ratio in dB, per frame.
+
+    Args:
+        video, reference: uint8 [t, h, w, 3].
+
+    Returns:
+        float64 [t]; infinity where the frames are equal.
+    """
+    error = np.mean((video.astype(np.float64) - reference) ** 2, axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(PEAK**2 / error)
+
+
+def ssim(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Structural similarity, per frame: 1 for equal frames.
+
+    Wang et al. 2004: Gaussian window of σ 1.5 over 11x11 pixels, K1 0.01, K2 0.03, population
+    covariance; the mean over pixels whose window lies inside the frame, and over the colours.
+
+    Args:
+        video, reference: uint8 [t, h, w, 3], at least 11 pixels high and wide.
+
+    Returns:
+        float64 [t].
+    """
+    return np.array(
+        [_ssim(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(video, reference)]
+    )
+
+
+def _ssim(x: np.ndarray, y: np.ndarray) -> float:
+    blur = lambda image: scipy.ndimage.gaussian_filter(image, axes=(0, 1), **_WINDOW)  # noqa: E731
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    likeness = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    likeness /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    return float(likeness[5:-5, 5:-5].mean())
 
 
 @dataclass(frozen=True)
@@ -118,3 +299,279 @@ def _step(
 @jax.jit
 def _decode(weights: Weights, latents: jax.Array) -> jax.Array:
     return to_pixels(weights[0], latents)
+
+
+# The offline evaluation on file: `offline.json` for programs, `offline.html` for people.
+
+
+TRUE, GENERATED = "true video", "generated video"
+
+
+def summarise(
+    errors: Sequence[WindowErrors],
+    unreadable: Sequence[str],
+    stop_steps: Sequence[int],
+    sigmas: np.ndarray,
+    label: str,
+) -> dict[str, Any]:
+    """Means over windows, JSON-able.
+
+    Args:
+        errors: of every window.
+        unreadable: episodes that are not among them, and why.
+        stop_steps: at which the video was read.
+        sigmas: noise levels of the whole schedule.
+        label: what was evaluated.
+
+    Returns:
+        windows, unreadable, label, stop_steps, sigmas; under "true_video" and "generated_video"
+        mse (of normalised actions, per stop step), mse_by_step and mse_by_dimension (per stop step
+        and step of the chunk, or dimension), and mae_by_dimension (in the actions' units); psnr and
+        ssim per future frame.
+    """
+
+    def mean(name: str, *axes: int) -> list:
+        return np.mean([getattr(e, name) for e in errors], axis=(0, *axes)).tolist()
+
+    summary = {
+        "label": label,
+        "windows": len(errors),
+        "unreadable": list(unreadable),
+        "stop_steps": list(stop_steps),
+        "sigmas": [float(sigmas[k]) for k in stop_steps],
+    }
+    for name in ("true_video", "generated_video"):
+        summary[name] = {
+            "mse": mean(name, 2, 3),
+            "mse_by_step": mean(name, 3),
+            "mse_by_dimension": mean(name, 2),
+            "mae_by_dimension": mean(f"raw_{name}", 2),
+        }
+    finite = np.minimum([e.psnr for e in errors], 100.0)  # equal frames are infinitely alike
+    return summary | {"psnr": finite.mean(axis=0).tolist(), "ssim": mean("ssim")}
+
+
+def write_offline(folder: Path, summary: dict[str, Any]) -> Path:
+    """Writes both files and returns the page's path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    template = Template(Path(__file__).with_name("report.html").read_text())
+    body = "\n".join([_head(summary), _levels(summary), _chunk(summary), _video(summary)])
+    title = escape(f"Offline evaluation of {summary['label']}")
+    page = template.substitute(title=title, body=body)
+    for name, text in (("offline.json", json.dumps(summary, indent=1)), ("offline.html", page)):
+        partial = folder / f"{name}.partial"
+        partial.write_text(text)
+        partial.replace(folder / name)
+    return folder / "offline.html"
+
+
+def _head(summary: dict[str, Any]) -> str:
+    return section(
+        "What was measured",
+        f"<p>{escape(summary['label'])}: {summary['windows']} moments of held-out episodes.</p>"
+        + "".join(f"<p>Could not be read: {escape(said)}</p>" for said in summary["unreadable"])
+        + "<p>Action error: mean squared error of the normalised chunk against what was done "
+        "there; 1 is about what a constant would get.</p>",
+    )
+
+
+def _levels(summary: dict[str, Any]) -> str:
+    steps = summary["stop_steps"]
+    curves = {
+        name: (np.array(steps), np.array(summary[key]["mse"]))
+        for name, key in ((TRUE, "true_video"), (GENERATED, "generated_video"))
+    }
+    rows = [
+        row(str(k), [f"{sigma:.3g}", *(f"{values[i]:.4f}" for _, values in curves.values())])
+        for i, (k, sigma) in enumerate(zip(steps, summary["sigmas"]))
+    ]
+    figure = curves_figure(curves, "stop step K of the video", "action error", "Error by stop step")
+    return section(
+        "By noise level of the video",
+        figure + table(("stop step K", "σ", TRUE, GENERATED), rows),
+    )
+
+
+def _chunk(summary: dict[str, Any]) -> str:
+    errors = np.array(summary["generated_video"]["mse_by_step"][0])
+    steps = {f"K = {summary['stop_steps'][0]}": (np.arange(1, len(errors) + 1), errors)}
+    rows = []
+    for d in range(len(summary["generated_video"]["mse_by_dimension"][0])):
+        cells = []
+        for key in ("true_video", "generated_video"):
+            cells += [
+                f"{summary[key][n][0][d]:.4g}" for n in ("mse_by_dimension", "mae_by_dimension")
+            ]
+        rows.append(row(str(d), cells))
+    head = (
+        "dimension",
+        f"{TRUE}: MSE",
+        "absolute, in units",
+        f"{GENERATED}: MSE",
+        "absolute, in units",
+    )
+    figure = curves_figure(steps, "step of the chunk", "action error", "Error along the chunk")
+    return section("Along the chunk and by dimension", figure + table(head, rows))
+
+
+def _video(summary: dict[str, Any]) -> str:
+    frames = np.arange(1, len(summary["psnr"]) + 1)
+    figures = [
+        curves_figure({name: (frames, np.array(summary[key]))}, "future frame", name, name)
+        for name, key in (("PSNR, dB", "psnr"), ("SSIM", "ssim"))
+    ]
+    words = f"<p>PSNR {np.mean(summary['psnr']):.2f} dB, SSIM {np.mean(summary['ssim']):.3f}.</p>"
+    return section("Fully denoised video against the true future", words + "".join(figures))
+
+
+# The offline evaluation as a job: shared by processes, and continued where it was stopped.
+#
+# What was computed at a moment is kept in a file of its own, `moments/<digest>.npz`; the digest
+# is of all that decides it. So a file that is there is what is wanted, whoever has written it.
+
+
+_UNREADABLE = "unreadable"  # in place of errors: why the episode could not be read
+Files = Mapping[Moment, Path]
+
+
+def evaluate_offline(
+    config: Any, checkpoint: Path, folder: Path, stop_steps: Sequence[int], count: int, batch: int
+) -> dict[str, Any]:
+    """Evaluates a policy on the held-out episodes of every dataset with actions.
+
+    The processes of a job share the episodes and the folder; each has the whole policy on its own
+    devices. An episode that cannot be read is left out and named.
+
+    Args:
+        config: configuration of the stage-2 run.
+        checkpoint: its training directory.
+        folder: where the results go.
+        stop_steps: at which to read the video.
+        count: moments per dataset.
+        batch: moments computed at once.
+
+    Returns:
+        What `summarise` gives, in every process.
+
+    Raises:
+        ValueError: if nothing is held out, or none of it can be read.
+    """
+    sampling = Sampling(**config.sampler)
+    sections = {d.name: d for d in config.datasets.values() if d.action}
+    episodes = {name: open_config(dataset) for name, dataset in sections.items()}
+    measured = [policy_identity(config, checkpoint), str(sampling), list(stop_steps)]
+    files: dict[Moment, Path] = {}
+    for name, dataset in sections.items():
+        moments = held_out_moments(episodes[name], dataset, config.validation_share, count)
+        files |= _files(folder / "moments", moments, [*measured, *_settings(dataset, config)])
+
+    def windows(moments: Iterable[Moment]) -> Iterator[Window]:
+        for (name, number), of_one in groupby(moments, _episode):
+            of_one = list(of_one)
+            try:
+                read = windows_at(episodes[name][number], of_one, sections[name], config)
+            except Exception as error:  # decoders raise types of their own
+                for moment in of_one:
+                    reason = f"{moment.id}: {type(error).__name__}: {error}"
+                    write_npz(files[moment], **{_UNREADABLE: np.array(reason)})
+            else:
+                yield from read
+
+    ours = _share(files)
+    left = [moment for moment in ours if not files[moment].exists()]
+    if left:
+        policy = load_policy(config, checkpoint, sampling, batch)
+        found = window_errors(policy, windows(left), stop_steps)
+        bar = dict(total=len(ours), initial=len(ours) - len(left), unit="moment")
+        for window, errors in tqdm(found, **bar, disable=jax.process_index() > 0):
+            write_npz(files[window.moment], **asdict(errors))
+    wait_until(lambda: all(file.exists() for file in files.values()))
+
+    label = f"{checkpoint} on {', '.join(sections)}"
+    summary = summarise(*_read(files.values()), stop_steps, sampling.sigmas, label)
+    if jax.process_index() == 0:
+        write_offline(folder, summary)
+    return summary
+
+
+def _episode(moment: Moment) -> tuple[str, int]:
+    return moment.dataset, moment.episode
+
+
+def _settings(section: ConfigDict, config: ConfigDict) -> list[dict]:
+    """What decides how a dataset's episodes are read."""
+    return [part.to_dict() for part in (section, config.clip, config.policy_io)]
+
+
+def _files(folder: Path, moments: Iterable[Moment], decides: Sequence[Any]) -> Files:
+    folder.mkdir(parents=True, exist_ok=True)
+    files = {}
+    for moment in moments:
+        text = json.dumps([*decides, moment.id, str(moment.at)], sort_keys=True, default=str)
+        files[moment] = folder / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.npz"
+    return files
+
+
+def _share(files: Files) -> list[Moment]:
+    """The moments of every n-th episode, n being the number of processes."""
+    parts = [list(of_one) for _, of_one in groupby(files, _episode)]
+    return [moment for part in parts[jax.process_index() :: jax.process_count()] for moment in part]
+
+
+def _read(files: Iterable[Path]) -> tuple[list[WindowErrors], list[str]]:
+    """The errors on file, and why there are none of the other moments' episodes."""
+    errors, unreadable = [], []
+    for file in files:
+        with np.load(file) as kept:
+            if _UNREADABLE in kept:
+                unreadable.append(str(kept[_UNREADABLE]))
+            else:
+                errors.append(WindowErrors(**kept))
+    if not errors:
+        raise ValueError(
+            f"None of the {len(unreadable)} held-out moments could be read: {unreadable[0]}."
+        )
+    return errors, list(dict.fromkeys(unreadable))
+
+
+# Predicted against true future: pairs of videos for held-out episodes.
+
+
+UPSCALE = 3  # tiny frames are hard to look at; every pixel becomes 3x3
+
+
+def write_predictions(
+    policy: Policy,
+    episodes: Sequence[Episode],
+    dataset: ConfigDict,
+    config: ConfigDict,
+    folder: Path,
+    count: int,
+) -> None:
+    """Writes `<name>_predicted.mp4` and `<name>_true.mp4` of `count` validation episodes.
+
+    The clip starts a third into the episode: observed frames first, then the fully denoised
+    future, or the true one.
+
+    Args:
+        policy: supplies the video model; its resolution is the videos'.
+        episodes: the dataset's episodes.
+        dataset: its config section.
+        config: `clip`, `policy_io`, `validation_share`.
+        folder: where the videos go.
+        count: how many pairs, spread over the held-out episodes.
+    """
+    held_out = list(held_out_episodes(episodes, dataset, config.validation_share))
+    chosen = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)
+    folder.mkdir(parents=True, exist_ok=True)
+    observed = config.clip.observed_frames
+    for episode in (episodes[held_out[i]] for i in chosen):
+        cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
+        true = cuts.frames[cuts.clips[len(cuts.clips) // 3]]
+        proprio = np.zeros((config.policy_io.proprio.horizon, config.policy_io.proprio.dim))
+        query = Observation(true[:observed], proprio.astype(np.float32), episode.instructions[0])
+        predicted = policy.predict_video([query])[0]
+        for kind, frames in (("predicted", predicted), ("true", true)):
+            large = frames.repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)
+            name = f"{episode.instructions[0].replace(' ', '_')}_{episode.id}_{kind}.mp4"
+            write_video(folder / name, large, fps=max(round(config.clip.fps / 4), 1), crf=18)

@@ -6,10 +6,15 @@ and seed (and of `plan`), so results do not depend on the number of workers or o
 evaluation that was killed goes on where it stopped.
 """
 
+import json
 import os
+import subprocess
+import sys
 import time
-from collections import ChainMap, Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections import ChainMap, Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
@@ -17,12 +22,265 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.encoding.shared_folder import wait_until
-from mvjax.evaluation.results import EpisodeResult, append_result, drop_torn_line, read_results
-from mvjax.evaluation.schedule import Schedule
+from mvjax.encode import wait_until
 from mvjax.evaluation.worker import Job, MakeSimulator, Order, Outcome, Query
-from mvjax.evaluation.worker_process import WorkerProcess
 from mvjax.policy.observation import Observation, ObservationSpec
+
+# Closed-loop results on file: one JSON line per episode, and what a setting was.
+#
+# A setting is one way of running the policy (or no policy). Its folder holds
+#
+# - `results.jsonl`: an `EpisodeResult` per line, in the order the episodes ended;
+# - `setting.json`: a `Setting`;
+# - `videos/`: the recorded episodes.
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """One episode.
+
+    Attributes:
+        suite: simulator suite.
+        task: task within the suite.
+        seed: the reset's seed.
+        success: whether the simulator reported success before its step limit.
+        steps: control steps taken.
+        queries: how often the policy was asked.
+        plan_seconds: seconds of planning; a batched call is shared equally by its observations.
+        mode: "policy", "oracle", "expert" or "none".
+        config_hash: what the caller says identifies policy and protocol.
+        video: recorded video, relative to the setting's folder, or None.
+    """
+
+    suite: str
+    task: str
+    seed: int
+    success: bool
+    steps: int
+    queries: int
+    plan_seconds: float
+    mode: str
+    config_hash: str
+    video: str | None
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a setting appears in the report.
+
+    Attributes:
+        label: its name for readers, such as "1 of 10 video steps".
+        mode: "policy", "oracle", "expert" or "none".
+        stop_step: K, the video denoising steps before the context is read; with the oracle, whose
+            noise level the true future gets; None for expert and none.
+        main: whether this is the result of the report's headline.
+        variant: what is different from the run's own policy (another checkpoint, layer, share of
+            the data); "" for nothing.
+    """
+
+    label: str
+    mode: str
+    stop_step: int | None = None
+    main: bool = False
+    variant: str = ""
+
+
+def write_setting(folder: Path, setting: Setting) -> None:
+    """Writes `setting.json` into a setting's folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "setting.json").write_text(json.dumps(asdict(setting), indent=1) + "\n")
+
+
+def read_setting(folder: Path) -> Setting:
+    """Reads a setting's `setting.json`."""
+    return Setting(**json.loads((folder / "setting.json").read_text()))
+
+
+def read_results(path: Path) -> list[EpisodeResult]:
+    """Reads a `results.jsonl`; a last line torn by a killed evaluation is left out.
+
+    Raises:
+        ValueError: another line is not a result.
+    """
+    whole, _ = _whole_lines(path)
+    results = []
+    for number, line in enumerate(whole.splitlines(), start=1):
+        try:
+            results.append(EpisodeResult(**json.loads(line)))
+        except (ValueError, TypeError) as error:
+            raise ValueError(
+                f"Line {number} of {path} is not an episode result ({error}): delete that line to "
+                "have the episode evaluated again."
+            ) from error
+    return results
+
+
+def drop_torn_line(path: Path) -> None:
+    """Cuts off a last line that a killed evaluation left unfinished."""
+    whole, size = _whole_lines(path)
+    if len(whole) < size:
+        os.truncate(path, len(whole))
+
+
+def append_result(path: Path, result: EpisodeResult) -> None:
+    """Appends one line in one write, so that a kill can tear only the last line."""
+    line = json.dumps(asdict(result)) + "\n"
+    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(file, line.encode())
+    finally:
+        os.close(file)
+
+
+def _whole_lines(path: Path) -> tuple[bytes, int]:
+    """The bytes up to the last newline, and the file's size."""
+    content = path.read_bytes() if path.exists() else b""
+    return content[: content.rfind(b"\n") + 1], len(content)
+
+
+# Which worker plays which episode: workers stay on a task, since changing it costs a second.
+
+
+class Schedule:
+    """The episodes that are left, given out task by task."""
+
+    def __init__(self, orders: Iterable[Order]) -> None:
+        """Queues `orders`; within a task they are given out in order."""
+        self._left: dict[str, deque[Order]] = {}
+        for order in orders:
+            self._left.setdefault(order.task, deque()).append(order)
+        self._workers_on: Counter[str] = Counter()
+
+    def __len__(self) -> int:
+        """Episodes not given out yet."""
+        return sum(len(orders) for orders in self._left.values())
+
+    def next(self, task: str | None) -> Order | None:
+        """The next episode for a worker whose simulator is built for `task` (None: not built).
+
+        The same task while it lasts, then the one with most episodes per worker; None at the end.
+        """
+        if task is not None and self._left[task]:
+            return self._left[task].popleft()
+        if task is not None:
+            self._workers_on[task] -= 1
+        if not len(self):
+            return None
+        busiest = max(self._left, key=lambda t: len(self._left[t]) / (1 + self._workers_on[t]))
+        self._workers_on[busiest] += 1
+        return self._left[busiest].popleft()
+
+
+# A simulator process as the evaluating process sees it.
+
+
+class RolloutError(RuntimeError):
+    """An episode could not be played; the results so far are on file."""
+
+
+class WorkerProcess:
+    """Starts a worker, talks to it, and keeps the account of the episode it plays.
+
+    The process is a fresh interpreter that imports only the worker and the simulator (not the
+    caller's main module, which may import jax). It is in a process group of its own, so that
+    Ctrl-C reaches the evaluating process alone, and it ends by itself when that process is gone.
+
+    Attributes:
+        connection: this side's end of the pipe.
+        order: the episode being played, or None.
+        queries: how often it has asked.
+        plan_seconds: its share of the planning time.
+    """
+
+    def __init__(self, job: Job, interpreter: Path | None = None) -> None:
+        """Starts the process, with another Python than this one if so asked, and sends the job."""
+        self.connection, child = Pipe()
+        serve = f"from mvjax.evaluation.worker import serve; serve({child.fileno()})"
+        self._process = subprocess.Popen(
+            [str(interpreter or sys.executable), "-c", serve],
+            pass_fds=[child.fileno()],
+            env=_environment(same_python=interpreter in (None, Path(sys.executable))),
+            process_group=0,
+        )
+        child.close()
+        self.order: Order | None = None
+        self.queries, self.plan_seconds = 0, 0.0
+        self._send(job)
+
+    def play(self, order: Order | None) -> None:
+        """Starts the next episode; None leaves the worker idle."""
+        self.order = order
+        self.queries, self.plan_seconds = 0, 0.0
+        if order is not None:
+            self._send(order)
+
+    def act(self, actions: np.ndarray, plan_seconds: float) -> None:
+        """Answers a query with actions [execute, action_dim] that cost `plan_seconds`."""
+        self.queries += 1
+        self.plan_seconds += plan_seconds
+        self._send(actions)
+
+    def receive(self) -> Query | Outcome:
+        """Waits for what the worker sends next.
+
+        Raises:
+            RolloutError: the simulator raised an exception, or the process died.
+        """
+        try:
+            message = self.connection.recv()
+        except (EOFError, ConnectionResetError):
+            raise self._died() from None
+        if isinstance(message, Query | Outcome):
+            return message
+        raise RolloutError(f"{self._episode()} failed in its simulator:\n{message.text}")
+
+    def stop(self, patience: float = 5.0) -> None:
+        """Ends the process; kills it if it is not gone after `patience` seconds."""
+        self.connection.close()
+        if self.order is not None:  # in the middle of an episode: it would only notice at its end
+            self._process.terminate()
+        try:
+            self._process.wait(patience)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+
+    def _send(self, message: object) -> None:
+        try:
+            self.connection.send(message)
+        except (BrokenPipeError, ConnectionResetError):
+            raise self._died() from None
+
+    def _died(self) -> RolloutError:
+        code = self._process.wait()
+        return RolloutError(
+            f"{self._episode()}: its simulator process ended with exit code {code}. Finished "
+            "episodes are on file; run the same command again to go on, with fewer workers if "
+            "memory ran out."
+        )
+
+    def _episode(self) -> str:
+        if self.order is None:
+            return "Starting a simulator"
+        return f"Task {self.order.task}, seed {self.order.seed}"
+
+
+def _environment(same_python: bool) -> dict[str, str]:
+    """Headless rendering with one thread per process, and an import path.
+
+    The same Python imports what this one does. Another has packages of its own, and of this one's
+    only the project.
+    """
+    environment = dict(os.environ)
+    own = [path or os.getcwd() for path in sys.path]
+    project = [str(Path(__file__).parents[2])]
+    environment["PYTHONPATH"] = os.pathsep.join(own if same_python else project)
+    environment["LP_NUM_THREADS"] = "1"
+    environment.setdefault("OMP_NUM_THREADS", "1")
+    if sys.platform == "linux":
+        environment.setdefault("MUJOCO_GL", "egl")
+    return environment
+
 
 Plan = Callable[[Sequence[Observation]], np.ndarray]
 """1 to `workers` observations -> float32 [b, action_horizon, action_dim], environment units."""

@@ -1,6 +1,7 @@
 """What every network here is made of: linear with optional LoRA, norms, activations, MLP."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from math import pi, sqrt
 
@@ -8,8 +9,97 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mvjax.models.lora import LoRA
-from mvjax.models.remat import rematerialised
+from mvjax.models.network import Params
+
+# Low-rank adapters: what they are, which parameters learn with them, and merging them away.
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters on the linear layers whose attribute name is in `targets`.
+
+    The published video fine-tuning uses rank 256, alpha 32 (mimic-video release,
+    `configs/experiment/video2world.py`).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+
+def learns_with_lora(path: tuple[str, ...]) -> bool:
+    """Whether a parameter learns in a LoRA run: adapters, and all adaLN weights, as published."""
+    return path[-1] in ("lora_a", "lora_b") or any(part.startswith("adaln") for part in path)
+
+
+def merge_lora(params: Params, lora: LoRA) -> Params:
+    """Adds (alpha / rank) A B to every adapted kernel and drops the adapters.
+
+    Works on stacked kernels [layers, in, out] as on single ones.
+    """
+    merged = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            merged[name] = merge_lora(value, lora)
+        elif name == "kernel" and "lora_a" in params:
+            merged[name] = value + lora.scale * (params["lora_a"] @ params["lora_b"])
+        elif name not in ("lora_a", "lora_b"):
+            merged[name] = value
+    return merged
+
+
+# Rematerialisation: what of a block is kept for the backward pass, and what is computed again.
+#
+# - "none": everything is kept; the fastest where it fits. - "dots": the outputs of linears and of
+# attention; norms, activations and rotations are repeated. - "attention": the outputs of
+# attention over many keys. All else is repeated, which is a third more
+#   matmuls but not a third more attention. The choice for long videos.
+# - "offload": as "attention", but kept in the host's memory (pinned): 2 bytes less per token, block
+#   and channel on the device (bfloat16) for two copies over the host's link.
+# - "full": nothing but the residual stream between blocks.
+
+
+ATTENTION = "attention"  # the name that attention outputs are kept by
+
+_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+POLICIES = {
+    "none": None,
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
+    ),
+    "attention": _ATTENTION,
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def check_remat(name: str) -> None:
+    """Raises ValueError if there is no such policy."""
+    if name not in POLICIES:
+        raise ValueError(f"remat must be one of {', '.join(POLICIES)}; got {name!r}.")
+
+
+def rematerialised(body: Callable, name: str) -> Callable:
+    """The body of a scan over blocks, under a policy of the list above.
+
+    Args:
+        body: (carry, block) -> (carry, output), as `jax.lax.scan` takes it.
+        name: the policy.
+    """
+    if name == "none":
+        return body
+    return jax.checkpoint(body, policy=POLICIES[name], prevent_cse=False)
+
 
 Array = jax.Array
 Init = Callable[[Array, tuple[int, ...], int], Array]  # (key, shape, fan_in) -> kernel
@@ -46,7 +136,7 @@ def run_blocks(step, x: Array, blocks, count: int, remat: str) -> Array:
         x: what the blocks pass on.
         blocks: tree of arrays with a leading layer axis.
         count: how many blocks to run.
-        remat: see `mvjax.models.remat`.
+        remat: see `mvjax.models.layers`.
     """
     body = rematerialised(lambda x, block: (step(x, block), None), remat)
     if count == jax.tree.leaves(blocks)[0].shape[0]:
@@ -188,3 +278,85 @@ class MLP(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """Maps [b, l, d] to [b, l, d]."""
         return self.layer2(gelu(self.layer1(x)))
+
+
+# adaLN-LoRA: how the noise level steers every sublayer.
+
+
+Array = jax.Array
+
+
+class Modulation(nnx.Module):
+    """SiLU → Linear(d_embedding → rank) → Linear(rank → chunks · d), plus the shared term.
+
+    The second kernel starts at zero; the gates are nevertheless not zero at the start, because
+    the term shared by all sublayers is not (Cosmos-Predict2, `use_adaln_lora`).
+    """
+
+    def __init__(self, key: Array, d_embedding: int, d: int, rank: int, chunks: int):
+        keys = jax.random.split(key)
+        self.chunks = chunks
+        self.down = Linear(keys[0], d_embedding, rank, ("embed", None))
+        self.up = Linear(keys[1], rank, chunks * d, (None, "embed"), init=zeros)
+
+    def __call__(self, embedding: Array, shared: Array) -> list[Array]:
+        """Shift, scale and (with three chunks) gate, each [b, t, d].
+
+        Args:
+            embedding: time embedding [b, t, d_embedding].
+            shared: the term all sublayers share [b, t, 3 d]; its first chunks are used.
+        """
+        m = self.up(self.down(silu(embedding)))
+        return jnp.split(m + shared[..., : m.shape[-1]], self.chunks, axis=-1)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """LN(x) · (1 + scale) + shift."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+# The precisions a network can be computed in.
+#
+# - "float32": everything, for tests and comparisons.
+# - "bfloat16": matmuls and the residual stream in bfloat16; time embeddings, rotary tables, norms
+#   and softmax in float32. For work.
+# - "published": as "bfloat16", with the roundings of the release besides: video times are rounded
+#   before their sinusoid, time embeddings and rotary angles are computed in bfloat16. For comparing
+#   with it.
+
+
+Array = jax.Array
+PRECISIONS = ("float32", "bfloat16", "published")
+
+
+def compute_dtype(precision: str) -> str:
+    """The dtype of matmuls and the residual stream.
+
+    Raises:
+        ValueError: if there is no such precision.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}; got {precision!r}.")
+    return "float32" if precision == "float32" else "bfloat16"
+
+
+def time_dtype(precision: str) -> str:
+    """The dtype of the time embedding.
+
+    It is a few rows and reaches every token through every block, so its errors weigh more than its
+    cost: in bfloat16 it alone makes a third of the decoder's error (Predict2.5 keeps it float32).
+    """
+    return "bfloat16" if precision == "published" else "float32"
+
+
+def rounded(x: Array, precision: str) -> Array:
+    """What enters a network from outside: rounded to bfloat16 where the release does."""
+    return round_to_bfloat16(x) if precision == "published" else x
+
+
+def round_to_bfloat16(x: Array) -> Array:
+    """Float32 values rounded to those that bfloat16 has.
+
+    A cast to bfloat16 and back may be left out by XLA, which is free to compute more precisely.
+    """
+    return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)

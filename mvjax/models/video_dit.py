@@ -7,17 +7,52 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from mvjax.clip import PATCH
-from mvjax.models.attention import Attention, check_context
-from mvjax.models.attention_kernels import check_kernel
-from mvjax.models.layers import MLP, Linear, RMSNorm, gelu, run_blocks, silu, stack
-from mvjax.models.lora import LoRA
-from mvjax.models.modulation import Modulation, modulate
-from mvjax.models.patches import patchify, unpatchify
-from mvjax.models.precision import compute_dtype, round_to_bfloat16, time_dtype
-from mvjax.models.remat import check_remat
-from mvjax.models.rope import rope_table
-from mvjax.parallel.rules import constrain
+from data_pipelines.clip import PATCH
+from mvjax.models.attention import Attention, check_context, check_kernel, rope_table
+from mvjax.models.layers import (
+    MLP,
+    Linear,
+    LoRA,
+    Modulation,
+    RMSNorm,
+    check_remat,
+    compute_dtype,
+    gelu,
+    modulate,
+    round_to_bfloat16,
+    run_blocks,
+    silu,
+    stack,
+    time_dtype,
+)
+from mvjax.parallel import constrain
+
+# Latent pictures cut into the 2×2 patches that are the video DiT's tokens, and put together again.
+#
+# The two orders inside a token differ, as published: one is not the inverse of the other.
+
+
+Array = jax.Array
+
+
+def patchify(x: Array) -> Array:
+    """[b, t, h, w, c] to [b, t·h/2·w/2, 4 c]; within a token the channel is slowest."""
+    b, t, h, w, c = x.shape
+    if h % PATCH or w % PATCH:
+        raise ValueError(
+            f"Latents of {h}x{w} cannot be cut into 2x2 patches; use pictures whose height and "
+            "width are multiples of 16 pixels."
+        )
+    x = x.reshape(b, t, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    return x.transpose(0, 1, 2, 4, 6, 3, 5).reshape(b, -1, PATCH**2 * c)
+
+
+def unpatchify(x: Array, shape: tuple[int, ...]) -> Array:
+    """[b, tokens, 4 c] to [b, t, h, w, c]; within a token the channel is fastest (as published)."""
+    b, t, h, w, c = shape
+    x = x.reshape(b, t, h // PATCH, w // PATCH, PATCH, PATCH, c)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h, w, c)
+
 
 Array = jax.Array
 
@@ -28,13 +63,13 @@ class VideoDiTConfig:
 
     Attributes:
         text_dim: width of the text that the cross-attention reads.
-        rope_ratio_thw: rotary extrapolation ratios, see `mvjax.models.rope.rope_table`.
+        rope_ratio_thw: rotary extrapolation ratios, see `mvjax.models.attention.rope_table`.
         text_projection_dim: width of the text that enters, projected to `text_dim` (Predict2.5:
             100352); 0 where it enters as it is (Predict2).
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
-        precision: see `mvjax.models.precision`.
-        attention: kernel, see `mvjax.models.attention_kernels.choose_kernel`.
-        remat: what the backward pass computes again, see `mvjax.models.remat`.
+        precision: see `mvjax.models.layers`.
+        attention: kernel, see `mvjax.models.attention.choose_kernel`.
+        remat: what the backward pass computes again, see `mvjax.models.layers`.
     """
 
     width: int

@@ -1,18 +1,87 @@
 """Writing metrics without making the devices wait for the disk or the host for the devices."""
 
+import contextlib
+import importlib
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+import uuid
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
 import numpy as np
+import psutil
 from tensorboardX import SummaryWriter
 
-from mvjax.training.levels import named_levels
-from mvjax.training.wandb_board import open_wandb
+from mvjax.models.flops import peak_flops
+from mvjax.training.objectives import Stage, named_levels
+
+# The run at Weights & Biases, for those who have installed `wandb` and set `config.wandb`.
+
+
+def require_wandb(project: str) -> ModuleType:
+    """The package, without which a run cannot be shown in this project.
+
+    Raises:
+        ValueError: If it is not installed.
+    """
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"config.wandb is {project!r}, but the package wandb is not installed: "
+            'pip install wandb, or leave config.wandb="".'
+        ) from error
+
+
+def open_wandb(project: str, workdir: Path, config: Any) -> "WandbBoard":
+    """Begins the run of a training directory, or goes on with it.
+
+    Args:
+        project: Name of the project there.
+        workdir: The training directory; its name is the run's.
+        config: JSON-able settings to show.
+
+    Raises:
+        ValueError: If the package is not installed.
+    """
+    wandb = require_wandb(project)
+    name = workdir / "wandb_id"  # an interrupted run goes on under its own number
+    if not name.exists():
+        name.write_text(uuid.uuid4().hex[:12])
+    run = wandb.init(
+        project=project,
+        name=workdir.name,
+        id=name.read_text().strip(),
+        dir=str(workdir),
+        resume="allow",
+        config=config,
+    )
+    return WandbBoard(wandb, run)
+
+
+class WandbBoard:
+    """One open run."""
+
+    def __init__(self, wandb: Any, run: Any):
+        self._wandb, self._run = wandb, run
+
+    def log(self, values: Mapping[str, float], step: int) -> None:
+        """Adds scalars."""
+        self._run.log(dict(values), step=step)
+
+    def show(self, pictures: Mapping[str, np.ndarray], step: int) -> None:
+        """Adds pictures, uint8 [h, w, 3]."""
+        self._run.log({name: self._wandb.Image(p) for name, p in pictures.items()}, step=step)
+
+    def close(self) -> None:
+        """Ends the run."""
+        self._run.finish()
+
 
 Record = dict[str, float]
 
@@ -113,3 +182,59 @@ class MetricsWriter:
             self._board.close()
         if self._wandb:
             self._wandb.close()
+
+
+# Where the time of a run goes, and how fast the devices are.
+
+
+MB = 2**20
+
+
+class Pace:
+    """Seconds per activity, and the speed of the steps, since the last `take`.
+
+    Steps are counted when the devices have finished them, not when they are queued: the time of a
+    step is that of data and step together, divided by the number finished meanwhile.
+    """
+
+    def __init__(self, stage: Stage, batch_size: int, step: int):
+        """Starts at `step` of a run with this global batch size."""
+        self._stage, self._batch_size = stage, batch_size
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._counted = self._finished = step
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak * jax.device_count() if peak else None
+
+    @contextlib.contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Counts the time inside the block under `<activity>_seconds`."""
+        start = time.perf_counter()
+        yield
+        self._spent[f"{activity}_seconds"] += time.perf_counter() - start
+
+    def finished(self, step: int) -> None:
+        """Notes that the devices have made this step."""
+        self._finished = step
+
+    def take(self) -> dict[str, float]:
+        """What was measured, by name; `mfu` only where the devices' peak is known."""
+        numbers, self._spent = dict(self._spent), defaultdict(float)
+        steps, self._counted = self._finished - self._counted, self._finished
+        seconds = numbers.get("data_seconds", 0.0) + numbers.get("step_seconds", 0.0)
+        if steps and seconds:
+            samples = steps * self._batch_size / seconds
+            numbers |= {"seconds_per_step": seconds / steps, "samples_per_second": samples}
+            if self._stage.tokens:
+                numbers["tokens_per_second"] = samples * self._stage.tokens
+            if self._stage.flops and self._peak:
+                numbers["mfu"] = samples * self._stage.flops / self._peak
+        return numbers | _memory()
+
+
+def _memory() -> dict[str, float]:
+    """The largest use of any device so far; of this process where the backend does not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        return {"device_peak_mb": max(peaks) / MB}
+    return {"host_mb": psutil.Process().memory_info().rss / MB}

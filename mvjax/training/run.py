@@ -8,30 +8,27 @@ import grain
 import jax
 from jax.sharding import NamedSharding
 
-from data_pipelines.encoding.plan import recorded_policy_io
-from data_pipelines.encoding.shared_folder import wait_until
+from data_pipelines.clip import Clip
+from data_pipelines.episode import PerTask
 from data_pipelines.loader import make_loader
-from data_pipelines.normalization.per_embodiment import (
+from data_pipelines.normalize import (
     Normalizers,
     data_fingerprint,
     load_normalizers,
     make_normalizers,
 )
-from data_pipelines.records.dataset import RecordDataset
-from data_pipelines.selection import PerTask
-from mvjax.checkpoints.bridge import read_meta
-from mvjax.checkpoints.config_match import differences
-from mvjax.clip import Clip
-from mvjax.models.build import action_decoder_config, video_dit_config
-from mvjax.parallel.mesh import make_mesh
-from mvjax.parallel.rules import make_rules, spec
-from mvjax.training import stages
-from mvjax.training.accumulation import check_batch_size
-from mvjax.training.feed import local_rows
-from mvjax.training.loop import train
-from mvjax.training.metrics import Record
-from mvjax.training.samples import look_at
-from mvjax.training.wandb_board import require_wandb
+from data_pipelines.records import RecordDataset
+from mvjax.encode import recorded_policy_io, wait_until
+from mvjax.models.presets import action_decoder_config, video_dit_config
+from mvjax.parallel import make_mesh, make_rules, spec
+from mvjax.training import start
+from mvjax.training.bridge import read_meta
+from mvjax.training.checkpoint import differences
+from mvjax.training.metrics import Record, require_wandb
+from mvjax.training.prefetch import local_rows
+from mvjax.training.step import check_batch_size
+from mvjax.training.train import train
+from mvjax.training.validation import look_at
 
 
 def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
@@ -83,7 +80,7 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
         )
 
     with jax.set_mesh(mesh):
-        stage = stages.build(config, mesh, rules)
+        stage = start.build(config, mesh, rules)
     meta = {"data_fingerprint": [d.fingerprint for d in datasets], "identity": identity}
     if normalizers is not None:
         meta["normalizer_fingerprint"] = normalizers.fingerprint

@@ -1,22 +1,40 @@
 """Where a run's first state comes from, and the description stored with its checkpoints."""
 
 import json
+import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
+from jax.sharding import AbstractMesh, Mesh
 
-from mvjax.checkpoints.backbone import COMPUTE_SETTINGS
-from mvjax.checkpoints.bridge import abstract_params, restore_params
-from mvjax.checkpoints.store import Store
-from mvjax.checkpoints.tree_match import CheckpointMismatch
-from mvjax.checkpoints.versions import library_versions
-from mvjax.models.param_tree import Params, split
-from mvjax.training.stage import Stage
-from mvjax.training.state import TrainState, create_state
+from data_pipelines.clip import Clip
+from mvjax.models.network import Params, split
+from mvjax.parallel import Rules, make_rules, sharding_tree
+from mvjax.training.bridge import (
+    COMPUTE_SETTINGS,
+    Backbone,
+    abstract_params,
+    load_backbone,
+    restore_params,
+)
+from mvjax.training.checkpoint import CheckpointMismatch, Store, library_versions
+from mvjax.training.objectives import Batch, Stage, action_stage, video_stage
+from mvjax.training.step import (
+    Step,
+    TrainState,
+    abstract_state,
+    check_batch_size,
+    compile_step,
+    create_state,
+    make_optimizer,
+    make_schedule,
+    make_step,
+)
 
 # What a finished run is: its networks and what they see. Compute settings are not part of it.
 _NETWORKS = ("clip", "video_model", "lora", "text", "context_layer", "decoder", "policy_io")
@@ -155,3 +173,123 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = 
         elif old != new:
             changes.append(f"{prefix}{key} {old!r} -> {new!r}")
     return changes
+
+
+# From a configuration to its stage.
+
+
+def build(config: Any, mesh: Mesh, rules: Rules, backbone_of: Backbone = load_backbone) -> Stage:
+    """The stage that `config.stage` names: "video" or "action".
+
+    Args:
+        config: see `video_stage` and `action_stage`.
+        mesh, rules: where and how stage 2 places its frozen backbone.
+        backbone_of: see `action_stage`.
+    """
+    if config.stage == "video":
+        return video_stage(config)
+    if config.stage == "action":
+        return action_stage(config, mesh, rules, backbone_of)
+    raise ValueError(f"config.stage must be 'video' or 'action', got {config.stage!r}.")
+
+
+# The train step of a configuration with its arguments as shapes: nothing is allocated.
+
+
+@dataclass(frozen=True)
+class Program:
+    """A train step and its arguments as shapes with shardings.
+
+    Attributes:
+        mesh: the devices; abstract (`abstract_mesh`) where only shapes are wanted.
+        stage, optimizer: what is trained, and how.
+        step: not compiled.
+        state, batch: its arguments, beside `stage.frozen`.
+    """
+
+    mesh: Mesh | AbstractMesh
+    stage: Stage
+    optimizer: optax.GradientTransformation
+    step: Step
+    state: TrainState
+    batch: Batch
+
+    @property
+    def argument_bytes(self) -> int:
+        """Of state, frozen network and batch, per device, without what a compiler pads."""
+        return _bytes((self.state, self.stage.frozen, self.batch))
+
+    def compile(self) -> Callable[..., Any]:
+        """The compiled step (state, frozen, batch) -> (state, metrics)."""
+        with jax.set_mesh(self.mesh):
+            return compile_step(self.step, self.state, self.stage.frozen, self.batch)
+
+
+def make_program(
+    config: Any, mesh: Mesh | AbstractMesh, backbone_of: Backbone = load_backbone
+) -> Program:
+    """The step that `loop.train` would run on this mesh, not compiled yet.
+
+    Args:
+        config: of a training run; no data is read.
+        mesh: of `make_mesh`, whose devices may be those of a pod that is not here, or of
+            `abstract_mesh`, which has none: nothing can be compiled for it.
+        backbone_of: `abstract_backbone` where only the shapes of the frozen network are needed.
+
+    Raises:
+        ValueError: if batch, mesh, network and devices do not go together.
+    """
+    rules = make_rules(config.rules)
+    stage = build(config, mesh, rules, backbone_of)
+    optimizer, state, step = assemble(config, stage, mesh, rules)
+    batch = _abstract_batch(config, stage, sharding_tree(stage.batch_axes, mesh, rules))
+    return Program(mesh, stage, optimizer, step, state, batch)
+
+
+def assemble(
+    config: Any, stage: Stage, mesh: Mesh | AbstractMesh, rules: Rules
+) -> tuple[optax.GradientTransformation, TrainState, Step]:
+    """What a configuration trains a stage with: the optimizer, the state as shapes, the step.
+
+    Args:
+        config: `optimizer` and `training` are read.
+        stage: what is trained.
+        mesh, rules: where, and how it is sharded.
+
+    Raises:
+        ValueError: if batch, mesh and stage do not go together.
+    """
+    settings = config.training
+    check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
+    optimizer = make_optimizer(config.optimizer)
+    step = make_step(
+        stage,
+        optimizer,
+        make_schedule(config.optimizer),
+        rules,
+        seed=settings.seed,
+        ema_decay=settings.ema_decay,
+        accumulate=settings.accumulate,
+    )
+    return optimizer, abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules), step
+
+
+def _abstract_batch(config: Any, stage: Stage, shardings: Any) -> Batch:
+    """Shapes and shardings of a batch of all processes together, as the loader gives it."""
+    samples, text = config.training.batch_size, config.text
+    shapes = {"latents": Clip(**config.clip).latent_shape, "text": (text.length, text.dim)}
+    if stage.name == "action":
+        streams = {"actions": config.policy_io.action, "proprio": config.policy_io.proprio}
+        streams["action_mask"] = config.policy_io.action
+        shapes |= {name: (io.horizon, io.dim) for name, io in streams.items()}
+    return {
+        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32", sharding=sharding)
+        for name, sharding in shardings.items()
+    }
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

@@ -1,17 +1,196 @@
 """One training step: gradient, optimizer, moving average, metrics, compiled as one program."""
 
-from collections.abc import Callable
-from typing import Any
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from mvjax.models.param_tree import Params, merge, split
-from mvjax.parallel.rules import Rules, use_rules
-from mvjax.training.accumulation import Gradient, mean_gradient
-from mvjax.training.stage import Batch, Loss, Stage
-from mvjax.training.state import TrainState
+from mvjax.models.network import Params, merge, split
+from mvjax.parallel import Axes, Rules, constrain, sharding_tree, split_ways, use_rules
+from mvjax.training.objectives import Batch, Loss, Stage
+
+# Gradients of a batch too large for the devices: micro-batches in turn, in one compiled step.
+#
+# Micro-batch j of m takes the samples j, j + m, j + 2m, ... Every device holds a run of consecutive
+# samples, so each splits its own and no sample moves between devices; and which samples go together
+# does not depend on the mesh.
+
+
+Gradient = tuple[Loss, Params]
+
+
+def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh, rules: Rules) -> None:
+    """Raises ValueError unless every device gets whole samples in every micro-batch."""
+    if accumulate < 1:
+        raise ValueError(f"training.accumulate must be 1 (off) or more, got {accumulate}.")
+    ways = split_ways("batch", mesh, rules)
+    if batch_size % (accumulate * ways):
+        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in rules["batch"]) or "1"
+        raise ValueError(
+            f"training.batch_size is {batch_size}; it must be a multiple of {accumulate * ways}, "
+            f"training.accumulate = {accumulate} times the mesh axes of the batch, {axes} "
+            "(fewer samples than devices need config.mesh.context or .tensor)."
+        )
+
+
+def mean_gradient(
+    gradient: Callable[[Params, Batch, Batch], Gradient],
+    trainable: Params,
+    param_axes: Params,
+    batch: Batch,
+    draws: Batch,
+    batch_axes: Mapping[str, Axes],
+    count: int,
+) -> Gradient:
+    """Loss, metrics and gradient of a batch, as the mean over `count` micro-batches.
+
+    Sums are float32. Call it inside `use_rules`.
+
+    Args:
+        gradient: (trainable, batch, draws) -> ((loss, metrics), gradient), means over the samples.
+        trainable: The parameters that learn.
+        param_axes: Their logical axes: sums of gradients are split like them.
+        batch, draws: As in `Stage`, of all samples.
+        batch_axes: Logical axes of the batch's entries.
+        count: 1 for the whole batch at once.
+    """
+    if count == 1:
+        return gradient(trainable, batch, draws)
+    draw_axes = {name: ("batch", *[None] * (x.ndim - 1)) for name, x in draws.items()}
+    parts = (_split(batch, batch_axes, count), _split(draws, draw_axes, count))
+
+    def add(sums: Any, part: tuple[Batch, Batch]) -> tuple[Any, dict[str, jax.Array]]:
+        (loss, metrics), grads = gradient(trainable, *part)
+        sums = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, (loss, grads))
+        return (sums[0], _placed(sums[1], param_axes)), metrics
+
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
+    start = (jnp.zeros(()), _placed(zeros, param_axes))
+    sums, metrics = jax.lax.scan(add, start, parts)
+    loss, grads = jax.tree.map(lambda total: total / count, sums)
+    # Sums and counts by noise level add up; everything else is a mean over the samples.
+    merged = {k: m.sum(0) if k == "by_level" else m.mean(0) for k, m in metrics.items()}
+    return (loss, merged), grads
+
+
+def _split(arrays: Batch, axes: Mapping[str, Axes], count: int) -> Batch:
+    """[b, ...] -> [count, b / count, ...]."""
+    return {
+        name: constrain(jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), None, *axes[name])
+        for name, x in arrays.items()
+    }
+
+
+def _placed(tree: Params, axes: Params) -> Params:
+    return jax.tree.map(lambda leaf, names: constrain(leaf, *names), tree, axes)
+
+
+# The train state: what a step changes, what a checkpoint holds.
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "params", "opt_state", "ema"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class TrainState:
+    """The arrays of a run.
+
+    Attributes:
+        step: Number of steps made, int32 scalar.
+        params: All parameters, a plain nested dict, float32 unless the stage says otherwise.
+        opt_state: Optimizer state of the trainable parameters only.
+        ema: Moving average of the trainable parameters; {} when `training.ema_decay` is 0.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params
+
+
+def fresh_state(
+    params: Params, stage: Stage, optimizer: optax.GradientTransformation, ema: bool
+) -> TrainState:
+    """The state of step 0 around given parameters."""
+    trainable, _ = split(params, stage.trainable)
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(trainable),
+        # A copy: params and ema are both donated to the step, so they must not share buffers.
+        ema=jax.tree.map(jnp.copy, trainable) if ema else {},
+    )
+
+
+def abstract_state(
+    stage: Stage, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh, rules: Rules
+) -> TrainState:
+    """Shapes, dtypes and shardings of the state, without allocating anything.
+
+    Moments and moving averages are split like the parameters they belong to; counts are replicated.
+
+    Raises:
+        ValueError: If `stage.axes` does not fit the parameters or the mesh, naming the parameter.
+    """
+    shapes = jax.eval_shape(
+        lambda key: fresh_state(stage.init(key), stage, optimizer, ema), jax.random.key(0)
+    )
+    params = sharding_tree(stage.axes, mesh, rules, shapes.params)
+    trainable, _ = split(params, stage.trainable)
+    whole = NamedSharding(mesh, PartitionSpec())
+    shardings = TrainState(
+        step=whole,
+        params=params,
+        opt_state=optax.tree.map_params(
+            optimizer,
+            lambda _, sharding: sharding,
+            shapes.opt_state,
+            trainable,
+            transform_non_params=lambda _: whole,
+        ),
+        ema=trainable if ema else {},
+    )
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        shapes,
+        shardings,
+    )
+
+
+def create_state(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    abstract: TrainState,
+    seed: int,
+    params: Params | None = None,
+) -> TrainState:
+    """Makes the state of step 0 on the devices, each creating only its own part.
+
+    Args:
+        stage: Gives the initial parameters.
+        optimizer: Of `make_optimizer`.
+        abstract: Of `abstract_state`; says every sharding.
+        seed: Of the initial parameters.
+        params: Already placed parameters that replace those of `stage.init`; donated.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+
+    def make(given: Params, key: jax.Array) -> TrainState:
+        everything = merge(stage.init(key), given)  # what is given is not computed
+        return fresh_state(everything, stage, optimizer, bool(abstract.ema))
+
+    # Step n uses fold_in(key(seed), n); this is a step no run reaches.
+    key = jax.random.fold_in(jax.random.key(seed), 2**32 - 1)
+    return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params or {}, key)
+
 
 Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
 
@@ -106,3 +285,100 @@ def compile_step(
         step, in_shardings=shardings, out_shardings=(shardings[0], whole), donate_argnums=0
     )
     return compiled.lower(state, frozen, batch).compile()
+
+
+# AdamW with the release's learning-rate schedules, skipping steps that went wrong.
+
+
+WARMUP_START = 1e-6  # fraction of the learning rate at step 0 (release: LambdaLinear f_start)
+
+
+class SkipState(NamedTuple):
+    """Optimizer state with counts of the skipped steps (int32 scalars)."""
+
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    inner: Any
+
+
+def make_schedule(config: Any) -> optax.Schedule:
+    """The learning rate as a function of the number of updates made so far.
+
+    `constant` holds the rate. `linear` is the release's LambdaLinear: the fraction of the rate is
+    final + (1 - final) (decay_steps - n) / decay_steps, so it starts just below 1 after the warm-up
+    and ends at `final_fraction`. `cosine` goes from 1 to `final_fraction` between the end of the
+    warm-up and `decay_steps`. All start with a linear warm-up over `warmup_steps` (0: none).
+
+    Args:
+        config: learning_rate, schedule ("constant" | "linear" | "cosine"), warmup_steps,
+            decay_steps, final_fraction.
+    """
+    kind, warmup, decay = config.schedule, int(config.warmup_steps), int(config.decay_steps)
+    final = float(config.final_fraction)
+    if kind not in ("constant", "linear", "cosine"):
+        raise ValueError(
+            f"optimizer.schedule is {kind!r}; expected 'constant', 'linear' or 'cosine'."
+        )
+    if kind != "constant" and decay <= warmup:
+        raise ValueError(
+            f"optimizer.decay_steps is {decay}, but a {kind} schedule must end after the "
+            f"{warmup} warm-up steps; raise optimizer.decay_steps."
+        )
+
+    def fraction(n: jax.Array) -> jax.Array:
+        if kind == "linear":
+            return final + (1 - final) * jnp.maximum(decay - n, 0) / decay
+        if kind == "cosine":
+            progress = jnp.clip((n - warmup) / (decay - warmup), 0, 1)
+            return final + (1 - final) * 0.5 * (1 + jnp.cos(math.pi * progress))
+        return jnp.ones_like(n)
+
+    def schedule(count: jax.Array) -> jax.Array:
+        n = jnp.asarray(count, jnp.float32)
+        warm = WARMUP_START + (1 - WARMUP_START) * n / max(warmup, 1)
+        return config.learning_rate * jnp.where(n < warmup, warm, fraction(n))
+
+    return schedule
+
+
+def make_optimizer(config: Any) -> optax.GradientTransformation:
+    """AdamW: clip by global norm, Adam, weight decay on every parameter, learning rate.
+
+    The release's settings are b1 0.9, b2 0.99, eps 1e-8, weight_decay 0.1 on all parameters and
+    clip_norm 10. A step whose gradient norm is not finite changes nothing but the counts in
+    `SkipState`; in particular it does not advance the schedule.
+
+    Args:
+        config: What `make_schedule` reads, and b1, b2, eps, weight_decay, clip_norm (0: no clip),
+            mu_dtype ("bfloat16" halves the memory of the first moment; "" keeps it float32).
+    """
+    if config.mu_dtype not in ("", "bfloat16"):
+        raise ValueError(f"optimizer.mu_dtype is {config.mu_dtype!r}; expected '' or 'bfloat16'.")
+    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    return _skip_nonfinite(
+        optax.chain(
+            *clip,
+            optax.scale_by_adam(
+                b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype or None
+            ),
+            optax.add_decayed_weights(config.weight_decay),
+            optax.scale_by_learning_rate(make_schedule(config)),
+        )
+    )
+
+
+def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:
+    def init(params: Any) -> SkipState:
+        zero = jnp.zeros((), jnp.int32)
+        return SkipState(zero, zero, inner.init(params))
+
+    def update(grads: Any, state: SkipState, params: Any = None) -> tuple[Any, SkipState]:
+        finite = jnp.isfinite(optax.tree.norm(grads))
+        updates, new_inner = inner.update(grads, state.inner, params)
+        updates = jax.tree.map(lambda u: jnp.where(finite, u, jnp.zeros_like(u)), updates)
+        new_inner = jax.tree.map(lambda n, o: jnp.where(finite, n, o), new_inner, state.inner)
+        one = jnp.where(finite, 0, 1)
+        in_a_row = jnp.where(finite, 0, state.skipped_in_a_row + 1)
+        return updates, SkipState(state.skipped + one, in_a_row, new_inner)
+
+    return optax.GradientTransformation(init, update)

@@ -8,10 +8,16 @@ and right. Actions are those of robosuite's OSC_POSE: position delta (unit 5 cm)
 a rotation vector (unit 0.5 rad), gripper (-1 opens, 1 closes).
 """
 
+import importlib.util
+import os
+import sys
+from pathlib import Path
+
 import numpy as np
 
-from mvjax.evaluation.suites.libero_scene import Scene
-from mvjax.evaluation.suites.libero_tasks import max_steps
+from data_pipelines.embodiments.libero_panda import HDF5_ACTION
+from data_pipelines.vectors import parse, restore
+from mvjax.evaluation.suites.libero_scene import Scene, max_steps
 
 CAMERA, WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
 SETTLING_STEPS = 10
@@ -20,7 +26,7 @@ _COLLISION_SHAPES = 0  # the geom group that LIBERO does not draw
 
 
 class Libero:
-    """One LIBERO task (see `mvjax.evaluation.simulator.Simulator` for the methods).
+    """One LIBERO task (see `mvjax.evaluation.worker.Simulator` for the methods).
 
     Args:
         task: such as "spatial-3" (`libero_tasks`).
@@ -157,7 +163,7 @@ class Libero:
 
     def lookahead(self, steps: int, stride: int) -> np.ndarray:
         """Frames `stride`, `2 * stride`, ... up to `steps` control steps ahead under the expert."""
-        from mvjax.evaluation.suites.libero_snapshot import Snapshot
+        from mvjax.evaluation.suites.libero_physics import Snapshot
 
         self._plan()
         snapshot = Snapshot(self._env, self._expert)
@@ -185,3 +191,62 @@ class Libero:
 
     def _hand(self):
         return self._data.body(self._robot.robot_model.eef_name)
+
+
+# A policy's actions as LIBERO's simulator takes them.
+
+
+_ACTION = parse(HDF5_ACTION, "action")
+
+
+def libero_commands(chunk: np.ndarray, proprio: np.ndarray) -> np.ndarray:
+    """OSC_POSE actions of a policy's ten numbers (`data_pipelines/embodiments/libero_panda.py`).
+
+    Args:
+        chunk: float32 [h, 10]: position delta 3, two rows of the rotation delta 6, gripper.
+        proprio: unused, since actions are relative to wherever the hand is.
+
+    Returns:
+        float32 [h, 7]; the gripper opens (-1) or closes (1), nothing between.
+    """
+    del proprio
+    actions = restore(_ACTION, chunk, {})["actions"]
+    actions[:, 6] = np.where(actions[:, 6] > 0, 1, -1)
+    return actions.astype(np.float32)
+
+
+# The Python of LIBERO's own environment (`bash launch/libero.sh`).
+
+
+PYTHON_VARIABLE = "MVJAX_LIBERO_PYTHON"
+_ROOT = Path(__file__).parents[3]
+
+
+def libero_python() -> Path:
+    """Where it is.
+
+    Raises:
+        FileNotFoundError: there is none yet.
+    """
+    given = os.environ.get(PYTHON_VARIABLE)
+    python = Path(given) if given else _ROOT / ".venv-libero" / "bin" / "python"
+    if not python.exists():
+        raise FileNotFoundError(
+            f"LIBERO has an environment of its own, but there is no {python}: make it with `bash "
+            f"launch/libero.sh`, or set {PYTHON_VARIABLE}."
+        )
+    return python
+
+
+def in_libero_python(module: str) -> None:
+    """Runs `python -m module` with the same arguments there, in place of this process.
+
+    Returns where LIBERO is installed beside this interpreter already.
+
+    Raises:
+        FileNotFoundError: there is no such Python yet.
+    """
+    if importlib.util.find_spec("libero") is None:
+        python = str(libero_python())
+        path = {"PYTHONPATH": str(_ROOT)}
+        os.execve(python, [python, "-m", module, *sys.argv[1:]], {**os.environ, **path})

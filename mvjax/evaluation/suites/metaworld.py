@@ -77,7 +77,7 @@ NO_GL = (
 
 
 class MetaWorld:
-    """One Meta-World task (see `mvjax.evaluation.simulator.Simulator` for the methods).
+    """One Meta-World task (see `mvjax.evaluation.worker.Simulator` for the methods).
 
     Args:
         task: a key of `TASKS`.

@@ -1,0 +1,288 @@
+"""Demonstrations in HDF5 as robomimic lays them out: LIBERO, robosuite, MimicGen, RoboCasa.
+
+    data/                                attributes env_args, problem_info, ... (JSON)
+    data/demo_<i>/actions, states, ...   an array per signal, one row per step
+    data/demo_<i>/obs/<key>              observations; uint8 [T, h, w, 3] are cameras
+    mask/<key>                           names of demonstrations, e.g. a "train" split
+
+A stream has the array's path below the demonstration as its name: "actions", "obs/agentview_rgb".
+
+LIBERO's own files hold its pictures as OpenGL draws them, bottom row first: `flip="vertical"` puts
+them upright. mimic-video and OpenVLA turn them by 180 degrees instead, which leaves left and right
+exchanged; models trained on such pictures need `flip="rotate"`. Their regenerated files are turned
+already, and robomimic's own datasets are upright: both need no flip.
+
+In LIBERO's own files an observation is what followed the action of its row; an action `shift` of
+one step, 0.05 s, pairs it with the next action. In robomimic's it is what preceded the action.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
+from data_pipelines.sources.files import FLIPS, Hdf5Frames, Hdf5Pool, Visit, glance, walk
+
+# What a robomimic HDF5 file says in words: JSON attributes, and the instruction.
+
+
+STYLES = ("stored", "release")  # as the file has it; the wording mimic-video was trained with
+_SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
+
+
+@dataclass(frozen=True)
+class Wording:
+    """How a demonstration gets its instruction.
+
+    Attributes:
+        fixed: one for all, if given.
+        style: of `STYLES`.
+    """
+
+    fixed: str | None
+    style: str
+
+    def of(self, data: h5py.Group, demo: h5py.Group, file: Path) -> str:
+        """The instruction; "" where there is none.
+
+        Args:
+            data: the file's group `data`.
+            demo: the demonstration's.
+            file: for its name.
+
+        Raises:
+            ValueError: if it is not readable text.
+        """
+        text = self._text(data, demo, file)
+        if not text.isprintable():  # also how h5py marks bytes that are not UTF-8
+            raise ValueError(f"{file}: the instruction {text!r} has characters that are no text")
+        return text
+
+    def _text(self, data: h5py.Group, demo: h5py.Group, file: Path) -> str:
+        if self.fixed is not None:
+            return self.fixed
+        if self.style == "release":
+            words = file.stem.removesuffix("_demo").replace("_", " ")
+            return words.replace("black bowl", "bowl") + "."
+        stored = json_attribute(data, "problem_info").get("language_instruction")
+        stored = stored or json_attribute(demo, "ep_meta").get("lang")  # LIBERO's, RoboCasa's
+        if stored and isinstance(stored, str | list):
+            # Some of LIBERO's are lists of characters, some are quoted.
+            return "".join(map(str, stored)).strip().strip('"')
+        if not file.stem.endswith("_demo"):
+            return ""
+        return _SCENE.sub("", file.stem.removesuffix("_demo")).replace("_", " ")
+
+
+def json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
+    """A JSON attribute; empty where it is missing or something else."""
+    text = string(group.attrs.get(key, "{}"))
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def string(value: Any) -> str:
+    """An attribute or entry that is text, however it was stored."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
+
+
+SUFFIXES = (".hdf5", ".h5")
+LIBERO_HZ = 20.0
+_ARRAY_LIMIT = 4  # dimensions from which an array that is no camera (depth maps) is left out
+
+
+def recognises(path: Path) -> bool:
+    """Whether this is such an HDF5 file, or a folder with some."""
+    files = [path] if path.is_file() else islice(_files(glance(path)), 3)
+    return any(_has_demonstrations(file) for file in files if file.suffix in SUFFIXES)
+
+
+def open_robomimic_hdf5(
+    path: Path,
+    *,
+    name: str,
+    embodiment: str,
+    fps: float | None = None,
+    flip: str = "none",
+    mask: str | None = None,
+    instruction: str | None = None,
+    instruction_style: str = "stored",
+) -> Sequence[Episode]:
+    """Open one file or a folder of files; arrays are read when an episode is asked for.
+
+    Args:
+        path: an .hdf5 file, or a folder that holds such files at any depth.
+        name: of the dataset, becomes `Episode.source`.
+        embodiment: the robot, becomes `Episode.embodiment`.
+        fps: steps per second; None takes `control_freq` of the file's `env_args`, and 20 (LIBERO)
+            where that is missing too.
+        flip: of every picture: "none", "vertical" (rows reversed) or "rotate" (180 degrees).
+        mask: read only the demonstrations that `mask/<this>` lists.
+        instruction: one for the whole dataset, where the files have none.
+        instruction_style: "stored" takes the file's text, or the words of a name such as
+            `KITCHEN_SCENE1_open_the_drawer_demo.hdf5` without the scene; "release" is the wording
+            mimic-video was trained with: the name's words, "bowl" for "black bowl", a full stop.
+
+    Raises:
+        ValueError: if an option is unknown, or no file holds demonstrations.
+    """
+    if flip not in FLIPS or instruction_style not in STYLES:
+        raise ValueError(
+            f"dataset {name!r}: flip is {flip!r} and instruction_style {instruction_style!r}; "
+            f"choose from {', '.join(FLIPS)} and from {', '.join(STYLES)}"
+        )
+    path = Path(path)
+    root, files = (path.parent, [path]) if path.is_file() else (path, sorted(_files(walk(path))))
+    pool = Hdf5Pool()
+    demos: list[_Demo] = []
+    for file in files:
+        id = file.relative_to(root).with_suffix("").as_posix()
+        try:
+            demos += [_Demo(file, f"{id}/{key}", key) for key in _demonstrations(pool, file, mask)]
+        except ValueError as error:  # one entry stands for the file, so that it is counted
+            demos.append(_Demo(file, id, fault=str(error)))
+    if all(demo.fault for demo in demos):
+        reason = demos[0].fault if demos else f"{path} holds no {' or '.join(SUFFIXES)} file"
+        raise ValueError(f"no demonstrations in {path}: {reason}")
+    if len({demo.id for demo in demos}) < len(demos):
+        raise ValueError(f"{path} has files that differ only in the suffix; move one of them away")
+    wording = Wording(instruction, instruction_style)
+    dataset = _Dataset(name, embodiment, fps, flip, wording, demos, pool)
+    return LazyEpisodes(len(demos), dataset.load)
+
+
+@dataclass(frozen=True)
+class _Demo:
+    file: Path
+    id: str
+    key: str = ""  # below data/
+    fault: str = ""
+
+
+@dataclass(frozen=True)
+class _Dataset:
+    name: str
+    embodiment: str
+    fps: float | None
+    flip: str
+    wording: Wording
+    demos: list[_Demo]
+    pool: Hdf5Pool = field(repr=False)
+
+    def load(self, index: int) -> Episode:
+        demo = self.demos[index]
+        if demo.fault:
+            raise ValueError(demo.fault)
+        with self.pool.open(demo.file) as file:
+            data, group = file["data"], file["data"][demo.key]
+            if not isinstance(group, h5py.Group):
+                raise ValueError(f"{demo.file}: {demo.key} is no group of arrays")
+            instruction = self.wording.of(data, group, demo.file)
+            arrays = _arrays(group)
+            if "actions" not in arrays:
+                raise ValueError(f"{demo.file}: {demo.key} has no array `actions`")
+            length = _length(demo, group, arrays)
+            times = np.round(np.arange(length) / self._rate(data) * NANOSECONDS).astype(np.int64)
+            streams, cameras = {}, []
+            for key, array in arrays.items():
+                if len(array) != length and key.startswith("obs/"):
+                    raise ValueError(
+                        f"{demo.file}: {demo.key} has {length} actions but {len(array)} values of "
+                        f"{key}; write the file again"
+                    )
+                if len(array) != length:
+                    pass  # not one value per step
+                elif _is_camera(array):
+                    cameras.append(key)
+                    frames = Hdf5Frames(demo.file, array.name, array.shape, self.flip, self.pool)
+                    streams[key] = Stream(times, frames)
+                elif array.ndim < _ARRAY_LIMIT:
+                    streams[key] = Stream(times, array[()])
+        return Episode(
+            id=demo.id,
+            source=self.name,
+            embodiment=self.embodiment,
+            instructions=(instruction,),
+            streams=streams,
+            cameras=tuple(cameras),
+        )
+
+    def _rate(self, data: h5py.Group) -> float:
+        if self.fps is not None:
+            return self.fps
+        kwargs = json_attribute(data, "env_args").get("env_kwargs")
+        rate = (kwargs if isinstance(kwargs, dict) else {}).get("control_freq") or LIBERO_HZ
+        if not isinstance(rate, int | float) or rate <= 0:
+            raise ValueError(
+                f"{data.file.filename}: control_freq is {rate!r}, which is no rate; set the option "
+                "fps to the steps per second"
+            )
+        return float(rate)
+
+
+def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
+    """Names below data/ in the order of their numbers."""
+    with pool.open(path) as file:
+        if not isinstance(file.get("data"), h5py.Group):
+            raise ValueError(f"{path} is no file of demonstrations: it has no group `data`")
+        names = [n for n in file["data"] if n.startswith("demo_") and n[5:].isdecimal()]
+        if mask is not None:
+            if f"mask/{mask}" not in file:
+                known = sorted(file["mask"]) if "mask" in file else "none"
+                raise ValueError(f"{path} has no mask {mask!r}; its masks are {known}")
+            chosen = {string(n) for n in file[f"mask/{mask}"][()]}
+            if missing := sorted(chosen.difference(names)):
+                raise ValueError(f"{path}: the mask {mask!r} lists {missing[0]}, which is missing")
+            names = [n for n in names if n in chosen]
+    if not names:
+        raise ValueError(f"{path} holds no demonstrations (data/demo_<number>)")
+    return sorted(names, key=lambda n: (int(n[5:]), n))
+
+
+def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
+    """Numeric arrays of a demonstration, and of its `obs`, by path."""
+    found: dict[str, h5py.Dataset] = {}
+    for prefix, part in (("", group), ("obs/", group.get("obs"))):
+        for key in sorted(part) if isinstance(part, h5py.Group) else ():
+            array = part[key]
+            if isinstance(array, h5py.Dataset) and array.ndim and array.dtype.kind in "biuf":
+                found[prefix + key] = array
+    return found
+
+
+def _length(demo: _Demo, group: h5py.Group, arrays: dict[str, h5py.Dataset]) -> int:
+    length = len(arrays["actions"])
+    if length == 0:
+        raise ValueError(f"{demo.file}: {demo.key} is empty; leave it out")
+    said = group.attrs.get("num_samples")  # LIBERO's are strings or numbers
+    if said is not None and string(said) != str(length):
+        raise ValueError(
+            f"{demo.file}: {demo.key} should have {string(said)} samples but has {length} "
+            "actions; copy or write the file again"
+        )
+    return length
+
+
+def _is_camera(array: h5py.Dataset) -> bool:
+    return array.ndim == 4 and array.shape[-1] == 3 and array.dtype == np.uint8
+
+
+def _files(visits: Iterator[Visit]) -> Iterator[Path]:
+    return (folder / n for folder, _, names in visits for n in names if n.endswith(SUFFIXES))
+
+
+def _has_demonstrations(path: Path) -> bool:
+    try:
+        return bool(_demonstrations(Hdf5Pool(), path, None))
+    except ValueError:
+        return False

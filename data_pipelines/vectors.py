@@ -1,0 +1,463 @@
+"""From an episode's streams to the vectors of a policy (actions, proprioception), and back.
+
+All functions are pure. `vectors.parts` says what a vector can be made of, and how a config says it.
+
+In use:
+
+    from data_pipelines.vectors import bases, dims, mask, modes, parse, streams
+
+    parts = parse(dataset.action, "action")             all that can be checked without data is
+    values, padded = read(parts, episode.streams, anchors, dim, horizon=15, fps=5.0, shift=0.2)
+    Normalizer(..., {"actions": modes(parts, dim)})     one mode per dimension
+    loss * mask(parts, dim)                             False where padded
+    commands = restore(parts, chunk, {name: now[name] for name in bases(parts)})
+    proprio = vector(parts, history, now, dim)          as `read`, from a robot's values
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
+
+from data_pipelines.episode import Stream
+from data_pipelines.representations import (
+    REPRESENTATIONS,
+    ROTATION_WIDTHS,
+    Mode,
+    Part,
+    load_position,
+    load_rotation,
+    store_position,
+    store_rotation,
+    stored_width,
+)
+from data_pipelines.windows import WindowSpec, read_window
+
+# What a policy's vectors (actions, proprioception) are made of: the config's description.
+#
+# `dataset.action` and `dataset.proprio` in a config say what a vector is made of: "" (nothing), the
+# name of one stream (its values), or a tuple of parts, which are concatenated in order:
+#
+#     dict(stream="action", columns=(0, 1, 2))         values; `columns` of the flattened stream
+#     dict(stream="joints", represent="delta", base="joint_state")   minus the base at the anchor
+#     dict(stream="grip", represent="gripper", closed=0.0, open=0.08)     0 is closed, 1 is open
+#     dict(stream="rot", represent="rotation", rotation="rotvec")         6-D: two rows of the
+# matrix
+#     dict(stream="eef", represent="pose")                                position 3, rotation 6-D
+#     dict(stream="eef", represent="relative_pose", base="eef")           inv(base at anchor) @ pose
+#     dict(pad=7)                                      an arm this robot lacks: zeros, not learned
+#
+# Further keys of a part (where they make sense):
+#
+#     columns        of the flattened stream, for any representation
+#     base_columns   of the base; `columns` if absent
+#     rotation       how a rotation is stored: matrix, quaternion_xyzw, quaternion_wxyz, rotvec or
+#                    euler_xyz (fixed axes, radians). A pose without it is a 4x4 matrix, with it
+#                    3 numbers of position followed by the rotation.
+#     stream, base   of a pose may be two names, (position, rotation), each with its own clock
+#     binary         True: a gripper is either closed or open, split in the middle
+#     interpolation  between stored values: nearest (default), previous; linear (numbers),
+#                    quaternion (slerp of a rotation), pose (linear position and slerp of a pose)
+#     shift          seconds, added to that of the window (-0.05: the value 50 ms earlier)
+#     normalize      VARIANCE (default) or another `Mode`, of all but 6-D rotations, which stay as
+#                    they are
+#
+# `vectors.vector` makes such vectors from streams, and streams from them.
+
+
+_POSES = ("pose", "relative_pose")
+_AS_GIVEN = ("rotation", "closed", "open", "binary", "interpolation", "shift")
+_COMMON = ("represent", "columns", "interpolation", "shift")
+# The keys that a part of each kind has.
+_REQUIRED = {
+    "values": ("stream",),
+    "delta": ("stream", "base"),
+    "gripper": ("stream", "closed", "open"),
+    "rotation": ("stream", "rotation"),
+    "pose": ("stream",),
+    "relative_pose": ("stream", "base"),
+    "pad": ("pad",),
+}
+_OPTIONAL = {
+    "values": (*_COMMON, "normalize"),
+    "delta": (*_COMMON, "base_columns", "normalize"),
+    "gripper": (*_COMMON, "binary", "normalize"),
+    "rotation": _COMMON,
+    "pose": (*_COMMON, "rotation", "normalize"),
+    "relative_pose": (*_COMMON, "rotation", "base_columns", "normalize"),
+    "pad": (),
+}
+
+
+def parse(description: str | Sequence[Mapping[str, Any]], what: str = "vector") -> tuple[Part, ...]:
+    """The parts that a config's `action` or `proprio` describes.
+
+    Args:
+        description: "", a stream's name, or parts (see above; lists for tuples are fine).
+        what: "action" or "proprio", for error messages.
+
+    Raises:
+        ValueError: if it is no such description, naming the part and the key.
+    """
+    if isinstance(description, str):
+        return (Part((description,)),) if description else ()
+    if not _is_list(description) or not all(hasattr(part, "items") for part in description):
+        raise ValueError(
+            f"{what} must be a stream's name or a tuple of parts such as dict(stream='action'), "
+            f"got {description!r}"
+        )
+    return tuple(
+        _parse_part(dict(part.items()), f"part {i} of {what}") for i, part in enumerate(description)
+    )
+
+
+def streams(parts: Sequence[Part]) -> tuple[str, ...]:
+    """The streams that the vector holds, without those it is only relative to."""
+    return tuple(dict.fromkeys(name for part in parts for name in part.streams))
+
+
+def bases(parts: Sequence[Part]) -> tuple[str, ...]:
+    """The streams whose present values the vector is relative to; `restore` needs them."""
+    return tuple(dict.fromkeys(name for part in parts for name in part.bases))
+
+
+def dims(parts: Sequence[Part], dim: int) -> tuple[int, ...]:
+    """The width of each part in a vector of `dim` numbers; at most one is left to the data.
+
+    Raises:
+        ValueError: if the parts cannot add up to `dim`.
+    """
+    widths = [_width(part) for part in parts]
+    unknown = [i for i, width in enumerate(widths) if width is None]
+    rest = dim - sum(width for width in widths if width is not None)
+    if len(unknown) > 1:
+        names = [parts[i].streams[0] for i in unknown]
+        raise ValueError(
+            f"the widths of the parts {names} are unknown; all but one need `columns`, such as "
+            "columns=(0, 1, 2)"
+        )
+    if rest < len(unknown) or (rest and not unknown):
+        known = ", ".join(f"{'/'.join(p.streams) or 'pad'} {w}" for p, w in zip(parts, widths))
+        raise ValueError(
+            f"policy_io says {dim} dimensions, but the parts have {known.replace('None', '1+')}"
+        )
+    return tuple(rest if width is None else width for width in widths)
+
+
+def modes(parts: Sequence[Part], dim: int) -> tuple[Mode, ...]:
+    """How each of the `dim` dimensions is normalised."""
+    return tuple(
+        part.normalize if mode is None else mode
+        for part, width in zip(parts, dims(parts, dim))
+        for mode in _fixed_modes(part) or (None,) * width
+    )
+
+
+def mask(parts: Sequence[Part], dim: int) -> np.ndarray:
+    """bool [dim]: False where the vector is padded, which no loss may see."""
+    return np.repeat([not part.pad for part in parts], dims(parts, dim))
+
+
+def _parse_part(given: dict[str, Any], where: str) -> Part:
+    def check(fine: bool, problem: str) -> None:
+        if not fine:
+            raise ValueError(f"{where}, {given}: {problem}")
+
+    represent = "pad" if "pad" in given else given.get("represent", "values")
+    known = ", ".join(REPRESENTATIONS)
+    check(represent in list(_REQUIRED), f"represent must be one of {known}, got {represent!r}")
+    allowed = (*_REQUIRED[represent], *_OPTIONAL[represent])
+    if unknown := [key for key in given if key not in allowed]:
+        check(False, f"{represent} has no {unknown}; it takes {list(allowed)}")
+    if lacking := [key for key in _REQUIRED[represent] if key not in given]:
+        check(False, f"{represent} also needs {lacking}")
+    for key, value in given.items():
+        fine, meaning = _VALUES[key]
+        check(fine(value), f"{key} must be {meaning}, got {value!r}")
+    if represent == "pad":
+        return Part(pad=given["pad"])
+
+    ways = REPRESENTATIONS[represent].interpolations
+    part = Part(
+        streams=_names(given["stream"]),
+        represent=represent,
+        bases=_names(given.get("base", ())),
+        columns=_tuple(given.get("columns")),
+        base_columns=_tuple(given.get("base_columns", given.get("columns"))),
+        normalize=Mode(given.get("normalize", Mode.VARIANCE)),
+        **{key: given[key] for key in _AS_GIVEN if key in given},
+    )
+    check(
+        part.interpolation in ways,
+        f"interpolation of {represent} must be one of {', '.join(ways)}",
+    )
+    for names, columns in ((part.streams, part.columns), (part.bases, part.base_columns)):
+        fine = represent in _POSES and part.rotation != "" and columns is None
+        check(
+            len(names) < 2 or fine,
+            "two streams are the position and the rotation of a pose; they need `rotation`, and "
+            "have no columns",
+        )
+    width = stored_width(part)
+    for columns in (part.columns, part.base_columns):
+        check(
+            columns is None or width in (None, len(columns)),
+            f"{represent} {part.rotation} is stored in {width} numbers, so it takes that many "
+            "columns",
+        )
+    check(part.closed != part.open, "closed and open must differ")
+    return part
+
+
+def _names(value: str | Sequence[str]) -> tuple[str, ...]:
+    return (value,) if isinstance(value, str) else tuple(value)
+
+
+def _tuple(columns: Sequence[int] | None) -> tuple[int, ...] | None:
+    return None if columns is None else tuple(columns)
+
+
+def _are_names(value: Any) -> bool:
+    if isinstance(value, str):
+        return value != ""
+    return _is_list(value) and len(value) == 2 and all(isinstance(v, str) and v for v in value)
+
+
+def _are_columns(value: Any) -> bool:
+    if not _is_list(value) or not all(_is_number(v) and v == int(v) >= 0 for v in value):
+        return False
+    return 0 < len(set(value)) == len(value)
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (tuple, list))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+_NAMES = (_are_names, "a stream's name, or two names: position and rotation")
+_COLUMNS = (_are_columns, "different whole numbers from 0, such as (0, 1, 2)")
+_NUMBER = (_is_number, "a number")
+# What the value of each key must be.
+_VALUES = {
+    "stream": _NAMES,
+    "base": _NAMES,
+    "columns": _COLUMNS,
+    "base_columns": _COLUMNS,
+    "represent": (lambda value: True, ""),  # chose the keys
+    "rotation": (
+        lambda value: value in list(ROTATION_WIDTHS),
+        f"one of {', '.join(ROTATION_WIDTHS)}",
+    ),
+    "closed": _NUMBER,
+    "open": _NUMBER,
+    "shift": _NUMBER,
+    "binary": (lambda value: isinstance(value, bool), "True or False"),
+    "interpolation": (lambda value: isinstance(value, str), "a word"),
+    "normalize": (lambda value: value in list(Mode), f"one of {', '.join(Mode)}"),
+    "pad": (lambda value: _are_columns([value]) and value > 0, "a number of dimensions"),
+}
+
+
+def _fixed_modes(part: Part) -> tuple[Mode | None, ...] | None:
+    return (Mode.IDENTITY,) * part.pad if part.pad else REPRESENTATIONS[part.represent].modes
+
+
+def _width(part: Part) -> int | None:
+    fixed = _fixed_modes(part)
+    return len(fixed) if fixed else stored_width(part)
+
+
+class StreamMismatch(ValueError):
+    """The config does not fit the dataset; unlike a broken file this stops a job."""
+
+
+def read(
+    parts: Sequence[Part],
+    episode: Mapping[str, Stream],
+    anchors: np.ndarray,
+    dim: int,
+    *,
+    horizon: int,
+    fps: float,
+    shift: float = 0.0,
+    look: Literal["past", "future"] = "future",
+) -> tuple[np.ndarray, np.ndarray]:
+    """Windows of an episode, as the policy sees them.
+
+    Args:
+        parts: what the vector is made of.
+        episode: its streams.
+        anchors: int64 [k], nanoseconds; bases are read there.
+        dim: width of the vector.
+        horizon, fps, shift, look: of the window, see `WindowSpec`.
+
+    Returns:
+        float32 [k, horizon, dim], and a bool mask [k, horizon] that is true where the instant lies
+        outside any of the streams, so that an edge value was repeated.
+
+    Raises:
+        StreamMismatch: if a stream is missing or has other shapes than the parts say.
+        ValueError: if stored numbers are no rotations.
+    """
+    anchors = np.asarray(anchors, np.int64)
+    stored = {name: stream.values for name, stream in episode.items()}
+    padded = np.zeros((len(anchors), horizon), bool)
+    vectors = []
+    for part, width in zip(parts, dims(parts, dim)):
+        if part.pad:
+            vectors.append(np.zeros((*padded.shape, width)))
+            continue
+        between = "pose" if part.interpolation == "quaternion" else part.interpolation
+        base = None
+        if part.bases:
+            now = WindowSpec("/".join(part.bases), 1, fps, 0.0, between, "past")
+            forms = _load(part, part.bases, part.base_columns, stored, width)
+            base, _ = _cut(episode, part.bases, forms, now, anchors)
+            base = base[:, 0]
+        at = WindowSpec("/".join(part.streams), horizon, fps, shift + part.shift, between, look)
+        # Loaded before windows are cut, because a value is in many windows.
+        forms = _load(part, part.streams, part.columns, stored, width)
+        values, outside = _cut(episode, part.streams, forms, at, anchors)
+        vectors.append(REPRESENTATIONS[part.represent].express(part, values, base))
+        padded |= outside
+    return np.concatenate(vectors, axis=-1).astype(np.float32), padded
+
+
+def vector(
+    parts: Sequence[Part],
+    values: Mapping[str, np.ndarray],
+    base: Mapping[str, np.ndarray],
+    dim: int,
+) -> np.ndarray:
+    """The vector of values at hand, such as a robot's last states.
+
+    Args:
+        parts: what the vector is made of.
+        values: h instants of each of `streams(parts)`, [h, ...] as the dataset stores them.
+        base: the present value of each of `bases(parts)`, [...].
+        dim: width of the vector.
+
+    Returns:
+        float32 [h, dim].
+    """
+    length = len(next(iter(values.values())))
+    vectors = []
+    for part, width in zip(parts, dims(parts, dim)):
+        if part.pad:
+            vectors.append(np.zeros((length, width)))
+            continue
+        form = _join(_load(part, part.streams, part.columns, values, width))
+        express = REPRESENTATIONS[part.represent].express
+        vectors.append(express(part, form, _base_form(part, base, width)))
+    return np.concatenate(vectors, axis=-1).astype(np.float32)
+
+
+def restore(
+    parts: Sequence[Part], chunk: np.ndarray, base: Mapping[str, np.ndarray]
+) -> dict[str, np.ndarray]:
+    """The inverse of `vector`: a policy's chunk in the dataset's own convention.
+
+    Args:
+        parts: what the vector is made of.
+        chunk: [h, dim], not normalised.
+        base: the present value of each of `bases(parts)`, [...] as the dataset stores it.
+
+    Returns:
+        For each of `streams(parts)` float64 [h, 4, 4] (poses), [h, 3, 3] (matrices) or [h, w]. A
+        stream of which parts take columns has the columns up to the last one taken; those that no
+        part takes are NaN.
+
+    Raises:
+        ValueError: if two parts say different things about one number of a stream.
+    """
+    chunk = np.asarray(chunk, np.float64)
+    widths = dims(parts, chunk.shape[-1])
+    found: dict[str, list] = {}
+    for part, width, end in zip(parts, widths, np.cumsum(widths)):
+        if part.pad:
+            continue
+        representation = REPRESENTATIONS[part.represent]
+        numbers = chunk[..., end - width : end]
+        form = representation.recover(part, numbers, _base_form(part, base, width))
+        store = (representation.store,)
+        if len(part.streams) == 2:
+            store = (store_position, store_rotation)
+        for name, back in zip(part.streams, store):
+            found.setdefault(name, []).append((part.columns, back(part, form)))
+    return {name: _assemble(name, pieces) for name, pieces in found.items()}
+
+
+def _load(part, names, columns, stored, width) -> list[np.ndarray]:
+    """The forms of one stream, or of position and rotation."""
+    if len(names) == 2:
+        position = _numbers(stored, names[0], None, 3)
+        rotation = _numbers(stored, names[1], None, ROTATION_WIDTHS[part.rotation])
+        return [load_position(part, position), load_rotation(part, rotation)]
+    numbers = _numbers(stored, names[0], columns, stored_width(part) or width)
+    return [REPRESENTATIONS[part.represent].load(part, numbers)]
+
+
+def _numbers(stored: Mapping[str, Any], name: str, columns, width: int) -> np.ndarray:
+    """Values of a stream as float64 [n, width]."""
+    if name not in stored:
+        raise StreamMismatch(f"there is no stream {name!r}, only {sorted(stored)}")
+    values = stored[name]
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        raise StreamMismatch(f"stream {name!r} is a camera or text; a vector takes numbers")
+    flat = values.reshape(len(values), -1).astype(np.float64)
+    if columns is not None:
+        if max(columns) >= flat.shape[1]:
+            raise StreamMismatch(
+                f"stream {name!r} has {flat.shape[1]} dimensions, so no column {max(columns)}; "
+                "columns count from 0"
+            )
+        flat = flat[:, columns]
+    if flat.shape[1] != width:
+        raise StreamMismatch(
+            f"stream {name!r} has {flat.shape[1]} dimensions, but policy_io says {width} (after "
+            "the other parts, or by its representation)"
+        )
+    return flat
+
+
+def _cut(episode, names, forms, spec, anchors) -> tuple[np.ndarray, np.ndarray]:
+    cuts = [
+        read_window(Stream(episode[name].timestamps, form), spec, anchors)
+        for name, form in zip(names, forms)
+    ]
+    return _join([values for values, _ in cuts]), np.any([padded for _, padded in cuts], axis=0)
+
+
+def _join(forms: list[np.ndarray]) -> np.ndarray:
+    if len(forms) == 1:
+        return forms[0]
+    poses = forms[1].copy()
+    poses[..., :3, 3] = forms[0][..., :3, 3]
+    return poses
+
+
+def _base_form(part: Part, base: Mapping[str, np.ndarray], width: int) -> np.ndarray | None:
+    if not part.bases:
+        return None
+    one = {name: np.asarray(value)[None] for name, value in base.items()}
+    return _join(_load(part, part.bases, part.base_columns, one, width))[0]
+
+
+def _assemble(name: str, pieces: list) -> np.ndarray:
+    """One stream from what its parts say about it."""
+    if len(pieces) == 1 and pieces[0][0] is None:
+        return pieces[0][1]
+    taken = [column for columns, _ in pieces for column in columns or ()]
+    if any(columns is None for columns, _ in pieces) or len(set(taken)) < len(taken):
+        raise ValueError(
+            f"several parts hold the same numbers of stream {name!r}, so a prediction has no one "
+            "meaning; an action takes each number once"
+        )
+    length = len(pieces[0][1])
+    whole = np.full((length, max(taken) + 1), np.nan)
+    for columns, values in pieces:
+        whole[:, columns] = values.reshape(length, -1)
+    return whole

@@ -1,0 +1,140 @@
+"""Makes the tables of docs/pods.md: one run of `launch.estimate` per line, kept in docs/plans.
+
+    nice python -m launch.benchmarks.pod_tables
+
+A line is computed if it has no file yet, or if what needs no compiler (parameters, shapes and
+shardings, FLOPs, the chip) is not what its file says; remove a file to compute its line again.
+One line takes two to ten minutes and 3 GB on two cores. --lines=v5e makes the lines with that in
+their name.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from launch.entry import run
+from mvjax.parallel import abstract_mesh
+from mvjax.pods.compile import USUAL_MFU, batch_size, before_compiling, table
+from mvjax.pods.topology import pod_size
+from mvjax.training.bridge import abstract_backbone
+from mvjax.training.start import make_program
+
+DOCS = Path(__file__).parents[1] / "docs"
+BEGIN, END = (
+    "<!-- begin: launch.benchmarks.pod_tables -->\n",
+    "<!-- end: launch.benchmarks.pod_tables -->\n",
+)
+CHOSEN = flags.DEFINE_string("lines", "", "Part of the names of the lines to make.")
+
+LORA = "--config=configs/bridge_video.py"
+FULL = "--config=configs/bridge_video.py --config.lora.rank=0"
+DECODER = "--config=configs/bridge_action.py"
+BIG = "--config=configs/cosmos14b_video.py"
+ONE, HALF = "--batch_per_chip=1", "--batch_per_chip=0.5"
+
+# Title of a table, and its lines: a name and the arguments of launch.estimate.
+TABLES: dict[str, dict[str, str]] = {
+    "Stage 1, 2B, LoRA of rank 256 and the adaLN weights": {
+        "lora_v5e_8": f"{LORA} --topology=v5e:2x4 {ONE} --config.video_model.remat=full",
+        "lora_v6e_8": f"{LORA} --topology=v6e:2x4 {ONE}",
+        "lora_v6e_8_offload": f"{LORA} --topology=v6e:2x4 {ONE} --config.video_model.remat=offload",
+        "lora_v5p_8": f"{LORA} --topology=v5p:2x2x2 {ONE}",
+        "lora_v6e_64": f"{LORA} --topology=v6e:8x8 {ONE}",
+        "lora_v5e_128": f"{LORA} --topology=v5e:8x16 {HALF} --config.mesh.context=2",
+    },
+    "Stage 1, 2B, all parameters": {
+        "full_v5e_16": f"{FULL} --topology=v5e:4x4 {ONE} --config.video_model.remat=full",
+        "full_v6e_8": f"{FULL} --topology=v6e:2x4 {ONE}",
+        "full_v5p_8": f"{FULL} --topology=v5p:2x2x2 {ONE}",
+        "full_v6e_256": f"{FULL} --topology=v6e:16x16 {ONE}",
+        "full_v5p_512": f"{FULL} --topology=v5p:8x8x8 {ONE} --config.mesh.data=8",
+        "full_v6e_1024": f"{FULL} --topology=v6e:16x16 --slices=4 {ONE} --config.mesh.data=4",
+        "full_v5p_4096": f"{FULL} --topology=v5p:16x16x16 {ONE} --config.mesh.data=64",
+    },
+    "Stage 2, the action decoder on the frozen 2B backbone": {
+        "decoder_v5e_8": f"{DECODER} --topology=v5e:2x4 {ONE}",
+        "decoder_v6e_8": f"{DECODER} --topology=v6e:2x4 --batch_per_chip=3",
+        "decoder_v5p_8": f"{DECODER} --topology=v5p:2x2x2 --batch_per_chip=8",
+        "decoder_v5e_256": f"{DECODER} --topology=v5e:16x16 {ONE}",
+    },
+    "Stage 1, 14B, all parameters": {  # the configuration shares a clip between two chips
+        "14b_v5p_32": f"{BIG} --topology=v5p:2x4x4 {HALF}",
+        "14b_v6e_64": f"{BIG} --topology=v6e:8x8 {HALF}",
+        "14b_v5p_4096": f"{BIG} --topology=v5p:8x8x8 --slices=8 {HALF} --config.mesh.data=8",
+    },
+}
+
+
+def main() -> None:
+    """Runs what is missing or older than the code, and rewrites the tables."""
+    lines = [line for rows in TABLES.values() for line in rows.items()]
+    old = [(n, a) for n, a in lines if not file_of(n).exists() or changes(n, a)]
+    failed = [name for name, a in old if CHOSEN.value in name and not _plan(name, a)]
+    page = DOCS / "pods.md"
+    page.write_text(with_tables(page.read_text()))
+    if failed:
+        raise ValueError(f"no figures for {', '.join(failed)}; the reasons are above.")
+
+
+def file_of(name: str) -> Path:
+    """Where the figures of a line are."""
+    return DOCS / "plans" / f"{name}.json"
+
+
+def changes(name: str, arguments: str) -> list[str]:
+    """What needs no compiler and is not what the file of a line says: "field: then -> now"."""
+    then, now = json.loads(file_of(name).read_text()), _shapes(arguments)
+    return [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
+
+
+def _shapes(arguments: str) -> dict[str, Any]:
+    """The figures of `launch.estimate` for these arguments that need no compiler."""
+    words, values = ["launch.estimate", *arguments.split()], flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=words)
+    flags.DEFINE_string("topology", None, "", flag_values=values)
+    flags.DEFINE_integer("slices", 1, "", flag_values=values)
+    flags.DEFINE_float("batch_per_chip", None, "", flag_values=values)
+    values(words)
+    config, (devices, kind) = values.config, pod_size(values.topology, values.slices)
+    config.training.batch_size = batch_size(values.batch_per_chip, devices)
+    program = make_program(config, abstract_mesh(config.mesh, devices), abstract_backbone)
+    then = dict(topology=values.topology, slices=values.slices, stage=config.stage)
+    then["remat"] = config.video_model.remat
+    return then | before_compiling(config, program, kind, USUAL_MFU)
+
+
+def _plan(name: str, arguments: str) -> bool:
+    print(f"{name}: python -m launch.estimate {arguments}", flush=True)
+    command = [
+        sys.executable,
+        "-m",
+        "launch.estimate",
+        *arguments.split(),
+        f"--json={file_of(name)}",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    print((done.stdout or done.stderr).strip(), flush=True)
+    return done.returncode == 0
+
+
+def with_tables(page: str) -> str:
+    """The page with the tables as the files say them now."""
+    parts = []
+    for title, lines in TABLES.items():
+        files = {arguments: file_of(name) for name, arguments in lines.items()}
+        made = {a: json.loads(file.read_text()) for a, file in files.items() if file.exists()}
+        missing = [f"    python -m launch.estimate {a}\n" for a in lines.values() if a not in made]
+        parts.append(f"### {title}\n\n{table(made)}\n")
+        if missing:
+            parts.append(f"Not computed yet:\n\n{''.join(missing)}\n")
+    before, rest = page.split(BEGIN)
+    return f"{before}{BEGIN}\n{''.join(parts)}{END}{rest.split(END)[1]}"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,451 @@
+"""How long the policy takes for an answer, by part, beside the same computation in PyTorch.
+
+    prepare → encode → video → context → actions → fetch
+
+are measured one by one, each as a program of its own, and all together as `query`: from
+observations on the host to actions on the host. Ours is one program between `prepare` and `fetch`.
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+from jax.sharding import NamedSharding, PartitionSpec
+
+from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL, Clip
+from data_pipelines.normalize import Normalizer
+from data_pipelines.representations import Mode
+from mvjax.flow import Sampling
+from mvjax.models.flops import action_decoder_flops, peak_flops, video_dit_flops
+from mvjax.models.network import Network
+from mvjax.models.presets import WAN_VAES, action_decoder_config, decoder_network, video_network
+from mvjax.models.stand_ins import LinearTokenizer, Projection
+from mvjax.models.wan_vae import WanVAE
+from mvjax.parallel import make_mesh, make_rules, sharding_tree, split_ways
+from mvjax.policy.observation import Observation
+from mvjax.policy.policy import Inputs, Policy, VideoActionModel, medoid
+from mvjax.training.bridge import load_backbone
+
+# The parts of a query to the policy, ours and PyTorch's, each to be called and timed alone.
+
+
+class DoesNotFit(ValueError):
+    """A batch is too large for the memory."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a query, for a batch.
+
+    Attributes:
+        run: computes it and returns when it is finished, given what `before` returns.
+        before: makes an argument that can be used once; not measured.
+    """
+
+    run: Callable[[Any], Any]
+    before: Callable[[], Any] = lambda: None
+
+
+def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, Part]:
+    """The parts of a query to a policy, compiled.
+
+    Args:
+        policy: whose batch size is the number of observations.
+        observations: a full batch.
+
+    Raises:
+        DoesNotFit: if the memory that the compiler asks for is not there.
+    """
+    model, weights = policy.model, policy.weights
+    tokenizer, backbone, decoder = weights
+
+    def compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
+        program = jax.jit(function).lower(*args).compile()
+        _check_memory(program.memory_analysis())
+        return lambda *args: jax.block_until_ready(program(*args))
+
+    def choose(decoder, context_kv, proprio, noise):
+        sigma = jnp.full((len(proprio), 1), model.sampling.stop_sigma)
+        return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
+
+    def prepare(_: Any = None) -> Inputs:
+        return jax.block_until_ready(policy.inputs(observations, with_future=False))
+
+    def fetch(chunks: Any) -> np.ndarray:
+        return policy.normalizer.unnormalize("actions", np.asarray(chunks))
+
+    with policy.devices():
+        i = prepare()
+        act = compiled(lambda w, i: model.act(w, i), weights, i)
+        chunks = act(weights, i)
+        encode = compiled(model.encode, tokenizer, i.video)
+        clean = encode(tokenizer, i.video)
+        video = compiled(model.context, backbone, clean, i.text, i.video_noise)
+        hidden = video(backbone, clean, i.text, i.video_noise)
+        context = compiled(model.keys_values, decoder, hidden)
+        kv = jax.eval_shape(model.keys_values, decoder, hidden)
+        actions = compiled(choose, decoder, kv, i.proprio, i.action_noise)
+    read = lambda _=None: context(decoder, hidden)  # noqa: E731
+    return {
+        "prepare": Part(prepare),
+        "encode": Part(lambda _: encode(tokenizer, i.video)),
+        "video": Part(lambda _: video(backbone, clean, i.text, i.video_noise)),
+        "context": Part(read),
+        # Keys and values can be most of the memory: they are made when they are needed.
+        "actions": Part(lambda kv: actions(decoder, kv, i.proprio, i.action_noise), read),
+        # An array that was fetched once remembers its numbers.
+        "fetch": Part(fetch, lambda: jax.block_until_ready(chunks + 0)),
+        "query": Part(lambda _: fetch(act(weights, prepare()))),
+    }
+
+
+def their_parts(peer: Any, observations: Sequence[Observation]) -> dict[str, Part]:
+    """The same parts of a `launch.benchmarks.torch_peer.TorchPolicy`."""
+    done = peer.synchronised
+    prepare, encode, video, context, actions, fetch = map(
+        done, (peer.prepare, peer.encode, peer.context, peer.keys_values, peer.sample, peer.fetch)
+    )
+    text, video_noise, action_noise = peer.constants(observations)
+
+    def query(_: Any = None) -> np.ndarray:
+        frames, proprio = peer.prepare(observations)
+        hidden = peer.context(peer.encode(frames), text, video_noise)
+        return peer.fetch(peer.sample(peer.keys_values(hidden), proprio, action_noise))
+
+    frames, proprio = prepare(observations)
+    clean = encode(frames)
+    hidden = video(clean, text, video_noise)
+    chunks = actions(context(hidden), proprio, action_noise)
+    return {
+        "prepare": Part(lambda _: prepare(observations)),
+        "encode": Part(lambda _: encode(frames)),
+        "video": Part(lambda _: video(clean, text, video_noise)),
+        "context": Part(lambda _: context(hidden)),
+        "actions": Part(lambda kv: actions(kv, proprio, action_noise), lambda: context(hidden)),
+        "fetch": Part(lambda _: fetch(chunks)),
+        "query": Part(done(query)),
+    }
+
+
+def part_flops(policy: Policy) -> dict[str, float]:
+    """Operations of every part for one query; parts that are not computed on the device lack."""
+    model, sampling = policy.model, policy.model.sampling
+    clip, backbone, decoder = model.clip, model.backbone.config, model.decoder.config
+    text = policy.text_encoder.encode(["text"]).shape[1]
+    video = partial(video_dit_flops, backbone, clip.latent_shape[:3], text)
+    keys_values = 4.0 * decoder.num_blocks * clip.tokens * decoder.context_dim * decoder.width
+    one_step = action_decoder_flops(decoder, clip.tokens, sampling.draws) - keys_values
+    frames = (1, clip.observed_frames, clip.height, clip.width, 3)
+    encode = jax.jit(model.encode).lower(policy.weights[0], jax.ShapeDtypeStruct(frames, np.uint8))
+    flops = {
+        # By the compiler: convolutions at the borders of a picture are not worth a formula.
+        "encode": (encode.cost_analysis() or {}).get("flops", 0.0),
+        "video": sampling.stop_step * video() + video(layers=model.layer),
+        "context": keys_values,
+        "actions": sampling.action_steps * one_step,
+    }
+    return flops | {"query": sum(flops.values())}
+
+
+def _check_memory(needed: Any) -> None:
+    """Raises DoesNotFit if a program needs more memory than a device has left.
+
+    A machine without memory to spare would rather stop this program than refuse an allocation.
+    """
+    if needed is None:
+        return
+    wanted = needed.temp_size_in_bytes + needed.output_size_in_bytes
+    stats = jax.local_devices()[0].memory_stats() or {}
+    free = psutil.virtual_memory().available
+    if "bytes_limit" in stats:
+        free = stats["bytes_limit"] - stats["bytes_in_use"]
+    if wanted > free:
+        raise DoesNotFit(
+            f"it needs {wanted / 2**30:.1f} GB beside what it is given, and "
+            f"{free / 2**30:.1f} GB of {jax.devices()[0].device_kind} are free."
+        )
+
+
+# A policy of a configuration's sizes without weights or data, for measuring its speed.
+
+
+@dataclass(frozen=True)
+class NoiseTextEncoder:
+    """Gives every text its own noise, float32 [n, length, dim]."""
+
+    length: int
+    dim: int
+
+    def encode(self, texts: Sequence[str]) -> np.ndarray:
+        """Equal texts, equal embeddings."""
+        generators = (np.random.default_rng(list(text.encode())) for text in texts)
+        size = (self.length, self.dim)
+        return np.stack([rng.standard_normal(size, np.float32) for rng in generators])
+
+
+def untrained_policy(config: Any, sampling: Sampling, batch_size: int = 1) -> Policy:
+    """The policy that `load_policy` would give, its weights drawn at random.
+
+    The tokenizer is linear where the configuration names an .npz file, else a Wan VAE of the
+    released sizes. Texts are embedded as noise: a policy keeps embeddings, so the text encoder has
+    no part in the time of a query.
+
+    Args:
+        config: of a stage-2 run; its checkpoints and data are not read.
+        sampling: how queries are answered.
+        batch_size: queries per compiled batch; rounded up to what the devices can share.
+
+    Raises:
+        ValueError: if the configuration is not one of stage 2.
+    """
+    if config.stage != "action":
+        raise ValueError(
+            f"A policy is configured by a stage-2 file of configs/, whose stage is 'action'; this "
+            f"one's is {config.stage!r}."
+        )
+    config = config.copy_and_resolve_references()
+    config.backbone.checkpoint = ""
+    mesh, rules = make_mesh(config.mesh, jax.local_devices()), make_rules(config.rules)
+    decoder = decoder_network(action_decoder_config(config))
+    shardings = sharding_tree(decoder.axes, mesh, rules, decoder.abstract)
+    with jax.set_mesh(mesh):
+        video_dit, backbone_params = load_backbone(config, mesh, rules)
+        decoder_params = jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(1))
+        whole = NamedSharding(mesh, PartitionSpec())
+        tokenizer = jax.device_put(_tokenizer(Path(config.tokenizer)), whole)
+    ways = split_ways("batch", mesh, rules)
+    return Policy(
+        model=VideoActionModel(
+            Clip(**config.clip), config.context_layer, video_network(video_dit), decoder, sampling
+        ),
+        weights=(tokenizer, backbone_params, decoder_params),
+        text_encoder=NoiseTextEncoder(config.text.length, config.text.dim),
+        normalizer=Normalizer({}, {"proprio": Mode.NONE, "actions": Mode.NONE}),
+        batch_size=-(-batch_size // ways) * ways,
+        mesh=mesh,
+        rules=rules,
+    )
+
+
+def random_observations(policy: Policy, count: int) -> list[Observation]:
+    """Queries of noise, with different pictures and texts."""
+    rng, clip, sizes = np.random.default_rng(0), policy.model.clip, policy.model.decoder.config
+    frames = (clip.observed_frames, clip.height, clip.width, 3)
+    proprio = (sizes.proprio_horizon, sizes.proprio_dim)
+    return [
+        Observation(
+            frames=rng.integers(0, 256, frames, np.uint8),
+            proprio=rng.standard_normal(proprio, np.float32),
+            instruction=f"put object {i} on the shelf",
+        )
+        for i in range(count)
+    ]
+
+
+def _tokenizer(path: Path) -> LinearTokenizer | WanVAE:
+    if path.suffix != ".npz":
+        network = Network(lambda key: WanVAE(WAN_VAES["wan21"], key))
+        return network.bind(jax.jit(network.init)(jax.random.key(2)))
+    rng = np.random.default_rng(2)
+
+    def projection(features: int) -> Projection:
+        maps = rng.standard_normal((features, CHANNELS), np.float32) / np.sqrt(features)
+        return Projection(np.zeros(features, np.float32), 3 * maps, maps.T)
+
+    pixels = 3 * SPATIAL**2
+    return LinearTokenizer(projection(pixels), projection(TEMPORAL * pixels))
+
+
+TURN_SECONDS = 0.5  # so long a part is repeated in a turn
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Of one part and batch, in milliseconds.
+
+    Attributes:
+        p50, p95: of the repetitions.
+        cpu: processor time, of all threads together; the mean.
+        tflop: analytic operations of the batch, 1e12; None for parts that have none to speak of.
+        mfu: share of the device's peak that they are at p50; None on a CPU.
+    """
+
+    p50: float
+    p95: float
+    cpu: float
+    tflop: float | None
+    mfu: float | None
+
+
+@dataclass(frozen=True)
+class Answers:
+    """What was measured of one implementation at one batch size.
+
+    Attributes:
+        name: of it.
+        parts: by the names of `PARTS`.
+        queries_per_second: at the median of `query`.
+        actions: of the batch, to be compared.
+    """
+
+    name: str
+    parts: dict[str, Latency]
+    queries_per_second: float
+    actions: np.ndarray
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {k: v for k, v in asdict(self).items() if k != "actions"}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What was measured of a batch.
+
+    Attributes:
+        size: queries.
+        answers: of each implementation.
+        difference: the largest one between the actions of both, by their rms; None of one alone.
+        missing: why nothing, or only ours, was measured.
+    """
+
+    size: int
+    answers: list[Answers]
+    difference: float | None = None
+    missing: str = ""
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        answers = [one.as_dict() for one in self.answers]
+        return {**vars(self), "answers": answers}
+
+
+def measure_policy(
+    config: Any,
+    sizes: Sequence[int],
+    *,
+    stop_step: int,
+    rounds: int,
+    peer_of: Callable[[Policy], Any] | None,
+) -> Iterator[Batch]:
+    """Measures an untrained policy at several batch sizes, up to the first that does not fit.
+
+    The noise is the published one, the same at every query, whatever the configuration says.
+
+    Args:
+        config: of a stage-2 run.
+        sizes: of the batches, rising.
+        stop_step: K of the sampling.
+        rounds: turns, see `measure`.
+        peer_of: makes a `TorchPolicy` of a policy; None where PyTorch does not take part.
+    """
+    settings = {**config.sampler, "fresh_noise": False}
+    policy = untrained_policy(config, Sampling(**settings, stop_step=stop_step))
+    peer = peer_of(policy) if peer_of else None
+    ways = policy.batch_size
+    for size in sizes:
+        policy = dataclasses.replace(policy, batch_size=-(-size // ways) * ways)
+        observations = random_observations(policy, policy.batch_size)
+        missing = ""
+        try:
+            competitors = {"mvjax": our_parts(policy, observations)}
+        except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
+            if not _out_of_memory(error):
+                raise
+            yield Batch(size, [], missing=f"A batch of {size} does not fit: {error}")
+            return
+        if peer:
+            try:
+                competitors["PyTorch"] = their_parts(peer, observations)
+            except RuntimeError as error:
+                if not _out_of_memory(error):
+                    raise
+                missing = f"A batch of {size} does not fit the memory that is left to PyTorch."
+        answers = measure(competitors, policy, rounds)
+        difference = None
+        if len(answers) > 1:
+            ours, theirs = (one.actions.astype(np.float64) for one in answers)
+            difference = float(np.abs(ours - theirs).max() / np.sqrt(np.mean(theirs**2)))
+        yield Batch(size, answers, difference, missing)
+
+
+def policy_table(batch: Batch) -> str:
+    """The figures of a batch as text, a line for every part."""
+    lines = [batch.missing] if batch.missing else []
+    for one in batch.answers:
+        lines.append(
+            f"{one.name}, {batch.size} at a time: {one.queries_per_second:.4g} queries/s, "
+            f"p50 {one.parts['query'].p50:.4g} ms"
+        )
+        for part, found in one.parts.items():
+            line = f"  {part:8} p50 {found.p50:9.3f}  p95 {found.p95:9.3f}  cpu {found.cpu:9.3f} ms"
+            lines.append(line if found.mfu is None else f"{line}, MFU {found.mfu:.1%}")
+    if batch.difference is not None:
+        ours, theirs = batch.answers
+        lines.append(
+            f"mvjax answers {theirs.parts['query'].p50 / ours.parts['query'].p50:.2f} times as "
+            f"fast as PyTorch, with {ours.parts['query'].cpu / theirs.parts['query'].cpu:.2f} "
+            f"times its processor time; actions differ by at most {batch.difference:.1e} rms"
+        )
+    return "\n".join(lines)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    words = str(error).lower()
+    return isinstance(error, DoesNotFit) or "out of memory" in words or "exhausted" in words
+
+
+def measure(competitors: dict[str, dict[str, Part]], policy: Policy, rounds: int) -> list[Answers]:
+    """Measures them in turns, so that what else the machine does hits all alike.
+
+    Args:
+        competitors: parts of each by name.
+        policy: gives the batch size and the operations.
+        rounds: turns of each; in a turn every part is repeated for half a second, once at least.
+    """
+    taken = {name: {part: [] for part in parts} for name, parts in competitors.items()}
+    for _ in range(rounds):
+        for name, parts in competitors.items():
+            for part, found in parts.items():
+                taken[name][part] += _turn(found)
+    flops, peak = part_flops(policy), peak_flops(jax.devices()[0])
+    answers = []
+    for name, parts in competitors.items():
+        latencies = {
+            part: _latency(times, flops.get(part), peak, policy)
+            for part, times in taken[name].items()
+        }
+        rate = policy.batch_size / latencies["query"].p50 * 1e3
+        answers.append(Answers(name, latencies, rate, parts["query"].run(None)))
+    return answers
+
+
+def _turn(part: Part) -> list[tuple[float, float]]:
+    """Wall and processor seconds of every repetition; the first one is not counted."""
+    part.run(part.before())
+    times, start = [], time.perf_counter()
+    while not times or time.perf_counter() - start < TURN_SECONDS:
+        argument = part.before()
+        cpu, wall = time.process_time(), time.perf_counter()
+        part.run(argument)
+        times.append((time.perf_counter() - wall, time.process_time() - cpu))
+        del argument
+    return times
+
+
+def _latency(
+    times: list[tuple[float, float]], flops: float | None, peak: float | None, policy: Policy
+) -> Latency:
+    wall, cpu = np.asarray(times).T * 1e3
+    p50, p95 = np.percentile(wall, (50, 95)).tolist()
+    batch = flops * policy.batch_size if flops else None
+    mfu = batch / (p50 / 1e3) / (peak * policy.mesh.size) if batch and peak else None
+    return Latency(p50, p95, float(cpu.mean()), batch / 1e12 if batch else None, mfu)

@@ -1,0 +1,363 @@
+"""The same training step in PyTorch: diffusers' Cosmos transformer, our decoder's twin, compiled.
+
+It does the whole work of ours: noise is drawn and added, the loss is that of the stage, the
+gradient is clipped by its norm, AdamW updates, a moving average follows where ours has one. But in
+stage 1 it trains the whole network, also where our run trains adapters.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+import torch
+from flax import nnx
+from torch import Tensor, nn
+
+from data_pipelines.clip import Clip
+from data_pipelines.video import resize_area
+from launch.benchmarks.torch_networks import (
+    TorchActionDecoder,
+    TorchLinearTokenizer,
+    TorchVideoDiT,
+    TorchWanVAE,
+    decoder_rules,
+    load_params,
+    vae_rules,
+    video_rules,
+)
+from mvjax.flow import TAIL_SIGMA, evaluations, published_noise
+from mvjax.models.presets import action_decoder_config, video_dit_config
+from mvjax.models.stand_ins import LinearTokenizer
+from mvjax.models.wan_vae import WanVAE
+from mvjax.policy.observation import Observation
+from mvjax.policy.policy import Policy
+
+# The objectives of both stages in PyTorch, as modules that return a loss.
+
+
+Batch = dict[str, Tensor]
+
+
+class TorchVideoObjective(nn.Module):
+    """As `video_stage`, without adapters: the whole network learns.
+
+    Attributes:
+        trained: what learns.
+        bfloat16: whether it is computed under autocast.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        model = video_dit_config(config)
+        self.bfloat16 = model.dtype == "bfloat16"
+        self.clip, self.flow = Clip(**config.clip), config.flow
+        self.trained = TorchVideoDiT(model)
+
+    def compile_networks(self) -> None:
+        """Uses `torch.compile`."""
+        self.trained.compile()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of latents [b, t, h, w, c] and text [b, l, d]."""
+        x0 = batch["latents"]
+        sigma, noise = random_sigma(x0, self.flow), torch.randn_like(x0)
+        least, most = self.flow.min_condition_latents, self.clip.condition_latents
+        number = torch.randint(least, most + 1, (len(x0), 1), device=x0.device)
+        observed = first_frames(x0, number)
+        noisy = x0 + sigma[..., None, None, None] * noise
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bfloat16):
+            velocity = self.trained(noisy, x0, sigma, observed, batch["text"])
+        error = (velocity.float() - (noise - x0)) ** 2
+        error = (1 - observed)[..., None, None, None] * error
+        return self.flow.loss_scale * error.mean()
+
+
+class TorchActionObjective(nn.Module):
+    """As `action_stage`: the frozen backbone to block k, then the decoder, which learns.
+
+    Attributes:
+        trained, bfloat16: as of `TorchVideoObjective`.
+    """
+
+    def __init__(self, config: Any):
+        super().__init__()
+        model, decoder = video_dit_config(config), action_decoder_config(config)
+        self.bfloat16 = decoder.dtype == "bfloat16"
+        self.clip, self.flow = Clip(**config.clip), config.flow
+        self.sigma_max = config.sampler.sigma_max
+        self.backbone = TorchVideoDiT(model, config.context_layer).requires_grad_(False)
+        self.frozen_dtype = torch.float32
+        if config.backbone.precision != "float32":
+            self.frozen_dtype = torch.bfloat16
+            self.backbone.to(torch.bfloat16)
+        self.trained = TorchActionDecoder(decoder)
+
+    def compile_networks(self) -> None:
+        """Uses `torch.compile`."""
+        self.backbone.compile()
+        self.trained.compile_parts()
+
+    def forward(self, batch: Batch) -> Tensor:
+        """The loss of latents, text, actions, action_mask and proprio, as our loader gives them."""
+        x0, draws, flow = batch["latents"], self.flow.action_draws, self.flow
+        sigma = random_sigma(x0, flow)
+        at_sampling = torch.rand_like(sigma) < flow.sampling_sigma_share
+        sigma = torch.where(at_sampling, self.sigma_max, sigma)
+        noisy = x0 + sigma[..., None, None, None] * torch.randn_like(x0)
+        observed = first_frames(x0, self.clip.condition_latents)
+        with torch.no_grad():
+            text = batch["text"].to(self.frozen_dtype)
+            context = self.backbone(noisy, x0, sigma, observed, text)
+        actions, mask, proprio, sigma = (
+            x.repeat_interleave(draws, dim=0)
+            for x in (batch["actions"], batch["action_mask"], batch["proprio"], sigma)
+        )
+        beta = torch.distributions.Beta(flow.action_time_alpha, flow.action_time_beta)
+        time = 0.999 * beta.sample((len(actions), 1)).to(x0.device) + 0.001
+        noise = torch.randn_like(actions)
+        dropped = (torch.rand_like(time[:, 0]) < flow.proprio_dropout).float()
+        t = time[..., None]
+        x = ((1 - t) * actions + t * noise) / ((1 - t) ** 2 + t**2).sqrt()
+        with torch.autocast(x0.device.type, torch.bfloat16, enabled=self.bfloat16):
+            velocity = self.trained(
+                proprio, x, time, sigma, self.trained.context_keys_values(context), dropped
+            )
+        error = mask * (velocity.float() - (noise - actions)) ** 2
+        return flow.loss_scale * (error.sum((1, 2)) / mask.sum((1, 2)).clamp(min=1)).mean()
+
+
+def random_sigma(x0: Tensor, flow: Any) -> Tensor:
+    """Noise levels of training [b, 1], as `mvjax.flow.sample_video_sigma`."""
+    sigma = flow.sigma_scale * torch.randn(len(x0), 1, device=x0.device).exp()
+    low, high = torch.tensor(TAIL_SIGMA).log().tolist()
+    extreme = (low + (high - low) * torch.rand_like(sigma)).exp()
+    return torch.where(torch.rand_like(sigma) < flow.sigma_tail, extreme, sigma)
+
+
+def first_frames(latents: Tensor, number: Tensor | int) -> Tensor:
+    """1 for the first `number` latent frames, 0 for the others: [b, t]."""
+    frames = torch.arange(latents.shape[1], device=latents.device)
+    return (frames < number).float().expand(len(latents), -1)
+
+
+OBJECTIVES = {"video": TorchVideoObjective, "action": TorchActionObjective}
+
+
+class TorchStep:
+    """One step of the peer on random data; see `benchmark.OurStep`."""
+
+    name = "PyTorch"
+
+    def __init__(self, config: Any, flops: float, compiled: bool):
+        """Builds the networks and makes the first two steps.
+
+        Args:
+            config: of a training run.
+            flops: of a step, to give the peer the same measure.
+            compiled: whether to use `torch.compile`.
+        """
+        start = time.perf_counter()
+        self.flops, self.batch_size = flops, config.training.batch_size
+        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        with self._device:
+            self._objective = OBJECTIVES[config.stage](config)
+        if compiled:
+            self._objective.compile_networks()
+        settings = config.optimizer
+        self._parameters = list(self._objective.trained.parameters())
+        self._optimizer = torch.optim.AdamW(
+            self._parameters,
+            lr=settings.learning_rate,
+            betas=(settings.b1, settings.b2),
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._clip_norm = settings.clip_norm
+        self._ema_decay = config.training.ema_decay
+        self._average = [p.detach().clone() for p in self._parameters if self._ema_decay]
+        self._batch = {
+            name: torch.randn(self.batch_size, *shape, device=self._device)
+            for name, shape in _shapes(config).items()
+        }
+        if "action_mask" in self._batch:
+            self._batch["action_mask"].fill_(1)
+        self.run(2)
+        self.prepare_seconds = time.perf_counter() - start
+
+    def run(self, steps: int) -> float:
+        """Makes so many steps; seconds until the device has finished them."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self._step()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    @property
+    def peak_mb(self) -> float | None:
+        """The most memory of the device so far."""
+        if self._device.type != "cuda":
+            return None
+        return torch.cuda.max_memory_allocated() / 2**20
+
+    def _step(self) -> None:
+        loss = self._objective(self._batch)
+        self._optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        if self._clip_norm:
+            torch.nn.utils.clip_grad_norm_(self._parameters, self._clip_norm)
+        self._optimizer.step()
+        if self._average:
+            torch._foreach_lerp_(self._average, self._parameters, 1 - self._ema_decay)
+
+
+def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    shapes = {"latents": Clip(**config.clip).latent_shape}
+    shapes["text"] = (config.text.length, config.text.dim)
+    if config.stage == "action":
+        action, proprio = config.policy_io.action, config.policy_io.proprio
+        shapes["actions"] = shapes["action_mask"] = (action.horizon, action.dim)
+        shapes["proprio"] = (proprio.horizon, proprio.dim)
+    return shapes
+
+
+# The same policy in PyTorch: diffusers' networks and our decoder's twin, with our weights.
+
+
+Context = list[tuple[Tensor, Tensor]]
+
+
+class TorchPolicy:
+    """Answers queries as `Policy.plan` does, without its choice of noise: the published one.
+
+    Everything is computed in bfloat16 where our policy's networks are.
+    """
+
+    def __init__(self, policy: Policy, compiled: bool):
+        """Takes the sizes, the weights and the sampling of a policy.
+
+        Args:
+            policy: without oracle.
+            compiled: whether to use `torch.compile` for the video DiT and the decoder.
+        """
+        self._policy, self._model = policy, policy.model
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backbone, decoder = self._model.backbone.config, self._model.decoder.config
+        self._dtype = getattr(torch, backbone.dtype)
+        tokenizer, backbone_params, decoder_params = policy.weights
+        self._tokenizer = self._on_device(_tokenizer(tokenizer))
+        self._pixels = getattr(torch, getattr(tokenizer, "config", decoder).dtype)
+        if isinstance(tokenizer, WanVAE):
+            self._tokenizer.to(self._pixels)
+        video_dits = [TorchVideoDiT(backbone, self._model.layer)]
+        if self._model.sampling.stop_step:
+            video_dits.append(TorchVideoDiT(backbone))
+        for net in video_dits:
+            load_params(net.net, backbone_params, video_rules(backbone))
+            self._on_device(net).to(self._dtype)
+        self._decoder = TorchActionDecoder(decoder)
+        load_params(self._decoder, decoder_params, decoder_rules(decoder))
+        self._decoder_dtype = getattr(torch, decoder.dtype)
+        self._on_device(self._decoder).to(self._decoder_dtype)
+        self._decoder.t_embedder["pair"].frequency = self._decoder.t_embedder["pair"].frequency.to(
+            self.device
+        )
+        if compiled:
+            for net in video_dits:
+                net.compile()
+            self._decoder.compile_parts()
+        self._read, self._velocity = video_dits[0], video_dits[-1]
+
+    def _on_device(self, module: nn.Module) -> nn.Module:
+        return module.to(self.device).eval().requires_grad_(False)
+
+    def prepare(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor]:
+        """Pictures uint8 [b, frames, h, w, 3] and normalised proprioception, on the device."""
+        clip, normalizer = self._model.clip, self._policy.normalizer
+        frames = np.stack([resize_area(o.frames, clip.height, clip.width) for o in observations])
+        proprio = normalizer.normalize("proprio", np.stack([o.proprio for o in observations]))
+        return tuple(torch.from_numpy(x).to(self.device) for x in (frames, proprio))
+
+    def constants(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor, Tensor]:
+        """Text embeddings, video noise and action noise, which a policy keeps on the device."""
+        sampling, sizes = self._model.sampling, self._model.decoder.config
+        text = self._policy.text_encoder.encode([o.instruction for o in observations])
+        shapes = (1, *self._model.clip.latent_shape), (sampling.draws, sizes.action_horizon)
+        video = published_noise(sampling.seed, shapes[0])
+        action = published_noise(sampling.seed, (*shapes[1], sizes.action_dim))[None]
+        text, video, action = (torch.from_numpy(np.array(x)) for x in (text, video, action))
+        each = len(observations)
+        noise = video.expand(each, -1, -1, -1, -1), action.expand(each, -1, -1, -1)
+        return text.to(self.device, self._dtype), *(x.to(self.device) for x in noise)
+
+    def encode(self, frames: Tensor) -> Tensor:
+        """Latents [b, latent_frames, h/8, w/8, 16]; those of frames that are not given are 0."""
+        latents = self._tokenizer((frames.float() / 127.5 - 1).to(self._pixels)).float()
+        missing = self._model.clip.latent_frames - latents.shape[1]
+        return nn.functional.pad(latents, (0, 0) * 3 + (0, missing))
+
+    def context(self, clean: Tensor, text: Tensor, noise: Tensor) -> Tensor:
+        """Hidden states after block k at the noise level of the stop step."""
+        sigmas, coefficients = evaluations(self._model.sampling.sigmas)
+        x, previous = noise * float(sigmas[0]), torch.zeros_like(noise)
+        frames = torch.arange(clean.shape[1], device=clean.device)
+        observed = (frames < self._model.clip.condition_latents).float().expand(len(clean), -1)
+        mask = observed[..., None, None, None]
+        at = lambda i: torch.full((len(x), 1), float(sigmas[i]), device=x.device)  # noqa: E731
+        k = self._model.sampling.stop_step
+        for i in range(k):
+            sigma = at(i)
+            velocity = self._velocity(x, clean, sigma, observed, text).float()
+            tau = (sigma / (1 + sigma))[..., None, None, None]
+            x0 = mask * clean + (1 - mask) * ((1 - tau) * x - tau * velocity)
+            a, b, c = map(float, coefficients[i])
+            x, previous = a * x + b * x0 + c * previous, x0
+        return self._read(x, clean, at(k), observed, text)
+
+    def keys_values(self, context: Tensor) -> Context:
+        """Of every block of the decoder."""
+        return self._decoder.context_keys_values(context.to(self._decoder_dtype))
+
+    def sample(self, context: Context, proprio: Tensor, noise: Tensor) -> Tensor:
+        """Chunks, normalised [b, horizon, dim]: of the draws, the one nearest to the others."""
+        draws, steps = noise.shape[1], self._model.sampling.action_steps
+        proprio = proprio.to(self._decoder_dtype).repeat_interleave(draws, dim=0)
+        x = noise.flatten(0, 1)
+        sigma = self._model.sampling.stop_sigma
+        sigma = torch.full((len(x), 1), sigma, device=x.device)
+        for t in np.cumsum([1.0] + [-1 / steps] * (steps - 1), dtype=np.float32).tolist():
+            noisy = (x / ((1 - t) ** 2 + t**2) ** 0.5).to(self._decoder_dtype)
+            time = torch.full_like(sigma, t)
+            x = x - self._decoder(proprio, noisy, time, sigma, context).float() / steps
+        chunks = x.view_as(noise)
+        flat = chunks.flatten(2)
+        distances = torch.linalg.vector_norm(flat[:, :, None] - flat[:, None], dim=-1)
+        return chunks[torch.arange(len(chunks)), distances.sum(2).argmin(1)]
+
+    def fetch(self, chunks: Tensor) -> np.ndarray:
+        """In environment units, on the host."""
+        return self._policy.normalizer.unnormalize("actions", chunks.cpu().numpy())
+
+    def synchronised(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, without gradients, returning when the device has finished."""
+
+        @torch.inference_mode()
+        def run(*args: Any) -> Any:
+            result = function(*args)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize()
+            return result
+
+        return run
+
+
+def _tokenizer(tokenizer: Any) -> nn.Module:
+    if isinstance(tokenizer, LinearTokenizer):
+        return TorchLinearTokenizer(tokenizer)
+    module = TorchWanVAE(tokenizer.config)
+    params = jax.device_get(nnx.to_pure_dict(nnx.state(tokenizer)))
+    load_params(module.net, params, vae_rules(tokenizer.config))
+    return module

@@ -1,0 +1,91 @@
+"""Says what a training run needs on a TPU pod, by compiling its step for it; no TPU is needed.
+
+    python -m launch.estimate --config=configs/bridge_video.py --topology=v5e:4x4 --batch_per_chip=1
+
+Several slices: --slices=4 --config.mesh.data=4. The best mesh and the largest batch: --search. Any
+setting can be changed as for `launch.train`. Needs libtpu: pip install -r requirements-aot.txt.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from launch.entry import config_flag, path_flag, run
+from mvjax.pods.compile import USUAL_MFU, Plan, batch_size, plan, report
+from mvjax.pods.search import Found, search
+from mvjax.pods.topology import pod_devices, pod_size
+
+# Compiling for a TPU pod on any machine: jax itself stays on the CPU, libtpu looks for no TPU and
+# no metadata server of a cloud, and several of these may run at once. jax reads this on import.
+os.environ.update(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+    TPU_PROCESS_BOUNDS="1,1,1",
+    TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
+)
+
+
+CONFIG = config_flag()
+TOPOLOGY = path_flag("topology", "Generation and chips of a slice: v5e:4x4, v5p:8x8x8, v6e:16x16.")
+SLICES = flags.DEFINE_integer("slices", 1, "Such slices, joined along the data axis.")
+BATCH_PER_CHIP = flags.DEFINE_float(
+    "batch_per_chip", None, "Clips per chip instead of training.batch_size; 0.5: two chips a clip."
+)
+MFU = flags.DEFINE_float("mfu", USUAL_MFU, "Share of the peak FLOP/s for the step time.")
+SEARCH = flags.DEFINE_bool(
+    "search", False, "Find the best mesh, and the largest batch unless given."
+)
+MAX_COMPILES = flags.DEFINE_integer(
+    "max_compiles", 12, "Programs that --search compiles at most.", lower_bound=1
+)
+JSON = flags.DEFINE_string("json", None, "A file for the figures.")
+
+
+def main() -> None:
+    """Prints the plan."""
+    config, devices = CONFIG.value, pod_devices(TOPOLOGY.value, SLICES.value)
+    per_chip, ended = BATCH_PER_CHIP.value, []
+    size = None if per_chip is None else batch_size(per_chip, len(devices))
+    if SEARCH.value:
+        found = _search(config, devices, size)
+        config, made = found.config, found.plan
+        ended = [f"largest     {found.ended}", f"train with  {found.flags}"]
+    else:
+        if size is not None:
+            config.training.batch_size = size
+        made = plan(config, devices, MFU.value)
+    print("\n".join([report(config, TOPOLOGY.value, made), *ended]))
+    if JSON.value:
+        _write(Path(JSON.value), config, made)
+
+
+def _search(config: Any, devices: list[jax.Device], size: int | None) -> Found:
+    return search(
+        config,
+        devices=len(devices),
+        slices=SLICES.value,
+        hbm_bytes=pod_size(TOPOLOGY.value)[1].hbm_bytes,
+        compiled=lambda candidate: plan(candidate, devices, MFU.value),
+        batch_size=size,
+        max_compiles=MAX_COMPILES.value,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
+    )
+
+
+def _write(path: Path, config: Any, made: Plan) -> None:
+    figures = dict(topology=TOPOLOGY.value, stage=config.stage, remat=config.video_model.remat)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(figures | made.as_dict(), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    run(main)

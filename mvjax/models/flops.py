@@ -1,0 +1,159 @@
+"""Floating-point operations counted from shapes: what a step must compute, recomputation left out.
+
+The compiler's own count is of no use here: it counts the body of a scan once, and a kernel as zero.
+Only matrix products count, a multiplication with its addition as two: a product [n, a] x [a, b] is
+2 n a b operations, attention of n queries to m keys over all heads of width d together 4 n m d.
+"""
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import jax
+
+from data_pipelines.clip import PATCH, Clip
+from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
+from mvjax.models.layers import LoRA
+from mvjax.models.presets import action_decoder_config, video_dit_config
+from mvjax.models.video_dit import VideoDiTConfig
+from mvjax.parallel import chip
+
+
+@dataclass(frozen=True)
+class Products:
+    """Operations of one forward pass, by what training adds to them.
+
+    Attributes:
+        learned: products with kernels that learn, and of activations with each other.
+        fixed: products with kernels that do not learn.
+    """
+
+    learned: float = 0.0
+    fixed: float = 0.0
+
+    def __add__(self, other: "Products") -> "Products":
+        return Products(self.learned + other.learned, self.fixed + other.fixed)
+
+    def __rmul__(self, count: int) -> "Products":
+        return Products(count * self.learned, count * self.fixed)
+
+    @property
+    def forward(self) -> float:
+        """One pass."""
+        return self.learned + self.fixed
+
+    @property
+    def training(self) -> float:
+        """A pass and its gradients: by both factors of a product, or by the input alone."""
+        return 3 * self.learned + 2 * self.fixed
+
+
+def video_dit_flops(
+    config: VideoDiTConfig,
+    latent_shape_thw: tuple[int, int, int],
+    text_length: int,
+    *,
+    layers: int | None = None,
+) -> float:
+    """Operations of a forward pass over one sample.
+
+    Args:
+        config: the video DiT.
+        latent_shape_thw: latent frames, height and width.
+        text_length: text tokens.
+        layers: the last block that runs, as for `VideoDiT.hidden`; None for the whole network.
+    """
+    return _video_dit(config, latent_shape_thw, text_length, layers, config.lora).forward
+
+
+def action_decoder_flops(config: ActionDecoderConfig, context_tokens: int, draws: int) -> float:
+    """Operations of a forward pass over one sample with `draws` draws of action noise."""
+    return _action_decoder(config, context_tokens, draws).forward
+
+
+def step_flops(config: Any) -> float:
+    """Operations of a training step of `config.stage`, per sample of the batch.
+
+    Three forward passes for what learns, two for the products with kernels that stay fixed under
+    LoRA, and one for the frozen backbone of stage 2, to its last block that is read.
+
+    Args:
+        config: what `video_stage` or `action_stage` reads.
+    """
+    clip, model, text = Clip(**config.clip), video_dit_config(config), config.text.length
+    latents = clip.latent_shape[:3]
+    if config.stage == "video":
+        return _video_dit(model, latents, text, None, model.lora).training
+    backbone = _video_dit(model, latents, text, config.context_layer, None)  # adapters are merged
+    decoder = action_decoder_config(config)
+    return (
+        backbone.forward + _action_decoder(decoder, clip.tokens, config.flow.action_draws).training
+    )
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Dense bfloat16 FLOP/s of a device; None for a CPU or a kind that is not known."""
+    known = chip(device.device_kind)
+    return known.peak_flops if known else None
+
+
+def _video_dit(
+    config: VideoDiTConfig,
+    latent_shape_thw: tuple[int, int, int],
+    text_length: int,
+    layers: int | None,
+    lora: LoRA | None,
+) -> Products:
+    t, h, w = latent_shape_thw
+    n, d, rank = t * (h // PATCH) * (w // PATCH), config.width, config.adaln_rank
+
+    def kernel(name: str, rows: int, d_in: int, d_out: int) -> Products:
+        dense = 2.0 * rows * d_in * d_out
+        if lora is None or name == "adaln":
+            return Products(learned=dense)
+        adapter = 2.0 * rows * lora.rank * (d_in + d_out) if name in lora.targets else 0.0
+        return Products(learned=adapter, fixed=dense)
+
+    def modulation(chunks: int) -> Products:  # once per latent frame
+        return kernel("adaln", t, d, rank) + kernel("adaln", t, rank, chunks * d)
+
+    block = Products(learned=4.0 * n * n * d + 4.0 * n * text_length * d)
+    for rows, width in ((n, d), (text_length, config.text_dim)):  # self- and cross-attention
+        block += kernel("q_proj", n, d, d) + kernel("output_proj", n, d, d)
+        block += kernel("k_proj", rows, width, d) + kernel("v_proj", rows, width, d)
+    hidden = config.mlp_ratio * d
+    block += kernel("layer1", n, d, hidden) + kernel("layer2", n, hidden, d) + 3 * modulation(3)
+
+    total = kernel("x_embedder", n, PATCH**2 * (config.latent_channels + 2), d)
+    total += kernel("linear_1", t, d, d) + kernel("linear_2", t, d, 3 * d)
+    if config.text_projection_dim:
+        total += kernel("text_projection", text_length, config.text_input_dim, config.text_dim)
+    if layers is None:
+        total += modulation(2) + kernel("linear", n, d, PATCH**2 * config.latent_channels)
+    return total + (config.num_blocks if layers is None else layers) * block
+
+
+def _action_decoder(config: ActionDecoderConfig, context_tokens: int, draws: int) -> Products:
+    d, time_rank, rank = config.width, config.time_rank, config.adaln_rank
+    p, a = config.proprio_horizon, config.action_horizon
+    n = p + a
+
+    def kernel(rows: int, d_in: int, d_out: int) -> Products:
+        return Products(learned=2.0 * rows * d_in * d_out)
+
+    def modulation(chunks: int) -> Products:
+        return kernel(n, time_rank, rank) + kernel(n, rank, chunks * d)
+
+    def embedder(rows: int, dim: int) -> Products:
+        return sum(
+            (kernel(rows, *sizes) for sizes in pairwise(embedder_widths(dim, d))), Products()
+        )
+
+    keys_values = 2 * kernel(context_tokens, config.context_dim, d)  # shared by the draws
+    hidden = config.mlp_ratio * d
+    block = Products(learned=4.0 * n * (n + context_tokens) * d) + 6 * kernel(n, d, d)
+    block += kernel(n, d, hidden) + kernel(n, hidden, d) + 3 * modulation(3)
+    per_draw = embedder(p, config.proprio_dim) + embedder(a, config.action_dim)
+    per_draw += kernel(n + 1, d, d) + kernel(n + 1, d, time_rank)  # times of the tokens and video
+    per_draw += kernel(n, time_rank, 3 * d) + modulation(2) + kernel(n, d, config.action_dim)
+    return config.num_blocks * keys_values + draws * (per_draw + config.num_blocks * block)

@@ -1,0 +1,286 @@
+"""The real train step compiled for a TPU pod that is not here: does it fit, what does it cost.
+
+Nothing is allocated: parameters, optimizer state, batch and frozen backbone are shapes with
+shardings, and the compiler needs no device.
+"""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+from data_pipelines.clip import Clip
+from mvjax.models.flops import step_flops
+from mvjax.models.network import split
+from mvjax.parallel import GB, Chip, chip, make_mesh, slice_count
+from mvjax.pods.collectives import Collective, collectives
+from mvjax.training.bridge import abstract_backbone
+from mvjax.training.start import Program, make_program
+
+USUAL_MFU = 0.4  # published trainings of such networks on TPUs reach 0.3 to 0.5
+
+
+class DoesNotFit(ValueError):
+    """The step needs more memory than the device has."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a train step on a pod before it runs; bytes and FLOPs are per device.
+
+    Attributes:
+        device: name of the chip.
+        devices, slices: of the whole pod.
+        mesh: devices per axis.
+        batch_size: samples per step of the whole pod.
+        parameters, trainable, frozen: numbers of parameters: of the trained network, those of them
+            that learn, and of the frozen backbone.
+        array_bytes: state, frozen backbone and batch, by their shapes.
+        argument_bytes: the same as the compiler lays them out, padded to the tiles of the chip.
+        peak_bytes: the most that is in memory at once, arguments included.
+        host_bytes: what is kept in the host's memory (remat "offload").
+        hbm_bytes: what the device has.
+        collectives: exchanges in one step.
+        link_seconds: the least time of the exchanges inside a slice, all links busy.
+        flops: of one step, analytic, recomputation not counted.
+        peak_flops: of the device, per second.
+        mfu: the share of it that is assumed.
+        step_seconds: of a step that takes the time of its arithmetic at that share.
+        clips_per_second: of the whole pod then.
+        compile_seconds: tracing and compiling, on this machine.
+    """
+
+    device: str
+    devices: int
+    slices: int
+    mesh: dict[str, int]
+    batch_size: int
+    parameters: int
+    trainable: int
+    frozen: int
+    array_bytes: int
+    argument_bytes: int
+    peak_bytes: int
+    host_bytes: int
+    hbm_bytes: int
+    collectives: tuple[Collective, ...]
+    link_seconds: float
+    flops: float
+    peak_flops: float
+    mfu: float
+    step_seconds: float
+    clips_per_second: float
+    compile_seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def plan(config: Any, devices: Sequence[jax.Device], mfu: float = USUAL_MFU) -> Plan:
+    """Compiles the train step of a configuration for the devices of `pod_devices`.
+
+    Args:
+        config: of a training run; no data and no checkpoint that it names is read.
+        devices: of one or several slices.
+        mfu: share of the peak FLOP/s to assume for the step time.
+
+    Raises:
+        DoesNotFit: if the step needs more memory than a device has.
+        ValueError: if batch, mesh, network and devices do not go together.
+    """
+    if not 0 < mfu <= 1:
+        raise ValueError(f"the MFU is a share of the peak, more than 0 and up to 1; got {mfu}.")
+    kind, slices = _known(devices[0]), slice_count(devices)
+    program = make_program(config, make_mesh(config.mesh, devices), abstract_backbone)
+    start = time.perf_counter()
+    try:
+        compiled = program.compile()
+    except jax.errors.JaxRuntimeError as error:
+        raise _explained(error, config, program, kind) from error
+    compile_seconds = time.perf_counter() - start
+    exchanges = collectives(compiled.as_text(), len(devices) // slices)
+    inside = sum(c.sent_bytes for c in exchanges if not c.across_slices)
+    memory = compiled.memory_analysis()
+    return Plan(
+        **before_compiling(config, program, kind, mfu),
+        slices=slices,
+        argument_bytes=memory.argument_size_in_bytes,
+        peak_bytes=memory.peak_memory_in_bytes,
+        host_bytes=memory.host_temp_size_in_bytes,
+        collectives=tuple(exchanges),
+        link_seconds=inside / kind.link_bytes,
+        compile_seconds=compile_seconds,
+    )
+
+
+def before_compiling(config: Any, program: Program, kind: Chip, mfu: float) -> dict[str, Any]:
+    """The fields of a `Plan` that follow from shapes and shardings; no compiler is needed.
+
+    Args:
+        config: of a training run.
+        program: its step, on the mesh of a pod or an abstract one.
+        kind: what the devices of the mesh are.
+        mfu: share of the peak FLOP/s to assume.
+    """
+    devices, samples = program.mesh.size, config.training.batch_size
+    flops = step_flops(config) * samples / devices
+    seconds = flops / (kind.peak_flops * mfu)
+    return dict(
+        device=kind.name,
+        devices=devices,
+        mesh=dict(program.mesh.shape),
+        batch_size=samples,
+        parameters=_count(program.state.params),
+        trainable=_count(split(program.state.params, program.stage.trainable)[0]),
+        frozen=_count(program.stage.frozen),
+        array_bytes=program.argument_bytes,
+        hbm_bytes=kind.hbm_bytes,
+        flops=flops,
+        peak_flops=kind.peak_flops,
+        mfu=mfu,
+        step_seconds=seconds,
+        clips_per_second=samples / seconds,
+    )
+
+
+def batch_size(per_chip: float, devices: int) -> int:
+    """Samples per step of a pod.
+
+    Raises:
+        ValueError: if that is not a whole number of them.
+    """
+    size = per_chip * devices
+    if size < 1 or size != round(size):
+        raise ValueError(
+            f"--batch_per_chip={per_chip:g} makes {size:g} clips on {devices} chips; "
+            "the batch must be a whole number of them."
+        )
+    return round(size)
+
+
+def _known(device: jax.Device) -> Chip:
+    known = chip(device.device_kind)
+    if known is None:
+        raise ValueError(f"memory and speed of {device.device_kind!r} are not known here.")
+    return known
+
+
+def _count(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
+def _explained(error: Exception, config: Any, program: Program, kind: Chip) -> Exception:
+    """The sentence for a program that is too large; other errors as they are."""
+    text = str(error)
+    if "Vmem" in text:
+        return DoesNotFit(
+            f"a kernel does not fit the on-chip memory of {kind.name} "
+            f"({' '.join(text.split())[:200]}); change the lengths of config.clip, config.mesh."
+            "context, or config.video_model.attention."
+        )
+    if "Hbm" not in text and "RESOURCE_EXHAUSTED" not in text:
+        return error
+    needed = re.search(r"\(([\d.]+[KMGT])\) exceeds", text)
+    total = f"{needed[1]}B in all" if needed else "more"
+    remat = config.video_model.remat
+    advice = [] if remat == "full" else [f"config.video_model.remat='full' (now {remat!r})"]
+    return DoesNotFit(
+        f"the step does not fit a {kind.name} of {kind.hbm_bytes / GB:.2f}GB: it needs {total}, "
+        f"{program.argument_bytes / GB:.2f}GB of it for parameters, optimizer and batch; use "
+        f"{', '.join([*advice, 'fewer samples per chip (--batch_per_chip)'])}, a larger "
+        "config.mesh.fsdp for the parameters, or config.mesh.context for long videos."
+    )
+
+
+# A plan for a person to read.
+
+
+def report(config: Any, topology: str, plan: Plan) -> str:
+    """Several lines: what was compiled, whether it fits, what it exchanges and costs."""
+    per_chip = plan.batch_size / plan.devices
+    slices = f"{plan.slices} x " if plan.slices > 1 else ""
+    share = plan.peak_bytes / plan.hbm_bytes
+    fits = "fits" if share <= 1 else "DOES NOT FIT"
+    frozen = f", {_millions(plan.frozen)} frozen in the backbone" if plan.frozen else ""
+    host = f", {_bytes(plan.host_bytes)} in the host" if plan.host_bytes else ""
+    training = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full training"
+    what = f"video, {training}" if config.stage == "video" else "action decoder"
+    rows = [
+        ("step", f"{what}, {Clip(**config.clip).tokens:,} tokens per clip"),
+        ("pod", f"{slices}{topology}, {plan.devices} x {plan.device}"),
+        ("mesh", " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())),
+        ("batch", f"{plan.batch_size} clips, {per_chip:g} per chip"),
+        ("parameters", f"{_millions(plan.parameters)}, {_millions(plan.trainable)} learn{frozen}"),
+        (
+            "memory",
+            f"arguments {_bytes(plan.argument_bytes)}, peak {_bytes(plan.peak_bytes)} of "
+            f"{_bytes(plan.hbm_bytes)} per chip ({share:.0%}): {fits}{host}",
+        ),
+        (
+            "time",
+            f"{plan.flops / 1e12:.4g} TFLOP per chip: {plan.step_seconds:.3g} s per step at "
+            f"{plan.mfu:.0%} of {plan.peak_flops / 1e12:g} TFLOP/s, {plan.clips_per_second:.3g} "
+            "clips/s in the pod",
+        ),
+        *_exchanges(plan),
+        ("compiled", f"in {plan.compile_seconds:.0f} s"),
+    ]
+    return "\n".join(f"{name:<12}{text}" for name, text in rows)
+
+
+def _exchanges(plan: Plan) -> list[tuple[str, str]]:
+    if not plan.collectives:
+        return [("exchange", "none")]
+    rows = []
+    for exchange in plan.collectives:
+        where = " between slices" if exchange.across_slices else ""
+        size = f"{exchange.count:>6} x {exchange.kind}{where}, {_bytes(exchange.sent_bytes)}"
+        rows.append(("" if rows else "exchange", size))
+    floor = f"sent per chip and step; {plan.link_seconds:.3g} s if all links are busy"
+    return [*rows, ("", floor)]
+
+
+def _millions(count: int) -> str:
+    return f"{count / 1e6:,.1f} M" if count < 1e9 else f"{count / 1e9:,.2f} G"
+
+
+def _bytes(count: float) -> str:
+    return f"{count / GB:.2f} GB" if count >= GB / 100 else f"{count / 2**20:.2f} MB"
+
+
+def table(plans: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one line per plan.
+
+    Args:
+        plans: arguments of `launch.estimate` -> what it wrote with --json.
+    """
+    if not plans:
+        return ""
+    head = (
+        "| pod | chips | mesh d·f·c·t | clips | peak GB | arguments GB | TFLOP | sent GB | s | "
+        "clips/s | `python -m launch.estimate ...` |\n|---|" + "---:|" * 9 + "---|\n"
+    )
+    return head + "".join(f"| {' | '.join(_cells(*line))} |\n" for line in plans.items())
+
+
+def _cells(arguments: str, p: dict[str, Any]) -> list[str]:
+    across = sum(c["sent_bytes"] for c in p["collectives"] if c["across_slices"]) / GB
+    host = f" + {p['host_bytes'] / GB:.1f} in the host" if p["host_bytes"] else ""
+    inside = sum(c["sent_bytes"] for c in p["collectives"] if not c["across_slices"]) / GB
+    return [
+        f"{p['slices']} x {p['topology']}" if p["slices"] > 1 else p["topology"],
+        f"{p['devices']}",
+        "·".join(str(size) for size in p["mesh"].values()),
+        f"{p['batch_size']}",
+        f"{p['peak_bytes'] / GB:.1f} of {p['hbm_bytes'] / GB:.1f}{host}",
+        f"{p['argument_bytes'] / GB:.2f}",
+        f"{p['flops'] / 1e12:.0f}",
+        f"{inside:.1f}" + (f" + {across:.2f}" if across else ""),
+        f"{p['step_seconds']:.2f}",
+        f"{p['clips_per_second']:.3g}",
+        f"`{arguments}`",
+    ]

@@ -1,0 +1,201 @@
+"""The mesh and the batch that serve a pod best, found by compiling a few of them.
+
+Two searches, one after the other: the mesh at the least batch, then the batch on that mesh.
+"""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from data_pipelines.clip import Clip
+from mvjax.parallel import MESH_AXES, abstract_mesh
+from mvjax.pods.compile import DoesNotFit, Plan
+from mvjax.training.bridge import abstract_backbone
+from mvjax.training.start import make_program
+
+CONTEXTS = (1, 2, 4, 8)
+STATE_SHARE = 0.6  # of the memory: more of it in parameters and optimizer leaves too little
+FSDP_SIZES = 3  # tried per context
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search ends with.
+
+    Attributes:
+        config: the best configuration that was compiled.
+        plan: its figures.
+        ended: why there is no larger batch, in words.
+    """
+
+    config: Any
+    plan: Plan
+    ended: str
+
+    @property
+    def flags(self) -> str:
+        """What to add to the command of a training run."""
+        sizes = [f"--config.mesh.{axis}={self.config.mesh[axis]}" for axis in MESH_AXES]
+        return " ".join([*sizes, f"--config.training.batch_size={self.config.training.batch_size}"])
+
+
+def search(
+    config: Any,
+    *,
+    devices: int,
+    slices: int,
+    hbm_bytes: int,
+    compiled: Callable[[Any], Plan],
+    batch_size: int | None,
+    max_compiles: int,
+    say: Callable[[str], None],
+) -> Found:
+    """Compiles meshes, then batches on the best mesh.
+
+    Memory comes first: context parallelism is tried only where a clip per device does not fit, or
+    where the batch is smaller than the pod. Of each context's meshes three are tried, from the
+    least fsdp that holds the state to the largest; the best has the least time per clip if
+    arithmetic and exchanges over all links come one after the other. The tensor axis stays as
+    configured. How memory grows between two batches says which may be the largest; it is tried,
+    and its neighbours until one fits and the next does not, or a clip takes longer.
+
+    Args:
+        config: of a training run; its mesh and batch are what is searched.
+        devices, slices: of the whole pod.
+        hbm_bytes: of a device.
+        compiled: a configuration -> its plan; raises `DoesNotFit`.
+        batch_size: samples per step of the pod; None for the largest.
+        max_compiles: stops after so many programs.
+        say: is told of each.
+
+    Raises:
+        DoesNotFit: if nothing that was tried fits.
+    """
+    budget = _Budget(compiled, max_compiles, say)
+    best = None
+    for context in CONTEXTS:
+        meshes = _candidates(config, devices, slices, context, batch_size, hbm_bytes)
+        for candidate in meshes:
+            best = _better(best, budget.compile(candidate))
+        if best:
+            break
+    if not budget.made:
+        raise DoesNotFit(
+            f"no mesh of {devices} devices was worth compiling: at any fsdp, parameters and "
+            f"optimizer leave less than {1 - STATE_SHARE:.0%} of the memory, or the batch is not "
+            "a multiple of data x fsdp; use a larger --topology or another --batch_per_chip."
+        )
+    if best is None:
+        raise DoesNotFit(
+            f"none of the {budget.made} programs tried fits; use config.video_model.remat='full', "
+            "a larger --topology, or a larger --max_compiles."
+        )
+    if batch_size is not None:
+        return Found(*best, "the batch was given")
+    return _largest_batch(best, budget)
+
+
+def seconds_per_clip(plan: Plan) -> float:
+    """Arithmetic and exchanges inside slices, one after the other."""
+    return (plan.step_seconds + plan.link_seconds) / plan.batch_size
+
+
+_Tried = tuple[Any, Plan]
+
+
+class _Budget:
+    def __init__(self, compiled: Callable, max_compiles: int, say: Callable[[str], None]):
+        self._compiled, self._most, self._say = compiled, max_compiles, say
+        self.made = 0
+
+    @property
+    def spent(self) -> bool:
+        return self.made == self._most
+
+    def compile(self, config: Any) -> _Tried | None:
+        """The configuration and its plan if it fits and the budget allows it."""
+        if self.spent:
+            return None
+        self.made += 1
+        sizes = " ".join(f"{axis}={config.mesh[axis]}" for axis in MESH_AXES)
+        head = f"[{self.made}/{self._most}] {sizes}, {config.training.batch_size} clips"
+        try:
+            result = self._compiled(config)
+        except DoesNotFit:
+            self._say(f"{head}: does not fit")
+            return None
+        self._say(
+            f"{head}: {result.peak_bytes / result.hbm_bytes:.0%} of the memory, "
+            f"{seconds_per_clip(result) * result.devices:.3g} s per clip and chip, "
+            f"compiled in {result.compile_seconds:.0f} s"
+        )
+        return config, result
+
+
+def _better(one: _Tried | None, other: _Tried | None) -> _Tried | None:
+    """What takes less time per clip; the first if both take the same."""
+    if one is None or other is None:
+        return one or other
+    return other if seconds_per_clip(other[1]) < seconds_per_clip(one[1]) else one
+
+
+def _largest_batch(best: _Tried, budget: _Budget) -> Found:
+    """From the least batch of a mesh to the largest multiple of it that is worth it."""
+    unit = best[0].training.batch_size
+    peaks, too_many = {1: best[1].peak_bytes}, None  # by multiples of the least batch
+    while too_many != max(peaks) + 1:
+        n = _next_multiple(peaks, too_many, best[1].hbm_bytes)
+        larger = copy.deepcopy(best[0])
+        larger.training.batch_size = n * unit
+        if budget.spent:
+            return Found(*best, f"--max_compiles={budget.made}; {n * unit} clips were not tried")
+        tried = budget.compile(larger)
+        if tried and seconds_per_clip(tried[1]) > seconds_per_clip(best[1]):
+            return Found(*best, f"with {n * unit} clips a step takes longer per clip")
+        if tried:
+            peaks[n], best = tried[1].peak_bytes, tried
+        else:
+            too_many = n
+    return Found(*best, f"{too_many * unit} clips do not fit")
+
+
+def _next_multiple(peaks: dict[int, int], too_many: int | None, hbm_bytes: int) -> int:
+    """Where the memory ends if it grows as between the last two batches that fit."""
+    *_, last = peaks
+    if too_many is not None:
+        return (last + too_many) // 2
+    if len(peaks) == 1:
+        return 2
+    before = list(peaks)[-2]
+    per_multiple = max((peaks[last] - peaks[before]) / (last - before), 1)
+    return max(last + int((hbm_bytes - peaks[last]) / per_multiple), last + 1)
+
+
+def _candidates(
+    config: Any, devices: int, slices: int, context: int, batch_size: int | None, hbm_bytes: int
+) -> list[Any]:
+    """Configurations with this context, and fsdp from the least that holds the state upwards."""
+    tensor, inside = max(int(config.mesh.get("tensor", 1)), 1), devices // slices
+    if inside % (context * tensor) or Clip(**config.clip).tokens % context:
+        return []
+    groups = inside // (context * tensor)  # of a slice: data x fsdp
+    least = groups * slices * config.training.accumulate
+    if batch_size is not None and batch_size % least:
+        return []
+    fitting = []
+    for fsdp in (n for n in range(1, groups + 1) if groups % n == 0):
+        candidate = copy.deepcopy(config)
+        sizes = dict(data=groups // fsdp * slices, fsdp=fsdp, context=context, tensor=tensor)
+        candidate.mesh.update(sizes)
+        candidate.training.batch_size = batch_size or least
+        mesh = abstract_mesh(sizes, devices)
+        try:
+            arguments = make_program(candidate, mesh, abstract_backbone).argument_bytes
+        except ValueError:  # a dimension that fsdp does not divide
+            continue
+        if arguments <= STATE_SHARE * hbm_bytes:
+            fitting.append(candidate)
+    last = len(fitting) - 1
+    chosen = {round(last * i / (FSDP_SIZES - 1)) for i in range(FSDP_SIZES)} if fitting else ()
+    return [fitting[i] for i in sorted(chosen, reverse=True)]  # the largest takes least memory

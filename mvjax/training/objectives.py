@@ -1,0 +1,281 @@
+"""Stage 2: the action decoder learns to read the frozen video DiT's hidden states."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from data_pipelines.clip import Clip
+from mvjax.flow import (
+    action_loss,
+    condition_mask,
+    denoise,
+    flow_time,
+    network_input,
+    sample_action_time,
+    sample_video_sigma,
+    video_loss,
+)
+from mvjax.models.flops import step_flops
+from mvjax.models.layers import learns_with_lora
+from mvjax.models.network import Params
+from mvjax.models.presets import (
+    action_decoder_config,
+    decoder_network,
+    video_dit_config,
+    video_network,
+)
+from mvjax.parallel import Rules
+from mvjax.training.bridge import Backbone, load_backbone
+
+# What a training stage is: everything the loop needs to know about a model and its loss.
+
+
+Batch = dict[str, jax.Array]
+Loss = tuple[jax.Array, dict[str, jax.Array]]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A model with its loss, as data for `mvjax.training.train.train`.
+
+    Random numbers are drawn for the whole batch and then go with their samples, so that the loss
+    does not depend on how a batch is split: over devices, or over micro-batches in turn.
+
+    Attributes:
+        name: "video" or "action".
+        init: PRNG key -> parameter tree (a plain nested dict); pure and jit-able.
+        axes: The same structure; each leaf is a tuple of logical axis names.
+        trainable: Path of a leaf -> does it learn.
+        draw: (batch, key) -> the random numbers of the batch (noise, times, choices), a dict of
+            arrays that all lead with the samples.
+        objective: (params, frozen, batch, what `draw` gave) -> (scalar float32 loss, metrics): the
+            mean over the samples of both dicts. Metrics are scalars, means over the samples too,
+            and, under the name "by_level", sums of `error_by_level`.
+        batch_axes: Logical axes of each batch entry, "batch" first; other entries are not sent to
+            the devices.
+        frozen: {} in stage 1; the sharded frozen backbone in stage 2.
+        tokens: Video tokens of a sample; 0 where there are none.
+        flops: Floating-point operations of a step per sample; 0 where not known.
+    """
+
+    name: str
+    init: Callable[[jax.Array], Params]
+    axes: Params
+    trainable: Callable[[tuple[str, ...]], bool]
+    draw: Callable[[Batch, jax.Array], Batch]
+    objective: Callable[[Params, Params, Batch, Batch], Loss]
+    batch_axes: dict[str, tuple[str | None, ...]]
+    frozen: Params
+    tokens: int = 0
+    flops: float = 0.0
+
+    def loss(self, params: Params, frozen: Params, batch: Batch, key: jax.Array) -> Loss:
+        """The objective with the random numbers of a key."""
+        return self.objective(params, frozen, batch, self.draw(batch, key))
+
+
+# The error by noise level: one number hides that a model learns the noisy end first.
+#
+# Levels are flow times τ between 0 (clean) and 1 (pure noise), in five equal bins. A step sees few
+# samples, so sums and counts are kept apart and added over steps before they are divided.
+
+
+BINS = 5
+
+
+def error_by_level(error: jax.Array, level: jax.Array) -> jax.Array:
+    """Sums and counts of the errors in each bin.
+
+    Args:
+        error: [n].
+        level: τ [n], between 0 and 1.
+
+    Returns:
+        float32 [2, BINS]: sums, then counts.
+    """
+    bin_of = jnp.clip(jnp.floor(level * BINS), 0, BINS - 1)
+    inside = bin_of[:, None] == jnp.arange(BINS)
+    # Not a product: one error that is not finite would spoil the sums of all bins.
+    sums = jnp.where(inside, error[:, None], 0.0).sum(0)
+    return jnp.stack([sums, inside.sum(0)]).astype(jnp.float32)
+
+
+def named_levels(steps: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean error and number of samples of each bin over several steps; no mean for an empty bin.
+
+    Args:
+        steps: of `error_by_level`, [2, BINS] each.
+    """
+    if not steps:
+        return {}
+    sums, counts = np.sum(steps, axis=0, dtype=np.float64)
+    named: dict[str, float] = {}
+    for number, (total, count) in enumerate(zip(sums, counts)):
+        name = f"tau_{number / BINS:.1f}_{(number + 1) / BINS:.1f}"
+        named[f"samples/{name}"] = float(count)
+        if count:
+            named[f"velocity_mse/{name}"] = float(total / count)
+    return named
+
+
+def action_stage(
+    config: Any, mesh: Mesh, rules: Rules, backbone_of: Backbone = load_backbone
+) -> Stage:
+    """The published objective: action velocity loss, video noise and action noise independent.
+
+    One backbone pass serves `flow.action_draws` draws of action noise and time (1 is the published
+    recipe); the loss is their mean. A share `flow.sampling_sigma_share` of the samples takes the
+    noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
+
+    `action_mask` says which numbers of a chunk are learned. The loss is the mean over the samples
+    of the mean over their learned numbers, so that it is linear in the samples: one without actions
+    counts as zero.
+
+    Args:
+        config: as for `video_stage`, and `backbone {checkpoint, precision}`, `context_layer`,
+            `decoder`, `policy_io`, `sampler {sigma_max}`, `flow {action_time_alpha,
+            action_time_beta, action_draws, proprio_dropout, sampling_sigma_share}`.
+        mesh: where the frozen backbone is placed.
+        rules: how it is sharded.
+        backbone_of: gives the backbone; `abstract_backbone` where only its shapes are needed.
+    """
+    clip, flow, layer = Clip(**config.clip), config.flow, config.context_layer
+    decoder = decoder_network(action_decoder_config(config))
+    draws = flow.action_draws
+    if draws < 1:
+        raise ValueError(f"flow.action_draws must be at least 1, got {draws}.")
+    model, frozen = backbone_of(config, mesh, rules)
+    backbone = video_network(model)
+
+    def draw(batch: Batch, key: jax.Array) -> Batch:
+        video_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
+        sigma_key, share_key, video_noise_key = jax.random.split(video_key, 3)
+        samples, (horizon, dim) = len(batch["latents"]), batch["actions"].shape[1:]
+        sigma = sample_video_sigma(sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail)
+        at_sampling = jax.random.bernoulli(share_key, flow.sampling_sigma_share, (samples, 1))
+        time = sample_action_time(
+            time_key, samples * draws, alpha=flow.action_time_alpha, beta=flow.action_time_beta
+        )
+        noise = jax.random.normal(noise_key, (samples * draws, horizon, dim))
+        return {
+            "sigma": jnp.where(at_sampling, config.sampler.sigma_max, sigma),
+            "video_noise": jax.random.normal(video_noise_key, batch["latents"].shape),
+            "time": time.reshape(samples, draws, 1),
+            "noise": noise.reshape(samples, draws, horizon, dim),
+            "drop": jax.random.bernoulli(drop_key, flow.proprio_dropout, (samples, draws)),
+        }
+
+    def context(frozen: Params, batch: Batch, random: Batch) -> jax.Array:
+        x0, sigma = batch["latents"], random["sigma"]
+        noisy = x0 + sigma[..., None, None, None] * random["video_noise"]
+        mask = condition_mask(jnp.full(len(x0), clip.condition_latents), clip.latent_frames)
+        i = network_input(noisy, x0, sigma, mask)
+        net = backbone.bind(frozen)
+        return net.hidden(i.latents, i.timesteps, batch["text"], i.condition_mask, layer=layer)
+
+    def objective(params: Params, frozen: Params, batch: Batch, random: Batch) -> Loss:
+        hidden = context(frozen, batch, random)
+        time, noise, drop = (
+            random[name].reshape(-1, *random[name].shape[2:]) for name in ("time", "noise", "drop")
+        )
+        actions, mask, proprio, sigma = (
+            jnp.repeat(x, draws, axis=0)
+            for x in (batch["actions"], batch["action_mask"], batch["proprio"], random["sigma"])
+        )
+        net = decoder.bind(params)
+
+        def velocity(noisy, time):
+            return net(proprio, noisy, time, sigma, hidden, drop)
+
+        error = action_loss(velocity, actions, noise, time, mask)
+        mse = jnp.mean(error)
+        # A sample without actions is in no level.
+        level = jnp.where(mask.any(axis=(1, 2)), time[:, 0], jnp.nan)
+        levels = error_by_level(error, level)
+        return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
+
+    return Stage(
+        name="action",
+        init=decoder.init,
+        axes=decoder.axes,
+        trainable=lambda path: True,
+        draw=draw,
+        objective=objective,
+        batch_axes={
+            "latents": ("batch", None, None, None, None),
+            "text": ("batch", None, None),
+            "actions": ("batch", None, None),
+            "action_mask": ("batch", None, None),
+            "proprio": ("batch", None, None),
+        },
+        frozen=frozen,
+        tokens=clip.tokens,
+        flops=step_flops(config),
+    )
+
+
+# Stage 1: the video DiT learns to predict video, from language and one or two observed latents.
+
+
+def video_stage(config: Any) -> Stage:
+    """The published objective: velocity loss at σ drawn per sample, with frame replacement.
+
+    Args:
+        config: `clip`, `video_model`, `text`, `lora`, and `flow {sigma_scale, sigma_tail,
+            loss_scale, min_condition_latents}`.
+    """
+    clip, flow = Clip(**config.clip), config.flow
+    model = video_dit_config(config)
+    network = video_network(model)
+    if not 1 <= flow.min_condition_latents <= clip.condition_latents:
+        raise ValueError(
+            f"flow.min_condition_latents is {flow.min_condition_latents}; with "
+            f"{clip.observed_frames} observed frames it must be between 1 and "
+            f"{clip.condition_latents}."
+        )
+
+    def draw(batch: Batch, key: jax.Array) -> Batch:
+        sigma_key, noise_key, condition_key = jax.random.split(key, 3)
+        x0 = batch["latents"]
+        samples = len(x0)
+        return {
+            "sigma": sample_video_sigma(
+                sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail
+            ),
+            "noise": jax.random.normal(noise_key, x0.shape),
+            "observed": jax.random.randint(
+                condition_key, (samples,), flow.min_condition_latents, clip.condition_latents + 1
+            ),
+        }
+
+    def objective(params: Params, frozen: Params, batch: Batch, draws: Batch) -> Loss:
+        del frozen
+        x0, text, sigma = batch["latents"], batch["text"], draws["sigma"]
+        mask = condition_mask(draws["observed"], clip.latent_frames)
+        noisy = x0 + sigma[..., None, None, None] * draws["noise"]
+        net = network.bind(params)
+        prediction = denoise(
+            lambda i: net(i.latents, i.timesteps, text, i.condition_mask), noisy, x0, sigma, mask
+        )
+        error = video_loss(x0, prediction, sigma)
+        mse = jnp.mean(error)
+        levels = error_by_level(error, flow_time(sigma[:, 0]))
+        return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
+
+    return Stage(
+        name="video",
+        init=network.init,
+        axes=network.axes,
+        trainable=learns_with_lora if model.lora else lambda path: True,
+        draw=draw,
+        objective=objective,
+        batch_axes={"latents": ("batch", None, None, None, None), "text": ("batch", None, None)},
+        frozen={},
+        tokens=clip.tokens,
+        flops=step_flops(config),
+    )

@@ -1,0 +1,380 @@
+"""From published weights to a checkpoint of ours, one tensor at a time."""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax.traverse_util import unflatten_dict
+
+from mvjax.models.network import Params
+from mvjax.models.t5 import FILES as TOKENIZER_FILES
+from mvjax.training.bridge import read_meta
+from mvjax.training.checkpoint import check_match, leaf_paths, library_versions
+from mvjax.weights.files import Tensors, TorchTensor, WeightsError
+from mvjax.weights.kinds import Config, Kind, with_adapters_config
+from mvjax.weights.match import Parameter, check_shapes, collapse, match
+from mvjax.weights.names import Layout, Rule, has_adapters, merge_adapters
+from mvjax.weights.pt_files import write_pt
+from mvjax.weights.safetensors_files import write_safetensors_folder
+from mvjax.weights.source import KINDS, Source
+from mvjax.weights.streaming import ParameterReader, StreamedArray, write_streamed
+
+_FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16))
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversion:
+    """What converting will write.
+
+    Attributes:
+        source: the weights.
+        tensors: those of the source, or with adapters merged into them.
+        config: the sections of a configuration that the weights decide.
+        params: our parameters, as `StreamedArray`s.
+        num_parameters: how many.
+        nbytes: their size.
+    """
+
+    source: Source
+    tensors: Tensors
+    config: Config
+    params: Params
+    num_parameters: int
+    nbytes: int
+
+
+def plan(
+    source: Source, *, lora: str = "merge", alpha: float = 32.0, dtype: str = ""
+) -> Conversion:
+    """Works out a conversion from names and shapes; nothing is read but the file's directory.
+
+    Args:
+        source: the weights.
+        lora: "merge" adds adapters to the kernels; "keep" keeps them beside.
+        alpha: of the adapters.
+        dtype: of the parameters written; "" keeps that of the file.
+
+    Raises:
+        WeightsError: names every tensor that is missing, unknown or of a wrong shape or type.
+    """
+    kind, tensors, config = source.kind, source.tensors, None
+    if has_adapters(tensors):
+        merged = merge_adapters(tensors, alpha)
+        config = kind.infer(source.layout, merged, source.hints)
+        if lora == "keep":
+            config = with_adapters_config(config, tensors, alpha)
+        else:
+            tensors = merged
+    config = config or kind.infer(source.layout, tensors, source.hints)
+    found = match(tensors, kind.rules(source.layout, config))
+    network = kind.network(config)
+    check_shapes(found, network.abstract)
+    _check_floats(found.parameters.values())
+    arrays = {path: _streamed(parameter, dtype) for path, parameter in found.parameters.items()}
+    return Conversion(
+        source,
+        tensors,
+        config,
+        params=unflatten_dict(arrays, sep="."),
+        num_parameters=network.num_parameters,
+        nbytes=sum(array.nbytes for array in arrays.values()),
+    )
+
+
+def write(
+    conversion: Conversion, directory: Path, wrote: Callable[[int], None] = lambda size: None
+) -> None:
+    """Writes the checkpoint, all of it or nothing.
+
+    Args:
+        conversion: from `plan`.
+        directory: the new training directory.
+        wrote: called with the number of bytes after every tensor.
+
+    Raises:
+        WeightsError: if a tensor holds values that are not finite.
+        FileExistsError, OSError: see `write_streamed`.
+    """
+    source = conversion.source
+    meta: dict[str, Any] = {
+        "stage": source.kind.stage,
+        "config": conversion.config,
+        "converted": {
+            "from": source.path.name,
+            "layout": source.layout,
+            "tensors": len(source.tensors),
+            "dropped": len(source.dropped),
+        },
+        "versions": library_versions(),
+    }
+    write_streamed(directory, conversion.params, json.loads(json.dumps(meta)), wrote)
+    for name in TOKENIZER_FILES:
+        if source.path.is_dir() and (source.path / name).is_file():
+            shutil.copyfile(source.path / name, directory / name)
+
+
+def _check_floats(parameters) -> None:
+    strange = [
+        f"{name} is {tensor.dtype}"
+        for parameter in parameters
+        for name, tensor in zip(parameter.names, parameter.tensors)
+        if tensor.dtype not in _FLOATS
+    ]
+    if strange:
+        raise WeightsError(
+            f"weights must be float32, float16 or bfloat16, but {', '.join(strange)}; quantised "
+            "weights cannot be converted."
+        )
+
+
+def _streamed(parameter: Parameter, dtype: str) -> StreamedArray:
+    kinds = {tensor.dtype for tensor in parameter.tensors}
+    if dtype or len(kinds) > 1 or kinds == {np.dtype(np.float64)}:
+        kept = np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype or np.float32)
+    else:
+        kept = kinds.pop()
+    layout = parameter.rule.layout
+    pieces = tuple(
+        partial(_piece, name, tensor, layout, kept)
+        for name, tensor in zip(parameter.names, parameter.tensors)
+    )
+    blocks = (len(pieces),) if parameter.stacked else ()
+    return StreamedArray((*blocks, *parameter.shape), kept, pieces, parameter.stacked)
+
+
+def _piece(name: str, tensor: TorchTensor, layout: Layout, dtype: np.dtype) -> np.ndarray:
+    array = tensor.read()
+    if count := _not_finite(array):
+        raise WeightsError(
+            f"{name} holds {count} values that are not finite (NaN or infinity); take another "
+            "checkpoint of that training."
+        )
+    return contiguous(layout.to_ours(array)).astype(dtype, copy=False)
+
+
+def _not_finite(array: np.ndarray) -> int:
+    if array.dtype == ml_dtypes.bfloat16:  # on the bits: NumPy's own test is ten times slower
+        return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
+    return int(array.size - np.count_nonzero(np.isfinite(array)))
+
+
+def contiguous(array: np.ndarray) -> np.ndarray:
+    """As `np.ascontiguousarray`; matrices are transposed strip by strip, seven times as fast."""
+    if array.ndim != 2 or array.flags.c_contiguous:
+        return np.ascontiguousarray(array)
+    out = np.empty(array.shape, array.dtype)
+    for start in range(0, array.shape[1], 16):  # 16 columns of bfloat16 fill half a cache line
+        out[:, start : start + 16] = array[:, start : start + 16]
+    return out
+
+
+# From a checkpoint of ours to the files that PyTorch programs load, one tensor at a time.
+
+
+Read = Callable[[str, int | None], np.ndarray]  # a parameter, or one block of a stacked one
+TARGETS = ("diffusers", "nvidia", "mimic-video")
+
+
+@dataclass(frozen=True)
+class Export:
+    """What an export will write.
+
+    Attributes:
+        kind: the network.
+        layout: of the names.
+        config: of the network, without adapters that are merged.
+        tensors: under their published names.
+        tokenizer_files: that belong to the network and are copied beside it.
+    """
+
+    kind: Kind
+    layout: str
+    config: Config
+    tensors: Tensors
+    tokenizer_files: tuple[Path, ...]
+
+    @property
+    def folder(self) -> bool:
+        """Whether a folder of Hugging Face is written, rather than a file of PyTorch."""
+        return self.layout == "diffusers"
+
+
+def plan_export(directory: Path, target: str, *, lora: str = "merge", dtype: str = "") -> Export:
+    """Works out an export; the arrays are read when they are written.
+
+    Moving averages are taken where the run has them, as the policy does.
+
+    Args:
+        directory: a training directory, or a converted checkpoint.
+        target: for whom, one of TARGETS.
+        lora: "merge" adds adapters to the kernels, "keep" writes them as peft does.
+        dtype: of the tensors; "" keeps that of the checkpoint.
+
+    Raises:
+        WeightsError: if that kind of network has no such layout.
+        FileNotFoundError: if the directory has no checkpoint.
+    """
+    meta = read_meta(directory)
+    kind = next((kind for kind in KINDS if kind.stage == meta["stage"]), None)
+    if kind is None or target not in kind.exports:
+        can = ", ".join(kind.exports) if kind else "nothing"
+        raise WeightsError(
+            f"{directory} holds a checkpoint of stage {meta['stage']!r}, which cannot be written "
+            f"for {target}; possible is {can}."
+        )
+    layout, config = kind.exports[target], meta["config"]
+    reader = ParameterReader(directory)
+    stored = leaf_paths(reader.tree)
+    check_match(stored, leaf_paths(kind.network(config).abstract), directory)
+    read = _merging(reader, config) if lora == "merge" else reader.read
+    if lora == "merge" and "lora" in config:
+        config = {**config, "lora": {"rank": 0, "alpha": 0.0, "targets": []}}
+    elif layout == "diffusers" and config.get("lora", {}).get("rank"):
+        raise WeightsError("diffusers folders hold no adapters of ours; use --lora=merge.")
+    prefix = "net." if layout in kind.prefixed else ""
+    tensors = {}
+    for rule in kind.rules(layout, config):
+        for name, tensor in _tensors(rule, stored, read, dtype).items():
+            tensors[prefix + name] = tensor
+    files = tuple(p for name in TOKENIZER_FILES if (p := directory / name).is_file())
+    return Export(kind, layout, config, tensors, files)
+
+
+def write_export(
+    export: Export, destination: Path, wrote: Callable[[int], None] = lambda size: None
+) -> None:
+    """Writes a file, or a folder with its `config.json`; all of it or nothing.
+
+    Args:
+        export: from `plan_export`.
+        destination: the new file or folder.
+        wrote: called with the number of bytes after every tensor.
+
+    Raises:
+        FileExistsError: if the destination exists.
+        OSError: if it cannot be written.
+    """
+    empty = export.folder and destination.is_dir() and not any(destination.iterdir())
+    if destination.exists() and not empty:
+        raise FileExistsError(f"{destination} exists already; choose another name.")
+    tensors = {name: _counted(tensor, wrote) for name, tensor in export.tensors.items()}
+    if not export.folder:
+        write_pt(destination, tensors)
+        return
+    partial_folder = destination.with_name(destination.name + ".partial")
+    shutil.rmtree(partial_folder, ignore_errors=True)  # of a killed export
+    try:
+        partial_folder.mkdir(parents=True)
+        stem = "model" if export.kind.stage == "text" else "diffusion_pytorch_model"
+        write_safetensors_folder(partial_folder, tensors, stem=stem)
+        described = json.dumps(export.kind.published(export.config), indent=2) + "\n"
+        (partial_folder / "config.json").write_text(described)
+        for path in export.tokenizer_files:
+            shutil.copyfile(path, partial_folder / path.name)
+        partial_folder.replace(destination)
+    finally:
+        shutil.rmtree(partial_folder, ignore_errors=True)
+
+
+def _counted(tensor: TorchTensor, wrote: Callable[[int], None]) -> TorchTensor:
+    def read() -> np.ndarray:
+        array = tensor.read()
+        wrote(array.nbytes)
+        return array
+
+    return dataclasses.replace(tensor, read=read)
+
+
+def _merging(reader: ParameterReader, config: Config) -> Read:
+    """Reads parameters, with adapters added to the kernels that have them."""
+    lora = config.get("lora", {})
+    adapted = {path for path in leaf_paths(reader.tree) if path.endswith("/lora_a")}
+
+    def read(path: str, block: int | None) -> np.ndarray:
+        array = reader.read(path, block)
+        layer, _, leaf = path.rpartition("/")
+        if leaf == "kernel" and f"{layer}/lora_a" in adapted:
+            a, b = (reader.read(f"{layer}/{part}", block) for part in ("lora_a", "lora_b"))
+            scale = lora["alpha"] / lora["rank"]
+            array = (array + scale * (a.astype(np.float32) @ b)).astype(array.dtype)
+        return array
+
+    return read
+
+
+def _tensors(rule: Rule, leaves: Mapping[str, Any], read: Read, dtype: str) -> Tensors:
+    path = rule.ours.replace(".", "/")
+    stored = leaves[path]
+    kept = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype or stored.dtype)
+    stacked = "{i}" in rule.torch
+    shape = rule.layout.torch_shape(stored.shape[1:] if stacked else stored.shape)
+
+    def read_tensor(block: int | None) -> np.ndarray:
+        return contiguous(rule.layout.to_torch(read(path, block)).astype(kept, copy=False))
+
+    blocks = range(stored.shape[0]) if stacked else (None,)
+    return {
+        rule.torch.replace("{i}", str(i)): TorchTensor(shape, kept, partial(read_tensor, i))
+        for i in blocks
+    }
+
+
+# What a conversion will do, in words for the person who asked for it.
+
+
+SHOWN = 8  # names of dropped entries
+# Sections that a training run has; what is left describes its network.
+_OF_A_RUN = {"recording", "evaluation", "study", "datasets", "sampler", "mesh", "rules"}
+_OF_A_RUN |= {"optimizer", "training", "flow", "backbone"}
+
+
+def describe_conversion(conversion: Conversion, destination: Path) -> str:
+    """What is read and what is written."""
+    source = conversion.source
+    lines = [
+        f"{source.path}: {source.kind.title} ({source.layout} names), "
+        f"{conversion.num_parameters:,} parameters, {_count_tensors(source.tensors)}",
+        *_settings(conversion.config),
+        f"into {destination}: {conversion.nbytes / 1e9:.2f} GB",
+    ]
+    if source.dropped:
+        names = collapse(source.dropped)
+        more = f" and {len(names) - SHOWN} other names" if len(names) > SHOWN else ""
+        lines.insert(2, f"not converted: {', '.join(names[:SHOWN])}{more}")
+    return "\n".join(lines)
+
+
+def describe_export(export: Export, source: Path, destination: Path) -> str:
+    """What is read and what is written."""
+    size = sum(tensor.nbytes for tensor in export.tensors.values())
+    form = "folder" if export.folder else "file"
+    return "\n".join(
+        [
+            f"{source}: {export.kind.title}",
+            *_settings(export.config),
+            f"into the {form} {destination} ({export.layout} names): {_count_tensors(export.tensors)}, "
+            f"{size / 1e9:.2f} GB",
+        ]
+    )
+
+
+def _count_tensors(tensors: Tensors) -> str:
+    kinds = Counter(str(tensor.dtype) for tensor in tensors.values())
+    return f"{len(tensors)} tensors ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
+
+
+def _settings(config: Config) -> list[str]:
+    return [
+        f"{section}: {', '.join(f'{name}={value}' for name, value in settings.items())}"
+        for section, settings in config.items()
+        if section != "lora" or settings["rank"]
+        if isinstance(settings, dict) and section not in _OF_A_RUN
+    ]

@@ -1,0 +1,191 @@
+"""Reading and writing safetensors: one file, or shards with an index as Hugging Face has them.
+
+A file is the length of its header (8 bytes, little-endian), the header (JSON: type, shape and place
+of each tensor), and the values. The `safetensors` library is not used: for NumPy it lacks bfloat16,
+and it writes only what is in memory all at once, which a model of 30 GB need not be here.
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from mvjax.weights.files import (
+    TYPE_NAMES,
+    Tensors,
+    TorchTensor,
+    WeightsError,
+    map_array,
+    raw_bytes,
+    replacing,
+)
+
+_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+_TYPES = {names.safetensors: dtype for dtype, names in TYPE_NAMES.items() if names.safetensors}
+
+
+def read_safetensors(path: Path) -> Tensors:
+    """The tensors of one safetensors file.
+
+    Raises:
+        WeightsError: the file is cut off or damaged, or holds a type that NumPy cannot.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > _LONGEST_HEADER:
+            raise WeightsError(
+                f"{path} declares a header of {length:,} bytes, more than the {_LONGEST_HEADER:,} "
+                "that safetensors allows; it is damaged or no safetensors file."
+            )
+        header = file.read(length)
+    if len(header) < length:
+        raise WeightsError(
+            f"{path} is cut off: {size:,} bytes on disk do not even hold its header; download it "
+            "again."
+        )
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        needed = {name: 8 + length + entry["data_offsets"][1] for name, entry in entries.items()}
+        end = max(needed.values(), default=0)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise WeightsError(
+            f"{path} has a damaged safetensors header ({error}); download it again."
+        ) from error
+    if end > size:
+        raise WeightsError(
+            f"{path} is cut off: {size:,} bytes on disk of {end:,}; download it again."
+        )
+    return {name: _tensor(path, 8 + length, name, entry) for name, entry in entries.items()}
+
+
+def _tensor(path: Path, data_start: int, name: str, entry: Any) -> TorchTensor:
+    try:
+        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
+    except (ValueError, TypeError, LookupError) as error:
+        raise WeightsError(f"{path} describes {name} in an unknown way: {error}.") from error
+    if code not in _TYPES:
+        raise WeightsError(
+            f"{path} stores {name} as {code}, which is not read here; convert it in PyTorch to one "
+            f"of {', '.join(_TYPES)}."
+        )
+    dtype = _TYPES[code]
+    if not sound or end - begin != math.prod(shape) * dtype.itemsize:
+        raise WeightsError(
+            f"{path} gives {name} the bytes {begin} to {end}, which is not what {code} of shape "
+            f"{list(shape)} needs; download it again."
+        )
+    return TorchTensor(shape, dtype, partial(map_array, path, data_start + begin, shape, dtype))
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, TorchTensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes one safetensors file, reading one tensor at a time.
+
+    Args:
+        path: appears when the file is whole; folders on the way are made.
+        tensors: by name; stored widest type first, so that every one lies aligned.
+        metadata: what the header shall say; by default {"format": "pt"}, without which
+            `transformers` refuses a file.
+
+    Raises:
+        WeightsError: safetensors lacks a tensor's type, or its values are not what it declares.
+        OSError: the disk is full or read-only; nothing is left behind.
+    """
+    header = _header(tensors, metadata)
+    with replacing(path) as file:
+        _write(file, header, tensors)
+
+
+def write_safetensors_folder(
+    folder: Path,
+    tensors: Mapping[str, TorchTensor],
+    *,
+    stem: str = "diffusion_pytorch_model",
+    max_shard_bytes: int = 5_000_000_000,
+) -> None:
+    """Writes `<stem>.safetensors`; or, if that were too large, shards and their index.
+
+    The files appear together when all are whole, the index last. Those that an earlier call left
+    under the same stem are then removed.
+
+    Args:
+        folder: made if need be.
+        tensors: by name; shards take them in this order.
+        stem: file name without ending: `diffusion_pytorch_model` for diffusers, `model` for
+            transformers.
+        max_shard_bytes: of values in one file; a single larger tensor gets a file of its own.
+
+    Raises:
+        WeightsError, OSError: as `write_safetensors`.
+    """
+    shards = _shards(tensors, max_shard_bytes)
+    if len(shards) == 1:
+        names = [f"{stem}.safetensors"]
+    else:
+        names = [
+            f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+        ]
+    headers = [_header(shard, None) for shard in shards]
+    index = folder / f"{stem}.safetensors.index.json"
+    with ExitStack() as stack:  # leaves in the opposite order: the index takes its place last
+        if len(shards) > 1:
+            files = {name: file for file, shard in zip(names, shards) for name in shard}
+            total = sum(tensor.nbytes for tensor in tensors.values())
+            content = {"metadata": {"total_size": total}, "weight_map": files}
+            text = json.dumps(content, indent=2, sort_keys=True) + "\n"
+            stack.enter_context(replacing(index)).write(text.encode())
+        for name, header, shard in zip(names, headers, shards):
+            _write(stack.enter_context(replacing(folder / name)), header, shard)
+    written = {*names, index.name} if len(shards) > 1 else {*names}
+    numbered = f"{stem}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
+    for earlier in (folder / f"{stem}.safetensors", index, *folder.glob(numbered)):
+        if earlier.name not in written:
+            earlier.unlink(missing_ok=True)
+
+
+def _header(tensors: Mapping[str, TorchTensor], metadata: Mapping[str, str] | None) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+    begin = 0
+    for name, tensor in _widest_first(tensors):
+        names = TYPE_NAMES.get(tensor.dtype)
+        if names is None or names.safetensors is None:
+            raise WeightsError(
+                f"safetensors has no type for {name}, which is {tensor.dtype}; convert it first, "
+                "e.g. to float32."
+            )
+        end = begin + tensor.nbytes
+        place = {"shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": names.safetensors, **place}
+        begin = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write(file: BinaryIO, header: bytes, tensors: Mapping[str, TorchTensor]) -> None:
+    file.write(header)
+    for name, tensor in _widest_first(tensors):
+        file.write(raw_bytes(name, tensor))
+
+
+def _widest_first(tensors: Mapping[str, TorchTensor]) -> list[tuple[str, TorchTensor]]:
+    return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
+
+
+def _shards(tensors: Mapping[str, TorchTensor], max_bytes: int) -> list[dict[str, TorchTensor]]:
+    shards: list[dict[str, TorchTensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        if shards[-1] and filled + tensor.nbytes > max_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += tensor.nbytes
+    return shards

@@ -1,0 +1,222 @@
+"""Writing a checkpoint whose arrays are never in memory together.
+
+The arrays of a converted model are made piece by piece, one block's tensor at a time, and each
+piece becomes a chunk of an uncompressed Zarr array: a model larger than the memory is written at
+the disk's speed, and a reader that wants some blocks reads only those. The result is an ordinary
+checkpoint, read by `bridge.restore_params` onto any mesh.
+"""
+
+import errno
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore as ts
+
+from mvjax.models.network import Params
+from mvjax.training.bridge import step_folder
+from mvjax.training.checkpoint import SPARE_BYTES, checkpoint_folder, leaf_paths, stored_tree
+
+STEP = 0  # a converted checkpoint has made no steps
+
+
+@dataclass(frozen=True)
+class StreamedArray:
+    """An array that is made when it is written.
+
+    Attributes:
+        shape: of the whole array.
+        dtype: of every piece.
+        pieces: called one after the other. Each returns a slice [shape[1:]] of a stacked array;
+            an array that is not stacked has a single piece, the whole.
+        stacked: whether the pieces lie on a leading axis.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    pieces: tuple[Callable[[], np.ndarray], ...]
+    stacked: bool
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the whole array."""
+        return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
+
+
+class _StreamHandler(ocp.type_handlers.NumpyHandler):
+    """Stores streamed arrays as NumPy arrays are stored, but one piece after the other."""
+
+    def __init__(self, wrote: Callable[[int], None]):
+        super().__init__()
+        self._wrote = wrote
+
+    async def serialize(self, values, infos, args=None):
+        for value, info in zip(values, infos):
+            await info.await_path_creation()
+            store = await ts.open(_zarr(info.parent_dir / info.name, value), create=True)
+            await self._write(store, value)
+        return []
+
+    async def _write(self, store: ts.TensorStore, value: StreamedArray) -> None:
+        writing = None
+        try:
+            for i, piece in enumerate(value.pieces):
+                array = piece()  # while the one before is being written
+                if writing is not None:
+                    await writing
+                writing = (store[i] if value.stacked else store).write(array)
+                self._wrote(array.nbytes)
+        finally:  # a write that goes on would bring back a folder that is taken away
+            if writing is not None:
+                await writing
+
+
+def _zarr(path: Any, value: StreamedArray) -> dict[str, Any]:
+    chunks = [1, *value.shape[1:]] if value.stacked else list(value.shape)
+    return {
+        "driver": "zarr",
+        "kvstore": {"driver": "file", "path": str(path)},
+        "metadata": {
+            "shape": list(value.shape),
+            "chunks": [max(size, 1) for size in chunks],
+            "dtype": ts.dtype(value.dtype).name if value.dtype.kind == "V" else value.dtype.str,
+            "compressor": None,
+        },
+    }
+
+
+def write_streamed(
+    directory: Path,
+    params: Params,
+    meta: Mapping[str, Any],
+    wrote: Callable[[int], None] = lambda size: None,
+) -> None:
+    """Writes a checkpoint of streamed parameters; all of it or nothing.
+
+    Args:
+        directory: the training directory to make; it must not exist, or be empty.
+        params: nested dict of `StreamedArray`.
+        meta: what the checkpoint is; JSON.
+        wrote: called with the number of bytes after every piece.
+
+    Raises:
+        FileExistsError: if the directory holds something.
+        OSError: if the disk has no room (ENOSPC), before anything is written or while.
+    """
+    directory = Path(directory).absolute()
+    with _new_folder(directory):
+        free, size = shutil.disk_usage(directory).free, sum(a.nbytes for a in _leaves(params))
+        if free < size + SPARE_BYTES:
+            needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed, {free >> 20} MB free"
+            raise OSError(errno.ENOSPC, needed, str(directory))
+        with _without_orbax_remarks(), _manager(checkpoint_folder(directory), wrote) as manager:
+            manager.save(
+                STEP,
+                args=ocp.args.Composite(
+                    state=ocp.args.PyTreeSave({"params": params}),
+                    meta=ocp.args.JsonSave(dict(meta)),
+                ),
+            )
+
+
+def _manager(folder: Path, wrote: Callable[[int], None]) -> ocp.CheckpointManager:
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedArray, _StreamHandler(wrote))
+    )
+    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    return ocp.CheckpointManager(
+        folder,
+        item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
+        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    )
+
+
+def _leaves(params: Params) -> Iterator[StreamedArray]:
+    for value in params.values():
+        yield from _leaves(value) if isinstance(value, dict) else (value,)
+
+
+@contextmanager
+def _new_folder(directory: Path) -> Iterator[None]:
+    """Makes a folder, and takes away again what it made if what follows fails."""
+    folder = checkpoint_folder(directory)
+    for killed in folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed conversion left
+        shutil.rmtree(killed)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise FileExistsError(f"{directory} holds something already; choose a new directory.")
+    made = [p for p in (folder, directory, *directory.parents) if not p.exists()]
+    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        yield
+    except BaseException:
+        shutil.rmtree(made[-1], ignore_errors=True)
+        raise
+
+
+@contextmanager
+def _without_orbax_remarks() -> Iterator[None]:
+    """Orbax warns that handlers for devices and for OCDBT are absent, which is intended here."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+# Reading parameters one by one, and stacked ones block by block, as NumPy arrays.
+
+
+class ParameterReader:
+    """The parameters of a training directory; moving averages where they are stored.
+
+    `bridge.restore_params` reads whole trees onto devices; this reads what does not fit at once.
+
+    Attributes:
+        tree: nested dict of what is stored: shapes and dtypes.
+    """
+
+    def __init__(self, directory: Path, *, step: int | None = None):
+        """Opens the newest checkpoint, or that of `step`."""
+        where = step_folder(directory, step)
+        self._state = (where / "state").absolute()
+        stored = stored_tree(where)
+        self.tree: Params = stored["params"]
+        self._averaged = leaf_paths(stored.get("ema", {}))
+        self._array = lru_cache(maxsize=4)(self._open)  # a kernel and its adapters
+
+    def read(self, path: str, block: int | None = None) -> np.ndarray:
+        """The parameter at a path such as "blocks/mlp/layer1/kernel", or one block of it."""
+        array = self._array(path)
+        return (array if block is None else array[block]).read().result()
+
+    def _open(self, path: str) -> ts.TensorStore:
+        item = "ema" if path in self._averaged else "params"
+        return _open(self._state, ".".join([item, *path.split("/")]))
+
+
+def _open(state: Path, name: str) -> ts.TensorStore:
+    """The Zarr array in which Orbax keeps a leaf: a folder of its own, or a part of an OCDBT."""
+    kvstore: dict[str, Any] = {"driver": "file", "path": f"{state}/{name}/"}
+    if not (state / name).is_dir():
+        base = {"driver": "file", "path": f"{state}/"}
+        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+    array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
+    chunk = array.chunk_layout.read_chunk.shape
+    if not chunk or chunk[0] == 1:
+        return array
+    # A chunk holds several blocks: keep it between reads instead of decoding it for each.
+    size = int(np.prod(chunk)) * array.dtype.numpy_dtype.itemsize
+    context = ts.Context({"cache_pool": {"total_bytes_limit": size + (1 << 20)}})
+    return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=context).result()
