@@ -1,8 +1,8 @@
 """NumPy arrays out of pickles, without running the pickle.
 
-The pickle is carried out by `data_pipelines.pickles`, which knows no way to import or call anything.
-Here is what the few names stand for that NumPy writes around an array; any other is an error. Both
-spellings of NumPy's modules are known: `numpy.core` (1.x) and `numpy._core` (2.x).
+The pickle is carried out by something that knows no way to import or call anything. Here is what
+the few names stand for that NumPy writes around an array; any other is an error. Both spellings of
+NumPy's modules are known: `numpy.core` (1.x) and `numpy._core` (2.x).
 """
 
 import math

@@ -7,6 +7,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from logging import StreamHandler, getLogger
 from pathlib import Path
 from typing import NoReturn
 
@@ -55,7 +56,7 @@ def run(main: Callable[..., None], positional: tuple[str, ...] = ()) -> None:
             _stop(f"unexpected argument {values[len(positional)]!r}; flags start with '--'.")
         if len(values) < len(positional):
             _stop(f"{' and '.join(positional[len(values) :])} must be given.")
-        logging.set_verbosity(logging.WARNING)  # jax tells every missing backend at INFO
+        _log_to_stderr()
         threading.excepthook = _background_failure
         try:
             main(*values)
@@ -68,6 +69,22 @@ def run(main: Callable[..., None], positional: tuple[str, ...] = ()) -> None:
             _stop(sentence)
 
     app.run(checked, flags_parser=_parse)
+
+
+class _Stderr(StreamHandler):
+    """Writes bare messages to what `sys.stderr` is at that moment."""
+
+    stream = property(lambda self: sys.stderr, lambda self, value: None)
+
+
+def _log_to_stderr() -> None:
+    """The project's own messages from INFO on, those of others from WARNING on."""
+    logging.set_verbosity(logging.WARNING)  # jax tells every missing backend at INFO
+    for name in ("mvjax", "data_pipelines", "configs", "launch"):
+        logger = getLogger(name)
+        logger.setLevel("INFO")
+        logger.propagate = False
+        logger.handlers = [_Stderr()]
 
 
 def _must_be_given(name: str) -> str:

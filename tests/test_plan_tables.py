@@ -11,7 +11,7 @@ LINES = [line for lines in TABLES.values() for line in lines.items()]
 def test_parameters_shapes_and_flops_are_those_on_file(name, arguments, monkeypatch):
     monkeypatch.chdir(DOCS.parent)  # the command names configs/
     assert file_of(name).exists() and changes(name, arguments) == [], (
-        "run `python -m launch.benchmarks.pod_tables` (needs libtpu), which computes this line again: "
+        "run `python -m launch.benchmarks.pod_tables` (needs libtpu); it computes this line again: "
         f"python -m launch.estimate {arguments}"
     )
 

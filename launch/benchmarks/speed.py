@@ -1,7 +1,8 @@
-"""Measures a training step on the devices that are here, beside the same network in PyTorch.
+r"""Measures a training step on the devices that are here, beside the same network in PyTorch.
 
     python -m launch.benchmarks.speed --config=configs/quickstart_video.py
-    python -m launch.benchmarks.speed --config=configs/bridge_video.py --config.training.batch_size=1
+    python -m launch.benchmarks.speed --config=configs/bridge_video.py \
+        --config.training.batch_size=1
     python -m launch.benchmarks.speed --config=configs/bridge_video.py --data --minutes=10
     python -m launch.benchmarks.speed --config=configs/bridge_action.py --policy --batches=1,8
 

@@ -360,8 +360,8 @@ def describe_export(export: Export, source: Path, destination: Path) -> str:
         [
             f"{source}: {export.kind.title}",
             *_settings(export.config),
-            f"into the {form} {destination} ({export.layout} names): {_count_tensors(export.tensors)}, "
-            f"{size / 1e9:.2f} GB",
+            f"into the {form} {destination} ({export.layout} names): "
+            f"{_count_tensors(export.tensors)}, {size / 1e9:.2f} GB",
         ]
     )
 

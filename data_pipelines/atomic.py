@@ -1,0 +1,58 @@
+"""Writing files and folders so that a name never stands for half of one.
+
+What is written goes to a neighbour, `<name>.partial`, which takes the place of `<name>` when it is
+whole. A process that is killed leaves the neighbour behind; the next one that writes replaces it.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a neighbour of `path` to write (a file, or a folder); then that takes its place.
+
+    Where the block fails, what was written is removed and `path` is as it was. A folder can only
+    take the place of nothing: `path` must not exist yet.
+    """
+    path = Path(path)
+    partial = path.with_name(path.name + ".partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _remove(partial)
+    try:
+        yield partial
+        os.replace(partial, path)
+    except BaseException:
+        _remove(partial)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes UTF-8 text."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes indented JSON."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> None:
+    """Writes an uncompressed .npz."""
+    with replacing(path) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
