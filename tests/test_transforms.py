@@ -8,7 +8,6 @@ from data_pipelines.representations import (
     gripper_command,
     gripper_opening,
     relative_poses,
-    resize_area,
     rotation_from_6d,
     rotation_matrices,
     rotation_to_6d,
@@ -16,6 +15,7 @@ from data_pipelines.representations import (
 )
 
 RNG = np.random.default_rng(0)
+from data_pipelines.video import resize_area
 
 
 def _rotations(n):

@@ -24,7 +24,7 @@ from mvjax.pods.topology import pod_size
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.start import make_program
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = (
     "<!-- begin: launch.benchmarks.pod_tables -->\n",
     "<!-- end: launch.benchmarks.pod_tables -->\n",
