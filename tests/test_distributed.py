@@ -41,21 +41,21 @@ def get_config(argument):
 FOREVER = 100_000
 UNLUCKY = """
 import jax
-from mvjax.parallel import distributed
+from mvjax import parallel
 
-with distributed.initialized():
+with parallel.initialized():
     if jax.process_index() == 1:
         raise ValueError("thirteen steps bring bad luck.")
-    distributed.everywhere(True)  # waits for the other, in vain
+    parallel.everywhere(True)  # waits for the other, in vain
 """
 
 LATE = """
 import time
 import jax
-from mvjax.parallel import distributed
+from mvjax import parallel
 
-with distributed.initialized():
-    distributed.everywhere(True)
+with parallel.initialized():
+    parallel.everywhere(True)
     time.sleep(jax.process_index())  # process 0 holds what connects them
 """
 

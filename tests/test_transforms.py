@@ -13,9 +13,9 @@ from data_pipelines.representations import (
     rotation_to_6d,
     rotation_values,
 )
+from data_pipelines.video import resize_area
 
 RNG = np.random.default_rng(0)
-from data_pipelines.video import resize_area
 
 
 def _rotations(n):
