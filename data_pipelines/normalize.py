@@ -18,8 +18,9 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.atomic import write_json
 from data_pipelines.episode import PerTask
-from data_pipelines.records import RecordDataset, write_json
+from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode
 from data_pipelines.vectors import modes, parse
 

@@ -26,6 +26,7 @@ import numpy as np
 from array_record.python import array_record_module
 
 from data_pipelines import episode
+from data_pipelines.atomic import write_npz
 
 # A record as bytes: a small JSON header followed by raw little-endian buffers.
 #
@@ -341,21 +342,6 @@ class RecordWriter:
             os.replace(self._partial, self.path)
         else:
             self._partial.unlink(missing_ok=True)
-
-
-def write_json(path: Path, content: object) -> None:
-    """Writes JSON so that `path` never holds half a file."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    os.replace(partial, path)
-
-
-def write_npz(path: Path, **arrays: np.ndarray) -> None:
-    """Writes an uncompressed .npz so that `path` never holds half a file."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    os.replace(partial, path)
 
 
 def write_texts(path: Path, instructions: Sequence[str], embeddings: np.ndarray) -> None:

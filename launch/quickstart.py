@@ -24,10 +24,10 @@ import psutil
 
 from configs import quickstart as quickstart_config
 from configs import quickstart_action, quickstart_video
+from data_pipelines.settings import differences
 from launch.preflight import find_rendering_backend, require
 from mvjax.evaluation.report import build_report, write_environment
 from mvjax.evaluation.rollout import read_results
-from mvjax.training.checkpoint import differences
 
 # Running a list of commands one after another, measured, and continued where they stopped.
 

@@ -25,6 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.clip import Clip
 from data_pipelines.clips import EpisodeWindows, StreamMismatch, cut_episode
 from data_pipelines.episode import BadShare, Episode, split_of
@@ -32,10 +33,9 @@ from data_pipelines.records import (
     RecordDataset,
     RecordWriter,
     read_columns,
-    write_json,
-    write_npz,
     write_texts,
 )
+from data_pipelines.settings import differences, plain
 
 # Processes that meet through the files of a folder they share, without a connection.
 
@@ -53,13 +53,6 @@ def wait_until(condition: Callable[[], bool]) -> None:
 
 
 _TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that decide nothing here
-
-
-def plain(value: Any) -> Any:
-    """A setting as JSON has it: dicts, lists, numbers, text."""
-    if isinstance(value, ConfigDict | Mapping):
-        return {key: plain(entry) for key, entry in value.items()}
-    return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def encoding_settings(
@@ -105,11 +98,11 @@ def begin(path: Path, settings: dict[str, Any], process: int) -> None:
     if found == settings:
         return
     keys = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
-    changed = [f"{key}: {found.get(key)} there, {settings.get(key)} now" for key in keys]
     advice = "Choose another folder, or delete this one to encode again"
     if keys == ["identity"] and _same_tokenizer(found["identity"], settings["identity"]):
         advice += "; --only=text changes the text embeddings alone"
-    raise ValueError(f"{path} was begun with other settings ({'; '.join(changed)}). {advice}.")
+    changed = "; ".join(differences(found, settings))
+    raise ValueError(f"{path} was begun with other settings ({changed}). {advice}.")
 
 
 def _same_tokenizer(a: Mapping[str, str], b: Mapping[str, str]) -> bool:

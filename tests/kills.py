@@ -23,8 +23,9 @@ from forked import Program
 from run_records import without_times
 from toy_training import LENGTH, toy_config, toy_stage
 
+from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.loader import make_loader
-from data_pipelines.records import RecordDataset, RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.records import RecordDataset, RecordWriter, write_texts
 from mvjax.training.metrics import Record, read_records
 from mvjax.training.train import train
 

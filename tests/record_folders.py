@@ -5,7 +5,8 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from data_pipelines.records import RecordDataset, RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.atomic import write_json, write_npz
+from data_pipelines.records import RecordDataset, RecordWriter, write_texts
 
 RECORDS, PER_EPISODE = 120, 10
 

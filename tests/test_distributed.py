@@ -17,7 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from tiny_stages import tiny_batch, tiny_config
 from toy_processes import train_toys
 
-from data_pipelines.records import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.atomic import write_json, write_npz
+from data_pipelines.records import RecordWriter, write_texts
 from launch.local import free_port
 from mvjax.parallel import make_mesh
 from mvjax.training.metrics import read_records

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.episode import Episode, LazyEpisodes, Stream
 from data_pipelines.inspect import (
     describe,
@@ -21,7 +22,7 @@ from data_pipelines.inspect import (
     is_records,
 )
 from data_pipelines.inspect_page import write_page
-from data_pipelines.records import RecordWriter, write_json, write_npz, write_texts
+from data_pipelines.records import RecordWriter, write_texts
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import write_video
 from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, frame_stats, write_lerobot

@@ -16,6 +16,7 @@ from data_pipelines.clip import Clip
 from data_pipelines.clips import camera_rows
 from data_pipelines.embodiments import libero_panda, widowx
 from data_pipelines.representations import Mode
+from data_pipelines.settings import differences
 from data_pipelines.vectors import dims, modes, parse, streams
 from mvjax.flow import Sampling
 from mvjax.models.network import Network, split
@@ -31,7 +32,6 @@ from mvjax.parallel import make_mesh, make_rules
 from mvjax.policy.observation import control_stride
 from mvjax.training import start
 from mvjax.training.bridge import abstract_backbone
-from mvjax.training.checkpoint import differences
 from mvjax.training.step import make_schedule
 
 CONFIGS = Path(mimic_video.__file__).parent

@@ -6,13 +6,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 
+from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.records import (
     RecordDataset,
     RecordWriter,
     decode_record,
     encode_record,
-    write_json,
-    write_npz,
     write_texts,
 )
 

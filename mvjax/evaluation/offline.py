@@ -27,9 +27,9 @@ import scipy
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from data_pipelines.atomic import write_npz
 from data_pipelines.clips import cut_episode
 from data_pipelines.episode import Episode, split_of
-from data_pipelines.records import write_npz
 from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
 from mvjax.encode import wait_until

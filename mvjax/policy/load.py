@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.clip import Clip
 from data_pipelines.normalize import Normalizer, load_normalizers
+from data_pipelines.settings import differences
 from mvjax.flow import Sampling
 from mvjax.models.network import Network, Params
 from mvjax.models.presets import action_decoder_config, decoder_network, video_network
@@ -26,7 +27,7 @@ from mvjax.training.bridge import (
     read_meta,
     restore_params,
 )
-from mvjax.training.checkpoint import CheckpointMismatch, differences, leaf_paths
+from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
 from mvjax.weights.kinds import TEXT, VAE, Kind
 
 # The video tokenizer and the text encoder that a configuration names, with their identities.

@@ -15,6 +15,7 @@ import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data_pipelines.settings import differences
 from mvjax.models.layers import merge_lora
 from mvjax.models.network import Network, Params, merge
 from mvjax.models.presets import video_dit_config, video_network
@@ -26,7 +27,6 @@ from mvjax.training.checkpoint import (
     check_match,
     check_restored,
     checkpoint_folder,
-    differences,
     leaf_paths,
     stored_tree,
 )

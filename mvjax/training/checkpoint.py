@@ -22,7 +22,6 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from ml_collections import ConfigDict
 from orbax.checkpoint import checkpoint_managers
 
 from mvjax.parallel import everywhere
@@ -316,30 +315,6 @@ def _stored_position(folder: Path) -> dict[str, Any]:
     for path in folder.glob("process_0-of-*.json"):
         return json.loads(path.read_text())
     return ocp.JsonCheckpointHandler().restore(folder)
-
-
-# Comparing the settings something was made with against those of a run that reads it.
-
-
-def differences(there: Any, here: Any, name: str) -> list[str]:
-    """What disagrees below the setting `name`, e.g. ["clip.height is 64 there, 32 here"].
-
-    Args:
-        there: a configuration value as stored (JSON, so tuples have become lists).
-        here: the same value of this run.
-        name: its dotted name.
-    """
-    there, here = _plain(there), _plain(here)
-    if isinstance(there, Mapping) and isinstance(here, Mapping):
-        keys = sorted({*there, *here})
-        return [d for k in keys for d in differences(there.get(k), here.get(k), f"{name}.{k}")]
-    return [] if there == here else [f"{name} is {there} there, {here} here"]
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, ConfigDict):
-        return value.to_dict()
-    return list(value) if isinstance(value, tuple) else value
 
 
 # The libraries a checkpoint was written with.

@@ -18,12 +18,12 @@ from data_pipelines.normalize import (
     make_normalizers,
 )
 from data_pipelines.records import RecordDataset
+from data_pipelines.settings import differences
 from mvjax.encode import recorded_policy_io, wait_until
 from mvjax.models.presets import action_decoder_config, video_dit_config
 from mvjax.parallel import make_mesh, make_rules, spec
 from mvjax.training import start
 from mvjax.training.bridge import read_meta
-from mvjax.training.checkpoint import differences
 from mvjax.training.metrics import Record, require_wandb
 from mvjax.training.prefetch import local_rows
 from mvjax.training.step import check_batch_size

@@ -13,6 +13,7 @@ import optax
 from jax.sharding import AbstractMesh, Mesh
 
 from data_pipelines.clip import Clip
+from data_pipelines.settings import differences
 from mvjax.models.network import Params, split
 from mvjax.parallel import Rules, make_rules, sharding_tree
 from mvjax.training.bridge import (
@@ -74,7 +75,7 @@ def start_state(
     restored = store.restore(abstract)
     if restored is not None:
         _check_same_data(restored.meta, meta)
-        changes = _changes(restored.meta.get("config", {}), meta["config"])
+        changes = differences(restored.meta.get("config", {}), meta["config"])
         say(f"continuing {store.folder.parent} at step {int(restored.state.step)}.")
         if changes:
             say(f"settings changed since that checkpoint: {'; '.join(changes)}.")
@@ -102,13 +103,13 @@ def say_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Mappi
     """
     _check_same_data(stored, now)
     before, after = _chosen(stored), _chosen(now)
-    networks = _changes(before["networks"], after["networks"])
+    networks = differences(before["networks"], after["networks"])
     if networks:
         raise CheckpointMismatch(
             f"{workdir} is trained to step {step}, but with other settings: "
             f"{'; '.join(networks)}; use those, or a new --workdir."
         )
-    recipe = _changes(before["recipe"], after["recipe"])
+    recipe = differences(before["recipe"], after["recipe"])
     other = f", with other settings ({'; '.join(recipe)}): not trained again" if recipe else ""
     say(f"{workdir} is already trained to step {step}{other}.")
 
@@ -162,17 +163,6 @@ def _chosen(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     recipe = {k: config[k] for k in _RECIPE if k in config}
     training = {k: v for k, v in config["training"].items() if k in _TRAINING}
     return {"networks": networks, "recipe": recipe | {"training": training}}
-
-
-def _changes(before: Mapping[str, Any], after: Mapping[str, Any], prefix: str = "") -> list[str]:
-    changes = []
-    for key in sorted({*before, *after}):
-        old, new = before.get(key), after.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            changes += _changes(old, new, f"{prefix}{key}.")
-        elif old != new:
-            changes.append(f"{prefix}{key} {old!r} -> {new!r}")
-    return changes
 
 
 # From a configuration to its stage.
