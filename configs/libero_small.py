@@ -23,8 +23,7 @@ policies. Two CPU cores, about half an hour, under 6 GB, most of it for simulati
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
-from configs.libero_protocol import libero_protocol
+from configs import mimic_video, quickstart
 from data_pipelines.embodiments import libero_panda
 
 TASKS = ("object-2", "object-4")
@@ -42,7 +41,7 @@ def get_config(argument: str = "full") -> ConfigDict:
     config.run_dir = "runs/libero_small"
     del config.recording, config.study, config.datasets.video
     suite = "object" if argument in ("", size) else argument
-    protocol = libero_protocol(suite, workers=2)
+    protocol = mimic_video.libero_protocol(suite, workers=2)
     if argument in ("", size):
         protocol["tasks"] = TASKS
     if size == "smoke":

@@ -36,16 +36,10 @@ serves both stages, and `--config.datasets.NAME.anchor_fps` thins the windows.
 
 from ml_collections import ConfigDict, FieldReference, config_dict
 
-from configs.libero_protocol import libero_protocol
+from configs import base
 from data_pipelines.embodiments import libero_panda, widowx
-from mvjax.models.presets import (
-    ACTION_DECODERS,
-    PUBLISHED_LORA_TARGETS,
-    VIDEO_DITS,
-    decoder_section,
-    video_section,
-)
-from mvjax.parallel import DEFAULT_RULES
+from mvjax.evaluation.suites.libero_scene import suite_tasks
+from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS, decoder_section, video_section
 
 LIBERO_SUITES = ("goal", "object", "spatial")
 LIBERO_SHARES = {"full": 50, "half": 25, "tenth": 5, "one": 1}  # demonstrations per task
@@ -59,68 +53,40 @@ def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
         datasets: by name, without `name` and `records`, which follow from the name.
         action: horizon, fps and shift of the action chunk.
     """
-    run = FieldReference(run_dir)
-    config = ConfigDict()
-    config.run_dir = run
+    config = base.skeleton(run_dir)
+    base.add_datasets(config, **datasets)
     # 61 frames in 12 s are 16 latent frames of 60x80, 19,200 tokens; 2 latent frames are observed.
     config.clip = dict(height=480, width=640, observed_frames=5, future_frames=56, fps=5.0)
     # Position 3, two rows of the rotation 6 (not normalised), gripper 1.
     config.policy_io = dict(
         action=dict(action, dim=10), proprio=dict(horizon=1, fps=action["fps"], dim=10)
     )
-    config.datasets = {
-        name: dict(dataset, name=name, records=run + f"/records/{name}")
-        for name, dataset in datasets.items()
-    }
     config.validation_share = 0.0
-    config.max_bad_share = 0.05  # of unreadable episodes or records; above it the work stops
-    config.embodiment = ""  # whose normalizer a policy takes, where a run has those of several
     config.tokenizer = "weights/wan_vae"
     config.text_encoder = "weights/t5_11b"
     config.text = dict(length=512, dim=1024)
 
     config.video_model = video_model("cosmos2b")
-    config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)
     config.context_layer = 20
     config.decoder = decoder_section(ACTION_DECODERS["bridge"])
-    config.sampler = dict(
-        video_steps=35,
-        action_steps=10,
-        sigma_max=80.0,
-        sigma_min=0.002,
-        seed=0,
-        fresh_noise=False,
-        draws=1,
-    )
+    config.sampler.update(video_steps=35, sigma_min=0.002, fresh_noise=False, draws=1)
     # Parameters and batch are split over all chips; where there are more chips than samples,
     # context=2 or 8 lets them share a clip (docs/pods.md).
-    config.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)
-    config.rules = dict(DEFAULT_RULES)
-    config.init_from = ""
-    config.optimizer = dict(
+    config.mesh.update(data=1, fsdp=-1)
+    config.optimizer.update(
         schedule="constant",
         warmup_steps=0,
         decay_steps=0,
         final_fraction=1.0,
-        b1=0.9,
         b2=0.99,
-        eps=1e-8,
         weight_decay=0.1,
         clip_norm=10.0,
-        mu_dtype="",
     )
-    config.wandb = ""  # a project at Weights & Biases, if the package is installed
-    config.training = dict(
-        accumulate=1,  # micro-batches in turn, where a batch does not fit the chips at once
-        seed=0,
+    config.training.update(
         ema_decay=0.0,
         log_every=50,
         checkpoint_every=1000,
-        keep=2,
-        keep_every=0,
         sample_every=0,  # looks at held-out windows, of which LIBERO has none
-        sample_count=2,
-        episodes_per_task=config_dict.placeholder(object),  # or one, tenth, half, full
     )
     return config
 
@@ -174,11 +140,10 @@ def libero(suite: str, share: str) -> ConfigDict:
 
 def video_stage(config: ConfigDict, *, steps: int, batch_size: int) -> ConfigDict:
     """Stage 1 as published: LoRA of rank 256 and all adaLN weights, from Cosmos-Predict2."""
-    config.stage = "video"
+    base.video_stage(config, loss_scale=100.0)
     config.init_from = "weights/cosmos2b"
     config.lora.update(rank=256, alpha=32.0)
     config.rules.lora = ("fsdp",)  # else half of the adapters would be whole on every chip
-    config.flow = dict(sigma_scale=4.0, sigma_tail=0.05, loss_scale=100.0, min_condition_latents=1)
     config.optimizer.learning_rate = 10**-3.75  # 1.778e-4
     config.training.update(steps=steps, batch_size=batch_size)
     return config
@@ -195,17 +160,13 @@ def action_stage(
         batch_size: samples per step, over all chips.
         backbone: a stage-1 training directory, or converted weights.
     """
-    config.stage = "action"
-    # "published" repeats the release's roundings of times and rotary tables.
-    config.backbone = dict(checkpoint=backbone, precision="bfloat16")
-    config.flow = dict(
-        sigma_scale=4.0,
-        sigma_tail=0.05,
+    # precision="published" repeats the release's roundings of times and rotary tables.
+    base.action_stage(
+        config,
+        backbone,
+        precision="bfloat16",
         sampling_sigma_share=0.0,
-        action_time_alpha=1.0,  # the paper's density is Beta(1.5, 1)
-        action_time_beta=1.0,
         action_draws=1,
-        proprio_dropout=0.2,
         loss_scale=10.0,
     )
     config.optimizer.update(
@@ -223,3 +184,26 @@ def video_model(preset: str) -> dict:
     """The section of a named video DiT, without what other sections say."""
     # Activations of 19,200 tokens fit no chip otherwise.
     return video_section(VIDEO_DITS[preset]) | {"remat": "attention"}
+
+
+def libero_protocol(suite: str, workers: int = 8) -> dict:
+    """The section `evaluation` for a LIBERO suite, as the release evaluates.
+
+    A suite's ten tasks, initial states 0, 1, ... of fifty, 220, 280 or 300 control steps of
+    which five are executed per query. The release's default is 5 episodes per task; the paper's
+    tables are of 50: `--config.evaluation.episodes_per_task=50`.
+
+    Args:
+        suite: spatial, object, goal, 10 or 90.
+        workers: simulator processes, which is also how many queries are answered at once.
+    """
+    return dict(
+        suite="libero",
+        tasks=suite_tasks(suite),
+        episodes_per_task=5,
+        first_seed=0,
+        execute=5,
+        max_steps=config_dict.placeholder(int),  # the suite's own
+        workers=workers,
+        videos_per_task=1,
+    )

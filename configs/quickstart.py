@@ -6,17 +6,11 @@ cores, no accelerator. The recipe is tuned for minutes, not for records: a real 
 (Meta-World v3), 64x64 video, networks of about two million parameters with the released structure.
 """
 
-from ml_collections import ConfigDict, FieldReference, config_dict
+from ml_collections import ConfigDict
 
+from configs import base
 from data_pipelines.embodiments import metaworld_sawyer
-from mvjax.models.presets import (
-    ACTION_DECODERS,
-    PUBLISHED_LORA_TARGETS,
-    VIDEO_DITS,
-    decoder_section,
-    video_section,
-)
-from mvjax.parallel import DEFAULT_RULES
+from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS, decoder_section, video_section
 
 ROBOT_TASKS = (
     "drawer-close-v3",
@@ -47,9 +41,8 @@ def get_config(size: str = "full") -> ConfigDict:
     if size not in ("", "full", "smoke"):
         raise ValueError(f"The quickstart's size must be full or smoke, got {size!r}.")
     smoke = size == "smoke"
-    run = FieldReference("runs/quickstart")
-    config = ConfigDict()
-    config.run_dir = run
+    config = base.skeleton("runs/quickstart")
+    run = config.get_ref("run_dir")
     config.size = size or "full"
 
     # Scripted experts in simulation; `seed` and the attempt's number decide an episode.
@@ -88,12 +81,11 @@ def get_config(size: str = "full") -> ConfigDict:
         action=dict(horizon=16, fps=80.0, shift=0.0, dim=4),
         proprio=dict(horizon=1, fps=80.0, dim=4),
     )
-    config.datasets = dict(
+    base.add_datasets(
+        config,
         robot=dict(
-            name="robot",
             format="lerobot",
             path=run + "/data/robot",
-            records=run + "/records/robot",
             embodiment="metaworld_sawyer",
             video="observation.images.corner",
             action=metaworld_sawyer.ACTION,
@@ -102,10 +94,8 @@ def get_config(size: str = "full") -> ConfigDict:
             weight=3.0,
         ),
         video=dict(
-            name="video",
             format="video_folder",
             path=run + "/data/video",
-            records=run + "/records/video",
             embodiment="metaworld_sawyer",
             video="video",
             action="",
@@ -115,58 +105,35 @@ def get_config(size: str = "full") -> ConfigDict:
         ),
     )
     config.validation_share = 0.25 if smoke else 0.04
-    config.max_bad_share = 0.05  # of unreadable episodes or records; above it the work stops
-    config.embodiment = ""  # whose normalizer a policy takes, where a run has those of several
     config.tokenizer = run + "/tokenizer.npz"
     config.text_encoder = ""  # character n-grams
     config.text = dict(length=8, dim=64)
 
     config.video_model = video_section(VIDEO_DITS["tiny"])
-    config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)
     config.context_layer = 3
     config.decoder = decoder_section(ACTION_DECODERS["tiny"])
     # Published: 35 steps, σ_min 0.002, one noise for all queries, one draw. A short training sees
     # little noise below 0.3, and cannot remove it.
-    config.sampler = dict(
-        video_steps=10,
-        action_steps=10,
-        sigma_max=80.0,
-        sigma_min=0.3,
-        seed=0,
-        fresh_noise=True,
-        draws=4,
-    )
+    config.sampler.update(video_steps=10, sigma_min=0.3, fresh_noise=True, draws=4)
 
     steps = 8 if smoke else 1500
-    config.mesh = dict(data=-1, fsdp=1, context=1, tensor=1)
-    config.rules = dict(DEFAULT_RULES)
-    config.init_from = ""
-    config.optimizer = dict(
+    config.mesh.update(data=-1, fsdp=1)
+    config.optimizer.update(
         learning_rate=1e-3,
         schedule="cosine",
         warmup_steps=min(50, steps // 4),
         decay_steps=steps,
         final_fraction=0.02,
-        b1=0.9,
         b2=0.98,
-        eps=1e-8,
         weight_decay=0.01,
         clip_norm=1.0,
-        mu_dtype="",  # "bfloat16": the first moment in half the memory
     )
-    config.wandb = ""  # a project at Weights & Biases, if the package is installed
-    config.training = dict(
+    config.training.update(
         steps=steps,
         batch_size=8 if smoke else 16,
-        accumulate=1,  # micro-batches in turn that make up a batch
-        seed=0,
         ema_decay=0.99,
         log_every=max(steps // 75, 1),
         checkpoint_every=steps // 4,
-        keep=2,
-        keep_every=0,  # checkpoints of these steps stay for good; 0: none do
-        sample_every=steps if smoke else 500,  # looks at held-out windows; in stage 1 it makes
-        sample_count=2,  # that many videos of them
-        episodes_per_task=config_dict.placeholder(object),  # or one, tenth, half, full
+        sample_every=steps if smoke else 500,
     )
     return config

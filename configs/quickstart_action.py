@@ -7,7 +7,7 @@ Two CPU cores, about two minutes, under 2 GB.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import base, quickstart
 
 
 def get_config(size: str = "full") -> ConfigDict:
@@ -15,16 +15,12 @@ def get_config(size: str = "full") -> ConfigDict:
     the noise level the policy runs at (published: one draw, no such share).
     """
     config = quickstart.get_config(size)
-    config.stage = "action"
-    config.backbone = dict(checkpoint=config.get_ref("run_dir") + "/video", precision="float32")
-    config.flow = dict(
-        sigma_scale=4.0,
-        sigma_tail=0.05,
+    base.action_stage(
+        config,
+        config.get_ref("run_dir") + "/video",
+        precision="float32",
         sampling_sigma_share=0.5,
-        action_time_alpha=1.0,
-        action_time_beta=1.0,
         action_draws=2,
-        proprio_dropout=0.2,
         loss_scale=1.0,
     )
     if size != "smoke":

@@ -12,12 +12,11 @@ Two CPU cores, about two minutes, under 2 GB.
 
 from ml_collections import ConfigDict
 
-from configs import quickstart
+from configs import base, quickstart
 
 
 def get_config(size: str = "full") -> ConfigDict:
     """The published objective; the σ scale is the published 4, the tail 5 %."""
     config = quickstart.get_config(size)
-    config.stage = "video"
-    config.flow = dict(sigma_scale=4.0, sigma_tail=0.05, loss_scale=1.0, min_condition_latents=1)
+    base.video_stage(config, loss_scale=1.0)
     return config
