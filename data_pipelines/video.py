@@ -1,9 +1,11 @@
-"""Video files through PyAV: deterministic encoding, and exact random access by frame number."""
+"""Video files through PyAV: exact random access by frame number, deterministic encoding, resizing.
 
-import os
+`VideoFile` is what the sources give out. It asks a `VideoPool`, which the videos of a dataset
+share, for the list of its file's frames (`video_index`) and for a `Decoder`.
+"""
+
 import threading
 from bisect import bisect_left, bisect_right
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,7 +15,10 @@ import numpy as np
 from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from data_pipelines.atomic import replacing
 from data_pipelines.episode import NANOSECONDS, Stream
+from data_pipelines.lru import LRU
+from data_pipelines.sources.files import Frames
 from data_pipelines.video_index import (
     FileRange,
     VideoIndex,
@@ -23,25 +28,19 @@ from data_pipelines.video_index import (
     unreadable,
 )
 
-# Exact random access to the frames of one open video file, through PyAV.
-
-
 DECODE_ON = 8  # frames that are cheaper to decode and drop than to seek over
+INDICES_KEPT = 256  # files whose frame lists a pool remembers
+GOP = 10  # a keyframe every 10 frames: any frame costs at most 10 decodes, at ~1.3x the size
 
 
 class Decoder:
-    """One open file; goes on decoding where it stopped when that is cheaper than a seek.
+    """One open file; continues decoding where it stopped when that is cheaper than a seek.
 
     Safe to use from several threads, one at a time.
-
-    Args:
-        path: the video.
-        index: its frames.
     """
 
     def __init__(self, path: VideoPlace, index: VideoIndex):
-        self._path = path
-        self._index = index
+        self._path, self._index = path, index
         self._lock = threading.Lock()
         self._container = None
         self._to_rgb = VideoReformatter()  # keeps its tables from frame to frame
@@ -89,14 +88,17 @@ class Decoder:
         self._last: av.VideoFrame | None = None
 
     def _frame(self, pts: int) -> np.ndarray:
+        """A view of one frame, valid until the next."""
         if self._last is None or self._last.pts != pts:
             self._advance(pts)
         picture = self._to_rgb.reformat(self._last, format="rgb24")
         plane, width = picture.planes[0], picture.width
+        # FFmpeg pads rows to a multiple of its vector width.
         rows = np.frombuffer(plane, np.uint8).reshape(picture.height, plane.line_size)
         return rows[:, : 3 * width].reshape(picture.height, width, 3)
 
     def _advance(self, pts: int) -> None:
+        """Decodes up to the frame at `pts`, which must be one of the index."""
         index = self._index
         last = self._last.pts if self._last is not None else index.pts[0] - 1
         key = index.keyframes[max(bisect_right(index.keyframes, pts) - 1, 0)]
@@ -105,83 +107,16 @@ class Decoder:
             self._container.seek(key, stream=self._stream, backward=True)
             self._decoded = self._container.decode(self._stream)
             self.seeks += 1
-        for frame in self._decoded:
-            if frame.pts is not None and frame.pts >= pts:
-                self._last = frame
-                break
-        else:
+        # A frame that the index lists and the file does not give is an error: its neighbour in
+        # its place would shift pictures against actions.
+        found = next((f for f in self._decoded if f.pts is not None and f.pts >= pts), None)
+        if found is None or found.pts != pts:
             self._close()
-            raise ValueError(unreadable(self._path, "it ends before its own frame list does"))
-        if self._last.pts != pts:
-            found = self._last.pts
-            self._close()
-            raise ValueError(unreadable(self._path, f"frame at {pts} is missing, next is {found}"))
-
-
-GOP = 10  # a keyframe every 10 frames: any frame costs at most 10 decodes, at ~1.3x the size
-INDICES_KEPT = 256  # files whose frame lists a pool remembers
-
-
-def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> int:
-    """Encode frames as H.264 (yuv420p), atomically; equal frames give equal bytes.
-
-    Args:
-        path: the .mp4 to make; it appears only when complete.
-        frames: uint8 [h, w, 3] each, even height and width.
-        fps: frames per second.
-        crf: x264's quality, 0 (lossless) to 51; 18-23 is usual.
-
-    Returns:
-        The number of frames written.
-
-    Raises:
-        ValueError: for no frames, or frames of a wrong type or size.
-        OSError: if the folder cannot be written or the disk is full.
-    """
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    count = 0
-    try:
-        with av.open(str(part), "w", format="mp4") as container:
-            stream = None
-            for frame in frames:
-                if stream is None:
-                    stream = _h264_stream(container, frame, fps, crf)
-                _check_frame(frame, (stream.height, stream.width))
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                picture.pts, picture.time_base = count, Fraction(1, fps)
-                container.mux(stream.encode(picture))
-                count += 1
-            if stream is None:
-                raise ValueError(f"{path}: no frames were given to write")
-            container.mux(stream.encode(None))
-        os.replace(part, path)
-    except OSError as error:  # PyAV's write errors are OSErrors that name no file
-        raise OSError(error.errno, f"{path}: cannot write the video: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
-    return count
-
-
-def _check_frame(frame: np.ndarray, size: tuple[int, int]) -> None:
-    if frame.dtype != np.uint8 or frame.shape != (*size, 3):
-        raise ValueError(
-            f"video frames must be uint8 {[*size, 3]}, got {frame.dtype} {list(frame.shape)}"
-        )
-
-
-def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
-    height, width = frame.shape[:2]
-    if height % 2 or width % 2:
-        raise ValueError(f"H.264 needs an even height and width, got {height}x{width}")
-    # One thread, no scene-cut keyframes, and no macroblock tree, whose vector code reads past what
-    # it wrote when pictures are tiny: the bytes depend on the frames alone.
-    params = "scenecut=0:mbtree=0"
-    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "x264-params": params}
-    stream = container.add_stream("libx264", rate=fps, options=options)
-    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-    stream.gop_size, stream.max_b_frames = GOP, 0
-    stream.codec_context.thread_count = 1
-    return stream
+            reason = "it ends before its own frame list does"
+            if found is not None:
+                reason = f"frame at {pts} is missing, next is {found.pts}"
+            raise ValueError(unreadable(self._path, reason))
+        self._last = found
 
 
 class _IndexOnce:
@@ -200,44 +135,26 @@ class _IndexOnce:
 
 
 class VideoPool:
-    """What files of one dataset share: the latest files' indices, and a bounded number of decoders.
+    """What the videos of a dataset share: a bounded number of frame lists and of decoders.
 
-    Safe to use from several threads; pickling keeps the limit and drops the rest.
+    Safe to use from several threads; pickling keeps the limits and drops the rest.
     """
 
     def __init__(self, max_open: int = 16):
-        self._max_open = max_open
-        self._lock = threading.Lock()
-        self._indices: OrderedDict[VideoPlace, _IndexOnce] = OrderedDict()
-        self._decoders: OrderedDict[VideoPlace, Decoder] = OrderedDict()
-
-    def __reduce__(self):
-        return VideoPool, (self._max_open,)
+        self._indices = LRU[VideoPlace, _IndexOnce](INDICES_KEPT)
+        self._decoders = LRU[VideoPlace, Decoder](max_open, Decoder.close)
 
     def index(self, path: VideoPlace) -> VideoIndex:
         """The frames of a file, from its packets (nothing is decoded)."""
-        with self._lock:
-            entry = self._indices.pop(path, None) or _IndexOnce(path)
-            self._indices[path] = entry  # most recent last
-            while len(self._indices) > INDICES_KEPT:
-                self._indices.popitem(last=False)
-        return entry.get()
+        return self._indices.get(path, lambda: _IndexOnce(path)).get()
 
     def read(self, path: VideoPlace, pts: list[int]) -> np.ndarray:
         """Frames at increasing presentation times of one file: uint8 [k, h, w, 3]."""
         index = self.index(path)
-        with self._lock:
-            decoder = self._decoders.pop(path, None) or Decoder(path, index)
-            self._decoders[path] = decoder  # most recent last
-            surplus = []
-            while len(self._decoders) > self._max_open:
-                surplus.append(self._decoders.popitem(last=False)[1])
-        for old in surplus:
-            old.close()
-        return decoder.read(pts)
+        return self._decoders.get(path, lambda: Decoder(path, index)).read(pts)
 
 
-class VideoFile:
+class VideoFile(Frames):
     """A `FrameReader` over (a part of) a video file.
 
     Args:
@@ -260,11 +177,9 @@ class VideoFile:
         pool: VideoPool | None = None,
         exact: bool = False,
     ):
-        self.path = path if isinstance(path, FileRange) else Path(path)
-        self.start = start
-        self.end = end
+        self.path = self.where = path if isinstance(path, FileRange) else Path(path)
+        self._start, self._end, self._exact = start, end, exact
         self._pool = pool or VideoPool(max_open=1)
-        self._exact = exact
         self._pts: Sequence[int] | None = None
 
     def __len__(self) -> int:
@@ -290,33 +205,22 @@ class VideoFile:
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
 
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3]."""
+    def _read(self, numbers: list[int]) -> np.ndarray:
         pts = self._frames()
-        indices = [int(i) for i in indices]
-        if not indices:
-            raise ValueError(f"{self.path}: no frame indices were given")
-        bad = [i for i in indices if not 0 <= i < len(pts)]
-        if bad:
-            raise IndexError(f"{self.path}: frame {bad[0]} asked for, but there are {len(pts)}")
-        unique = sorted(set(indices))
-        frames = self._pool.read(self.path, [pts[i] for i in unique])
-        if indices == unique:
-            return frames
-        places = {index: place for place, index in enumerate(unique)}
-        return frames[[places[i] for i in indices]]
+        return self._pool.read(self.path, [pts[number] for number in numbers])
 
     def _frames(self) -> Sequence[int]:
+        """Presentation times of the part's frames."""
         if self._pts is None:
             index = self._pool.index(self.path)
-            first = self._first_from(index, self.start)
-            last = len(index.pts) if self.end is None else self._first_from(index, self.end)
+            first = self._first_from(index, self._start)
+            last = len(index.pts) if self._end is None else self._first_from(index, self._end)
             self._pts = index.pts[first:last]
             if not self._pts:
-                end = "its end" if self.end is None else f"{float(self.end)} s"
+                end = "its end" if self._end is None else f"{float(self._end)} s"
                 last_s = float(index.pts[-1] * index.time_base)
                 raise ValueError(
-                    f"{self.path}: no frames between {float(self.start)} s and {end}; the last "
+                    f"{self.path}: no frames between {float(self._start)} s and {end}; the last "
                     f"one is at {last_s:.3f} s"
                 )
         return self._pts
@@ -330,7 +234,59 @@ class VideoFile:
         return bisect_left(index.pts, seconds / index.time_base - half)
 
 
-# What a person points at, a picture or a video file, as the frames that a model observes.
+def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> int:
+    """Encodes frames as H.264 (yuv420p), atomically; equal frames give equal bytes.
+
+    Args:
+        path: the .mp4 to make; it appears only when complete.
+        frames: uint8 [h, w, 3] each, even height and width.
+        fps: frames per second.
+        crf: x264's quality, 0 (lossless) to 51; 18-23 is usual.
+
+    Returns:
+        The number of frames written.
+
+    Raises:
+        ValueError: for no frames, or frames of a wrong type or size.
+        OSError: if the folder cannot be written or the disk is full.
+    """
+    count = 0
+    try:
+        with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
+            stream = None
+            for frame in frames:
+                if stream is None:
+                    stream = _h264_stream(container, frame, fps, crf)
+                size = [stream.height, stream.width, 3]
+                if frame.dtype != np.uint8 or list(frame.shape) != size:
+                    raise ValueError(
+                        f"video frames must be uint8 {size}, got {frame.dtype} {list(frame.shape)}"
+                    )
+                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                picture.pts, picture.time_base = count, Fraction(1, fps)
+                container.mux(stream.encode(picture))
+                count += 1
+            if stream is None:
+                raise ValueError(f"{path}: no frames were given to write")
+            container.mux(stream.encode(None))
+    except OSError as error:  # PyAV's write errors are OSErrors that name no file
+        raise OSError(error.errno, f"{path}: cannot write the video: {error.strerror}") from error
+    return count
+
+
+def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
+    height, width = frame.shape[:2]
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 needs an even height and width, got {height}x{width}")
+    # One thread, no scene-cut keyframes, and no macroblock tree, whose vector code reads past what
+    # it wrote when pictures are tiny: the bytes depend on the frames alone.
+    params = "scenecut=0:mbtree=0"
+    options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "x264-params": params}
+    stream = container.add_stream("libx264", rate=fps, options=options)
+    stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+    stream.gop_size, stream.max_b_frames = GOP, 0
+    stream.codec_context.thread_count = 1
+    return stream
 
 
 def read_observed(path: Path, most: int) -> np.ndarray:
@@ -355,9 +311,19 @@ def read_observed(path: Path, most: int) -> np.ndarray:
             upright = ImageOps.exif_transpose(picture)  # cameras store how they were held
             return np.asarray(upright.convert("RGB"))[None]
     except UnidentifiedImageError:
-        return _last_frames(path, most)
+        pass
     except OSError as error:
         raise ValueError(f"{path} is a damaged picture ({error}); copy it again.") from error
+    video = VideoFile(path)
+    try:
+        count = min(len(video), most)
+        count -= (count - 1) % 4
+        return video.read(range(len(video) - count, len(video)))
+    except ValueError as error:
+        raise ValueError(
+            f"{path} is neither a picture (such as .png, .jpg) nor a video (such as .mp4) that can "
+            "be read; give another file, or convert this one."
+        ) from error
 
 
 def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -379,19 +345,6 @@ def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
         scaled = -(-h * width // w), width
     top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
     return resize_area(frames, *scaled)[:, top : top + height, left : left + width]
-
-
-def _last_frames(path: Path, most: int) -> np.ndarray:
-    video = VideoFile(path)
-    try:
-        count = min(len(video), most)
-        count -= (count - 1) % 4
-        return video.read(range(len(video) - count, len(video)))
-    except ValueError as error:
-        raise ValueError(
-            f"{path} is neither a picture (such as .png, .jpg) nor a video (such as .mp4) that can "
-            "be read; give another file, or convert this one."
-        ) from error
 
 
 def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
