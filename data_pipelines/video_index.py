@@ -1,5 +1,11 @@
-"""Where a video lies, and the list of its frames, taken from its packets (nothing is decoded)."""
+"""Where a video lies, and the list of its frames, of which nothing is decoded.
 
+FFmpeg names the frames packet by packet, for which the whole file is read: hours of film on a
+network disk. An MP4 also lists them in its own tables (ISO/IEC 14496-12), the last megabyte or so
+of the file. Those of long videos are taken from there, where FFmpeg agrees at both ends.
+"""
+
+import io
 import re
 from array import array
 from collections.abc import Iterator
@@ -7,132 +13,12 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
 
 from data_pipelines.episode import reason
-
-# The times of a video's frames from an MP4's own tables (ISO/IEC 14496-12), in one short read.
-#
-# FFmpeg tells times packet by packet, for which the whole file is read: hours of film on a network
-# disk. The tables are the last megabyte or so of it.
-
-
-_HEADER = 16  # bytes of a box's size, type and, for large ones, 64-bit size
-
-
-@dataclass(frozen=True)
-class FrameTables:
-    """The frames of a track, in the order in which they are stored.
-
-    Attributes:
-        pts: int64 [n], when each is shown, up to one constant for all (an edit list's).
-        keys: int64 [k], which of them can be decoded without others.
-        time_base: seconds per unit.
-    """
-
-    pts: np.ndarray
-    keys: np.ndarray
-    time_base: Fraction
-
-
-def read_tables(path: Path, offset: int, size: int, count: int) -> FrameTables | None:
-    """The frames of the only video track.
-
-    Args:
-        path: the file.
-        offset, size: bytes of the video in it.
-        count: how many frames it has, 1 or more.
-
-    Returns:
-        None if there are no such tables of so many frames: another container, a fragmented MP4,
-        several video tracks, an edit list that does more than move the beginning, or damage.
-    """
-    moov = _movie(path, offset, size)
-    boxes = dict(_boxes(moov))
-    tracks = [dict(_boxes(content)) for name, content in _boxes(moov) if name == b"trak"]
-    videos = [track for track in tracks if _handler(track) == b"vide"]
-    if b"mvex" in boxes or len(videos) != 1 or _edits(videos[0]) > 1:
-        return None
-    media = dict(_boxes(videos[0][b"mdia"]))
-    tables = dict(_boxes(dict(_boxes(media.get(b"minf", b""))).get(b"stbl", b"")))
-    head = media.get(b"mdhd", b"")
-    scale = int.from_bytes(head[20:24] if head[:1] == b"\1" else head[12:16], "big")
-    durations = _runs(tables.get(b"stts", b""), count)
-    delays = _runs(tables[b"ctts"], count) if b"ctts" in tables else np.zeros(count, np.int64)
-    keys = np.arange(count)
-    if b"stss" in tables:
-        keys = _numbers(tables[b"stss"], ">u4").astype(np.int64) - 1
-    ordered = len(keys) and keys[0] >= 0 and keys[-1] < count and (np.diff(keys) > 0).all()
-    if durations is None or delays is None or not ordered or not scale:
-        return None
-    return FrameTables(np.cumsum(durations) - durations + delays, keys, Fraction(1, scale))
-
-
-def _movie(path: Path, offset: int, size: int) -> bytes:
-    """The content of the box that describes the whole; b"" if there is none."""
-    at, end = offset, offset + size
-    with path.open("rb", buffering=0) as file:
-        while at + 8 <= end:
-            file.seek(at)
-            head = file.read(_HEADER)
-            length, start = _length(head, end - at)
-            if length < start or at + length > end:
-                return b""
-            if head[4:8] == b"moov":
-                file.seek(at + start)
-                return file.read(length - start)
-            at += length
-    return b""
-
-
-def _boxes(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Type and content of each box, up to one that is damaged."""
-    at = 0
-    while at + 8 <= len(data):
-        head = data[at : at + _HEADER]
-        length, start = _length(head, len(data) - at)
-        if length < start or at + length > len(data):
-            return
-        yield head[4:8], data[at + start : at + length]
-        at += length
-
-
-def _length(head: bytes, rest: int) -> tuple[int, int]:
-    """How long a box is, and where in it its content begins."""
-    length = int.from_bytes(head[:4], "big")
-    if length == 1:
-        return int.from_bytes(head[8:16], "big"), 16
-    return length or rest, 8
-
-
-def _handler(track: dict[bytes, bytes]) -> bytes:
-    return dict(_boxes(track.get(b"mdia", b""))).get(b"hdlr", b"")[8:12]
-
-
-def _edits(track: dict[bytes, bytes]) -> int:
-    """How many parts of the track are shown."""
-    content = dict(_boxes(track.get(b"edts", b""))).get(b"elst", b"")
-    size = 8 if content[:1] == b"\1" else 4
-    entries = _numbers(content, [("length", f">i{size}"), ("time", f">i{size}"), ("rate", ">i4")])
-    return int((entries["time"] != -1).sum())  # -1 is a pause before the beginning
-
-
-def _runs(table: bytes, count: int) -> np.ndarray | None:
-    """The values of a table of (how many, value), written out: int64 [count]."""
-    runs = _numbers(table, [("count", ">u4"), ("value", ">i4")])
-    if int(runs["count"].sum(dtype=np.int64)) != count:
-        return None
-    return np.repeat(runs["value"].astype(np.int64), runs["count"])
-
-
-def _numbers(table: bytes, kind: str | list[tuple[str, str]]) -> np.ndarray:
-    """The entries of a table, which begins with its version and their number."""
-    kind = np.dtype(kind)
-    count = min(int.from_bytes(table[4:8], "big"), (len(table) - 8) // kind.itemsize)
-    return np.frombuffer(table[8 : 8 + count * kind.itemsize], kind)
-
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 
@@ -178,7 +64,7 @@ class VideoIndex:
 
 
 def open_video(place: VideoPlace) -> av.container.InputContainer:
-    """Open a video file, or a range of bytes through FFmpeg's own `subfile` protocol."""
+    """Opens a video file, or a range of bytes through FFmpeg's own `subfile` protocol."""
     if isinstance(place, FileRange):
         end = place.offset + place.size
         return av.open(f"subfile,,start,{place.offset},end,{end},,:{place.path.absolute()}")
@@ -192,7 +78,7 @@ def unreadable(place: VideoPlace, error: object) -> str:
 
 
 def read_index(place: VideoPlace) -> VideoIndex:
-    """List the frames of a video.
+    """Lists the frames of a video.
 
     Raises:
         ValueError: if it is missing, no video, or cut off.
@@ -245,20 +131,104 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
 
 
 def index_of_tables(place: VideoPlace, stream: av.VideoStream) -> VideoIndex | None:
-    """The frames as an MP4 lists them, where FFmpeg agrees at both ends; None where it does not."""
-    if isinstance(place, FileRange):
-        file, offset, size = place.path, place.offset, place.size
-    else:
-        file, offset, size = place, 0, place.stat().st_size
-    tables = read_tables(file, offset, size, stream.frames)
+    """The frames as an MP4 lists them; None where there are no tables or FFmpeg does not agree."""
+    file, offset = (place.path, place.offset) if isinstance(place, FileRange) else (place, 0)
+    size = place.size if isinstance(place, FileRange) else place.stat().st_size
+    tables = _read_tables(file, offset, offset + size, stream.frames)
     container = stream.container
     first = [p.pts for p in islice(container.demux(stream), _COMPARED) if p.size]
-    if tables is None or tables.time_base != stream.time_base or None in first or not first:
+    if tables is None or None in first or not first:
         return None
-    pts = tables.pts + (first[0] - tables.pts[0])
-    container.seek(int(pts[tables.keys[-1]]), stream=stream)
+    pts, keys, time_base = tables
+    if time_base != stream.time_base:
+        return None
+    pts += first[0] - pts[0]  # an edit list moves all frames by one constant
+    container.seek(int(pts[keys[-1]]), stream=stream)
     last = [p.pts for p in container.demux(stream) if p.size]
     if not last or first != pts[: len(first)].tolist() or last != pts[-len(last) :].tolist():
         return None
-    shown, keyframes = np.sort(pts).tobytes(), np.sort(pts[tables.keys]).tobytes()
-    return VideoIndex(array("q", shown), array("q", keyframes), stream.time_base)
+    shown, keyframes = np.sort(pts).tobytes(), np.sort(pts[keys]).tobytes()
+    return VideoIndex(array("q", shown), array("q", keyframes), time_base)
+
+
+def _read_tables(
+    path: Path, start: int, end: int, count: int
+) -> tuple[np.ndarray, np.ndarray, Fraction] | None:
+    """The `count` frames of the only video track, in the order in which they are stored.
+
+    Returns:
+        When each is shown (int64 [n], up to one constant for all), the numbers of those that can
+        be decoded without others, and the seconds per unit. None if there are no such tables:
+        another container, a fragmented MP4, several video tracks, an edit list that does more
+        than move the beginning, or damage.
+    """
+    with path.open("rb", buffering=0) as file:
+        moov = next((box for box in _spans(file, start, end) if box[0] == b"moov"), None)
+        if moov is None:
+            return None
+        file.seek(moov[1])
+        boxes = _boxes(file.read(moov[2] - moov[1]))
+    tracks = [content for name, content in boxes if name == b"trak"]
+    videos = [t for t in tracks if _find(t, b"mdia", b"hdlr")[8:12] == b"vide"]
+    if b"mvex" in dict(boxes) or len(videos) != 1:
+        return None
+    edits = _find(videos[0], b"edts", b"elst")
+    wide = 8 if edits[:1] == b"\1" else 4
+    edits = _numbers(edits, [("length", f">i{wide}"), ("time", f">i{wide}"), ("rate", ">i4")])
+    if (edits["time"] != -1).sum() > 1:  # -1 is a pause before the beginning
+        return None
+    head = _find(videos[0], b"mdia", b"mdhd")
+    scale = int.from_bytes(head[20:24] if head[:1] == b"\1" else head[12:16], "big")
+    tables = dict(_boxes(_find(videos[0], b"mdia", b"minf", b"stbl")))
+    durations = _runs(tables.get(b"stts", b""), count)
+    delays = _runs(tables[b"ctts"], count) if b"ctts" in tables else np.zeros(count, np.int64)
+    keys = np.arange(count)  # without a table every frame is a keyframe
+    if b"stss" in tables:
+        keys = _numbers(tables[b"stss"], ">u4").astype(np.int64) - 1
+    ordered = len(keys) and keys[0] >= 0 and keys[-1] < count and (np.diff(keys) > 0).all()
+    if durations is None or delays is None or not ordered or not scale:
+        return None
+    return np.cumsum(durations) - durations + delays, keys, Fraction(1, scale)
+
+
+def _find(data: bytes, *names: bytes) -> bytes:
+    """The content of a box inside a box ...; b"" if there is none."""
+    for name in names:
+        data = dict(_boxes(data)).get(name, b"")
+    return data
+
+
+def _boxes(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Type and content of each box."""
+    spans = _spans(io.BytesIO(data), 0, len(data))
+    return [(name, data[start:end]) for name, start, end in spans]
+
+
+def _spans(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    """Type of each box, and where its content begins and ends, up to a box that is damaged."""
+    while at + 8 <= end:
+        file.seek(at)
+        head = file.read(16)
+        # The size is 32 bits, or 1 and then 64 bits behind the type, or 0: up to the end.
+        length, start = int.from_bytes(head[:4], "big") or end - at, 8
+        if length == 1:
+            length, start = int.from_bytes(head[8:16], "big"), 16
+        if length < start or at + length > end:
+            return
+        yield head[4:8], at + start, at + length
+        at += length
+
+
+def _runs(table: bytes, count: int) -> np.ndarray | None:
+    """The values of a table of (how many, value), written out: int64 [count]."""
+    runs = _numbers(table, [("count", ">u4"), ("value", ">i4")])
+    if int(runs["count"].sum(dtype=np.int64)) != count:
+        return None
+    return np.repeat(runs["value"].astype(np.int64), runs["count"])
+
+
+def _numbers(table: bytes, kind: str | list[tuple[str, str]]) -> np.ndarray:
+    """The entries of a table, which begins with its version and their number."""
+    kind = np.dtype(kind)
+    count = min(int.from_bytes(table[4:8], "big"), (len(table) - 8) // kind.itemsize)
+    return np.frombuffer(table[8 : 8 + count * kind.itemsize], kind)
