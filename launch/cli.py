@@ -4,13 +4,14 @@ This file needs no package but mvjax itself, so that `mvjax --help` works wherev
 """
 
 import difflib
-import importlib.util
 import os
 import runpy
 import sys
 from typing import NamedTuple, NoReturn
 
 import mvjax
+
+program = ""  # what the person typed, "mvjax train"; "" where it was `python -m launch.train`
 
 
 class Command(NamedTuple):
@@ -23,7 +24,6 @@ class Command(NamedTuple):
 COMMANDS = {
     "quickstart": Command("data, both training stages, a robot driven and a report", "sim"),
     "inspect": Command("say what is in a dataset and what is wrong with it"),
-    "fit_tokenizer": Command("fit the linear video tokenizer of the quickstart"),
     "encode": Command("encode datasets once into latents, text and numbers"),
     "train": Command("train one stage: the video model or the action decoder"),
     "convert": Command("convert PyTorch weights, in both directions"),
@@ -52,31 +52,32 @@ _OURS = ("mvjax", "data_pipelines", "configs", "launch")
 
 def main() -> None:
     """Runs the command that the first argument names, as `python -m launch.COMMAND` would."""
-    arguments = sys.argv[1:]
-    if not arguments or arguments[0] in ("help", "--help", "-h"):
+    name, *arguments = sys.argv[1:] or ["--help"]
+    if name in ("help", "--help", "-h"):
         print(_usage())
-    elif arguments[0] == "--version":
+    elif name == "--version":
         print(f"mvjax {mvjax.__version__}")
-    elif arguments[0].replace("-", "_") in COMMANDS:
-        _run(arguments[0].replace("-", "_"), arguments[1:])
+    elif name in COMMANDS:
+        _run(name, arguments)
     else:
-        _stop(_unknown(arguments[0]))
+        close = difflib.get_close_matches(name, COMMANDS)
+        hint = f"did you mean {' or '.join(close)}?" if close else "`mvjax --help` lists them."
+        _stop(f"there is no command {name!r}; {hint}")
 
 
 def _run(name: str, arguments: list[str]) -> None:
-    module = f"launch.{name}"
-    if importlib.util.find_spec(module) is None:
-        _stop(f"this version has no {module}.")
-    sys.argv = [f"mvjax {name}", *arguments]
+    global program
+    program = f"mvjax {name}"
+    sys.argv = [program, *arguments]
     try:
         # As the main module: flags belong to it, and processes that are spawned import it again.
-        runpy.run_module(module, run_name="__main__", alter_sys=True)
+        runpy.run_module(f"launch.{name}", run_name="__main__", alter_sys=True)
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package in ("", *_OURS) or os.environ.get("MVJAX_TRACEBACK"):
             raise
         extra = _EXTRA_OF_PACKAGE.get(package, COMMANDS[name].extra)
-        _stop(f"`mvjax {name}` needs the package {package}: pip install 'mvjax[{extra}]'.")
+        _stop(f"`{program}` needs the package {package}: pip install 'mvjax[{extra}]'.")
 
 
 def _usage() -> str:
@@ -94,17 +95,6 @@ def _usage() -> str:
     )
 
 
-def _unknown(given: str) -> str:
-    close = difflib.get_close_matches(given, COMMANDS, n=3)
-    if close:
-        return f"there is no command {given!r}; did you mean {' or '.join(close)}?"
-    return f"there is no command {given!r}; `mvjax --help` lists them."
-
-
 def _stop(sentence: str) -> NoReturn:
     print(f"mvjax: {sentence}", file=sys.stderr)
     raise SystemExit(2)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,5 +1,14 @@
-"""What the entry points share: the flags of configuration and folders, and one-sentence errors."""
+"""What the commands share: one dialect of flags, `--config`, messages, and one-sentence errors.
 
+A command defines its flags at the top, then `def main(...)`, and ends with
+
+    if __name__ == "__main__":
+        run(main)
+
+`--run-dir` and `--run_dir` are the same flag, and so are `--config=x` and `--config x`.
+"""
+
+import difflib
 import errno
 import os
 import re
@@ -14,52 +23,60 @@ from typing import NoReturn
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-_TRAINED = Path(__file__).parents[1] / "configs/trained.py"
+import configs
+from launch import cli
 
-flags.disclaim_key_flags()  # --help of an entry point lists the flags that are defined here for it
+_CONFIGS = Path(configs.__file__).parent
+
+flags.disclaim_key_flags()  # --help of a command lists the flags that are defined here for it
 
 
-def config_flag() -> flags.FlagHolder:
+def config_flag(required: bool = True) -> flags.FlagHolder:
     """Defines `--config=FILE.py[:argument]`, whose settings `--config.a.b=value` overrides.
 
-    A command that has a flag --checkpoint, too, takes that run's own configuration by itself.
+    `--config=quickstart_video` is a file of configs/ by name, from any folder. A command that has a
+    flag --checkpoint, too, takes the configuration of that run where none is given.
     """
     holder = config_flags.DEFINE_config_file(
-        "config", help_string="A file of configs/; --config.a.b=value changes a setting of it."
+        "config",
+        help_string="A Python file, or the name of one of configs/ (quickstart_video); "
+        "--config.a.b=value changes a setting of it.",
     )
-    flags.register_validator("config", lambda value: value is not None, _must_be_given("config"))
+    if required:
+        flags.mark_flag_as_required("config")
     return holder
 
 
 def path_flag(name: str, help: str) -> flags.FlagHolder:
     """Defines `--name=PATH`, which must be given; "" would silently mean the current folder."""
     holder = flags.DEFINE_string(name, None, help)
-    flags.register_validator(name, bool, _must_be_given(name))
+    flags.register_validator(name, bool, f"--{name} must be given.")
     return holder
 
 
-def run(main: Callable[..., None], positional: tuple[str, ...] = ()) -> None:
-    """Parses the flags and calls `main` with the positional arguments.
-
-    Args:
-        main: what the command does.
-        positional: names of the arguments that stand before or between the flags.
+def run(main: Callable[..., int | None], positional: tuple[str, ...] = ()) -> None:
+    """Parses the flags, calls `main` with the positional arguments and exits with what it returns.
 
     What a person can put right (a misspelt flag, a wrong setting, a missing file, a full disk) ends
     the program with one sentence and exit code 2, Ctrl-C with 130; MVJAX_TRACEBACK=1 shows where
     it came from.
+
+    Args:
+        main: what the command does.
+        positional: names of the arguments that stand before or between the flags; the last one may
+            be "NAME...", one or more.
     """
 
-    def checked(arguments: Sequence[str]) -> None:
+    def checked(arguments: Sequence[str]) -> int | None:
         values = arguments[1:]
-        if len(values) > len(positional):
-            _stop(f"unexpected argument {values[len(positional)]!r}; flags start with '--'.")
         if len(values) < len(positional):
             _stop(f"{' and '.join(positional[len(values) :])} must be given.")
+        if len(values) > len(positional) and not (positional and positional[-1].endswith("...")):
+            _stop(f"unexpected argument {values[len(positional)]!r}; flags start with '--'.")
         _log_to_stderr()
         threading.excepthook = _background_failure
         try:
-            main(*values)
+            return main(*values)
         except KeyboardInterrupt:
             _stop("stopped; run the same command again to go on.", 130)
         except (ValueError, OSError, RuntimeError, ImportError, AttributeError) as error:
@@ -80,20 +97,18 @@ class _Stderr(StreamHandler):
 def _log_to_stderr() -> None:
     """The project's own messages from INFO on, those of others from WARNING on."""
     logging.set_verbosity(logging.WARNING)  # jax tells every missing backend at INFO
-    for name in ("mvjax", "data_pipelines", "configs", "launch"):
+    for name in ("mvjax", "data_pipelines", "configs", "launch", "__main__"):
         logger = getLogger(name)
         logger.setLevel("INFO")
         logger.propagate = False
         logger.handlers = [_Stderr()]
 
 
-def _must_be_given(name: str) -> str:
-    return f"--{name} must be given."
-
-
 def _parse(arguments: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(_with_config([_with_underscores(word) for word in arguments]))
+        return flags.FLAGS(_normalised(arguments))
+    except SystemExit as end:  # absl ends --help with code 1
+        raise SystemExit(0 if end.code == 1 else end.code) from None
     except Exception as error:  # a configuration file is a program: it may raise anything
         sentence = _configuration_sentence(error) or _flag_sentence(error)
         if sentence is None or os.environ.get("MVJAX_TRACEBACK"):
@@ -101,25 +116,36 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         _stop(sentence)
 
 
-def _with_underscores(argument: str) -> str:
-    """--dry-run is --dry_run."""
-    name, equals, value = argument.partition("=")
-    if name.startswith("--"):
-        name = "--" + name[2:].replace("-", "_")
-    return name + equals + value
+def _normalised(arguments: Sequence[str]) -> list[str]:
+    """The arguments as absl takes them, with a configuration where --checkpoint implies one."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)  # the rest is not ours
+    words, rest = [], list(arguments[end:])
+    for word in arguments[:end]:
+        if words and words[-1] in ("--config", "--checkpoint"):
+            words[-1] += f"={word}"
+            continue
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            name = "--" + name[2:].replace("-", "_")
+        words.append("--help" if word == "-h" else name + equals + value)
+    if "config" not in flags.FLAGS:
+        return words + rest
+    given = {name: value for name, equals, value in (w.partition("=") for w in words) if equals}
+    if "--config" not in given and given.get("--checkpoint"):
+        words.insert(1, f"--config={_CONFIGS / 'trained.py'}:{given['--checkpoint']}")
+    return [_with_path(word) if word.startswith("--config=") else word for word in words] + rest
 
 
-def _with_config(arguments: list[str]) -> list[str]:
-    """The arguments with the configuration that --checkpoint was trained with, if none is given."""
-    names = [word.partition("=")[0] for word in arguments]
-    if "--config" in names or "--checkpoint" not in names or "config" not in flags.FLAGS:
-        return arguments
-    place = names.index("--checkpoint")
-    _, equals, workdir = arguments[place].partition("=")
-    if not equals:
-        workdir = arguments[place + 1] if place + 1 < len(arguments) else ""
-    given = [f"--config={_TRAINED}:{workdir}"] if workdir else []
-    return [arguments[0], *given, *arguments[1:]]
+def _with_path(word: str) -> str:
+    """--config=quickstart:smoke -> --config=/where/it/is/configs/quickstart.py:smoke."""
+    name, colon, argument = word.removeprefix("--config=").partition(":")
+    if not re.fullmatch(r"\w+", name) or Path(name).exists():
+        return word
+    if not (_CONFIGS / f"{name}.py").exists():
+        close = difflib.get_close_matches(name, [path.stem for path in _CONFIGS.glob("[a-z]*.py")])
+        hint = f"did you mean {' or '.join(close)}?" if close else "give a FILE.py."
+        raise ValueError(f"there is no configuration {name!r}; {hint}")
+    return f"--config={_CONFIGS / name}.py{colon}{argument}"
 
 
 def _configuration_sentence(error: BaseException | None) -> str | None:
@@ -140,6 +166,7 @@ def _configuration_sentence(error: BaseException | None) -> str | None:
 def _flag_sentence(error: Exception) -> str | None:
     text = _text(error)
     if isinstance(error, flags.Error):
+        text = re.sub(r"Flag (--\w+) must have a value other than None", r"\1 must be given", text)
         return re.sub(r"(^|(?<=\s))flag --\w+=(None)?: ", "", text)
     if isinstance(error, OSError):
         return _sentence(error)
@@ -188,5 +215,5 @@ def _text(error: BaseException) -> str:
 def _stop(sentence: str, code: int = 2) -> NoReturn:
     main = sys.modules["__main__"]
     name = main.__spec__.name if main.__spec__ else os.path.basename(sys.argv[0])
-    print(f"{name}: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"{cli.program or name}: {' '.join(sentence.split())}", file=sys.stderr)
     raise SystemExit(code)

@@ -2,13 +2,12 @@
 
     python -m launch.local --processes=4 -- launch.train --config=configs/... --workdir=runs/...
 
-With GPUs each process gets one of them, in order; on a CPU they share the cores. Only process 0
-writes to the screen. If a process dies, the others are stopped and one sentence says which it was
-and why; run the same command again to continue. Ctrl-C or SIGTERM lets all of them save the same
-step and end.
+After -- stands a module or a command of `mvjax` (train), and its arguments. With GPUs each process
+gets one of them, in order; on a CPU they share the cores. Only process 0 writes to the screen. If a
+process dies, the others are stopped and one sentence says which it was and why; run the same
+command again to continue. Ctrl-C or SIGTERM lets all of them save the same step and end.
 """
 
-import argparse
 import contextlib
 import os
 import signal
@@ -18,24 +17,29 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from logging import getLogger
 from types import FrameType
 from typing import IO
+
+from absl import flags
+
+from launch.cli import COMMANDS
+from launch.entry import run
+
+PROCESSES = flags.DEFINE_integer("processes", None, "How many to start.", 1, required=True)
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5  # the others may fail because of the first before this program has noticed it
 GRACE_SECONDS = 5  # from SIGTERM to SIGKILL, when nothing can be saved any more
 CRASH_LINES = 30
 
+log = getLogger(__name__)
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(module: str, *arguments: str) -> int:
     """Starts the processes, waits for them, and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="launch.local", description=__doc__.splitlines()[0])
-    parser.add_argument("--processes", type=int, required=True, help="how many to start")
-    parser.add_argument("command", nargs="+", help="after --: a module and its arguments")
-    given = parser.parse_args(arguments)
-    if given.processes < 1:
-        parser.error(f"--processes must be at least 1, got {given.processes}")
-    with _started(given.command, given.processes) as (processes, outputs), _stops(processes) as got:
+    command = [f"launch.{module}" if module in COMMANDS else module, *arguments]
+    with _started(command, PROCESSES.value) as (processes, outputs), _stops(processes) as got:
         while not _failed(processes) and any(p.poll() is None for p in processes):
             time.sleep(POLL_SECONDS)
         if not _failed(processes):
@@ -44,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         culprit = _culprit(processes)
         code = processes[culprit].returncode
         _end(processes)  # whatever they still say comes before the sentence that tells the reason
-        print(f"launch.local: {_reason(culprit, code, outputs)}", file=sys.stderr)
+        log.error("launch.local: %s", _reason(culprit, code, outputs))
         return code if code > 0 else 128 - code
 
 
@@ -121,7 +125,7 @@ def _reason(index: int, code: int, outputs: Sequence[IO[str] | None]) -> str:
         if code > 0 and lines:
             said = f", saying {lines[-1]!r}"
         elif -code not in (signal.SIGKILL, signal.SIGTERM):  # a crash says more than one line
-            print("\n".join(lines[-CRASH_LINES:]), file=sys.stderr)
+            log.error("\n".join(lines[-CRASH_LINES:]))
     others = "; the others are stopped" if len(outputs) > 1 else ""
     return f"process {index} of {len(outputs)} {how}{said}{others}."
 
@@ -147,4 +151,4 @@ def free_port() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run(main, positional=("COMMAND...",))

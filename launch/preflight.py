@@ -1,8 +1,8 @@
-"""Checks a machine before a long run: python -m launch.preflight --run-dir runs/quickstart.
+"""Checks a machine before a long run: python -m launch.preflight --run-dir=runs/quickstart.
 
 Every check prints one sentence. The exit code is 0 where everything needed is there (warnings
-allowed) and 2 where something is missing. This file needs no package, and parses on every Python
-since 3.7, so that a wrong one gets the sentence too.
+allowed) and 2 where something is missing. Unlike the other commands, this file needs no package and
+parses on every Python since 3.7, so that a wrong Python gets a sentence, too: hence `argparse`.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def check_rendering() -> Check:
         return Check(
             "problem",
             f"MuJoCo is not installed for {sys.executable}: start with `bash launch/quickstart.sh`,"
-            " which installs everything.",
+            " which installs everything, or run pip install 'mvjax[sim]'.",
         )
     return Check(
         "problem",
@@ -174,14 +174,16 @@ def check_all(run_dir: Path, *, disk_gb: float = 2, memory_gb: float = 6) -> lis
         disk_gb: Disk space that the run needs, in 10^9 bytes.
         memory_gb: Memory below which a warning is given, in 10^9 bytes.
     """
-    checks = [check_python()]
-    if checks[0].level == "problem":
-        return checks
-    checks.append(check_writable(run_dir))
-    checks.append(check_disk(run_dir, disk_gb))
-    checks.append(check_memory(memory_gb))
-    checks.append(check_rendering())
-    return checks
+    python = check_python()
+    if python.level == "problem":
+        return [python]
+    return [
+        python,
+        check_writable(run_dir),
+        check_disk(run_dir, disk_gb),
+        check_memory(memory_gb),
+        check_rendering(),
+    ]
 
 
 def require(run_dir: Path, *, disk_gb: float = 2, memory_gb: float = 6) -> None:
@@ -200,22 +202,25 @@ def _nearest_existing(path: Path) -> Path:
     return next(p for p in (path, *path.parents) if p.exists())
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """Prints every check's outcome; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--run-dir", type=Path, default=Path("runs/quickstart"))
-    parser.add_argument("--disk-gb", type=float, default=2, help="disk space the run needs")
-    parser.add_argument("--memory-gb", type=float, default=6, help="warn below this much memory")
+    for name, kind, default, help in (
+        ("run-dir", Path, Path("runs/quickstart"), "folder of the run"),
+        ("disk-gb", float, 2, "disk space the run needs"),
+        ("memory-gb", float, 6, "warn below this much memory"),
+    ):
+        spellings = "--" + name, "--" + name.replace("-", "_")  # as the other commands take it
+        parser.add_argument(*spellings, type=kind, default=default, help=help)
     parser.add_argument(
         "--find-gl", action="store_true", help="only print the first MUJOCO_GL that renders here"
     )
-    options = parser.parse_args(arguments)
+    options = parser.parse_args()
     if options.find_gl:
         backend = find_rendering_backend()
-        if backend is None:
-            return 2
-        print(backend)
-        return 0
+        if backend:
+            print(backend)
+        return 0 if backend else 2
     checks = check_all(options.run_dir, disk_gb=options.disk_gb, memory_gb=options.memory_gb)
     for check in checks:
         print(f"{check.level:8} {check.sentence}")
