@@ -21,127 +21,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
 from data_pipelines.pickles import read_array_pickle
-from data_pipelines.sources.files import Visit, glance, read_text, walk
-
-# BridgeData V2's crowd-sourced instructions, as stored and as mimic-video trained on them.
-#
-# About 13 % of the trajectories have none. Of the others the release repairs some and drops 3,046
-# that say nothing about the task. It cannot find those that describe something else than what is
-# seen, and leaves other languages in.
-
-
-_COMPLAINTS = (
-    *("no image", "did not load", "not loaded", "not downloading", "images loaded"),
-    *("pictures aren't working", "not showing"),
-)
-_MARKS = frozenset('"_^~@#$%*+=|?ëěẽēėęćčċ')  # of mistyped or wrongly decoded labels
-_SHOUTED = re.compile(r"(?<![A-Za-z])[A-Z]{2,}(?![A-Za-z])")
-# Four consonants, digits or dots in a row are a hand on the keyboard, unless they are spelling.
-_SPELT = "|".join("gh ng th ch sh ph wh ck qu bb cc dd ff gg ll mm nn pp rr ss tt zz".split())
-_MASHED = re.compile(rf"(?:(?!{_SPELT})[bcdfghjklmnpqrstvwxz0-9.]){{4}}", re.IGNORECASE)
-_FENCE, _REMARK = " cardboard fence", " (does not mention the locations of the objects)"
-_REPAIRS = {
-    "4fbox": " cardboard box",
-    "1fbox": " cardboard box",
-    "clockwise90": "clockwise 90 degrees",
-    "bpttle": "bottle",
-    "thng": "thing",
-    "upawrds": "upwards",
-}
-
-
-def stored_label(text: str) -> str:
-    """The first line that is an instruction; "" if there is none.
-
-    Args:
-        text: of `lang.txt`: instructions, each followed by a line "confidence: <number>".
-    """
-    lines = (line.strip() for line in text.splitlines())
-    return next((line for line in lines if line and not line.startswith("confidence:")), "")
-
-
-def released_label(text: str) -> str:
-    """The first line that the release keeps, as it repairs it; "" if it keeps none.
-
-    Args:
-        text: of `lang.txt`.
-    """
-    lines = (line.strip() for line in text.splitlines() if "confidence" not in line)
-    return next((kept for line in lines if (kept := _kept(line)) is not None), "")
-
-
-def _kept(line: str) -> str | None:
-    if " " not in line or any(complaint in line for complaint in _COMPLAINTS):
-        return None
-    line = line.removesuffix(_FENCE).strip().replace(",", ", ").replace(" ,", ",")
-    line = re.sub(r"\s+", " ", line)
-    if _SHOUTED.search(line):
-        line = line.lower()
-    line = re.sub("stuffed([a-z]+)", r"stuffed \1", line)
-    for wrong, right in _REPAIRS.items():
-        line = line.replace(wrong, right)
-    if _MASHED.search(line):
-        return None
-    line = line.removesuffix(_REMARK).removeprefix('"').removesuffix('"')
-    return None if _MARKS.intersection(line) else line
-
-
-# A video kept as numbered pictures, `im_0.jpg`, `im_1.jpg`, ...
-
-
-class JpegFolder:
-    """A `FrameReader` over the pictures of a folder.
-
-    Args:
-        folder: holds `im_<number>.jpg`, from 0 on.
-        skip: pictures at the beginning that are left out.
-
-    Raises:
-        ValueError: if one is missing in between.
-    """
-
-    def __init__(self, folder: Path, skip: int = 0):
-        self.folder = folder
-        self._skip = skip
-        names = {file.name for file in folder.glob("im_*.jpg")}
-        missing = next((i for i in range(len(names)) if f"im_{i}.jpg" not in names), None)
-        if missing is not None:
-            raise ValueError(f"{folder}: im_{missing}.jpg is missing; copy it again")
-        self._length = max(len(names) - skip, 0)
-
-    def __len__(self) -> int:
-        return self._length
-
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3]."""
-        indices = [int(i) for i in indices]
-        if not indices:
-            raise ValueError(f"{self.folder}: no frame indices were given")
-        bad = [i for i in indices if not 0 <= i < self._length]
-        if bad:
-            raise IndexError(f"{self.folder}: frame {bad[0]} asked for, but there are {len(self)}")
-        frames = {i: self._picture(i + self._skip) for i in set(indices)}
-        if len({frame.shape for frame in frames.values()}) > 1:
-            raise ValueError(f"{self.folder}: the pictures have different sizes")
-        return np.stack([frames[i] for i in indices])
-
-    def _picture(self, number: int) -> np.ndarray:
-        file = self.folder / f"im_{number}.jpg"
-        try:
-            with Image.open(file) as picture:
-                return np.asarray(picture.convert("RGB"))
-        except OSError as error:  # Pillow's for damage too
-            raise ValueError(f"{file}: not a readable picture ({error}); copy it again") from error
-
+from data_pipelines.sources.files import Pictures, Visit, glance, read_text, walk
 
 HZ = 5.0
 OBSERVED = ("state", "full_state", "desired_state", "eef_transform", "qpos", "qvel", "joint_effort")
 GRIPPERS = {"gripper_state": "full_state", "gripper_action": "desired_state"}
-LABELS = {"stored": stored_label, "release": released_label}
 _IDLE = 1  # observations at the start that are left out
 _TRAJECTORY = re.compile(r"traj\d+")
 _CAMERA = re.compile(r"images\d+")
@@ -161,7 +48,7 @@ def open_bridge_raw(
     cameras: Sequence[str] | None = None,
     instruction_style: str = "stored",
 ) -> Sequence[Episode]:
-    """Open a tree of trajectories; a trajectory is read when it is asked for.
+    """Opens a tree of trajectories; a trajectory is read when it is asked for.
 
     Args:
         path: the whole tree, or any folder of it above the trajectories.
@@ -189,6 +76,13 @@ def open_bridge_raw(
     return LazyEpisodes(len(folders), dataset.load)
 
 
+def _found(visits: Iterator[Visit]) -> Iterator[Path]:
+    for folder, folders, _ in visits:
+        if folder.name.startswith("traj_group"):
+            yield from (folder / name for name in folders if _TRAJECTORY.fullmatch(name))
+            folders.clear()
+
+
 @dataclass(frozen=True)
 class _Dataset:
     path: Path
@@ -201,19 +95,21 @@ class _Dataset:
 
     def load(self, index: int) -> Episode:
         folder = self.folders[index]
-        observed = _read(folder / "obs_dict.pkl")
+        observed = _unpickle(folder / "obs_dict.pkl")
         if not isinstance(observed, dict):
             raise ValueError(f"{folder / 'obs_dict.pkl'}: a dict is expected")
         arrays = {key: _array(observed[key], folder, key) for key in OBSERVED if key in observed}
         for key in GRIPPERS.values():
             if key not in arrays or arrays[key].shape[1:] != (7,):
                 raise ValueError(f"{folder / 'obs_dict.pkl'} has no array `{key}` [t, 7]")
+        actions = _actions(folder)
+        cameras = {camera: JpegFolder(folder / camera) for camera in self._cameras(folder)}
+
+        # Nothing but the lengths shows that a trajectory was copied only in part.
         count = len(arrays["full_state"])
-        cameras = {c: JpegFolder(folder / c, skip=_IDLE) for c in self._cameras(folder)}
         lengths = {key: len(array) for key, array in arrays.items()}
         lengths |= {key: _IDLE + len(camera) for key, camera in cameras.items()}
         wrong = {key: n for key, n in lengths.items() if n != count}
-        actions = _actions(folder)
         if not count - 1 <= len(actions) <= count:
             wrong["actions"] = len(actions)
         if wrong:
@@ -232,11 +128,12 @@ class _Dataset:
             streams = {key: Stream(times[: len(value)], value) for key, value in values.items()}
         except ValueError as error:
             raise ValueError(f"{folder}: {error}; the option fps=5 replaces the times") from error
+        label = folder / "lang.txt"
         return Episode(
             id=folder.relative_to(self.path).as_posix(),
             source=self.name,
             embodiment=self.embodiment,
-            instructions=(_instruction(folder, self.style),),
+            instructions=(LABELS[self.style](read_text(label)) if label.is_file() else "",),
             streams=streams,
             cameras=tuple(cameras),
         )
@@ -261,20 +158,19 @@ class _Dataset:
         return np.round((seconds - seconds[_IDLE])[_IDLE:] * NANOSECONDS).astype(np.int64)
 
 
-def _found(visits: Iterator[Visit]) -> Iterator[Path]:
-    for folder, folders, _ in visits:
-        if folder.name.startswith("traj_group"):
-            yield from (folder / name for name in folders if _TRAJECTORY.fullmatch(name))
-            folders.clear()
-
-
 def _actions(folder: Path) -> np.ndarray:
-    steps = _read(folder / "policy_out.pkl")
+    steps = _unpickle(folder / "policy_out.pkl")
     try:
         found = [step["actions"] if isinstance(step, dict) else step for step in steps]
     except (TypeError, KeyError) as error:
         raise ValueError(f"{folder / 'policy_out.pkl'}: steps with `actions` expected") from error
     return _array(found, folder, "actions")
+
+
+def _unpickle(file: Path) -> Any:
+    if not file.is_file():
+        raise ValueError(f"{file.parent} is not complete: {file.name} is missing")
+    return read_array_pickle(file.read_bytes(), file)
 
 
 def _array(value: Any, folder: Path, key: str) -> np.ndarray:
@@ -287,14 +183,82 @@ def _array(value: Any, folder: Path, key: str) -> np.ndarray:
     return array
 
 
-def _read(file: Path) -> Any:
-    if not file.is_file():
-        raise ValueError(f"{file.parent} is not complete: {file.name} is missing")
-    return read_array_pickle(file.read_bytes(), file)
+class JpegFolder(Pictures):
+    """A camera: `im_0.jpg`, `im_1.jpg`, ... of a folder, without the idle ones at the start.
+
+    Raises:
+        ValueError: if one is missing in between.
+    """
+
+    def __init__(self, folder: Path):
+        names = {file.name for file in folder.glob("im_*.jpg")}
+        missing = next((i for i in range(len(names)) if f"im_{i}.jpg" not in names), None)
+        if missing is not None:
+            raise ValueError(f"{folder}: im_{missing}.jpg is missing; copy it again")
+        super().__init__(folder, max(len(names) - _IDLE, 0))
+
+    def encoded(self, number: int) -> Path:
+        """The file of a picture."""
+        return self.where / f"im_{number + _IDLE}.jpg"
+
+    def name(self, number: int) -> str:
+        """The file's name."""
+        return str(self.encoded(number))
 
 
-def _instruction(folder: Path, style: str) -> str:
-    """The annotation; "" without one."""
-    if not (folder / "lang.txt").is_file():
-        return ""
-    return LABELS[style](read_text(folder / "lang.txt"))
+# The crowd-sourced instructions, as stored and as mimic-video trained on them.
+#
+# About 13 % of the trajectories have none. Of the others the release repairs some and drops 3,046
+# that say nothing about the task. It cannot find those that describe something else than what is
+# seen, and leaves other languages in.
+
+
+_COMPLAINTS = (
+    *("no image", "did not load", "not loaded", "not downloading", "images loaded"),
+    *("pictures aren't working", "not showing"),
+)
+_MARKS = frozenset('"_^~@#$%*+=|?ëěẽēėęćčċ')  # of mistyped or wrongly decoded labels
+_SHOUTED = re.compile(r"(?<![A-Za-z])[A-Z]{2,}(?![A-Za-z])")
+# Four consonants, digits or dots in a row are a hand on the keyboard, unless they are spelling.
+_SPELT = "|".join("gh ng th ch sh ph wh ck qu bb cc dd ff gg ll mm nn pp rr ss tt zz".split())
+_MASHED = re.compile(rf"(?:(?!{_SPELT})[bcdfghjklmnpqrstvwxz0-9.]){{4}}", re.IGNORECASE)
+_FENCE, _REMARK = " cardboard fence", " (does not mention the locations of the objects)"
+_REPAIRS = {
+    "4fbox": " cardboard box",
+    "1fbox": " cardboard box",
+    "clockwise90": "clockwise 90 degrees",
+    "bpttle": "bottle",
+    "thng": "thing",
+    "upawrds": "upwards",
+}
+
+
+def stored_label(text: str) -> str:
+    """The first line of a `lang.txt` that is an instruction; "" if there is none."""
+    lines = (line.strip() for line in text.splitlines())
+    return next((line for line in lines if line and not line.startswith("confidence:")), "")
+
+
+def released_label(text: str) -> str:
+    """The first line of a `lang.txt` that the release keeps, repaired; "" if there is none."""
+    lines = (line.strip() for line in text.splitlines() if "confidence" not in line)
+    return next((kept for line in lines if (kept := _kept(line)) is not None), "")
+
+
+def _kept(line: str) -> str | None:
+    if " " not in line or any(complaint in line for complaint in _COMPLAINTS):
+        return None
+    line = line.removesuffix(_FENCE).strip().replace(",", ", ").replace(" ,", ",")
+    line = re.sub(r"\s+", " ", line)
+    if _SHOUTED.search(line):
+        line = line.lower()
+    line = re.sub("stuffed([a-z]+)", r"stuffed \1", line)
+    for wrong, right in _REPAIRS.items():
+        line = line.replace(wrong, right)
+    if _MASHED.search(line):
+        return None
+    line = line.removesuffix(_REMARK).removeprefix('"').removesuffix('"')
+    return None if _MARKS.intersection(line) else line
+
+
+LABELS = {"stored": stored_label, "release": released_label}
