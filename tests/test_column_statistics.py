@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from record_folders import make_records
 
-from data_pipelines import normalize as module
-from data_pipelines.normalize import column_statistics, compute_statistics, make_normalizers
+from data_pipelines import statistics as module
+from data_pipelines.normalize import make_normalizers
 from data_pipelines.records import RecordDataset
+from data_pipelines.statistics import column_statistics, compute_statistics
 
 
 @pytest.fixture

@@ -18,7 +18,8 @@ from published import (
     write_published,
 )
 
-from data_pipelines.normalize import compute_statistics, load_normalizer, released_normalizer
+from data_pipelines.normalize import load_normalizers, released_normalizer
+from data_pipelines.statistics import compute_statistics
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
 from mvjax.training.bridge import abstract_params, read_meta, restore_params
 from mvjax.training.checkpoint import leaf_paths
@@ -270,7 +271,7 @@ def released_statistics(path, order=("pos", "rot", "gripper")):
 def test_released_statistics_normalise_position_rotation_gripper(tmp_path):
     content = released_statistics(tmp_path / "bridge.json", order=("gripper", "rot", "pos"))
     released_normalizer(tmp_path / "bridge.json").save(tmp_path / "normalizer.json")
-    normalizer = load_normalizer(tmp_path / "normalizer.json")
+    normalizer = load_normalizers(tmp_path / "normalizer.json").of()
     values = np.random.default_rng(1).normal(size=(2, 15, 10)).astype(np.float32)
     normal = normalizer.normalize("actions", values)
     position = content["action/eef_pos_lowdim"]

@@ -10,12 +10,13 @@ import pytest
 from published import CONFIGS, random_tensors, write_published
 from tiny_stages import build_stage, tiny_config
 
-from data_pipelines.normalize import compute_statistics, released_normalizer
+from data_pipelines.normalize import released_normalizer
+from data_pipelines.statistics import compute_statistics
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.layers import merge_lora
 from mvjax.models.network import split
-from mvjax.models.presets import video_dit_config
-from mvjax.parallel import make_mesh, make_rules
+from mvjax.parallel import make_mesh
 from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokenizer
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import load_backbone, restore_params
@@ -73,7 +74,9 @@ def test_the_policy_runs_on_a_converted_release(released):
     """Video and decoder, VAE, T5 and statistics together answer two instructions differently."""
     config = config_of(released, "action")
     sampling = Sampling(video_steps=3, stop_step=1, action_steps=4)
-    policy = load_policy(config, released / "action", sampling, batch_size=2)
+    policy = load_policy(
+        Experiment.from_config(config), released / "action", sampling, batch_size=2
+    )
     rng = np.random.default_rng(0)
     frames = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     observation = Observation(frames, np.zeros((1, 10), np.float32), "pick up the red mug")
@@ -90,8 +93,10 @@ def start(config, workdir):
     optimizer = make_optimizer(config.optimizer)
     with jax.set_mesh(mesh), Store(workdir, keep=1) as store:
         abstract = abstract_state(stage, optimizer, False, mesh, rules)
-        meta = describe(config, stage, {})
-        return stage, start_state(config, stage, optimizer, abstract, store, None, meta)
+        meta = describe(Experiment.from_config(config), stage, {})
+        return stage, start_state(
+            Experiment.from_config(config), stage, optimizer, abstract, store, None, meta
+        )
 
 
 def stored(directory, like):
@@ -124,20 +129,20 @@ def test_new_adapters_change_nothing_yet(released, tmp_path):
     adapters, others = split(state.params, lambda path: path[-1] in ("lora_a", "lora_b"))
     assert adapters == split(adapters, stage.trainable)[0] != {}
     jax.tree.map(np.testing.assert_array_equal, others, stored(released / "video", others))
-    merged = merge_lora(state.params, video_dit_config(config).lora)
+    merged = merge_lora(state.params, Experiment.from_config(config).video.lora)
     jax.tree.map(np.testing.assert_array_equal, merged, others)
 
 
 def test_a_converted_backbone_of_another_size_is_refused(released):
     config = config_of(released, "action")
     config.video_model.update(num_blocks=3, rope_ratio_thw=(1.0, 2.0, 2.0))
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    mesh = make_mesh(config.mesh)
     with pytest.raises(CheckpointMismatch, match="num_blocks is 2 there, 3 here") as error:
-        load_backbone(config, mesh, rules)
+        load_backbone(Experiment.from_config(config), mesh)
     assert "rope_ratio_thw" in str(error.value)
     config.backbone.checkpoint = str(released / "vae")
     with pytest.raises(CheckpointMismatch, match="stage 'vae', but a run of stage 'video'"):
-        load_backbone(config, mesh, rules)
+        load_backbone(Experiment.from_config(config), mesh)
 
 
 def test_encoders_know_themselves_apart(released, tmp_path):

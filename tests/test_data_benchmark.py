@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.clip import Clip
-from data_pipelines.normalize import column_statistics, compute_statistics
+from data_pipelines.statistics import column_statistics, compute_statistics
 from launch.benchmarks.data import (
     NumberShards,
     clip_bytes,

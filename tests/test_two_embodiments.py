@@ -7,9 +7,10 @@ import pytest
 from encode_toys import SIZE, episode, random_tokenizer
 from tiny_stages import quick_compiles, tiny_config
 
-from data_pipelines.normalize import compute_statistics
 from data_pipelines.records import RecordDataset
+from data_pipelines.statistics import compute_statistics
 from mvjax.encode import encode_dataset
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.stand_ins import save_linear_tokenizer
 from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokenizer
@@ -61,14 +62,19 @@ def folder(tmp_path_factory):
         )
     with quick_compiles():
         for stage in ("video", "action"):
-            run(_config(stage, folder), folder / stage)
+            run(Experiment.from_config(_config(stage, folder)), folder / stage)
     return folder
 
 
 def _policy(folder, embodiment):
     config = _config("action", folder)
     config.embodiment = embodiment
-    return load_policy(config, folder / "action", Sampling(video_steps=2, action_steps=2), 1)
+    return load_policy(
+        Experiment.from_config(config),
+        folder / "action",
+        Sampling(video_steps=2, action_steps=2),
+        1,
+    )
 
 
 def test_each_policy_reads_and_answers_in_its_own_units(folder, quickly):

@@ -13,15 +13,11 @@ from ml_collections import ConfigDict
 from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
 
 from data_pipelines.clip import Clip
-from data_pipelines.normalize import Normalizer, compute_statistics
+from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
+from data_pipelines.statistics import compute_statistics
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
-from mvjax.models.presets import (
-    action_decoder_config,
-    decoder_network,
-    video_dit_config,
-    video_network,
-)
 from mvjax.models.stand_ins import (
     LinearTokenizer,
     NgramTextEncoder,
@@ -45,8 +41,8 @@ def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, Con
     config.policy_io.proprio.dim, config.policy_io.action.dim = DIMS[client]
     rng = np.random.default_rng(0)
     batch = tiny_batch(config)
-    backbone = video_network(video_dit_config(config))
-    decoder = decoder_network(action_decoder_config(config))
+    backbone = Experiment.from_config(config).video_network
+    decoder = Experiment.from_config(config).decoder_network
     sampling = Sampling(video_steps=3, action_steps=2)
     policy = Policy(
         model=VideoActionModel(

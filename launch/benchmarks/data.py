@@ -22,8 +22,8 @@ from data_pipelines.clip import Clip
 from data_pipelines.clips import cut_episode
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
 from data_pipelines.loader import make_loader
-from data_pipelines.normalize import column_statistics
 from data_pipelines.records import RecordDataset
+from data_pipelines.statistics import column_statistics
 from data_pipelines.video import VideoFile, write_video
 from mvjax.encode import encode_dataset
 
