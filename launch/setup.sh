@@ -20,7 +20,6 @@ cd "$root" || exit 2  # `-e .` in a requirements file means the current folder
 python="$venv/bin/python"
 made_here="$venv/.made-by-mvjax"   # only an environment with this file is ever removed
 half_done="$venv/.half-installed"  # holds the installing process's id while it works
-oldest_minor=11
 newest_minor=13  # MuJoCo 3.3.0, which Meta-World pins, has no builds for Python 3.14
 gl_packages="libegl1 libgl1 libgl1-mesa-dri"  # newer systems have no libosmesa6 any more
 
@@ -28,129 +27,70 @@ gl_packages="libegl1 libgl1 libgl1-mesa-dri"  # newer systems have no libosmesa6
 unset PYTHONPATH PYTHONHOME
 
 say() { printf 'mvjax: %s\n' "$*" >&2; }
-
-fail() {
-  say "$@"
-  exit 2
-}
-
+fail() { say "$@"; exit 2; }
 have_uv() { uv --version >/dev/null 2>&1; }
 
 # Installs Debian packages if that takes no password.
 apt_install() {
-  local as_root="" log
-  command -v apt-get >/dev/null 2>&1 || return 1
-  if [ "$(id -u)" != 0 ]; then
-    sudo -n true >/dev/null 2>&1 || return 1
-    as_root="sudo -n"
-  fi
-  log="$(mktemp)"
+  local as_root=""
+  if [ "$(id -u)" != 0 ]; then as_root="sudo -n"; fi
+  if ! command -v apt-get >/dev/null 2>&1 || ! $as_root true 2>/dev/null; then return 1; fi
   say "installing $* with apt-get"
   # A failed update (one mirror cannot be reached) need not hinder the installation.
-  $as_root apt-get update -q >"$log" 2>&1 </dev/null || true
-  if $as_root env DEBIAN_FRONTEND=noninteractive \
-    apt-get install -y -q --no-install-recommends "$@" >>"$log" 2>&1 </dev/null; then
-    rm -f "$log"
-  else
-    say "apt-get failed; its log is $log"
-    return 1
-  fi
+  $as_root apt-get update -qq >/dev/null 2>&1 </dev/null || true
+  $as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get install -y -qq --no-install-recommends "$@" >/dev/null </dev/null
 }
 
-# Prints "MINOR READY VERSION PATH" of a Python 3 that really runs: a version manager's shim may
-# exist and fail. READY is 1 where it can bring pip into an environment (Debian splits that off).
+# Prints "MINOR VERSION PATH" of a Python that runs (a version manager's shim may exist and fail);
+# MINOR is 0 for what is no CPython 3.
 probe_python() {
-  "$1" -c '
-import sys
-try:
-    import ensurepip, venv
-    ready = 1
-except ImportError:
-    ready = 0
-v = sys.version_info
-cpython = v[0] == 3 and sys.implementation.name == "cpython"
-print("%d %d %d.%d.%d %s" % (v[1] if cpython else 0, ready, v[0], v[1], v[2], sys.executable))
-' 2>/dev/null </dev/null
+  "$1" -c 'import sys; v = sys.version_info
+ours = v[0] == 3 and sys.implementation.name == "cpython"
+print("%d %d.%d.%d %s" % (ours and v[1], v[0], v[1], v[2], sys.executable))' 2>/dev/null </dev/null
 }
 
-python_candidates() {
-  local candidate
-  if [ -n "${PYTHON:-}" ]; then
-    printf '%s\n' "$PYTHON"
-    return
-  fi
-  printf '%s\n' python3.13 python3.12 python3.11 python3
-  for candidate in "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.*/bin/python; do
-    if [ -x "$candidate" ]; then printf '%s\n' "$candidate"; fi
-  done
-}
+is_supported() { [ "${1:-0}" -ge 11 ] && [ "$1" -le $newest_minor ]; }
 
 # Prints the path of the newest supported interpreter that runs; says what is wrong if none does.
 choose_python() {
-  local best=0 best_path="" bare=0 bare_path="" found="" candidate answer minor ready version path
-  while IFS= read -r candidate; do
-    answer="$(probe_python "$candidate")" || continue
-    read -r minor ready version path <<<"$answer"
-    case "$found" in *"($path)"*) continue ;; esac
+  local best=0 best_path="" found="" candidate minor version path
+  set -- python3.13 python3.12 python3.11 python3 "${PYENV_ROOT:-${HOME:-}/.pyenv}"/versions/3.*/bin/python
+  if [ -n "${PYTHON:-}" ]; then set -- "$PYTHON"; fi
+  for candidate in "$@"; do
+    read -r minor version path <<<"$(probe_python "$candidate")"
+    case "$path:$found" in :* | *"($path)"*) continue ;; esac
     found="${found:+$found, }$version ($path)"
-    if [ "$minor" -lt $oldest_minor ] || [ "$minor" -gt $newest_minor ]; then continue; fi
-    if [ "$ready" = 1 ] || have_uv; then
-      if [ "$minor" -gt "$best" ]; then best="$minor" best_path="$path"; fi
-    elif [ "$minor" -gt "$bare" ]; then
-      bare="$minor" bare_path="$path"
-    fi
-  done <<<"$(python_candidates)"
-  if [ "$best" = 0 ] && [ "$bare" != 0 ]; then
-    apt_install "python3.$bare-venv" ||
-      fail "$bare_path cannot make environments (its venv module is missing)." \
-        "Run 'sudo apt-get install -y python3.$bare-venv', then run this again."
-    best="$bare" best_path="$bare_path"
+    if is_supported "$minor" && [ "$minor" -gt "$best" ]; then best="$minor" best_path="$path"; fi
+  done
+  if [ "$best" = 0 ] && [ -z "${PYTHON:-}" ] && have_uv; then  # uv can bring one
+    best_path="$(uv python install 3.12 >/dev/null 2>&1 && uv python find 3.12)" || best_path=""
+  elif [ "$best" != 0 ] && ! have_uv && ! "$best_path" -c 'import ensurepip' >/dev/null 2>&1; then
+    apt_install "python3.$best-venv" ||  # Debian has a package of its own for it
+      fail "$best_path cannot make environments (its venv module is missing)." \
+        "Run 'sudo apt-get install -y python3.$best-venv', then run this again."
   fi
-  if [ "$best" = 0 ] && [ -n "${PYTHON:-}" ] && [ -z "$found" ]; then
-    fail "PYTHON=$PYTHON does not run. Set PYTHON to a Python 3.11, 3.12 or 3.13, or unset it."
-  elif [ "$best" = 0 ]; then
-    fail "mvjax needs Python 3.11 or newer (up to 3.$newest_minor); found: ${found:-none that runs}." \
+  if [ -z "$best_path" ]; then
+    found="${found:-none that runs${PYTHON:+ (PYTHON=$PYTHON)}}"
+    fail "mvjax needs Python 3.11 or newer (up to 3.$newest_minor); found: $found." \
       "Install Python 3.12, or set PYTHON=/path/to/python3.12."
   fi
   printf '%s\n' "$best_path"
 }
 
-# Prints "3.12 /where/it/lives": the same for an interpreter and for the environments made from it.
-describe_python() {
-  "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2], sys.base_prefix)' 2>/dev/null </dev/null
-}
-
-# What an environment was made from: its Python, the requirements file and, where that names this
-# project, the project's place and what pyproject.toml says about its packages.
-stamp_text() {
-  describe_python "$python" && cat "$root/$1" || return 1
-  case "$(cat "$root/$1")" in
-    *"-e ."*)
-      "$python" -c '
-import pathlib, sys, tomllib
-folder = pathlib.Path(sys.argv[1])
-settings = tomllib.loads((folder / "pyproject.toml").read_text())
-print(folder, settings["project"], settings["build-system"], settings["tool"].get("setuptools"))
-' "$root" </dev/null ;;
-  esac
-}
-
-stamp_file() { printf '%s\n' "$venv/.installed-from-$1"; }
-
-is_installed() {
-  local wanted
-  [ -f "$(stamp_file "$1")" ] || return 1
-  wanted="$(stamp_text "$1")" || return 1
-  [ "$wanted" = "$(cat "$(stamp_file "$1")")" ]
-}
-
-# True for an environment that can be kept and added to: its Python runs, is supported, and is the
-# one that PYTHON names, if that is set.
+# True for an environment that can be kept and added to: its Python is supported, and PYTHON's if set.
 is_usable() {
-  local answer
-  answer="$(probe_python "$python")" || return 1
-  if [ "${answer%% *}" -lt $oldest_minor ] || [ "${answer%% *}" -gt $newest_minor ]; then return 1; fi
-  [ -z "${PYTHON:-}" ] || [ "$(describe_python "$PYTHON")" = "$(describe_python "$python")" ]
+  local minor origin='import sys; print(sys.version_info[:2], sys.base_prefix)'
+  read -r minor _ <<<"$(probe_python "$python")"
+  is_supported "$minor" || return 1
+  [ -z "${PYTHON:-}" ] || [ "$("$PYTHON" -c "$origin" 2>/dev/null)" = "$("$python" -c "$origin")" ]
+}
+
+# What an environment was made from: the requirements file and, where that names this project, the
+# project's place and packages (what stands before ruff's settings in pyproject.toml).
+stamp_text() {
+  cat "$1"
+  case "$(cat "$1")" in *"-e ."*) pwd; sed '/^\[tool\.ruff/,$d' pyproject.toml ;; esac
 }
 
 # Makes an empty environment, in place of one that this script made earlier.
@@ -164,7 +104,6 @@ make_environment() {
   rm -rf "$venv"
   mkdir -p "$venv" || fail "cannot make the folder $venv: set MVJAX_VENV to another one."
   : >"$made_here"
-  printf '%s\n' $$ >"$half_done"
   say "making $venv with $("$base" -V 2>&1) ($base)"
   "$base" -m venv --without-pip "$venv" >"$venv/install.log" 2>&1 ||
     fail "$base could not make an environment: $(tail -n 1 "$venv/install.log")"
@@ -180,50 +119,38 @@ install_packages() {
   "$python" -m pip install --disable-pip-version-check --no-input "$@" </dev/null
 }
 
-# Stops where another process is installing; forgets an installation that was interrupted.
-check_half_done() {
-  local pid
-  [ -f "$half_done" ] || return 0
-  pid="$(cat "$half_done")"
-  if [ -n "$pid" ] && kill -0 "$pid" 2>/dev/null; then
-    fail "process $pid is installing into $venv. Wait for it, then run this again."
-  fi
-  say "an earlier installation into $venv did not finish: starting afresh"
-  rm -rf "$venv"
-}
-
 # Leaves a Python with every package of the named requirements file in $python.
 ensure_environment() {
-  local requirements="$1" log="$venv/install.log" began=$SECONDS fresh=0
+  local log="$venv/install.log" stamp="$venv/.installed-from-" began=$SECONDS pid
   if [ "$(uname -sm)" = "Darwin x86_64" ]; then
     fail "mvjax needs a Mac with Apple silicon and an arm64 shell: JAX has no Intel builds."
   fi
-  check_half_done
-  if is_usable; then
-    if is_installed "$requirements"; then return 0; fi
-    if [ -f "$made_here" ]; then printf '%s\n' $$ >"$half_done"; fi
-    : >"$log"
-  else
-    make_environment
-    fresh=1
+  if [ -f "$half_done" ]; then
+    pid="$(cat "$half_done")"
+    if kill -0 "$pid" 2>/dev/null; then
+      fail "process $pid is installing into $venv. Wait for it, then run this again."
+    fi
+    say "an earlier installation into $venv did not finish: starting afresh"
+    rm -rf "$venv"
   fi
-  say "installing $requirements (the environment takes about 1.3 GB); the log is $log"
-  if ! install_packages -r "$root/$requirements" >>"$log" 2>&1; then
-    # What was there before still works: nothing is changed until everything is downloaded.
-    if [ "$fresh" = 0 ]; then rm -f "$half_done"; fi
+  is_usable || make_environment
+  if [ -f "$stamp$1" ] && [ "$(stamp_text "$1")" = "$(cat "$stamp$1")" ]; then return 0; fi
+  if [ -f "$made_here" ]; then printf '%s\n' $$ >"$half_done"; fi
+  say "installing $1 (the environment takes about 1.3 GB); the log is $log"
+  if ! install_packages -r "$root/$1" >"$log" 2>&1; then
+    rm -f "$half_done"  # nothing is changed until everything is downloaded
     tail -n 5 "$log" >&2
     fail "the installation failed after $((SECONDS - began)) s. The full log is $log"
   fi
-  stamp_text "$requirements" >"$(stamp_file "$requirements")"
-  if [ "$requirements" = requirements-dev.txt ]; then  # includes the packages of the other
-    stamp_text requirements.txt >"$(stamp_file requirements.txt)"
+  stamp_text "$1" >"$stamp$1"
+  if [ "$1" = requirements-dev.txt ]; then  # includes the packages of the other
+    stamp_text requirements.txt >"${stamp}requirements.txt"
   fi
   rm -f "$half_done"
   say "installed in $((SECONDS - began)) s"
 }
 
-# Prints the first backend that really renders.
-find_gl() { "$python" -m launch.preflight --find-gl; }
+find_gl() { "$python" -m launch.preflight --find-gl; }  # prints the first backend that renders
 
 # Exports a MUJOCO_GL that really renders, after installing the libraries where that is possible.
 # macOS needs nothing; a MUJOCO_GL that is already set is left to launch/preflight.py to test.

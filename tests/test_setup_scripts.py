@@ -12,7 +12,7 @@ import pytest
 from launch import preflight
 
 ROOT = Path(__file__).parents[1]
-TOOLS = "bash cat dirname env id ls mkdir mktemp rm tail uname".split()
+TOOLS = "bash cat dirname env id ls mkdir rm sed tail true uname".split()
 on_linux = pytest.mark.skipif(sys.platform != "linux", reason="nothing is to be installed there")
 
 
@@ -56,7 +56,8 @@ class Machine:
         """An interpreter that answers the probe; returns the path that it says it has."""
         minor = version.split(".")[1]
         file = self.bin / path
-        self.command(path, f'echo "{minor} {int(ready)} {version} {file}"')
+        bare = "" if ready else 'case "$2" in *ensurepip*) exit 1 ;; esac; '
+        self.command(path, f'{bare}echo "{minor} {version} {file}"')
         return str(file)
 
     def real_python(self, name: str = "python3") -> None:
@@ -140,7 +141,15 @@ def test_PYTHON_overrides_the_choice_and_must_run(machine):
     chosen = machine.fake_python("elsewhere/python", "3.11.7")
     assert machine.run("choose_python", PYTHON=chosen).stdout.strip() == chosen
     result = machine.run("choose_python", PYTHON="/no/such/python")
-    assert result.returncode == 2 and "PYTHON=/no/such/python does not run" in result.stderr
+    assert result.returncode == 2 and "none that runs (PYTHON=/no/such/python)" in result.stderr
+
+
+def test_uv_brings_a_python_where_none_is_supported(machine):
+    machine.fake_python("python3", "3.9.18")
+    machine.command("uv", '[ "$1 $2" != "python find" ] || echo /from/uv/python3.12')
+    assert machine.run("choose_python").stdout.strip() == "/from/uv/python3.12"
+    old = machine.fake_python("elsewhere/python", "3.10.1")
+    assert machine.run("choose_python", PYTHON=old).returncode == 2  # a person's choice stands
 
 
 def test_python_without_ensurepip_names_the_package_to_install(machine):
