@@ -30,81 +30,23 @@ import numpy as np
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
 from data_pipelines.sources.files import FLIPS, Hdf5Frames, Hdf5Pool, Visit, glance, walk
 
-# What a robomimic HDF5 file says in words: JSON attributes, and the instruction.
-
-
-STYLES = ("stored", "release")  # as the file has it; the wording mimic-video was trained with
-_SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
-
-
-@dataclass(frozen=True)
-class Wording:
-    """How a demonstration gets its instruction.
-
-    Attributes:
-        fixed: one for all, if given.
-        style: of `STYLES`.
-    """
-
-    fixed: str | None
-    style: str
-
-    def of(self, data: h5py.Group, demo: h5py.Group, file: Path) -> str:
-        """The instruction; "" where there is none.
-
-        Args:
-            data: the file's group `data`.
-            demo: the demonstration's.
-            file: for its name.
-
-        Raises:
-            ValueError: if it is not readable text.
-        """
-        text = self._text(data, demo, file)
-        if not text.isprintable():  # also how h5py marks bytes that are not UTF-8
-            raise ValueError(f"{file}: the instruction {text!r} has characters that are no text")
-        return text
-
-    def _text(self, data: h5py.Group, demo: h5py.Group, file: Path) -> str:
-        if self.fixed is not None:
-            return self.fixed
-        if self.style == "release":
-            words = file.stem.removesuffix("_demo").replace("_", " ")
-            return words.replace("black bowl", "bowl") + "."
-        stored = json_attribute(data, "problem_info").get("language_instruction")
-        stored = stored or json_attribute(demo, "ep_meta").get("lang")  # LIBERO's, RoboCasa's
-        if stored and isinstance(stored, str | list):
-            # Some of LIBERO's are lists of characters, some are quoted.
-            return "".join(map(str, stored)).strip().strip('"')
-        if not file.stem.endswith("_demo"):
-            return ""
-        return _SCENE.sub("", file.stem.removesuffix("_demo")).replace("_", " ")
-
-
-def json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
-    """A JSON attribute; empty where it is missing or something else."""
-    text = string(group.attrs.get(key, "{}"))
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def string(value: Any) -> str:
-    """An attribute or entry that is text, however it was stored."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
-
-
 SUFFIXES = (".hdf5", ".h5")
+STYLES = ("stored", "release")  # as the file has it; the wording mimic-video was trained with
 LIBERO_HZ = 20.0
-_ARRAY_LIMIT = 4  # dimensions from which an array that is no camera (depth maps) is left out
+_SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
 
 
 def recognises(path: Path) -> bool:
     """Whether this is such an HDF5 file, or a folder with some."""
     files = [path] if path.is_file() else islice(_files(glance(path)), 3)
     return any(_has_demonstrations(file) for file in files if file.suffix in SUFFIXES)
+
+
+def _has_demonstrations(path: Path) -> bool:
+    try:
+        return bool(_demonstrations(Hdf5Pool(), path, None))
+    except ValueError:
+        return False
 
 
 def open_robomimic_hdf5(
@@ -118,7 +60,7 @@ def open_robomimic_hdf5(
     instruction: str | None = None,
     instruction_style: str = "stored",
 ) -> Sequence[Episode]:
-    """Open one file or a folder of files; arrays are read when an episode is asked for.
+    """Opens one file or a folder of files; arrays are read when an episode is asked for.
 
     Args:
         path: an .hdf5 file, or a folder that holds such files at any depth.
@@ -156,9 +98,31 @@ def open_robomimic_hdf5(
         raise ValueError(f"no demonstrations in {path}: {reason}")
     if len({demo.id for demo in demos}) < len(demos):
         raise ValueError(f"{path} has files that differ only in the suffix; move one of them away")
-    wording = Wording(instruction, instruction_style)
-    dataset = _Dataset(name, embodiment, fps, flip, wording, demos, pool)
+    dataset = _Dataset(name, embodiment, fps, flip, instruction, instruction_style, demos, pool)
     return LazyEpisodes(len(demos), dataset.load)
+
+
+def _files(visits: Iterator[Visit]) -> Iterator[Path]:
+    return (folder / n for folder, _, names in visits for n in names if n.endswith(SUFFIXES))
+
+
+def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
+    """Names below data/ in the order of their numbers."""
+    with pool.open(path) as file:
+        if not isinstance(file.get("data"), h5py.Group):
+            raise ValueError(f"{path} is no file of demonstrations: it has no group `data`")
+        names = [n for n in file["data"] if n.startswith("demo_") and n[5:].isdecimal()]
+        if mask is not None:
+            if f"mask/{mask}" not in file:
+                known = sorted(file["mask"]) if "mask" in file else "none"
+                raise ValueError(f"{path} has no mask {mask!r}; its masks are {known}")
+            chosen = {_string(n) for n in file[f"mask/{mask}"][()]}
+            if missing := sorted(chosen.difference(names)):
+                raise ValueError(f"{path}: the mask {mask!r} lists {missing[0]}, which is missing")
+            names = [n for n in names if n in chosen]
+    if not names:
+        raise ValueError(f"{path} holds no demonstrations (data/demo_<number>)")
+    return sorted(names, key=lambda n: (int(n[5:]), n))
 
 
 @dataclass(frozen=True)
@@ -175,7 +139,8 @@ class _Dataset:
     embodiment: str
     fps: float | None
     flip: str
-    wording: Wording
+    instruction: str | None
+    style: str
     demos: list[_Demo]
     pool: Hdf5Pool = field(repr=False)
 
@@ -187,10 +152,7 @@ class _Dataset:
             data, group = file["data"], file["data"][demo.key]
             if not isinstance(group, h5py.Group):
                 raise ValueError(f"{demo.file}: {demo.key} is no group of arrays")
-            instruction = self.wording.of(data, group, demo.file)
             arrays = _arrays(group)
-            if "actions" not in arrays:
-                raise ValueError(f"{demo.file}: {demo.key} has no array `actions`")
             length = _length(demo, group, arrays)
             times = np.round(np.arange(length) / self._rate(data) * NANOSECONDS).astype(np.int64)
             streams, cameras = {}, []
@@ -201,26 +163,26 @@ class _Dataset:
                         f"{key}; write the file again"
                     )
                 if len(array) != length:
-                    pass  # not one value per step
-                elif _is_camera(array):
+                    continue  # not one value per step
+                if array.ndim == 4 and array.shape[-1] == 3 and array.dtype == np.uint8:
                     cameras.append(key)
                     frames = Hdf5Frames(demo.file, array.name, array.shape, self.flip, self.pool)
                     streams[key] = Stream(times, frames)
-                elif array.ndim < _ARRAY_LIMIT:
+                elif array.ndim < 4:  # others are no cameras but, for example, depth maps
                     streams[key] = Stream(times, array[()])
-        return Episode(
-            id=demo.id,
-            source=self.name,
-            embodiment=self.embodiment,
-            instructions=(instruction,),
-            streams=streams,
-            cameras=tuple(cameras),
-        )
+            return Episode(
+                id=demo.id,
+                source=self.name,
+                embodiment=self.embodiment,
+                instructions=(self._instruction(data, group, demo.file),),
+                streams=streams,
+                cameras=tuple(cameras),
+            )
 
     def _rate(self, data: h5py.Group) -> float:
         if self.fps is not None:
             return self.fps
-        kwargs = json_attribute(data, "env_args").get("env_kwargs")
+        kwargs = _json_attribute(data, "env_args").get("env_kwargs")
         rate = (kwargs if isinstance(kwargs, dict) else {}).get("control_freq") or LIBERO_HZ
         if not isinstance(rate, int | float) or rate <= 0:
             raise ValueError(
@@ -229,24 +191,23 @@ class _Dataset:
             )
         return float(rate)
 
-
-def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
-    """Names below data/ in the order of their numbers."""
-    with pool.open(path) as file:
-        if not isinstance(file.get("data"), h5py.Group):
-            raise ValueError(f"{path} is no file of demonstrations: it has no group `data`")
-        names = [n for n in file["data"] if n.startswith("demo_") and n[5:].isdecimal()]
-        if mask is not None:
-            if f"mask/{mask}" not in file:
-                known = sorted(file["mask"]) if "mask" in file else "none"
-                raise ValueError(f"{path} has no mask {mask!r}; its masks are {known}")
-            chosen = {string(n) for n in file[f"mask/{mask}"][()]}
-            if missing := sorted(chosen.difference(names)):
-                raise ValueError(f"{path}: the mask {mask!r} lists {missing[0]}, which is missing")
-            names = [n for n in names if n in chosen]
-    if not names:
-        raise ValueError(f"{path} holds no demonstrations (data/demo_<number>)")
-    return sorted(names, key=lambda n: (int(n[5:]), n))
+    def _instruction(self, data: h5py.Group, demo: h5py.Group, file: Path) -> str:
+        """Of a demonstration; "" where there is none."""
+        words = file.stem.removesuffix("_demo")
+        if self.instruction is not None:
+            text = self.instruction
+        elif self.style == "release":
+            text = words.replace("_", " ").replace("black bowl", "bowl") + "."
+        else:
+            stored = _json_attribute(data, "problem_info").get("language_instruction")  # LIBERO's
+            stored = stored or _json_attribute(demo, "ep_meta").get("lang")  # RoboCasa's
+            text = _SCENE.sub("", words).replace("_", " ") if words != file.stem else ""
+            if stored and isinstance(stored, str | list):
+                # Some of LIBERO's are lists of characters, some are quoted.
+                text = "".join(map(str, stored)).strip().strip('"')
+        if not text.isprintable():  # also how h5py marks bytes that are not UTF-8
+            raise ValueError(f"{file}: the instruction {text!r} has characters that are no text")
+        return text
 
 
 def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
@@ -261,28 +222,31 @@ def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
 
 
 def _length(demo: _Demo, group: h5py.Group, arrays: dict[str, h5py.Dataset]) -> int:
+    """Steps of a demonstration: of its actions, and as the file says."""
+    if "actions" not in arrays:
+        raise ValueError(f"{demo.file}: {demo.key} has no array `actions`")
     length = len(arrays["actions"])
     if length == 0:
         raise ValueError(f"{demo.file}: {demo.key} is empty; leave it out")
     said = group.attrs.get("num_samples")  # LIBERO's are strings or numbers
-    if said is not None and string(said) != str(length):
+    if said is not None and _string(said) != str(length):
         raise ValueError(
-            f"{demo.file}: {demo.key} should have {string(said)} samples but has {length} "
+            f"{demo.file}: {demo.key} should have {_string(said)} samples but has {length} "
             "actions; copy or write the file again"
         )
     return length
 
 
-def _is_camera(array: h5py.Dataset) -> bool:
-    return array.ndim == 4 and array.shape[-1] == 3 and array.dtype == np.uint8
-
-
-def _files(visits: Iterator[Visit]) -> Iterator[Path]:
-    return (folder / n for folder, _, names in visits for n in names if n.endswith(SUFFIXES))
-
-
-def _has_demonstrations(path: Path) -> bool:
+def _json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
+    """A JSON attribute; empty where it is missing or something else."""
+    text = _string(group.attrs.get(key, "{}"))  # other encodings are an error
     try:
-        return bool(_demonstrations(Hdf5Pool(), path, None))
+        value = json.loads(text)
     except ValueError:
-        return False
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _string(value: Any) -> str:
+    """An attribute or entry that is text, however it was stored."""
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
