@@ -1,16 +1,20 @@
-"""A dataset looked at as a whole: what is in it, and what is wrong with it.
+"""What is in a dataset, and what is wrong with it.
 
-Cheap by default: lists and numbers of the episodes, and a few decoded frames of some of them. An
-episode that cannot be read is a finding and never stops the inspection.
+`inspect_path` and `inspect_dataset` look at the episodes of any format, `inspect_records` at what
+`launch.encode` wrote; `describe` gives the findings as text, `inspect_page` as a page.
+
+An inspection is cheap by default: it reads the lists and numbers of the episodes and decodes a few
+frames of some. An episode that cannot be read is a finding and never stops the inspection.
 """
 
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,18 +30,24 @@ from data_pipelines.sources.rlds import UnknownRate
 from data_pipelines.video import VideoFile
 from data_pipelines.video_index import VideoPlace, open_video
 
-# What an inspection finds out about an episode.
+_THREADS = 4
+_SAMPLED_EPISODES = 24  # episodes whose frames are decoded, unless all are
+_SHOWN_EPISODES = 12  # of these, on the page
+_SAMPLED_RECORDS = 64  # records that are read, unless all are
+_CURVE_POINTS = 200
+_THUMBNAIL = (240, 180)  # pixels, at most
+_GAP_PERIODS = 1.5  # a longer step between neighbouring samples is a gap
+_SAME_PERIODS = 1.5  # streams may begin or end so many periods of the slower one apart
+_BOX = 8  # pixels; the means of such boxes hide what compression does to single pixels
+_STILL = 4.0  # grey levels by which boxes of a still picture differ after compression
+_BLACK = 4.0  # the mean grey level of a picture that shows nothing
+_DECODED_FRAMES = 16  # held at a time when every frame is decoded
+_ALL = "the dataset"  # stands for the episode where a problem concerns all of them
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong.
-
-    Attributes:
-        kind: under which it is counted.
-        episode: id of the episode, or which data it concerns.
-        text: what was found.
-    """
+    """Something that is wrong with an episode, or with all of them."""
 
     kind: str
     episode: str
@@ -45,184 +55,245 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class SeenStream:
-    """A stream of one episode, or of a whole dataset.
+class StreamSummary:
+    """A stream of one episode, or of a whole dataset."""
 
-    Attributes:
-        shape: of one sample; () of a video whose size is not known.
-        dtype: of the numbers.
-        rate: samples per second; None for fewer than two.
-        low: the least finite value of every dimension [prod(shape)]; None for video.
-        high: the greatest.
-        codec: of a video; "" for numbers and pictures.
-        camera: whether it is video.
-    """
-
-    shape: tuple[int, ...]
+    shape: tuple[int, ...]  # of one sample; () for a video whose size is not known
     dtype: str
-    rate: float | None = None
-    low: np.ndarray | None = None
-    high: np.ndarray | None = None
-    codec: str = ""
+    rate: float | None = None  # samples per second; None for fewer than two samples
+    low: np.ndarray | None = None  # least finite value per dimension [prod(shape)], of numbers
+    high: np.ndarray | None = None  # the greatest
+    codec: str = ""  # of a video that is a file
     camera: bool = False
 
 
-@dataclass(frozen=True)
-class Sample:
-    """What a page shows of an episode.
-
-    Attributes:
-        pictures: camera -> small uint8 [h, w, 3] of its first, middle and last frame.
-        curves: stream -> seconds [k] and values [k, d].
-    """
-
-    pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    curves: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
-
-
 @dataclass
-class SeenEpisode:
-    """An episode that was looked at; without streams if it could not be read."""
+class EpisodeSummary:
+    """One episode; without streams if it could not be read."""
 
     id: str
+    sampled: bool  # whether frames are decoded, and pictures and curves kept for a page
     embodiment: str = ""
     instructions: tuple[str, ...] = ()
-    seconds: float = 0.0
-    streams: dict[str, SeenStream] = field(default_factory=dict)
+    seconds: float = 0.0  # of its longest stream, the last sample included
+    streams: dict[str, StreamSummary] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    sample: Sample | None = None
+    # Of every camera the first, middle and last frame, small: uint8 [h, w, 3].
+    pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    # Of every stream of numbers seconds [k] and values [k, d].
+    curves: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
-    def complain(self, kind: str, text: str) -> None:
-        """Notes a problem."""
+    def add_problem(self, kind: str, text: str) -> None:
+        """Notes what is wrong."""
         self.problems.append(Problem(kind, self.id, text))
 
 
-def rate_of(stream: Stream) -> float | None:
-    """Samples per second; None for fewer than two."""
-    times = stream.timestamps
-    if len(times) < 2:
-        return None
-    return (len(times) - 1) * NANOSECONDS / int(times[-1] - times[0])
+@dataclass
+class Inspection:
+    """What was found."""
+
+    title: str  # the dataset's path or name
+    length_unit: str = "seconds"  # or "windows"
+    facts: list[tuple[str, str]] = field(default_factory=list)  # in the order to show them
+    streams: dict[str, StreamSummary] = field(default_factory=dict)  # with ranges over all episodes
+    instructions: Counter[str] = field(default_factory=Counter)  # -> number of episodes
+    lengths: list[float] = field(default_factory=list)  # of the readable episodes
+    problems: list[Problem] = field(default_factory=list)  # in the order of the episodes
+    samples: list[EpisodeSummary] = field(default_factory=list)  # with pictures and curves
+    readable: int = 0  # number of episodes
+
+    def add_problem(self, kind: str, episode: str, text: str) -> None:
+        """Notes what is wrong."""
+        self.problems.append(Problem(kind, episode, text))
+
+    @property
+    def cameras(self) -> dict[str, StreamSummary]:
+        """The streams that are video."""
+        return {name: stream for name, stream in self.streams.items() if stream.camera}
+
+    @property
+    def numbers(self) -> dict[str, StreamSummary]:
+        """The streams that are not."""
+        return {name: stream for name, stream in self.streams.items() if not stream.camera}
+
+    def problems_by_kind(self) -> dict[str, list[Problem]]:
+        """The problems, the most frequent kind first."""
+        kinds: dict[str, list[Problem]] = {}
+        for problem in self.problems:
+            kinds.setdefault(problem.kind, []).append(problem)
+        return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
 
 
-# The video of an episode looked at: does it decode, and does it show anything.
-
-
-_STILL = 4.0  # grey levels by which boxes of an unmoved picture differ, after compression
-_BOX = 8  # pixels; the means of such boxes hide what compression does to single pixels
-_BLACK = 4.0  # the mean grey level of a picture that shows nothing
-_THUMBNAIL = (240, 180)  # pixels, at most
-_DECODE_FRAMES = 16  # at a time when every frame is decoded
-
-
-def look_at_video(
-    seen: SeenEpisode, name: str, stream: Stream, sample: Sample | None, thorough: bool
-) -> SeenStream:
-    """Looks at one camera; what is wrong is noted in `seen`.
+def inspect_path(
+    path: Path,
+    format: str,
+    options: Mapping[str, Any],
+    *,
+    limit: int = 1000,
+    thorough: bool = False,
+) -> Inspection:
+    """Opens a dataset and inspects it, also where training would refuse it for want of `fps`.
 
     Args:
-        seen: the episode.
-        name: of the camera.
-        stream: its frames.
-        sample: takes small pictures of the first, middle and last frame; None decodes nothing.
-        thorough: decode every frame.
+        path: its folder or file.
+        format: a key of `sources.formats.FORMATS`.
+        options: of this format.
+        limit, thorough: of `inspect_dataset`.
 
     Raises:
-        ValueError: if frames cannot be decoded.
+        ValueError: if it cannot be opened.
     """
-    values, rate = stream.values, rate_of(stream)
-    read = (lambda at: values[at]) if isinstance(values, np.ndarray) else values.read
-    shape, codec = _facts(values.path) if isinstance(values, VideoFile) else ((), "")
-    if isinstance(values, np.ndarray):
-        shape = values.shape[1:]
-    n = len(values)
-    shown = sorted({0, n // 2, n - 1})
-    pictures, first, difference, brightness = [], None, 0.0, 0.0
-    if thorough:
-        parts = [range(i, min(i + _DECODE_FRAMES, n)) for i in range(0, n, _DECODE_FRAMES)]
-    else:
-        parts = [shown] if sample is not None else []
-    for part in parts:
-        frames = np.asarray(read(list(part)))
-        shape = frames.shape[1:]
-        for at, frame in zip(part, frames):
-            boxes = _boxes(frame)
-            first = boxes if first is None else first
-            difference = max(difference, float(np.abs(boxes - first).max()))
-            brightness = max(brightness, float(frame.mean()))
-            if at in shown and sample is not None:
-                pictures.append(_small(frame))
-    looked = f"all {n} frames" if thorough else f"{len(shown)} frames from first to last"
-    if parts and brightness < _BLACK:
-        seen.complain("black video", f"{name}: {looked} are black")
-    elif parts and n > 2 and difference < _STILL:
-        seen.complain("frozen video", f"{name}: {looked} are the same picture")
-    if sample is not None:
-        sample.pictures[name] = pictures
-    return SeenStream(shape, "uint8", rate, codec=codec, camera=True)
+    name, unknown = path.resolve().name, None
+    try:
+        episodes = open_dataset(format, path, name, "unknown", options)
+    except UnknownRate as error:  # what is seen helps to find it
+        episodes = open_dataset(format, path, name, "unknown", {**options, "fps": 1.0})
+        unknown = f"{error} (--option=fps=... here)"
+    found = inspect_dataset(episodes, str(path), format, limit=limit, thorough=thorough)
+    if unknown:
+        found.facts.append(("rate", "unknown; a step is shown as one second"))
+        found.add_problem("unknown rate", _ALL, unknown)
+    return found
 
 
-@lru_cache(maxsize=256)  # files that hold many episodes are opened once
-def _facts(place: VideoPlace) -> tuple[tuple[int, ...], str]:
-    """Shape of the frames and name of the codec."""
-    with open_video(place) as container:
-        context = container.streams.video[0].codec_context
-        return (context.height, context.width, 3), context.name
-
-
-def _boxes(frame: np.ndarray) -> np.ndarray:
-    grey = Image.fromarray(frame).convert("L")
-    return np.asarray(grey.reduce(_BOX), np.int16)
-
-
-def _small(frame: np.ndarray) -> np.ndarray:
-    picture = Image.fromarray(frame)
-    picture.thumbnail(_THUMBNAIL)
-    return np.asarray(picture)
-
-
-# One episode looked at: what is in it, and what is wrong with it.
-
-
-GAP_PERIODS = 1.5  # a longer step between neighbouring samples is a gap
-_SAME_PERIODS = 1.5  # by so many periods of the slower one streams may begin or end apart
-_CURVE_POINTS = 200
-_NUMERIC = "biuf"
-
-
-def look_at(
-    episodes: Sequence[Episode], index: int, *, decode: bool, thorough: bool
-) -> SeenEpisode:
-    """Looks at one episode; whatever is wrong with it ends up among its problems.
+def inspect_dataset(
+    episodes: Sequence[Episode],
+    title: str,
+    format: str,
+    *,
+    limit: int = 1000,
+    thorough: bool = False,
+) -> Inspection:
+    """Inspects a dataset.
 
     Args:
-        episodes: the dataset.
-        index: of the episode.
-        decode: also decode three frames of every camera and keep them, with the numbers' curves.
-        thorough: decode every frame.
+        episodes: as a source opened them.
+        title: path or name of the dataset.
+        format: its format.
+        limit: look at no more episodes than this, spread evenly; 0 for all.
+        thorough: decode every frame of them.
     """
-    seen = SeenEpisode(f"number {index}")
+    total = len(episodes)
+    chosen = _spread(total, limit or total)
+    decoded = set(chosen[_spread(len(chosen), _SAMPLED_EPISODES)].tolist())
+    found = Inspection(title)
+    ids, embodiments, rates = Counter(), set(), {}
+    looked = _summaries(episodes, chosen, decoded, thorough)
+    for episode in tqdm(looked, desc="inspect", unit="episode", total=len(chosen)):
+        found.problems += episode.problems
+        if not episode.streams:
+            continue
+        _compare(found, episode)
+        found.readable += 1
+        found.lengths.append(episode.seconds)
+        found.instructions.update(dict.fromkeys(episode.instructions, 1))
+        embodiments.add(episode.embodiment)
+        ids[episode.id] += 1
+        for name, stream in episode.streams.items():
+            rates.setdefault(name, []).extend([stream.rate] if stream.rate else [])
+        if episode.sampled:
+            found.samples.append(episode)
+    found.samples = [found.samples[i] for i in _spread(len(found.samples), _SHOWN_EPISODES)]
+    for name, count in ids.items():
+        if count > 1:
+            found.add_problem("duplicate id", name, f"{count} episodes have it")
+    for name, values in rates.items():
+        rate = float(np.median(values)) if values else None
+        found.streams[name] = replace(found.streams[name], rate=rate)
+    _check_constant(found)
+    every = len(chosen) == total
+    share = "" if every else f", of which {len(chosen):,} were looked at"
+    about = "" if every else "about "
+    seconds = sum(found.lengths) * total / max(len(chosen), 1)
+    found.facts = [
+        ("format", format),
+        ("episodes", f"{total:,}{share}"),
+        ("readable", f"{found.readable:,} of {len(chosen):,}"),
+        ("hours", f"{about}{seconds / 3600:,.2f} ({about}{seconds / 60:,.1f} minutes)"),
+        ("embodiment", ", ".join(sorted(embodiments)) or "unknown"),
+        ("frames", "every frame decoded" if thorough else f"{len(decoded)} episodes sampled"),
+    ]
+    return found
+
+
+def _spread(total: int, count: int) -> np.ndarray:
+    """`count` of `total` indices, the first and the last among them."""
+    return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int))
+
+
+def _summaries(
+    episodes: Sequence[Episode], chosen: np.ndarray, decoded: set[int], thorough: bool
+) -> Iterator[EpisodeSummary]:
+    def summary(index: int) -> EpisodeSummary:
+        return _inspect_episode(episodes, index, index in decoded, thorough)
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        # In portions, so that Ctrl-C does not wait for the whole dataset.
+        for first in range(0, len(chosen), 4 * _THREADS):
+            yield from pool.map(summary, chosen[first : first + 4 * _THREADS].tolist())
+
+
+def _compare(found: Inspection, episode: EpisodeSummary) -> None:
+    """Widens the dataset's ranges by an episode, and says where it differs from the first one."""
+    expected = set(found.streams) if found.readable else set(episode.streams)
+    if missing := sorted(expected - episode.streams.keys()):
+        found.add_problem("missing stream", episode.id, ", ".join(missing))
+    if further := sorted(episode.streams.keys() - expected):
+        found.add_problem("stream of its own", episode.id, ", ".join(further))
+    for name, stream in episode.streams.items():
+        first = found.streams.get(name)
+        if first is None or (first.camera and not first.shape):
+            found.streams[name] = stream
+        elif stream.shape and (stream.shape, stream.dtype) != (first.shape, first.dtype):
+            here, there = (f"{s.dtype} {list(s.shape)}" for s in (stream, first))
+            text = f"{name} is {here}, in the first episode {there}"
+            found.add_problem("other shape", episode.id, text)
+        elif stream.low is not None:
+            first.low[:] = np.minimum(first.low, stream.low)
+            first.high[:] = np.maximum(first.high, stream.high)
+
+
+def _check_constant(found: Inspection) -> None:
+    for name, stream in found.streams.items():
+        if stream.low is not None and (stream.low == stream.high).any():
+            constant = np.flatnonzero(stream.low == stream.high)
+            values = [f"{i} (always {stream.low[i]:g})" for i in constant]
+            found.add_problem("constant dimension", _ALL, f"{name}: {_listed(values)}")
+
+
+def _listed(values: Sequence[object], most: int = 8) -> str:
+    listed = ", ".join(map(str, values[:most]))
+    return f"{listed} and {len(values) - most} more" if len(values) > most else listed
+
+
+# One episode.
+
+
+def _inspect_episode(
+    episodes: Sequence[Episode], index: int, sampled: bool, thorough: bool
+) -> EpisodeSummary:
+    """Inspects one episode; whatever is wrong with it ends up among its problems."""
+    summary = EpisodeSummary(f"number {index}", sampled)
     try:
         episode = episodes[index]
     except Exception as error:  # libraries of the formats raise types of their own
-        seen.complain(_kind(error), _text(error))
-        return seen
-    seen.id, seen.embodiment = episode.id, episode.embodiment
-    seen.instructions = tuple(episode.instructions)
-    seen.problems += check_instructions(seen.id, seen.instructions)
-    sample = Sample() if decode else None
+        summary.add_problem(_kind(error), _text(error))
+        return summary
+    summary.id, summary.embodiment = episode.id, episode.embodiment
+    summary.instructions = tuple(episode.instructions)
+    summary.problems += _check_instructions(summary.id, summary.instructions)
     for name, stream in episode.streams.items():
         try:
             if name in episode.cameras:
-                seen.streams[name] = look_at_video(seen, name, stream, sample, thorough)
+                summary.streams[name] = _inspect_video(summary, name, stream, thorough)
             else:
-                seen.streams[name] = _numbers(seen, name, stream, sample)
+                summary.streams[name] = _inspect_numbers(summary, name, stream)
         except Exception as error:
-            seen.complain(_kind(error), f"{name}: {_text(error)}")
-    _check_times(seen, episode)
-    seen.seconds = max((_seconds(stream) for stream in episode.streams.values()), default=0.0)
-    seen.sample = sample
-    return seen
+            summary.add_problem(_kind(error), f"{name}: {_text(error)}")
+    _check_times(summary, episode)
+    rates = ((len(stream.timestamps), _rate(stream)) for stream in episode.streams.values())
+    summary.seconds = max((n / rate if rate else 0.0 for n, rate in rates), default=0.0)
+    return summary
 
 
 # Sources say in words what is wrong; these are the words people count by. The first one counts.
@@ -250,302 +321,140 @@ def _text(error: Exception) -> str:
     return words if isinstance(error, ValueError) and words else f"{type(error).__name__}: {words}"
 
 
-def check_instructions(episode: str, texts: Sequence[str]) -> list[Problem]:
-    """What is wrong with the instructions of an episode."""
+def _check_instructions(episode: str, texts: Sequence[str]) -> Iterator[Problem]:
     empty = sum(not text.strip() for text in texts)
     if empty == len(texts):
-        return [Problem("no instruction", episode, "training gives it the empty text")]
-    found = []
+        yield Problem("no instruction", episode, "training gives it the empty text")
+        return
     if empty:
-        found.append(Problem("empty instruction", episode, f"{empty} of {len(texts)}"))
-    if any("\ufffd" in text for text in texts):
+        yield Problem("empty instruction", episode, f"{empty} of {len(texts)}")
+    if any("\ufffd" in text for text in texts):  # what a decoder puts for a byte it cannot read
         lost = f"characters were lost: {list(texts)}"
-        found.append(Problem("text in another encoding", episode, lost))
-    return found
+        yield Problem("text in another encoding", episode, lost)
 
 
-def _check_times(seen: SeenEpisode, episode: Episode) -> None:
-    together: dict[bytes, list[str]] = {}  # streams of one clock are named together
-    for name, stream in episode.streams.items():
-        together.setdefault(stream.timestamps.tobytes(), []).append(name)
-    for names in together.values():
-        stream, label = episode.streams[names[0]], ", ".join(names)
-        times = stream.timestamps
-        if len(times) <= 2:
-            seen.complain("two or fewer samples", f"{label}: {len(times)}")
-            continue
-        steps = np.diff(times)
-        period = float(np.median(steps))
-        gaps = np.flatnonzero(steps > GAP_PERIODS * period)
-        if len(gaps):
-            worst = gaps[np.argmax(steps[gaps])]
-            seen.complain(
-                "timestamp gap",
-                f"{label}: {len(gaps)}, the longest {steps[worst] / NANOSECONDS:.3g} s after "
-                f"{(times[worst] - times[0]) / NANOSECONDS:.3f} s (a period is "
-                f"{period / NANOSECONDS:.3g} s)",
-            )
-        close = np.flatnonzero(steps < 0.1 * period)
-        if len(close):
-            at = (times[close[0]] - times[0]) / NANOSECONDS
-            seen.complain(
-                "duplicate timestamps",
-                f"{label}: {len(close)} samples less than a tenth of a period after the one before "
-                f"them, the first after {at:.3f} s",
-            )
-    _check_lengths(seen, episode, [names[0] for names in together.values()])
-
-
-def _check_lengths(seen: SeenEpisode, episode: Episode, names: list[str]) -> None:
-    for camera in episode.cameras:
-        video = episode.streams[camera]
-        for name in names:
-            other = episode.streams[name]
-            if name in episode.cameras or min(len(video.timestamps), len(other.timestamps)) < 3:
-                continue
-            periods = (float(np.median(np.diff(s.timestamps))) for s in (video, other))
-            allowed = _SAME_PERIODS * max(periods)
-            ends = [(int(s.timestamps[0]), int(s.timestamps[-1])) for s in (video, other)]
-            if any(abs(a - b) > allowed for a, b in zip(*ends)):
-                spans = [f"{a / NANOSECONDS:.3f} to {b / NANOSECONDS:.3f} s" for a, b in ends]
-                seen.complain(
-                    "video and numbers of different length",
-                    f"{camera} from {spans[0]} ({len(video.timestamps)} frames), {name} from "
-                    f"{spans[1]} ({len(other.timestamps)} samples)",
-                )
-
-
-def _numbers(seen: SeenEpisode, name: str, stream: Stream, sample: Sample | None) -> SeenStream:
+def _inspect_numbers(summary: EpisodeSummary, name: str, stream: Stream) -> StreamSummary:
     values = np.asarray(stream.values)
-    shape, dtype, rate = values.shape[1:], str(values.dtype), rate_of(stream)
-    if values.dtype.kind not in _NUMERIC:
-        return SeenStream(shape, dtype, rate)
+    shape, dtype, rate = values.shape[1:], str(values.dtype), _rate(stream)
+    if values.dtype.kind not in "biuf":
+        return StreamSummary(shape, dtype, rate)
     flat = values.reshape(len(values), -1)
     finite = np.isfinite(flat)
     if not finite.all():
-        bad = np.flatnonzero(~finite.all(axis=0))
-        seen.complain(
+        dimensions = np.flatnonzero(~finite.all(axis=0))
+        summary.add_problem(
             "NaN or infinity",
             f"{name}: {int((~finite).sum())} of {flat.size} numbers, in the dimensions "
-            f"{_shortened(bad)}, first in sample {int(np.argmax(~finite.all(axis=1)))}",
+            f"{_listed(dimensions)}, first in sample {int(np.argmax(~finite.all(axis=1)))}",
         )
-    wide = flat.astype(np.float64)
-    low = np.min(wide, axis=0, where=finite, initial=np.inf)
-    high = np.max(wide, axis=0, where=finite, initial=-np.inf)
-    if sample is not None and flat.shape[1]:
-        keep = np.unique(np.linspace(0, len(flat) - 1, _CURVE_POINTS).astype(int))
+    if summary.sampled and flat.shape[1]:
+        keep = _spread(len(flat), _CURVE_POINTS)
         times = (stream.timestamps[keep] - stream.timestamps[0]) / NANOSECONDS
-        sample.curves[name] = (times, wide[keep])
-    return SeenStream(shape, dtype, rate, low, high)
+        summary.curves[name] = (times, flat[keep].astype(np.float64))
+    return StreamSummary(shape, dtype, rate, *_finite_range(flat))
 
 
-def _seconds(stream: Stream) -> float:
-    """How long a stream lasts, its last sample included."""
-    rate = rate_of(stream)
-    return len(stream.timestamps) / rate if rate else 0.0
+def _finite_range(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The least and the greatest finite value of each column, float64."""
+    wide, finite = flat.astype(np.float64), np.isfinite(flat)
+    low = np.min(wide, axis=0, where=finite, initial=np.inf)
+    return low, np.max(wide, axis=0, where=finite, initial=-np.inf)
 
 
-def _shortened(numbers: np.ndarray, most: int = 8) -> str:
-    listed = ", ".join(map(str, numbers[:most]))
-    return f"{listed} and {len(numbers) - most} more" if len(numbers) > most else listed
+def _inspect_video(
+    summary: EpisodeSummary, name: str, stream: Stream, thorough: bool
+) -> StreamSummary:
+    """Looks at one camera; raises what its decoder raises."""
+    values, n = stream.values, len(stream.values)
+    is_array = isinstance(values, np.ndarray)
+    shape, codec = values.shape[1:] if is_array else (), ""
+    if isinstance(values, VideoFile):
+        shape, codec = _size_and_codec(values.path)
+    shown = sorted({0, n // 2, n - 1})
+    wanted = range(n) if thorough else shown if summary.sampled else []
+    pictures, first, difference, brightness = [], None, 0.0, 0.0
+    for start in range(0, len(wanted), _DECODED_FRAMES):
+        part = list(wanted[start : start + _DECODED_FRAMES])
+        frames = np.asarray(values[part] if is_array else values.read(part))
+        shape = frames.shape[1:]
+        for at, frame in zip(part, frames):
+            picture = Image.fromarray(frame)
+            boxes = np.asarray(picture.convert("L").reduce(_BOX), np.int16)
+            first = boxes if first is None else first
+            difference = max(difference, float(np.abs(boxes - first).max()))
+            brightness = max(brightness, float(frame.mean()))
+            if at in shown:
+                picture.thumbnail(_THUMBNAIL)
+                pictures.append(np.asarray(picture))
+    looked = f"all {n} frames" if thorough else f"{len(shown)} frames from first to last"
+    if wanted and brightness < _BLACK:
+        summary.add_problem("black video", f"{name}: {looked} are black")
+    elif wanted and n > 2 and difference < _STILL:
+        summary.add_problem("frozen video", f"{name}: {looked} are the same picture")
+    if summary.sampled:
+        summary.pictures[name] = pictures
+    return StreamSummary(shape, "uint8", _rate(stream), codec=codec, camera=True)
 
 
-_SAMPLED_EPISODES = 24  # episodes whose frames are decoded, unless all are
-_SHOWN = 12  # of these, on the page
-_THREADS = 4
-ALL = "the dataset"
+@lru_cache(maxsize=256)  # files that hold many episodes are opened once
+def _size_and_codec(place: VideoPlace) -> tuple[tuple[int, ...], str]:
+    with open_video(place) as container:
+        context = container.streams.video[0].codec_context
+        return (context.height, context.width, 3), context.name
 
 
-@dataclass
-class Inspection:
-    """What was found.
-
-    Attributes:
-        title: the dataset's path or name.
-        facts: (what, value) in the order to show them.
-        streams: of all episodes together, with the ranges of all of them.
-        instructions: how many episodes have each.
-        lengths: of every readable episode, in `length_unit`.
-        length_unit: "seconds" or "windows".
-        problems: in the order of the episodes.
-        samples: episodes with pictures and curves.
-        readable: number of episodes that could be read.
-    """
-
-    title: str
-    facts: list[tuple[str, str]] = field(default_factory=list)
-    streams: dict[str, SeenStream] = field(default_factory=dict)
-    instructions: Counter[str] = field(default_factory=Counter)
-    lengths: list[float] = field(default_factory=list)
-    length_unit: str = "seconds"
-    problems: list[Problem] = field(default_factory=list)
-    samples: list[SeenEpisode] = field(default_factory=list)
-    readable: int = 0
-
-    def problems_by_kind(self) -> dict[str, list[Problem]]:
-        """The problems, the most frequent kind first."""
-        kinds: dict[str, list[Problem]] = {}
-        for problem in self.problems:
-            kinds.setdefault(problem.kind, []).append(problem)
-        return dict(sorted(kinds.items(), key=lambda item: -len(item[1])))
+def _rate(stream: Stream) -> float | None:
+    times = stream.timestamps
+    if len(times) < 2:
+        return None
+    return (len(times) - 1) * NANOSECONDS / int(times[-1] - times[0])
 
 
-def inspect_dataset(
-    episodes: Sequence[Episode],
-    title: str,
-    format: str,
-    *,
-    limit: int = 1000,
-    thorough: bool = False,
-) -> Inspection:
-    """Looks at a dataset.
-
-    Args:
-        episodes: as a source opened them.
-        title: path or name of the dataset.
-        format: its format.
-        limit: look at no more episodes than this, spread evenly; 0 for all.
-        thorough: decode every frame of them.
-    """
-    total = len(episodes)
-    chosen = _spread(total, limit or total)
-    decoded = set(chosen[_spread(len(chosen), _SAMPLED_EPISODES)].tolist())
-    found = Inspection(title)
-    ids, embodiments = Counter(), set()
-    rates: dict[str, list[float]] = {}
-    looked = _look(episodes, chosen, decoded, thorough)
-    for seen in tqdm(looked, desc="inspect", unit="episode", total=len(chosen)):
-        found.problems += seen.problems
-        if not seen.streams:
+def _check_times(summary: EpisodeSummary, episode: Episode) -> None:
+    clocks: dict[bytes, list[str]] = {}  # streams of one clock are named together
+    for name, stream in episode.streams.items():
+        clocks.setdefault(stream.timestamps.tobytes(), []).append(name)
+    for names in clocks.values():
+        times, label = episode.streams[names[0]].timestamps, ", ".join(names)
+        if len(times) <= 2:
+            summary.add_problem("two or fewer samples", f"{label}: {len(times)}")
             continue
-        _compare(found, seen)
-        found.readable += 1
-        found.lengths.append(seen.seconds)
-        found.instructions.update(set(seen.instructions))
-        embodiments.add(seen.embodiment)
-        ids[seen.id] += 1
-        for name, stream in seen.streams.items():
-            rates.setdefault(name, []).extend([stream.rate] if stream.rate else [])
-        if seen.sample is not None and len(found.samples) < _SAMPLED_EPISODES:
-            found.samples.append(seen)
-    found.samples = [found.samples[i] for i in _spread(len(found.samples), _SHOWN)]
-    found.problems += [
-        Problem("duplicate id", name, f"{count} episodes have it")
-        for name, count in ids.items()
-        if count > 1
-    ]
-    for name, values in rates.items():
-        rate = float(np.median(values)) if values else None
-        found.streams[name] = replace(found.streams[name], rate=rate)
-    _check_constant(found)
-    seconds = sum(found.lengths)
-    share = "" if len(chosen) == total else f", of which {len(chosen):,} were looked at"
-    found.facts = [
-        ("format", format),
-        ("episodes", f"{total:,}{share}"),
-        ("readable", f"{found.readable:,} of {len(chosen):,}"),
-        ("hours", _hours(seconds * total / max(len(chosen), 1), exact=len(chosen) == total)),
-        ("embodiment", ", ".join(sorted(embodiments)) or "unknown"),
-        ("frames", "every frame decoded" if thorough else f"{len(decoded)} episodes sampled"),
-    ]
-    return found
-
-
-def inspect_path(
-    path: Path,
-    format: str,
-    options: Mapping[str, Any],
-    *,
-    limit: int = 1000,
-    thorough: bool = False,
-) -> Inspection:
-    """Opens a dataset and looks at it, also where training would refuse it for want of `fps`.
-
-    Args:
-        path: its folder or file.
-        format: of `sources.open.FORMATS`.
-        options: of this format.
-        limit, thorough: of `inspect_dataset`.
-
-    Raises:
-        ValueError: if it cannot be opened.
-    """
-    name, unknown = path.resolve().name, None
-    try:
-        episodes = open_dataset(format, path, name, "unknown", options)
-    except UnknownRate as error:  # what is seen helps to find it
-        episodes = open_dataset(format, path, name, "unknown", {**options, "fps": 1.0})
-        unknown = Problem("unknown rate", ALL, f"{error} (--option=fps=... here)")
-    found = inspect_dataset(episodes, str(path), format, limit=limit, thorough=thorough)
-    if unknown:
-        found.facts.append(("rate", "unknown; a step is shown as one second"))
-        found.problems.append(unknown)
-    return found
-
-
-def _spread(total: int, count: int) -> np.ndarray:
-    """`count` of `total` indices, the first and the last among them."""
-    return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int))
-
-
-def _look(
-    episodes: Sequence[Episode], chosen: np.ndarray, decoded: set[int], thorough: bool
-) -> Iterator[SeenEpisode]:
-    def look(index: int) -> SeenEpisode:
-        return look_at(episodes, index, decode=index in decoded, thorough=thorough)
-
-    with ThreadPoolExecutor(_THREADS) as pool:
-        # In portions, so that Ctrl-C does not wait for the whole dataset.
-        for first in range(0, len(chosen), 4 * _THREADS):
-            yield from pool.map(look, chosen[first : first + 4 * _THREADS].tolist())
-
-
-def _compare(found: Inspection, seen: SeenEpisode) -> None:
-    """Widens the dataset's ranges by an episode, and says where it differs from the first ones."""
-    expected = set(found.streams) if found.readable else set(seen.streams)
-    if missing := sorted(expected - seen.streams.keys()):
-        found.problems.append(Problem("missing stream", seen.id, ", ".join(missing)))
-    if further := sorted(seen.streams.keys() - expected):
-        found.problems.append(Problem("stream of its own", seen.id, ", ".join(further)))
-    for name, stream in seen.streams.items():
-        first = found.streams.get(name)
-        if first is None or (first.camera and not first.shape):
-            found.streams[name] = stream
-        elif stream.shape and (stream.shape, stream.dtype) != (first.shape, first.dtype):
-            found.problems.append(
-                Problem(
-                    "other shape",
-                    seen.id,
-                    f"{name} is {stream.dtype} {list(stream.shape)}, in the first episode "
-                    f"{first.dtype} {list(first.shape)}",
-                )
+        seconds, steps = (times - times[0]) / NANOSECONDS, np.diff(times)
+        period = float(np.median(steps))
+        gaps = np.flatnonzero(steps > _GAP_PERIODS * period)
+        if len(gaps):
+            worst = gaps[np.argmax(steps[gaps])]
+            summary.add_problem(
+                "timestamp gap",
+                f"{label}: {len(gaps)}, the longest {steps[worst] / NANOSECONDS:.3g} s after "
+                f"{seconds[worst]:.3f} s (a period is {period / NANOSECONDS:.3g} s)",
             )
-        elif stream.low is not None:
-            first.low[:] = np.minimum(first.low, stream.low)
-            first.high[:] = np.maximum(first.high, stream.high)
+        close = np.flatnonzero(steps < 0.1 * period)
+        if len(close):
+            summary.add_problem(
+                "duplicate timestamps",
+                f"{label}: {len(close)} samples less than a tenth of a period after another, "
+                f"the first after {seconds[close[0]]:.3f} s",
+            )
+    _check_lengths(summary, episode, [names[0] for names in clocks.values()])
 
 
-def _check_constant(found: Inspection) -> None:
-    for name, stream in found.streams.items():
-        if stream.low is None:
+def _check_lengths(summary: EpisodeSummary, episode: Episode, names: list[str]) -> None:
+    for camera, name in product(episode.cameras, names):
+        pair = episode.streams[camera].timestamps, episode.streams[name].timestamps
+        if name in episode.cameras or min(map(len, pair)) < 3:
             continue
-        if constant := np.flatnonzero(stream.low == stream.high).tolist():
-            values = [f"{i} (always {stream.low[i]:g})" for i in constant[:8]]
-            more = f" and {len(constant) - 8} more" if len(constant) > 8 else ""
-            what = f"{name}: {', '.join(values)}{more}"
-            found.problems.append(Problem("constant dimension", ALL, what))
+        allowed = _SAME_PERIODS * max(float(np.median(np.diff(times))) for times in pair)
+        if any(abs(int(pair[0][end]) - int(pair[1][end])) > allowed for end in (0, -1)):
+            video, numbers = (
+                f"from {t[0] / NANOSECONDS:.3f} to {t[-1] / NANOSECONDS:.3f} s ({len(t)} {what})"
+                for t, what in zip(pair, ("frames", "samples"))
+            )
+            text = f"{camera} {video}, {name} {numbers}"
+            summary.add_problem("video and numbers of different length", text)
 
 
-def _hours(seconds: float, exact: bool) -> str:
-    about = "" if exact else "about "
-    return f"{about}{seconds / 3600:,.2f} ({about}{seconds / 60:,.1f} minutes)"
-
-
-# A records folder looked at: what the encoding job wrote, and whether it can be read.
-
-
-_SAMPLED_RECORDS = 64  # records that are read, unless all are
-_SKIPPED = "skipped while encoding"
+# A records folder: what the encoding job wrote, and whether it can be read.
 
 
 def is_records(path: Path) -> bool:
@@ -554,7 +463,7 @@ def is_records(path: Path) -> bool:
 
 
 def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
-    """Looks at a records folder.
+    """Inspects a records folder.
 
     Args:
         path: the folder.
@@ -564,113 +473,100 @@ def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
         ValueError: if not even its lists can be read.
     """
     if not (path / "manifest.json").is_file():
-        return _unfinished(path)
+        return _inspect_unfinished(path)
     try:
         dataset = RecordDataset(path)
     except Exception as error:  # the libraries below raise types of their own
         raise ValueError(f"{path} cannot be opened ({error}); encode it again") from error
     found = Inspection(str(path), length_unit="windows")
-    found.lengths = [row.count for row in dataset.episodes if row.count]
-    found.readable = len(found.lengths)
-    found.problems += [Problem(_SKIPPED, row["id"], row["reason"]) for row in dataset.skipped]
-    for row in dataset.episodes:
-        if row.count:
-            texts = {dataset.instructions[i] for i in row.instructions}
-            found.instructions.update(texts)
-            found.problems += check_instructions(row.id, tuple(texts))
-    splits = Counter()
+    _add_rows(found, dataset.skipped)
+    splits, texts = Counter(), dataset.instructions
     for row in dataset.episodes:
         splits[row.split] += row.count
-    files = [file for file in path.iterdir() if file.is_file()]
+        _add_rows(found, [{**vars(row), "instructions": [texts[i] for i in row.instructions]}])
+    size = sum(file.stat().st_size for file in path.iterdir() if file.is_file())
     found.facts = [
         ("format", "records"),
         ("dataset", dataset.name),
         ("windows", ", ".join(f"{count:,} {split}" for split, count in splits.items())),
         ("episodes", f"{found.readable:,} of {len(dataset.episodes):,}"),
         ("shards", f"{len(list(path.glob('*.arrayrecord'))):,}, finished"),
-        ("size", f"{sum(file.stat().st_size for file in files) / 1e9:,.3f} GB"),
+        ("size", f"{size / 1e9:,.3f} GB"),
         *_settings(dataset.settings),
         ("fingerprint", dataset.fingerprint),
     ]
-    _read(found, dataset, thorough)
-    _ranges(found, dataset)
+    _read_records(found, dataset, thorough)
+    _read_columns(found, dataset)
     return found
 
 
-def _unfinished(path: Path) -> Inspection:
+def _inspect_unfinished(path: Path) -> Inspection:
     try:
         plan = json.loads((path / "plan.json").read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path}/plan.json is damaged ({error}); encode it again") from error
     found = Inspection(str(path), length_unit="windows")
-    for file in sorted(path.glob("shard_*.npz")):
+    shards = sorted(path.glob("shard_*.npz"))
+    for file in shards:
         try:
             with np.load(file, allow_pickle=False) as columns:
                 rows = json.loads(str(columns["rows"]))
         except Exception as error:
-            found.problems.append(Problem("unreadable shard", file.name, str(error)))
-            continue
-        for row in rows:
-            if "reason" in row:
-                found.problems.append(Problem(_SKIPPED, row["id"], row["reason"]))
-            elif row["count"]:
-                found.lengths.append(row["count"])
-                found.instructions.update(set(row["instructions"]))
-                found.problems += check_instructions(row["id"], row["instructions"])
-    found.readable = len(found.lengths)
-    done, each = len(list(path.glob("shard_*.npz"))), plan.get("episodes_per_shard")
+            found.add_problem("unreadable shard", file.name, str(error))
+        else:
+            _add_rows(found, rows)
+    each = plan.get("episodes_per_shard")
     total = f" of {-(-plan['episodes'] // each)}" if each and "episodes" in plan else ""
     found.facts = [
         ("format", "records, not finished: run the encoding job again"),
         ("windows", f"{int(sum(found.lengths)):,}"),
         ("episodes", f"{found.readable:,} of {plan.get('episodes', 0):,}"),
-        ("shards", f"{done}{total} finished"),
+        ("shards", f"{len(shards)}{total} finished"),
         *_settings(plan),
     ]
     return found
 
 
-def _settings(settings: dict[str, Any]) -> list[tuple[str, str]]:
-    shown = ((key, settings.get(key)) for key in ("clip", "policy_io", "identity"))
-    return [(key, _in_words(value)) for key, value in shown if value]
+def _add_rows(found: Inspection, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Counts encoded episodes: id, with either `reason`, or `count` and `instructions`."""
+    for row in rows:
+        if "reason" in row:
+            found.add_problem("skipped while encoding", row["id"], row["reason"])
+        elif row["count"]:
+            found.readable += 1
+            found.lengths.append(row["count"])
+            found.instructions.update(dict.fromkeys(row["instructions"], 1))
+            found.problems += _check_instructions(row["id"], row["instructions"])
 
 
-def _in_words(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(
-            f"{key} ({_in_words(part)})" if isinstance(part, dict) else f"{key} {part}"
-            for key, part in value.items()
-        )
-    return str(value)
+def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
+    shown = [key for key in ("clip", "policy_io", "identity") if settings.get(key)]
+    return [(key, json.dumps(settings[key]).strip("{}").replace('"', "")) for key in shown]
 
 
-def _read(found: Inspection, dataset: RecordDataset, thorough: bool) -> None:
-    """Reads records; latents that are not finite would poison a whole run."""
+def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> None:
+    """Reads records; latents that are not finite would spoil a whole run."""
     total = len(dataset)
     counted = sum(row.count for row in dataset.episodes)
     if counted != total:
         text = f"the lists name {counted} records, the shards hold {total}"
-        found.problems.append(Problem("records missing", ALL, text))
-    chosen = np.unique(
-        np.linspace(0, total - 1, total if thorough else _SAMPLED_RECORDS).astype(int)
-    )
+        found.add_problem("records missing", _ALL, text)
+    chosen = _spread(total, total if thorough else _SAMPLED_RECORDS)
     for index in tqdm(chosen, desc="inspect", unit="record"):
         try:
             record = dataset[int(index)]
         except Exception as error:
-            found.problems.append(Problem("unreadable record", f"record {index}", str(error)))
+            found.add_problem("unreadable record", f"record {index}", str(error))
             continue
         owner = dataset.episodes[int(record["episode"])].id
         for name, value in record.items():
-            if name not in found.streams:
-                found.streams[name] = SeenStream(value.shape, value.dtype.name)
+            found.streams.setdefault(name, StreamSummary(value.shape, value.dtype.name))
             if not np.isfinite(value.astype(np.float32)).all():
-                text = f"{name} of record {index}"
-                found.problems.append(Problem("NaN or infinity", owner, text))
+                found.add_problem("NaN or infinity", owner, f"{name} of record {index}")
     found.facts.append(("records read", f"{len(chosen):,} of {total:,}"))
 
 
-def _ranges(found: Inspection, dataset: RecordDataset) -> None:
+def _read_columns(found: Inspection, dataset: RecordDataset) -> None:
     """Ranges of the numeric columns over all windows, per dimension of the last axis."""
     for name in ("actions", "proprio"):
         if name not in dataset.shapes:
@@ -678,20 +574,13 @@ def _ranges(found: Inspection, dataset: RecordDataset) -> None:
         try:
             column = dataset.columns(name)[name]
         except Exception as error:
-            found.problems.append(Problem("unreadable shard", ALL, f"column {name}: {error}"))
+            found.add_problem("unreadable shard", _ALL, f"column {name}: {error}")
             continue
-        flat = column.reshape(-1, column.shape[-1]).astype(np.float64)
-        finite = np.isfinite(flat)
-        found.streams[name] = SeenStream(
-            column.shape[1:],
-            column.dtype.name,
-            low=np.min(flat, axis=0, where=finite, initial=np.inf),
-            high=np.max(flat, axis=0, where=finite, initial=-np.inf),
-        )
+        low, high = _finite_range(column.reshape(-1, column.shape[-1]))
+        found.streams[name] = StreamSummary(column.shape[1:], column.dtype.name, low=low, high=high)
 
 
 # An inspection as lines of text for a terminal.
-
 
 _INSTRUCTIONS = 10
 _EXAMPLES = 5  # problems of a kind
@@ -700,19 +589,17 @@ _EXAMPLES = 5  # problems of a kind
 def describe(found: Inspection) -> str:
     """What is in a dataset and what is wrong with it; the page lists every problem."""
     lines = [found.title, *_columns([("  " + what, value) for what, value in found.facts])]
-    cameras = {name: stream for name, stream in found.streams.items() if stream.camera}
-    numbers = {name: stream for name, stream in found.streams.items() if not stream.camera}
-    if cameras:
-        head = ("  camera", "size", "fps", "codec")
-        rows = [("  " + name, size(s), rate(s), s.codec or "–") for name, s in cameras.items()]
-        lines += ["", *_columns([head, *rows])]
-    if numbers:
-        head = ("  stream", "shape", "dtype", "rate", "min", "max")
-        rows = [
-            ("  " + name, str(list(s.shape)), s.dtype, rate(s), *_range(s))
-            for name, s in numbers.items()
-        ]
-        lines += ["", *_columns([head, *rows])]
+    cameras = [("  camera", "size", "fps", "codec")]
+    numbers = [("  stream", "shape", "dtype", "rate", "min", "max")]
+    for name, s in found.streams.items():
+        if s.camera:
+            cameras.append((f"  {name}", size_text(s), rate_text(s), s.codec or "–"))
+        else:
+            known = s.low is not None and s.low.size
+            ends = (f"{s.low.min():.4g}", f"{s.high.max():.4g}") if known else ("–", "–")
+            numbers.append((f"  {name}", str(list(s.shape)), s.dtype, rate_text(s), *ends))
+    for table in (cameras, numbers):
+        lines += ["", *_columns(table)] if len(table) > 1 else []
     if found.lengths:
         low, middle, high = np.percentile(found.lengths, [0, 50, 100])
         unit = found.length_unit
@@ -720,40 +607,27 @@ def describe(found: Inspection) -> str:
     lines += ["", f"  instructions: {len(found.instructions):,} distinct"]
     frequent = found.instructions.most_common(_INSTRUCTIONS)
     lines += [f"    {count:>6,}  {text!r}" for text, count in frequent]
-    lines += ["", *_problems(found)]
-    # Names and texts that were never UTF-8 cannot be printed as they are.
-    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
-
-
-def size(stream: SeenStream) -> str:
-    """Width x height of a camera."""
-    return f"{stream.shape[1]}x{stream.shape[0]}" if stream.shape else "unknown"
-
-
-def rate(stream: SeenStream) -> str:
-    """Samples per second."""
-    return "–" if stream.rate is None else f"{stream.rate:.4g}"
-
-
-def _range(stream: SeenStream) -> tuple[str, str]:
-    if stream.low is None or not stream.low.size:
-        return "–", "–"
-    return f"{stream.low.min():.4g}", f"{stream.high.max():.4g}"
-
-
-def _problems(found: Inspection) -> list[str]:
-    kinds = found.problems_by_kind()
-    if not kinds:
-        return ["  no problems found"]
-    lines = [f"  problems: {len(found.problems):,}"]
-    for kind, problems in kinds.items():
+    total = len(found.problems)
+    lines += ["", f"  problems: {total:,}" if total else "  no problems found"]
+    for kind, problems in found.problems_by_kind().items():
         lines.append(f"    {len(problems):>6,}  {kind}")
         lines += [f"            {p.episode}: {p.text}" for p in problems[:_EXAMPLES]]
         if len(problems) > _EXAMPLES:
             lines.append(f"            ... and {len(problems) - _EXAMPLES:,} more")
-    return lines
+    # Names and texts that were never UTF-8 cannot be printed as they are.
+    return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))] if rows else []
+def size_text(stream: StreamSummary) -> str:
+    """Width x height of a camera."""
+    return f"{stream.shape[1]}x{stream.shape[0]}" if stream.shape else "unknown"
+
+
+def rate_text(stream: StreamSummary) -> str:
+    """Samples per second."""
+    return "–" if stream.rate is None else f"{stream.rate:.4g}"
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
     return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip() for row in rows]
