@@ -13,7 +13,7 @@ from mvjax.evaluation.closed_loop import mean_success, success_table, wilson_int
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
-        # scipy.stats.binomtest(...).proportion_ci(method="wilson")
+        # The formula of Wilson 1927, worked out.
         (111, 120, 0.863591, 0.960043),
         (20, 20, 0.838875, 1.0),
     ],
@@ -34,7 +34,7 @@ def test_no_trials_and_impossible_counts():
     assert wilson_interval(0, 0) == (0.0, 1.0)
     with pytest.raises(ValueError, match="5 successes of 3 trials"):
         wilson_interval(5, 3)
-    with pytest.raises(ValueError, match="fraction between 0 and 1, not 95"):
+    with pytest.raises(ValueError, match=r"confidence_level \(95\)"):
         wilson_interval(1, 3, confidence=95)
 
 

@@ -1,11 +1,10 @@
 """Success in a simulator: the settings (mode and stop step) of a trained policy, one by one."""
 
 import hashlib
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import NormalDist, fmean
+from statistics import fmean
 from typing import Any
 
 import jax
@@ -169,31 +168,22 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
     """The Wilson score interval of a success probability.
 
     Unlike the normal approximation it stays inside [0, 1] and does not shrink to a point at 0 or
-    all successes (Wilson 1927; Brown, Cai and DasGupta 2001, eq. 4).
-
-    Args:
-        successes: how many trials succeeded.
-        trials: how many there were; with none, nothing is known and the interval is (0, 1).
-        confidence: the two-sided confidence level.
+    all successes. With no trials nothing is known and the interval is (0, 1).
 
     Returns:
         The lower and upper end, as fractions.
+
+    Raises:
+        ValueError: more successes than trials, or a confidence that is not between 0 and 1.
     """
-    if not 0 <= successes <= trials:
+    from scipy.stats import binomtest  # a second of loading
+
+    if not 0 <= successes <= trials:  # of which scipy makes NaN
         raise ValueError(f"{successes} successes of {trials} trials is not possible.")
-    if not 0 < confidence < 1:
-        raise ValueError(f"confidence is a fraction between 0 and 1, not {confidence}.")
     if trials == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf(0.5 + confidence / 2)
-    rate = successes / trials
-    scale = 1 + z * z / trials
-    centre = (rate + z * z / (2 * trials)) / scale
-    spread = z / scale * math.sqrt(rate * (1 - rate) / trials + z * z / (4 * trials * trials))
-    # Exact at the ends, where rounding would leave 1e-17.
-    low = 0.0 if successes == 0 else centre - spread
-    high = 1.0 if successes == trials else centre + spread
-    return low, high
+    interval = binomtest(successes, trials).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def success_rate(name: str, successes: int, trials: int) -> SuccessRate:

@@ -14,10 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
-from html import escape
 from itertools import groupby, islice
 from pathlib import Path
-from string import Template
 from typing import Any
 
 import jax
@@ -27,14 +25,14 @@ import scipy
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines.atomic import write_npz
+from data_pipelines.atomic import write_json, write_npz, write_text
 from data_pipelines.clips import cut_episode
 from data_pipelines.episode import Episode, split_of
+from data_pipelines.html import render
 from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
 from mvjax.encode import wait_until
 from mvjax.evaluation.figures import curves_figure
-from mvjax.evaluation.report import row, section, table
 from mvjax.flow import Sampling, Trajectory, advance, evaluations, start
 from mvjax.policy.load import load_policy, policy_identity
 from mvjax.policy.observation import Observation
@@ -304,9 +302,6 @@ def _decode(weights: Weights, latents: jax.Array) -> jax.Array:
 # The offline evaluation on file: `offline.json` for programs, `offline.html` for people.
 
 
-TRUE, GENERATED = "true video", "generated video"
-
-
 def summarise(
     errors: Sequence[WindowErrors],
     unreadable: Sequence[str],
@@ -353,75 +348,41 @@ def summarise(
 
 def write_offline(folder: Path, summary: dict[str, Any]) -> Path:
     """Writes both files and returns the page's path."""
-    folder.mkdir(parents=True, exist_ok=True)
-    template = Template(Path(__file__).with_name("report.html").read_text())
-    body = "\n".join([_head(summary), _levels(summary), _chunk(summary), _video(summary)])
-    title = escape(f"Offline evaluation of {summary['label']}")
-    page = template.substitute(title=title, body=body)
-    for name, text in (("offline.json", json.dumps(summary, indent=1)), ("offline.html", page)):
-        partial = folder / f"{name}.partial"
-        partial.write_text(text)
-        partial.replace(folder / name)
-    return folder / "offline.html"
-
-
-def _head(summary: dict[str, Any]) -> str:
-    return section(
-        "What was measured",
-        f"<p>{escape(summary['label'])}: {summary['windows']} moments of held-out episodes.</p>"
-        + "".join(f"<p>Could not be read: {escape(said)}</p>" for said in summary["unreadable"])
-        + "<p>Action error: mean squared error of the normalised chunk against what was done "
-        "there; 1 is about what a constant would get.</p>",
-    )
-
-
-def _levels(summary: dict[str, Any]) -> str:
-    steps = summary["stop_steps"]
-    curves = {
-        name: (np.array(steps), np.array(summary[key]["mse"]))
-        for name, key in ((TRUE, "true_video"), (GENERATED, "generated_video"))
-    }
-    rows = [
-        row(str(k), [f"{sigma:.3g}", *(f"{values[i]:.4f}" for _, values in curves.values())])
-        for i, (k, sigma) in enumerate(zip(steps, summary["sigmas"]))
-    ]
-    figure = curves_figure(curves, "stop step K of the video", "action error", "Error by stop step")
-    return section(
-        "By noise level of the video",
-        figure + table(("stop step K", "σ", TRUE, GENERATED), rows),
-    )
-
-
-def _chunk(summary: dict[str, Any]) -> str:
-    errors = np.array(summary["generated_video"]["mse_by_step"][0])
-    steps = {f"K = {summary['stop_steps'][0]}": (np.arange(1, len(errors) + 1), errors)}
-    rows = []
-    for d in range(len(summary["generated_video"]["mse_by_dimension"][0])):
-        cells = []
-        for key in ("true_video", "generated_video"):
-            cells += [
-                f"{summary[key][n][0][d]:.4g}" for n in ("mse_by_dimension", "mae_by_dimension")
-            ]
-        rows.append(row(str(d), cells))
-    head = (
-        "dimension",
-        f"{TRUE}: MSE",
-        "absolute, in units",
-        f"{GENERATED}: MSE",
-        "absolute, in units",
-    )
-    figure = curves_figure(steps, "step of the chunk", "action error", "Error along the chunk")
-    return section("Along the chunk and by dimension", figure + table(head, rows))
-
-
-def _video(summary: dict[str, Any]) -> str:
+    write_json(folder / "offline.json", summary)
+    true, generated = summary["true_video"], summary["generated_video"]
+    steps, along = np.array(summary["stop_steps"]), np.array(generated["mse_by_step"][0])
     frames = np.arange(1, len(summary["psnr"]) + 1)
-    figures = [
-        curves_figure({name: (frames, np.array(summary[key]))}, "future frame", name, name)
-        for name, key in (("PSNR, dB", "psnr"), ("SSIM", "ssim"))
-    ]
-    words = f"<p>PSNR {np.mean(summary['psnr']):.2f} dB, SSIM {np.mean(summary['ssim']):.3f}.</p>"
-    return section("Fully denoised video against the true future", words + "".join(figures))
+
+    def by_frame(name: str, values: list[float]) -> str:
+        return curves_figure({name: (frames, np.array(values))}, "future frame", name, name)
+
+    page = render(
+        "offline.html",
+        "mvjax.evaluation",
+        title=f"Offline evaluation of {summary['label']}",
+        **summary,
+        error_by_stop_step=curves_figure(
+            {
+                "true video": (steps, np.array(true["mse"])),
+                "generated video": (steps, np.array(generated["mse"])),
+            },
+            "stop step K of the video",
+            "action error",
+            "Error by stop step",
+        ),
+        error_along_chunk=curves_figure(
+            {f"K = {steps[0]}": (np.arange(1, len(along) + 1), along)},
+            "step of the chunk",
+            "action error",
+            "Error along the chunk",
+        ),
+        psnr_by_frame=by_frame("PSNR, dB", summary["psnr"]),
+        ssim_by_frame=by_frame("SSIM", summary["ssim"]),
+        mean_psnr=np.mean(summary["psnr"]),
+        mean_ssim=np.mean(summary["ssim"]),
+    )
+    write_text(folder / "offline.html", page)
+    return folder / "offline.html"
 
 
 # The offline evaluation as a job: shared by processes, and continued where it was stopped.
