@@ -10,12 +10,12 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 from absl import flags
 
 from launch.entry import config_flag, path_flag, run
+from mvjax.experiment import Experiment
 from mvjax.pods.compile import USUAL_MFU, Plan, batch_size, plan, report
 from mvjax.pods.search import Found, search
 from mvjax.pods.topology import pod_devices, pod_size
@@ -52,25 +52,26 @@ JSON = flags.DEFINE_string("json", None, "A file for the figures.")
 
 def main() -> None:
     """Prints the plan."""
-    config, devices = CONFIG.value, pod_devices(TOPOLOGY.value, SLICES.value)
+    experiment = Experiment.from_config(CONFIG.value)
+    devices = pod_devices(TOPOLOGY.value, SLICES.value)
     per_chip, ended = BATCH_PER_CHIP.value, []
     size = None if per_chip is None else batch_size(per_chip, len(devices))
     if SEARCH.value:
-        found = _search(config, devices, size)
-        config, made = found.config, found.plan
+        found = _search(experiment, devices, size)
+        experiment, made = found.experiment, found.plan
         ended = [f"largest     {found.ended}", f"train with  {found.flags}"]
     else:
         if size is not None:
-            config.training.batch_size = size
-        made = plan(config, devices, MFU.value)
-    print("\n".join([report(config, TOPOLOGY.value, made), *ended]))
+            experiment = experiment.changed({"training.batch_size": size})
+        made = plan(experiment, devices, MFU.value)
+    print("\n".join([report(experiment, TOPOLOGY.value, made), *ended]))
     if JSON.value:
-        _write(Path(JSON.value), config, made)
+        _write(Path(JSON.value), experiment, made)
 
 
-def _search(config: Any, devices: list[jax.Device], size: int | None) -> Found:
+def _search(experiment: Experiment, devices: list[jax.Device], size: int | None) -> Found:
     return search(
-        config,
+        experiment,
         devices=len(devices),
         slices=SLICES.value,
         hbm_bytes=pod_size(TOPOLOGY.value)[1].hbm_bytes,
@@ -81,8 +82,8 @@ def _search(config: Any, devices: list[jax.Device], size: int | None) -> Found:
     )
 
 
-def _write(path: Path, config: Any, made: Plan) -> None:
-    figures = dict(topology=TOPOLOGY.value, stage=config.stage, remat=config.video_model.remat)
+def _write(path: Path, experiment: Experiment, made: Plan) -> None:
+    figures = dict(topology=TOPOLOGY.value, stage=experiment.stage, remat=experiment.video.remat)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures | made.as_dict(), indent=1) + "\n")
 

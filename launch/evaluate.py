@@ -30,6 +30,7 @@ from mvjax.evaluation.closed_loop import evaluate, mean_success, settings_for, s
 from mvjax.evaluation.offline import evaluate_offline
 from mvjax.evaluation.report import build_evaluation_report
 from mvjax.evaluation.rollout import Setting
+from mvjax.experiment import Experiment
 
 CONFIG = config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
@@ -74,7 +75,12 @@ def offline(config: ConfigDict) -> None:
     everything = [str(k) for k in range(config.sampler.video_steps + 1)]
     steps = _stop_steps(STOP_STEPS.value or everything, config.sampler.video_steps)
     summary = evaluate_offline(
-        config, Path(CHECKPOINT.value), Path(OUT.value), steps, MOMENTS.value, BATCH.value
+        Experiment.from_config(config),
+        Path(CHECKPOINT.value),
+        Path(OUT.value),
+        steps,
+        MOMENTS.value,
+        BATCH.value,
     )
     if jax.process_index() > 0:
         return
@@ -107,7 +113,9 @@ def evaluate_as_told(config: ConfigDict) -> None:
     if not CHECKPOINT.value and any(s.stop_step is not None for s in chosen.values()):
         raise ValueError("--checkpoint must be given: the training directory of a stage-2 run.")
     out = Path(OUT.value)
-    for setting, results in evaluate(config, Path(CHECKPOINT.value), out, chosen):
+    for setting, results in evaluate(
+        Experiment.from_config(config), Path(CHECKPOINT.value), out, chosen
+    ):
         mean = mean_success(success_table((r.task, r.success) for r in results))
         if jax.process_index() > 0:
             continue

@@ -11,7 +11,7 @@ from absl import flags
 from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, path_flag, run
 from mvjax.evaluation.offline import write_predictions
-from mvjax.flow import Sampling
+from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy
 
 CONFIG = config_flag()
@@ -23,7 +23,8 @@ COUNT = flags.DEFINE_integer("count", 4, "Pairs per dataset.", lower_bound=1)
 def main() -> None:
     """Predicts `--count` clips of every dataset."""
     config = CONFIG.value
-    policy = load_policy(config, Path(CHECKPOINT.value), Sampling(**config.sampler), batch_size=1)
+    experiment = Experiment.from_config(config)
+    policy = load_policy(experiment, Path(CHECKPOINT.value), experiment.sampling(), batch_size=1)
     for dataset in config.datasets.values():
         write_predictions(
             policy, open_config(dataset), dataset, config, Path(OUT.value), COUNT.value

@@ -15,7 +15,7 @@ from pathlib import Path
 from absl import flags
 
 from launch.entry import config_flag, path_flag, run
-from mvjax.flow import Sampling
+from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy
 from mvjax.serving.adapters import CLIENTS, body_of, make_adapter
 from mvjax.serving.protocol import WireLimits
@@ -50,10 +50,11 @@ def main() -> None:
         api_key=api_key(),
         wire=WireLimits(message_bytes=MAX_MESSAGE.value * 2**20),
     )
-    sampling = Sampling(**config.sampler, stop_step=STOP_STEP.value)
+    experiment = Experiment.from_config(config)
+    sampling = experiment.sampling(stop_step=STOP_STEP.value)
     adapter = make_adapter(CLIENT.value, body_of(config))
     check_address(serving.host, serving.port)
-    policy = load_policy(config, Path(CHECKPOINT.value), sampling, max(batching.sizes))
+    policy = load_policy(experiment, Path(CHECKPOINT.value), sampling, max(batching.sizes))
     print("Compiling the policy ...", flush=True)
     server = make_server(policy, config, adapter, serving, batching=batching, prompt=PROMPT.value)
     asyncio.run(until_told(server))

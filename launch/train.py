@@ -13,6 +13,7 @@ from absl import flags
 
 from launch.entry import config_flag, path_flag, run
 from mvjax import parallel
+from mvjax.experiment import Experiment
 from mvjax.training import run as training
 
 CONFIG = config_flag()
@@ -23,7 +24,9 @@ PROFILE = flags.DEFINE_bool("profile", False, "Trace three steps into the folder
 def main() -> None:
     """Trains `config.stage` in `--workdir`."""
     with parallel.initialized():
-        training.run(CONFIG.value, Path(WORKDIR.value), profile=PROFILE.value)
+        training.run(
+            Experiment.from_config(CONFIG.value), Path(WORKDIR.value), profile=PROFILE.value
+        )
 
 
 if __name__ == "__main__":

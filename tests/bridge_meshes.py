@@ -22,10 +22,10 @@ import numpy as np
 from ml_collections import ConfigDict
 from tiny_stages import build_stage, quick_compiles, tiny_config
 
+from mvjax.experiment import Experiment
 from mvjax.models.layers import merge_lora
 from mvjax.models.network import Params
-from mvjax.models.presets import video_dit_config
-from mvjax.parallel import make_mesh, make_rules
+from mvjax.parallel import make_mesh
 from mvjax.training.bridge import load_backbone
 from mvjax.training.checkpoint import Store, leaf_paths
 from mvjax.training.start import assemble, describe
@@ -38,12 +38,12 @@ def save_on_eight(folder: Path) -> tuple[ConfigDict, Params]:
     config.lora.update(rank=8, alpha=4.0)
     config.rules.lora = ("fsdp",)  # as published runs split their adapters
     config.mesh.update(data=1, fsdp=2, context=2, tensor=2)
-    stage, mesh, rules = build_stage(config)
-    optimizer, abstract, _ = assemble(config, stage, mesh, rules)
+    stage, mesh, _ = build_stage(config)
+    optimizer, abstract, _ = assemble(Experiment.from_config(config), stage, mesh)
     with jax.set_mesh(mesh), Store(folder, keep=1) as store:
         state = create_state(stage, optimizer, abstract, seed=0)
         state = dataclasses.replace(state, params=_adapted(state))
-        store.save(0, state, None, describe(config, stage, {}))
+        store.save(0, state, None, describe(Experiment.from_config(config), stage, {}))
     return config, jax.tree.map(np.asarray, state.params)
 
 
@@ -62,9 +62,9 @@ def read_on_two(folder: Path) -> Params:
     """What stage 2 has after reading `folder` with two devices."""
     config = tiny_config("action")
     config.backbone.update(checkpoint=str(folder), precision="bfloat16")
-    mesh, rules = make_mesh({"fsdp": 2}, jax.devices()[:2]), make_rules(config.rules)
+    mesh = make_mesh({"fsdp": 2}, jax.devices()[:2])
     with jax.set_mesh(mesh):
-        return load_backbone(config, mesh, rules)[1]
+        return load_backbone(Experiment.from_config(config), mesh)[1]
 
 
 def compare(merged: Params, read: Params) -> dict[str, Any]:
@@ -88,7 +88,7 @@ def compare(merged: Params, read: Params) -> dict[str, Any]:
 def main(folder: Path) -> dict[str, Any]:
     """Saves, merges on one device, reads on two, compares."""
     config, params = save_on_eight(folder)
-    lora = video_dit_config(config).lora
+    lora = Experiment.from_config(config).video.lora
     merged = jax.jit(
         lambda p: jax.tree.map(lambda leaf: leaf.astype("bfloat16"), merge_lora(p, lora))
     )(params)

@@ -26,6 +26,7 @@ from toy_training import LENGTH, toy_config, toy_stage
 from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.loader import make_loader
 from data_pipelines.records import RecordDataset, RecordWriter, write_texts
+from mvjax.experiment import Experiment
 from mvjax.training.metrics import Record, read_records
 from mvjax.training.train import train
 
@@ -99,7 +100,7 @@ def train_once(
     config = toy_config(steps=steps, checkpoint_every=10, keep=3)
     config.mesh.update(mesh)
     size = config.training.batch_size
-    train(config, numbered_stage(size), Numbered(data, size, ends), workdir)
+    train(Experiment.from_config(config), numbered_stage(size), Numbered(data, size, ends), workdir)
 
 
 def start(workdir: Path, data: Path, steps: int, mesh: str = "", ends: int = 0) -> Program:

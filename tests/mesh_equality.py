@@ -22,10 +22,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from tiny_stages import quick_compiles, tiny_batch, tiny_config
 
+from mvjax.experiment import Experiment
 from mvjax.parallel import MESH_AXES, make_mesh, make_rules, sharding_tree
 from mvjax.training.bridge import abstract_backbone, load_backbone
 from mvjax.training.checkpoint import leaf_paths
-from mvjax.training.start import assemble
+from mvjax.training.start import assemble, make_stage
 from mvjax.training.step import TrainState, compile_step, create_state
 
 KINDS = ("full", "lora", "action")
@@ -93,8 +94,8 @@ def run(case: Case, start: Start | None = None) -> tuple[Run, Start]:
         return model, _placed(start.frozen, abstract)
 
     with jax.set_mesh(mesh):
-        stage = start.build(config, mesh, rules, backbone_of)
-        optimizer, abstract, step = assemble(config, stage, mesh, rules)
+        stage = make_stage(Experiment.from_config(config), mesh, backbone_of)
+        optimizer, abstract, step = assemble(Experiment.from_config(config), stage, mesh)
         if start is None:
             state = create_state(stage, optimizer, abstract, config.training.seed)
             start = Start(*jax.tree.map(np.array, (state, stage.frozen)))

@@ -17,11 +17,12 @@ from flax import traverse_util
 from jax.sharding import AbstractMesh, AxisType
 from ml_collections import ConfigDict
 
+from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
 from mvjax.parallel import MESH_AXES, make_rules
-from mvjax.training import start
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.start import make_stage
 from mvjax.training.step import abstract_state, make_optimizer
 
 FOLDER = Path(__file__).with_name("golden") / "shardings"
@@ -53,7 +54,7 @@ def dump(case: str, topology: str) -> dict[str, Any]:
     config, shape = config_of(case), TOPOLOGIES[topology]
     mesh = AbstractMesh(shape, MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
     rules = make_rules(config.rules)
-    stage = start.build(config, mesh, rules, abstract_backbone)
+    stage = make_stage(Experiment.from_config(config), mesh, abstract_backbone)
     optimizer = make_optimizer(config.optimizer)
     state = abstract_state(stage, optimizer, config.training.ema_decay > 0, mesh, rules)
     learns = leaf_paths(split(state.params, stage.trainable)[0])

@@ -9,14 +9,12 @@ from conftest import lora_config
 from test_lora import stored
 from tiny_stages import five_steps, save_untrained, tiny_config
 
+from mvjax.experiment import Experiment
 from mvjax.models.layers import merge_lora
 from mvjax.models.presets import (
-    action_decoder_config,
-    decoder_network,
-    video_dit_config,
     video_network,
 )
-from mvjax.parallel import make_mesh, make_rules
+from mvjax.parallel import make_mesh
 from mvjax.training.bridge import load_backbone, load_decoder
 from mvjax.training.checkpoint import CheckpointMismatch
 
@@ -27,10 +25,10 @@ def load(checkpoint="", precision="float32", **settings):
     config = tiny_config("action")
     config.backbone.update(checkpoint=str(checkpoint), precision=precision)
     config.update_from_flattened_dict(settings)
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh), warnings.catch_warnings():
         warnings.simplefilter("error")  # such as donated buffers that could not be used
-        return load_backbone(config, mesh, rules)
+        return load_backbone(Experiment.from_config(config), mesh)
 
 
 def assert_equal(tree, other):
@@ -44,7 +42,7 @@ def assert_is_cast(narrow, wide):
 
 def test_full_training_gives_the_moving_average(video_run):
     model, params = load(video_run)
-    assert model == video_dit_config(tiny_config("action"))
+    assert model == Experiment.from_config(tiny_config("action")).video
     average = stored(video_run, use_ema=True)
     assert_equal(params, average)
     learned = stored(video_run)["blocks"]["mlp"]["layer1"]["kernel"]
@@ -68,7 +66,9 @@ def test_lora_is_merged_with_its_own_rank_and_scale(lora_run):
     """The configuration of stage 2 knows nothing of the adapters: they are in the checkpoint."""
     model, params = load(lora_run)
     assert model.lora is None
-    merged = merge_lora(stored(lora_run, use_ema=True), video_dit_config(lora_config("")).lora)
+    merged = merge_lora(
+        stored(lora_run, use_ema=True), Experiment.from_config(lora_config("")).video.lora
+    )
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7), params, merged
     )
@@ -84,7 +84,7 @@ def test_a_run_without_moving_average_gives_its_parameters(tmp_path):
 
 def test_an_untrained_backbone_is_a_function_of_the_seed():
     model, params = load()
-    assert model == video_dit_config(tiny_config("action"))
+    assert model == Experiment.from_config(tiny_config("action")).video
     other = load(**{"training.seed": 1})[1]
     assert not np.array_equal(params["x_embedder"]["kernel"], other["x_embedder"]["kernel"])
     assert_is_cast(load(precision="bfloat16")[1], params)
@@ -112,14 +112,13 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path):
 def test_decoders_come_back_and_only_where_they_belong(video_run, tmp_path):
     config = five_steps("action", video_run)
     params = save_untrained(config, tmp_path)
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    mesh = make_mesh(config.mesh)
 
     def decoder(directory, **settings):
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(settings)
-        network = decoder_network(action_decoder_config(changed))
         with jax.set_mesh(mesh):
-            return load_decoder(changed, directory, network, mesh, rules)
+            return load_decoder(Experiment.from_config(changed), directory, mesh)
 
     assert_equal(decoder(tmp_path), params)
     assert_equal(decoder(tmp_path, **{"decoder.precision": "published"}), params)

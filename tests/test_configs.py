@@ -13,12 +13,12 @@ from ml_collections import config_flags
 from tiny_stages import build_stage, tiny_config
 
 from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
-from mvjax.models.presets import action_decoder_config, video_dit_config
 from mvjax.parallel import make_mesh
 from mvjax.policy.observation import control_stride
-from mvjax.training import start
 from mvjax.training.run import run
+from mvjax.training.start import make_stage
 from mvjax.training.step import make_schedule
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -35,8 +35,8 @@ def get(name, size=""):
 @pytest.mark.parametrize("name", NAMES)
 def test_lengths_and_widths_agree(name, size):
     config = get(name, size)
-    clip, video = Clip(**config.clip), video_dit_config(config)
-    decoder = action_decoder_config(config)
+    clip, video = Clip(**config.clip), Experiment.from_config(config).video
+    decoder = Experiment.from_config(config).decoder
     assert decoder.context_dim == video.width and 1 <= config.context_layer <= video.num_blocks
     assert video.text_dim == config.text.dim and video.latent_channels == clip.latent_shape[-1]
     assert decoder.action_horizon == config.policy_io.action.horizon
@@ -102,7 +102,7 @@ def test_settings_on_the_command_line(monkeypatch):
     values(arguments)
     config = holder.value
     assert config.size == "smoke" and Clip(**config.clip).latent_shape == (4, 16, 8, 16)
-    assert video_dit_config(config).lora.rank == 8
+    assert Experiment.from_config(config).video.lora.rank == 8
     assert (config.training.episodes_per_task, config.mesh.fsdp) == (3, 4)
 
 
@@ -137,7 +137,7 @@ def test_impossible_settings_are_said_before_any_data_is_read(setting, value, me
     config = tiny_config("action", steps=1)
     config.update_from_flattened_dict({setting: value})
     with pytest.raises(ValueError, match=message) as error:
-        run(config, tmp_path / "run")
+        run(Experiment.from_config(config), tmp_path / "run")
     assert "\n" not in str(error.value) and not (tmp_path / "run").exists()
 
 
@@ -152,11 +152,11 @@ def test_impossible_stage_settings_are_explained():
             build_stage(config)
     config.stage = "both"
     with pytest.raises(ValueError, match="must be 'video' or 'action', got 'both'"):
-        start.build(config, None, None)
+        make_stage(Experiment.from_config(config), None)
 
 
 def test_missing_records_are_named(tmp_path):
     config = tiny_config("video", steps=1)
     config.run_dir = str(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"records/robot holds no records: run "):
-        run(config, tmp_path / "video")
+        run(Experiment.from_config(config), tmp_path / "video")

@@ -20,6 +20,7 @@ from toy_processes import train_toys
 from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.records import RecordWriter, write_texts
 from launch.local import free_port
+from mvjax.experiment import Experiment
 from mvjax.parallel import make_mesh
 from mvjax.training.metrics import read_records
 from mvjax.training.prefetch import local_rows
@@ -253,7 +254,7 @@ def test_the_real_command_in_two_processes_equals_one(folder):
         codes = [process.wait() for process in processes]
         said = processes[0].err, processes[1].err
     assert codes == [0, 0] and "3/3" in said[0] and not said[1], said
-    run(config, folder / "video_straight")
+    run(Experiment.from_config(config), folder / "video_straight")
     assert_same_losses(losses(folder / "video"), losses(folder / "video_straight"))
 
 

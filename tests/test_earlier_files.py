@@ -16,8 +16,9 @@ import pytest
 from configs import trained
 from data_pipelines.normalize import load_normalizers
 from data_pipelines.records import RecordDataset
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
-from mvjax.parallel import make_mesh, make_rules
+from mvjax.parallel import make_mesh
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import load_backbone
@@ -88,9 +89,9 @@ def test_the_normalizer_is_the_same(expected):
 
 def test_stage_2_gets_the_same_backbone(expected):
     config = trained.get_config(str(ROOT / "action"))
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
+    mesh = make_mesh(config.mesh)
     with jax.set_mesh(mesh):
-        model, backbone = load_backbone(config, mesh, rules)
+        model, backbone = load_backbone(Experiment.from_config(config), mesh)
     assert model.lora is None  # merged
     then = {
         key.removeprefix("backbone/"): value
@@ -107,7 +108,9 @@ def test_stage_2_gets_the_same_backbone(expected):
 
 def test_the_policy_gives_the_same_chunks(expected):
     config = trained.get_config(str(ROOT / "action"))
-    policy = load_policy(config, ROOT / "action", Sampling(**config.sampler), batch_size=1)
+    policy = load_policy(
+        Experiment.from_config(config), ROOT / "action", Sampling(**config.sampler), batch_size=1
+    )
     observation = Observation(
         expected["observation/frames"],
         expected["observation/proprio"],
@@ -127,7 +130,7 @@ def test_a_run_goes_on_as_it_did(expected, capsys, stage):
     workdir = ROOT / stage
     config = trained.get_config(str(workdir))
     done, config.training.steps = config.training.steps, len(expected[f"{stage}/loss"])
-    last = run(config, workdir)
+    last = run(Experiment.from_config(config), workdir)
     assert f"continuing {workdir.absolute()} at step {done}." in capsys.readouterr().err
     records = read_records(workdir)
     assert [record["step"] for record in records] == [1, 2, 3, 4]

@@ -10,19 +10,18 @@ import pytest
 from tiny_stages import tiny_batch, tiny_config
 
 from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.models.flops import action_decoder_flops, peak_flops, step_flops, video_dit_flops
 from mvjax.models.network import merge, split
 from mvjax.models.presets import (
     ACTION_DECODERS,
     VIDEO_DITS,
-    action_decoder_config,
     decoder_network,
-    video_dit_config,
     video_network,
 )
-from mvjax.parallel import make_mesh, make_rules
-from mvjax.training import start
+from mvjax.parallel import make_mesh
 from mvjax.training.bridge import abstract_backbone
+from mvjax.training.start import make_stage
 
 
 @pytest.mark.parametrize(
@@ -57,7 +56,7 @@ def test_forward_passes_equal_the_traced_products(rank):
     clip, batch = Clip(**config.clip), tiny_batch(config)
     latents, text = batch["latents"][:1], batch["text"][:1]
     times, mask = jnp.ones((1, clip.latent_frames)), jnp.ones((1, clip.latent_frames))
-    model = video_dit_config(config)
+    model = Experiment.from_config(config).video
     network, shape = video_network(model), clip.latent_shape[:3]
 
     def hidden(params, layer):
@@ -76,7 +75,7 @@ def test_forward_passes_equal_the_traced_products(rank):
 def test_the_decoder_equals_the_traced_products(draws):
     config = tiny_config("action")
     config.policy_io.proprio.horizon = 2
-    decoder = action_decoder_config(config)
+    decoder = Experiment.from_config(config).decoder
     network, context = decoder_network(decoder), jnp.ones((1, 24, decoder.context_dim))
     proprio, actions, sigma = jnp.ones((draws, 2, 4)), jnp.ones((draws, 4, 4)), jnp.ones((draws, 1))
 
@@ -94,8 +93,11 @@ def test_a_training_step_is_what_its_gradient_computes(stage, rank):
     config.lora.rank = rank
     config.clip.update(height=64, width=64)
     config.training.batch_size = 2
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
-    built, batch = start.build(config, mesh, rules, abstract_backbone), tiny_batch(config)
+    mesh = make_mesh(config.mesh)
+    built, batch = (
+        make_stage(Experiment.from_config(config), mesh, abstract_backbone),
+        tiny_batch(config),
+    )
     learned, fixed = split(jax.eval_shape(built.init, jax.random.key(0)), built.trainable)
 
     def gradient(learned, fixed, frozen):
@@ -105,16 +107,20 @@ def test_a_training_step_is_what_its_gradient_computes(stage, rank):
         return jax.grad(loss)(learned)
 
     computed = traced(gradient, learned, fixed, built.frozen) / 2
-    assert 0.96 * step_flops(config) < computed <= step_flops(config)
+    assert (
+        0.96 * step_flops(Experiment.from_config(config))
+        < computed
+        <= step_flops(Experiment.from_config(config))
+    )
 
 
 def test_lora_saves_the_gradients_of_the_kernels_that_stay():
     config = tiny_config("video")
-    full = step_flops(config)
-    clip, model = Clip(**config.clip), video_dit_config(config)
+    full = step_flops(Experiment.from_config(config))
+    clip, model = Clip(**config.clip), Experiment.from_config(config).video
     assert full == 3 * video_dit_flops(model, clip.latent_shape[:3], config.text.length)
     config.lora.update(rank=1)
-    assert 0.66 * full < step_flops(config) < full
+    assert 0.66 * full < step_flops(Experiment.from_config(config)) < full
 
 
 @pytest.mark.parametrize(

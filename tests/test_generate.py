@@ -15,12 +15,11 @@ from tiny_stages import save_untrained, tiny_config
 
 from data_pipelines.clip import Clip
 from data_pipelines.video import VideoFile, cover, read_observed, write_video
-from mvjax.flow import condition_mask, denoise, karras_sigmas, published_noise, sample_video
-from mvjax.models.presets import video_dit_config, video_network
+from mvjax.experiment import Experiment
+from mvjax.flow import Sampling, condition_mask, denoise, published_noise, sample_video, start
 from mvjax.models.stand_ins import NgramTextEncoder, fit_linear_tokenizer, save_linear_tokenizer
 from mvjax.parallel import make_mesh, make_rules
 from mvjax.policy.generate import (
-    Denoising,
     VideoModel,
     generate,
     generation_config,
@@ -46,7 +45,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def model():
     """A random video DiT on one device."""
-    network = video_network(video_dit_config(tiny_config("video")))
+    network = Experiment.from_config(tiny_config("video")).video_network
     mesh = make_mesh({}, jax.devices()[:1])
     return VideoModel(network, random_params(network, 1), mesh, make_rules())
 
@@ -59,11 +58,10 @@ def observed(count=5, height=32, width=48, seed=3):
     return np.random.default_rng(seed).integers(0, 256, (count, height, width, 3), np.uint8)
 
 
-def by_hand(model, tokenizer, frames, texts, settings):
+def by_hand(model, tokenizer, frames, texts, sampling, guidance):
     """The video from `sample_video` and the formula of guidance."""
     clean = np.zeros((1, *CLIP.latent_shape), np.float32)
     clean[:, :2] = tokenizer.encode(frames[None].astype(np.float32) / 127.5 - 1)
-    sigmas = karras_sigmas(settings.steps, sigma_max=settings.sigma_max)
     mask = condition_mask(jnp.full(1, 2), CLIP.latent_frames)
     net = model.network.bind(model.params)
 
@@ -72,14 +70,15 @@ def by_hand(model, tokenizer, frames, texts, settings):
 
     def denoiser(x, sigma):
         x0, *others = (predict(x, sigma, text) for text in texts)
-        return x0 + settings.guidance * (x0 - others[0]) if others else x0
+        return x0 + guidance * (x0 - others[0]) if others else x0
 
     @jax.jit
     def latents(noise):
-        x = sample_video(denoiser, noise, sigmas, settings.steps)
+        sigmas = sampling.sigmas
+        x = sample_video(denoiser, start(noise, sigmas), sigmas, last=sampling.video_steps).x
         return denoiser(x, jnp.full((1, 1), sigmas[-1]))
 
-    return np.asarray(latents(published_noise(settings.seed, clean.shape)))
+    return np.asarray(latents(published_noise(sampling.seed, clean.shape)))
 
 
 class Kept:
@@ -95,17 +94,16 @@ class Kept:
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5])
 def test_the_loop_samples_what_sample_video_does(model, tokenizer, guidance):
-    settings = Denoising(steps=4, seed=5, guidance=guidance)
+    sampling = Sampling(video_steps=4, seed=5)
     text, negative = embed("open the drawer"), embed("poor quality")
     kept, seen, frames = Kept(tokenizer), [], observed()
-    video = generate(
-        model, kept, CLIP, frames, text, settings, negative=negative, progress=seen.append
-    )
+    texts = dict(guidance=guidance, negative=negative)
+    video = generate(model, kept, CLIP, frames, text, sampling, **texts, progress=seen.append)
     texts = [text, negative] if guidance else [text]
-    expected = by_hand(model, tokenizer, frames, texts, settings)
+    expected = by_hand(model, tokenizer, frames, texts, sampling, guidance)
     scale = np.abs(expected).max()
     np.testing.assert_allclose(kept.latents / scale, expected / scale, rtol=1e-5, atol=1e-5)
-    assert seen == [1, 2, 3, 4, 5] and settings.evaluations == 5
+    assert seen == [1, 2, 3, 4, 5] and sampling.evaluations == 5
     assert video.shape == (13, 32, 48, 3) and video.dtype == np.uint8
     coded = np.asarray(tokenizer.decode(expected))[0]
     np.testing.assert_allclose(video, np.clip((coded + 1) * 127.5, 0, 255), atol=0.6)
@@ -115,8 +113,8 @@ def test_guidance_moves_away_from_the_negative_text(model, tokenizer):
     text, negative = embed("open the drawer"), embed("poor quality")
 
     def made(guidance, negative=negative):
-        settings = Denoising(steps=2, guidance=guidance)
-        return generate(model, tokenizer, CLIP, observed(), text, settings, negative=negative)
+        texts = dict(guidance=guidance, negative=negative)
+        return generate(model, tokenizer, CLIP, observed(), text, Sampling(video_steps=2), **texts)
 
     plain = made(0.0)
     np.testing.assert_array_equal(plain, made(0.0, None))  # it is not even looked at
@@ -133,19 +131,19 @@ def test_every_step_and_every_later_video_is_one_program(model, tokenizer):
     before = VideoModel._step._cache_size()
     videos = []
     for seed, steps, sigma_max in ((0, 2, 80.0), (1, 2, 80.0), (0, 4, 50.0)):
-        settings = Denoising(steps=steps, sigma_max=sigma_max, seed=seed)
-        videos.append(generate(model, tokenizer, CLIP, observed(), embed("press"), settings))
+        sampling = Sampling(video_steps=steps, sigma_max=sigma_max, seed=seed)
+        videos.append(generate(model, tokenizer, CLIP, observed(), embed("press"), sampling))
     assert all((videos[0] != other).any() for other in videos[1:])
     assert VideoModel._step._cache_size() == before + 1
 
 
 def test_settings_and_frames_that_do_not_fit_are_refused(model, tokenizer):
     with pytest.raises(ValueError, match=r"There are 1 frames to begin with, but clip.observed_fr"):
-        generate(model, tokenizer, CLIP, observed(1), embed("press"))
+        generate(model, tokenizer, CLIP, observed(1), embed("press"), Sampling())
     with pytest.raises(ValueError, match=r"sigma_max 0.001 and sigma_min 0.002"):
-        Denoising(sigma_max=0.001)
+        Sampling(sigma_max=0.001)
     with pytest.raises(ValueError, match="guidance must be 0"):
-        Denoising(guidance=-1.0)
+        generate(model, tokenizer, CLIP, observed(), embed("press"), Sampling(), guidance=-1.0)
 
 
 @pytest.mark.parametrize(
@@ -258,8 +256,7 @@ def test_converted_weights_take_the_released_lengths(command, converted, tmp_pat
     np.testing.assert_array_equal(timestamps, np.arange(9) * 100_000_000)
     config = generation_config(converted["checkpoint"])
     assert Clip(**config.clip) == Clip(480, 640, observed_frames=5, future_frames=56, fps=10.0)
-    released = Denoising(config.sampler.video_steps, config.sampler.sigma_max)
-    assert released == Denoising() and config.text.length == 512
+    assert Sampling(**config.sampler) == Sampling() and config.text.length == 512
 
 
 def test_a_training_directory_knows_its_settings(command, trained, tmp_path):

@@ -9,6 +9,7 @@ import pytest
 from run_records import without_times
 from toy_training import toy_config, toy_loader, toy_stage
 
+from mvjax.experiment import Experiment
 from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch
 from mvjax.training.metrics import read_records
@@ -29,15 +30,15 @@ def params_of(workdir, use_ema=False, step=None):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, quickly) -> Path:
     workdir = tmp_path_factory.mktemp("straight")
-    train(toy_config(), toy_stage(), toy_loader(), workdir)
+    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), workdir)
     return workdir
 
 
 def test_two_steps_and_a_resume_equal_four_steps(straight, tmp_path):
-    train(toy_config(steps=2), toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(toy_config(steps=2)), toy_stage(), toy_loader(), tmp_path)
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # as if it had been killed while it wrote
-    final = train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    final = train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
     records = read_records(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert without_times(records) == without_times(read_records(straight))
@@ -68,7 +69,12 @@ def test_average_follows_its_recurrence(straight, tmp_path):
     """ema <- d ema + (1 - d) params with d = min(decay, (1 + n) / (10 + n))."""
     key = jax.random.fold_in(jax.random.key(3), 2**32 - 1)
     average = np.asarray(jax.jit(toy_stage().init)(key)["up"]["kernel"])
-    train(toy_config(steps=3, checkpoint_every=1, keep=3), toy_stage(), toy_loader(), tmp_path)
+    train(
+        Experiment.from_config(toy_config(steps=3, checkpoint_every=1, keep=3)),
+        toy_stage(),
+        toy_loader(),
+        tmp_path,
+    )
     for n in range(3):
         decay = min(0.9, (1 + n) / (10 + n))
         kernel = params_of(tmp_path, step=n + 1)["up"]["kernel"]
@@ -83,7 +89,7 @@ def test_a_finished_run_returns_its_record_without_reading_data(straight):
         raise AssertionError("the loader was read")
         yield
 
-    final = train(toy_config(), toy_stage(), forbidden(), straight)
+    final = train(Experiment.from_config(toy_config()), toy_stage(), forbidden(), straight)
     assert final == read_records(straight)[-1] and final["step"] == 4
 
 
@@ -91,7 +97,7 @@ def test_init_from_takes_the_averaged_parameters_and_starts_at_step_one(straight
     config = toy_config(steps=1)
     config.init_from = str(straight)
     config.optimizer.learning_rate = 0.0
-    assert train(config, toy_stage(), toy_loader(), tmp_path)["step"] == 1
+    assert train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)["step"] == 1
     jax.tree.map(
         np.testing.assert_array_equal, params_of(tmp_path), params_of(straight, use_ema=True)
     )
@@ -100,12 +106,12 @@ def test_init_from_takes_the_averaged_parameters_and_starts_at_step_one(straight
 def test_init_from_a_run_without_adapters_adds_new_ones(straight, tmp_path):
     config = toy_config(steps=1)
     config.init_from, config.optimizer.learning_rate = str(straight), 0.0
-    train(config, toy_stage(adapters=True), toy_loader(), tmp_path)
+    train(Experiment.from_config(config), toy_stage(adapters=True), toy_loader(), tmp_path)
     params = params_of(tmp_path)
     assert np.any(params.pop("adapter")["lora_a"])
     jax.tree.map(np.testing.assert_array_equal, params, params_of(straight, use_ema=True))
     with pytest.raises(CheckpointMismatch, match=r"down/kernel has shape \(32, 3\).*\(48, 3\)"):
-        train(config, toy_stage(width=24), toy_loader(), tmp_path / "other")
+        train(Experiment.from_config(config), toy_stage(width=24), toy_loader(), tmp_path / "other")
 
 
 class Interrupting:
@@ -137,12 +143,12 @@ def test_a_signal_saves_the_step_reached_and_the_rest_is_the_same(
     before = signal.getsignal(number)
     config = toy_config(checkpoint_every=100)
     with pytest.raises(SystemExit) as stopped:
-        train(config, toy_stage(), Interrupting(number), tmp_path)
+        train(Experiment.from_config(config), toy_stage(), Interrupting(number), tmp_path)
     assert stopped.value.code == code and signal.getsignal(number) is before
     # Two batches are in transfer beyond the one trained on, so the fourth is read before step 2.
     assert "stopping at step 2, saved; run the same command" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    train(config, toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
     assert without_times(read_records(tmp_path)) == without_times(read_records(straight))
 
 
@@ -152,7 +158,13 @@ def test_eight_devices_equal_one_and_exchange_checkpoints(straight, tmp_path):
     metadata = (tmp_path / "checkpoints" / "2" / "state" / "_sharding").read_text()
     assert "fsdp" in metadata  # the arrays were split, not copied
     # The rest on this process's mesh, from the checkpoint of the other mesh.
-    train(toy_config(), toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "toy"})
+    train(
+        Experiment.from_config(toy_config()),
+        toy_stage(),
+        toy_loader(),
+        tmp_path,
+        {"data_fingerprint": "toy"},
+    )
     for ours, theirs in zip(
         without_times(read_records(straight)), without_times(read_records(tmp_path))
     ):
@@ -164,12 +176,30 @@ def test_eight_devices_equal_one_and_exchange_checkpoints(straight, tmp_path):
 
 
 def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path, capsys):
-    train(toy_config(steps=1), toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "a"})
+    train(
+        Experiment.from_config(toy_config(steps=1)),
+        toy_stage(),
+        toy_loader(),
+        tmp_path,
+        {"data_fingerprint": "a"},
+    )
     with pytest.raises(CheckpointMismatch, match="fingerprint a, but the data now has b"):
-        train(toy_config(), toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "b"})
+        train(
+            Experiment.from_config(toy_config()),
+            toy_stage(),
+            toy_loader(),
+            tmp_path,
+            {"data_fingerprint": "b"},
+        )
     config = toy_config()
     config.optimizer.weight_decay = 0.0
-    train(config, toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "a"})
+    train(
+        Experiment.from_config(config),
+        toy_stage(),
+        toy_loader(),
+        tmp_path,
+        {"data_fingerprint": "a"},
+    )
     assert "optimizer.weight_decay is 0.1 there, 0.0 here" in capsys.readouterr().err
 
 
@@ -179,7 +209,13 @@ def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, capsys):
         config.video_model = dict(width=16, precision="float32")
         config.update_from_flattened_dict(changes)
         capsys.readouterr()
-        record = train(config, toy_stage(), toy_loader(), tmp_path, {"data_fingerprint": "a"})
+        record = train(
+            Experiment.from_config(config),
+            toy_stage(),
+            toy_loader(),
+            tmp_path,
+            {"data_fingerprint": "a"},
+        )
         assert record["step"] == 2
         return capsys.readouterr().err
 
@@ -193,15 +229,15 @@ def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, capsys):
     with pytest.raises(CheckpointMismatch, match=r"video_model.width is 16 there, 32 here"):
         again(**{"video_model.width": 32})
     with pytest.raises(CheckpointMismatch, match="fingerprint a, but the data now has None"):
-        train(toy_config(steps=2), toy_stage(), toy_loader(), tmp_path)
+        train(Experiment.from_config(toy_config(steps=2)), toy_stage(), toy_loader(), tmp_path)
 
 
 def test_a_finished_run_whose_newest_checkpoint_is_damaged_makes_those_steps_again(tmp_path):
-    train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
     (tmp_path / "checkpoints" / "4" / "meta" / "metadata").unlink()
     before = read_records(tmp_path)
     with pytest.warns(UserWarning, match="checkpoint 4 .* cannot be read"):
-        train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+        train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
     assert without_times(read_records(tmp_path)) == without_times(before)
     assert (tmp_path / "checkpoints" / "damaged_4").is_dir()
 
@@ -210,21 +246,32 @@ def test_only_a_run_that_reached_its_last_step_says_that_it_is_finished(tmp_path
     finished = tmp_path / "finished"
     config = toy_config(checkpoint_every=100)
     with pytest.raises(SystemExit) as stopped:
-        train(config, toy_stage(), Interrupting(signal.SIGTERM), tmp_path)
+        train(Experiment.from_config(config), toy_stage(), Interrupting(signal.SIGTERM), tmp_path)
     assert stopped.value.code == 0 and not finished.exists()
-    train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
     assert finished.read_text() == "4\n"
     finished.unlink()  # as if the process had been killed after the last checkpoint
-    train(toy_config(), toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
     assert finished.exists()
     with pytest.raises(SystemExit):  # a longer run is not finished again
-        train(toy_config(steps=40), toy_stage(), Interrupting(signal.SIGTERM), tmp_path)
+        train(
+            Experiment.from_config(toy_config(steps=40)),
+            toy_stage(),
+            Interrupting(signal.SIGTERM),
+            tmp_path,
+        )
     assert not finished.exists()
 
 
 @pytest.mark.parametrize("steps", [2, 8])
 def test_a_profile_has_its_steps(tmp_path, steps):
-    train(toy_config(steps=steps), toy_stage(), toy_loader(), tmp_path, profile=True)
+    train(
+        Experiment.from_config(toy_config(steps=steps)),
+        toy_stage(),
+        toy_loader(),
+        tmp_path,
+        profile=True,
+    )
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     content = trace.read_bytes()
     assert b"train" in content and b"step_num" in content
@@ -234,7 +281,12 @@ def test_a_profile_has_its_steps(tmp_path, steps):
 def test_a_diverged_run_stops_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("mvjax.training.train.MAX_SKIPPED_IN_A_ROW", 3)
     with pytest.raises(TrainingDiverged, match="not finite for 3 steps"):
-        train(toy_config(steps=9), toy_stage(scale=float("inf")), toy_loader(), tmp_path)
+        train(
+            Experiment.from_config(toy_config(steps=9)),
+            toy_stage(scale=float("inf")),
+            toy_loader(),
+            tmp_path,
+        )
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
 
 
@@ -244,4 +296,6 @@ def test_a_loader_that_does_not_fit_is_explained(tmp_path, repeat, entry, messag
     if entry:
         stage.batch_axes[entry] = ("batch",)
     with pytest.raises(ValueError, match=message):
-        train(toy_config(steps=40), stage, toy_loader(repeat=repeat), tmp_path)
+        train(
+            Experiment.from_config(toy_config(steps=40)), stage, toy_loader(repeat=repeat), tmp_path
+        )

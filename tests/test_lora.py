@@ -6,9 +6,10 @@ import pytest
 from conftest import lora_config
 from tiny_stages import build_stage, tiny_batch, tiny_config, train_tiny
 
+from mvjax.experiment import Experiment
 from mvjax.models.layers import LoRA, learns_with_lora, merge_lora
 from mvjax.models.network import merge, split
-from mvjax.models.presets import video_dit_config, video_network
+from mvjax.models.presets import video_network
 from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch
 
@@ -30,8 +31,8 @@ def is_adapter(path):
 @pytest.fixture(scope="module")
 def networks(quickly):
     """A plain network, its adapted version, and their LoRA; with their jitted velocities."""
-    adapted = video_dit_config(lora_config(""))
-    pair = video_network(video_dit_config(tiny_config("video"))), video_network(adapted)
+    adapted = Experiment.from_config(lora_config("")).video
+    pair = Experiment.from_config(tiny_config("video")).video_network, video_network(adapted)
     return *((network, jitted_velocity(network)) for network in pair), adapted.lora
 
 

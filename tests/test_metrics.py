@@ -10,6 +10,7 @@ from tiny_stages import build_stage, tiny_config, tiny_loader
 from toy_training import toy_config, toy_loader, toy_stage
 
 from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.models.flops import step_flops
 from mvjax.training import metrics
 from mvjax.training.metrics import MetricsWriter, read_records
@@ -39,7 +40,7 @@ def records(tmp_path_factory):
     config.training.log_every = 3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(metrics, "peak_flops", lambda device: 1e12)
-        train(config, build_stage(config)[0], tiny_loader(config), workdir)
+        train(Experiment.from_config(config), build_stage(config)[0], tiny_loader(config), workdir)
     return config, workdir, read_records(workdir)
 
 
@@ -55,7 +56,9 @@ def test_a_record_tells_speed_utilisation_and_memory(records):
         tokens = Clip(**config.clip).tokens
         assert row["tokens_per_second"] == pytest.approx(tokens * per_second)
         devices = len(jax.devices())
-        assert row["mfu"] == pytest.approx(per_second * step_flops(config) / 1e12 / devices)
+        assert row["mfu"] == pytest.approx(
+            per_second * step_flops(Experiment.from_config(config)) / 1e12 / devices
+        )
         assert row["host_mb"] > 100 or row["device_peak_mb"] > 1
     # Two steps are finished when the third is recorded, and all seven at the end.
     finished = [(r["data_seconds"] + r["step_seconds"]) / r["seconds_per_step"] for r in rows]
@@ -84,15 +87,25 @@ def test_tensorboard_has_the_same_numbers(records):
 
 def test_the_progress_line_shows_loss_and_pace(tmp_path, capsys):
     config = toy_config(steps=6, log_every=2, checkpoint_every=9)
-    train(config, toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
     line = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
     assert "6/6" in line and "loss " in line and " s/step" in line, line
 
 
 def test_no_speed_is_told_before_a_step_is_finished(tmp_path):
-    train(toy_config(steps=1, log_every=1), toy_stage(), toy_loader(), tmp_path / "one")
+    train(
+        Experiment.from_config(toy_config(steps=1, log_every=1)),
+        toy_stage(),
+        toy_loader(),
+        tmp_path / "one",
+    )
     assert "seconds_per_step" in read_records(tmp_path / "one")[0]  # saving waited for it
-    train(toy_config(checkpoint_every=9), toy_stage(), toy_loader(), tmp_path / "more")
+    train(
+        Experiment.from_config(toy_config(checkpoint_every=9)),
+        toy_stage(),
+        toy_loader(),
+        tmp_path / "more",
+    )
     first, second = read_records(tmp_path / "more")[:2]
     assert "seconds_per_step" not in first and second["seconds_per_step"] > 0
     assert "mfu" not in second and "tokens_per_second" not in second  # the toy tells neither
@@ -118,5 +131,5 @@ def test_wandb_that_is_not_installed_is_explained_before_any_data_is_read(tmp_pa
     config = tiny_config("video")
     config.wandb = "a_project"
     with pytest.raises(ValueError, match="not installed: pip install wandb"):
-        run(config, tmp_path / "run")
+        run(Experiment.from_config(config), tmp_path / "run")
     assert not (tmp_path / "run").exists()

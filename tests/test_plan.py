@@ -11,7 +11,7 @@ import forked
 import pytest
 
 from configs import quickstart_video
-from mvjax.models.presets import video_dit_config, video_network
+from mvjax.experiment import Experiment
 from mvjax.pods.collectives import Collective, collectives
 from mvjax.pods.topology import NoCompiler, pod_devices
 
@@ -224,7 +224,7 @@ def test_the_quickstart_on_one_chip_and_its_largest_batch(tmp_path):
     assert found["host_bytes"] == 0
     assert found["devices"] == 1 and found["batch_size"] in (1, 2) and not found["collectives"]
     assert 0 < found["argument_bytes"] < found["peak_bytes"] < found["hbm_bytes"] / 100
-    network = video_network(video_dit_config(quickstart_video.get_config("smoke")))
+    network = Experiment.from_config(quickstart_video.get_config("smoke")).video_network
     assert found["parameters"] == found["trainable"] == network.num_parameters
     assert found["argument_bytes"] >= 4 * 4 * network.num_parameters  # with moments and average
 

@@ -3,6 +3,7 @@
 import pytest
 
 from configs import quickstart_video
+from mvjax.experiment import Experiment
 from mvjax.parallel import GB
 from mvjax.pods.compile import DoesNotFit, Plan
 from mvjax.pods.search import search
@@ -39,7 +40,8 @@ def made(config, peak_bytes, link_seconds):
 def searched(per_clip=GB // 8, links=lambda config: 0.0, config=None, **settings):
     """(found, what was said) with a compiler that counts a share of the memory per clip."""
 
-    def compiled(config):
+    def compiled(experiment):
+        config = experiment.config
         batch = config.training.batch_size
         clips = batch / DEVICES
         peak = per_clip(clips) if callable(per_clip) else GB // 100 + per_clip * clips
@@ -49,7 +51,7 @@ def searched(per_clip=GB // 8, links=lambda config: 0.0, config=None, **settings
 
     said = []
     found = search(
-        config or quickstart_video.get_config("smoke"),
+        Experiment.from_config(config or quickstart_video.get_config("smoke")),
         **dict(devices=DEVICES, slices=1, hbm_bytes=GB, batch_size=None, max_compiles=20)
         | settings,
         compiled=compiled,
@@ -61,7 +63,7 @@ def searched(per_clip=GB // 8, links=lambda config: 0.0, config=None, **settings
 @pytest.mark.parametrize(("per_chip", "clips"), [(1, 8), (3, 24), (7, 56), (12, 96), (16, 128)])
 def test_the_largest_batch_is_found_not_a_power_of_two(per_chip, clips):
     found, said = searched(per_clip=int(0.98 * GB) // per_chip)
-    assert found.config.training.batch_size == found.plan.batch_size == clips
+    assert found.experiment.config.training.batch_size == found.plan.batch_size == clips
     assert found.ended == f"{clips + 8} clips do not fit"
     assert found.flags.endswith(f"--config.training.batch_size={clips}")
     assert len(said) <= 3 + 3  # meshes; twice the batch, the largest, and one more
@@ -69,7 +71,7 @@ def test_the_largest_batch_is_found_not_a_power_of_two(per_chip, clips):
 
 def test_the_mesh_with_the_shortest_exchanges_is_chosen():
     found, said = searched(links=lambda config: abs(config.mesh.fsdp - 4))
-    assert dict(found.config.mesh) == dict(data=2, fsdp=4, context=1, tensor=1)
+    assert dict(found.experiment.config.mesh) == dict(data=2, fsdp=4, context=1, tensor=1)
     tried = [line.partition(", ")[0].partition("] ")[2] for line in said]
     assert tried[:3] == [f"data={8 // n} fsdp={n} context=1 tensor=1" for n in (8, 4, 1)]
     assert "--config.mesh.data=2 --config.mesh.fsdp=4" in found.flags
@@ -77,7 +79,10 @@ def test_the_mesh_with_the_shortest_exchanges_is_chosen():
 
 def test_chips_share_a_clip_where_one_each_does_not_fit():
     found, said = searched(per_clip=int(1.5 * GB))
-    assert found.config.mesh.context == 2 and found.config.training.batch_size == 4
+    assert (
+        found.experiment.config.mesh.context == 2
+        and found.experiment.config.training.batch_size == 4
+    )
     assert said[0].endswith("does not fit") and found.ended == "8 clips do not fit"
 
 
@@ -101,7 +106,7 @@ def test_memory_that_grows_faster_than_foreseen_is_no_surprise():
 
 def test_a_given_batch_is_kept_and_decides_the_context():
     found, _ = searched(batch_size=2)
-    assert found.config.mesh.context == 4 and found.plan.batch_size == 2
+    assert found.experiment.config.mesh.context == 4 and found.plan.batch_size == 2
     assert found.ended == "the batch was given"
 
 
@@ -109,7 +114,7 @@ def test_micro_batches_make_the_least_batch_larger():
     config = quickstart_video.get_config("smoke")
     config.training.accumulate = 4
     found, _ = searched(config=config, batch_size=32)
-    assert found.config.mesh.context == 1
+    assert found.experiment.config.mesh.context == 1
 
 
 def test_nothing_that_fits_or_could_be_tried_is_a_sentence():

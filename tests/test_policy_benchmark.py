@@ -13,14 +13,11 @@ from data_pipelines.clip import Clip
 from data_pipelines.normalize import Normalizer
 from launch.benchmarks import policy_speed
 from launch.benchmarks.policy_speed import NoiseTextEncoder, random_observations, untrained_policy
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.network import Network
 from mvjax.models.presets import (
     WAN_VAES,
-    action_decoder_config,
-    decoder_network,
-    video_dit_config,
-    video_network,
 )
 from mvjax.models.wan_vae import WanVAE
 from mvjax.policy.policy import Policy, VideoActionModel
@@ -37,7 +34,9 @@ def short_turns(monkeypatch):
 def test_every_part_and_the_whole_are_measured():
     """And the query that is measured is the policy's answer."""
     config = tiny_config("action")
-    (batch,) = policy_speed.measure_policy(config, [2], stop_step=0, rounds=2, peer_of=None)
+    (batch,) = policy_speed.measure_policy(
+        Experiment.from_config(config), [2], stop_step=0, rounds=2, peer_of=None
+    )
     (ours,) = batch.answers
     assert list(ours.parts) == PARTS
     assert all(0 < part.p50 <= part.p95 for part in ours.parts.values())
@@ -47,7 +46,9 @@ def test_every_part_and_the_whole_are_measured():
     assert ours.queries_per_second == pytest.approx(2e3 / ours.parts["query"].p50)
     json.dumps(batch.as_dict())
     assert "queries/s" in policy_speed.policy_table(batch)
-    policy = untrained_policy(config, Sampling(**{**config.sampler, "fresh_noise": False}), 2)
+    policy = untrained_policy(
+        Experiment.from_config(config), Sampling(**{**config.sampler, "fresh_noise": False}), 2
+    )
     expected = policy.plan(random_observations(policy, 2))
     np.testing.assert_allclose(ours.actions, expected, rtol=1e-5, atol=1e-6)
 
@@ -95,8 +96,8 @@ def test_the_work_of_a_query_of_the_released_sizes():
     config = bridge_action.get_config()
     vae = Network(lambda key: WanVAE(WAN_VAES["wan21"], key))
     backbone, decoder = (
-        video_network(video_dit_config(config)),
-        decoder_network(action_decoder_config(config)),
+        Experiment.from_config(config).video_network,
+        Experiment.from_config(config).decoder_network,
     )
     model = VideoActionModel(Clip(**config.clip), 20, backbone, decoder, Sampling())
     weights = vae.bind(vae.abstract), backbone.abstract, decoder.abstract
@@ -116,14 +117,16 @@ def test_a_batch_that_does_not_fit_is_said(monkeypatch):
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(policy_speed.psutil, "virtual_memory", lambda: memory)
     config = tiny_config("action")
-    (batch,) = policy_speed.measure_policy(config, [1, 2], stop_step=0, rounds=1, peer_of=None)
+    (batch,) = policy_speed.measure_policy(
+        Experiment.from_config(config), [1, 2], stop_step=0, rounds=1, peer_of=None
+    )
     assert batch.size == 1 and not batch.answers
     assert "A batch of 1 does not fit: it needs" in policy_speed.policy_table(batch)
 
 
 def test_only_stage_two_makes_a_policy():
     with pytest.raises(ValueError, match="stage is 'action'; this one's is 'video'"):
-        untrained_policy(tiny_config("video"), Sampling())
+        untrained_policy(Experiment.from_config(tiny_config("video")), Sampling())
 
 
 def test_the_command_writes_its_figures(command, tmp_path):

@@ -18,20 +18,19 @@ from data_pipelines.embodiments import libero_panda, widowx
 from data_pipelines.representations import Mode
 from data_pipelines.settings import differences
 from data_pipelines.vectors import dims, modes, parse, streams
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.network import Network, split
 from mvjax.models.presets import (
     ACTION_DECODERS,
     VIDEO_DITS,
-    action_decoder_config,
     decoder_network,
-    video_dit_config,
     video_network,
 )
-from mvjax.parallel import make_mesh, make_rules
+from mvjax.parallel import make_mesh
 from mvjax.policy.observation import control_stride
-from mvjax.training import start
 from mvjax.training.bridge import abstract_backbone
+from mvjax.training.start import make_stage
 from mvjax.training.step import make_schedule
 
 CONFIGS = Path(mimic_video.__file__).parent
@@ -77,7 +76,7 @@ def test_no_configuration_is_left_out():
 @pytest.mark.parametrize(("name", "argument"), [c for c in ALL if c[1] != "rehearsal"])
 def test_lengths_and_widths_are_the_released_ones(name, argument):
     config = get(name, argument)
-    clip, video = Clip(**config.clip), video_dit_config(config)
+    clip, video = Clip(**config.clip), Experiment.from_config(config).video
     assert clip.latent_shape == (16, 60, 80, 16) and clip.condition_latents == 2
     assert clip.tokens == 19_200 and (video.text_dim, config.text.length) == (1024, 512)
     preset = VIDEO_DITS["cosmos14b" if name.startswith("cosmos14b") else "cosmos2b"]
@@ -101,8 +100,8 @@ def test_stages_take_the_batches_that_the_lengths_say(name, argument):
     """Shapes only: neither weights nor activations exist."""
     config = get(name, argument)
     config.mesh = dict(fsdp=-1)
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
-    stage = start.build(config, mesh, rules, abstract_backbone)
+    mesh = make_mesh(config.mesh)
+    stage = make_stage(Experiment.from_config(config), mesh, abstract_backbone)
     io, samples = config.policy_io, 2
     shapes = {
         "latents": Clip(**config.clip).latent_shape,
@@ -188,8 +187,8 @@ def test_data_in_other_formats_take_the_place_of_the_releases():
 def trainable(name: str, argument: str = "") -> tuple[int, int]:
     """Parameters altogether, and those that learn."""
     config = get(name, argument)
-    stage = start.build(config, None, None)
-    params = network(video_dit_config(config)).abstract
+    stage = make_stage(Experiment.from_config(config), None)
+    params = network(Experiment.from_config(config).video).abstract
     return sizes(params), sizes(split(params, stage.trainable)[0])
 
 
@@ -202,7 +201,7 @@ def test_adapters_and_adaln_weights_learn_in_stage_1(name):
 
 def test_everything_learns_in_full_training():
     assert trainable("pretrain_video") == (TWO_BILLION, TWO_BILLION)
-    all_14b = network(video_dit_config(get("cosmos14b_video"))).num_parameters
+    all_14b = network(Experiment.from_config(get("cosmos14b_video")).video).num_parameters
     assert trainable("cosmos14b_video") == (all_14b, all_14b) and 14.1e9 < all_14b < 14.5e9
     with_adapters, learning = trainable("cosmos14b_video", "lora")
     # Rank 32 on q, k, v, output of two attentions and on both MLP layers of 36 blocks.
@@ -216,7 +215,7 @@ def test_everything_learns_in_full_training():
     ("name", "preset"), [("bridge_action", "bridge"), ("libero_action", "libero")]
 )
 def test_the_decoder_is_the_released_one(name, preset):
-    decoder = action_decoder_config(get(name))
+    decoder = Experiment.from_config(get(name)).decoder
     assert decoder == ACTION_DECODERS[preset]
     count = {"bridge": 498_990_730, "libero": 499_036_810}[preset]
     assert decoder_network(decoder).num_parameters == count

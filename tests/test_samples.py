@@ -10,11 +10,11 @@ from run_records import without_times
 from tiny_stages import build_stage, five_steps, tiny_loader
 
 from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.flow import condition_mask
-from mvjax.models.presets import video_dit_config, video_network
 from mvjax.models.stand_ins import fit_linear_tokenizer, save_linear_tokenizer
 from mvjax.parallel import sharding_tree
-from mvjax.policy.generate import Conditions, Denoising, VideoModel
+from mvjax.policy.generate import Conditions, VideoModel
 from mvjax.training.metrics import read_records
 from mvjax.training.prefetch import device_batches
 from mvjax.training.train import train
@@ -57,9 +57,11 @@ def windows_of(config):
 
 
 def looker(config, workdir, identity):
-    stage, mesh, rules = build_stage(config)
+    stage, mesh, _ = build_stage(config)
     with jax.set_mesh(mesh):
-        look = look_at(config, stage, mesh, rules, windows_of(config), identity, workdir)
+        look = look_at(
+            Experiment.from_config(config), stage, mesh, windows_of(config), identity, workdir
+        )
     return stage, look
 
 
@@ -75,7 +77,7 @@ def looked(tokenizer, tmp_path_factory):
     config, workdir = looking("video", tokenizer), tmp_path_factory.mktemp("looked")
     identity = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest()}
     stage, look = looker(config, workdir, identity)
-    train(config, stage, tiny_loader(config), workdir, held_out=look)
+    train(Experiment.from_config(config), stage, tiny_loader(config), workdir, held_out=look)
     return config, workdir
 
 
@@ -125,16 +127,17 @@ def test_videos_are_sampled_as_launch_generate_does(tokenizer, tmp_path):
     )
     shardings = sharding_tree(stage.batch_axes, mesh, rules)
     batch, _ = next(device_batches(tiny_loader(config), shardings))
-    videos = HeldOutVideos(config, mesh, rules, batch, 1, None, tmp_path)
+    videos = HeldOutVideos(Experiment.from_config(config), mesh, batch, 1, None, tmp_path)
     happened, ours = map(np.asarray, videos._generate(params, batch))
     clip = Clip(**config.clip)
     mask = np.asarray(condition_mask(np.full(1, clip.condition_latents), clip.latent_frames))
     text, clean = np.asarray(batch["text"])[:1], np.asarray(batch["latents"])[:1]
     np.testing.assert_array_equal(happened, clean)
     noise = np.asarray(jax.random.normal(jax.random.key(0), batch["latents"].shape))[:1]
-    model = VideoModel(video_network(video_dit_config(config)), params, mesh, rules)
-    settings = Denoising(3, config.sampler.sigma_max, config.sampler.sigma_min)
-    theirs = model.sample(noise, Conditions(clean, mask, text, np.float32(0)), settings)
+    model = VideoModel(Experiment.from_config(config).video_network, params, mesh, rules)
+    sampling = Experiment.from_config(config).sampling()
+    assert sampling.video_steps == 3
+    theirs = model.sample(noise, Conditions(clean, mask, text, np.float32(0)), sampling)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     assert ours.shape == theirs.shape == (1, *clip.latent_shape)
 

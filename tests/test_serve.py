@@ -7,6 +7,7 @@ from tiny_policy import run_config, save_run
 from tiny_stages import quick_compiles
 
 from mvjax.evaluation.suites.metaworld import MetaWorld
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
@@ -44,7 +45,9 @@ def test_a_trained_policy_is_served_and_drives_a_robot(trained, command):
     try:
         config = run_config(trained)
         with quick_compiles():
-            policy = load_policy(config, trained / "action", Sampling(**config.sampler), 1)
+            policy = load_policy(
+                Experiment.from_config(config), trained / "action", Sampling(**config.sampler), 1
+            )
             frame = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
             proprio = np.array([[0.1, 0.6, 0.2, 0.5]], np.float32)
             asked = Observation(np.stack([frame] * 5), proprio, "close the drawer")

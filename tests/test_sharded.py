@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from tiny_stages import build_stage, five_steps, train_tiny
 
+from mvjax.experiment import Experiment
 from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import read_records
@@ -50,8 +51,8 @@ def one(tmp_path_factory, eight, video_run, quickly):
 def first_gradient(workdir, config, tmp_path):
     """The first step's gradient: Adam's first moment after it, over 1 - b1."""
     shutil.copytree(workdir / "checkpoints" / "1", tmp_path / "checkpoints" / "1")
-    stage, mesh, rules = build_stage(config)
-    _, abstract, _ = assemble(config, stage, mesh, rules)
+    stage, mesh, _ = build_stage(config)
+    _, abstract, _ = assemble(Experiment.from_config(config), stage, mesh)
     with jax.set_mesh(mesh), Store(tmp_path, keep=1) as store:
         state = store.restore(abstract).state
     moment = state.opt_state.inner[0].mu

@@ -6,18 +6,13 @@ import numpy as np
 import pytest
 from tiny_stages import build_stage, tiny_batch, tiny_config
 
+from mvjax.experiment import Experiment
 from mvjax.flow import (
     action_loss,
     condition_mask,
     network_input,
     sample_action_time,
     sample_video_sigma,
-)
-from mvjax.models.presets import (
-    action_decoder_config,
-    decoder_network,
-    video_dit_config,
-    video_network,
 )
 from mvjax.training.bridge import abstract_params
 from mvjax.training.metrics import read_records
@@ -63,12 +58,12 @@ def test_the_loss_falls_on_one_batch(name, share, video_run, tmp_path):
     config.training.steps = 90  # many, so that the program is that of the other tests
     stage = build_stage(config)[0]
     frozen = jax.tree.map(np.array, stage.frozen)
-    train(config, stage, OneBatch(config), tmp_path)
+    train(Experiment.from_config(config), stage, OneBatch(config), tmp_path)
     losses = [record["loss"] for record in read_records(tmp_path)]
     assert np.mean(losses[-5:]) < share * np.mean(losses[:5]), losses
     jax.tree.map(np.testing.assert_array_equal, frozen, stage.frozen)
     if name == "action":  # the checkpoint holds the decoder and nothing of the backbone
-        decoder = decoder_network(action_decoder_config(config))
+        decoder = Experiment.from_config(config).decoder_network
         shapes = jax.tree.map(jnp.shape, decoder.abstract)
         assert jax.tree.map(jnp.shape, abstract_params(tmp_path)) == shapes
 
@@ -87,7 +82,7 @@ def test_video_loss_is_the_velocity_error_of_the_frames_to_predict():
     noise = jax.random.normal(noise_key, x0.shape)
     observed = np.asarray(jax.random.randint(condition_key, (samples,), 1, 3))
     assert set(observed) == {1, 2}
-    net = video_network(video_dit_config(config)).bind(params)
+    net = Experiment.from_config(config).video_network.bind(params)
     tau = sigma / (1 + sigma)
     clean = np.arange(frames) < observed[:, None]
     wide = clean[..., None, None, None]
@@ -117,8 +112,8 @@ def test_action_loss_is_the_mean_over_the_draws(video_run):
     x0 = batch["latents"]
     noisy = x0 + sigma[..., None, None, None] * jax.random.normal(video_noise_key, x0.shape)
     i = network_input(noisy, x0, sigma, condition_mask(jnp.full(samples, 2), frames))
-    backbone = video_network(video_dit_config(config)).bind(stage.frozen)
-    decoder = decoder_network(action_decoder_config(config)).bind(params)
+    backbone = Experiment.from_config(config).video_network.bind(stage.frozen)
+    decoder = Experiment.from_config(config).decoder_network.bind(params)
     noise = jax.random.normal(noise_key, (draws * samples, *batch["actions"].shape[1:]))
     time = sample_action_time(time_key, draws * samples, alpha=1.0, beta=1.0)
     drop = jax.random.bernoulli(drop_key, 0.5, (draws * samples,))

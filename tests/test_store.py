@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from toy_training import toy_config, toy_loader, toy_stage
 
+from mvjax.experiment import Experiment
 from mvjax.models.network import merge
 from mvjax.parallel import make_mesh, make_rules
 from mvjax.training.bridge import abstract_params, read_meta, restore_params
@@ -26,7 +27,13 @@ def toy_abstract(stage=None, ema=True):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("trained")
-    train(toy_config(), toy_stage(), toy_loader(), workdir, {"data_fingerprint": "abc"})
+    train(
+        Experiment.from_config(toy_config()),
+        toy_stage(),
+        toy_loader(),
+        workdir,
+        {"data_fingerprint": "abc"},
+    )
     return workdir
 
 
@@ -82,9 +89,9 @@ def test_who_reads_a_damaged_checkpoint_is_told_which_and_what_to_do(copied):
 @pytest.mark.parametrize(("keep_every", "left"), [(0, ["5", "6"]), (3, ["3", "5", "6"])])
 def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, keep_every, left):
     config = toy_config(steps=5, checkpoint_every=1, keep_every=keep_every)
-    train(config, toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
     config.training.steps = 6  # also when the run was interrupted between
-    train(config, toy_stage(), toy_loader(), tmp_path)
+    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
     assert sorted(path.name for path in checkpoint_folder(tmp_path).iterdir()) == left
 
 
@@ -140,7 +147,13 @@ def test_a_damaged_newest_checkpoint_is_set_aside(copied, damage):
             restored = store.restore(toy_abstract())
         assert int(restored.state.step) == 2 and store.latest_step() == 2
     # The run goes on and writes step 4 again.
-    records = train(toy_config(), toy_stage(), toy_loader(), copied, {"data_fingerprint": "abc"})
+    records = train(
+        Experiment.from_config(toy_config()),
+        toy_stage(),
+        toy_loader(),
+        copied,
+        {"data_fingerprint": "abc"},
+    )
     assert records["step"] == 4
 
 

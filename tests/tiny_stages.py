@@ -16,14 +16,14 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.models.network import Params
 from mvjax.models.stand_ins import NgramTextEncoder
 from mvjax.parallel import Rules, make_mesh, make_rules
-from mvjax.training import start
 from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import Record
 from mvjax.training.objectives import Stage
-from mvjax.training.start import assemble, describe
+from mvjax.training.start import assemble, describe, make_stage
 from mvjax.training.step import create_state
 from mvjax.training.train import train
 
@@ -82,21 +82,23 @@ def build_stage(config: ConfigDict) -> tuple[Stage, Mesh, Rules]:
     """The stage of a configuration, and where it runs."""
     mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     with jax.set_mesh(mesh):
-        return start.build(config, mesh, rules), mesh, rules
+        return make_stage(Experiment.from_config(config), mesh), mesh, rules
 
 
 def train_tiny(config: ConfigDict, workdir: Path) -> Record:
     """The real loop on synthetic batches."""
-    return train(config, build_stage(config)[0], tiny_loader(config), workdir)
+    return train(
+        Experiment.from_config(config), build_stage(config)[0], tiny_loader(config), workdir
+    )
 
 
 def save_untrained(config: ConfigDict, workdir: Path) -> Params:
     """A checkpoint of step 0 and its parameters: what a run leaves, without compiling a step."""
-    stage, mesh, rules = build_stage(config)
-    optimizer, abstract, _ = assemble(config, stage, mesh, rules)
+    stage, mesh, _ = build_stage(config)
+    optimizer, abstract, _ = assemble(Experiment.from_config(config), stage, mesh)
     with jax.set_mesh(mesh), Store(workdir, keep=1) as store:
         state = create_state(stage, optimizer, abstract, config.training.seed)
-        store.save(0, state, None, describe(config, stage, {}))
+        store.save(0, state, None, describe(Experiment.from_config(config), stage, {}))
     return state.params
 
 

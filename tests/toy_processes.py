@@ -10,6 +10,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from toy_training import toy_config, toy_loader, toy_stage
 
 from mvjax import parallel
+from mvjax.experiment import Experiment
 from mvjax.parallel import make_mesh
 from mvjax.training.prefetch import local_rows
 from mvjax.training.train import train
@@ -35,7 +36,13 @@ def train_toys(workdir: str | Path, steps: int, *mesh: str) -> None:
     config.mesh.update({name: int(size) for name, size in (entry.split("=") for entry in mesh)})
     sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(("data", "fsdp")))
     loader = Rows(toy_loader(), local_rows(sharding, config.training.batch_size))
-    train(config, toy_stage(), loader, Path(workdir), meta={"data_fingerprint": "toy"})
+    train(
+        Experiment.from_config(config),
+        toy_stage(),
+        loader,
+        Path(workdir),
+        meta={"data_fingerprint": "toy"},
+    )
 
 
 if __name__ == "__main__":

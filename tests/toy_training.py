@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from mvjax.experiment import Experiment
 from mvjax.parallel import constrain
 from mvjax.training.objectives import Stage
 from mvjax.training.train import train
@@ -101,7 +102,13 @@ def main(workdir: str | Path, steps: int, *mesh: str) -> None:
     """Usage: toy_training.py WORKDIR STEPS [fsdp=4 context=2 ...]."""
     config = toy_config(steps=steps, checkpoint_every=max(1, steps // 4))
     config.mesh.update({name: int(size) for name, size in (entry.split("=") for entry in mesh)})
-    train(config, toy_stage(), toy_loader(), Path(workdir), meta={"data_fingerprint": "toy"})
+    train(
+        Experiment.from_config(config),
+        toy_stage(),
+        toy_loader(),
+        Path(workdir),
+        meta={"data_fingerprint": "toy"},
+    )
 
 
 if __name__ == "__main__":

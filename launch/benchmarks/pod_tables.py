@@ -18,6 +18,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from launch.entry import run
+from mvjax.experiment import Experiment
 from mvjax.parallel import abstract_mesh
 from mvjax.pods.compile import USUAL_MFU, batch_size, before_compiling, table
 from mvjax.pods.topology import pod_size
@@ -102,10 +103,11 @@ def _shapes(arguments: str) -> dict[str, Any]:
     values(words)
     config, (devices, kind) = values.config, pod_size(values.topology, values.slices)
     config.training.batch_size = batch_size(values.batch_per_chip, devices)
-    program = make_program(config, abstract_mesh(config.mesh, devices), abstract_backbone)
-    then = dict(topology=values.topology, slices=values.slices, stage=config.stage)
-    then["remat"] = config.video_model.remat
-    return then | before_compiling(config, program, kind, USUAL_MFU)
+    experiment = Experiment.from_config(config)
+    program = make_program(experiment, abstract_mesh(config.mesh, devices), abstract_backbone)
+    then = dict(topology=values.topology, slices=values.slices, stage=experiment.stage)
+    then["remat"] = experiment.video.remat
+    return then | before_compiling(experiment, program, kind, USUAL_MFU)
 
 
 def _plan(name: str, arguments: str) -> bool:

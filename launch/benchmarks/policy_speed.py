@@ -20,16 +20,17 @@ import numpy as np
 import psutil
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL, Clip
+from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL
 from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.flops import action_decoder_flops, peak_flops, video_dit_flops
 from mvjax.models.network import Network
-from mvjax.models.presets import WAN_VAES, action_decoder_config, decoder_network, video_network
+from mvjax.models.presets import WAN_VAES, video_network
 from mvjax.models.stand_ins import LinearTokenizer, Projection
 from mvjax.models.wan_vae import WanVAE
-from mvjax.parallel import make_mesh, make_rules, sharding_tree, split_ways
+from mvjax.parallel import sharding_tree, split_ways
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, medoid
 from mvjax.training.bridge import load_backbone
@@ -191,7 +192,7 @@ class NoiseTextEncoder:
         return np.stack([rng.standard_normal(size, np.float32) for rng in generators])
 
 
-def untrained_policy(config: Any, sampling: Sampling, batch_size: int = 1) -> Policy:
+def untrained_policy(experiment: Experiment, sampling: Sampling, batch_size: int = 1) -> Policy:
     """The policy that `load_policy` would give, its weights drawn at random.
 
     The tokenizer is linear where the configuration names an .npz file, else a Wan VAE of the
@@ -199,32 +200,31 @@ def untrained_policy(config: Any, sampling: Sampling, batch_size: int = 1) -> Po
     no part in the time of a query.
 
     Args:
-        config: of a stage-2 run; its checkpoints and data are not read.
+        experiment: a stage-2 run; its checkpoints and data are not read.
         sampling: how queries are answered.
         batch_size: queries per compiled batch; rounded up to what the devices can share.
 
     Raises:
         ValueError: if the configuration is not one of stage 2.
     """
-    if config.stage != "action":
+    if experiment.stage != "action":
         raise ValueError(
             f"A policy is configured by a stage-2 file of configs/, whose stage is 'action'; this "
-            f"one's is {config.stage!r}."
+            f"one's is {experiment.stage!r}."
         )
-    config = config.copy_and_resolve_references()
-    config.backbone.checkpoint = ""
-    mesh, rules = make_mesh(config.mesh, jax.local_devices()), make_rules(config.rules)
-    decoder = decoder_network(action_decoder_config(config))
+    experiment = experiment.changed({"backbone.checkpoint": ""})
+    config, rules, decoder = experiment.config, experiment.rules, experiment.decoder_network
+    mesh = experiment.mesh(jax.local_devices())
     shardings = sharding_tree(decoder.axes, mesh, rules, decoder.abstract)
     with jax.set_mesh(mesh):
-        video_dit, backbone_params = load_backbone(config, mesh, rules)
+        video_dit, backbone_params = load_backbone(experiment, mesh)
         decoder_params = jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(1))
         whole = NamedSharding(mesh, PartitionSpec())
         tokenizer = jax.device_put(_tokenizer(Path(config.tokenizer)), whole)
     ways = split_ways("batch", mesh, rules)
     return Policy(
         model=VideoActionModel(
-            Clip(**config.clip), config.context_layer, video_network(video_dit), decoder, sampling
+            experiment.clip, config.context_layer, video_network(video_dit), decoder, sampling
         ),
         weights=(tokenizer, backbone_params, decoder_params),
         text_encoder=NoiseTextEncoder(config.text.length, config.text.dim),
@@ -329,7 +329,7 @@ class Batch:
 
 
 def measure_policy(
-    config: Any,
+    experiment: Experiment,
     sizes: Sequence[int],
     *,
     stop_step: int,
@@ -341,14 +341,14 @@ def measure_policy(
     The noise is the published one, the same at every query, whatever the configuration says.
 
     Args:
-        config: of a stage-2 run.
+        experiment: a stage-2 run.
         sizes: of the batches, rising.
         stop_step: K of the sampling.
         rounds: turns, see `measure`.
         peer_of: makes a `TorchPolicy` of a policy; None where PyTorch does not take part.
     """
-    settings = {**config.sampler, "fresh_noise": False}
-    policy = untrained_policy(config, Sampling(**settings, stop_step=stop_step))
+    sampling = experiment.sampling(fresh_noise=False, stop_step=stop_step)
+    policy = untrained_policy(experiment, sampling)
     peer = peer_of(policy) if peer_of else None
     ways = policy.batch_size
     for size in sizes:

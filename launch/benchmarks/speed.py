@@ -24,14 +24,13 @@ from statistics import median
 
 import jax
 from absl import flags
-from ml_collections import ConfigDict
 
-from data_pipelines.clip import Clip
 from launch.benchmarks import data as data
 from launch.benchmarks.data import make_records, make_videos
 from launch.benchmarks.policy_speed import measure_policy, policy_table
 from launch.benchmarks.training_speed import OurStep, Speed, compare
 from launch.entry import config_flag, run
+from mvjax.experiment import Experiment
 
 CONFIG = config_flag()
 STEPS = flags.DEFINE_integer("steps", 10, "Steps per turn.", lower_bound=1)
@@ -50,23 +49,24 @@ OUT = flags.DEFINE_string("out", None, "A .json file for the figures.")
 
 def main() -> None:
     """Prints a table."""
+    experiment = Experiment.from_config(CONFIG.value)
     if DATA.value:
         with tempfile.TemporaryDirectory() as folder:
-            content = _measure_data(CONFIG.value, Path(folder))
+            content = _measure_data(experiment, Path(folder))
     elif POLICY.value:
-        content = _measure_policy(CONFIG.value)
+        content = _measure_policy(experiment)
     else:
-        content = _measure_steps(CONFIG.value)
+        content = _measure_steps(experiment)
     if OUT.value:
         Path(OUT.value).write_text(json.dumps(content, indent=2) + "\n")
 
 
-def _measure_steps(config: ConfigDict) -> dict:
-    competitors = [OurStep(config)]
+def _measure_steps(experiment: Experiment) -> dict:
+    competitors = [OurStep(experiment)]
     if _with_torch():
         from launch.benchmarks.torch_peer import TorchStep
 
-        competitors.append(TorchStep(config, competitors[0].flops, COMPILE.value))
+        competitors.append(TorchStep(experiment, competitors[0].flops, COMPILE.value))
     speeds = compare(competitors, STEPS.value, ROUNDS.value)
     device = jax.devices()[0]
     print(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
@@ -89,7 +89,7 @@ def _with_torch() -> bool:
     return TORCH.value and installed
 
 
-def _measure_policy(config: ConfigDict) -> dict:
+def _measure_policy(experiment: Experiment) -> dict:
     peer_of = None
     if _with_torch():
         os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
@@ -101,7 +101,7 @@ def _measure_policy(config: ConfigDict) -> dict:
     sizes = sorted(int(size) for size in BATCHES.value)
     batches = []
     for batch in measure_policy(
-        config, sizes, stop_step=STOP_STEP.value, rounds=ROUNDS.value, peer_of=peer_of
+        experiment, sizes, stop_step=STOP_STEP.value, rounds=ROUNDS.value, peer_of=peer_of
     ):
         batches.append(batch)
         print(policy_table(batch), flush=True)
@@ -115,8 +115,8 @@ def _measure_policy(config: ConfigDict) -> dict:
     }
 
 
-def _measure_data(config: ConfigDict, folder: Path) -> dict:
-    cores, clip = os.cpu_count() or 1, Clip(**config.clip)
+def _measure_data(experiment: Experiment, folder: Path) -> dict:
+    cores, config, clip = os.cpu_count() or 1, experiment.config, experiment.clip
     text = (config.text.length, config.text.dim)
     records = make_records(folder / "records", clip, text, RECORDS.value)
     videos = make_videos(folder / "videos", 2 * cores, 150)

@@ -15,7 +15,6 @@ import torch
 from flax import nnx
 from torch import Tensor, nn
 
-from data_pipelines.clip import Clip
 from data_pipelines.video import resize_area
 from launch.benchmarks.torch_networks import (
     TorchActionDecoder,
@@ -27,8 +26,8 @@ from launch.benchmarks.torch_networks import (
     vae_rules,
     video_rules,
 )
-from mvjax.flow import TAIL_SIGMA, evaluations, published_noise
-from mvjax.models.presets import action_decoder_config, video_dit_config
+from mvjax.experiment import Experiment
+from mvjax.flow import TAIL_SIGMA, Trajectory, advance, published_noise, schedule
 from mvjax.models.stand_ins import LinearTokenizer
 from mvjax.models.wan_vae import WanVAE
 from mvjax.policy.observation import Observation
@@ -48,11 +47,11 @@ class TorchVideoObjective(nn.Module):
         bfloat16: whether it is computed under autocast.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, experiment: Experiment):
         super().__init__()
-        model = video_dit_config(config)
+        model = experiment.video
         self.bfloat16 = model.dtype == "bfloat16"
-        self.clip, self.flow = Clip(**config.clip), config.flow
+        self.clip, self.flow = experiment.clip, experiment.config.flow
         self.trained = TorchVideoDiT(model)
 
     def compile_networks(self) -> None:
@@ -81,13 +80,13 @@ class TorchActionObjective(nn.Module):
         trained, bfloat16: as of `TorchVideoObjective`.
     """
 
-    def __init__(self, config: Any):
+    def __init__(self, experiment: Experiment):
         super().__init__()
-        model, decoder = video_dit_config(config), action_decoder_config(config)
+        config, decoder = experiment.config, experiment.decoder
         self.bfloat16 = decoder.dtype == "bfloat16"
-        self.clip, self.flow = Clip(**config.clip), config.flow
+        self.clip, self.flow = experiment.clip, config.flow
         self.sigma_max = config.sampler.sigma_max
-        self.backbone = TorchVideoDiT(model, config.context_layer).requires_grad_(False)
+        self.backbone = TorchVideoDiT(experiment.video, config.context_layer).requires_grad_(False)
         self.frozen_dtype = torch.float32
         if config.backbone.precision != "float32":
             self.frozen_dtype = torch.bfloat16
@@ -150,19 +149,19 @@ class TorchStep:
 
     name = "PyTorch"
 
-    def __init__(self, config: Any, flops: float, compiled: bool):
+    def __init__(self, experiment: Experiment, flops: float, compiled: bool):
         """Builds the networks and makes the first two steps.
 
         Args:
-            config: of a training run.
+            experiment: a training run.
             flops: of a step, to give the peer the same measure.
             compiled: whether to use `torch.compile`.
         """
-        start = time.perf_counter()
+        start, config = time.perf_counter(), experiment.config
         self.flops, self.batch_size = flops, config.training.batch_size
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         with self._device:
-            self._objective = OBJECTIVES[config.stage](config)
+            self._objective = OBJECTIVES[experiment.stage](experiment)
         if compiled:
             self._objective.compile_networks()
         settings = config.optimizer
@@ -180,7 +179,7 @@ class TorchStep:
         self._average = [p.detach().clone() for p in self._parameters if self._ema_decay]
         self._batch = {
             name: torch.randn(self.batch_size, *shape, device=self._device)
-            for name, shape in _shapes(config).items()
+            for name, shape in experiment.batch_shapes.items()
         }
         if "action_mask" in self._batch:
             self._batch["action_mask"].fill_(1)
@@ -212,16 +211,6 @@ class TorchStep:
         self._optimizer.step()
         if self._average:
             torch._foreach_lerp_(self._average, self._parameters, 1 - self._ema_decay)
-
-
-def _shapes(config: Any) -> dict[str, tuple[int, ...]]:
-    shapes = {"latents": Clip(**config.clip).latent_shape}
-    shapes["text"] = (config.text.length, config.text.dim)
-    if config.stage == "action":
-        action, proprio = config.policy_io.action, config.policy_io.proprio
-        shapes["actions"] = shapes["action_mask"] = (action.horizon, action.dim)
-        shapes["proprio"] = (proprio.horizon, proprio.dim)
-    return shapes
 
 
 # The same policy in PyTorch: diffusers' networks and our decoder's twin, with our weights.
@@ -301,21 +290,20 @@ class TorchPolicy:
 
     def context(self, clean: Tensor, text: Tensor, noise: Tensor) -> Tensor:
         """Hidden states after block k at the noise level of the stop step."""
-        sigmas, coefficients = evaluations(self._model.sampling.sigmas)
-        x, previous = noise * float(sigmas[0]), torch.zeros_like(noise)
+        sigmas, coefficients = schedule(self._model.sampling.sigmas)
+        here = Trajectory(noise * float(sigmas[0]), torch.zeros_like(noise))
         frames = torch.arange(clean.shape[1], device=clean.device)
         observed = (frames < self._model.clip.condition_latents).float().expand(len(clean), -1)
         mask = observed[..., None, None, None]
-        at = lambda i: torch.full((len(x), 1), float(sigmas[i]), device=x.device)  # noqa: E731
+        at = lambda i: torch.full((len(noise), 1), float(sigmas[i]), device=noise.device)  # noqa: E731
         k = self._model.sampling.stop_step
         for i in range(k):
             sigma = at(i)
-            velocity = self._velocity(x, clean, sigma, observed, text).float()
+            velocity = self._velocity(here.x, clean, sigma, observed, text).float()
             tau = (sigma / (1 + sigma))[..., None, None, None]
-            x0 = mask * clean + (1 - mask) * ((1 - tau) * x - tau * velocity)
-            a, b, c = map(float, coefficients[i])
-            x, previous = a * x + b * x0 + c * previous, x0
-        return self._read(x, clean, at(k), observed, text)
+            x0 = mask * clean + (1 - mask) * ((1 - tau) * here.x - tau * velocity)
+            here = advance(here, x0, map(float, coefficients[i]))
+        return self._read(here.x, clean, at(k), observed, text)
 
     def keys_values(self, context: Tensor) -> Context:
         """Of every block of the decoder."""

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from mvjax.experiment import Experiment
 from mvjax.models.flops import peak_flops
-from mvjax.parallel import make_mesh
 from mvjax.training.objectives import Batch
 from mvjax.training.start import make_program
 from mvjax.training.step import create_state
@@ -48,18 +48,17 @@ class OurStep:
 
     name = "mvjax"
 
-    def __init__(self, config: Any):
+    def __init__(self, experiment: Experiment):
         """Compiles the step and makes its first two.
 
         Args:
-            config: of a training run; datasets and checkpoints are not read.
+            experiment: a training run; datasets and checkpoints are not read.
         """
         start = time.perf_counter()
-        settings = config.training
-        if config.stage == "action":
-            config = config.copy_and_resolve_references()
-            config.backbone.checkpoint = ""
-        program = make_program(config, make_mesh(config.mesh))
+        settings = experiment.config.training
+        if experiment.stage == "action":
+            experiment = experiment.changed({"backbone.checkpoint": ""})
+        program = make_program(experiment, experiment.mesh())
         with jax.set_mesh(program.mesh):
             self._state = create_state(
                 program.stage, program.optimizer, program.state, settings.seed

@@ -5,7 +5,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import jax
 import numpy as np
@@ -14,7 +13,7 @@ from mvjax.evaluation.rollout import EpisodeResult, Plan, Setting, run_rollouts,
 from mvjax.evaluation.suites.libero import Libero, libero_commands, libero_python
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.evaluation.suites.suite import Convert, Suite
-from mvjax.flow import Sampling
+from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy, policy_identity
 from mvjax.policy.observation import Observation, ObservationSpec
 
@@ -53,7 +52,7 @@ def settings_for(
 
 
 def evaluate(
-    config: Any, checkpoint: Path, folder: Path, settings: Mapping[str, Setting]
+    experiment: Experiment, checkpoint: Path, folder: Path, settings: Mapping[str, Setting]
 ) -> Iterator[tuple[Setting, list[EpisodeResult]]]:
     """Plays every episode of `config.evaluation` under each setting; resumes what is on file.
 
@@ -61,7 +60,7 @@ def evaluate(
     policy is loaded once for all settings.
 
     Args:
-        config: configuration of the stage-2 run, with `evaluation {suite, tasks,
+        experiment: of the stage-2 run, its config with `evaluation {suite, tasks,
             episodes_per_task, first_seed, execute, max_steps, workers, videos_per_task}`.
         checkpoint: training directory of the stage-2 run; unused by "expert" and "none".
         folder: where results, recordings and the settings' descriptions go, in a folder for each.
@@ -73,7 +72,7 @@ def evaluate(
     Raises:
         ValueError: if the suite is unknown, or the policy's actions are not for it.
     """
-    protocol = config.evaluation
+    config, protocol = experiment.config, experiment.config.evaluation
     if protocol.suite not in SUITES:
         raise ValueError(f"Unknown suite {protocol.suite!r}; known: {', '.join(SUITES)}.")
     suite, fps = SUITES[protocol.suite], config.policy_io.action.fps
@@ -87,27 +86,28 @@ def evaluate(
         identity, controller = "", setting.mode
         if setting.mode in ("policy", "oracle"):
             oracle = setting.mode == "oracle"
-            sampling = Sampling(**config.sampler, stop_step=setting.stop_step, oracle=oracle)
+            sampling = experiment.sampling(stop_step=setting.stop_step, oracle=oracle)
             if policy is None:
-                policy = load_policy(config, checkpoint, sampling, protocol.workers)
+                policy = load_policy(experiment, checkpoint, sampling, protocol.workers)
             policy = policy.sampled(sampling)
             policy.warm_up()
             controller = _in_simulator(policy.plan, suite.convert)
             identity = policy_identity(config, checkpoint) + str(sampling)
         if jax.process_index() == 0:
             write_setting(folder / name, setting)
-        yield setting, _play(config, suite, folder / name, setting, controller, identity)
+        yield setting, _play(experiment, suite, folder / name, setting, controller, identity)
 
 
 def _play(
-    config: Any,
+    experiment: Experiment,
     suite: Suite,
     folder: Path,
     setting: Setting,
     controller: Plan | str,
     identity: str,
 ) -> list[EpisodeResult]:
-    protocol, io = config.evaluation, config.policy_io
+    protocol, clip = experiment.config.evaluation, experiment.clip
+    proprio = experiment.config.policy_io.proprio
     # --config.evaluation.tasks=a,b puts one string into the tuple.
     tasks = [task.strip() for task in ",".join(protocol.tasks).split(",")]
     protocol_text = "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
@@ -121,15 +121,15 @@ def _play(
         ],
         controller=controller,
         spec=ObservationSpec(
-            observed_frames=config.clip.observed_frames,
-            fps=config.clip.fps,
-            proprio_horizon=io.proprio.horizon,
-            proprio_fps=io.proprio.fps,
+            observed_frames=clip.observed_frames,
+            fps=clip.fps,
+            proprio_horizon=proprio.horizon,
+            proprio_fps=proprio.fps,
             execute=protocol.execute,
         ),
         folder=folder,
         config_hash=hashlib.sha256((identity + protocol_text).encode()).hexdigest()[:16],
-        oracle_frames=config.clip.future_frames if setting.mode == "oracle" else 0,
+        oracle_frames=clip.future_frames if setting.mode == "oracle" else 0,
         max_steps=protocol.max_steps,
         workers=protocol.workers,
         videos_per_task=protocol.videos_per_task,

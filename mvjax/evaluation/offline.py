@@ -33,7 +33,8 @@ from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
 from mvjax.encode import wait_until
 from mvjax.evaluation.figures import curves_figure
-from mvjax.flow import Sampling, Trajectory, advance, evaluations, start
+from mvjax.experiment import Experiment
+from mvjax.flow import Trajectory, advance, schedule, start
 from mvjax.policy.load import load_policy, policy_identity
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, Weights, medoid, to_pixels
@@ -244,7 +245,7 @@ def _batch_errors(
     with policy.devices():
         clean = _encode(model, policy.weights, inputs.video)
         here = start(inputs.video_noise, sigmas)
-        for k, (sigma, coefficients) in enumerate(zip(*evaluations(sigmas))):
+        for k, (sigma, coefficients) in enumerate(zip(*schedule(sigmas))):
             if k in stop_steps:
                 noisy = clean + sigma * inputs.video_noise
                 for video, chunks in ((noisy, read_true), (here.x, read_generated)):
@@ -291,7 +292,7 @@ def _step(
     model, weights: Weights, here: Trajectory, clean, sigma, coefficients, inputs: Inputs
 ) -> Trajectory:
     x0 = model.denoised(weights[1], here.x, clean, jnp.full((len(clean), 1), sigma), inputs.text)
-    return Trajectory(advance(here.x, x0, here.previous, coefficients), x0)
+    return advance(here, x0, coefficients)
 
 
 @jax.jit
@@ -396,7 +397,12 @@ Files = Mapping[Moment, Path]
 
 
 def evaluate_offline(
-    config: Any, checkpoint: Path, folder: Path, stop_steps: Sequence[int], count: int, batch: int
+    experiment: Experiment,
+    checkpoint: Path,
+    folder: Path,
+    stop_steps: Sequence[int],
+    count: int,
+    batch: int,
 ) -> dict[str, Any]:
     """Evaluates a policy on the held-out episodes of every dataset with actions.
 
@@ -404,7 +410,7 @@ def evaluate_offline(
     devices. An episode that cannot be read is left out and named.
 
     Args:
-        config: configuration of the stage-2 run.
+        experiment: of the stage-2 run.
         checkpoint: its training directory.
         folder: where the results go.
         stop_steps: at which to read the video.
@@ -417,7 +423,7 @@ def evaluate_offline(
     Raises:
         ValueError: if nothing is held out, or none of it can be read.
     """
-    sampling = Sampling(**config.sampler)
+    config, sampling = experiment.config, experiment.sampling()
     sections = {d.name: d for d in config.datasets.values() if d.action}
     episodes = {name: open_config(dataset) for name, dataset in sections.items()}
     measured = [policy_identity(config, checkpoint), str(sampling), list(stop_steps)]
@@ -441,7 +447,7 @@ def evaluate_offline(
     ours = _share(files)
     left = [moment for moment in ours if not files[moment].exists()]
     if left:
-        policy = load_policy(config, checkpoint, sampling, batch)
+        policy = load_policy(experiment, checkpoint, sampling, batch)
         found = window_errors(policy, windows(left), stop_steps)
         bar = dict(total=len(ours), initial=len(ours) - len(left), unit="moment")
         for window, errors in tqdm(found, **bar, disable=jax.process_index() > 0):

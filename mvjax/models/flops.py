@@ -11,10 +11,9 @@ from typing import Any
 
 import jax
 
-from data_pipelines.clip import PATCH, Clip
+from data_pipelines.clip import PATCH
 from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
 from mvjax.models.layers import LoRA
-from mvjax.models.presets import action_decoder_config, video_dit_config
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import chip
 
@@ -71,24 +70,19 @@ def action_decoder_flops(config: ActionDecoderConfig, context_tokens: int, draws
     return _action_decoder(config, context_tokens, draws).forward
 
 
-def step_flops(config: Any) -> float:
-    """Operations of a training step of `config.stage`, per sample of the batch.
+def step_flops(experiment: Any) -> float:
+    """Operations of a training step of an `Experiment`, per sample of the batch.
 
     Three forward passes for what learns, two for the products with kernels that stay fixed under
     LoRA, and one for the frozen backbone of stage 2, to its last block that is read.
-
-    Args:
-        config: what `video_stage` or `action_stage` reads.
     """
-    clip, model, text = Clip(**config.clip), video_dit_config(config), config.text.length
-    latents = clip.latent_shape[:3]
-    if config.stage == "video":
+    config, clip, model = experiment.config, experiment.clip, experiment.video
+    latents, text = clip.latent_shape[:3], config.text.length
+    if experiment.stage == "video":
         return _video_dit(model, latents, text, None, model.lora).training
     backbone = _video_dit(model, latents, text, config.context_layer, None)  # adapters are merged
-    decoder = action_decoder_config(config)
-    return (
-        backbone.forward + _action_decoder(decoder, clip.tokens, config.flow.action_draws).training
-    )
+    draws = config.flow.action_draws
+    return backbone.forward + _action_decoder(experiment.decoder, clip.tokens, draws).training
 
 
 def peak_flops(device: jax.Device) -> float | None:

@@ -12,10 +12,10 @@ from typing import Any
 
 import jax
 
-from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.models.flops import step_flops
 from mvjax.models.network import split
-from mvjax.parallel import GB, Chip, chip, make_mesh, slice_count
+from mvjax.parallel import GB, Chip, chip, slice_count
 from mvjax.pods.collectives import Collective, collectives
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.start import Program, make_program
@@ -80,11 +80,11 @@ class Plan:
         return asdict(self)
 
 
-def plan(config: Any, devices: Sequence[jax.Device], mfu: float = USUAL_MFU) -> Plan:
+def plan(experiment: Experiment, devices: Sequence[jax.Device], mfu: float = USUAL_MFU) -> Plan:
     """Compiles the train step of a configuration for the devices of `pod_devices`.
 
     Args:
-        config: of a training run; no data and no checkpoint that it names is read.
+        experiment: a training run; no data and no checkpoint that it names is read.
         devices: of one or several slices.
         mfu: share of the peak FLOP/s to assume for the step time.
 
@@ -95,18 +95,18 @@ def plan(config: Any, devices: Sequence[jax.Device], mfu: float = USUAL_MFU) -> 
     if not 0 < mfu <= 1:
         raise ValueError(f"the MFU is a share of the peak, more than 0 and up to 1; got {mfu}.")
     kind, slices = _known(devices[0]), slice_count(devices)
-    program = make_program(config, make_mesh(config.mesh, devices), abstract_backbone)
+    program = make_program(experiment, experiment.mesh(devices), abstract_backbone)
     start = time.perf_counter()
     try:
         compiled = program.compile()
     except jax.errors.JaxRuntimeError as error:
-        raise _explained(error, config, program, kind) from error
+        raise _explained(error, experiment, program, kind) from error
     compile_seconds = time.perf_counter() - start
     exchanges = collectives(compiled.as_text(), len(devices) // slices)
     inside = sum(c.sent_bytes for c in exchanges if not c.across_slices)
     memory = compiled.memory_analysis()
     return Plan(
-        **before_compiling(config, program, kind, mfu),
+        **before_compiling(experiment, program, kind, mfu),
         slices=slices,
         argument_bytes=memory.argument_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
@@ -117,17 +117,19 @@ def plan(config: Any, devices: Sequence[jax.Device], mfu: float = USUAL_MFU) -> 
     )
 
 
-def before_compiling(config: Any, program: Program, kind: Chip, mfu: float) -> dict[str, Any]:
+def before_compiling(
+    experiment: Experiment, program: Program, kind: Chip, mfu: float
+) -> dict[str, Any]:
     """The fields of a `Plan` that follow from shapes and shardings; no compiler is needed.
 
     Args:
-        config: of a training run.
+        experiment: a training run.
         program: its step, on the mesh of a pod or an abstract one.
         kind: what the devices of the mesh are.
         mfu: share of the peak FLOP/s to assume.
     """
-    devices, samples = program.mesh.size, config.training.batch_size
-    flops = step_flops(config) * samples / devices
+    devices, samples = program.mesh.size, experiment.config.training.batch_size
+    flops = step_flops(experiment) * samples / devices
     seconds = flops / (kind.peak_flops * mfu)
     return dict(
         device=kind.name,
@@ -173,7 +175,7 @@ def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
-def _explained(error: Exception, config: Any, program: Program, kind: Chip) -> Exception:
+def _explained(error: Exception, experiment: Experiment, program: Program, kind: Chip) -> Exception:
     """The sentence for a program that is too large; other errors as they are."""
     text = str(error)
     if "Vmem" in text:
@@ -186,7 +188,7 @@ def _explained(error: Exception, config: Any, program: Program, kind: Chip) -> E
         return error
     needed = re.search(r"\(([\d.]+[KMGT])\) exceeds", text)
     total = f"{needed[1]}B in all" if needed else "more"
-    remat = config.video_model.remat
+    remat = experiment.video.remat
     advice = [] if remat == "full" else [f"config.video_model.remat='full' (now {remat!r})"]
     return DoesNotFit(
         f"the step does not fit a {kind.name} of {kind.hbm_bytes / GB:.2f}GB: it needs {total}, "
@@ -199,7 +201,7 @@ def _explained(error: Exception, config: Any, program: Program, kind: Chip) -> E
 # A plan for a person to read.
 
 
-def report(config: Any, topology: str, plan: Plan) -> str:
+def report(experiment: Experiment, topology: str, plan: Plan) -> str:
     """Several lines: what was compiled, whether it fits, what it exchanges and costs."""
     per_chip = plan.batch_size / plan.devices
     slices = f"{plan.slices} x " if plan.slices > 1 else ""
@@ -207,10 +209,11 @@ def report(config: Any, topology: str, plan: Plan) -> str:
     fits = "fits" if share <= 1 else "DOES NOT FIT"
     frozen = f", {_millions(plan.frozen)} frozen in the backbone" if plan.frozen else ""
     host = f", {_bytes(plan.host_bytes)} in the host" if plan.host_bytes else ""
-    training = f"LoRA of rank {config.lora.rank}" if config.lora.rank else "full training"
-    what = f"video, {training}" if config.stage == "video" else "action decoder"
+    lora = experiment.video.lora
+    training = f"LoRA of rank {lora.rank}" if lora else "full training"
+    what = f"video, {training}" if experiment.stage == "video" else "action decoder"
     rows = [
-        ("step", f"{what}, {Clip(**config.clip).tokens:,} tokens per clip"),
+        ("step", f"{what}, {experiment.clip.tokens:,} tokens per clip"),
         ("pod", f"{slices}{topology}, {plan.devices} x {plan.device}"),
         ("mesh", " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())),
         ("batch", f"{plan.batch_size} clips, {per_chip:g} per chip"),

@@ -3,12 +3,10 @@
 Two searches, one after the other: the mesh at the least batch, then the batch on that mesh.
 """
 
-import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.parallel import MESH_AXES, abstract_mesh
 from mvjax.pods.compile import DoesNotFit, Plan
 from mvjax.training.bridge import abstract_backbone
@@ -24,29 +22,30 @@ class Found:
     """What a search ends with.
 
     Attributes:
-        config: the best configuration that was compiled.
+        experiment: the best that was compiled.
         plan: its figures.
         ended: why there is no larger batch, in words.
     """
 
-    config: Any
+    experiment: Experiment
     plan: Plan
     ended: str
 
     @property
     def flags(self) -> str:
         """What to add to the command of a training run."""
-        sizes = [f"--config.mesh.{axis}={self.config.mesh[axis]}" for axis in MESH_AXES]
-        return " ".join([*sizes, f"--config.training.batch_size={self.config.training.batch_size}"])
+        config = self.experiment.config
+        sizes = [f"--config.mesh.{axis}={config.mesh[axis]}" for axis in MESH_AXES]
+        return " ".join([*sizes, f"--config.training.batch_size={config.training.batch_size}"])
 
 
 def search(
-    config: Any,
+    experiment: Experiment,
     *,
     devices: int,
     slices: int,
     hbm_bytes: int,
-    compiled: Callable[[Any], Plan],
+    compiled: Callable[[Experiment], Plan],
     batch_size: int | None,
     max_compiles: int,
     say: Callable[[str], None],
@@ -61,10 +60,10 @@ def search(
     and its neighbours until one fits and the next does not, or a clip takes longer.
 
     Args:
-        config: of a training run; its mesh and batch are what is searched.
+        experiment: a training run; its mesh and batch are what is searched.
         devices, slices: of the whole pod.
         hbm_bytes: of a device.
-        compiled: a configuration -> its plan; raises `DoesNotFit`.
+        compiled: an experiment -> its plan; raises `DoesNotFit`.
         batch_size: samples per step of the pod; None for the largest.
         max_compiles: stops after so many programs.
         say: is told of each.
@@ -75,7 +74,7 @@ def search(
     budget = _Budget(compiled, max_compiles, say)
     best = None
     for context in CONTEXTS:
-        meshes = _candidates(config, devices, slices, context, batch_size, hbm_bytes)
+        meshes = _candidates(experiment, devices, slices, context, batch_size, hbm_bytes)
         for candidate in meshes:
             best = _better(best, budget.compile(candidate))
         if best:
@@ -101,7 +100,7 @@ def seconds_per_clip(plan: Plan) -> float:
     return (plan.step_seconds + plan.link_seconds) / plan.batch_size
 
 
-_Tried = tuple[Any, Plan]
+_Tried = tuple[Experiment, Plan]
 
 
 class _Budget:
@@ -113,15 +112,16 @@ class _Budget:
     def spent(self) -> bool:
         return self.made == self._most
 
-    def compile(self, config: Any) -> _Tried | None:
-        """The configuration and its plan if it fits and the budget allows it."""
+    def compile(self, experiment: Experiment) -> _Tried | None:
+        """The experiment and its plan if it fits and the budget allows it."""
         if self.spent:
             return None
         self.made += 1
+        config = experiment.config
         sizes = " ".join(f"{axis}={config.mesh[axis]}" for axis in MESH_AXES)
         head = f"[{self.made}/{self._most}] {sizes}, {config.training.batch_size} clips"
         try:
-            result = self._compiled(config)
+            result = self._compiled(experiment)
         except DoesNotFit:
             self._say(f"{head}: does not fit")
             return None
@@ -130,7 +130,7 @@ class _Budget:
             f"{seconds_per_clip(result) * result.devices:.3g} s per clip and chip, "
             f"compiled in {result.compile_seconds:.0f} s"
         )
-        return config, result
+        return experiment, result
 
 
 def _better(one: _Tried | None, other: _Tried | None) -> _Tried | None:
@@ -142,12 +142,11 @@ def _better(one: _Tried | None, other: _Tried | None) -> _Tried | None:
 
 def _largest_batch(best: _Tried, budget: _Budget) -> Found:
     """From the least batch of a mesh to the largest multiple of it that is worth it."""
-    unit = best[0].training.batch_size
+    unit = best[0].config.training.batch_size
     peaks, too_many = {1: best[1].peak_bytes}, None  # by multiples of the least batch
     while too_many != max(peaks) + 1:
         n = _next_multiple(peaks, too_many, best[1].hbm_bytes)
-        larger = copy.deepcopy(best[0])
-        larger.training.batch_size = n * unit
+        larger = best[0].changed({"training.batch_size": n * unit})
         if budget.spent:
             return Found(*best, f"--max_compiles={budget.made}; {n * unit} clips were not tried")
         tried = budget.compile(larger)
@@ -173,11 +172,17 @@ def _next_multiple(peaks: dict[int, int], too_many: int | None, hbm_bytes: int) 
 
 
 def _candidates(
-    config: Any, devices: int, slices: int, context: int, batch_size: int | None, hbm_bytes: int
-) -> list[Any]:
-    """Configurations with this context, and fsdp from the least that holds the state upwards."""
+    experiment: Experiment,
+    devices: int,
+    slices: int,
+    context: int,
+    batch_size: int | None,
+    hbm_bytes: int,
+) -> list[Experiment]:
+    """Experiments with this context, and fsdp from the least that holds the state upwards."""
+    config = experiment.config
     tensor, inside = max(int(config.mesh.get("tensor", 1)), 1), devices // slices
-    if inside % (context * tensor) or Clip(**config.clip).tokens % context:
+    if inside % (context * tensor) or experiment.clip.tokens % context:
         return []
     groups = inside // (context * tensor)  # of a slice: data x fsdp
     least = groups * slices * config.training.accumulate
@@ -185,10 +190,9 @@ def _candidates(
         return []
     fitting = []
     for fsdp in (n for n in range(1, groups + 1) if groups % n == 0):
-        candidate = copy.deepcopy(config)
         sizes = dict(data=groups // fsdp * slices, fsdp=fsdp, context=context, tensor=tensor)
-        candidate.mesh.update(sizes)
-        candidate.training.batch_size = batch_size or least
+        settings = {f"mesh.{axis}": size for axis, size in sizes.items()}
+        candidate = experiment.changed(settings | {"training.batch_size": batch_size or least})
         mesh = abstract_mesh(sizes, devices)
         try:
             arguments = make_program(candidate, mesh, abstract_backbone).argument_bytes

@@ -8,16 +8,16 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.clip import Clip
 from data_pipelines.normalize import Normalizer, load_normalizers
 from data_pipelines.settings import differences
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.network import Network, Params
-from mvjax.models.presets import action_decoder_config, decoder_network, video_network
+from mvjax.models.presets import video_network
 from mvjax.models.stand_ins import LinearTokenizer, NgramTextEncoder, load_linear_tokenizer
 from mvjax.models.t5 import T5TextEncoder, load_t5_tokenizer
 from mvjax.models.wan_vae import WanVAE
-from mvjax.parallel import make_mesh, make_rules, split_ways
+from mvjax.parallel import split_ways
 from mvjax.policy.policy import Policy, VideoActionModel
 from mvjax.training.bridge import (
     abstract_params,
@@ -126,18 +126,18 @@ def _fingerprint(params: Params) -> str:
 
 
 def load_policy(
-    config: Any, decoder_directory: Path, sampling: Sampling, batch_size: int
+    experiment: Experiment, decoder_directory: Path, sampling: Sampling, batch_size: int
 ) -> Policy:
     """Loads tokenizer, backbone, decoder and normalizer of a stage-2 configuration.
 
     Args:
-        config: the configuration of the stage-2 run; `embodiment` names the body that acts, where
-            the run has learned from several.
+        experiment: of the stage-2 run; `config.embodiment` names the body that acts, where the run
+            has learned from several.
         decoder_directory: its training directory.
         sampling: how queries are answered.
         batch_size: queries per compiled batch; rounded up to what the devices can share.
     """
-    decoder_directory = Path(decoder_directory)
+    config, rules, decoder_directory = experiment.config, experiment.rules, Path(decoder_directory)
     latest_step(decoder_directory)  # a wrong directory is said before anything large is read
     normalizer = _normalizer(decoder_directory, config.get("embodiment", ""))
     tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
@@ -145,17 +145,19 @@ def load_policy(
     identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
     check_identity(identity, decoder_directory)
     # Every process answers queries of its own, with its own devices.
-    mesh, rules = make_mesh(config.mesh, jax.local_devices()), make_rules(config.rules)
+    mesh = experiment.mesh(jax.local_devices())
     with jax.set_mesh(mesh):
-        video_dit, backbone_params = load_backbone(config, mesh, rules)
-        decoder = decoder_network(action_decoder_config(config))
-        decoder_params = load_decoder(config, decoder_directory, decoder, mesh, rules)
+        video_dit, backbone_params = load_backbone(experiment, mesh)
+        decoder_params = load_decoder(experiment, decoder_directory, mesh)
         tokenizer = jax.device_put(tokenizer, NamedSharding(mesh, PartitionSpec()))
-    backbone = video_network(video_dit)
     ways = split_ways("batch", mesh, rules)
     return Policy(
         model=VideoActionModel(
-            Clip(**config.clip), config.context_layer, backbone, decoder, sampling
+            experiment.clip,
+            config.context_layer,
+            video_network(video_dit),
+            experiment.decoder_network,
+            sampling,
         ),
         weights=(tokenizer, backbone_params, decoder_params),
         text_encoder=text_encoder,

@@ -16,9 +16,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.settings import differences
+from mvjax.experiment import Experiment
 from mvjax.models.layers import merge_lora
 from mvjax.models.network import Network, Params, merge
-from mvjax.models.presets import video_dit_config, video_network
+from mvjax.models.presets import video_network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, sharding_tree
 from mvjax.training import checkpoint
@@ -129,25 +130,25 @@ def _without(tree: Params, removed: Params) -> Params:
 
 COMPUTE_SETTINGS = ("precision", "attention", "remat")  # of a network: not of its weights
 
-# What stage 2 is built with: (config, mesh, rules) -> the backbone's configuration and parameters.
-Backbone = Callable[[Any, Mesh, Rules], tuple[VideoDiTConfig, Params]]
+# What stage 2 is built with: (experiment, mesh) -> the backbone's configuration and parameters.
+Backbone = Callable[[Experiment, Mesh], tuple[VideoDiTConfig, Params]]
 
 
-def abstract_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig, Params]:
-    """As `load_backbone` for this configuration, but shapes only: nothing is read or allocated."""
-    model = _without_lora(video_dit_config(config), config)
-    return model, _placed(video_network(model), mesh, rules, model.dtype)
+def abstract_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, Params]:
+    """As `load_backbone`, but shapes only: nothing is read or allocated."""
+    model = _without_lora(experiment.video, experiment)
+    return model, _placed(video_network(model), mesh, experiment.rules, model.dtype)
 
 
-def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig, Params]:
+def load_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, Params]:
     """Restores a stage-1 backbone onto this mesh, every device reading only its part.
 
     Args:
-        config: `backbone.checkpoint` (a stage-1 training directory; "" for an untrained backbone,
-            the baseline of sample-efficiency studies, drawn from `training.seed`),
-            `backbone.precision`, and the sections that describe the video model, which must agree
-            with what was trained, but for its precision.
-        mesh, rules: where and how it is sharded.
+        experiment: `config.backbone.checkpoint` is a stage-1 training directory ("" for an
+            untrained backbone, the baseline of sample-efficiency studies, drawn from
+            `training.seed`). What describes the video model must agree with what was trained,
+            but for `backbone.precision`.
+        mesh: the devices it is sharded over.
 
     Returns:
         The backbone's configuration without LoRA, and its parameters: float32 where it
@@ -156,8 +157,9 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     Raises:
         CheckpointMismatch: if the directory holds another stage or another model.
     """
+    config, rules = experiment.config, experiment.rules
     if not config.backbone.checkpoint:
-        model = _without_lora(video_dit_config(config), config)
+        model = _without_lora(experiment.video, experiment)
         dtype, network = model.dtype, video_network(model)
         make = jax.jit(
             lambda key: _cast(network.init(key), dtype),
@@ -166,8 +168,8 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
         return model, make(jax.random.key(config.training.seed))
     directory = Path(config.backbone.checkpoint)
     stored = _checked_config(directory, config, "video", ("clip", "video_model", "text"))
-    trained = video_dit_config(stored)
-    model = _without_lora(trained, config)
+    trained = Experiment.from_config(stored).video
+    model = _without_lora(trained, experiment)
     dtype = model.dtype
     if trained.lora is None:
         return model, restore_params(directory, _placed(video_network(model), mesh, rules, dtype))
@@ -179,21 +181,19 @@ def load_backbone(config: Any, mesh: Mesh, rules: Rules) -> tuple[VideoDiTConfig
     return model, merge(adapted)
 
 
-def load_decoder(
-    config: Any, directory: Path, network: Network, mesh: Mesh, rules: Rules
-) -> Params:
+def load_decoder(experiment: Experiment, directory: Path, mesh: Mesh) -> Params:
     """Restores the action decoder of a stage-2 run onto this mesh.
 
     Args:
-        config: of this program; what it says about the networks and their inputs must be what the
-            decoder was trained with.
+        experiment: of this program; what it says about the networks and their inputs must be what
+            the decoder was trained with.
         directory: the stage-2 training directory.
-        network: the decoder.
-        mesh, rules: where and how it is sharded.
+        mesh: the devices it is sharded over.
 
     Raises:
         CheckpointMismatch: if the directory holds another stage or another model.
     """
+    config = experiment.config
     sections = ("clip", "video_model", "text", "context_layer", "policy_io", "decoder")
     stored = _checked_config(directory, config, "action", sections)
     if "backbone" in stored and _untrained_seed(stored) != _untrained_seed(config):
@@ -203,7 +203,8 @@ def load_decoder(
             f"{config.backbone.checkpoint!r} and {config.training.seed}; an untrained backbone is "
             "the same only with the same seed."
         )
-    return restore_params(directory, _placed(network, mesh, rules))
+    network = experiment.decoder_network
+    return restore_params(directory, _placed(network, mesh, experiment.rules))
 
 
 def _untrained_seed(config: Any) -> int | None:
@@ -249,8 +250,9 @@ def _weights(section: Any) -> Any:
     return {name: value for name, value in section.items() if name not in COMPUTE_SETTINGS}
 
 
-def _without_lora(model: VideoDiTConfig, config: Any) -> VideoDiTConfig:
+def _without_lora(model: VideoDiTConfig, experiment: Experiment) -> VideoDiTConfig:
     """The frozen network, computed as this program says and not as its training did."""
+    config = experiment.config
     here = {n: config.video_model[n] for n in ("attention", "remat") if n in config.video_model}
     return dataclasses.replace(model, lora=None, precision=config.backbone.precision, **here)
 

@@ -2,14 +2,13 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from data_pipelines.clip import Clip
+from mvjax.experiment import Experiment
 from mvjax.flow import (
     action_loss,
     condition_mask,
@@ -23,13 +22,7 @@ from mvjax.flow import (
 from mvjax.models.flops import step_flops
 from mvjax.models.layers import learns_with_lora
 from mvjax.models.network import Params
-from mvjax.models.presets import (
-    action_decoder_config,
-    decoder_network,
-    video_dit_config,
-    video_network,
-)
-from mvjax.parallel import Rules
+from mvjax.models.presets import video_network
 from mvjax.training.bridge import Backbone, load_backbone
 
 # What a training stage is: everything the loop needs to know about a model and its loss.
@@ -124,7 +117,7 @@ def named_levels(steps: Sequence[np.ndarray]) -> dict[str, float]:
 
 
 def action_stage(
-    config: Any, mesh: Mesh, rules: Rules, backbone_of: Backbone = load_backbone
+    experiment: Experiment, mesh: Mesh, backbone_of: Backbone = load_backbone
 ) -> Stage:
     """The published objective: action velocity loss, video noise and action noise independent.
 
@@ -137,19 +130,15 @@ def action_stage(
     counts as zero.
 
     Args:
-        config: as for `video_stage`, and `backbone {checkpoint, precision}`, `context_layer`,
-            `decoder`, `policy_io`, `sampler {sigma_max}`, `flow {action_time_alpha,
-            action_time_beta, action_draws, proprio_dropout, sampling_sigma_share}`.
+        experiment: `config` also has `backbone {checkpoint, precision}`, `sampler {sigma_max}` and
+            `flow {sigma_scale, sigma_tail, action_time_alpha, action_time_beta, action_draws,
+            proprio_dropout, sampling_sigma_share, loss_scale}`.
         mesh: where the frozen backbone is placed.
-        rules: how it is sharded.
         backbone_of: gives the backbone; `abstract_backbone` where only its shapes are needed.
     """
-    clip, flow, layer = Clip(**config.clip), config.flow, config.context_layer
-    decoder = decoder_network(action_decoder_config(config))
-    draws = flow.action_draws
-    if draws < 1:
-        raise ValueError(f"flow.action_draws must be at least 1, got {draws}.")
-    model, frozen = backbone_of(config, mesh, rules)
+    config, clip, decoder = experiment.config, experiment.clip, experiment.decoder_network
+    flow, layer, draws = config.flow, config.context_layer, config.flow.action_draws
+    model, frozen = backbone_of(experiment, mesh)
     backbone = video_network(model)
 
     def draw(batch: Batch, key: jax.Array) -> Batch:
@@ -215,29 +204,20 @@ def action_stage(
         },
         frozen=frozen,
         tokens=clip.tokens,
-        flops=step_flops(config),
+        flops=step_flops(experiment),
     )
 
 
 # Stage 1: the video DiT learns to predict video, from language and one or two observed latents.
 
 
-def video_stage(config: Any) -> Stage:
+def video_stage(experiment: Experiment) -> Stage:
     """The published objective: velocity loss at σ drawn per sample, with frame replacement.
 
     Args:
-        config: `clip`, `video_model`, `text`, `lora`, and `flow {sigma_scale, sigma_tail,
-            loss_scale, min_condition_latents}`.
+        experiment: `config.flow` has {sigma_scale, sigma_tail, loss_scale, min_condition_latents}.
     """
-    clip, flow = Clip(**config.clip), config.flow
-    model = video_dit_config(config)
-    network = video_network(model)
-    if not 1 <= flow.min_condition_latents <= clip.condition_latents:
-        raise ValueError(
-            f"flow.min_condition_latents is {flow.min_condition_latents}; with "
-            f"{clip.observed_frames} observed frames it must be between 1 and "
-            f"{clip.condition_latents}."
-        )
+    clip, flow, network = experiment.clip, experiment.config.flow, experiment.video_network
 
     def draw(batch: Batch, key: jax.Array) -> Batch:
         sigma_key, noise_key, condition_key = jax.random.split(key, 3)
@@ -271,11 +251,11 @@ def video_stage(config: Any) -> Stage:
         name="video",
         init=network.init,
         axes=network.axes,
-        trainable=learns_with_lora if model.lora else lambda path: True,
+        trainable=learns_with_lora if experiment.video.lora else lambda path: True,
         draw=draw,
         objective=objective,
         batch_axes={"latents": ("batch", None, None, None, None), "text": ("batch", None, None)},
         frozen={},
         tokens=clip.tokens,
-        flops=step_flops(config),
+        flops=step_flops(experiment),
     )

@@ -8,7 +8,6 @@ import grain
 import jax
 from jax.sharding import NamedSharding
 
-from data_pipelines.clip import Clip
 from data_pipelines.episode import PerTask
 from data_pipelines.loader import make_loader
 from data_pipelines.normalize import (
@@ -20,46 +19,34 @@ from data_pipelines.normalize import (
 from data_pipelines.records import RecordDataset
 from data_pipelines.settings import differences
 from mvjax.encode import recorded_policy_io, wait_until
-from mvjax.models.presets import action_decoder_config, video_dit_config
-from mvjax.parallel import make_mesh, make_rules, spec
-from mvjax.training import start
+from mvjax.experiment import Experiment
+from mvjax.parallel import spec
 from mvjax.training.bridge import read_meta
 from mvjax.training.metrics import Record, require_wandb
 from mvjax.training.prefetch import local_rows
-from mvjax.training.step import check_batch_size
+from mvjax.training.start import make_stage
 from mvjax.training.train import train
 from mvjax.training.validation import look_at
 
 
-def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
-    """Trains `config.stage` on the encoded datasets of `config.datasets`; see `loop.train`.
+def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Record:
+    """Trains the stage of an experiment on the encoded datasets of its configuration; see `train`.
 
     Stage 1 reads every dataset. Stage 2 reads those with actions, since its video model is frozen
     and a window without actions would teach nothing, and writes `normalizer.json` beside its
     checkpoints. With `profile` a few steps are traced.
     """
-    acting, settings = config.stage == "action", config.training
-    for name in ("steps", "batch_size", "log_every", "checkpoint_every", "keep"):
-        if settings[name] < 1:
-            raise ValueError(f"training.{name} must be at least 1, got {settings[name]}.")
-    for name in ("keep_every", "sample_every"):
-        if settings[name] < 0:
-            raise ValueError(f"training.{name} must be 0 (off) or more, got {settings[name]}.")
+    config, settings = experiment.config, experiment.config.training
+    acting, chosen = experiment.stage == "action", experiment.datasets
     if config.wandb and jax.process_index() == 0:  # which alone writes there
         require_wandb(config.wandb)
-    Clip(**config.clip)
-    video_dit_config(config)  # wrong settings are said before any data is read
-    if acting:
-        action_decoder_config(config)
-    chosen = [d for d in config.datasets.values() if d.action or not acting]
     datasets = [RecordDataset(d.records) for d in chosen]
     _check_records(datasets, config, ("clip", "policy_io") if acting else ("clip",))
     identity = _identity(datasets)
     if acting:
         _check_backbone(config, identity)
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
     # Before any data is read: the loader would complain about the mesh alone.
-    check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
+    mesh, rules = experiment.training_mesh(), experiment.rules
     mask_padding = acting and config.policy_io.action.get("mask_padding", False)
     choice = (settings.episodes_per_task, settings.seed, mask_padding)
     normalizers = _normalizers(datasets, choice, Path(workdir)) if acting else None
@@ -80,17 +67,17 @@ def run(config: Any, workdir: Path, *, profile: bool = False) -> Record:
         )
 
     with jax.set_mesh(mesh):
-        stage = start.build(config, mesh, rules)
+        stage = make_stage(experiment, mesh)
     meta = {"data_fingerprint": [d.fingerprint for d in datasets], "identity": identity}
     if normalizers is not None:
         meta["normalizer_fingerprint"] = normalizers.fingerprint
     return train(
-        config,
+        experiment,
         stage,
         batches("train", settings.batch_size),
         Path(workdir),
         meta,
-        held_out=look_at(config, stage, mesh, rules, batches, identity, Path(workdir)),
+        held_out=look_at(experiment, stage, mesh, batches, identity, Path(workdir)),
         profile=profile,
     )
 

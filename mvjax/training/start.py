@@ -12,10 +12,10 @@ import jax
 import optax
 from jax.sharding import AbstractMesh, Mesh
 
-from data_pipelines.clip import Clip
 from data_pipelines.settings import differences
+from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
-from mvjax.parallel import Rules, make_rules, sharding_tree
+from mvjax.parallel import sharding_tree
 from mvjax.training.bridge import (
     COMPUTE_SETTINGS,
     Backbone,
@@ -29,7 +29,6 @@ from mvjax.training.step import (
     Step,
     TrainState,
     abstract_state,
-    check_batch_size,
     compile_step,
     create_state,
     make_optimizer,
@@ -45,7 +44,7 @@ _TRAINING = ("batch_size", "seed", "ema_decay", "episodes_per_task")
 
 
 def start_state(
-    config: Any,
+    experiment: Experiment,
     stage: Stage,
     optimizer: optax.GradientTransformation,
     abstract: TrainState,
@@ -64,7 +63,7 @@ def start_state(
     4. Scratch: parameters drawn from `training.seed`.
 
     Args:
-        config: `init_from` and `training.seed` are read.
+        experiment: `config.init_from` and `config.training.seed` are read.
         stage: Gives initial parameters.
         optimizer: Of `make_optimizer`.
         abstract: Of `abstract_state`; says every shape and sharding.
@@ -81,7 +80,7 @@ def start_state(
             say(f"settings changed since that checkpoint: {'; '.join(changes)}.")
         loader.set_state(restored.position)
         return restored.state
-    seed = int(config.training.seed)
+    config, seed = experiment.config, int(experiment.config.training.seed)
     if config.init_from:
         say(f"starting from the parameters of {config.init_from}.")
         params = _initial_params(Path(config.init_from), abstract.params)
@@ -114,11 +113,11 @@ def say_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Mappi
     say(f"{workdir} is already trained to step {step}{other}.")
 
 
-def describe(config: Any, stage: Stage, extra: Mapping[str, Any]) -> dict[str, Any]:
+def describe(experiment: Experiment, stage: Stage, extra: Mapping[str, Any]) -> dict[str, Any]:
     """What a checkpoint says about itself: stage, configuration, versions, and `extra`."""
     return {
         "stage": stage.name,
-        "config": json.loads(config.to_json_best_effort()),
+        "config": json.loads(experiment.config.to_json_best_effort()),
         "versions": library_versions(),
         **extra,
     }
@@ -168,19 +167,13 @@ def _chosen(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 # From a configuration to its stage.
 
 
-def build(config: Any, mesh: Mesh, rules: Rules, backbone_of: Backbone = load_backbone) -> Stage:
-    """The stage that `config.stage` names: "video" or "action".
-
-    Args:
-        config: see `video_stage` and `action_stage`.
-        mesh, rules: where and how stage 2 places its frozen backbone.
-        backbone_of: see `action_stage`.
-    """
-    if config.stage == "video":
-        return video_stage(config)
-    if config.stage == "action":
-        return action_stage(config, mesh, rules, backbone_of)
-    raise ValueError(f"config.stage must be 'video' or 'action', got {config.stage!r}.")
+def make_stage(
+    experiment: Experiment, mesh: Mesh, backbone_of: Backbone = load_backbone
+) -> Stage:
+    """The stage that `config.stage` names; the mesh and `backbone_of` are for stage 2's backbone."""
+    if experiment.stage == "video":
+        return video_stage(experiment)
+    return action_stage(experiment, mesh, backbone_of)
 
 
 # The train step of a configuration with its arguments as shapes: nothing is allocated.
@@ -216,12 +209,12 @@ class Program:
 
 
 def make_program(
-    config: Any, mesh: Mesh | AbstractMesh, backbone_of: Backbone = load_backbone
+    experiment: Experiment, mesh: Mesh | AbstractMesh, backbone_of: Backbone = load_backbone
 ) -> Program:
     """The step that `loop.train` would run on this mesh, not compiled yet.
 
     Args:
-        config: of a training run; no data is read.
+        experiment: of a training run; no data is read.
         mesh: of `make_mesh`, whose devices may be those of a pod that is not here, or of
             `abstract_mesh`, which has none: nothing can be compiled for it.
         backbone_of: `abstract_backbone` where only the shapes of the frozen network are needed.
@@ -229,28 +222,31 @@ def make_program(
     Raises:
         ValueError: if batch, mesh, network and devices do not go together.
     """
-    rules = make_rules(config.rules)
-    stage = build(config, mesh, rules, backbone_of)
-    optimizer, state, step = assemble(config, stage, mesh, rules)
-    batch = _abstract_batch(config, stage, sharding_tree(stage.batch_axes, mesh, rules))
+    stage = make_stage(experiment, mesh, backbone_of)
+    optimizer, state, step = assemble(experiment, stage, mesh)
+    samples, shapes = experiment.config.training.batch_size, experiment.batch_shapes
+    batch = {
+        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32", sharding=sharding)
+        for name, sharding in sharding_tree(stage.batch_axes, mesh, experiment.rules).items()
+    }
     return Program(mesh, stage, optimizer, step, state, batch)
 
 
 def assemble(
-    config: Any, stage: Stage, mesh: Mesh | AbstractMesh, rules: Rules
+    experiment: Experiment, stage: Stage, mesh: Mesh | AbstractMesh
 ) -> tuple[optax.GradientTransformation, TrainState, Step]:
     """What a configuration trains a stage with: the optimizer, the state as shapes, the step.
 
     Args:
-        config: `optimizer` and `training` are read.
+        experiment: `config.optimizer` and `config.training` are read.
         stage: what is trained.
-        mesh, rules: where, and how it is sharded.
+        mesh: where.
 
     Raises:
         ValueError: if batch, mesh and stage do not go together.
     """
-    settings = config.training
-    check_batch_size(settings.batch_size, settings.accumulate, mesh, rules)
+    config, settings, rules = experiment.config, experiment.config.training, experiment.rules
+    experiment.check_batch(mesh)
     optimizer = make_optimizer(config.optimizer)
     step = make_step(
         stage,
@@ -262,20 +258,6 @@ def assemble(
         accumulate=settings.accumulate,
     )
     return optimizer, abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules), step
-
-
-def _abstract_batch(config: Any, stage: Stage, shardings: Any) -> Batch:
-    """Shapes and shardings of a batch of all processes together, as the loader gives it."""
-    samples, text = config.training.batch_size, config.text
-    shapes = {"latents": Clip(**config.clip).latent_shape, "text": (text.length, text.dim)}
-    if stage.name == "action":
-        streams = {"actions": config.policy_io.action, "proprio": config.policy_io.proprio}
-        streams["action_mask"] = config.policy_io.action
-        shapes |= {name: (io.horizon, io.dim) for name, io in streams.items()}
-    return {
-        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32", sharding=sharding)
-        for name, sharding in shardings.items()
-    }
 
 
 def _bytes(tree: Any) -> int:

@@ -12,7 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mvjax.models.network import Params, merge, split
-from mvjax.parallel import Axes, Rules, constrain, sharding_tree, split_ways, use_rules
+from mvjax.parallel import Axes, Rules, constrain, sharding_tree, use_rules
 from mvjax.training.objectives import Batch, Loss, Stage
 
 # Gradients of a batch too large for the devices: micro-batches in turn, in one compiled step.
@@ -23,20 +23,6 @@ from mvjax.training.objectives import Batch, Loss, Stage
 
 
 Gradient = tuple[Loss, Params]
-
-
-def check_batch_size(batch_size: int, accumulate: int, mesh: Mesh, rules: Rules) -> None:
-    """Raises ValueError unless every device gets whole samples in every micro-batch."""
-    if accumulate < 1:
-        raise ValueError(f"training.accumulate must be 1 (off) or more, got {accumulate}.")
-    ways = split_ways("batch", mesh, rules)
-    if batch_size % (accumulate * ways):
-        axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in rules["batch"]) or "1"
-        raise ValueError(
-            f"training.batch_size is {batch_size}; it must be a multiple of {accumulate * ways}, "
-            f"training.accumulate = {accumulate} times the mesh axes of the batch, {axes} "
-            "(fewer samples than devices need config.mesh.context or .tensor)."
-        )
 
 
 def mean_gradient(

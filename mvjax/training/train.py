@@ -12,8 +12,9 @@ import jax
 from jax.experimental import multihost_utils
 from tqdm import tqdm
 
+from mvjax.experiment import Experiment
 from mvjax.models.network import merge
-from mvjax.parallel import make_mesh, make_rules, sharding_tree
+from mvjax.parallel import sharding_tree
 from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import MetricsWriter, Pace, Record, read_records
 from mvjax.training.objectives import Batch, Stage
@@ -139,7 +140,7 @@ class TrainingDiverged(RuntimeError):
 
 
 def train(
-    config: Any,
+    experiment: Experiment,
     stage: Stage,
     loader: Any,
     workdir: Path,
@@ -153,7 +154,7 @@ def train(
     Killed at any moment and started again, a run gives the same losses as one that was not.
 
     Args:
-        config: An `ml_collections.ConfigDict` with the sections (and usual values)
+        experiment: Its config has the sections (and usual values)
             mesh {data=-1, fsdp=1, context=1, tensor=1}; rules {} (overrides of the sharding rules);
             optimizer {learning_rate=1e-4, schedule="constant", warmup_steps=0, decay_steps=0,
             final_fraction=0.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=10.0,
@@ -175,10 +176,10 @@ def train(
         TrainingDiverged: If too many steps in a row had a gradient that was not finite.
         CheckpointMismatch: If a finished run had other data or other networks.
     """
-    workdir, settings = Path(workdir), config.training
-    mesh, rules = make_mesh(config.mesh), make_rules(config.rules)
-    optimizer, abstract, step = assemble(config, stage, mesh, rules)
-    description = describe(config, stage, meta or {})
+    config, settings, workdir = experiment.config, experiment.config.training, Path(workdir)
+    mesh = experiment.mesh()
+    optimizer, abstract, step = assemble(experiment, stage, mesh)
+    description = describe(experiment, stage, meta or {})
     with (
         jax.set_mesh(mesh),
         Store(workdir, keep=settings.keep, keep_every=settings.keep_every) as store,
@@ -191,8 +192,8 @@ def train(
             return (read_records(workdir) or [{"step": reached}])[-1]
         forget(workdir)
         loader = iter(loader)
-        state = start_state(config, stage, optimizer, abstract, store, loader, description)
-        batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, rules))
+        state = start_state(experiment, stage, optimizer, abstract, store, loader, description)
+        batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, experiment.rules))
         first = int(state.step)
         writer = MetricsWriter(workdir, first, config.wandb, description["config"])
         steps = traced_steps(first + 1, settings.steps, workdir / "profile" if profile else None)

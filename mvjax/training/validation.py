@@ -14,11 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from data_pipelines.clip import Clip
 from data_pipelines.video import write_video
-from mvjax.flow import condition_mask, denoise, karras_sigmas, sample_video
+from mvjax.experiment import Experiment
+from mvjax.flow import condition_mask, denoise, sample_video, start
 from mvjax.models.network import Params
-from mvjax.models.presets import video_dit_config, video_network
 from mvjax.parallel import Rules, sharding_tree, split_ways, use_rules
 from mvjax.policy.load import load_video_tokenizer
 from mvjax.training.objectives import Batch, Stage, named_levels
@@ -30,10 +29,9 @@ Pictures = Mapping[str, np.ndarray]
 
 
 def look_at(
-    config: Any,
+    experiment: Experiment,
     stage: Stage,
     mesh: Mesh,
-    rules: Rules,
     batches: Callable[..., Iterator[Any]],
     identity: Mapping[str, str],
     workdir: Path,
@@ -44,10 +42,9 @@ def look_at(
     generated in stage 1, `training.sample_count` of them.
 
     Args:
-        config: As for `HeldOutVideos`, and `training`, `tokenizer`.
+        experiment: Of the run.
         stage: The stage that is trained.
         mesh: Where it is trained.
-        rules: How it is sharded.
         batches: (split, batch size, **reading) -> the loader's iterator.
         identity: The networks that made the records.
         workdir: The training directory.
@@ -56,7 +53,7 @@ def look_at(
         ValueError: If a dataset has no held-out windows, or the tokenizer is another one than made
             the records.
     """
-    settings = config.training
+    config, settings, rules = experiment.config, experiment.config.training, experiment.rules
     if not settings.sample_every:
         return None
     shardings = sharding_tree(stage.batch_axes, mesh, rules)
@@ -79,7 +76,7 @@ def look_at(
     # As many as the devices generate together, although fewer may be written.
     ways = split_ways("batch", mesh, rules)
     begun = windows(-(-settings.sample_count // ways) * ways)
-    videos = HeldOutVideos(config, mesh, rules, begun, settings.sample_count, tokenizer, workdir)
+    videos = HeldOutVideos(experiment, mesh, begun, settings.sample_count, tokenizer, workdir)
     return HeldOut(stage, mesh, rules, measured, videos)
 
 
@@ -136,9 +133,8 @@ class HeldOutVideos:
 
     def __init__(
         self,
-        config: Any,
+        experiment: Experiment,
         mesh: Mesh,
-        rules: Rules,
         batch: Batch,
         count: int,
         tokenizer: Any,
@@ -147,23 +143,17 @@ class HeldOutVideos:
         """Takes the windows.
 
         Args:
-            config: `clip`, the sections of the video model, and `sampler {video_steps, sigma_max,
-                sigma_min}`.
+            experiment: Of the run.
             mesh: The training's.
-            rules: How the computation is sharded.
             batch: Windows of the validation split on the devices, a batch that the mesh can split.
             count: How many of them are written.
             tokenizer: Decodes latents; needed on process 0 only.
             workdir: The videos are samples/step_<n>/<i>.mp4 there: left what happened, right what
                 was generated. Both have passed through the tokenizer.
         """
-        self._clip, self._network = Clip(**config.clip), video_network(video_dit_config(config))
-        self._sigmas = karras_sigmas(
-            config.sampler.video_steps,
-            sigma_max=config.sampler.sigma_max,
-            sigma_min=config.sampler.sigma_min,
-        )
-        self._rules, self._batch, self._count = rules, batch, count
+        self._clip, self._network = experiment.clip, experiment.video_network
+        self._sigmas = experiment.sampling().sigmas
+        self._rules, self._batch, self._count = experiment.rules, batch, count
         self._tokenizer, self._folder = tokenizer, Path(workdir) / "samples"
         self._happened: list[np.ndarray] = []  # decoded once
         # The few that are written, whole on every device.
@@ -210,8 +200,7 @@ class HeldOutVideos:
                 )
 
             noise = jax.random.normal(jax.random.key(0), x0.shape)
-            x = sample_video(clean, noise, self._sigmas, len(self._sigmas) - 1)
-            made = clean(x, jnp.full((samples, 1), self._sigmas[-1]))
+            made = sample_video(clean, start(noise, self._sigmas), self._sigmas).x
         return x0[: self._count], made[: self._count]
 
     def _decode(self, latents: jax.Array) -> list[np.ndarray]:

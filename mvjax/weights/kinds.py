@@ -6,17 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from data_pipelines.clip import PATCH
+from mvjax.experiment import Experiment
 from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
 from mvjax.models.network import Network
 from mvjax.models.presets import (
     VIDEO_DITS,
     decoder_network,
     decoder_section,
-    video_dit_config,
-    video_network,
     video_section,
 )
 from mvjax.models.t5 import T5Encoder, T5EncoderConfig
@@ -442,11 +439,11 @@ def _targets(config: Config) -> tuple[str, ...]:
 
 
 def _video_network(config: Config) -> Network:
-    return video_network(video_dit_config(ConfigDict(config)))
+    return Experiment.from_config(config).video_network
 
 
 def _video_published(config: Config) -> Config:
-    model = video_dit_config(ConfigDict(config))
+    model = Experiment.from_config(config).video
     published = {
         "_class_name": "CosmosTransformer3DModel",
         "in_channels": model.latent_channels + 1,

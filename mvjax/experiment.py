@@ -1,0 +1,240 @@
+"""What a configuration means, worked out and cross-checked once.
+
+A configuration is a document (configs/). An `Experiment` is what follows from it: the clip, the
+networks, the sharding rules, how queries are answered, which datasets a stage learns from. Training,
+encoding, policy, evaluation, benchmarks and pod estimates take an experiment or a part of it, and
+none of them interprets a section of the configuration by itself.
+
+    experiment = Experiment.from_config(config)     # every mistake that needs no data is said here
+    mesh = experiment.mesh()                        # the devices of this job
+    experiment.clip.tokens, experiment.video.width, experiment.video_network.abstract
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from data_pipelines.clip import CHANNELS, Clip
+from mvjax.flow import Sampling
+from mvjax.models.action_decoder import ActionDecoderConfig
+from mvjax.models.layers import LoRA
+from mvjax.models.network import Network
+from mvjax.models.presets import decoder_network, video_network
+from mvjax.models.video_dit import VideoDiTConfig
+from mvjax.parallel import Rules, make_mesh, make_rules, split_ways
+
+STAGES = ("video", "action")
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A configuration and what follows from it; make it with `from_config`.
+
+    The configuration may be a part of one (converted weights decide no more than `video_model` and
+    `text`): what is asked of an experiment needs the sections that it follows from, and no others.
+
+    Attributes:
+        config: a copy with every reference resolved, so that a later change of the original does
+            not disagree with what was worked out. For what is read in one place only.
+    """
+
+    config: ConfigDict
+
+    @classmethod
+    def from_config(cls, config: Any) -> "Experiment":
+        """Works out a configuration, as far as its sections go.
+
+        Args:
+            config: a ConfigDict or nested mapping, of configs/ or as a checkpoint stores it.
+
+        Raises:
+            ValueError: a setting is impossible, or two disagree; the message names them.
+        """
+        experiment = cls(ConfigDict(config).copy_and_resolve_references())
+        experiment._check()
+        return experiment
+
+    def changed(self, settings: Mapping[str, Any]) -> "Experiment":
+        """The experiment with other settings, given by their dotted names."""
+        config = self.config.copy_and_resolve_references()
+        config.update_from_flattened_dict(settings)
+        return Experiment.from_config(config)
+
+    @property
+    def stage(self) -> str:
+        """What is trained: "video" or "action"."""
+        if self.config.stage not in STAGES:
+            raise ValueError(
+                f"config.stage must be 'video' or 'action', got {self.config.stage!r}."
+            )
+        return self.config.stage
+
+    @cached_property
+    def clip(self) -> Clip:
+        """The lengths of the video."""
+        return Clip(**self.config.clip)
+
+    @cached_property
+    def video(self) -> VideoDiTConfig:
+        """The video DiT, with LoRA where `lora.rank` is not 0.
+
+        Its latent channels are the tokenizer's, its text width is `text.dim` unless a projection
+        makes it differ.
+        """
+        config = self.config
+        rank, alpha = config.lora.rank, config.lora.alpha
+        if rank < 0:
+            raise ValueError(f"lora.rank must be 0 (full training) or more, got {rank}.")
+        fields = {"text_dim": config.text.dim, **config.video_model}
+        fields["rope_ratio_thw"] = tuple(fields["rope_ratio_thw"])
+        model = VideoDiTConfig(
+            **fields,
+            latent_channels=CHANNELS,
+            lora=LoRA(rank, alpha, tuple(config.lora.targets)) if rank else None,
+        )
+        if model.text_input_dim != config.text.dim:
+            raise ValueError(
+                f"The video model takes text of width {model.text_input_dim} "
+                f"(video_model.text_dim, text_projection_dim), but text.dim is {config.text.dim}."
+            )
+        if model.timestep_scale != 1:
+            raise ValueError(
+                f"video_model.timestep_scale is {model.timestep_scale}, but training and the "
+                "policy call the network with τ itself: use 1.0."
+            )
+        return model
+
+    @cached_property
+    def video_network(self) -> Network:
+        """The video DiT without weights."""
+        return video_network(self.video)
+
+    @cached_property
+    def decoder(self) -> ActionDecoderConfig:
+        """The action decoder, which reads the residual stream after block `context_layer`."""
+        config = self.config
+        layer, blocks = config.context_layer, config.video_model.num_blocks
+        if not 0 <= layer <= blocks:
+            raise ValueError(
+                f"context_layer is {layer}, but the video model has blocks 1 to {blocks} (0 is "
+                "the patch embedding)."
+            )
+        action, proprio = config.policy_io.action, config.policy_io.proprio
+        return ActionDecoderConfig(
+            **config.decoder,
+            context_dim=config.video_model.width,
+            action_dim=action.dim,
+            action_horizon=action.horizon,
+            proprio_dim=proprio.dim,
+            proprio_horizon=proprio.horizon,
+        )
+
+    @cached_property
+    def decoder_network(self) -> Network:
+        """The action decoder without weights."""
+        return decoder_network(self.decoder)
+
+    @cached_property
+    def rules(self) -> Rules:
+        """Which logical axis of an array is split over which axis of the mesh."""
+        return make_rules(self.config.rules)
+
+    def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """Arranges devices, all of the job's by default, as `config.mesh` says."""
+        return make_mesh(self.config.mesh, devices)
+
+    def training_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
+        """As `mesh`; raises ValueError unless a training batch can be split over it."""
+        mesh = self.mesh(devices)
+        self.check_batch(mesh)
+        return mesh
+
+    def check_batch(self, mesh: Any) -> None:
+        """Raises ValueError unless every device gets whole samples in every micro-batch."""
+        training, rules = self.config.training, self.rules
+        ways = split_ways("batch", mesh, rules)
+        if training.batch_size % (training.accumulate * ways):
+            axes = " x ".join(f"{axis}={mesh.shape[axis]}" for axis in rules["batch"]) or "1"
+            raise ValueError(
+                f"training.batch_size is {training.batch_size}; it must be a multiple of "
+                f"{training.accumulate * ways}, training.accumulate = {training.accumulate} times "
+                f"the mesh axes of the batch, {axes} (fewer samples than devices need "
+                "config.mesh.context or .tensor)."
+            )
+
+    def sampling(self, **changes: Any) -> Sampling:
+        """How queries are answered: `config.sampler`, with changes such as `stop_step=5`."""
+        return Sampling(**{**self.config.sampler, **changes})
+
+    @property
+    def datasets(self) -> list[ConfigDict]:
+        """The sections of the datasets that the stage learns from.
+
+        Stage 2 reads those with actions: its video model is frozen, so a window without actions
+        would teach nothing.
+        """
+        every = self.config.datasets.values()
+        return [d for d in every if d.action or self.stage == "video"]
+
+    @property
+    def batch_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of each entry of a sample, as the loader gives it (float32)."""
+        text = self.config.text
+        shapes = {"latents": self.clip.latent_shape, "text": (text.length, text.dim)}
+        if self.stage == "action":
+            io = self.config.policy_io
+            action = (io.action.horizon, io.action.dim)
+            proprio = (io.proprio.horizon, io.proprio.dim)
+            shapes |= {"actions": action, "action_mask": action, "proprio": proprio}
+        return shapes
+
+    def _check(self) -> None:
+        """Every cross-check that needs neither data nor devices."""
+        config = self.config
+        if "clip" in config:
+            _ = self.clip
+        if {"video_model", "lora", "text"} <= set(config):
+            _ = self.video
+        if config.get("stage") == "action":
+            _ = self.decoder
+        if "rules" in config:
+            _ = self.rules
+        if "sampler" in config:
+            self.sampling()
+        for stream, io in config.get("policy_io", {}).items():
+            if io.horizon < 1:
+                raise ValueError(
+                    f"policy_io.{stream}.horizon must be at least 1, got {io.horizon}."
+                )
+        if "training" in config:
+            self._check_training()
+        if "stage" in config and "flow" in config:
+            self._check_flow()
+
+    def _check_training(self) -> None:
+        settings = self.config.training
+        least = {"steps": 1, "batch_size": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1}
+        least |= {"accumulate": 1, "keep_every": 0, "sample_every": 0}  # 0 switches these two off
+        for name, bound in least.items():
+            if name in settings and settings[name] < bound:
+                off = " (0 is off)" if bound == 0 else ""
+                raise ValueError(
+                    f"training.{name} must be at least {bound}{off}, got {settings[name]}."
+                )
+
+    def _check_flow(self) -> None:
+        flow = self.config.flow
+        if self.stage == "action":
+            if flow.action_draws < 1:
+                raise ValueError(f"flow.action_draws must be at least 1, got {flow.action_draws}.")
+        elif not 1 <= flow.min_condition_latents <= self.clip.condition_latents:
+            raise ValueError(
+                f"flow.min_condition_latents is {flow.min_condition_latents}; with "
+                f"{self.clip.observed_frames} observed frames it must be between 1 and "
+                f"{self.clip.condition_latents}."
+            )
