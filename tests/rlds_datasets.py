@@ -84,6 +84,6 @@ def rewrite(path: Path, change) -> None:
         return ((((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF).to_bytes(4, "little")
 
     index = read_index(path)
-    payloads = [change(read_record(path, index, i)) for i in range(len(index.starts))]
+    payloads = [change(read_record(path, index, i)) for i in range(len(index[0]))]
     sizes = [len(payload).to_bytes(8, "little") for payload in payloads]
     path.write_bytes(b"".join(s + masked(s) + p + masked(p) for s, p in zip(sizes, payloads)))
