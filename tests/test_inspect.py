@@ -25,8 +25,13 @@ from data_pipelines.inspect_page import write_page
 from data_pipelines.records import RecordWriter, write_texts
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import write_video
-from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, frame_stats, write_lerobot
-from data_pipelines.writers.video_folder import write_video_folder
+from data_pipelines.writers import (
+    RobotEpisode,
+    VideoPart,
+    frame_stats,
+    write_lerobot,
+    write_video_folder,
+)
 
 FPS, FRAMES = 10, 12
 CAMERA = "observation.images.top"

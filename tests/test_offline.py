@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tiny_policy import random_observation, run_config, save_run, tiny_policy
 
 from data_pipelines.episode import Episode, Stream, split_of
-from data_pipelines.writers.hdf5 import Demonstration, Scene, write_hdf5
+from data_pipelines.writers import Demonstration, Scene, write_hdf5
 from launch.local import free_port
 from mvjax.evaluation import offline
 from mvjax.evaluation.offline import (

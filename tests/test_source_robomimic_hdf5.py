@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.episode import FrameReader
 from data_pipelines.sources.robomimic import open_robomimic_hdf5, recognises
-from data_pipelines.writers.hdf5 import Demonstration, Scene, write_hdf5
+from data_pipelines.writers import Demonstration, Scene, write_hdf5
 
 LENGTHS = (6, 5, 9, 4, 7, 5, 6, 8, 5, 4, 6)  # demo_10 sorts before demo_2 as a string
 TASK = "put_the_black_bowl_on_the_plate"

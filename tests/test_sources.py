@@ -9,14 +9,14 @@ import pytest
 from data_pipelines.episode import Episode, FrameReader, Stream
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import write_video
-from data_pipelines.writers.lerobot import (
+from data_pipelines.writers import (
     RobotEpisode,
     VideoPart,
     frame_stats,
     vector_stats,
     write_lerobot,
+    write_video_folder,
 )
-from data_pipelines.writers.video_folder import write_video_folder
 
 FPS = 30
 CAMERA = "observation.images.top"

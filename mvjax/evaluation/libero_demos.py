@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 from data_pipelines.sources.files import UNFINISHED
 from data_pipelines.video import write_video
-from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, frame_stats, write_lerobot
+from data_pipelines.writers import RobotEpisode, VideoPart, frame_stats, write_lerobot
 from mvjax.evaluation.record import picture_size, state, worker_pool
 from mvjax.evaluation.suites.libero import (
     CAMERA,

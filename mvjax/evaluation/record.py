@@ -41,9 +41,16 @@ from tqdm import tqdm
 
 from data_pipelines.sources.files import MANIFEST, UNFINISHED
 from data_pipelines.video import VideoFile, write_video
-from data_pipelines.writers.hdf5 import Demonstration, Scene, write_hdf5
-from data_pipelines.writers.lerobot import RobotEpisode, VideoPart, frame_stats, write_lerobot
-from data_pipelines.writers.video_folder import write_video_folder
+from data_pipelines.writers import (
+    Demonstration,
+    RobotEpisode,
+    Scene,
+    VideoPart,
+    frame_stats,
+    write_hdf5,
+    write_lerobot,
+    write_video_folder,
+)
 from mvjax.evaluation.suites.libero import CAMERA, WRIST_CAMERA, Libero, in_libero_python
 from mvjax.evaluation.suites.libero_scene import split_task
 from mvjax.evaluation.suites.metaworld import TASKS, MetaWorld
@@ -87,7 +94,7 @@ def row(simulator: Libero) -> dict[str, np.ndarray]:
 
 
 def scene(simulator: Libero) -> dict[str, str]:
-    """What all demonstrations of a task have in common, for `data_pipelines.writers.hdf5.Scene`."""
+    """What all demonstrations of a task have in common, for `data_pipelines.writers.Scene`."""
     problem = simulator.scene.problem
     return {
         "name": simulator.scene.name,
