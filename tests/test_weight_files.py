@@ -1,5 +1,6 @@
-"""Weights in files of either format: what is kept, what is refused, what a failure leaves."""
+"""Weights in files and folders: what is kept, what is refused, what a failure leaves."""
 
+import json
 import pickle
 import random
 import resource
@@ -13,7 +14,7 @@ from weight_files import assert_same, every_type, small, tensor, to_pt, to_safet
 
 from mvjax.weights.files import TorchTensor, WeightsError
 from mvjax.weights.pt_files import write_pt
-from mvjax.weights.safetensors_files import write_safetensors
+from mvjax.weights.safetensors_files import write_safetensors, write_safetensors_folder
 from mvjax.weights.source import open_weights
 
 
@@ -46,9 +47,9 @@ def test_equal_weights_give_equal_files(tmp_path):
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "web page"),
         (b"PK\3\4" + bytes(1000), r"is cut off: .* \(0\.0 MB on disk\)"),
-        ((2**40).to_bytes(8, "little") + b"{}", "header of 1,099,511,627,776 bytes"),
-        ((64).to_bytes(8, "little") + b'{"a":', "do not even hold its header"),
-        ((2).to_bytes(8, "little") + b"{]", "damaged safetensors header"),
+        ((2**40).to_bytes(8, "little") + b"{}", "damaged .*header too large"),
+        ((64).to_bytes(8, "little") + b'{"a":', "is cut off or damaged"),
+        ((2).to_bytes(8, "little") + b"{]", r"is cut off or damaged .*header"),
         ((2).to_bytes(8, "little") + b"{}", "holds no tensors"),
     ],
 )
@@ -134,7 +135,7 @@ def test_strided_values_are_written_in_their_own_order(tmp_path):
 
 def test_torch_is_not_imported():
     code = (
-        "import sys; sys.modules['torch'] = sys.modules['safetensors'] = None\n"
+        "import sys; sys.modules['torch'] = None\n"
         "import mvjax.weights.source, mvjax.weights.pt_files"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -147,3 +148,80 @@ def test_both_ways_agree(tmp_path):
     write_pt(tmp_path / "c.pt", open_weights(tmp_path / "b.safetensors"))
     assert_same(open_weights(tmp_path / "c.pt"), small())
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "c.pt").read_bytes()
+
+
+def test_folders(tmp_path):
+    write_safetensors_folder(tmp_path / "one", small(), stem="model")
+    assert [p.name for p in (tmp_path / "one").iterdir()] == ["model.safetensors"]
+    assert_same(open_weights(tmp_path / "one"), small())
+
+    folder = tmp_path / "many"
+    write_safetensors_folder(folder, small(), max_shard_bytes=256)
+    stem = "diffusion_pytorch_model"
+    shards = [f"{stem}-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = f"{stem}.safetensors.index.json"
+    assert sorted(p.name for p in folder.iterdir()) == [*shards, index]
+    assert json.loads((folder / index).read_text()) == {
+        "metadata": {"total_size": 3 * 128},
+        "weight_map": dict(zip(small(), [shards[0], shards[0], shards[1]])),
+    }
+    assert_same(open_weights(folder), small())
+
+    (folder / shards[1]).rename(folder / "elsewhere")
+    with pytest.raises(WeightsError, match=f"many lacks {shards[1]}, named in {index}"):
+        open_weights(folder)
+    write_safetensors(folder / shards[1], {"other": tensor(np.ones(2))})
+    with pytest.raises(WeightsError, match=r"says that blocks\.2\.w is in .*-00002-of-00002"):
+        open_weights(folder)
+    (folder / index).write_text('{"weight_map": {"w": "../secret"}}')
+    with pytest.raises(WeightsError, match=r"outside its folder: \.\./secret"):
+        open_weights(folder)
+    (folder / index).write_text("[1]")
+    with pytest.raises(WeightsError, match="is no index of weights"):
+        open_weights(folder)
+
+
+def test_fewer_shards_replace_more(tmp_path):
+    write_safetensors_folder(tmp_path, small(), max_shard_bytes=1)
+    write_safetensors(tmp_path / "diffusion_pytorch_model.fp16.safetensors", small())
+    write_safetensors_folder(tmp_path, small(), max_shard_bytes=256)
+    assert len(list(tmp_path.glob("*-of-*"))) == 2
+    write_safetensors_folder(tmp_path, small())
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "diffusion_pytorch_model.fp16.safetensors",  # not of this stem
+        "diffusion_pytorch_model.safetensors",
+    ]
+    with pytest.raises(WeightsError, match=r"several weights files .* give one of them"):
+        open_weights(tmp_path)
+
+
+def test_folders_of_torch_files(tmp_path):
+    first, second = dict(list(small().items())[:1]), dict(list(small().items())[1:])
+    write_pt(tmp_path / "pytorch_model-00001-of-00002.bin", first)
+    write_pt(tmp_path / "pytorch_model-00002-of-00002.bin", second)
+    files = {name: "pytorch_model-00001-of-00002.bin" for name in first}
+    files |= {name: "pytorch_model-00002-of-00002.bin" for name in second}
+    index = tmp_path / "pytorch_model.bin.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": files}))
+    assert_same(open_weights(tmp_path), small())
+
+    index.unlink()
+    with pytest.raises(WeightsError, match=r"several weights files .*00001-of-00002\.bin, "):
+        open_weights(tmp_path)
+    write_pt(tmp_path / "pytorch_model.bin", small())
+    assert_same(open_weights(tmp_path), small())
+    write_safetensors(tmp_path / "model.safetensors", first)  # is preferred
+    assert_same(open_weights(tmp_path), first)
+
+
+def test_folders_without_weights(tmp_path):
+    with pytest.raises(WeightsError, match="missing does not exist"):
+        open_weights(tmp_path / "missing")
+    with pytest.raises(WeightsError, match="holds no weights file"):
+        open_weights(tmp_path)
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(WeightsError, match="give one of its folders: transformer"):
+        open_weights(tmp_path)
+    (tmp_path / ".metadata").touch()
+    with pytest.raises(WeightsError, match=r"distributed checkpoint; .*dcp_to_torch"):
+        open_weights(tmp_path)

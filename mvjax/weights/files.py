@@ -1,12 +1,10 @@
 """Tensors that lie in a file: known by name, shape and type, read one at a time."""
 
 import math
-import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import ml_dtypes
 import numpy as np
@@ -128,23 +126,3 @@ TYPE_NAMES = {
         (ml_dtypes.float8_e8m0fnu, "float8_e8m0fnu", None, "F8_E8M0"),
     )
 }
-
-
-# Files that appear whole or not at all.
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """Opens `<path>.partial` for writing; it takes the place of `path` when the block succeeds.
-
-    On any failure, a full disk included, the partial file is removed and the error passes through.
-    """
-    partial = path.with_name(path.name + ".partial")
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with partial.open("wb") as file:
-            yield file
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise

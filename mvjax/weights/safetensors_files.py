@@ -1,18 +1,20 @@
 """Reading and writing safetensors: one file, or shards with an index as Hugging Face has them.
 
-A file is the length of its header (8 bytes, little-endian), the header (JSON: type, shape and place
-of each tensor), and the values. The `safetensors` library is not used: for NumPy it lacks bfloat16,
-and it writes only what is in memory all at once, which a model of 30 GB need not be here.
+The safetensors library checks a file and tells names, shapes and types. The values are mapped into
+memory here, because for NumPy the library copies them and lacks the 8-bit floats. Writing is ours:
+the library's `save_file` takes all tensors at once, and a model of 30 GB need not be in memory.
 """
 
 import json
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
+from safetensors import SafetensorError, safe_open
+
+from data_pipelines.atomic import replacing
 from mvjax.weights.files import (
     TYPE_NAMES,
     Tensors,
@@ -20,10 +22,8 @@ from mvjax.weights.files import (
     WeightsError,
     map_array,
     raw_bytes,
-    replacing,
 )
 
-_LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 _TYPES = {names.safetensors: dtype for dtype, names in TYPE_NAMES.items() if names.safetensors}
 
 
@@ -33,54 +33,28 @@ def read_safetensors(path: Path) -> Tensors:
     Raises:
         WeightsError: the file is cut off or damaged, or holds a type that NumPy cannot.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if length > _LONGEST_HEADER:
-            raise WeightsError(
-                f"{path} declares a header of {length:,} bytes, more than the {_LONGEST_HEADER:,} "
-                "that safetensors allows; it is damaged or no safetensors file."
-            )
-        header = file.read(length)
-    if len(header) < length:
+    tensors: Tensors = {}
+    try:
+        with path.open("rb") as head, safe_open(path, framework="np") as file:
+            begin = 8 + int.from_bytes(head.read(8), "little")  # the values follow the header
+            for name in file.offset_keys():  # in the order of the values, which leave no gap
+                entry = file.get_slice(name)
+                code, shape = entry.get_dtype(), tuple(entry.get_shape())
+                if code not in _TYPES:
+                    raise WeightsError(
+                        f"{path} stores {name} as {code}, which is not read here; convert it in "
+                        f"PyTorch to one of {', '.join(_TYPES)}."
+                    )
+                dtype = _TYPES[code]
+                read = partial(map_array, path, begin, shape, dtype)
+                tensors[name] = TorchTensor(shape, dtype, read)
+                begin += tensors[name].nbytes
+    except SafetensorError as error:
         raise WeightsError(
-            f"{path} is cut off: {size:,} bytes on disk do not even hold its header; download it "
+            f"{path} ({path.stat().st_size:,} bytes) is cut off or damaged ({error}); download it "
             "again."
-        )
-    try:
-        entries = json.loads(header)
-        entries.pop("__metadata__", None)
-        needed = {name: 8 + length + entry["data_offsets"][1] for name, entry in entries.items()}
-        end = max(needed.values(), default=0)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise WeightsError(
-            f"{path} has a damaged safetensors header ({error}); download it again."
         ) from error
-    if end > size:
-        raise WeightsError(
-            f"{path} is cut off: {size:,} bytes on disk of {end:,}; download it again."
-        )
-    return {name: _tensor(path, 8 + length, name, entry) for name, entry in entries.items()}
-
-
-def _tensor(path: Path, data_start: int, name: str, entry: Any) -> TorchTensor:
-    try:
-        code, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        sound = all(type(n) is int and n >= 0 for n in (*shape, begin, end))
-    except (ValueError, TypeError, LookupError) as error:
-        raise WeightsError(f"{path} describes {name} in an unknown way: {error}.") from error
-    if code not in _TYPES:
-        raise WeightsError(
-            f"{path} stores {name} as {code}, which is not read here; convert it in PyTorch to one "
-            f"of {', '.join(_TYPES)}."
-        )
-    dtype = _TYPES[code]
-    if not sound or end - begin != math.prod(shape) * dtype.itemsize:
-        raise WeightsError(
-            f"{path} gives {name} the bytes {begin} to {end}, which is not what {code} of shape "
-            f"{list(shape)} needs; download it again."
-        )
-    return TorchTensor(shape, dtype, partial(map_array, path, data_start + begin, shape, dtype))
+    return tensors
 
 
 def write_safetensors(
@@ -99,8 +73,8 @@ def write_safetensors(
         OSError: the disk is full or read-only; nothing is left behind.
     """
     header = _header(tensors, metadata)
-    with replacing(path) as file:
-        _write(file, header, tensors)
+    with replacing(path) as unfinished:
+        _write(unfinished, header, tensors)
 
 
 def write_safetensors_folder(
@@ -140,7 +114,7 @@ def write_safetensors_folder(
             total = sum(tensor.nbytes for tensor in tensors.values())
             content = {"metadata": {"total_size": total}, "weight_map": files}
             text = json.dumps(content, indent=2, sort_keys=True) + "\n"
-            stack.enter_context(replacing(index)).write(text.encode())
+            stack.enter_context(replacing(index)).write_text(text)
         for name, header, shard in zip(names, headers, shards):
             _write(stack.enter_context(replacing(folder / name)), header, shard)
     written = {*names, index.name} if len(shards) > 1 else {*names}
@@ -169,10 +143,11 @@ def _header(tensors: Mapping[str, TorchTensor], metadata: Mapping[str, str] | No
     return len(text).to_bytes(8, "little") + text
 
 
-def _write(file: BinaryIO, header: bytes, tensors: Mapping[str, TorchTensor]) -> None:
-    file.write(header)
-    for name, tensor in _widest_first(tensors):
-        file.write(raw_bytes(name, tensor))
+def _write(path: Path, header: bytes, tensors: Mapping[str, TorchTensor]) -> None:
+    with path.open("wb") as file:
+        file.write(header)
+        for name, tensor in _widest_first(tensors):
+            file.write(raw_bytes(name, tensor))
 
 
 def _widest_first(tensors: Mapping[str, TorchTensor]) -> list[tuple[str, TorchTensor]]:
