@@ -22,9 +22,9 @@ from tqdm import tqdm
 from data_pipelines.clip import Clip
 from data_pipelines.video import read_observed, write_video
 from launch.entry import path_flag, run
+from mvjax.flow import Sampling
 from mvjax.models.layers import PRECISIONS
 from mvjax.policy.generate import (
-    Denoising,
     embed_texts,
     generate,
     generation_config,
@@ -72,13 +72,7 @@ def main() -> None:
         "video_model.precision": PRECISION.value,
     }
     config.update_from_flattened_dict({k: v for k, v in given.items() if v is not None})
-    settings = Denoising(
-        steps=config.sampler.video_steps,
-        sigma_max=config.sampler.sigma_max,
-        sigma_min=config.sampler.sigma_min,
-        seed=config.sampler.seed,
-        guidance=GUIDANCE.value,
-    )
+    sampling = Sampling(**config.sampler)
     observed = read_observed(Path(IMAGE.value), config.clip.observed_frames)
     clip = _clip(config, len(observed))
     tokenizer = load_matching_tokenizer(config.tokenizer, checkpoint)
@@ -86,7 +80,7 @@ def main() -> None:
     model = load_video_model(checkpoint, config.video_model.precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     ends = []
-    with tqdm(total=settings.evaluations, desc="denoise", unit="step", smoothing=0) as bar:
+    with tqdm(total=sampling.evaluations, desc="denoise", unit="step", smoothing=0) as bar:
 
         def progress(done: int) -> None:
             if done == 1:  # the first one was compiled, too: the pace is that of the others
@@ -97,8 +91,9 @@ def main() -> None:
             if done == bar.total:
                 bar.close()  # decoding is not a step
 
+        texts = dict(guidance=GUIDANCE.value, negative=negative)
         video = generate(
-            model, tokenizer, clip, observed, text, settings, negative=negative, progress=progress
+            model, tokenizer, clip, observed, text, sampling, **texts, progress=progress
         )
     fps = max(round(clip.fps), 1)
     write_video(out, video, fps, crf=18)

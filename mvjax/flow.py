@@ -1,141 +1,35 @@
-"""The two-step Adams-Bashforth video sampler, and the noise of published runs."""
+"""The method on one page: rectified flow of the video and of the action chunk.
+
+Clean data x0 and Gaussian noise ε are joined by a straight line, (1 - τ) x0 + τ ε: τ = 0 is clean,
+τ = 1 is noise. A network sees a point of the line and predicts the velocity ε - x0 along it.
+
+The video is kept in σ form, x = x0 + σ ε with τ = σ / (1 + σ); then (1 - τ) x is the point on the
+line. Its first latent frames are observed: they enter clean, with the time of σ = 1e-4 and a mask
+of ones, and what is predicted for them is replaced by what they are (Cosmos-Predict2,
+`RectifiedFlowScaling` and `pipelines/video2world.py:denoise`). The actions are kept on the line
+itself and scaled to unit variance for the network (mimic-video release).
+
+In the order of this file: noise levels; the video's loss; how a video is sampled (`sample_video` is
+the one denoising loop); the actions' loss and how they are sampled; the settings of a query.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
 
-
-class Trajectory(NamedTuple):
-    """A video between noise and its end.
-
-    Attributes:
-        x: noisy latents [b, t, h, w, c].
-        previous: the clean prediction one evaluation before; before the first one, zeros.
-    """
-
-    x: Array
-    previous: Array
+TAIL_SIGMA = (200.0, 1e5)  # the range of the extreme noise levels in training
+CONDITION_SIGMA = 1e-4  # the noise level that observed frames are said to have
 
 
-def step_coefficients(sigmas: np.ndarray) -> np.ndarray:
-    """Coefficients (a, b, c) of x' = a x + b x0 + c x0_previous for every step, float64 [n, 3].
-
-    The first step is Euler in x0 form; later ones are exponential two-step Adams-Bashforth in
-    λ = -ln σ. Source: Cosmos-Predict2, `RectifiedFlowAB2Scheduler`, `res_x0_rk2_step`.
-    """
-    lam = -np.log(np.asarray(sigmas, np.float64))
-    table = [(sigmas[1] / sigmas[0], 1 - sigmas[1] / sigmas[0], 0.0)]
-    for previous, here, after in zip(lam, lam[1:], lam[2:]):
-        h = after - here
-        phi1 = np.expm1(-h) / -h
-        phi2 = (phi1 - 1) / -h
-        b2 = phi2 / ((previous - here) / h)
-        table.append((np.exp(-h), h * (phi1 - b2), h * b2))
-    return np.asarray(table, np.float64)
-
-
-def evaluations(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Noise levels and coefficients of a whole run, the last clean prediction included.
-
-    Args:
-        sigmas: decreasing noise levels, float64 [steps + 1].
-
-    Returns:
-        The noise levels, float32 [steps + 1]; coefficients (a, b, c), float32 [steps + 1, 3]. The
-        last row is (0, 1, 0): the sample is what the network predicts there.
-    """
-    table = np.concatenate([step_coefficients(sigmas), [(0.0, 1.0, 0.0)]])
-    return sigmas.astype(np.float32), table.astype(np.float32)
-
-
-def advance(x: Array, x0: Array, previous: Array, coefficients: Array) -> Array:
-    """The sample at the next noise level, from the clean predictions here and one step before."""
-    a, b, c = coefficients
-    return a * x + b * x0 + c * previous
-
-
-def sample_video(
-    denoise: Callable[[Array, Array], Array], noise: Array, sigmas: np.ndarray, stop_step: int
-) -> Array:
-    """The noisy latents at σ[stop_step], reached by `stop_step` full evaluations.
-
-    With stop_step = 0 nothing is denoised: the result is σ_max · noise, and one partial forward
-    pass on it gives the plan. The evaluation at σ[stop_step] itself is the caller's: the partial
-    pass of the policy, or the final clean prediction at stop_step = len(sigmas) - 1.
-
-    Args:
-        denoise: called with noisy latents and σ [b, 1]; returns the clean prediction.
-        noise: standard normal [b, t, h, w, c].
-        sigmas: decreasing noise levels, float64 [steps + 1].
-        stop_step: between 0 and `steps`.
-    """
-    if not 0 <= stop_step < len(sigmas):
-        raise ValueError(
-            f"stop_step must be between 0 and {len(sigmas) - 1} (the number of sampling steps), "
-            f"got {stop_step}."
-        )
-    return sample_on(denoise, start(noise, sigmas), sigmas, 0, stop_step).x
-
-
-def start(noise: Array, sigmas: np.ndarray) -> Trajectory:
-    """The trajectory before the first evaluation, from standard normal noise."""
-    return Trajectory(noise * sigmas[0], jnp.zeros_like(noise))
-
-
-def sample_on(
-    denoise: Callable[[Array, Array], Array],
-    here: Trajectory,
-    sigmas: np.ndarray,
-    first: int,
-    last: int,
-) -> Trajectory:
-    """The trajectory after the evaluations `first`, ..., `last` - 1 of `evaluations(sigmas)`.
-
-    Args:
-        denoise: called with noisy latents and σ [b, 1]; returns the clean prediction.
-        here: the trajectory before evaluation `first`.
-        sigmas: decreasing noise levels, float64 [steps + 1].
-        first, last: between 0 and steps + 1; after all steps + 1, x is the clean prediction.
-    """
-    if first == last:
-        return here
-
-    def step(here, inputs):
-        sigma, coefficients = inputs
-        x0 = denoise(here.x, jnp.full((len(here.x), 1), sigma))
-        return Trajectory(advance(here.x, x0, here.previous, coefficients), x0), None
-
-    inputs = tuple(jnp.asarray(array[first:last]) for array in evaluations(sigmas))
-    return jax.lax.scan(step, here, inputs)[0]
-
-
-def published_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
-    """Standard normal float32 noise of the release, the same on every machine.
-
-    For video the published order of axes is channels first; noise [b, t, h, w, c] is drawn in that
-    order and transposed.
-    """
-    draw = np.random.RandomState(seed).standard_normal
-    if len(shape) != 5:
-        return draw(shape).astype(np.float32)
-    b, t, h, w, c = shape
-    return draw((b, c, t, h, w)).astype(np.float32).transpose(0, 2, 3, 4, 1)
-
-
-# Noise levels: distributions of σ (video) and τ (action) in training, the σ table of sampling.
-#
-# Everywhere τ = σ / (1 + σ); τ = 1 is pure noise, τ = 0 is clean.
-
-
-Array = jax.Array
-TAIL_SIGMA = (200.0, 1e5)
+# --- Noise levels ---
 
 
 def flow_time(sigma: Array) -> Array:
@@ -185,10 +79,177 @@ def karras_sigmas(
     return (top + ramp * (bottom - top)) ** rho
 
 
-# Rectified flow of the action chunk: loss and ten-step Euler sampling (mimic-video release).
+def published_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
+    """Standard normal float32 noise of the release, the same on every machine.
+
+    For video the published order of axes is channels first; noise [b, t, h, w, c] is drawn in that
+    order and transposed.
+    """
+    draw = np.random.RandomState(seed).standard_normal
+    if len(shape) != 5:
+        return draw(shape).astype(np.float32)
+    b, t, h, w, c = shape
+    return draw((b, c, t, h, w)).astype(np.float32).transpose(0, 2, 3, 4, 1)
 
 
-Array = jax.Array
+# --- Video: what the network sees, what it predicts, the loss ---
+
+
+class NetworkInput(NamedTuple):
+    """What the video DiT is called with: latents, timesteps [b, t], condition mask [b, t]."""
+
+    latents: Array
+    timesteps: Array
+    condition_mask: Array
+
+
+def condition_mask(num_condition: Array, frames: int) -> Array:
+    """1 for the first `num_condition` [b] of `frames` latent frames: float32 [b, frames]."""
+    return (jnp.arange(frames) < num_condition[:, None]).astype(jnp.float32)
+
+
+def network_input(noisy: Array, clean: Array, sigma: Array, mask: Array) -> NetworkInput:
+    """Scales the noisy latents and puts the conditioning frames in.
+
+    Args:
+        noisy: x0 + σ ε, [b, t, h, w, c].
+        clean: latents whose masked frames are the conditioning frames, [b, t, h, w, c].
+        sigma: noise level [b, 1].
+        mask: 1 for conditioning frames [b, t].
+    """
+    # A wrong shape would broadcast here, and train or sample something else in silence.
+    chex.assert_equal_shape([noisy, clean])
+    chex.assert_shape(sigma, (len(noisy), 1))
+    chex.assert_shape(mask, noisy.shape[:2])
+    tau = flow_time(sigma)
+    m = mask[:, :, None, None, None]
+    latents = m * clean + (1 - m) * (1 - tau)[:, :, None, None, None] * noisy
+    times = mask * flow_time(jnp.float32(CONDITION_SIGMA)) + (1 - mask) * tau
+    return NetworkInput(latents, times, mask)
+
+
+def denoise(
+    velocity: Callable[[NetworkInput], Array], noisy: Array, clean: Array, sigma: Array, mask: Array
+) -> Array:
+    """The clean latents that the network predicts, x0 = (1 - τ) x - τ v.
+
+    Conditioning frames are returned as they are. Arguments as for `network_input`.
+    """
+    v = velocity(network_input(noisy, clean, sigma, mask))
+    tau = flow_time(sigma)[:, :, None, None, None]
+    m = mask[:, :, None, None, None]
+    return m * clean + (1 - m) * ((1 - tau) * noisy - tau * v)
+
+
+def loss_weight(sigma: Array) -> Array:
+    """(1 + σ)² / σ², which makes the error of the clean prediction that of the velocity."""
+    return ((1 + sigma) / sigma) ** 2
+
+
+def video_loss(x0: Array, prediction: Array, sigma: Array) -> Array:
+    """Mean over all elements of (1 + σ)² / σ² (x0 - prediction)², per sample [b].
+
+    Equal to the squared velocity error; conditioning frames count as zeros in the mean, as
+    published.
+    """
+    chex.assert_equal_shape([x0, prediction])
+    chex.assert_shape(sigma, (len(x0), 1))
+    return loss_weight(sigma)[:, 0] * jnp.mean((x0 - prediction) ** 2, axis=(1, 2, 3, 4))
+
+
+# --- Video: from noise to the clip, or part of the way ---
+
+
+class Trajectory(NamedTuple):
+    """A video between noise and its end.
+
+    Attributes:
+        x: noisy latents [b, t, h, w, c].
+        previous: the clean prediction one evaluation before; before the first one, zeros.
+    """
+
+    x: Array
+    previous: Array
+
+
+def start(noise: Array, sigmas: np.ndarray) -> Trajectory:
+    """The trajectory before the first evaluation, from standard normal noise [b, t, h, w, c]."""
+    return Trajectory(noise * np.float32(sigmas[0]), jnp.zeros_like(noise))
+
+
+def schedule(sigmas: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The noise level of every evaluation and the coefficients (a, b, c) of the step after it.
+
+    A step is x' = a x + b x0 + c x0_previous. The first is Euler in x0 form; later ones are
+    exponential two-step Adams-Bashforth in λ = -ln σ (Cosmos-Predict2, `RectifiedFlowAB2Scheduler`,
+    `res_x0_rk2_step`).
+
+    Args:
+        sigmas: decreasing noise levels, float64 [steps + 1].
+
+    Returns:
+        The noise levels, float32 [steps + 1]; the coefficients, float32 [steps + 1, 3].
+    """
+    # In float64: near the end h is small and phi1 - 1 would lose most of its digits.
+    lam = -np.log(np.asarray(sigmas, np.float64))
+    table = [(sigmas[1] / sigmas[0], 1 - sigmas[1] / sigmas[0], 0.0)]
+    for previous, here, after in zip(lam, lam[1:], lam[2:]):
+        h = after - here
+        phi1 = np.expm1(-h) / -h
+        phi2 = (phi1 - 1) / -h
+        b2 = phi2 / ((previous - here) / h)
+        table.append((np.exp(-h), h * (phi1 - b2), h * b2))
+    table.append((0.0, 1.0, 0.0))  # the sample is the network's prediction at the last level
+    return sigmas.astype(np.float32), np.asarray(table, np.float64).astype(np.float32)
+
+
+def advance(here: Trajectory, x0: Array, coefficients: Array) -> Trajectory:
+    """One step of `schedule`, from the clean prediction x0 at the present noise level.
+
+    Arithmetic alone, so that it serves the loop below, a caller who wants to see every step, and
+    the PyTorch peer.
+    """
+    a, b, c = coefficients
+    return Trajectory(a * here.x + b * x0 + c * here.previous, x0)
+
+
+def sample_video(
+    denoise: Callable[[Array, Array], Array],
+    here: Trajectory,
+    sigmas: np.ndarray,
+    first: int = 0,
+    last: int | None = None,
+) -> Trajectory:
+    """The denoising loop: makes the evaluations `first`, ..., `last` - 1 of `schedule(sigmas)`.
+
+    `last` = K stops at σ_K, where the policy reads the video with one partial pass of its own
+    (K = 0: nothing is denoised); by default the video is denoised to its end, and the result's `x`
+    is the clean prediction at σ_min. What stopped can go on with `first` = K.
+
+    Args:
+        denoise: called with noisy latents and σ [b, 1]; returns the clean prediction.
+        here: `start(noise, sigmas)`, or what an earlier call returned.
+        sigmas: decreasing noise levels, float64 [steps + 1].
+        first, last: between 0 and steps + 1.
+    """
+    last = len(sigmas) if last is None else last
+    if not 0 <= first <= last <= len(sigmas):
+        raise ValueError(
+            f"A video of {len(sigmas)} evaluations cannot be denoised from {first} to {last}."
+        )
+
+    def step(here: Trajectory, inputs: tuple[Array, Array]) -> tuple[Trajectory, None]:
+        sigma, coefficients = inputs
+        x0 = denoise(here.x, jnp.full((len(here.x), 1), sigma))
+        return advance(here, x0, coefficients), None
+
+    # A scan, so that the network is compiled once and not once per step. An empty one would still
+    # compile it.
+    inputs = tuple(jnp.asarray(array[first:last]) for array in schedule(sigmas))
+    return here if first == last else jax.lax.scan(step, here, inputs)[0]
+
+
+# --- Actions: the loss, and ten Euler steps ---
 
 
 def scale_noisy_actions(noisy: Array, time: Array) -> Array:
@@ -219,6 +280,9 @@ def action_loss(
     """
     noisy = (1 - time)[..., None] * actions + time[..., None] * noise
     v = velocity(scale_noisy_actions(noisy, time), time)
+    # As in `network_input`: each of these would broadcast.
+    chex.assert_equal_shape([v, actions, noise] + ([] if mask is None else [mask]))
+    chex.assert_shape(time, (len(actions), 1))
     error = (v - (noise - actions)) ** 2
     if mask is None:
         return jnp.mean(error, axis=(1, 2))
@@ -244,81 +308,6 @@ def sample_actions(velocity: Callable[[Array, Array], Array], noise: Array, step
         return wide.astype(x.dtype), None
 
     return jax.lax.scan(step, noise, times)[0]
-
-
-# Rectified flow of the video in its σ form, with frame-replacement conditioning.
-#
-# The network sees (1 - τ) (x0 + σ ε) = (1 - τ) x0 + τ ε and predicts the velocity ε - x0; the
-# first latent frames are conditioning: they enter clean, with the time of σ = 1e-4 and a mask of
-# ones, and their prediction is replaced by what they are. Source: Cosmos-Predict2,
-# `RectifiedFlowScaling` and `pipelines/video2world.py:denoise`.
-
-
-Array = jax.Array
-CONDITION_SIGMA = 1e-4
-
-
-class NetworkInput(NamedTuple):
-    """What the video DiT is called with: latents, timesteps [b, t], condition mask [b, t]."""
-
-    latents: Array
-    timesteps: Array
-    condition_mask: Array
-
-
-def condition_mask(num_condition: Array, frames: int) -> Array:
-    """1 for the first `num_condition` [b] of `frames` latent frames: float32 [b, frames]."""
-    return (jnp.arange(frames) < num_condition[:, None]).astype(jnp.float32)
-
-
-def network_input(noisy: Array, clean: Array, sigma: Array, mask: Array) -> NetworkInput:
-    """Scales the noisy latents and puts the conditioning frames in.
-
-    Args:
-        noisy: x0 + σ ε, [b, t, h, w, c].
-        clean: latents whose masked frames are the conditioning frames, [b, t, h, w, c].
-        sigma: noise level [b, 1].
-        mask: 1 for conditioning frames [b, t].
-    """
-    tau = flow_time(sigma)
-    m = mask[:, :, None, None, None]
-    latents = m * clean + (1 - m) * (1 - tau)[:, :, None, None, None] * noisy
-    times = mask * flow_time(jnp.float32(CONDITION_SIGMA)) + (1 - mask) * tau
-    return NetworkInput(latents, times, mask)
-
-
-def clean_prediction(
-    velocity: Array, noisy: Array, clean: Array, sigma: Array, mask: Array
-) -> Array:
-    """x0 = (1 - τ) x - τ v; conditioning frames are returned as they are."""
-    tau = flow_time(sigma)[:, :, None, None, None]
-    m = mask[:, :, None, None, None]
-    return m * clean + (1 - m) * ((1 - tau) * noisy - tau * velocity)
-
-
-def denoise(
-    velocity: Callable[[NetworkInput], Array], noisy: Array, clean: Array, sigma: Array, mask: Array
-) -> Array:
-    """The network's prediction of the clean latents at noise level `sigma` [b, 1]."""
-    v = velocity(network_input(noisy, clean, sigma, mask))
-    return clean_prediction(v, noisy, clean, sigma, mask)
-
-
-def loss_weight(sigma: Array) -> Array:
-    """(1 + σ)² / σ², which makes the error of the clean prediction that of the velocity."""
-    return ((1 + sigma) / sigma) ** 2
-
-
-def video_loss(x0: Array, prediction: Array, sigma: Array) -> Array:
-    """Mean over all elements of (1 + σ)² / σ² (x0 - prediction)², per sample [b].
-
-    Equal to the squared velocity error; conditioning frames count as zeros in the mean, as
-    published.
-    """
-    return loss_weight(sigma)[:, 0] * jnp.mean((x0 - prediction) ** 2, axis=(1, 2, 3, 4))
-
-
-# How a query to the policy is answered.
 
 
 @dataclass(frozen=True)
@@ -356,11 +345,16 @@ class Sampling:
                 f"stop_step must be between 0 and video_steps = {self.video_steps}, got "
                 f"{self.stop_step}."
             )
-        for name in ("draws", "action_steps"):
-            if getattr(self, name) < 1:
-                raise ValueError(
-                    f"The policy's {name} must be at least 1, got {getattr(self, name)}."
-                )
+        if not 0 < self.sigma_min < self.sigma_max:
+            raise ValueError(
+                "Noise levels must go down, from sigma_max to a positive sigma_min; got sigma_max "
+                f"{self.sigma_max} and sigma_min {self.sigma_min}."
+            )
+        if self.draws < 1 or self.action_steps < 1:
+            raise ValueError(
+                f"draws and action_steps must be at least 1, got draws={self.draws} and "
+                f"action_steps={self.action_steps}."
+            )
 
     @cached_property
     def sigmas(self) -> np.ndarray:
@@ -374,5 +368,5 @@ class Sampling:
 
     @property
     def evaluations(self) -> int:
-        """Evaluations of the network for a whole video: the steps and the clean prediction."""
+        """Evaluations of the network for a whole video: the steps, and one at the last level."""
         return self.video_steps + 1

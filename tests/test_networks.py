@@ -146,14 +146,14 @@ def test_sigma_table_and_every_sampler_step(dit):
         net = network.bind(params)
         return net.hidden(*i[:2], golden["in.text_bld"], i[2], layer=c["layer"])
 
-    x, previous = last(golden["sampler.noise"]) * sigmas[0], jnp.zeros_like(clean)
+    here = flow.start(last(golden["sampler.noise"]), sigmas)
     expected = [*golden["sampler.samples_after_step"], golden["sampler.final_x0"]]
-    for k, (sigma, coefficients) in enumerate(zip(*flow.evaluations(sigmas))):
+    for k, (sigma, coefficients) in enumerate(zip(*flow.schedule(sigmas))):
         sigma, theirs = jnp.full((c["B"], 1), sigma), golden["sampler.context_at_step"][k]
-        assert relative_rms(context(params, x, sigma).reshape(theirs.shape), theirs) < 1e-5, k
-        x0 = denoise(x, sigma)
-        x, previous = flow.advance(x, x0, previous, coefficients), x0
-        assert relative_rms(x, last(expected[k])) < 1e-5, k
+        ours = context(params, here.x, sigma)
+        assert relative_rms(ours.reshape(theirs.shape), theirs) < 1e-5, k
+        here = flow.advance(here, denoise(here.x, sigma), coefficients)
+        assert relative_rms(here.x, last(expected[k])) < 1e-5, k
 
 
 @pytest.mark.parametrize("k", [0, 1, 5])

@@ -17,6 +17,7 @@ from mvjax.flow import (
     published_noise,
     sample_video,
     scale_noisy_actions,
+    start,
 )
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import VideoActionModel
@@ -77,7 +78,7 @@ def by_hand(policy, observation, draws=1):
         elif sampling.stop_step == 0:
             x = 80.0 * noise
         else:
-            x = sample_video(denoiser, noise, sigmas, sampling.stop_step)
+            x = sample_video(denoiser, start(noise, sigmas), sigmas, last=sampling.stop_step).x
         i = network_input(x, clean, sigma, mask)
         context = net.hidden(*i[:2], text, i[2], layer=model.layer)
         return decoder.context_keys_values(context)

@@ -114,7 +114,7 @@ def test_video_samples_stay_float32_and_near_in_published_precision(dit):  # noq
     def denoise(x, sigma):
         return flow.denoise(lambda i: net(*i[:2], text, i[2]), x, x0, sigma, mask)
 
-    sample = flow.sample_video(denoise, noise, sigmas, stop_step=c["steps"])
+    sample = flow.sample_video(denoise, flow.start(noise, sigmas), sigmas, last=c["steps"]).x
     assert sample.dtype == "float32"
     assert relative_rms(sample, last(golden["sampler.samples_after_step"][-1])) < BOUND
 

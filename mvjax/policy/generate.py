@@ -19,7 +19,16 @@ from ml_collections import ConfigDict
 
 from data_pipelines.clip import Clip
 from data_pipelines.video import cover
-from mvjax.flow import advance, condition_mask, denoise, evaluations, karras_sigmas, published_noise
+from mvjax.flow import (
+    Sampling,
+    Trajectory,
+    advance,
+    condition_mask,
+    denoise,
+    published_noise,
+    schedule,
+    start,
+)
 from mvjax.models.layers import rounded
 from mvjax.models.network import Network, Params
 from mvjax.models.presets import video_network
@@ -31,39 +40,6 @@ from mvjax.training.checkpoint import CheckpointMismatch
 Array = jax.Array
 
 
-@dataclass(frozen=True)
-class Denoising:
-    """How a video is sampled; the defaults are published.
-
-    Attributes:
-        steps: of the noise schedule; one more evaluation gives the clean prediction at its end.
-        sigma_max, sigma_min: the first and the last noise level.
-        seed: of the noise.
-        guidance: g of x0 = x0_c + g (x0_c - x0_u), where x0_u is predicted for the negative text;
-            0 (mimic-video; Cosmos-Predict2 has 7) runs the network once per evaluation, not twice.
-    """
-
-    steps: int = 35
-    sigma_max: float = 80.0
-    sigma_min: float = 0.002
-    seed: int = 0
-    guidance: float = 0.0
-
-    def __post_init__(self):
-        if not 0 < self.sigma_min < self.sigma_max:
-            raise ValueError(
-                f"The noise must go down, from sigma_max to a positive sigma_min; got sigma_max "
-                f"{self.sigma_max} and sigma_min {self.sigma_min}."
-            )
-        if self.guidance < 0:
-            raise ValueError(f"guidance must be 0 (none) or more, got {self.guidance}.")
-
-    @property
-    def evaluations(self) -> int:
-        """Evaluations of the network."""
-        return self.steps + 1
-
-
 class Conditions(NamedTuple):
     """What a video is generated from.
 
@@ -71,7 +47,8 @@ class Conditions(NamedTuple):
         clean: latents that begin with the observed frames [1, t, h, w, c]; the others are zeros.
         mask: 1 for the observed latent frames [1, t].
         text: embedding [1, l, dim]; with guidance [2, l, dim], the negative text second.
-        guidance: g, a scalar.
+        guidance: g of x0 = x0_c + g (x0_c - x0_u), a scalar, where x0_u is predicted for the
+            negative text.
     """
 
     clean: Array
@@ -98,7 +75,7 @@ class VideoModel:
         self,
         noise: np.ndarray,
         conditions: Conditions,
-        settings: Denoising,
+        sampling: Sampling,
         progress: Callable[[int], None] = lambda evaluations: None,
     ) -> np.ndarray:
         """Clean latents float32 [1, t, h, w, c], from standard normal noise of that shape.
@@ -106,29 +83,26 @@ class VideoModel:
         Args:
             noise: where to start.
             conditions: from what.
-            settings: how.
+            sampling: how; of it the noise levels.
             progress: called with the number of evaluations that are done, after each.
         """
-        sigmas = karras_sigmas(
-            settings.steps, sigma_max=settings.sigma_max, sigma_min=settings.sigma_min
-        )
         whole = NamedSharding(self.mesh, PartitionSpec())
-        x, previous = noise * np.float32(sigmas[0]), np.zeros_like(noise)
-        x, previous, conditions = jax.device_put((x, previous, conditions), whole)
+        here = start(noise, sampling.sigmas)
+        here, conditions = jax.device_put((here, conditions), whole)
         with jax.set_mesh(self.mesh), use_rules(self.rules):
-            for done, numbers in enumerate(zip(*evaluations(sigmas)), 1):
-                x, previous = self._step(self.params, x, previous, conditions, *numbers)
-                x.block_until_ready()  # what is not yet computed is no progress
+            # `flow.sample_video` in Python: inside a compiled loop there is nothing to see.
+            for done, numbers in enumerate(zip(*schedule(sampling.sigmas)), 1):
+                here = self._step(self.params, here, conditions, *numbers)
+                here.x.block_until_ready()  # what is not yet computed is no progress
                 progress(done)
-        return np.asarray(x)
+        return np.asarray(here.x)
 
-    @partial(jax.jit, static_argnums=0, donate_argnums=(2, 3))
-    def _step(self, params, x, previous, conditions, sigma, coefficients) -> tuple[Array, Array]:
-        """The next noisy latents, and the clean prediction here; σ is an input: one compilation."""
-        x0 = self._clean_prediction(params, x, conditions, sigma)
-        x = advance(x, x0, previous, coefficients)
-        whole = PartitionSpec()  # as they came in, so that the next step is the same program
-        return jax.lax.with_sharding_constraint((x, x0), whole)
+    @partial(jax.jit, static_argnums=0, donate_argnums=2)
+    def _step(self, params, here: Trajectory, conditions, sigma, coefficients) -> Trajectory:
+        """The trajectory one evaluation later; σ is an input, so that one compilation serves."""
+        x0 = self._clean_prediction(params, here.x, conditions, sigma)
+        whole = PartitionSpec()  # as it came in, so that the next step is the same program
+        return jax.lax.with_sharding_constraint(advance(here, x0, coefficients), whole)
 
     def _clean_prediction(self, params, x, conditions, sigma) -> Array:
         clean, mask, text, guidance = conditions
@@ -147,8 +121,9 @@ def generate(
     clip: Clip,
     frames: np.ndarray,
     text: np.ndarray,
-    settings: Denoising = Denoising(),
+    sampling: Sampling,
     *,
+    guidance: float = 0.0,
     negative: np.ndarray | None = None,
     progress: Callable[[int], None] = lambda evaluations: None,
 ) -> np.ndarray:
@@ -163,7 +138,9 @@ def generate(
         frames: the observed ones, uint8 [clip.observed_frames, any h, any w, 3]; they are scaled
             to cover the clip's size, and their centre is taken.
         text: embedding of the prompt, float32 [l, dim].
-        settings: how it is sampled.
+        sampling: how it is sampled; of it the noise levels and the seed.
+        guidance: see `Conditions`; 0 (mimic-video; Cosmos-Predict2 has 7) runs the network once per
+            evaluation, not twice.
         negative: embedding of the text to move away from; needed with guidance.
         progress: called with the number of evaluations that are done, after each.
 
@@ -179,8 +156,10 @@ def generate(
             f"There are {len(frames)} frames to begin with, but clip.observed_frames is "
             f"{clip.observed_frames}."
         )
+    if guidance < 0:
+        raise ValueError(f"guidance must be 0 (none) or more, got {guidance}.")
     texts = [text]
-    if settings.guidance:
+    if guidance:
         if negative is None or negative.shape != text.shape:
             raise ValueError(
                 f"Guidance needs the embedding of a negative text of the shape {text.shape}, got "
@@ -194,10 +173,10 @@ def generate(
         clean=clean,
         mask=np.asarray(condition_mask(np.full(1, clip.condition_latents), clip.latent_frames)),
         text=np.stack(texts),
-        guidance=np.float32(settings.guidance),
+        guidance=np.float32(guidance),
     )
-    noise = published_noise(settings.seed, clean.shape)
-    latents = model.sample(noise, conditions, settings, progress)
+    noise = published_noise(sampling.seed, clean.shape)
+    latents = model.sample(noise, conditions, sampling, progress)
     decoded = np.asarray(tokenizer.decode(latents))[0]
     return np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype(np.uint8)
 

@@ -24,7 +24,7 @@ from mvjax.flow import (
     network_input,
     published_noise,
     sample_actions,
-    sample_on,
+    sample_video,
     start,
 )
 from mvjax.models.attention import KeysValues
@@ -107,8 +107,8 @@ class VideoActionModel:
         if self.sampling.oracle:
             x = self._true_future(clean, noise)
         else:
-            begin, stop = start(noise, self.sampling.sigmas), self.sampling.stop_step
-            x = self._denoise(params, begin, clean, text, 0, stop).x
+            begin = start(noise, self.sampling.sigmas)
+            x = self._denoise(params, begin, clean, text, last=self.sampling.stop_step).x
         return self.read(params, x, clean, self._sigma(len(clean)), text)
 
     def read(self, params: Params, x: Array, clean: Array, sigma: Array, text: Array) -> Array:
@@ -170,7 +170,7 @@ class VideoActionModel:
         tokenizer, backbone, _ = weights
         clean = self.encode(tokenizer, inputs.video)
         begin = start(inputs.video_noise, self.sampling.sigmas)
-        end = self._denoise(backbone, begin, clean, inputs.text, 0, self.sampling.evaluations)
+        end = self._denoise(backbone, begin, clean, inputs.text)
         return to_pixels(tokenizer, end.x)
 
     @partial(jax.jit, static_argnums=0)
@@ -184,10 +184,10 @@ class VideoActionModel:
         tokenizer, backbone, decoder = weights
         text, noise, stop = inputs.text, inputs.video_noise, self.sampling.stop_step
         clean, begin = self.encode(tokenizer, inputs.video), start(noise, self.sampling.sigmas)
-        here = self._denoise(backbone, begin, clean, text, 0, stop)
+        here = self._denoise(backbone, begin, clean, text, last=stop)
         x = self._true_future(clean, noise) if self.sampling.oracle else here.x
         context = self.read(backbone, x, clean, self._sigma(len(x)), text)
-        end = self._denoise(backbone, here, clean, text, stop, self.sampling.evaluations)
+        end = self._denoise(backbone, here, clean, text, first=stop)
         return self._chunks(decoder, context, inputs), to_pixels(tokenizer, end.x)
 
     def _chunks(self, decoder: Params, context: Array, inputs: Inputs) -> Array:
@@ -198,11 +198,11 @@ class VideoActionModel:
         return clean + self.sampling.stop_sigma * noise
 
     def _denoise(
-        self, params: Params, here: Trajectory, clean: Array, text: Array, first: int, last: int
+        self, params: Params, here: Trajectory, clean: Array, text: Array, **steps: int
     ) -> Trajectory:
-        """The video after the evaluations `first`, ..., `last` - 1."""
-        step = lambda x, sigma: self.denoised(params, x, clean, sigma, text)  # noqa: E731
-        return sample_on(step, here, self.sampling.sigmas, first, last)
+        """`sample_video` by the video DiT; `steps` are its `first` and `last`."""
+        denoise = lambda x, sigma: self.denoised(params, x, clean, sigma, text)  # noqa: E731
+        return sample_video(denoise, here, self.sampling.sigmas, **steps)
 
     def _sigma(self, samples: int) -> Array:
         return jnp.full((samples, 1), self.sampling.stop_sigma)
