@@ -1,14 +1,15 @@
 """Named sizes: the released models, and the tiny ones that train on a laptop."""
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig
 from mvjax.models.network import Network
-from mvjax.models.t5 import T5EncoderConfig
+from mvjax.models.t5 import T5Encoder, T5EncoderConfig
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
-from mvjax.models.wan_vae import WanVAEConfig
+from mvjax.models.wan_vae import WanVAE, WanVAEConfig
 
 # Published LoRA targets (release, `configs/experiment/video2world.py`); `x_embedder` is
 # `x_embedder.proj.1` there. The adaLN weights are trained in full beside them.
@@ -124,6 +125,21 @@ def video_network(config: VideoDiTConfig) -> Network:
 def decoder_network(config: ActionDecoderConfig) -> Network:
     """An action decoder without weights."""
     return Network(lambda key: ActionDecoder(config, key))
+
+
+def vae_config(section: Mapping[str, Any]) -> WanVAEConfig:
+    """The Wan VAE of a converted checkpoint's section `tokenizer`, where JSON has made lists."""
+    return WanVAEConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in section.items()})
+
+
+def vae_network(config: WanVAEConfig) -> Network:
+    """A Wan VAE without weights."""
+    return Network(lambda key: WanVAE(config, key))
+
+
+def text_network(config: T5EncoderConfig) -> Network:
+    """A T5 encoder without weights."""
+    return Network(lambda key: T5Encoder(config, key))
 
 
 def _fields(sizes: VideoDiTConfig | ActionDecoderConfig, elsewhere: set[str]) -> dict[str, Any]:

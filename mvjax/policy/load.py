@@ -13,9 +13,9 @@ from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.network import Network, Params
-from mvjax.models.presets import video_network
+from mvjax.models.presets import text_network, vae_config, vae_network, video_network
 from mvjax.models.stand_ins import LinearTokenizer, NgramTextEncoder, load_linear_tokenizer
-from mvjax.models.t5 import T5TextEncoder, load_t5_tokenizer
+from mvjax.models.t5 import T5EncoderConfig, T5TextEncoder, load_t5_tokenizer
 from mvjax.models.wan_vae import WanVAE
 from mvjax.parallel import split_ways
 from mvjax.policy.policy import Policy, VideoActionModel
@@ -28,7 +28,6 @@ from mvjax.training.bridge import (
     restore_params,
 )
 from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
-from mvjax.weights.kinds import TEXT, VAE, Kind
 
 # The video tokenizer and the text encoder that a configuration names, with their identities.
 #
@@ -51,7 +50,7 @@ def load_video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str]:
     path = Path(path)
     if not path.is_dir():
         return load_linear_tokenizer(path), hashlib.sha256(path.read_bytes()).hexdigest()
-    network, params = _load(path, VAE)
+    network, params = _load(path, "vae")
     return network.bind(params), f"wan vae {_fingerprint(params)}"
 
 
@@ -71,7 +70,7 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
             "in the data; for others name the network that made them (docs/weights.md)."
         )
     directory = Path(config.text_encoder)
-    network, params = _load(directory, TEXT)
+    network, params = _load(directory, "text")
     if network.config.width != dim:
         raise CheckpointMismatch(
             f"{directory} embeds texts in {network.config.width} dimensions, but text.dim is {dim}."
@@ -100,14 +99,21 @@ def check_identity(identity: dict[str, str], directory: Path) -> None:
         )
 
 
-def _load(directory: Path, kind: Kind) -> tuple[Network, Params]:
-    meta = read_meta(directory)
-    if meta["stage"] != kind.stage:
+# What a converted checkpoint of each stage is called, and its network.
+_ENCODERS = {
+    "vae": ("Wan VAE", lambda config: vae_network(vae_config(config["tokenizer"]))),
+    "text": ("T5 encoder", lambda config: text_network(T5EncoderConfig(**config["text_encoder"]))),
+}
+
+
+def _load(directory: Path, stage: str) -> tuple[Network, Params]:
+    meta, (title, build) = read_meta(directory), _ENCODERS[stage]
+    if meta["stage"] != stage:
         raise CheckpointMismatch(
             f"{directory} holds a checkpoint of stage {meta['stage']!r}, but a converted "
-            f"{kind.title} is needed here."
+            f"{title} is needed here."
         )
-    network = kind.network(meta["config"])
+    network = build(meta["config"])
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     lower = "bfloat16" if network.config.precision == "bfloat16" else None
     placed = jax.tree.map(
