@@ -1,12 +1,34 @@
-"""From an episode's streams to the vectors of a policy (actions, proprioception), and back.
+"""What a policy's vectors (actions, proprioception) are made of, and how they are made and undone.
 
-All functions are pure. `vectors.parts` says what a vector can be made of, and how a config says it.
+`dataset.action` and `dataset.proprio` in a config describe a vector: "" (nothing), the name of one
+stream (its values), or a tuple of parts, which are concatenated in order:
 
-In use:
+    dict(stream="action", columns=(0, 1, 2))         values; `columns` of the flattened stream
+    dict(stream="joints", represent="delta", base="joint_state")   minus the base at the anchor
+    dict(stream="grip", represent="gripper", closed=0.0, open=0.08)     0 is closed, 1 is open
+    dict(stream="rot", represent="rotation", rotation="rotvec")    6-D: two rows of the matrix
+    dict(stream="eef", represent="pose")                           position 3, rotation 6-D
+    dict(stream="eef", represent="relative_pose", base="eef")      inv(base at anchor) @ pose
+    dict(pad=7)                                      an arm this robot lacks: zeros, not learned
 
-    from data_pipelines.vectors import bases, dims, mask, modes, parse, streams
+Further keys of a part (where they make sense):
 
-    parts = parse(dataset.action, "action")             all that can be checked without data is
+    columns        of the flattened stream, for any representation
+    base_columns   of the base; `columns` if absent
+    rotation       how a rotation is stored: matrix, quaternion_xyzw, quaternion_wxyz, rotvec or
+                   euler_xyz (fixed axes, radians). A pose without it is a 4x4 matrix, with it
+                   3 numbers of position followed by the rotation.
+    stream, base   of a pose may be two names, (position, rotation), each with its own clock
+    binary         True: a gripper is either closed or open, split in the middle
+    interpolation  between stored values: nearest (default), previous; linear (numbers),
+                   quaternion (slerp of a rotation), pose (linear position and slerp of a pose)
+    shift          seconds, added to that of the window (-0.05: the value 50 ms earlier)
+    normalize      VARIANCE (default) or another `Mode`, of all but 6-D rotations, which stay as
+                   they are
+
+In use (all functions are pure):
+
+    parts = parse(dataset.action, "action")             checks all that needs no data
     values, padded = read(parts, episode.streams, anchors, dim, horizon=15, fps=5.0, shift=0.2)
     Normalizer(..., {"actions": modes(parts, dim)})     one mode per dimension
     loss * mask(parts, dim)                             False where padded
@@ -14,86 +36,32 @@ In use:
     proprio = vector(parts, history, now, dim)          as `read`, from a robot's values
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
 
 from data_pipelines.episode import Stream
 from data_pipelines.representations import (
+    POSITION,
     REPRESENTATIONS,
     ROTATION_WIDTHS,
     Mode,
     Part,
-    load_position,
-    load_rotation,
-    store_position,
-    store_rotation,
-    stored_width,
+    Representation,
 )
 from data_pipelines.windows import WindowSpec, read_window
 
-# What a policy's vectors (actions, proprioception) are made of: the config's description.
-#
-# `dataset.action` and `dataset.proprio` in a config say what a vector is made of: "" (nothing), the
-# name of one stream (its values), or a tuple of parts, which are concatenated in order:
-#
-#     dict(stream="action", columns=(0, 1, 2))         values; `columns` of the flattened stream
-#     dict(stream="joints", represent="delta", base="joint_state")   minus the base at the anchor
-#     dict(stream="grip", represent="gripper", closed=0.0, open=0.08)     0 is closed, 1 is open
-#     dict(stream="rot", represent="rotation", rotation="rotvec")         6-D: two rows of the
-# matrix
-#     dict(stream="eef", represent="pose")                                position 3, rotation 6-D
-#     dict(stream="eef", represent="relative_pose", base="eef")           inv(base at anchor) @ pose
-#     dict(pad=7)                                      an arm this robot lacks: zeros, not learned
-#
-# Further keys of a part (where they make sense):
-#
-#     columns        of the flattened stream, for any representation
-#     base_columns   of the base; `columns` if absent
-#     rotation       how a rotation is stored: matrix, quaternion_xyzw, quaternion_wxyz, rotvec or
-#                    euler_xyz (fixed axes, radians). A pose without it is a 4x4 matrix, with it
-#                    3 numbers of position followed by the rotation.
-#     stream, base   of a pose may be two names, (position, rotation), each with its own clock
-#     binary         True: a gripper is either closed or open, split in the middle
-#     interpolation  between stored values: nearest (default), previous; linear (numbers),
-#                    quaternion (slerp of a rotation), pose (linear position and slerp of a pose)
-#     shift          seconds, added to that of the window (-0.05: the value 50 ms earlier)
-#     normalize      VARIANCE (default) or another `Mode`, of all but 6-D rotations, which stay as
-#                    they are
-#
-# `vectors.vector` makes such vectors from streams, and streams from them.
 
-
-_POSES = ("pose", "relative_pose")
-_AS_GIVEN = ("rotation", "closed", "open", "binary", "interpolation", "shift")
-_COMMON = ("represent", "columns", "interpolation", "shift")
-# The keys that a part of each kind has.
-_REQUIRED = {
-    "values": ("stream",),
-    "delta": ("stream", "base"),
-    "gripper": ("stream", "closed", "open"),
-    "rotation": ("stream", "rotation"),
-    "pose": ("stream",),
-    "relative_pose": ("stream", "base"),
-    "pad": ("pad",),
-}
-_OPTIONAL = {
-    "values": (*_COMMON, "normalize"),
-    "delta": (*_COMMON, "base_columns", "normalize"),
-    "gripper": (*_COMMON, "binary", "normalize"),
-    "rotation": _COMMON,
-    "pose": (*_COMMON, "rotation", "normalize"),
-    "relative_pose": (*_COMMON, "rotation", "base_columns", "normalize"),
-    "pad": (),
-}
+class StreamMismatch(ValueError):
+    """The config does not fit the dataset; unlike a broken file this stops a job."""
 
 
 def parse(description: str | Sequence[Mapping[str, Any]], what: str = "vector") -> tuple[Part, ...]:
     """The parts that a config's `action` or `proprio` describes.
 
     Args:
-        description: "", a stream's name, or parts (see above; lists for tuples are fine).
+        description: "", a stream's name, or parts (see above); lists for tuples are fine.
         what: "action" or "proprio", for error messages.
 
     Raises:
@@ -101,7 +69,8 @@ def parse(description: str | Sequence[Mapping[str, Any]], what: str = "vector") 
     """
     if isinstance(description, str):
         return (Part((description,)),) if description else ()
-    if not _is_list(description) or not all(hasattr(part, "items") for part in description):
+    is_list = isinstance(description, tuple | list)
+    if not is_list or not all(hasattr(part, "items") for part in description):
         raise ValueError(
             f"{what} must be a stream's name or a tuple of parts such as dict(stream='action'), "
             f"got {description!r}"
@@ -127,7 +96,7 @@ def dims(parts: Sequence[Part], dim: int) -> tuple[int, ...]:
     Raises:
         ValueError: if the parts cannot add up to `dim`.
     """
-    widths = [_width(part) for part in parts]
+    widths = [_width(part) for part in parts]  # None: only data tells
     unknown = [i for i, width in enumerate(widths) if width is None]
     rest = dim - sum(width for width in widths if width is not None)
     if len(unknown) > 1:
@@ -149,129 +118,13 @@ def modes(parts: Sequence[Part], dim: int) -> tuple[Mode, ...]:
     return tuple(
         part.normalize if mode is None else mode
         for part, width in zip(parts, dims(parts, dim))
-        for mode in _fixed_modes(part) or (None,) * width
+        for mode in _fixed_modes(part) or (None,) * width  # None: the part's own
     )
 
 
 def mask(parts: Sequence[Part], dim: int) -> np.ndarray:
     """bool [dim]: False where the vector is padded, which no loss may see."""
     return np.repeat([not part.pad for part in parts], dims(parts, dim))
-
-
-def _parse_part(given: dict[str, Any], where: str) -> Part:
-    def check(fine: bool, problem: str) -> None:
-        if not fine:
-            raise ValueError(f"{where}, {given}: {problem}")
-
-    represent = "pad" if "pad" in given else given.get("represent", "values")
-    known = ", ".join(REPRESENTATIONS)
-    check(represent in list(_REQUIRED), f"represent must be one of {known}, got {represent!r}")
-    allowed = (*_REQUIRED[represent], *_OPTIONAL[represent])
-    if unknown := [key for key in given if key not in allowed]:
-        check(False, f"{represent} has no {unknown}; it takes {list(allowed)}")
-    if lacking := [key for key in _REQUIRED[represent] if key not in given]:
-        check(False, f"{represent} also needs {lacking}")
-    for key, value in given.items():
-        fine, meaning = _VALUES[key]
-        check(fine(value), f"{key} must be {meaning}, got {value!r}")
-    if represent == "pad":
-        return Part(pad=given["pad"])
-
-    ways = REPRESENTATIONS[represent].interpolations
-    part = Part(
-        streams=_names(given["stream"]),
-        represent=represent,
-        bases=_names(given.get("base", ())),
-        columns=_tuple(given.get("columns")),
-        base_columns=_tuple(given.get("base_columns", given.get("columns"))),
-        normalize=Mode(given.get("normalize", Mode.VARIANCE)),
-        **{key: given[key] for key in _AS_GIVEN if key in given},
-    )
-    check(
-        part.interpolation in ways,
-        f"interpolation of {represent} must be one of {', '.join(ways)}",
-    )
-    for names, columns in ((part.streams, part.columns), (part.bases, part.base_columns)):
-        fine = represent in _POSES and part.rotation != "" and columns is None
-        check(
-            len(names) < 2 or fine,
-            "two streams are the position and the rotation of a pose; they need `rotation`, and "
-            "have no columns",
-        )
-    width = stored_width(part)
-    for columns in (part.columns, part.base_columns):
-        check(
-            columns is None or width in (None, len(columns)),
-            f"{represent} {part.rotation} is stored in {width} numbers, so it takes that many "
-            "columns",
-        )
-    check(part.closed != part.open, "closed and open must differ")
-    return part
-
-
-def _names(value: str | Sequence[str]) -> tuple[str, ...]:
-    return (value,) if isinstance(value, str) else tuple(value)
-
-
-def _tuple(columns: Sequence[int] | None) -> tuple[int, ...] | None:
-    return None if columns is None else tuple(columns)
-
-
-def _are_names(value: Any) -> bool:
-    if isinstance(value, str):
-        return value != ""
-    return _is_list(value) and len(value) == 2 and all(isinstance(v, str) and v for v in value)
-
-
-def _are_columns(value: Any) -> bool:
-    if not _is_list(value) or not all(_is_number(v) and v == int(v) >= 0 for v in value):
-        return False
-    return 0 < len(set(value)) == len(value)
-
-
-def _is_list(value: Any) -> bool:
-    return isinstance(value, (tuple, list))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-_NAMES = (_are_names, "a stream's name, or two names: position and rotation")
-_COLUMNS = (_are_columns, "different whole numbers from 0, such as (0, 1, 2)")
-_NUMBER = (_is_number, "a number")
-# What the value of each key must be.
-_VALUES = {
-    "stream": _NAMES,
-    "base": _NAMES,
-    "columns": _COLUMNS,
-    "base_columns": _COLUMNS,
-    "represent": (lambda value: True, ""),  # chose the keys
-    "rotation": (
-        lambda value: value in list(ROTATION_WIDTHS),
-        f"one of {', '.join(ROTATION_WIDTHS)}",
-    ),
-    "closed": _NUMBER,
-    "open": _NUMBER,
-    "shift": _NUMBER,
-    "binary": (lambda value: isinstance(value, bool), "True or False"),
-    "interpolation": (lambda value: isinstance(value, str), "a word"),
-    "normalize": (lambda value: value in list(Mode), f"one of {', '.join(Mode)}"),
-    "pad": (lambda value: _are_columns([value]) and value > 0, "a number of dimensions"),
-}
-
-
-def _fixed_modes(part: Part) -> tuple[Mode | None, ...] | None:
-    return (Mode.IDENTITY,) * part.pad if part.pad else REPRESENTATIONS[part.represent].modes
-
-
-def _width(part: Part) -> int | None:
-    fixed = _fixed_modes(part)
-    return len(fixed) if fixed else stored_width(part)
-
-
-class StreamMismatch(ValueError):
-    """The config does not fit the dataset; unlike a broken file this stops a job."""
 
 
 def read(
@@ -305,25 +158,31 @@ def read(
     anchors = np.asarray(anchors, np.int64)
     stored = {name: stream.values for name, stream in episode.items()}
     padded = np.zeros((len(anchors), horizon), bool)
-    vectors = []
-    for part, width in zip(parts, dims(parts, dim)):
-        if part.pad:
-            vectors.append(np.zeros((*padded.shape, width)))
-            continue
+
+    def cut(part: Part, names, columns, width: int, spec: WindowSpec) -> list[np.ndarray]:
+        # Loaded before windows are cut, because a value is in many windows.
+        forms = _load(part, names, columns, stored, width)
+        cuts = [
+            read_window(Stream(episode[name].timestamps, form), spec, anchors)
+            for name, form in zip(names, forms)
+        ]
+        values, outside = zip(*cuts)
+        return [_join(values), np.any(outside, axis=0)]
+
+    def express(part: Part, width: int) -> np.ndarray:
+        nonlocal padded
+        # A rotation is loaded as a pose, whatever it was stored as.
         between = "pose" if part.interpolation == "quaternion" else part.interpolation
         base = None
         if part.bases:
             now = WindowSpec("/".join(part.bases), 1, fps, 0.0, between, "past")
-            forms = _load(part, part.bases, part.base_columns, stored, width)
-            base, _ = _cut(episode, part.bases, forms, now, anchors)
-            base = base[:, 0]
+            base = cut(part, part.bases, part.base_columns, width, now)[0][:, 0]
         at = WindowSpec("/".join(part.streams), horizon, fps, shift + part.shift, between, look)
-        # Loaded before windows are cut, because a value is in many windows.
-        forms = _load(part, part.streams, part.columns, stored, width)
-        values, outside = _cut(episode, part.streams, forms, at, anchors)
-        vectors.append(REPRESENTATIONS[part.represent].express(part, values, base))
+        values, outside = cut(part, part.streams, part.columns, width, at)
         padded |= outside
-    return np.concatenate(vectors, axis=-1).astype(np.float32), padded
+        return REPRESENTATIONS[part.represent].express(part, values, base)
+
+    return _concatenate(parts, dim, padded.shape, express), padded
 
 
 def vector(
@@ -343,16 +202,12 @@ def vector(
     Returns:
         float32 [h, dim].
     """
-    length = len(next(iter(values.values())))
-    vectors = []
-    for part, width in zip(parts, dims(parts, dim)):
-        if part.pad:
-            vectors.append(np.zeros((length, width)))
-            continue
+
+    def express(part: Part, width: int) -> np.ndarray:
         form = _join(_load(part, part.streams, part.columns, values, width))
-        express = REPRESENTATIONS[part.represent].express
-        vectors.append(express(part, form, _base_form(part, base, width)))
-    return np.concatenate(vectors, axis=-1).astype(np.float32)
+        return REPRESENTATIONS[part.represent].express(part, form, _base_form(part, base, width))
+
+    return _concatenate(parts, dim, (len(next(iter(values.values()))),), express)
 
 
 def restore(
@@ -379,59 +234,50 @@ def restore(
     for part, width, end in zip(parts, widths, np.cumsum(widths)):
         if part.pad:
             continue
-        representation = REPRESENTATIONS[part.represent]
-        numbers = chunk[..., end - width : end]
-        form = representation.recover(part, numbers, _base_form(part, base, width))
-        store = (representation.store,)
-        if len(part.streams) == 2:
-            store = (store_position, store_rotation)
-        for name, back in zip(part.streams, store):
-            found.setdefault(name, []).append((part.columns, back(part, form)))
+        numbers, now = chunk[..., end - width : end], _base_form(part, base, width)
+        form = REPRESENTATIONS[part.represent].recover(part, numbers, now)
+        for name, stored in zip(part.streams, _stored(part, part.streams)):
+            found.setdefault(name, []).append((part.columns, stored.store(part, form)))
     return {name: _assemble(name, pieces) for name, pieces in found.items()}
 
 
-def _load(part, names, columns, stored, width) -> list[np.ndarray]:
-    """The forms of one stream, or of position and rotation."""
-    if len(names) == 2:
-        position = _numbers(stored, names[0], None, 3)
-        rotation = _numbers(stored, names[1], None, ROTATION_WIDTHS[part.rotation])
-        return [load_position(part, position), load_rotation(part, rotation)]
-    numbers = _numbers(stored, names[0], columns, stored_width(part) or width)
-    return [REPRESENTATIONS[part.represent].load(part, numbers)]
+def _fixed_modes(part: Part) -> tuple[Mode | None, ...] | None:
+    return (Mode.IDENTITY,) * part.pad if part.pad else REPRESENTATIONS[part.represent].modes
 
 
-def _numbers(stored: Mapping[str, Any], name: str, columns, width: int) -> np.ndarray:
-    """Values of a stream as float64 [n, width]."""
-    if name not in stored:
-        raise StreamMismatch(f"there is no stream {name!r}, only {sorted(stored)}")
-    values = stored[name]
-    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
-        raise StreamMismatch(f"stream {name!r} is a camera or text; a vector takes numbers")
-    flat = values.reshape(len(values), -1).astype(np.float64)
-    if columns is not None:
-        if max(columns) >= flat.shape[1]:
-            raise StreamMismatch(
-                f"stream {name!r} has {flat.shape[1]} dimensions, so no column {max(columns)}; "
-                "columns count from 0"
-            )
-        flat = flat[:, columns]
-    if flat.shape[1] != width:
-        raise StreamMismatch(
-            f"stream {name!r} has {flat.shape[1]} dimensions, but policy_io says {width} (after "
-            "the other parts, or by its representation)"
-        )
-    return flat
+def _width(part: Part) -> int | None:
+    fixed = _fixed_modes(part)
+    return len(fixed) if fixed else REPRESENTATIONS[part.represent].stored_width(part)
 
 
-def _cut(episode, names, forms, spec, anchors) -> tuple[np.ndarray, np.ndarray]:
-    cuts = [
-        read_window(Stream(episode[name].timestamps, form), spec, anchors)
-        for name, form in zip(names, forms)
+def _concatenate(
+    parts: Sequence[Part], dim: int, lead: tuple[int, ...], express: Callable[[Part, int], Any]
+) -> np.ndarray:
+    """The vector float32 [*lead, dim] of what `express(part, width)` gives; zeros for padding."""
+    vectors = [
+        np.zeros((*lead, width)) if part.pad else express(part, width)
+        for part, width in zip(parts, dims(parts, dim))
     ]
-    return _join([values for values, _ in cuts]), np.any([padded for _, padded in cuts], axis=0)
+    return np.concatenate(vectors, axis=-1).astype(np.float32)
 
 
-def _join(forms: list[np.ndarray]) -> np.ndarray:
+def _stored(part: Part, names: Sequence[str]) -> tuple[Representation, ...]:
+    """What loads and stores each of the streams: one, or position and rotation."""
+    if len(names) == 2:
+        return POSITION, REPRESENTATIONS["rotation"]
+    return (REPRESENTATIONS[part.represent],)
+
+
+def _load(part: Part, names, columns, values: Mapping[str, Any], width: int) -> list[np.ndarray]:
+    """The forms of one stream, or of position and rotation."""
+    return [
+        kind.load(part, _numbers(values, name, columns, kind.stored_width(part) or width))
+        for name, kind in zip(names, _stored(part, names))
+    ]
+
+
+def _join(forms: Sequence[np.ndarray]) -> np.ndarray:
+    """One form of `_load`'s, or the pose of a position and a rotation."""
     if len(forms) == 1:
         return forms[0]
     poses = forms[1].copy()
@@ -446,8 +292,28 @@ def _base_form(part: Part, base: Mapping[str, np.ndarray], width: int) -> np.nda
     return _join(_load(part, part.bases, part.base_columns, one, width))[0]
 
 
+def _numbers(stored: Mapping[str, Any], name: str, columns, width: int) -> np.ndarray:
+    """Values of a stream as float64 [n, width]."""
+    if name not in stored:
+        raise StreamMismatch(f"there is no stream {name!r}, only {sorted(stored)}")
+    values = stored[name]
+    if not isinstance(values, np.ndarray) or values.dtype.kind not in "biuf":
+        raise StreamMismatch(f"stream {name!r} is a camera or text; a vector takes numbers")
+    flat = values.reshape(len(values), -1).astype(np.float64)
+    has = f"stream {name!r} has {flat.shape[1]} dimensions"
+    if columns is not None:
+        if max(columns) >= flat.shape[1]:
+            raise StreamMismatch(f"{has}, so no column {max(columns)}; columns count from 0")
+        flat = flat[:, columns]
+    if flat.shape[1] != width:
+        raise StreamMismatch(
+            f"{has}, but policy_io says {width} (after the other parts, or by its representation)"
+        )
+    return flat
+
+
 def _assemble(name: str, pieces: list) -> np.ndarray:
-    """One stream from what its parts say about it."""
+    """One stream from what its parts say about it: (columns, values) each."""
     if len(pieces) == 1 and pieces[0][0] is None:
         return pieces[0][1]
     taken = [column for columns, _ in pieces for column in columns or ()]
@@ -461,3 +327,114 @@ def _assemble(name: str, pieces: list) -> np.ndarray:
     for columns, values in pieces:
         whole[:, columns] = values.reshape(length, -1)
     return whole
+
+
+# Checking what a config says.
+
+
+def _parse_part(given: dict[str, Any], where: str) -> Part:
+    def check(fine: Any, problem: str) -> None:
+        if not fine:
+            raise ValueError(f"{where}, {given}: {problem}")
+
+    given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
+    represent = "pad" if "pad" in given else given.get("represent", "values")
+    known = ", ".join(REPRESENTATIONS)
+    check(represent in list(_KEYS), f"represent must be one of {known}, got {represent!r}")
+    required, optional = _KEYS[represent]
+    unknown = [key for key in given if key not in (*required, *optional)]
+    check(not unknown, f"{represent} has no {unknown}; it takes {[*required, *optional]}")
+    lacking = [key for key in required if key not in given]
+    check(not lacking, f"{represent} also needs {lacking}")
+    for key, value in given.items():
+        if key in _VALUES:
+            fine, meaning = _VALUES[key]
+            check(fine(value), f"{key} must be {meaning}, got {value!r}")
+    if represent == "pad":
+        return Part(pad=given["pad"])
+
+    part = Part(
+        streams=_names(given["stream"]),
+        represent=represent,
+        bases=_names(given.get("base", ())),
+        base_columns=given.get("base_columns", given.get("columns")),
+        normalize=Mode(given.get("normalize", Mode.VARIANCE)),
+        **{key: given[key] for key in _AS_GIVEN if key in given},
+    )
+    ways = REPRESENTATIONS[represent].interpolations
+    check(
+        part.interpolation in ways, f"interpolation of {represent} must be one of {', '.join(ways)}"
+    )
+    width = REPRESENTATIONS[represent].stored_width(part)
+    for names, columns in ((part.streams, part.columns), (part.bases, part.base_columns)):
+        in_two = represent in ("pose", "relative_pose") and part.rotation and columns is None
+        check(
+            len(names) < 2 or in_two,
+            "two streams are the position and the rotation of a pose; they need `rotation`, and "
+            "have no columns",
+        )
+        check(
+            columns is None or width in (None, len(columns)),
+            f"{represent} {part.rotation} is stored in {width} numbers, so it takes that many "
+            "columns",
+        )
+    check(part.closed != part.open, "closed and open must differ")
+    return part
+
+
+def _names(value: Any) -> tuple[Any, ...]:
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _are_names(value: Any) -> bool:
+    names = _names(value)
+    # One name in a tuple is no pose, and none at all is a mistake.
+    fine = len(names) == 2 or not isinstance(value, tuple)
+    return fine and all(isinstance(name, str) and name for name in names)
+
+
+def _are_columns(value: Any) -> bool:
+    if not isinstance(value, tuple) or not all(_is_number(v) and v == int(v) >= 0 for v in value):
+        return False
+    return 0 < len(set(value)) == len(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+_AS_GIVEN = ("columns", "rotation", "closed", "open", "binary", "interpolation", "shift")
+_COMMON = ("represent", "columns", "interpolation", "shift")
+# The keys that a part of each kind must have, and those that it may have.
+_KEYS = {
+    "values": (("stream",), (*_COMMON, "normalize")),
+    "delta": (("stream", "base"), (*_COMMON, "base_columns", "normalize")),
+    "gripper": (("stream", "closed", "open"), (*_COMMON, "binary", "normalize")),
+    "rotation": (("stream", "rotation"), _COMMON),
+    "pose": (("stream",), (*_COMMON, "rotation", "normalize")),
+    "relative_pose": (
+        ("stream", "base"),
+        (*_COMMON, "rotation", "base_columns", "normalize"),
+    ),
+    "pad": (("pad",), ()),
+}
+_NAMES = (_are_names, "a stream's name, or two names: position and rotation")
+_COLUMNS = (_are_columns, "different whole numbers from 0, such as (0, 1, 2)")
+_NUMBER = (_is_number, "a number")
+# What the value of each key must be; `represent` has chosen the keys, and the interpolations.
+_VALUES = {
+    "stream": _NAMES,
+    "base": _NAMES,
+    "columns": _COLUMNS,
+    "base_columns": _COLUMNS,
+    "rotation": (
+        lambda value: value in list(ROTATION_WIDTHS),
+        f"one of {', '.join(ROTATION_WIDTHS)}",
+    ),
+    "closed": _NUMBER,
+    "open": _NUMBER,
+    "shift": _NUMBER,
+    "binary": (lambda value: isinstance(value, bool), "True or False"),
+    "normalize": (lambda value: value in list(Mode), f"one of {', '.join(Mode)}"),
+    "pad": (lambda value: _are_columns((value,)) and value > 0, "a number of dimensions"),
+}
