@@ -24,7 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.episode import NANOSECONDS, Episode, Stream
-from data_pipelines.records import RecordDataset
+from data_pipelines.records import RecordDataset, read_columns
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.sources.rlds import UnknownRate
 from data_pipelines.video import VideoFile
@@ -105,16 +105,6 @@ class Inspection:
     def add_problem(self, kind: str, episode: str, text: str) -> None:
         """Notes what is wrong."""
         self.problems.append(Problem(kind, episode, text))
-
-    @property
-    def cameras(self) -> dict[str, StreamSummary]:
-        """The streams that are video."""
-        return {name: stream for name, stream in self.streams.items() if stream.camera}
-
-    @property
-    def numbers(self) -> dict[str, StreamSummary]:
-        """The streams that are not."""
-        return {name: stream for name, stream in self.streams.items() if not stream.camera}
 
     def problems_by_kind(self) -> dict[str, list[Problem]]:
         """The problems, the most frequent kind first."""
@@ -509,8 +499,7 @@ def _inspect_unfinished(path: Path) -> Inspection:
     shards = sorted(path.glob("shard_*.npz"))
     for file in shards:
         try:
-            with np.load(file, allow_pickle=False) as columns:
-                rows = json.loads(str(columns["rows"]))
+            rows = json.loads(str(read_columns(file, "rows")["rows"]))
         except Exception as error:
             found.add_problem("unreadable shard", file.name, str(error))
         else:
@@ -541,7 +530,8 @@ def _add_rows(found: Inspection, rows: Iterable[Mapping[str, Any]]) -> None:
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
     shown = [key for key in ("clip", "policy_io", "identity") if settings.get(key)]
-    return [(key, json.dumps(settings[key]).strip("{}").replace('"', "")) for key in shown]
+    texts = [json.dumps(settings[key], ensure_ascii=False)[1:-1].replace('"', "") for key in shown]
+    return list(zip(shown, texts))
 
 
 def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> None:

@@ -238,6 +238,29 @@ def test_the_page_needs_nothing_else(robot, tmp_path):
     assert "episode_000001" in text and "pick up" in text
 
 
+def test_what_a_dataset_says_is_text_on_the_page(tmp_path):
+    """Names and texts come from strangers: markup in them stays text."""
+    times = np.arange(10, dtype=np.int64) * 10**8
+    values = np.random.default_rng(0).normal(size=(10, 2))
+    values[:, 1] = np.nan
+    streams = {
+        "<b>action": Stream(times, values),
+        "<b>front": Stream(times, np.stack(_moving(0, 10))),
+    }
+    episode = Episode("<b>a\udcff", "set", "<b>arm", ("<b>go",), streams, ("<b>front",))
+    found = inspect_dataset([episode], "<b>set", "<b>format")
+    write_page(found, tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "<b>a" not in text and "<b>front" not in text and "<b>go" not in text
+    assert "<b>set" not in text and "<b>format" not in text and "<b>arm" not in text
+    assert "&lt;b&gt;a\\udcff" in text  # the byte that is not UTF-8, written out
+    page = _Page()
+    page.feed(text)
+    assert page.figures == 2  # the lengths, and the dimension that has numbers
+    assert "No finite number." in text
+    assert "<b>a\\udcff" in describe(found).replace("'", "")
+
+
 @pytest.fixture
 def records(tmp_path):
     path = tmp_path / "records"
