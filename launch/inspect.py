@@ -2,7 +2,7 @@
 
     python -m launch.inspect DATASET
     python -m launch.inspect DATASET --format=lerobot --option=key=value --out=report.html
-    python -m launch.inspect NAME --config=configs/quickstart_video.py
+    python -m launch.inspect NAME --config=quickstart_video
 
 DATASET is a folder or file of any format, or a records folder of `launch.encode`; with --config it
 is the name of a dataset in it. Looks at lists, numbers and a few frames of up to --episodes
@@ -10,12 +10,10 @@ episodes; --thorough decodes every frame. What cannot be read is listed and stop
 """
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from data_pipelines.inspect import (
     Inspection,
@@ -27,18 +25,18 @@ from data_pipelines.inspect import (
 )
 from data_pipelines.inspect_page import write_page
 from data_pipelines.sources.formats import FORMATS, detect, open_config
-from launch.entry import run
+from launch.entry import config_flag, run
 
-CONFIG = config_flags.DEFINE_config_file("config", None, "Take DATASET from this configuration.")
-FORMAT = flags.DEFINE_enum("format", None, sorted(FORMATS), "Where it is not recognised.")
+CONFIG = config_flag(required=False)
+FORMAT = flags.DEFINE_enum("format", None, sorted(FORMATS), "Of DATASET; found out if left out.")
 OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE for this format; may be repeated.")
 OUT = flags.DEFINE_string("out", None, "An .html file for the page.")
-EPISODES = flags.DEFINE_integer("episodes", 1000, "Look at so many; 0 for all.", lower_bound=0)
+EPISODES = flags.DEFINE_integer("episodes", 1000, "Look at no more than this; 0 for all.", lower_bound=0)
 THOROUGH = flags.DEFINE_bool("thorough", False, "Decode every frame.")
 STRICT = flags.DEFINE_bool("strict", False, "Exit with 1 if there is any problem.")
 
 
-def main(dataset: str) -> None:
+def main(dataset: str) -> int:
     """Prints what was found."""
     if OUT.value and Path(OUT.value).is_dir():
         raise ValueError(f"--out must be an .html file, but {OUT.value} is a folder.")
@@ -50,8 +48,7 @@ def main(dataset: str) -> None:
     if not found.readable:
         first = f": {found.problems[0].text}" if found.problems else ""
         raise ValueError(f"no episode of {dataset} could be read{first}.")
-    if STRICT.value and found.problems:
-        sys.exit(1)
+    return 1 if STRICT.value and found.problems else 0
 
 
 def _inspect(dataset: str) -> Inspection:
