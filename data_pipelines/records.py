@@ -8,13 +8,12 @@ A records folder holds
     texts.npz                 the distinct instructions and their embeddings
     manifest.json             everything a reader needs to know (written last)
 
-A record is packed by `codec`; `writer` writes the files.
+`RecordDataset` reads a finished folder, `RecordWriter` and `write_texts` write its files, and
+`encode_record` makes the bytes of a record. `mvjax/encode.py` is the job that fills a folder.
 """
 
 import bisect
-import itertools
 import json
-import os
 import threading
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -23,141 +22,20 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from array_record.python import array_record_module
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from data_pipelines import episode
-from data_pipelines.atomic import write_npz
-
-# A record as bytes: a small JSON header followed by raw little-endian buffers.
-#
-# No pickle, no schema files, and decoding copies nothing.
-
-
-_ALIGNMENT = 8
-
-
-def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Packs named numeric arrays into bytes: header length, JSON header, aligned buffers."""
-    arrays = {key: np.asarray(value, order="C") for key, value in arrays.items()}
-    for key, value in arrays.items():
-        if value.dtype.hasobject or value.dtype.kind in "USM" or value.dtype.byteorder == ">":
-            raise ValueError(
-                f"Record entry {key!r} has dtype {value.dtype}; records hold little-endian numbers."
-            )
-    header = json.dumps([[k, v.dtype.name, v.shape] for k, v in arrays.items()]).encode()
-    header += b" " * (-(4 + len(header)) % _ALIGNMENT)
-    parts = [len(header).to_bytes(4, "little"), header]
-    for value in arrays.values():
-        parts += [value.tobytes(), bytes(-value.nbytes % _ALIGNMENT)]
-    return b"".join(parts)
-
-
-def decode_record(data: bytes) -> dict[str, np.ndarray]:
-    """Unpacks `encode_record`; the arrays are read-only views of `data`."""
-    start = 4 + int.from_bytes(data[:4], "little")
-    arrays = {}
-    for key, name, shape in json.loads(data[4:start]):
-        dtype, count = np.dtype(name), int(np.prod(shape))
-        arrays[key] = np.frombuffer(data, dtype, count, start).reshape(shape)
-        start += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-    return arrays
-
-
-# The .npz beside a shard: its numeric columns, and the rows of its episodes.
-
-
-def read_columns(shard: Path, *names: str) -> dict[str, np.ndarray]:
-    """Some columns of a shard; those that it has not are left out.
-
-    Args:
-        shard: the .arrayrecord.
-        names: of the columns.
-
-    Raises:
-        ValueError: if the file is missing or damaged.
-    """
-    file = shard.with_suffix(".npz")
-    try:
-        with np.load(file) as columns:
-            return {name: columns[name] for name in names if name in columns}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise ValueError(
-            f"{file} is damaged ({type(error).__name__}: {error}); delete it and run the encoding "
-            "job again"
-        ) from error
-
-
-# Random access to the records of several ArrayRecord files, of which some may be damaged.
-#
-# Every record has a checksum. What is damaged spoils only itself: one record, or one file whose end
-# is missing.
-
+from data_pipelines.atomic import replacing, write_npz
 
 # Records are read one by one, in any order: reading ahead would be wasted.
-_OPTIONS = "readahead_buffer_size:0"
-_BUFFER = 1 << 15
+_READER = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
+# A group of one makes every record addressable by its own index.
+_WRITER = "group_size:1,uncompressed"
+_ALIGNMENT = 8  # of the buffers in a record, bytes
 
 
 class DamagedRecord(ValueError):
     """A record's bytes are not what was written."""
-
-
-class ShardReader:
-    """The records of all files, counted through; safe to use from several threads."""
-
-    def __init__(self, shards: Sequence[Path], counts: Sequence[int]):
-        """Opens nothing yet.
-
-        Args:
-            shards: the files.
-            counts: records in each; the files are not asked, since a damaged one does not know.
-        """
-        self._shards = list(shards)
-        self._ends = list(itertools.accumulate(counts))
-        self._readers: dict[int, array_record_module.ArrayRecordReader] = {}
-        self._lock = threading.Lock()
-
-    def __len__(self) -> int:
-        return self._ends[-1] if self._ends else 0
-
-    def read(self, index: int) -> bytes:
-        """One record.
-
-        Raises:
-            DamagedRecord: if it cannot be read; the others still can.
-        """
-        if not 0 <= index < len(self):
-            raise IndexError(f"record {index} asked for, but there are {len(self)}")
-        shard = bisect.bisect_right(self._ends, index)
-        position = index - (self._ends[shard - 1] if shard else 0)
-        try:
-            return self._reader(shard).read([position])[0]
-        except Exception as error:  # the library's types differ between versions
-            path = self._shards[shard]
-            raise DamagedRecord(
-                f"record {position} of {path} is damaged ({_first_line(error)}); delete that file "
-                "and the .npz beside it, and run the encoding job again"
-            ) from error
-
-    def _reader(self, shard: int) -> array_record_module.ArrayRecordReader:
-        with self._lock:
-            if shard not in self._readers:
-                path, count = self._shards[shard], self._ends[shard]
-                count -= self._ends[shard - 1] if shard else 0
-                if not path.exists():
-                    raise FileNotFoundError("the file is missing")
-                reader = array_record_module.ArrayRecordReader(
-                    str(path), options=_OPTIONS, file_reader_buffer_size=_BUFFER
-                )
-                found = reader.num_records()
-                if found != count:
-                    raise ValueError(f"the file holds {found} records instead of {count}")
-                self._readers[shard] = reader  # only a sound one: a network drive may recover
-            return self._readers[shard]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @dataclass(frozen=True)
@@ -182,7 +60,10 @@ class EpisodeRow:
 
 
 class RecordDataset:
-    """Random access to the windows of one finished records folder.
+    """Random access to the windows of one finished records folder, from several threads.
+
+    Every record has a checksum. What is damaged spoils only itself: one record, or one file whose
+    end is missing.
 
     Attributes:
         path: the folder.
@@ -212,12 +93,15 @@ class RecordDataset:
             for row in manifest["episodes"]
         ]
         self._shards = [self.path / shard for shard in manifest["shards"]]
-        counts = [_rows_in(columns) for columns in self._columns("anchor")]
-        self._reader = ShardReader(self._shards, counts)
-        self.shapes = self._first_shapes(np.cumsum([0, *counts[:-1]]))
+        # The .arrayrecord is not asked how many records it has: a damaged one does not know.
+        counts = [len(columns.get("anchor", ())) for columns in self._columns("anchor")]
+        self._firsts = np.cumsum([0, *counts]).tolist()  # record of each shard, and the total
+        self._readers: dict[int, ArrayRecordReader] = {}
+        self._lock = threading.Lock()
+        self.shapes = self._first_shapes()
 
     def __len__(self) -> int:
-        return len(self._reader)
+        return self._firsts[-1]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
         """One window.
@@ -233,17 +117,43 @@ class RecordDataset:
             Arrays are read-only.
 
         Raises:
-            DamagedRecord: if the record cannot be read.
+            DamagedRecord: if the record cannot be read; the others still can.
         """
-        record = decode_record(self._reader.read(index))
+        if not 0 <= index < len(self):
+            raise IndexError(f"record {index} asked for, but there are {len(self)}")
+        shard = bisect.bisect_right(self._firsts, index) - 1
+        position = index - self._firsts[shard]
+        try:
+            data = self._reader(shard).read([position])[0]
+        except Exception as error:  # the library's types differ between versions
+            first_line = str(error).split("\n")[0] or type(error).__name__
+            raise DamagedRecord(
+                f"record {position} of {self._shards[shard]} is damaged ({first_line}); delete "
+                "that file and the .npz beside it, and run the encoding job again"
+            ) from error
+        record = decode_record(data)
         row = self.episodes[int(record["episode"])]
         return record | {"text": np.int64(row.instructions[int(record["text"])])}
 
-    def _first_shapes(self, firsts: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    def _reader(self, shard: int) -> ArrayRecordReader:
+        with self._lock:
+            if shard not in self._readers:
+                path, count = self._shards[shard], self._firsts[shard + 1] - self._firsts[shard]
+                if not path.exists():
+                    raise FileNotFoundError("the file is missing")
+                reader = ArrayRecordReader(str(path), **_READER)
+                if reader.num_records() != count:
+                    raise ValueError(
+                        f"the file holds {reader.num_records()} records instead of {count}"
+                    )
+                self._readers[shard] = reader  # only a sound one: a network drive may recover
+            return self._readers[shard]
+
+    def _first_shapes(self) -> dict[str, tuple[int, ...]]:
         damage = None
-        for index in firsts:  # of every shard: one may be damaged
+        for index in self._firsts[:-1]:  # of every shard: one may be damaged
             try:
-                return {key: value.shape for key, value in self[int(index)].items()}
+                return {key: value.shape for key, value in self[index].items()}
             except (DamagedRecord, IndexError) as error:
                 damage = damage or error
         raise ValueError(f"no file of records in {self.path} can be read; {damage}")
@@ -311,37 +221,23 @@ class RecordDataset:
         return np.sort(np.concatenate([np.zeros(0, np.int64), *spans]))
 
 
-def _rows_in(columns: Mapping[str, np.ndarray]) -> int:
-    return len(columns["anchor"]) if columns else 0
-
-
-# Writing a records folder: files that appear under their name only when they are complete.
-
-
 class RecordWriter:
     """Writes one ArrayRecord file that appears under its name only when it is complete."""
 
     def __init__(self, path: Path):
-        self.path = path
-        self._partial = path.with_name(path.name + ".partial")
-        # group_size 1 makes every record addressable by its own index.
-        self._writer = array_record_module.ArrayRecordWriter(
-            str(self._partial), "group_size:1,uncompressed"
-        )
+        self._replacing = replacing(path)
+
+    def __enter__(self) -> "RecordWriter":
+        self._writer = ArrayRecordWriter(str(self._replacing.__enter__()), _WRITER)
+        return self
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
         """Appends one record."""
         self._writer.write(encode_record(arrays))
 
-    def __enter__(self) -> "RecordWriter":
-        return self
-
-    def __exit__(self, error_type: type | None, *_: object) -> None:
+    def __exit__(self, *error: object) -> None:
         self._writer.close()
-        if error_type is None:
-            os.replace(self._partial, self.path)
-        else:
-            self._partial.unlink(missing_ok=True)
+        self._replacing.__exit__(*error)
 
 
 def write_texts(path: Path, instructions: Sequence[str], embeddings: np.ndarray) -> None:
@@ -355,3 +251,50 @@ def write_texts(path: Path, instructions: Sequence[str], embeddings: np.ndarray)
         lengths=lengths.astype(np.int64),
         padded_length=np.int64(embeddings.shape[1]),
     )
+
+
+def read_columns(shard: Path, *names: str) -> dict[str, np.ndarray]:
+    """Some columns from the .npz beside a shard; those that it has not are left out.
+
+    Raises:
+        ValueError: if the file is missing or damaged.
+    """
+    file = shard.with_suffix(".npz")
+    try:
+        with np.load(file) as columns:
+            return {name: columns[name] for name in names if name in columns}
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise ValueError(
+            f"{file} is damaged ({type(error).__name__}: {error}); delete it and run the encoding "
+            "job again"
+        ) from error
+
+
+def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Packs named numeric arrays into bytes: header length, JSON header, aligned buffers.
+
+    No pickle, no schema files, and decoding copies nothing.
+    """
+    arrays = {key: np.asarray(value, order="C") for key, value in arrays.items()}
+    for key, value in arrays.items():
+        if value.dtype.hasobject or value.dtype.kind in "USM" or value.dtype.byteorder == ">":
+            raise ValueError(
+                f"Record entry {key!r} has dtype {value.dtype}; records hold little-endian numbers."
+            )
+    header = json.dumps([[k, v.dtype.name, v.shape] for k, v in arrays.items()]).encode()
+    header += b" " * (-(4 + len(header)) % _ALIGNMENT)
+    parts = [len(header).to_bytes(4, "little"), header]
+    for value in arrays.values():
+        parts += [value.tobytes(), bytes(-value.nbytes % _ALIGNMENT)]
+    return b"".join(parts)
+
+
+def decode_record(data: bytes) -> dict[str, np.ndarray]:
+    """Unpacks `encode_record`; the arrays are read-only views of `data`."""
+    start = 4 + int.from_bytes(data[:4], "little")
+    arrays = {}
+    for key, name, shape in json.loads(data[4:start]):
+        dtype, count = np.dtype(name), int(np.prod(shape))
+        arrays[key] = np.frombuffer(data, dtype, count, start).reshape(shape)
+        start += -(-count * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+    return arrays
