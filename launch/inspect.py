@@ -31,7 +31,7 @@ CONFIG = config_flag(required=False)
 FORMAT = flags.DEFINE_enum("format", None, sorted(FORMATS), "Of DATASET; found out if left out.")
 OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE for this format; may be repeated.")
 OUT = flags.DEFINE_string("out", None, "An .html file for the page.")
-EPISODES = flags.DEFINE_integer("episodes", 1000, "Look at no more than this; 0 for all.", lower_bound=0)
+EPISODES = flags.DEFINE_integer("episodes", 1000, "The most to look at; 0 for all.", lower_bound=0)
 THOROUGH = flags.DEFINE_bool("thorough", False, "Decode every frame.")
 STRICT = flags.DEFINE_bool("strict", False, "Exit with 1 if there is any problem.")
 
