@@ -140,7 +140,11 @@ def test_a_tar_that_is_cut_off_keeps_what_it_still_has(tmp_path, video):
     files = {f"{i}.{kind}": c for i in range(4) for kind, c in (("mp4", video), ("txt", b"x"))}
     whole = write_tar(tmp_path / "a.tar", files, tarfile.USTAR_FORMAT).read_bytes()
     third = whole.index(b"2.mp4\0")
-    cuts = {third + 512 + 300: (2, "the tar ends inside 2.mp4"), third + 100: (1, "truncated")}
+    cuts = {
+        third + 512 + 300: (2, "end of data"),
+        third + 100: (1, "cut off"),
+        third: (1, "cut off"),
+    }
     for length, (last, message) in cuts.items():
         (tmp_path / "a.tar").write_bytes(whole[:length])
         episodes = open_it(tmp_path / "a.tar")
@@ -148,8 +152,9 @@ def test_a_tar_that_is_cut_off_keeps_what_it_still_has(tmp_path, video):
         assert [episodes[i].id for i in range(last)] == [f"a/{i}" for i in range(last)]
         with pytest.raises(ValueError, match=rf"a\.tar: .*{message}.*; {last} and all samples"):
             episodes[last]
+    assert len(open_it(tmp_path / "a.tar")) == 2
     (tmp_path / "a.tar").write_bytes(whole[:third] + b"\xff" * 512 + whole[third + 512 :])
-    with pytest.raises(ValueError, match=rf"damaged at byte {third} .*1 and all samples after it"):
+    with pytest.raises(ValueError, match=rf"damaged .*at byte {third}; 1 and all samples after it"):
         open_it(tmp_path / "a.tar")[1]
 
 
@@ -168,6 +173,40 @@ def test_a_shard_that_holds_nothing_or_is_none_is_counted_and_named(tmp_path, vi
     ):
         with pytest.raises(ValueError, match=message):
             episodes[index]
+
+
+def test_a_sparse_member_ends_its_shard(tmp_path, video):
+    files = {f"{i}.{kind}": c for i in range(3) for kind, c in (("mp4", video), ("txt", b"x"))}
+    whole = write_tar(tmp_path / "a.tar", files, tarfile.GNU_FORMAT).read_bytes()
+    at = whole.index(b"1.mp4\0")
+    with tarfile.open(tmp_path / "a.tar") as tar:
+        member = tar.getmember("1.mp4")
+    member.type = tarfile.GNUTYPE_SPARSE
+    header = member.tobuf(tarfile.GNU_FORMAT)
+    (tmp_path / "a.tar").write_bytes(whole[:at] + header + whole[at + 512 :])
+    episodes = open_it(tmp_path / "a.tar")
+    assert [len(episodes), episodes[0].id] == [2, "a/0"]
+    with pytest.raises(
+        ValueError, match=r"a\.tar: .*sparse.*; 1 and all samples after it are lost"
+    ):
+        episodes[1]
+
+
+def test_damaged_headers_are_errors_and_nothing_worse(tmp_path, video):
+    files = {f"{'long' * 40}{i}.txt": b"x" for i in range(2)} | {"b.mp4": video, "b.txt": b"x"}
+    whole = write_tar(tmp_path / "a.tar", files).read_bytes()
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        broken = bytearray(whole)
+        for at in rng.integers(0, 5000, rng.integers(1, 4)):
+            broken[at] ^= 1 << int(rng.integers(8))
+        (tmp_path / "a.tar").write_bytes(broken)
+        try:
+            episodes = open_it(tmp_path / "a.tar")
+            for i in range(len(episodes)):
+                episodes[i]
+        except ValueError as error:
+            assert "a.tar" in str(error)
 
 
 def test_compressed_shards_are_refused_with_what_to_do(tmp_path, video):
