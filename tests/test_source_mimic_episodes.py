@@ -114,7 +114,7 @@ def test_neighbouring_pictures_are_unpacked_once(tmp_path):
     np.testing.assert_array_equal(frames.read([0, 1]), expected[:2])
     (path / "workspace_rgb/0.0.0.0").unlink()  # so that what is read now was kept
     np.testing.assert_array_equal(frames.read([64, 2]), expected[[64, 2]])
-    np.testing.assert_array_equal(frames.store.rows("workspace_rgb", np.array([3])), expected[3:4])
+    np.testing.assert_array_equal(frames._store.rows("workspace_rgb", np.array([3])), expected[3:4])
     sent = pickle.loads(pickle.dumps(frames))
     for reader in (sent, frames):
         with pytest.raises(ValueError, match=r"chunk 0\.0\.0\.0 is missing"):
@@ -225,9 +225,60 @@ def test_wrong_times_are_named(tmp_path):
         open_it(path)[0]
 
 
+@pytest.mark.filterwarnings("ignore:.*Zarr V3 spec", "ignore:Consolidated metadata")
+@pytest.mark.parametrize("shards", [False, True], ids=["chunks", "shards"])
+@pytest.mark.parametrize("packed", ["zstd", "blosc"])
+def test_episodes_of_zarr_format_3_are_read_whole_or_named(tmp_path, shards, packed):
+    path, expected = tmp_path / "a.zarr", stored()
+    root = zarr.open_group(path, mode="w", zarr_format=3)
+    for key, array in expected.items():
+        chunks = (5 if array.dtype == np.uint8 else 35, *array.shape[1:])
+        kept = {"shards": (35, *array.shape[1:])} if shards else {}
+        kept["compressors"] = zarr.codecs.BloscCodec() if packed == "blosc" else "auto"
+        root.create_array(key, data=array, chunks=chunks, **kept)
+        at = (TIMES + 1).astype(np.uint64)  # no zeros
+        root.create_array(f"{key}_timestamps", data=at, chunks=at.shape)
+    text = root.create_array("language_instruction", shape=(1,), dtype="variable_length_bytes")
+    text[:] = np.array([TEXT.encode()], object)
+    zarr.consolidate_metadata(path)
+    assert recognises(tmp_path)
+    (episode,) = open_it(tmp_path)
+    assert episode.instructions == (TEXT,) and episode.cameras == ("workspace_rgb",)
+    check(episode, expected, TIMES + 1)
+
+    chunk = path / f"workspace_rgb/c/{1 if shards else 13}/0/0/0"
+    content = chunk.read_bytes()
+    os.truncate(chunk, len(content) - 9)
+    if packed == "blosc" and not shards:
+        with pytest.raises(ValueError, match=r"a\.zarr \(workspace_rgb\): .*cut off"):
+            open_it(tmp_path)[0]
+    with pytest.raises(ValueError, match=r"a\.zarr \(workspace_rgb\)"):
+        open_it(tmp_path)[0].streams["workspace_rgb"].values.read([STEPS - 1])
+    chunk.unlink()
+    with pytest.raises(ValueError, match=r"\(workspace_rgb\): chunk c/\d+/0/0/0 is missing"):
+        open_it(tmp_path)[0]
+
+
 class Tell:
     def __reduce__(self):
         return Path.touch, (Path("ran"),)
+
+
+@pytest.mark.parametrize("inside", [False, True], ids=["chunk", "shard"])
+def test_code_in_a_chunk_of_format_3_is_not_run(tmp_path, monkeypatch, inside):
+    monkeypatch.chdir(tmp_path)
+    root = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=3)
+    for key in ("x", "x_timestamps"):
+        root.create_array(key, data=np.arange(1, 5), chunks=(2,), shards=(4,) if inside else None)
+    about = json.loads((tmp_path / "a.zarr/x/zarr.json").read_text())
+    codecs = about["codecs"][0]["configuration"]["codecs"] if inside else about["codecs"]
+    codecs[-1] = {"name": "numcodecs.pickle", "configuration": {}}
+    (tmp_path / "a.zarr/x/zarr.json").write_text(json.dumps(about))
+    for chunk in (tmp_path / "a.zarr/x/c").iterdir():
+        chunk.write_bytes(pickle.dumps(Tell()))
+    with pytest.raises(ValueError, match=r"a\.zarr \(x\): it is packed with 'numcodecs\.pickle'"):
+        open_it(tmp_path)[0]
+    assert not (tmp_path / "ran").exists()
 
 
 @pytest.mark.parametrize("key", ["language_instruction", "gripper_lowdim"])
