@@ -1,6 +1,7 @@
 """What `launch.inspect` finds in datasets with known faults, and the page it draws."""
 
 import json
+import pickle
 import re
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from data_pipelines.inspect import (
     is_records,
 )
 from data_pipelines.inspect_page import write_page
+from data_pipelines.pickles import read_array_pickle
 from data_pipelines.records import RecordWriter, write_texts
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import write_video
@@ -157,6 +159,32 @@ def test_missing_files_leave_the_rest_readable(robot):
     found = _inspect("lerobot", robot)
     assert _kinds(found)["missing file"] == ["number 1"]
     assert found.readable == 3
+
+
+def test_faults_are_counted_under_the_words_that_people_use(videos):
+    """The kinds follow from what the sources say: their messages and these must not part."""
+    (videos / "video/good.mp4").unlink()
+    (videos / "video/good.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid x")
+    (videos / "metas/frozen.txt").write_bytes("Tür".encode("latin1"))
+    kinds = _kinds(_inspect("video_folder", videos))
+    assert len(kinds["file that was not downloaded"]) == 1
+    assert len(kinds["text in another encoding"]) == 1
+
+    hostile = pickle.dumps(print)
+    faults = [
+        lambda: Stream(np.zeros(2, np.int64), np.zeros(2)),
+        lambda: Stream(np.zeros(0, np.int64), np.zeros(0)),
+        lambda: read_array_pickle(hostile, "poses.pkl"),
+        lambda: {}["poses"],
+    ]
+    found = inspect_dataset(LazyEpisodes(4, lambda i: faults[i]()), "set", "in memory")
+    assert _kinds(found) == {
+        "timestamps that do not increase": ["number 0"],
+        "without any sample": ["number 1"],
+        "refused pickle": ["number 2"],
+        "unreadable episode": ["number 3"],
+    }
+    assert found.problems[3].text == "KeyError: 'poses'" and found.readable == 0
 
 
 def test_a_dataset_of_unknown_rate_is_looked_at_all_the_same():
