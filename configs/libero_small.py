@@ -3,7 +3,7 @@
     bash launch/libero.sh
     python -m mvjax.evaluation.record --suite libero --kind robot \
         --out runs/libero_small/data/robot --tasks object-2,object-4 --episodes 16
-    python -m launch.fit_tokenizer --config=configs/libero_small.py
+    python -m launch.encode --config=configs/libero_small.py --only=tokenizer
     python -m launch.encode --config=configs/libero_small.py
     python -m launch.train --config=configs/libero_small_video.py \
         --workdir=runs/libero_small/video

@@ -8,10 +8,10 @@ goes on from Cosmos-Predict2; from random weights:
     python -m launch.train --config=configs/pretrain_video.py:scratch \
         --workdir=runs/pretrain/scratch
 
-and first, on a laptop, the same data through every step with tiny networks and small clips
-(`launch.fit_tokenizer` before `launch.encode`; no weights are needed):
+and first, on a laptop, the same data through every step with tiny networks and small clips (no
+weights are needed, but a tokenizer is fitted):
 
-    python -m launch.fit_tokenizer --config=configs/pretrain_video.py:rehearsal
+    python -m launch.encode --config=configs/pretrain_video.py:rehearsal --only=tokenizer
     python -m launch.encode --config=configs/pretrain_video.py:rehearsal
     python -m launch.train --config=configs/pretrain_video.py:rehearsal \
         --workdir=runs/rehearsal/video

@@ -2,10 +2,10 @@
 
     python -m launch.serve --checkpoint=runs/quickstart/action
 
-`launch.serve`, `launch.evaluate` and `launch.predict` take it by themselves where no --config is
-given; settings can be changed as ever: `--config.evaluation.episodes_per_task=50`. By name it is
-`--config=configs/trained.py:runs/quickstart/action`. The paths in it are those of then: relative
-ones belong to the folder in which the run was trained.
+`launch.serve` and `launch.evaluate` take it by themselves where no --config is given; settings can
+be changed as ever: `--config.evaluation.episodes_per_task=50`. By name it is
+`--config=trained:runs/quickstart/action`. The paths in it are those of then: relative ones belong
+to the folder in which the run was trained.
 """
 
 from pathlib import Path

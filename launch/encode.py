@@ -1,6 +1,11 @@
 """Encodes every dataset once into records of latents, text, actions and proprioception.
 
+    python -m launch.encode --config=configs/quickstart.py --only=tokenizer
     python -m launch.encode --config=configs/quickstart.py
+
+The first fits the linear tokenizer of small networks (config.tokenizer is a .npz file) to a sample
+of all datasets' clips; a converted Wan VAE needs no such step. Later:
+
     python -m launch.encode --config=... --only=text      # the text embeddings again, latents stay
     python -m launch.encode --config=... --retry_skipped  # episodes that were repaired since
 
@@ -9,27 +14,29 @@ several machines that share the folder) divide the work among them: start it in 
 `launch.train`. Each uses all of its accelerators.
 """
 
+from pathlib import Path
+
 import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from data_pipelines.clip import Clip
 from data_pipelines.records import RecordDataset
+from data_pipelines.shards import StoredTexts, TextEncoder, encode_texts
 from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, run
 from mvjax import parallel
-from mvjax.encode import (
-    LocalTokenizer,
-    StoredTexts,
-    TextEncoder,
-    encode_dataset,
-    encode_texts,
-    local_batch_size,
-)
+from mvjax.encode import LocalTokenizer, encode_dataset, local_batch_size, sample_clips
+from mvjax.experiment import Experiment
+from mvjax.models.stand_ins import fit_linear_tokenizer, save_linear_tokenizer
 from mvjax.policy.load import load_text_encoder, load_video_tokenizer
 
 CONFIG = config_flag()
-ONLY = flags.DEFINE_enum("only", "", ("", "text"), "Of finished records: what to make again.")
+ONLY = flags.DEFINE_enum(
+    "only",
+    "",
+    ("", "tokenizer", "text"),
+    "tokenizer: fit it, and encode nothing; text: embed the texts of finished records again.",
+)
 RETRY = flags.DEFINE_bool(
     "retry_skipped", False, "Make shards again that have skipped episodes which can be read now."
 )
@@ -37,21 +44,44 @@ RETRY = flags.DEFINE_bool(
 
 def main() -> None:
     """Writes `records` of every dataset, or their text embeddings."""
-    config = CONFIG.value
+    experiment = Experiment.from_config(CONFIG.value)
     if ONLY.value and RETRY.value:
-        raise ValueError("--only=text reads no episodes; give --retry_skipped in another call.")
+        raise ValueError(f"--only={ONLY.value} makes no records; leave --retry_skipped out.")
     with parallel.initialized():
-        if ONLY.value == "text":
-            _texts(config)
+        if ONLY.value == "tokenizer":
+            _tokenizer(experiment.config)
+        elif ONLY.value == "text":
+            _texts(experiment.config)
         else:
-            _records(config)
+            _records(experiment)
 
 
-def _records(config: ConfigDict) -> None:
-    clip = Clip(**config.clip)  # wrong lengths are said before any data is read
-    for stream, io in config.policy_io.items():
-        if io.horizon < 1:
-            raise ValueError(f"policy_io.{stream}.horizon must be at least 1, got {io.horizon}.")
+def _tokenizer(config: ConfigDict) -> None:
+    """Fits `config.tokenizer`; one that is there stays."""
+    path = Path(config.tokenizer)
+    if path.suffix != ".npz" and not path.exists():
+        raise ValueError(
+            f"config.tokenizer is {path}: a linear tokenizer is fitted into a .npz file. For a Wan "
+            "VAE, convert it into that folder (docs/weights.md)."
+        )
+    if jax.process_index() != 0:  # it is seconds of work, for one process
+        return
+    if path.exists():
+        print(f"{path} is already fitted.")
+        return
+    clips = sample_clips(
+        [(open_config(dataset), dataset) for dataset in config.datasets.values()],
+        config.clip,
+        config.policy_io,
+        episodes_per_source=48,
+        clips_per_episode=8,
+        max_bad_share=config.max_bad_share,
+    )
+    save_linear_tokenizer(path, fit_linear_tokenizer(clips))
+
+
+def _records(experiment: Experiment) -> None:
+    config, clip = experiment.config, experiment.clip
     tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
     tokenizer = LocalTokenizer(tokenizer)
     text_encoder, text_identity = _text_encoder(config)

@@ -15,6 +15,11 @@ evaluated into the same folder; its report.html holds all that is there.
 
 compares the policy's actions with those of held-out demonstrations, for true and for generated
 video at every stop step, and writes offline.html and offline.json.
+
+    python -m launch.evaluate --suite=predictions --checkpoint=runs/quickstart/action \
+        --out=runs/quickstart/predictions
+
+writes pairs of .mp4 files: the predicted and the true video of held-out episodes.
 """
 
 from pathlib import Path
@@ -24,13 +29,15 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, path_flag, run
 from mvjax import parallel
 from mvjax.evaluation.closed_loop import evaluate, mean_success, settings_for, success_table
-from mvjax.evaluation.offline import evaluate_offline
+from mvjax.evaluation.offline import evaluate_offline, write_predictions
 from mvjax.evaluation.report import build_evaluation_report
 from mvjax.evaluation.rollout import Setting
 from mvjax.experiment import Experiment
+from mvjax.policy.load import load_policy
 
 CONFIG = config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
@@ -42,18 +49,99 @@ STOP_STEPS = flags.DEFINE_list(
 VARIANT = flags.DEFINE_string(
     "variant", "", "A word for another checkpoint, layer or share of the data, kept beside others."
 )
-SUITE = flags.DEFINE_string("suite", "", '"offline", or another simulator than the config names.')
-MOMENTS = flags.DEFINE_integer("moments", 32, "Offline: moments per dataset.", lower_bound=1)
+SUITE = flags.DEFINE_string(
+    "suite", "", '"offline", "predictions", or another simulator than the configuration names.'
+)
+MOMENTS = flags.DEFINE_integer(
+    "moments",
+    None,
+    "Held-out moments per dataset; 32 offline, 4 for predictions, if not given.",
+    lower_bound=1,
+)
 BATCH = flags.DEFINE_integer("batch", 8, "Offline: moments computed at once.", lower_bound=1)
 
 
-def settings(modes: list[str], stop_steps: list[str], video_steps: int) -> dict[str, Setting]:
-    """Every setting by folder name; a mistake in the last is said before the first is played."""
-    if not modes:
+def main() -> None:
+    """Evaluates, and prints one line per setting or stop step."""
+    with parallel.initialized():
+        if SUITE.value == "offline":
+            offline(CONFIG.value)
+        elif SUITE.value == "predictions":
+            predictions(CONFIG.value)
+        else:
+            play(CONFIG.value)
+
+
+def play(config: ConfigDict) -> None:
+    """Prints the success of every setting in a simulator."""
+    if VARIANT.value and not VARIANT.value.replace("-", "").isalnum():
+        raise ValueError(f"--variant is one word of letters, digits and -, got {VARIANT.value!r}.")
+    if SUITE.value:
+        config.evaluation.suite = SUITE.value
+    if not MODES.value:
         raise ValueError("--modes must name at least one mode: policy, oracle, expert or none.")
-    steps = _stop_steps(stop_steps, video_steps)
-    by_mode = [settings_for(mode, steps, video_steps, VARIANT.value) for mode in modes]
-    return {name: setting for chosen in by_mode for name, setting in chosen.items()}
+    video_steps = config.sampler.video_steps
+    steps = _stop_steps(STOP_STEPS.value or ["0"], video_steps)
+    chosen: dict[str, Setting] = {}  # by folder name, all of them before the first is played
+    for mode in MODES.value:
+        chosen |= settings_for(mode, steps, video_steps, VARIANT.value)
+    if any(s.stop_step is not None for s in chosen.values()):
+        _require_checkpoint()
+    out = Path(OUT.value)
+    for setting, results in evaluate(
+        Experiment.from_config(config), Path(CHECKPOINT.value), out, chosen
+    ):
+        mean = mean_success(success_table((r.task, r.success) for r in results))
+        if jax.process_index() > 0:
+            continue
+        print(
+            f"{setting.label}: {mean.rate:.0%} of {mean.trials} episodes "
+            f"(95 % interval {mean.low:.0%} to {mean.high:.0%})"
+        )
+    if jax.process_index() == 0:
+        print(f"The report is {build_evaluation_report(out)}.")
+
+
+def offline(config: ConfigDict) -> None:
+    """Prints the action error at every stop step."""
+    _require_checkpoint()
+    everything = [str(k) for k in range(config.sampler.video_steps + 1)]
+    steps = _stop_steps(STOP_STEPS.value or everything, config.sampler.video_steps)
+    summary = evaluate_offline(
+        Experiment.from_config(config),
+        Path(CHECKPOINT.value),
+        Path(OUT.value),
+        steps,
+        MOMENTS.value or 32,
+        BATCH.value,
+    )
+    if jax.process_index() > 0:
+        return
+    for said in summary["unreadable"]:
+        print(f"could not be read: {said}")
+    print("action error (MSE, normalised) at stop step: true video, generated video")
+    for i, k in enumerate(steps):
+        true, generated = (summary[key]["mse"][i] for key in ("true_video", "generated_video"))
+        print(f"{k:4d} {true:8.4f} {generated:8.4f}")
+    print(f"PSNR {fmean(summary['psnr']):.2f} dB, SSIM {fmean(summary['ssim']):.3f}")
+
+
+def predictions(config: ConfigDict) -> None:
+    """Writes videos of held-out episodes."""
+    _require_checkpoint()
+    if jax.process_count() > 1:
+        raise ValueError("--suite=predictions takes one process.")
+    experiment = Experiment.from_config(config)
+    policy = load_policy(experiment, Path(CHECKPOINT.value), experiment.sampling(), batch_size=1)
+    for dataset in config.datasets.values():
+        write_predictions(
+            policy, open_config(dataset), dataset, config, Path(OUT.value), MOMENTS.value or 4
+        )
+
+
+def _require_checkpoint() -> None:
+    if not CHECKPOINT.value:
+        raise ValueError("--checkpoint must be given: the training directory of a stage-2 run.")
 
 
 def _stop_steps(given: list[str], video_steps: int) -> list[int]:
@@ -68,63 +156,6 @@ def _stop_steps(given: list[str], video_steps: int) -> list[int]:
             f"{max(steps)}."
         )
     return steps
-
-
-def offline(config: ConfigDict) -> None:
-    """Prints the action error at every stop step."""
-    everything = [str(k) for k in range(config.sampler.video_steps + 1)]
-    steps = _stop_steps(STOP_STEPS.value or everything, config.sampler.video_steps)
-    summary = evaluate_offline(
-        Experiment.from_config(config),
-        Path(CHECKPOINT.value),
-        Path(OUT.value),
-        steps,
-        MOMENTS.value,
-        BATCH.value,
-    )
-    if jax.process_index() > 0:
-        return
-    for said in summary["unreadable"]:
-        print(f"could not be read: {said}")
-    print("action error (MSE, normalised) at stop step: true video, generated video")
-    for i, k in enumerate(steps):
-        true, generated = (summary[key]["mse"][i] for key in ("true_video", "generated_video"))
-        print(f"{k:4d} {true:8.4f} {generated:8.4f}")
-    print(f"PSNR {fmean(summary['psnr']):.2f} dB, SSIM {fmean(summary['ssim']):.3f}")
-
-
-def main() -> None:
-    """Evaluates, and prints one line per setting or stop step."""
-    with parallel.initialized():
-        evaluate_as_told(CONFIG.value)
-
-
-def evaluate_as_told(config: ConfigDict) -> None:
-    """Offline or in a simulator, as the flags say."""
-    if SUITE.value == "offline":
-        if not CHECKPOINT.value:
-            raise ValueError("--checkpoint must be given: the training directory of a stage-2 run.")
-        return offline(config)
-    if VARIANT.value and not VARIANT.value.replace("-", "").isalnum():
-        raise ValueError(f"--variant is one word of letters, digits and -, got {VARIANT.value!r}.")
-    if SUITE.value:
-        config.evaluation.suite = SUITE.value
-    chosen = settings(MODES.value, STOP_STEPS.value or ["0"], config.sampler.video_steps)
-    if not CHECKPOINT.value and any(s.stop_step is not None for s in chosen.values()):
-        raise ValueError("--checkpoint must be given: the training directory of a stage-2 run.")
-    out = Path(OUT.value)
-    for setting, results in evaluate(
-        Experiment.from_config(config), Path(CHECKPOINT.value), out, chosen
-    ):
-        mean = mean_success(success_table((r.task, r.success) for r in results))
-        if jax.process_index() > 0:
-            continue
-        print(
-            f"{setting.label}: {mean.rate:.0%} of {mean.trials} episodes "
-            f"(95 % interval {mean.low:.0%} to {mean.high:.0%})"
-        )
-    if jax.process_index() == 0:
-        print(f"The report is {build_evaluation_report(out)}.")
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@
 Every phase is a command of its own, printed before it runs; phases that are done are not repeated.
 """
 
-import argparse
 import json
+import logging
 import os
 import shlex
 import signal
@@ -21,18 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+from absl import flags
+from ml_collections import ConfigDict
 
-from configs import quickstart as quickstart_config
-from configs import quickstart_action, quickstart_video
+from configs import quickstart, quickstart_action, quickstart_video
+from data_pipelines.atomic import write_json, write_text
 from data_pipelines.settings import differences
+from launch import cli
+from launch.entry import run
 from launch.preflight import find_rendering_backend, require
 from mvjax.evaluation.report import build_report, write_environment
 from mvjax.evaluation.rollout import read_results
 
-# Running a list of commands one after another, measured, and continued where they stopped.
+RUN_DIR = flags.DEFINE_string("run_dir", "runs/quickstart", "Folder of the run.")
+SIZE = flags.DEFINE_enum("size", "full", ("full", "smoke"), "smoke: a few steps of every phase.")
+STUDY = flags.DEFINE_bool("study", False, "Add the sample-efficiency study.")
 
+SAMPLE_SECONDS = 0.5  # between two looks at the memory of a phase
+BACKBONES = {"trained": "backbone trained on video", "untrained": "untrained backbone"}
 
-SAMPLE_SECONDS = 0.5
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,9 +61,201 @@ class Phase:
     proof: str = ""
 
 
-def python(module: str, *arguments: str) -> tuple[str, ...]:
-    """The command that runs a module with this interpreter."""
+def main() -> None:
+    """Runs all phases, then draws the report."""
+    run_dir, folder, size = RUN_DIR.value, Path(RUN_DIR.value), SIZE.value
+    if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+        os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
+    require(folder)
+    config = quickstart.get_config(size)
+    check_settings(folder, stage_settings(size))
+    if STUDY.value:
+        check_settings(folder / "study", [{"study": config.study.to_dict()}])
+    words = cli.program.split() or ["bash", "launch/quickstart.sh"]
+    write_text(folder / "command.txt", shlex.join([*words, *sys.argv[1:]]) + "\n")
+
+    run_phases(phases(run_dir, size), folder / "phases.json")
+    if STUDY.value:
+        run_phases(study_phases(run_dir, size, config.study), folder / "study/phases.json")
+        collect_study(run_dir, config.study)
+    write_environment(folder)
+    build_report(folder, folder / "report.html")
+    print(f"The report is {folder / 'report.html'}.")
+
+
+def phases(run_dir: str, size: str) -> list[Phase]:
+    """What the quickstart does, in order."""
+    config = quickstart.get_config(size)
+    shared, video, action = (
+        _configuration(f"quickstart{stage}", run_dir, size) for stage in ("", "_video", "_action")
+    )
+
+    def record(name: str) -> tuple[str, ...]:
+        what = config.recording[name]
+        return _python(
+            "mvjax.evaluation.record",
+            f"--out={run_dir}/data/{name}",
+            f"--kind={what.kind}",
+            f"--tasks={','.join(what.tasks)}",
+            f"--episodes={what.episodes}",
+            f"--seed={what.seed}",
+        )
+
+    def evaluate(*how: str, out: str = "evaluation") -> tuple[str, ...]:
+        checkpoint = f"--checkpoint={run_dir}/action"
+        return _python("launch.evaluate", *action, checkpoint, f"--out={run_dir}/{out}", *how)
+
+    few = f"--config.evaluation.episodes_per_task={config.evaluation.sweep_episodes}"
+    oracle_step, full = config.evaluation.oracle_step, config.sampler.video_steps
+    sweep = f"--stop_steps={full // 2},{full}"
+    predictions = evaluate("--suite=predictions", out="predictions")
+    return [
+        Phase("record robot demonstrations", record("robot")),
+        Phase("record video without actions", record("video")),
+        Phase("fit the video tokenizer", _python("launch.encode", *shared, "--only=tokenizer")),
+        Phase("encode", _python("launch.encode", *shared)),
+        _training("stage 1: video model", f"{run_dir}/video", *video),
+        _training("stage 2: action decoder", f"{run_dir}/action", *action),
+        Phase("evaluate the policy", evaluate("--modes=policy")),
+        Phase("evaluate the baselines", evaluate("--modes=expert,none")),
+        Phase("sweep the stop step", evaluate("--modes=policy", sweep, few)),
+        Phase(
+            "evaluate with the true future",
+            evaluate("--modes=oracle", f"--stop_steps={oracle_step}", few),
+        ),
+        Phase("predict held-out video", predictions),
+    ]
+
+
+def _configuration(name: str, run_dir: str, size: str) -> tuple[str, str]:
+    suffix = "" if size == "full" else f":{size}"
+    return f"--config={name}{suffix}", f"--config.run_dir={run_dir}"
+
+
+def _python(module: str, *arguments: str) -> tuple[str, ...]:
     return (sys.executable, "-m", module, *arguments)
+
+
+def _training(name: str, workdir: str, *flags: str) -> Phase:
+    command = _python("launch.train", *flags, f"--workdir={workdir}")
+    return Phase(name, command, proof=f"{workdir}/finished")  # interrupted, it ends with 0, too
+
+
+# The study: what is video training worth when action demonstrations are few?
+#
+# For every number of action demonstrations per task and every seed, the same decoder is trained
+# with the same budget on two backbones: one that stage 1 trained on all video, for longer than the
+# quickstart's, and an untrained one. The seed decides the decoder's start, the order of the
+# batches, the choice of demonstrations and the untrained backbone.
+
+
+def study_phases(run_dir: str, size: str, study: ConfigDict) -> list[Phase]:
+    """Stage 1, then a training and an evaluation per backbone, number of demonstrations and seed.
+
+    Args:
+        run_dir: the quickstart's folder; results go to `study/` in it.
+        size: of the quickstart.
+        study: {video_steps, demonstrations, seeds, steps, episodes_per_task}.
+    """
+    video, action = (
+        _configuration(f"quickstart_{stage}", run_dir, size) for stage in ("video", "action")
+    )
+    checkpoints = {"trained": f"{run_dir}/study/video", "untrained": ""}
+    phases = [
+        _training(
+            "study: train the backbone",
+            checkpoints["trained"],
+            *video,
+            *_steps(study.video_steps),
+        )
+    ]
+    for backbone, demonstrations, seed in _cells(study):
+        folder = _folder(run_dir, backbone, demonstrations, seed)
+        flags = [
+            *action,
+            *_steps(study.steps),
+            f"--config.backbone.checkpoint={checkpoints[backbone]}",
+            f"--config.training.seed={seed}",
+            f"--config.training.episodes_per_task={demonstrations}",
+            f"--config.evaluation.episodes_per_task={study.episodes_per_task}",
+        ]
+        name = f"{BACKBONES[backbone]}, {demonstrations} demonstrations per task, seed {seed}"
+        play = _python("launch.evaluate", *flags, f"--checkpoint={folder}", f"--out={folder}")
+        phases += [
+            _training(f"study: train, {name}", folder, *flags),
+            Phase(f"study: play, {name}", play),
+        ]
+    return phases
+
+
+def collect_study(run_dir: str, study: ConfigDict) -> None:
+    """Writes `study/results.json`: successes of all seeds together, per backbone and number."""
+    totals: dict[tuple[str, int], list[bool]] = {}
+    for backbone, demonstrations, seed in _cells(study):
+        folder = Path(_folder(run_dir, backbone, demonstrations, seed))
+        results = read_results(folder / "policy_k0" / "results.jsonl")
+        totals.setdefault((backbone, demonstrations), []).extend(r.success for r in results)
+    rows = [
+        {
+            "label": BACKBONES[backbone],
+            "demonstrations": demonstrations,
+            "successes": sum(outcomes),
+            "trials": len(outcomes),
+        }
+        for (backbone, demonstrations), outcomes in totals.items()
+    ]
+    write_json(Path(run_dir) / "study" / "results.json", rows)
+
+
+def _steps(number: int) -> tuple[str, str]:
+    return f"--config.training.steps={number}", f"--config.optimizer.decay_steps={number}"
+
+
+def _cells(study: ConfigDict) -> list[tuple[str, int, int]]:
+    return [
+        (backbone, demonstrations, seed)
+        for seed in range(study.seeds)
+        for demonstrations in study.demonstrations
+        for backbone in BACKBONES
+    ]
+
+
+def _folder(run_dir: str, backbone: str, demonstrations: int, seed: int) -> str:
+    return f"{run_dir}/study/{backbone}_{demonstrations}_seed{seed}"
+
+
+# A folder belongs to the settings that it was begun with.
+
+
+def stage_settings(size: str) -> list[dict[str, Any]]:
+    """Those of both stages, without the study's."""
+    stages = (quickstart_video.get_config(size), quickstart_action.get_config(size))
+    return [stage.to_dict() | {"study": None} for stage in stages]
+
+
+def check_settings(folder: Path, settings: Sequence[dict[str, Any]]) -> None:
+    """Remembers the settings of a new folder; of an older one, they must be those of now.
+
+    A phase that is done is known by its command, which names a configuration file, not what was in
+    that file; and a training that is done is not repeated.
+
+    Raises:
+        ValueError: they have been changed since the folder was begun; with what differs.
+    """
+    file = folder / "settings.json"
+    if not file.exists():
+        write_json(file, settings)
+    pairs = zip(json.loads(file.read_text()), settings)
+    found = [d for there, here in pairs for d in differences(there, here, "config")]
+    if found := list(dict.fromkeys(found)):
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        raise ValueError(
+            f"{folder} was made with other settings: {'; '.join(found[:3])}{more}. Give "
+            "--run-dir=ANOTHER_FOLDER, or the settings of before."
+        )
+
+
+# Running a list of commands one after another, measured, and continued where they stopped.
 
 
 def run_phases(phases: Sequence[Phase], record: Path) -> None:
@@ -70,35 +270,29 @@ def run_phases(phases: Sequence[Phase], record: Path) -> None:
     Raises:
         SystemExit: with the code of a phase that failed, or 130 after Ctrl-C, 143 after SIGTERM.
     """
-    with _noted_signals() as signals:
-        _run(phases, record, signals)
-
-
-def _run(phases: Sequence[Phase], record: Path, signals: list[int]) -> None:
     rows = {row["name"]: row for row in json.loads(record.read_text())} if record.exists() else {}
-    for number, phase in enumerate(phases, start=1):
-        command = ["python", *phase.command[1:]]
-        row = rows.get(phase.name)
-        title = f"[{number}/{len(phases)}] {phase.name}"
-        if row and row["command"] == command and row["finished"]:
-            print(f"{title}: done before ({row['seconds']:.0f} s)", flush=True)
-            continue
-        if not row or row["command"] != command:
-            row = {"name": phase.name, "command": command, "seconds": 0.0, "peak_mb": 0}
-        print(f"{title}\n    {shlex.join(command)}", flush=True)
-        code, seconds, peak = _measure(phase.command, signals)
-        row["seconds"] = round(row["seconds"] + seconds, 1)
-        row["peak_mb"] = max(row["peak_mb"], peak)
-        if code == 0 and not signals and phase.proof and not Path(phase.proof).exists():
-            signals.append(signal.SIGTERM)  # the command had it, and saved what it had reached
-        row["finished"] = code == 0 and not signals
-        rows[phase.name] = row
-        partial = record.with_name(record.name + ".partial")
-        partial.write_text(json.dumps([rows[p.name] for p in phases if p.name in rows], indent=1))
-        partial.replace(record)
-        if code != 0 or signals:
-            print(f"'{phase.name}' stopped; run the same command again to go on.", file=sys.stderr)
-            raise SystemExit(128 + signals[0] if signals else code)
+    with _noted_signals() as signals:
+        for number, phase in enumerate(phases, start=1):
+            command = ["python", *phase.command[1:]]
+            row = rows.get(phase.name)
+            title = f"[{number}/{len(phases)}] {phase.name}"
+            if row and row["command"] == command and row["finished"]:
+                print(f"{title}: done before ({row['seconds']:.0f} s)", flush=True)
+                continue
+            if not row or row["command"] != command:
+                row = {"name": phase.name, "command": command, "seconds": 0.0, "peak_mb": 0}
+            print(f"{title}\n    {shlex.join(command)}", flush=True)
+            code, seconds, peak = _measure(phase.command, signals)
+            row["seconds"] = round(row["seconds"] + seconds, 1)
+            row["peak_mb"] = max(row["peak_mb"], peak)
+            if code == 0 and not signals and phase.proof and not Path(phase.proof).exists():
+                signals.append(signal.SIGTERM)  # the command had it, and saved what it had reached
+            row["finished"] = code == 0 and not signals
+            rows[phase.name] = row
+            write_json(record, [rows[p.name] for p in phases if p.name in rows])
+            if code != 0 or signals:
+                log.error("'%s' stopped; run the same command again to go on.", phase.name)
+                raise SystemExit(128 + signals[0] if signals else code)
 
 
 @contextmanager
@@ -148,228 +342,5 @@ def _memory_mb(pid: int) -> int:
     return total // 2**20
 
 
-# The sample-efficiency study: few action demonstrations, backbone trained on video or not.
-#
-# For every number of action demonstrations per task and every seed, the same decoder is trained
-# with the same budget on two backbones: one that stage 1 trained on all video, for longer than
-# the quickstart's, and an untrained one. The seed decides the decoder's start, the order of the
-# batches, the choice of demonstrations and the untrained backbone. Only `launch.quickstart
-# --study` runs this.
-
-
-BACKBONES = {"trained": "backbone trained on video", "untrained": "untrained backbone"}
-
-
-def study_phases(
-    run_dir: str, config: Any, video: tuple[str, ...], action: tuple[str, ...]
-) -> list[Phase]:
-    """Stage 1, then a training and an evaluation per backbone, number of demonstrations and seed.
-
-    Args:
-        run_dir: the quickstart's folder; results go to `study/` in it.
-        config: `study {video_steps, demonstrations, seeds, steps, episodes_per_task}`.
-        video, action: the flags that name the configuration of each stage and the run folder.
-    """
-    checkpoints = {"trained": f"{run_dir}/study/video", "untrained": ""}
-    train = python(
-        "launch.train",
-        *video,
-        *_steps(config.study.video_steps),
-        f"--workdir={checkpoints['trained']}",
-    )
-    phases = [Phase("study: train the backbone", train, f"{checkpoints['trained']}/finished")]
-    for backbone, demonstrations, seed in _cells(config):
-        folder = _folder(run_dir, backbone, demonstrations, seed)
-        flags = [
-            *action,
-            *_steps(config.study.steps),
-            f"--config.backbone.checkpoint={checkpoints[backbone]}",
-            f"--config.training.seed={seed}",
-            f"--config.training.episodes_per_task={demonstrations}",
-            f"--config.evaluation.episodes_per_task={config.study.episodes_per_task}",
-        ]
-        name = f"{BACKBONES[backbone]}, {demonstrations} demonstrations per task, seed {seed}"
-        train = python("launch.train", *flags, f"--workdir={folder}")
-        evaluate = python("launch.evaluate", *flags, f"--checkpoint={folder}", f"--out={folder}")
-        phases += [
-            Phase(f"study: train, {name}", train, f"{folder}/finished"),
-            Phase(f"study: play, {name}", evaluate),
-        ]
-    return phases
-
-
-def collect_study(run_dir: str, config: Any) -> None:
-    """Writes `study/results.json`: successes of all seeds together, per backbone and number."""
-    totals: dict[tuple[str, int], list[bool]] = {}
-    for backbone, demonstrations, seed in _cells(config):
-        folder = Path(_folder(run_dir, backbone, demonstrations, seed))
-        results = read_results(folder / "policy_k0" / "results.jsonl")
-        totals.setdefault((backbone, demonstrations), []).extend(r.success for r in results)
-    rows = [
-        {
-            "label": BACKBONES[backbone],
-            "demonstrations": demonstrations,
-            "successes": sum(outcomes),
-            "trials": len(outcomes),
-        }
-        for (backbone, demonstrations), outcomes in totals.items()
-    ]
-    (Path(run_dir) / "study" / "results.json").write_text(json.dumps(rows, indent=1) + "\n")
-
-
-def _steps(number: int) -> tuple[str, str]:
-    return f"--config.training.steps={number}", f"--config.optimizer.decay_steps={number}"
-
-
-def _cells(config: Any) -> list[tuple[str, int, int]]:
-    return [
-        (backbone, demonstrations, seed)
-        for seed in range(config.study.seeds)
-        for demonstrations in config.study.demonstrations
-        for backbone in BACKBONES
-    ]
-
-
-def _folder(run_dir: str, backbone: str, demonstrations: int, seed: int) -> str:
-    return f"{run_dir}/study/{backbone}_{demonstrations}_seed{seed}"
-
-
-def configured(name: str, run_dir: str, size: str) -> tuple[str, str]:
-    """The flags that name a configuration file and the run folder."""
-    suffix = "" if size == "full" else f":{size}"
-    return f"--config=configs/{name}.py{suffix}", f"--config.run_dir={run_dir}"
-
-
-def phases(run_dir: str, size: str) -> list[Phase]:
-    """What the quickstart does, in order."""
-    config = quickstart_config.get_config(size)
-    oracle_step, full = config.evaluation.oracle_step, config.sampler.video_steps
-
-    def flags(name: str) -> tuple[str, str]:
-        return configured(name, run_dir, size)
-
-    def record(name: str) -> tuple[str, ...]:
-        what = config.recording[name]
-        return python(
-            "mvjax.evaluation.record",
-            f"--out={run_dir}/data/{name}",
-            f"--kind={what.kind}",
-            f"--tasks={','.join(what.tasks)}",
-            f"--episodes={what.episodes}",
-            f"--seed={what.seed}",
-        )
-
-    def train(stage: str) -> tuple[str, ...]:
-        return python("launch.train", *flags(f"quickstart_{stage}"), f"--workdir={run_dir}/{stage}")
-
-    def evaluate(modes: str, *more: str) -> tuple[str, ...]:
-        return python(
-            "launch.evaluate",
-            *flags("quickstart_action"),
-            f"--checkpoint={run_dir}/action",
-            f"--out={run_dir}/evaluation",
-            f"--modes={modes}",
-            *more,
-        )
-
-    few = f"--config.evaluation.episodes_per_task={config.evaluation.sweep_episodes}"
-    return [
-        Phase("record robot demonstrations", record("robot")),
-        Phase("record video without actions", record("video")),
-        Phase("fit the video tokenizer", python("launch.fit_tokenizer", *flags("quickstart"))),
-        Phase("encode", python("launch.encode", *flags("quickstart"))),
-        Phase("stage 1: video model", train("video"), f"{run_dir}/video/finished"),
-        Phase("stage 2: action decoder", train("action"), f"{run_dir}/action/finished"),
-        Phase("evaluate the policy", evaluate("policy")),
-        Phase("evaluate the baselines", evaluate("expert,none")),
-        Phase(
-            "sweep the stop step",
-            evaluate("policy", f"--stop_steps={full // 2},{full}", few),
-        ),
-        Phase(
-            "evaluate with the true future", evaluate("oracle", f"--stop_steps={oracle_step}", few)
-        ),
-        Phase(
-            "predict held-out video",
-            python(
-                "launch.predict",
-                *flags("quickstart_action"),
-                f"--checkpoint={run_dir}/action",
-                f"--out={run_dir}/predictions",
-            ),
-        ),
-    ]
-
-
-def stage_settings(size: str) -> list[dict[str, Any]]:
-    """Those of both stages, without the study's."""
-    stages = (quickstart_video.get_config(size), quickstart_action.get_config(size))
-    return [stage.to_dict() | {"study": None} for stage in stages]
-
-
-def check_settings(folder: Path, settings: Sequence[dict[str, Any]]) -> None:
-    """Remembers the settings of a new folder; of an older one, they must be those of now.
-
-    A phase that is done is known by its command, which names a configuration file, not what was in
-    that file; and a training that is done is not repeated.
-
-    Raises:
-        SystemExit: if they have been changed since the folder was begun, with what differs.
-    """
-    text = json.dumps(settings, indent=1)
-    file = folder / "settings.json"
-    if not file.exists():
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = file.with_name(file.name + ".partial")
-        partial.write_text(text)
-        partial.replace(file)
-    pairs = zip(json.loads(file.read_text()), json.loads(text))
-    found = [d for there, here in pairs for d in differences(there, here, "config")]
-    if found := list(dict.fromkeys(found)):
-        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-        print(
-            f"{folder} was made with other settings: {'; '.join(found[:3])}{more}. Give "
-            "--run-dir=ANOTHER_FOLDER, or the settings of before.",
-            file=sys.stderr,
-        )
-        raise SystemExit(2)
-
-
-def main() -> None:
-    """Runs all phases, then draws the report."""
-    parser = argparse.ArgumentParser(
-        prog="launch/quickstart.sh", description="Train a video-action model and drive a robot."
-    )
-    parser.add_argument("--run-dir", default="runs/quickstart", help="folder of the run")
-    parser.add_argument(
-        "--size", default="full", choices=("full", "smoke"), help="smoke: see it run"
-    )
-    parser.add_argument("--study", action="store_true", help="add the sample-efficiency study")
-    arguments = parser.parse_args()
-    run_dir = Path(arguments.run_dir)
-    if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
-        os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
-    require(run_dir)
-    config = quickstart_config.get_config(arguments.size)
-    check_settings(run_dir, stage_settings(arguments.size))
-    if arguments.study:
-        check_settings(run_dir / "study", [{"study": config.study.to_dict()}])
-    words = ["bash", "launch/quickstart.sh", *sys.argv[1:]]
-    (run_dir / "command.txt").write_text(shlex.join(words) + "\n")
-
-    run_phases(phases(arguments.run_dir, arguments.size), run_dir / "phases.json")
-    if arguments.study:
-        video, action = (
-            configured(f"quickstart_{stage}", arguments.run_dir, arguments.size)
-            for stage in ("video", "action")
-        )
-        study = study_phases(arguments.run_dir, config, video, action)
-        run_phases(study, run_dir / "study/phases.json")
-        collect_study(arguments.run_dir, config)
-    write_environment(run_dir)
-    build_report(run_dir, run_dir / "report.html")
-    print(f"The report is {run_dir / 'report.html'}.")
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

@@ -51,6 +51,12 @@ def get_config(run_dir):
         ([VIDEO + "st", "--workdir=x"], "size must be full or smoke, got 'smokest'"),
         (["--config=configs/video.py", "--workdir=x"], "No such file or directory: 'configs/video"),
         (["--config=configs", "--workdir=x"], "--config cannot be read: Is a directory"),
+        (["--config=quickstart_vido", "--workdir=x"], "did you mean quickstart_video"),
+        (["--config=nothing", "--workdir=x"], "there is no configuration 'nothing'"),
+        (
+            ["--config", "quickstart_video:smokest", "--workdir", "x"],
+            "full or smoke, got 'smokest'",
+        ),
         (["--config=data_pipelines/clip.py", "--workdir=x"], "with a function get_config"),
         (["--config=pyproject.toml", "--workdir=x"], "pyproject.toml, line "),
         (["--config=configs/quickstart.py", "--workdir=x"], "configuration has no setting 'stage'"),
@@ -108,23 +114,41 @@ def test_a_run_brings_its_own_configuration(complains, video_run):
     assert make_rules(config.rules) and make_schedule(config.optimizer)
     for checkpoint in ([f"--checkpoint={video_run}"], ["--checkpoint", video_run]):
         misspelt = "--config.sampler.video_step=1"
-        complains("did you mean 'video_steps'?", "launch.predict", *checkpoint, misspelt)
-    complains("nothing is not a training directory", "launch.predict", "--checkpoint=nothing")
+        complains("did you mean 'video_steps'?", "launch.evaluate", *checkpoint, misspelt)
+    complains("nothing is not a training directory", "launch.evaluate", "--checkpoint=nothing")
 
 
 def test_mistakes_in_the_other_commands(complains):
     shared = "--config=configs/quickstart.py:smoke"
-    for module in ("launch.fit_tokenizer", "launch.encode"):
-        complains("clip.height must be a multiple of 16", module, shared, "--config.clip.height=40")
-    complains("nothing/data/robot", "launch.fit_tokenizer", shared, "--config.run_dir=nothing")
-    complains("nothing/tokenizer.npz", "launch.encode", shared, "--config.run_dir=nothing")
-    complains("0 is not a positive", "launch.predict", ACTION, "--count=0")
-    complains("no folder 'checkpoints'", "launch.predict", ACTION, "--checkpoint=x", "--out=y")
+    encode, fit = ("launch.encode", shared), ("launch.encode", shared, "--only=tokenizer")
+    for words in (encode, fit):
+        complains("clip.height must be a multiple of 16", *words, "--config.clip.height=40")
+    complains("nothing/data/robot", *fit, "--config.run_dir=nothing")
+    complains("is fitted into a .npz file", *fit, "--config.tokenizer=weights/nothing")
+    complains("nothing/tokenizer.npz", *encode, "--config.run_dir=nothing")
+    complains("leave --retry_skipped out", *fit, "--retry-skipped")
+    predictions = "launch.evaluate", ACTION, "--suite=predictions"
+    complains("0 is not a positive", *predictions, "--moments=0")
+    complains("--checkpoint must be given", *predictions, "--out=y")
+    complains("no folder 'checkpoints'", *predictions, "--checkpoint=x", "--out=y")
 
 
 def test_help_lists_every_flag_of_a_command(command):
     said = command("launch.train", "--help").out
+    assert command("launch.train", "-h") == (0, said, "")
     assert "Trains one stage." in said and "--config:" in said and "--workdir:" in said
+
+
+def test_shipped_configurations_are_found_from_any_folder(tmp_path):
+    program = [sys.executable, "-m", "launch.train", "--config=quickstart_video:smoke"]
+    result = subprocess.run(
+        [*program, "--workdir=x", "--config.clip.height=40"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 2 and "clip.height must be a multiple of 16" in result.stderr
 
 
 def test_who_asks_for_the_traceback_gets_it(command, tmp_path):
@@ -145,7 +169,7 @@ def test_the_commands_are_the_same_in_a_shell(command):
     assert result.returncode == 2 and not result.stdout and words in result.stderr.splitlines()[-1]
     said = command("launch.quickstart", "--size=huge")
     assert said.code == 2 and not said.out
-    assert "invalid choice: 'huge' (choose from" in said.err.splitlines()[-1]
+    assert "--size=huge: value should be one of <full|smoke>" in said.err.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +185,10 @@ def tiny(tmp_path_factory, command):
         write_video(folder / f"data/video/video/{name}.mp4", list(frames), 20)
         (folder / f"data/video/metas/{name}.txt").write_text("press the button\n")
     flag = f"--config={folder / 'tiny.py'}:{folder}"
-    for module in ("launch.fit_tokenizer", "launch.encode"):
-        said = command(module, flag)
+    for only in (["--only=tokenizer"], []):
+        said = command("launch.encode", flag, *only)
         assert said.code == 0, said.err
+    assert "is already fitted" in command("launch.encode", flag, "--only=tokenizer").out
     return flag
 
 
@@ -214,17 +239,17 @@ FULL = ": the disk is full; make room and run the same command again ("
 
 
 def test_a_full_disk_is_said_and_the_same_command_goes_on_with_room(command, tiny, small_disk):
-    for module, setting in (
-        ("launch.fit_tokenizer", "tokenizer={}/tokenizer.npz"),
-        ("launch.encode", "datasets.video.records={}/records"),
+    for setting, *only in (
+        ("tokenizer={}/tokenizer.npz", "--only=tokenizer"),
+        ("datasets.video.records={}/records",),
     ):
         disk = small_disk(64)
-        flags = tiny, f"--config.{setting.format(disk)}"
-        said = command(module, *flags)
+        words = "launch.encode", tiny, f"--config.{setting.format(disk)}", *only
+        said = command(*words)
         assert said.code == 2 and "Traceback" not in said.err
-        assert said.err.splitlines()[-1].startswith(module + FULL)
+        assert said.err.splitlines()[-1].startswith("launch.encode" + FULL)
         make_room(disk)
-        assert command(module, *flags).code == 0
+        assert command(*words).code == 0
 
 
 def test_a_full_disk_stops_training_which_goes_on_with_room(command, tiny, small_disk):

@@ -81,7 +81,7 @@ def load_linear_tokenizer(path: Path) -> LinearTokenizer:
     """Reads what `save_linear_tokenizer` wrote."""
     if not path.exists():
         raise FileNotFoundError(
-            f"There is no fitted tokenizer at {path}; fit one first (launch.fit_tokenizer), or "
+            f"There is no fitted tokenizer at {path}; fit one (launch.encode --only=tokenizer), or "
             "convert a Wan VAE into that folder (launch.convert)."
         )
     with np.load(path) as arrays:
