@@ -43,7 +43,7 @@ def _readable(dataset, index):
         return False
 
 
-def test_a_corrupt_record_is_replaced_by_the_next_one_in_order(damaged, capsys):
+def test_a_corrupt_record_is_replaced_by_the_next_one_in_order(damaged, caplog):
     sound, spoiled, bad = damaged
     before = [i for _, i in ids(_loader([sound], 23))]
     after = [i for _, i in ids(_loader([spoiled], 23))]
@@ -51,7 +51,7 @@ def test_a_corrupt_record_is_replaced_by_the_next_one_in_order(damaged, capsys):
     for place, (index, instead) in enumerate(zip(before[:-1], after[:-1])):
         assert instead == (before[place + 1] if index == bad else index)
     assert after == [i for _, i in ids(_loader([spoiled], 23))]  # the same every time
-    said = capsys.readouterr().err
+    said = caplog.text
     assert said.count("replaced: ") == 2 and said.count(f"record {bad} of ") == 2  # once per run
     assert "run the encoding job again" in said
 
