@@ -7,7 +7,8 @@ whole. A process that is killed leaves the neighbour behind; the next one that w
 import json
 import os
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -56,3 +57,9 @@ def _remove(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for what another process leaves in the folder; if that dies, its launcher ends us."""
+    while not condition():
+        time.sleep(0.2)

@@ -16,7 +16,7 @@ from absl import flags
 
 from launch.entry import config_flag, path_flag, run
 from mvjax.experiment import Experiment
-from mvjax.pods.compile import USUAL_MFU, Plan, batch_size, plan, report
+from mvjax.pods.compile import USUAL_MFU, Estimate, batch_size, estimate, report
 from mvjax.pods.search import Found, search
 from mvjax.pods.topology import pod_devices, pod_size
 
@@ -51,19 +51,19 @@ JSON = flags.DEFINE_string("json", None, "A file for the figures.")
 
 
 def main() -> None:
-    """Prints the plan."""
+    """Prints the estimate."""
     experiment = Experiment.from_config(CONFIG.value)
     devices = pod_devices(TOPOLOGY.value, SLICES.value)
     per_chip, ended = BATCH_PER_CHIP.value, []
     size = None if per_chip is None else batch_size(per_chip, len(devices))
     if SEARCH.value:
         found = _search(experiment, devices, size)
-        experiment, made = found.experiment, found.plan
+        experiment, made = found.experiment, found.estimate
         ended = [f"largest     {found.ended}", f"train with  {found.flags}"]
     else:
         if size is not None:
             experiment = experiment.changed({"training.batch_size": size})
-        made = plan(experiment, devices, MFU.value)
+        made = estimate(experiment, devices, MFU.value)
     print("\n".join([report(experiment, TOPOLOGY.value, made), *ended]))
     if JSON.value:
         _write(Path(JSON.value), experiment, made)
@@ -75,14 +75,14 @@ def _search(experiment: Experiment, devices: list[jax.Device], size: int | None)
         devices=len(devices),
         slices=SLICES.value,
         hbm_bytes=pod_size(TOPOLOGY.value)[1].hbm_bytes,
-        compiled=lambda candidate: plan(candidate, devices, MFU.value),
+        compiled=lambda candidate: estimate(candidate, devices, MFU.value),
         batch_size=size,
         max_compiles=MAX_COMPILES.value,
         say=lambda line: print(line, file=sys.stderr, flush=True),
     )
 
 
-def _write(path: Path, experiment: Experiment, made: Plan) -> None:
+def _write(path: Path, experiment: Experiment, made: Estimate) -> None:
     figures = dict(topology=TOPOLOGY.value, stage=experiment.stage, remat=experiment.video.remat)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(figures | made.as_dict(), indent=1) + "\n")

@@ -1,9 +1,9 @@
 """What a configuration means, worked out and cross-checked once.
 
 A configuration is a document (configs/). An `Experiment` is what follows from it: the clip, the
-networks, the sharding rules, how queries are answered, which datasets a stage learns from. Training,
-encoding, policy, evaluation, benchmarks and pod estimates take an experiment or a part of it, and
-none of them interprets a section of the configuration by itself.
+networks, the sharding rules, how queries are answered, which datasets a stage learns from. What
+trains, encodes, answers, evaluates, measures or estimates takes an experiment or a part of it, and
+interprets no section of the configuration by itself.
 
     experiment = Experiment.from_config(config)     # every mistake that needs no data is said here
     mesh = experiment.mesh()                        # the devices of this job

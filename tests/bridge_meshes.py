@@ -28,8 +28,8 @@ from mvjax.models.network import Params
 from mvjax.parallel import make_mesh
 from mvjax.training.bridge import load_backbone
 from mvjax.training.checkpoint import Store, leaf_paths
-from mvjax.training.start import assemble, describe
-from mvjax.training.step import TrainState, create_state
+from mvjax.training.restore import describe
+from mvjax.training.step import TrainState, assemble, create_state
 
 
 def save_on_eight(folder: Path) -> tuple[ConfigDict, Params]:

@@ -26,8 +26,8 @@ from mvjax.experiment import Experiment
 from mvjax.parallel import MESH_AXES, make_mesh, make_rules, sharding_tree
 from mvjax.training.bridge import abstract_backbone, load_backbone
 from mvjax.training.checkpoint import leaf_paths
-from mvjax.training.start import assemble, make_stage
-from mvjax.training.step import TrainState, compile_step, create_state
+from mvjax.training.objectives import make_stage
+from mvjax.training.step import TrainState, assemble, compile_step, create_state
 
 KINDS = ("full", "lora", "action")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1), (1, 1, 8, 1))

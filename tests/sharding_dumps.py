@@ -22,7 +22,7 @@ from mvjax.models.network import Params, split
 from mvjax.parallel import MESH_AXES, make_rules
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.checkpoint import leaf_paths
-from mvjax.training.start import make_stage
+from mvjax.training.objectives import make_stage
 from mvjax.training.step import abstract_state, make_optimizer
 
 FOLDER = Path(__file__).with_name("golden") / "shardings"

@@ -17,8 +17,8 @@ from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.parallel import make_mesh
 from mvjax.policy.observation import control_stride
+from mvjax.training.objectives import make_stage
 from mvjax.training.run import run
-from mvjax.training.start import make_stage
 from mvjax.training.step import make_schedule
 
 pytestmark = pytest.mark.usefixtures("quickly")

@@ -21,9 +21,9 @@ from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokeniz
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import load_backbone, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch, Store
-from mvjax.training.start import describe, start_state
+from mvjax.training.restore import describe, first_state
 from mvjax.training.step import abstract_state, make_optimizer
-from mvjax.weights.convert import plan, write
+from mvjax.weights.convert import prepare, write
 from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints
 from mvjax.weights.source import open_source
 
@@ -45,7 +45,7 @@ def released(tmp_path_factory, spiece):
         path = write_published(folder, kind, layout, tensors, config)
         if kind is TEXT:
             shutil.copyfile(spiece / "spiece.model", path / "spiece.model")
-        write(plan(open_source(path, HINTS)), folder / kind.stage)
+        write(prepare(open_source(path, HINTS)), folder / kind.stage)
     rng = np.random.default_rng(0)
     statistics = {
         f"{prefix}eef_{stream}_lowdim": compute_statistics(rng.normal(size=(50, horizon, dim)))
@@ -94,7 +94,7 @@ def start(config, workdir):
     with jax.set_mesh(mesh), Store(workdir, keep=1) as store:
         abstract = abstract_state(stage, optimizer, False, mesh, rules)
         meta = describe(Experiment.from_config(config), stage, {})
-        return stage, start_state(
+        return stage, first_state(
             Experiment.from_config(config), stage, optimizer, abstract, store, None, meta
         )
 
@@ -153,7 +153,7 @@ def test_encoders_know_themselves_apart(released, tmp_path):
     assert jax.eval_shape(tokenizer.encode, video).shape == (1, 2, 4, 4, 16)
     tensors = random_tensors(VAE, "nvidia", seed=1)
     other = write_published(tmp_path, VAE, "nvidia", tensors)
-    write(plan(open_source(other, HINTS)), tmp_path / "other")
+    write(prepare(open_source(other, HINTS)), tmp_path / "other")
     assert load_video_tokenizer(tmp_path / "other")[1] != identity
     encoder, text_identity = load_text_encoder(config)
     assert encoder.encode(["open the drawer"]).shape == (1, 16, 64)

@@ -125,13 +125,14 @@ def test_the_policy_gives_the_same_chunks(expected):
 
 
 @pytest.mark.parametrize("stage", ["video", "action"])
-def test_a_run_goes_on_as_it_did(expected, capsys, stage):
+def test_a_run_goes_on_as_it_did(expected, caplog, stage):
     """The first new loss tells of parameters, data and keys; the second of the optimizer, too."""
+    caplog.set_level("INFO", "mvjax")
     workdir = ROOT / stage
     config = trained.get_config(str(workdir))
     done, config.training.steps = config.training.steps, len(expected[f"{stage}/loss"])
     last = run(Experiment.from_config(config), workdir)
-    assert f"continuing {workdir.absolute()} at step {done}." in capsys.readouterr().err
+    assert f"continuing {workdir.absolute()} at step {done}." in caplog.text
     records = read_records(workdir)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert records[-1] == last

@@ -5,7 +5,7 @@ import pytest
 from encode_toys import IDENTITY, OtherTextEncoder, TextEncoder, assert_same, encode, episode
 
 from data_pipelines.records import RecordDataset
-from mvjax.encode import StoredTexts, encode_texts
+from data_pipelines.shards import StoredTexts, encode_texts
 
 
 def test_texts_alone_are_made_again(tmp_path):
@@ -13,7 +13,7 @@ def test_texts_alone_are_made_again(tmp_path):
     before = encode(episodes, tmp_path)
     texts_before = [before.text(i) for i in range(len(before.instructions))]
     bytes_before = {path: path.read_bytes() for path in tmp_path.glob("shard_*")}
-    with pytest.raises(ValueError, match=r"identity: .*toy.*other.*--only=text"):
+    with pytest.raises(ValueError, match=r"identity.*toy.*other.*--only=text"):
         encode(episodes, tmp_path, identity=other)
     after = encode_texts(tmp_path, OtherTextEncoder(), "other")
     assert after.fingerprint != before.fingerprint and after.settings["identity"] == other

@@ -7,7 +7,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.clips import StreamMismatch, cut_episode
 from data_pipelines.episode import TooManyBad
-from mvjax.fit_tokenizer import sample_clips
+from mvjax.encode import sample_clips
 
 
 def _sample(*sources, episodes=3, **options):

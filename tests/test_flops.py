@@ -21,7 +21,7 @@ from mvjax.models.presets import (
 )
 from mvjax.parallel import make_mesh
 from mvjax.training.bridge import abstract_backbone
-from mvjax.training.start import make_stage
+from mvjax.training.objectives import make_stage
 
 
 @pytest.mark.parametrize(

@@ -138,15 +138,16 @@ class Interrupting:
 
 @pytest.mark.parametrize("number, code", [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_the_step_reached_and_the_rest_is_the_same(
-    straight, tmp_path, capsys, number, code
+    straight, tmp_path, caplog, number, code
 ):
+    caplog.set_level("INFO", "mvjax")
     before = signal.getsignal(number)
     config = toy_config(checkpoint_every=100)
     with pytest.raises(SystemExit) as stopped:
         train(Experiment.from_config(config), toy_stage(), Interrupting(number), tmp_path)
     assert stopped.value.code == code and signal.getsignal(number) is before
     # Two batches are in transfer beyond the one trained on, so the fourth is read before step 2.
-    assert "stopping at step 2, saved; run the same command" in capsys.readouterr().err
+    assert "stopping at step 2, saved; run the same command" in caplog.text
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
     train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
     assert without_times(read_records(tmp_path)) == without_times(read_records(straight))
@@ -175,7 +176,8 @@ def test_eight_devices_equal_one_and_exchange_checkpoints(straight, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path, capsys):
+def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path, caplog):
+    caplog.set_level("INFO", "mvjax")
     train(
         Experiment.from_config(toy_config(steps=1)),
         toy_stage(),
@@ -200,15 +202,17 @@ def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path,
         tmp_path,
         {"data_fingerprint": "a"},
     )
-    assert "optimizer.weight_decay is 0.1 there, 0.0 here" in capsys.readouterr().err
+    assert "optimizer.weight_decay is 0.1 there, 0.0 here" in caplog.text
 
 
-def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, capsys):
+def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, caplog):
+    caplog.set_level("INFO", "mvjax")
+
     def again(**changes):
         config = toy_config(steps=2)
         config.video_model = dict(width=16, precision="float32")
         config.update_from_flattened_dict(changes)
-        capsys.readouterr()
+        caplog.clear()
         record = train(
             Experiment.from_config(config),
             toy_stage(),
@@ -217,7 +221,7 @@ def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, capsys):
             {"data_fingerprint": "a"},
         )
         assert record["step"] == 2
-        return capsys.readouterr().err
+        return caplog.text
 
     again()
     assert "already trained to step 2.\n" in again()

@@ -30,7 +30,7 @@ from mvjax.models.presets import (
 from mvjax.parallel import make_mesh
 from mvjax.policy.observation import control_stride
 from mvjax.training.bridge import abstract_backbone
-from mvjax.training.start import make_stage
+from mvjax.training.objectives import make_stage
 from mvjax.training.step import make_schedule
 
 CONFIGS = Path(mimic_video.__file__).parent

@@ -16,7 +16,7 @@ from mvjax.experiment import Experiment
 from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import read_records
-from mvjax.training.start import assemble
+from mvjax.training.step import assemble
 
 pytestmark = pytest.mark.usefixtures("quickly")
 CASES = ["lora:8,1,1,1:2", "lora:1,8,1,1:1", "lora:2,2,2,1:2", "lora:1,1,8,1:1"]

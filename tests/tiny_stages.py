@@ -22,9 +22,9 @@ from mvjax.models.stand_ins import NgramTextEncoder
 from mvjax.parallel import Rules, make_mesh, make_rules
 from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import Record
-from mvjax.training.objectives import Stage
-from mvjax.training.start import assemble, describe, make_stage
-from mvjax.training.step import create_state
+from mvjax.training.objectives import Stage, make_stage
+from mvjax.training.restore import describe
+from mvjax.training.step import assemble, create_state
 from mvjax.training.train import train
 
 WORDS = ("open the drawer", "close the drawer", "press the button")

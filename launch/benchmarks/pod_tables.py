@@ -1,4 +1,4 @@
-"""Makes the tables of docs/pods.md: one run of `launch.estimate` per line, kept in docs/plans.
+"""Makes the tables of docs/pods.md: one run of `launch.estimate` per line, kept in docs/estimates.
 
     nice python -m launch.benchmarks.pod_tables
 
@@ -23,7 +23,7 @@ from mvjax.parallel import abstract_mesh
 from mvjax.pods.compile import USUAL_MFU, batch_size, before_compiling, table
 from mvjax.pods.topology import pod_size
 from mvjax.training.bridge import abstract_backbone
-from mvjax.training.start import make_program
+from mvjax.training.step import make_program
 
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = (
@@ -75,7 +75,7 @@ def main() -> None:
     """Runs what is missing or older than the code, and rewrites the tables."""
     lines = [line for rows in TABLES.values() for line in rows.items()]
     old = [(n, a) for n, a in lines if not file_of(n).exists() or changes(n, a)]
-    failed = [name for name, a in old if CHOSEN.value in name and not _plan(name, a)]
+    failed = [name for name, a in old if CHOSEN.value in name and not _estimate(name, a)]
     page = DOCS / "pods.md"
     page.write_text(with_tables(page.read_text()))
     if failed:
@@ -84,7 +84,7 @@ def main() -> None:
 
 def file_of(name: str) -> Path:
     """Where the figures of a line are."""
-    return DOCS / "plans" / f"{name}.json"
+    return DOCS / "estimates" / f"{name}.json"
 
 
 def changes(name: str, arguments: str) -> list[str]:
@@ -110,7 +110,7 @@ def _shapes(arguments: str) -> dict[str, Any]:
     return then | before_compiling(experiment, program, kind, USUAL_MFU)
 
 
-def _plan(name: str, arguments: str) -> bool:
+def _estimate(name: str, arguments: str) -> bool:
     print(f"{name}: python -m launch.estimate {arguments}", flush=True)
     command = [
         sys.executable,

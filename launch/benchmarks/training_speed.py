@@ -11,8 +11,7 @@ import numpy as np
 from mvjax.experiment import Experiment
 from mvjax.models.flops import peak_flops
 from mvjax.training.objectives import Batch
-from mvjax.training.start import make_program
-from mvjax.training.step import create_state
+from mvjax.training.step import create_state, make_program
 
 
 @dataclass(frozen=True)

@@ -25,13 +25,12 @@ import scipy
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines.atomic import write_json, write_npz, write_text
+from data_pipelines.atomic import wait_until, write_json, write_npz, write_text
 from data_pipelines.clips import cut_episode
 from data_pipelines.episode import Episode, split_of
 from data_pipelines.html import render
 from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
-from mvjax.encode import wait_until
 from mvjax.evaluation.figures import curves_figure
 from mvjax.experiment import Experiment
 from mvjax.flow import Trajectory, advance, schedule, start

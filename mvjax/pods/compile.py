@@ -18,7 +18,7 @@ from mvjax.models.network import split
 from mvjax.parallel import GB, Chip, chip, slice_count
 from mvjax.pods.collectives import Collective, collectives
 from mvjax.training.bridge import abstract_backbone
-from mvjax.training.start import Program, make_program
+from mvjax.training.step import Program, make_program
 
 USUAL_MFU = 0.4  # published trainings of such networks on TPUs reach 0.3 to 0.5
 
@@ -28,7 +28,7 @@ class DoesNotFit(ValueError):
 
 
 @dataclass(frozen=True)
-class Plan:
+class Estimate:
     """What is known of a train step on a pod before it runs; bytes and FLOPs are per device.
 
     Attributes:
@@ -80,7 +80,9 @@ class Plan:
         return asdict(self)
 
 
-def plan(experiment: Experiment, devices: Sequence[jax.Device], mfu: float = USUAL_MFU) -> Plan:
+def estimate(
+    experiment: Experiment, devices: Sequence[jax.Device], mfu: float = USUAL_MFU
+) -> Estimate:
     """Compiles the train step of a configuration for the devices of `pod_devices`.
 
     Args:
@@ -105,7 +107,7 @@ def plan(experiment: Experiment, devices: Sequence[jax.Device], mfu: float = USU
     exchanges = collectives(compiled.as_text(), len(devices) // slices)
     inside = sum(c.sent_bytes for c in exchanges if not c.across_slices)
     memory = compiled.memory_analysis()
-    return Plan(
+    return Estimate(
         **before_compiling(experiment, program, kind, mfu),
         slices=slices,
         argument_bytes=memory.argument_size_in_bytes,
@@ -120,7 +122,7 @@ def plan(experiment: Experiment, devices: Sequence[jax.Device], mfu: float = USU
 def before_compiling(
     experiment: Experiment, program: Program, kind: Chip, mfu: float
 ) -> dict[str, Any]:
-    """The fields of a `Plan` that follow from shapes and shardings; no compiler is needed.
+    """The fields of a `Estimate` that follow from shapes and shardings; no compiler is needed.
 
     Args:
         experiment: a training run.
@@ -198,52 +200,55 @@ def _explained(error: Exception, experiment: Experiment, program: Program, kind:
     )
 
 
-# A plan for a person to read.
+# What a person reads of an estimate.
 
 
-def report(experiment: Experiment, topology: str, plan: Plan) -> str:
+def report(experiment: Experiment, topology: str, found: Estimate) -> str:
     """Several lines: what was compiled, whether it fits, what it exchanges and costs."""
-    per_chip = plan.batch_size / plan.devices
-    slices = f"{plan.slices} x " if plan.slices > 1 else ""
-    share = plan.peak_bytes / plan.hbm_bytes
+    per_chip = found.batch_size / found.devices
+    slices = f"{found.slices} x " if found.slices > 1 else ""
+    share = found.peak_bytes / found.hbm_bytes
     fits = "fits" if share <= 1 else "DOES NOT FIT"
-    frozen = f", {_millions(plan.frozen)} frozen in the backbone" if plan.frozen else ""
-    host = f", {_bytes(plan.host_bytes)} in the host" if plan.host_bytes else ""
+    frozen = f", {_millions(found.frozen)} frozen in the backbone" if found.frozen else ""
+    host = f", {_bytes(found.host_bytes)} in the host" if found.host_bytes else ""
     lora = experiment.video.lora
     training = f"LoRA of rank {lora.rank}" if lora else "full training"
     what = f"video, {training}" if experiment.stage == "video" else "action decoder"
     rows = [
         ("step", f"{what}, {experiment.clip.tokens:,} tokens per clip"),
-        ("pod", f"{slices}{topology}, {plan.devices} x {plan.device}"),
-        ("mesh", " ".join(f"{axis}={size}" for axis, size in plan.mesh.items())),
-        ("batch", f"{plan.batch_size} clips, {per_chip:g} per chip"),
-        ("parameters", f"{_millions(plan.parameters)}, {_millions(plan.trainable)} learn{frozen}"),
+        ("pod", f"{slices}{topology}, {found.devices} x {found.device}"),
+        ("mesh", " ".join(f"{axis}={size}" for axis, size in found.mesh.items())),
+        ("batch", f"{found.batch_size} clips, {per_chip:g} per chip"),
+        (
+            "parameters",
+            f"{_millions(found.parameters)}, {_millions(found.trainable)} learn{frozen}",
+        ),
         (
             "memory",
-            f"arguments {_bytes(plan.argument_bytes)}, peak {_bytes(plan.peak_bytes)} of "
-            f"{_bytes(plan.hbm_bytes)} per chip ({share:.0%}): {fits}{host}",
+            f"arguments {_bytes(found.argument_bytes)}, peak {_bytes(found.peak_bytes)} of "
+            f"{_bytes(found.hbm_bytes)} per chip ({share:.0%}): {fits}{host}",
         ),
         (
             "time",
-            f"{plan.flops / 1e12:.4g} TFLOP per chip: {plan.step_seconds:.3g} s per step at "
-            f"{plan.mfu:.0%} of {plan.peak_flops / 1e12:g} TFLOP/s, {plan.clips_per_second:.3g} "
+            f"{found.flops / 1e12:.4g} TFLOP per chip: {found.step_seconds:.3g} s per step at "
+            f"{found.mfu:.0%} of {found.peak_flops / 1e12:g} TFLOP/s, {found.clips_per_second:.3g} "
             "clips/s in the pod",
         ),
-        *_exchanges(plan),
-        ("compiled", f"in {plan.compile_seconds:.0f} s"),
+        *_exchanges(found),
+        ("compiled", f"in {found.compile_seconds:.0f} s"),
     ]
     return "\n".join(f"{name:<12}{text}" for name, text in rows)
 
 
-def _exchanges(plan: Plan) -> list[tuple[str, str]]:
-    if not plan.collectives:
+def _exchanges(found: Estimate) -> list[tuple[str, str]]:
+    if not found.collectives:
         return [("exchange", "none")]
     rows = []
-    for exchange in plan.collectives:
+    for exchange in found.collectives:
         where = " between slices" if exchange.across_slices else ""
         size = f"{exchange.count:>6} x {exchange.kind}{where}, {_bytes(exchange.sent_bytes)}"
         rows.append(("" if rows else "exchange", size))
-    floor = f"sent per chip and step; {plan.link_seconds:.3g} s if all links are busy"
+    floor = f"sent per chip and step; {found.link_seconds:.3g} s if all links are busy"
     return [*rows, ("", floor)]
 
 
@@ -255,19 +260,19 @@ def _bytes(count: float) -> str:
     return f"{count / GB:.2f} GB" if count >= GB / 100 else f"{count / 2**20:.2f} MB"
 
 
-def table(plans: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one line per plan.
+def table(estimates: dict[str, dict[str, Any]]) -> str:
+    """Markdown: one line per found.
 
     Args:
-        plans: arguments of `launch.estimate` -> what it wrote with --json.
+        estimates: arguments of `launch.estimate` -> what it wrote with --json.
     """
-    if not plans:
+    if not estimates:
         return ""
     head = (
         "| pod | chips | mesh d·f·c·t | clips | peak GB | arguments GB | TFLOP | sent GB | s | "
         "clips/s | `python -m launch.estimate ...` |\n|---|" + "---:|" * 9 + "---|\n"
     )
-    return head + "".join(f"| {' | '.join(_cells(*line))} |\n" for line in plans.items())
+    return head + "".join(f"| {' | '.join(_cells(*line))} |\n" for line in estimates.items())
 
 
 def _cells(arguments: str, p: dict[str, Any]) -> list[str]:

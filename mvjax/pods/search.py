@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 from mvjax.experiment import Experiment
 from mvjax.parallel import MESH_AXES, abstract_mesh
-from mvjax.pods.compile import DoesNotFit, Plan
+from mvjax.pods.compile import DoesNotFit, Estimate
 from mvjax.training.bridge import abstract_backbone
-from mvjax.training.start import make_program
+from mvjax.training.step import make_program
 
 CONTEXTS = (1, 2, 4, 8)
 STATE_SHARE = 0.6  # of the memory: more of it in parameters and optimizer leaves too little
@@ -23,12 +23,12 @@ class Found:
 
     Attributes:
         experiment: the best that was compiled.
-        plan: its figures.
+        estimate: its figures.
         ended: why there is no larger batch, in words.
     """
 
     experiment: Experiment
-    plan: Plan
+    estimate: Estimate
     ended: str
 
     @property
@@ -45,7 +45,7 @@ def search(
     devices: int,
     slices: int,
     hbm_bytes: int,
-    compiled: Callable[[Experiment], Plan],
+    compiled: Callable[[Experiment], Estimate],
     batch_size: int | None,
     max_compiles: int,
     say: Callable[[str], None],
@@ -63,7 +63,7 @@ def search(
         experiment: a training run; its mesh and batch are what is searched.
         devices, slices: of the whole pod.
         hbm_bytes: of a device.
-        compiled: an experiment -> its plan; raises `DoesNotFit`.
+        compiled: an experiment -> its estimate; raises `DoesNotFit`.
         batch_size: samples per step of the pod; None for the largest.
         max_compiles: stops after so many programs.
         say: is told of each.
@@ -95,12 +95,12 @@ def search(
     return _largest_batch(best, budget)
 
 
-def seconds_per_clip(plan: Plan) -> float:
+def seconds_per_clip(made: Estimate) -> float:
     """Arithmetic and exchanges inside slices, one after the other."""
-    return (plan.step_seconds + plan.link_seconds) / plan.batch_size
+    return (made.step_seconds + made.link_seconds) / made.batch_size
 
 
-_Tried = tuple[Experiment, Plan]
+_Tried = tuple[Experiment, Estimate]
 
 
 class _Budget:
@@ -113,7 +113,7 @@ class _Budget:
         return self.made == self._most
 
     def compile(self, experiment: Experiment) -> _Tried | None:
-        """The experiment and its plan if it fits and the budget allows it."""
+        """The experiment and its estimate if it fits and the budget allows it."""
         if self.spent:
             return None
         self.made += 1

@@ -22,12 +22,12 @@ from mvjax.models.network import Network, Params, merge
 from mvjax.models.presets import video_network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, sharding_tree
-from mvjax.training import checkpoint
 from mvjax.training.checkpoint import (
     CheckpointMismatch,
     check_match,
     check_restored,
     checkpoint_folder,
+    explained,
     leaf_paths,
     stored_tree,
 )
@@ -51,7 +51,7 @@ def restore_params(
         OSError: If it is damaged.
     """
     where = step_folder(directory, step)
-    with checkpoint.said(where):
+    with explained(where):
         stored = stored_tree(where)
         check_match(leaf_paths(stored["params"]), leaf_paths(abstract), where)
         averaged = _common(abstract, stored.get("ema", {})) if use_ema else {}
@@ -71,7 +71,7 @@ def restore_params(
 def abstract_params(directory: Path, *, step: int | None = None) -> Params:
     """Shapes and dtypes of the stored parameters, without shardings and without reading them."""
     where = step_folder(directory, step)
-    with checkpoint.said(where):
+    with explained(where):
         stored = stored_tree(where)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
@@ -84,7 +84,7 @@ def latest_step(directory: Path) -> int:
 def read_meta(directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """The description stored with a checkpoint: configuration, versions, data, normalizer."""
     where = step_folder(directory, step)
-    with checkpoint.said(where):  # no Checkpointer: it asks for devices, before processes have met
+    with explained(where):  # no Checkpointer: it asks for devices, before processes have met
         return ocp.JsonCheckpointHandler().restore(where / "meta")
 
 

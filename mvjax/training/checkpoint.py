@@ -106,7 +106,7 @@ NOT_ITS_FAULT = (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError)
 
 
 @contextmanager
-def said(where: Path) -> Iterator[None]:
+def explained(where: Path) -> Iterator[None]:
     """Inside the block, whatever is wrong with the checkpoint at `where` becomes one sentence.
 
     Raises:

@@ -1,4 +1,7 @@
-"""Writing metrics without making the devices wait for the disk or the host for the devices."""
+"""What a run tells while it trains: metrics, pace, traces.
+
+Nothing here makes the devices wait for the disk, or the host for the devices.
+"""
 
 import contextlib
 import importlib
@@ -17,10 +20,190 @@ import numpy as np
 import psutil
 from tensorboardX import SummaryWriter
 
+from data_pipelines.atomic import write_text
 from mvjax.models.flops import peak_flops
 from mvjax.training.objectives import Stage, named_levels
 
-# The run at Weights & Biases, for those who have installed `wandb` and set `config.wandb`.
+Record = dict[str, float]
+MB = 2**20
+
+
+class MetricsWriter:
+    """Writes `metrics.jsonl` and TensorBoard files, and tells Weights & Biases, on process 0.
+
+    A record is fetched from the devices when the next one is given (or on `flush`), so the loop
+    never waits for a step it has only just started. A value that is not finite is written as null.
+    """
+
+    def __init__(self, workdir: Path, resume_step: int, wandb: str = "", config: Any = None):
+        """Opens the files and drops the records of steps after `resume_step`, to be redone.
+
+        Args:
+            workdir: The training directory.
+            resume_step: The step the run starts from.
+            wandb: Project at Weights & Biases; "" for none.
+            config: JSON-able settings shown there.
+        """
+        self.latest: Record | None = None
+        self._pending: tuple[Any, ...] | None = None
+        self._file = self._board = self._wandb = None
+        if jax.process_index() != 0:
+            return
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        kept = [record for record in read_records(workdir) if record["step"] <= resume_step]
+        path = workdir / "metrics.jsonl"
+        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self._file = path.open("a")
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._wandb = open_wandb(wandb, workdir, config) if wandb else None
+
+    def log(
+        self,
+        step: int,
+        on_device: Mapping[str, Any],
+        levels: Sequence[Any],
+        on_host: Mapping[str, float],
+    ) -> None:
+        """Takes the metrics of a step and writes those given before.
+
+        Args:
+            step: Number of steps made.
+            on_device: Scalars still being computed.
+            levels: `error_by_level` of this step and of those since the last record.
+            on_host: Numbers that are known.
+        """
+        self.flush()
+        self._pending = (step, dict(on_device), list(levels), on_host)
+
+    def flush(self) -> None:
+        """Writes what was given last, waiting for its values."""
+        if self._pending is None:
+            return
+        step, on_device, levels, on_host = self._pending
+        self._pending = None
+        on_device, levels = jax.device_get((on_device, levels))
+        values = {name: float(value) for name, value in on_device.items()}
+        values |= {**named_levels(levels), **on_host}
+        self.latest = {"step": step, "time": time.time(), **values}
+        if self._file is None or self._board is None:
+            return
+        record = {k: v if math.isfinite(v) else None for k, v in self.latest.items()}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in values.items():
+            self._board.add_scalar(name, value, step)
+        if self._wandb:
+            self._wandb.log(values, step=step)
+
+    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
+        """Shows pictures, uint8 [h, w, 3], where TensorBoard and W&B show scalars."""
+        for name, picture in pictures.items() if self._board else ():
+            self._board.add_image(name, picture, step, dataformats="HWC")
+        if self._wandb and pictures:
+            self._wandb.show(pictures, step)
+
+    def close(self) -> None:
+        """Writes what is left and closes the files."""
+        self.flush()
+        if self._file is not None and self._board is not None:
+            self._file.close()
+            self._board.close()
+        if self._wandb:
+            self._wandb.close()
+
+
+def read_records(workdir: Path) -> list[Record]:
+    """The records of `metrics.jsonl`, oldest first; a line cut off by a crash is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    records = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return records
+
+
+class Pace:
+    """Seconds per activity, and the speed of the steps, since the last `take`.
+
+    Steps are counted when the devices have finished them, not when they are queued: the time of a
+    step is that of data and step together, divided by the number finished meanwhile.
+    """
+
+    def __init__(self, stage: Stage, batch_size: int, step: int):
+        """Starts at `step` of a run with this global batch size."""
+        self._stage, self._batch_size = stage, batch_size
+        self._spent: defaultdict[str, float] = defaultdict(float)
+        self._counted = self._finished = step
+        peak = peak_flops(jax.devices()[0])
+        self._peak = peak * jax.device_count() if peak else None
+
+    @contextlib.contextmanager
+    def __call__(self, activity: str) -> Iterator[None]:
+        """Counts the time inside the block under `<activity>_seconds`."""
+        start = time.perf_counter()
+        yield
+        self._spent[f"{activity}_seconds"] += time.perf_counter() - start
+
+    def finished(self, step: int) -> None:
+        """Notes that the devices have made this step."""
+        self._finished = step
+
+    def take(self) -> dict[str, float]:
+        """What was measured, by name; `mfu` only where the devices' peak is known."""
+        numbers, self._spent = dict(self._spent), defaultdict(float)
+        steps, self._counted = self._finished - self._counted, self._finished
+        seconds = numbers.get("data_seconds", 0.0) + numbers.get("step_seconds", 0.0)
+        if steps and seconds:
+            samples = steps * self._batch_size / seconds
+            numbers |= {"seconds_per_step": seconds / steps, "samples_per_second": samples}
+            if self._stage.tokens:
+                numbers["tokens_per_second"] = samples * self._stage.tokens
+            if self._stage.flops and self._peak:
+                numbers["mfu"] = samples * self._stage.flops / self._peak
+        return numbers | _memory()
+
+
+def _memory() -> dict[str, float]:
+    """The largest use of any device so far; of this process where the backend does not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
+    if peaks:
+        return {"device_peak_mb": max(peaks) / MB}
+    return {"host_mb": psutil.Process().memory_info().rss / MB}
+
+
+# Steps before a trace begins, and steps in it.
+WARM_UP, TRACED = 3, 3
+
+
+def traced_steps(first: int, last: int, folder: Path | None) -> Iterator[int]:
+    """Yields the steps `first` to `last`; those after the warm-up are traced into `folder`.
+
+    Every step runs inside a `StepTraceAnnotation`, which costs nothing unless something traces.
+    The trace ends one step late: the loop waits for a step only after it has started the next.
+
+    Args:
+        first, last: Numbers of the first and the last step.
+        folder: Where the trace goes; None for no trace.
+    """
+    start = max(first, min(first + WARM_UP, last - TRACED + 1)) if folder else last + 1
+    tracing = False
+    try:
+        for step in range(first, last + 1):
+            if step == start:
+                jax.profiler.start_trace(str(folder))
+                tracing = True
+            with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                yield step
+            if tracing and step == start + TRACED:
+                jax.profiler.stop_trace()
+                tracing = False
+    finally:
+        if tracing:
+            jax.profiler.stop_trace()
 
 
 def require_wandb(project: str) -> ModuleType:
@@ -81,160 +264,3 @@ class WandbBoard:
     def close(self) -> None:
         """Ends the run."""
         self._run.finish()
-
-
-Record = dict[str, float]
-
-
-def read_records(workdir: Path) -> list[Record]:
-    """The records of `metrics.jsonl`, oldest first; a line cut off by a crash is left out."""
-    path = Path(workdir) / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return records
-
-
-class MetricsWriter:
-    """Writes `metrics.jsonl` and TensorBoard files, and tells Weights & Biases, on process 0.
-
-    A record is fetched from the devices when the next one is given (or on `flush`), so the loop
-    never waits for a step it has only just started. A value that is not finite is written as null.
-    """
-
-    def __init__(self, workdir: Path, resume_step: int, wandb: str = "", config: Any = None):
-        """Opens the files and drops the records of steps after `resume_step`, to be redone.
-
-        Args:
-            workdir: The training directory.
-            resume_step: The step the run starts from.
-            wandb: Project at Weights & Biases; "" for none.
-            config: JSON-able settings shown there.
-        """
-        self.latest: Record | None = None
-        self._pending: tuple[Any, ...] | None = None
-        self._file = self._board = self._wandb = None
-        if jax.process_index() != 0:
-            return
-        workdir = Path(workdir)
-        workdir.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_records(workdir) if record["step"] <= resume_step]
-        path, rewritten = workdir / "metrics.jsonl", workdir / "metrics.jsonl.tmp"
-        rewritten.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        rewritten.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
-        self._wandb = open_wandb(wandb, workdir, config) if wandb else None
-
-    def log(
-        self,
-        step: int,
-        on_device: Mapping[str, Any],
-        levels: Sequence[Any],
-        on_host: Mapping[str, float],
-    ) -> None:
-        """Takes the metrics of a step and writes those given before.
-
-        Args:
-            step: Number of steps made.
-            on_device: Scalars still being computed.
-            levels: `error_by_level` of this step and of those since the last record.
-            on_host: Numbers that are known.
-        """
-        self.flush()
-        self._pending = (step, dict(on_device), list(levels), on_host)
-
-    def flush(self) -> None:
-        """Writes what was given last, waiting for its values."""
-        if self._pending is None:
-            return
-        step, on_device, levels, on_host = self._pending
-        self._pending = None
-        on_device, levels = jax.device_get((on_device, levels))
-        values = {name: float(value) for name, value in on_device.items()}
-        values |= {**named_levels(levels), **on_host}
-        self.latest = {"step": step, "time": time.time(), **values}
-        if self._file is None or self._board is None:
-            return
-        record = {k: v if math.isfinite(v) else None for k, v in self.latest.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(values, step=step)
-
-    def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Shows pictures, uint8 [h, w, 3], where TensorBoard and W&B show scalars."""
-        for name, picture in pictures.items() if self._board else ():
-            self._board.add_image(name, picture, step, dataformats="HWC")
-        if self._wandb and pictures:
-            self._wandb.show(pictures, step)
-
-    def close(self) -> None:
-        """Writes what is left and closes the files."""
-        self.flush()
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
-        if self._wandb:
-            self._wandb.close()
-
-
-# Where the time of a run goes, and how fast the devices are.
-
-
-MB = 2**20
-
-
-class Pace:
-    """Seconds per activity, and the speed of the steps, since the last `take`.
-
-    Steps are counted when the devices have finished them, not when they are queued: the time of a
-    step is that of data and step together, divided by the number finished meanwhile.
-    """
-
-    def __init__(self, stage: Stage, batch_size: int, step: int):
-        """Starts at `step` of a run with this global batch size."""
-        self._stage, self._batch_size = stage, batch_size
-        self._spent: defaultdict[str, float] = defaultdict(float)
-        self._counted = self._finished = step
-        peak = peak_flops(jax.devices()[0])
-        self._peak = peak * jax.device_count() if peak else None
-
-    @contextlib.contextmanager
-    def __call__(self, activity: str) -> Iterator[None]:
-        """Counts the time inside the block under `<activity>_seconds`."""
-        start = time.perf_counter()
-        yield
-        self._spent[f"{activity}_seconds"] += time.perf_counter() - start
-
-    def finished(self, step: int) -> None:
-        """Notes that the devices have made this step."""
-        self._finished = step
-
-    def take(self) -> dict[str, float]:
-        """What was measured, by name; `mfu` only where the devices' peak is known."""
-        numbers, self._spent = dict(self._spent), defaultdict(float)
-        steps, self._counted = self._finished - self._counted, self._finished
-        seconds = numbers.get("data_seconds", 0.0) + numbers.get("step_seconds", 0.0)
-        if steps and seconds:
-            samples = steps * self._batch_size / seconds
-            numbers |= {"seconds_per_step": seconds / steps, "samples_per_second": samples}
-            if self._stage.tokens:
-                numbers["tokens_per_second"] = samples * self._stage.tokens
-            if self._stage.flops and self._peak:
-                numbers["mfu"] = samples * self._stage.flops / self._peak
-        return numbers | _memory()
-
-
-def _memory() -> dict[str, float]:
-    """The largest use of any device so far; of this process where the backend does not tell."""
-    stats = [device.memory_stats() or {} for device in jax.local_devices()]
-    peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
-    if peaks:
-        return {"device_peak_mb": max(peaks) / MB}
-    return {"host_mb": psutil.Process().memory_info().rss / MB}

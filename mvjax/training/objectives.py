@@ -1,4 +1,8 @@
-"""Stage 2: the action decoder learns to read the frozen video DiT's hidden states."""
+"""What the two stages learn: a network with its loss, as data for the training loop.
+
+Stage 1, `video_stage`: the video DiT learns to predict video, from language and one or two observed
+latents. Stage 2, `action_stage`: the action decoder learns to read the frozen DiT's hidden states.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,9 +28,6 @@ from mvjax.models.layers import learns_with_lora
 from mvjax.models.network import Params
 from mvjax.models.presets import video_network
 from mvjax.training.bridge import Backbone, load_backbone
-
-# What a training stage is: everything the loop needs to know about a model and its loss.
-
 
 Batch = dict[str, jax.Array]
 Loss = tuple[jax.Array, dict[str, jax.Array]]
@@ -72,48 +73,61 @@ class Stage:
         return self.objective(params, frozen, batch, self.draw(batch, key))
 
 
-# The error by noise level: one number hides that a model learns the noisy end first.
-#
-# Levels are flow times τ between 0 (clean) and 1 (pure noise), in five equal bins. A step sees few
-# samples, so sums and counts are kept apart and added over steps before they are divided.
+def make_stage(experiment: Experiment, mesh: Mesh, backbone_of: Backbone = load_backbone) -> Stage:
+    """The stage of an experiment; `mesh` and `backbone_of` are for the backbone of stage 2."""
+    if experiment.stage == "video":
+        return video_stage(experiment)
+    return action_stage(experiment, mesh, backbone_of)
 
 
-BINS = 5
-
-
-def error_by_level(error: jax.Array, level: jax.Array) -> jax.Array:
-    """Sums and counts of the errors in each bin.
+def video_stage(experiment: Experiment) -> Stage:
+    """The published objective: velocity loss at σ drawn per sample, with frame replacement.
 
     Args:
-        error: [n].
-        level: τ [n], between 0 and 1.
-
-    Returns:
-        float32 [2, BINS]: sums, then counts.
+        experiment: `config.flow` has {sigma_scale, sigma_tail, loss_scale, min_condition_latents}.
     """
-    bin_of = jnp.clip(jnp.floor(level * BINS), 0, BINS - 1)
-    inside = bin_of[:, None] == jnp.arange(BINS)
-    # Not a product: one error that is not finite would spoil the sums of all bins.
-    sums = jnp.where(inside, error[:, None], 0.0).sum(0)
-    return jnp.stack([sums, inside.sum(0)]).astype(jnp.float32)
+    clip, flow, network = experiment.clip, experiment.config.flow, experiment.video_network
 
+    def draw(batch: Batch, key: jax.Array) -> Batch:
+        sigma_key, noise_key, condition_key = jax.random.split(key, 3)
+        x0 = batch["latents"]
+        samples = len(x0)
+        return {
+            "sigma": sample_video_sigma(
+                sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail
+            ),
+            "noise": jax.random.normal(noise_key, x0.shape),
+            "observed": jax.random.randint(
+                condition_key, (samples,), flow.min_condition_latents, clip.condition_latents + 1
+            ),
+        }
 
-def named_levels(steps: Sequence[np.ndarray]) -> dict[str, float]:
-    """Mean error and number of samples of each bin over several steps; no mean for an empty bin.
+    def objective(params: Params, frozen: Params, batch: Batch, draws: Batch) -> Loss:
+        del frozen
+        x0, text, sigma = batch["latents"], batch["text"], draws["sigma"]
+        mask = condition_mask(draws["observed"], clip.latent_frames)
+        noisy = x0 + sigma[..., None, None, None] * draws["noise"]
+        net = network.bind(params)
+        prediction = denoise(
+            lambda i: net(i.latents, i.timesteps, text, i.condition_mask), noisy, x0, sigma, mask
+        )
+        error = video_loss(x0, prediction, sigma)
+        mse = jnp.mean(error)
+        levels = error_by_level(error, flow_time(sigma[:, 0]))
+        return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
 
-    Args:
-        steps: of `error_by_level`, [2, BINS] each.
-    """
-    if not steps:
-        return {}
-    sums, counts = np.sum(steps, axis=0, dtype=np.float64)
-    named: dict[str, float] = {}
-    for number, (total, count) in enumerate(zip(sums, counts)):
-        name = f"tau_{number / BINS:.1f}_{(number + 1) / BINS:.1f}"
-        named[f"samples/{name}"] = float(count)
-        if count:
-            named[f"velocity_mse/{name}"] = float(total / count)
-    return named
+    return Stage(
+        name="video",
+        init=network.init,
+        axes=network.axes,
+        trainable=learns_with_lora if experiment.video.lora else lambda path: True,
+        draw=draw,
+        objective=objective,
+        batch_axes={"latents": ("batch", None, None, None, None), "text": ("batch", None, None)},
+        frozen={},
+        tokens=clip.tokens,
+        flops=step_flops(experiment),
+    )
 
 
 def action_stage(
@@ -208,54 +222,42 @@ def action_stage(
     )
 
 
-# Stage 1: the video DiT learns to predict video, from language and one or two observed latents.
+# The error by noise level: one number hides that a model learns the noisy end first. Levels are
+# flow times τ between 0 (clean) and 1 (pure noise), in equal bins. A step sees few samples, so
+# sums and counts are kept apart and added over steps before they are divided.
+BINS = 5
 
 
-def video_stage(experiment: Experiment) -> Stage:
-    """The published objective: velocity loss at σ drawn per sample, with frame replacement.
+def error_by_level(error: jax.Array, level: jax.Array) -> jax.Array:
+    """Sums and counts of the errors in each bin.
 
     Args:
-        experiment: `config.flow` has {sigma_scale, sigma_tail, loss_scale, min_condition_latents}.
+        error: [n].
+        level: τ [n], between 0 and 1.
+
+    Returns:
+        float32 [2, BINS]: sums, then counts.
     """
-    clip, flow, network = experiment.clip, experiment.config.flow, experiment.video_network
+    bin_of = jnp.clip(jnp.floor(level * BINS), 0, BINS - 1)
+    inside = bin_of[:, None] == jnp.arange(BINS)
+    # Not a product: one error that is not finite would spoil the sums of all bins.
+    sums = jnp.where(inside, error[:, None], 0.0).sum(0)
+    return jnp.stack([sums, inside.sum(0)]).astype(jnp.float32)
 
-    def draw(batch: Batch, key: jax.Array) -> Batch:
-        sigma_key, noise_key, condition_key = jax.random.split(key, 3)
-        x0 = batch["latents"]
-        samples = len(x0)
-        return {
-            "sigma": sample_video_sigma(
-                sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail
-            ),
-            "noise": jax.random.normal(noise_key, x0.shape),
-            "observed": jax.random.randint(
-                condition_key, (samples,), flow.min_condition_latents, clip.condition_latents + 1
-            ),
-        }
 
-    def objective(params: Params, frozen: Params, batch: Batch, draws: Batch) -> Loss:
-        del frozen
-        x0, text, sigma = batch["latents"], batch["text"], draws["sigma"]
-        mask = condition_mask(draws["observed"], clip.latent_frames)
-        noisy = x0 + sigma[..., None, None, None] * draws["noise"]
-        net = network.bind(params)
-        prediction = denoise(
-            lambda i: net(i.latents, i.timesteps, text, i.condition_mask), noisy, x0, sigma, mask
-        )
-        error = video_loss(x0, prediction, sigma)
-        mse = jnp.mean(error)
-        levels = error_by_level(error, flow_time(sigma[:, 0]))
-        return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
+def named_levels(steps: Sequence[np.ndarray]) -> dict[str, float]:
+    """Mean error and number of samples of each bin over several steps; no mean for an empty bin.
 
-    return Stage(
-        name="video",
-        init=network.init,
-        axes=network.axes,
-        trainable=learns_with_lora if experiment.video.lora else lambda path: True,
-        draw=draw,
-        objective=objective,
-        batch_axes={"latents": ("batch", None, None, None, None), "text": ("batch", None, None)},
-        frozen={},
-        tokens=clip.tokens,
-        flops=step_flops(experiment),
-    )
+    Args:
+        steps: of `error_by_level`, [2, BINS] each.
+    """
+    if not steps:
+        return {}
+    sums, counts = np.sum(steps, axis=0, dtype=np.float64)
+    named: dict[str, float] = {}
+    for number, (total, count) in enumerate(zip(sums, counts)):
+        name = f"tau_{number / BINS:.1f}_{(number + 1) / BINS:.1f}"
+        named[f"samples/{name}"] = float(count)
+        if count:
+            named[f"velocity_mse/{name}"] = float(total / count)
+    return named

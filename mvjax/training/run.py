@@ -8,6 +8,7 @@ import grain
 import jax
 from jax.sharding import NamedSharding
 
+from data_pipelines.atomic import wait_until
 from data_pipelines.episode import PerTask
 from data_pipelines.loader import make_loader
 from data_pipelines.normalize import (
@@ -18,13 +19,13 @@ from data_pipelines.normalize import (
 )
 from data_pipelines.records import RecordDataset
 from data_pipelines.settings import differences
-from mvjax.encode import recorded_policy_io, wait_until
+from data_pipelines.shards import recorded_policy_io
 from mvjax.experiment import Experiment
 from mvjax.parallel import spec
 from mvjax.training.bridge import read_meta
 from mvjax.training.metrics import Record, require_wandb
+from mvjax.training.objectives import make_stage
 from mvjax.training.prefetch import local_rows
-from mvjax.training.start import make_stage
 from mvjax.training.train import train
 from mvjax.training.validation import look_at
 

@@ -1,4 +1,8 @@
-"""One training step: gradient, optimizer, moving average, metrics, compiled as one program."""
+"""One training step: gradient, optimizer, moving average, metrics, compiled as one program.
+
+`assemble` makes the step of an experiment and the state that it changes; `make_program` the same
+with every argument as a shape, for estimates and benchmarks.
+"""
 
 import math
 from collections.abc import Callable, Mapping
@@ -9,20 +13,166 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
+from mvjax.experiment import Experiment
 from mvjax.models.network import Params, merge, split
 from mvjax.parallel import Axes, Rules, constrain, sharding_tree, use_rules
-from mvjax.training.objectives import Batch, Loss, Stage
-
-# Gradients of a batch too large for the devices: micro-batches in turn, in one compiled step.
-#
-# Micro-batch j of m takes the samples j, j + m, j + 2m, ... Every device holds a run of consecutive
-# samples, so each splits its own and no sample moves between devices; and which samples go together
-# does not depend on the mesh.
-
+from mvjax.training.bridge import Backbone, load_backbone
+from mvjax.training.objectives import Batch, Loss, Stage, make_stage
 
 Gradient = tuple[Loss, Params]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=("step", "params", "opt_state", "ema"),
+    meta_fields=(),
+)
+@dataclass(frozen=True)
+class TrainState:
+    """The arrays of a run.
+
+    Attributes:
+        step: Number of steps made, int32 scalar.
+        params: All parameters, a plain nested dict, float32 unless the stage says otherwise.
+        opt_state: Optimizer state of the trainable parameters only.
+        ema: Moving average of the trainable parameters; {} when `training.ema_decay` is 0.
+    """
+
+    step: jax.Array
+    params: Params
+    opt_state: Any
+    ema: Params
+
+
+Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
+
+
+def assemble(
+    experiment: Experiment, stage: Stage, mesh: Mesh | AbstractMesh
+) -> tuple[optax.GradientTransformation, TrainState, Step]:
+    """What a configuration trains a stage with: the optimizer, the state as shapes, the step.
+
+    Args:
+        experiment: `config.optimizer` and `config.training` are read.
+        stage: what is trained.
+        mesh: where.
+
+    Raises:
+        ValueError: if batch, mesh and stage do not go together.
+    """
+    config, settings, rules = experiment.config, experiment.config.training, experiment.rules
+    experiment.check_batch(mesh)
+    optimizer = make_optimizer(config.optimizer)
+    step = make_step(
+        stage,
+        optimizer,
+        make_schedule(config.optimizer),
+        rules,
+        seed=settings.seed,
+        ema_decay=settings.ema_decay,
+        accumulate=settings.accumulate,
+    )
+    return optimizer, abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules), step
+
+
+def make_step(
+    stage: Stage,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    rules: Rules,
+    *,
+    seed: int,
+    ema_decay: float,
+    accumulate: int = 1,
+) -> Step:
+    """The pure step function (state, frozen, batch) -> (state, metrics).
+
+    Step n draws its randomness from fold_in(key(seed), n), so a resumed run repeats it. Only the
+    trainable leaves of `state.params` are differentiated. With `accumulate` > 1 the batch goes
+    through the network in as many parts; everything else, the random numbers too, is the same.
+
+    The metrics are float32 scalars: loss, the stage's own, grad_norm (before clipping),
+    update_norm, param_norm (both of the trainable parameters), learning_rate, and skipped and
+    skipped_in_a_row (steps left out because the gradient was not finite); and "by_level" of
+    `error_by_level` where the stage has it.
+    """
+    param_axes, _ = split(stage.axes, stage.trainable)
+
+    def gradient(
+        state: TrainState, trainable: Params, fixed: Params, frozen: Params, batch: Batch
+    ) -> Gradient:
+        def of_part(trainable: Params, part: Batch, draws: Batch) -> Gradient:
+            def loss(trainable: Params) -> Loss:
+                return stage.objective(merge(fixed, trainable), frozen, part, draws)
+
+            return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        with use_rules(rules):
+            draws = stage.draw(batch, key)
+            return mean_gradient(
+                of_part, trainable, param_axes, batch, draws, stage.batch_axes, accumulate
+            )
+
+    def step(
+        state: TrainState, frozen: Params, batch: Batch
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        trainable, fixed = split(state.params, stage.trainable)
+        (loss, own_metrics), grads = gradient(state, trainable, fixed, frozen, batch)
+        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
+        trainable = optax.apply_updates(trainable, updates)
+        skips = opt_state.skipped_in_a_row > 0  # and then the average stays where it is, too
+        decay = jnp.where(skips, 1.0, ema_decay_at(state.step, ema_decay))
+        ema = {}
+        if state.ema:
+            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
+        metrics = {
+            "loss": loss,
+            **own_metrics,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(trainable),
+            # Skipped steps do not advance the schedule.
+            "learning_rate": schedule(state.step - state.opt_state.skipped),
+            "skipped": opt_state.skipped,
+            "skipped_in_a_row": opt_state.skipped_in_a_row,
+        }
+        new_state = TrainState(state.step + 1, merge(fixed, trainable), opt_state, ema)
+        return new_state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
+
+    return step
+
+
+def ema_decay_at(step: jax.Array, decay: float) -> jax.Array:
+    """Decay used at a step: (1 + step) / (10 + step), up to `decay`.
+
+    Without the warm-up the average of a short run would be mostly its random start.
+    """
+    n = step.astype(jnp.float32)
+    return jnp.minimum(decay, (1 + n) / (10 + n))
+
+
+def compile_step(
+    step: Step, state: TrainState, frozen: Params, batch: Batch
+) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
+    """Compiles `step` for the given (abstract or real) arguments, keeping the state's shardings.
+
+    The state's buffers are donated: the argument passed to a call must not be used again.
+    """
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, frozen, batch))
+    whole = jax.sharding.NamedSharding(state.step.sharding.mesh, jax.sharding.PartitionSpec())
+    compiled = jax.jit(
+        step, in_shardings=shardings, out_shardings=(shardings[0], whole), donate_argnums=0
+    )
+    return compiled.lower(state, frozen, batch).compile()
+
+
+# Micro-batches, for a batch too large for the devices: all in one compiled step, in turn.
+# Micro-batch j of m takes the samples j, j + m, j + 2m, ... Every device holds a run of
+# consecutive samples, so each splits its own and no sample moves between devices; and which
+# samples go together does not depend on the mesh.
 
 
 def mean_gradient(
@@ -75,31 +225,6 @@ def _split(arrays: Batch, axes: Mapping[str, Axes], count: int) -> Batch:
 
 def _placed(tree: Params, axes: Params) -> Params:
     return jax.tree.map(lambda leaf, names: constrain(leaf, *names), tree, axes)
-
-
-# The train state: what a step changes, what a checkpoint holds.
-
-
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("step", "params", "opt_state", "ema"),
-    meta_fields=(),
-)
-@dataclass(frozen=True)
-class TrainState:
-    """The arrays of a run.
-
-    Attributes:
-        step: Number of steps made, int32 scalar.
-        params: All parameters, a plain nested dict, float32 unless the stage says otherwise.
-        opt_state: Optimizer state of the trainable parameters only.
-        ema: Moving average of the trainable parameters; {} when `training.ema_decay` is 0.
-    """
-
-    step: jax.Array
-    params: Params
-    opt_state: Any
-    ema: Params
 
 
 def fresh_state(
@@ -178,103 +303,7 @@ def create_state(
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params or {}, key)
 
 
-Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Array]]]
-
-
-def ema_decay_at(step: jax.Array, decay: float) -> jax.Array:
-    """Decay used at a step: (1 + step) / (10 + step), up to `decay`.
-
-    Without the warm-up the average of a short run would be mostly its random start.
-    """
-    n = step.astype(jnp.float32)
-    return jnp.minimum(decay, (1 + n) / (10 + n))
-
-
-def make_step(
-    stage: Stage,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    rules: Rules,
-    *,
-    seed: int,
-    ema_decay: float,
-    accumulate: int = 1,
-) -> Step:
-    """The pure step function (state, frozen, batch) -> (state, metrics).
-
-    Step n draws its randomness from fold_in(key(seed), n), so a resumed run repeats it. Only the
-    trainable leaves of `state.params` are differentiated. With `accumulate` > 1 the batch goes
-    through the network in as many parts; everything else, the random numbers too, is the same.
-
-    The metrics are float32 scalars: loss, the stage's own, grad_norm (before clipping),
-    update_norm, param_norm (both of the trainable parameters), learning_rate, and skipped and
-    skipped_in_a_row (steps left out because the gradient was not finite); and "by_level" of
-    `error_by_level` where the stage has it.
-    """
-    param_axes, _ = split(stage.axes, stage.trainable)
-
-    def gradient(
-        state: TrainState, trainable: Params, fixed: Params, frozen: Params, batch: Batch
-    ) -> Gradient:
-        def of_part(trainable: Params, part: Batch, draws: Batch) -> Gradient:
-            def loss(trainable: Params) -> Loss:
-                return stage.objective(merge(fixed, trainable), frozen, part, draws)
-
-            return jax.value_and_grad(loss, has_aux=True)(trainable)
-
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with use_rules(rules):
-            draws = stage.draw(batch, key)
-            return mean_gradient(
-                of_part, trainable, param_axes, batch, draws, stage.batch_axes, accumulate
-            )
-
-    def step(
-        state: TrainState, frozen: Params, batch: Batch
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        trainable, fixed = split(state.params, stage.trainable)
-        (loss, own_metrics), grads = gradient(state, trainable, fixed, frozen, batch)
-        updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
-        trainable = optax.apply_updates(trainable, updates)
-        skips = opt_state.skipped_in_a_row > 0  # and then the average stays where it is, too
-        decay = jnp.where(skips, 1.0, ema_decay_at(state.step, ema_decay))
-        ema = {}
-        if state.ema:
-            ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
-        metrics = {
-            "loss": loss,
-            **own_metrics,
-            "grad_norm": optax.tree.norm(grads),
-            "update_norm": optax.tree.norm(updates),
-            "param_norm": optax.tree.norm(trainable),
-            # Skipped steps do not advance the schedule.
-            "learning_rate": schedule(state.step - state.opt_state.skipped),
-            "skipped": opt_state.skipped,
-            "skipped_in_a_row": opt_state.skipped_in_a_row,
-        }
-        new_state = TrainState(state.step + 1, merge(fixed, trainable), opt_state, ema)
-        return new_state, jax.tree.map(lambda m: m.astype(jnp.float32), metrics)
-
-    return step
-
-
-def compile_step(
-    step: Step, state: TrainState, frozen: Params, batch: Batch
-) -> Callable[..., tuple[TrainState, dict[str, Any]]]:
-    """Compiles `step` for the given (abstract or real) arguments, keeping the state's shardings.
-
-    The state's buffers are donated: the argument passed to a call must not be used again.
-    """
-    shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, frozen, batch))
-    whole = jax.sharding.NamedSharding(state.step.sharding.mesh, jax.sharding.PartitionSpec())
-    compiled = jax.jit(
-        step, in_shardings=shardings, out_shardings=(shardings[0], whole), donate_argnums=0
-    )
-    return compiled.lower(state, frozen, batch).compile()
-
-
 # AdamW with the release's learning-rate schedules, skipping steps that went wrong.
-
 
 WARMUP_START = 1e-6  # fraction of the learning rate at step 0 (release: LambdaLinear f_start)
 
@@ -368,3 +397,63 @@ def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransf
         return updates, SkipState(state.skipped + one, in_a_row, new_inner)
 
     return optax.GradientTransformation(init, update)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A train step and its arguments as shapes with shardings.
+
+    Attributes:
+        mesh: the devices; abstract (`abstract_mesh`) where only shapes are wanted.
+        stage, optimizer: what is trained, and how.
+        step: not compiled.
+        state, batch: its arguments, beside `stage.frozen`.
+    """
+
+    mesh: Mesh | AbstractMesh
+    stage: Stage
+    optimizer: optax.GradientTransformation
+    step: Step
+    state: TrainState
+    batch: Batch
+
+    @property
+    def argument_bytes(self) -> int:
+        """Of state, frozen network and batch, per device, without what a compiler pads."""
+        return _bytes((self.state, self.stage.frozen, self.batch))
+
+    def compile(self) -> Callable[..., Any]:
+        """The compiled step (state, frozen, batch) -> (state, metrics)."""
+        with jax.set_mesh(self.mesh):
+            return compile_step(self.step, self.state, self.stage.frozen, self.batch)
+
+
+def make_program(
+    experiment: Experiment, mesh: Mesh | AbstractMesh, backbone_of: Backbone = load_backbone
+) -> Program:
+    """The step that `loop.train` would run on this mesh, not compiled yet.
+
+    Args:
+        experiment: of a training run; no data is read.
+        mesh: of `make_mesh`, whose devices may be those of a pod that is not here, or of
+            `abstract_mesh`, which has none: nothing can be compiled for it.
+        backbone_of: `abstract_backbone` where only the shapes of the frozen network are needed.
+
+    Raises:
+        ValueError: if batch, mesh, network and devices do not go together.
+    """
+    stage = make_stage(experiment, mesh, backbone_of)
+    optimizer, state, step = assemble(experiment, stage, mesh)
+    samples, shapes = experiment.config.training.batch_size, experiment.batch_shapes
+    batch = {
+        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32", sharding=sharding)
+        for name, sharding in sharding_tree(stage.batch_axes, mesh, experiment.rules).items()
+    }
+    return Program(mesh, stage, optimizer, step, state, batch)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )

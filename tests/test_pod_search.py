@@ -5,14 +5,14 @@ import pytest
 from configs import quickstart_video
 from mvjax.experiment import Experiment
 from mvjax.parallel import GB
-from mvjax.pods.compile import DoesNotFit, Plan
+from mvjax.pods.compile import DoesNotFit, Estimate
 from mvjax.pods.search import search
 
 DEVICES = 8
 
 
 def made(config, peak_bytes, link_seconds):
-    return Plan(
+    return Estimate(
         device="a chip",
         devices=DEVICES,
         slices=1,
@@ -63,7 +63,7 @@ def searched(per_clip=GB // 8, links=lambda config: 0.0, config=None, **settings
 @pytest.mark.parametrize(("per_chip", "clips"), [(1, 8), (3, 24), (7, 56), (12, 96), (16, 128)])
 def test_the_largest_batch_is_found_not_a_power_of_two(per_chip, clips):
     found, said = searched(per_clip=int(0.98 * GB) // per_chip)
-    assert found.experiment.config.training.batch_size == found.plan.batch_size == clips
+    assert found.experiment.config.training.batch_size == found.estimate.batch_size == clips
     assert found.ended == f"{clips + 8} clips do not fit"
     assert found.flags.endswith(f"--config.training.batch_size={clips}")
     assert len(said) <= 3 + 3  # meshes; twice the batch, the largest, and one more
@@ -88,25 +88,25 @@ def test_chips_share_a_clip_where_one_each_does_not_fit():
 
 def test_a_larger_batch_that_is_slower_is_not_taken():
     found, _ = searched(links=lambda config: config.training.batch_size**2)
-    assert found.plan.batch_size == 8
+    assert found.estimate.batch_size == 8
     assert found.ended == "with 16 clips a step takes longer per clip"
 
 
 def test_the_budget_ends_a_search_and_says_what_is_open():
     found, said = searched(max_compiles=4)
-    assert len(said) == 4 and found.plan.batch_size == 16
+    assert len(said) == 4 and found.estimate.batch_size == 16
     assert found.ended == "--max_compiles=4; 56 clips were not tried"
 
 
 def test_memory_that_grows_faster_than_foreseen_is_no_surprise():
     found, said = searched(per_clip=lambda clips: GB // 100 + GB * clips**2 // 500)
-    assert found.plan.batch_size == 8 * 22 and found.ended == f"{8 * 23} clips do not fit"
+    assert found.estimate.batch_size == 8 * 22 and found.ended == f"{8 * 23} clips do not fit"
     assert len(said) < 15
 
 
 def test_a_given_batch_is_kept_and_decides_the_context():
     found, _ = searched(batch_size=2)
-    assert found.experiment.config.mesh.context == 4 and found.plan.batch_size == 2
+    assert found.experiment.config.mesh.context == 4 and found.estimate.batch_size == 2
     assert found.ended == "the batch was given"
 
 

@@ -1,40 +1,34 @@
-"""Where a run's first state comes from, and the description stored with its checkpoints."""
+"""Where a run begins: at its newest checkpoint, at other parameters, or at random ones.
+
+A checkpoint stores the state, the loader's position (`first_state` puts the loader back there) and
+a description of the run (`describe`), with which a run that goes on is compared.
+"""
 
 import json
-import math
-import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
 import optax
-from jax.sharding import AbstractMesh, Mesh
 
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
-from mvjax.parallel import sharding_tree
 from mvjax.training.bridge import (
     COMPUTE_SETTINGS,
-    Backbone,
     abstract_params,
-    load_backbone,
     restore_params,
 )
 from mvjax.training.checkpoint import CheckpointMismatch, Store, library_versions
-from mvjax.training.objectives import Batch, Stage, action_stage, video_stage
+from mvjax.training.objectives import Stage
 from mvjax.training.step import (
-    Step,
     TrainState,
-    abstract_state,
-    compile_step,
     create_state,
-    make_optimizer,
-    make_schedule,
-    make_step,
 )
+
+log = logging.getLogger(__name__)
 
 # What a finished run is: its networks and what they see. Compute settings are not part of it.
 _NETWORKS = ("clip", "video_model", "lora", "text", "context_layer", "decoder", "policy_io")
@@ -43,7 +37,7 @@ _RECIPE = ("flow", "optimizer", "init_from", "backbone")
 _TRAINING = ("batch_size", "seed", "ema_decay", "episodes_per_task")
 
 
-def start_state(
+def first_state(
     experiment: Experiment,
     stage: Stage,
     optimizer: optax.GradientTransformation,
@@ -88,7 +82,7 @@ def start_state(
     return create_state(stage, optimizer, abstract, seed)
 
 
-def say_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Mapping[str, Any]):
+def check_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Mapping[str, Any]):
     """Tells that a run is at its last step already; or that it is another run than was asked for.
 
     Args:
@@ -124,9 +118,9 @@ def describe(experiment: Experiment, stage: Stage, extra: Mapping[str, Any]) -> 
 
 
 def say(line: str) -> None:
-    """Prints a line for the person, once per run, beside (not into) the program's output."""
+    """Tells the person something, once per job and not once per process."""
     if jax.process_index() == 0:
-        print(line, file=sys.stderr, flush=True)
+        log.info(line)
 
 
 def _initial_params(directory: Path, abstract: Params) -> Params:
@@ -162,106 +156,3 @@ def _chosen(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     recipe = {k: config[k] for k in _RECIPE if k in config}
     training = {k: v for k, v in config["training"].items() if k in _TRAINING}
     return {"networks": networks, "recipe": recipe | {"training": training}}
-
-
-# From a configuration to its stage.
-
-
-def make_stage(
-    experiment: Experiment, mesh: Mesh, backbone_of: Backbone = load_backbone
-) -> Stage:
-    """The stage that `config.stage` names; the mesh and `backbone_of` are for stage 2's backbone."""
-    if experiment.stage == "video":
-        return video_stage(experiment)
-    return action_stage(experiment, mesh, backbone_of)
-
-
-# The train step of a configuration with its arguments as shapes: nothing is allocated.
-
-
-@dataclass(frozen=True)
-class Program:
-    """A train step and its arguments as shapes with shardings.
-
-    Attributes:
-        mesh: the devices; abstract (`abstract_mesh`) where only shapes are wanted.
-        stage, optimizer: what is trained, and how.
-        step: not compiled.
-        state, batch: its arguments, beside `stage.frozen`.
-    """
-
-    mesh: Mesh | AbstractMesh
-    stage: Stage
-    optimizer: optax.GradientTransformation
-    step: Step
-    state: TrainState
-    batch: Batch
-
-    @property
-    def argument_bytes(self) -> int:
-        """Of state, frozen network and batch, per device, without what a compiler pads."""
-        return _bytes((self.state, self.stage.frozen, self.batch))
-
-    def compile(self) -> Callable[..., Any]:
-        """The compiled step (state, frozen, batch) -> (state, metrics)."""
-        with jax.set_mesh(self.mesh):
-            return compile_step(self.step, self.state, self.stage.frozen, self.batch)
-
-
-def make_program(
-    experiment: Experiment, mesh: Mesh | AbstractMesh, backbone_of: Backbone = load_backbone
-) -> Program:
-    """The step that `loop.train` would run on this mesh, not compiled yet.
-
-    Args:
-        experiment: of a training run; no data is read.
-        mesh: of `make_mesh`, whose devices may be those of a pod that is not here, or of
-            `abstract_mesh`, which has none: nothing can be compiled for it.
-        backbone_of: `abstract_backbone` where only the shapes of the frozen network are needed.
-
-    Raises:
-        ValueError: if batch, mesh, network and devices do not go together.
-    """
-    stage = make_stage(experiment, mesh, backbone_of)
-    optimizer, state, step = assemble(experiment, stage, mesh)
-    samples, shapes = experiment.config.training.batch_size, experiment.batch_shapes
-    batch = {
-        name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32", sharding=sharding)
-        for name, sharding in sharding_tree(stage.batch_axes, mesh, experiment.rules).items()
-    }
-    return Program(mesh, stage, optimizer, step, state, batch)
-
-
-def assemble(
-    experiment: Experiment, stage: Stage, mesh: Mesh | AbstractMesh
-) -> tuple[optax.GradientTransformation, TrainState, Step]:
-    """What a configuration trains a stage with: the optimizer, the state as shapes, the step.
-
-    Args:
-        experiment: `config.optimizer` and `config.training` are read.
-        stage: what is trained.
-        mesh: where.
-
-    Raises:
-        ValueError: if batch, mesh and stage do not go together.
-    """
-    config, settings, rules = experiment.config, experiment.config.training, experiment.rules
-    experiment.check_batch(mesh)
-    optimizer = make_optimizer(config.optimizer)
-    step = make_step(
-        stage,
-        optimizer,
-        make_schedule(config.optimizer),
-        rules,
-        seed=settings.seed,
-        ema_decay=settings.ema_decay,
-        accumulate=settings.accumulate,
-    )
-    return optimizer, abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules), step
-
-
-def _bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -190,7 +190,7 @@ def test_slices_are_joined_along_the_data_axis():
 @needs_libtpu
 def test_a_video_too_long_for_the_chip_is_said_in_one_sentence():
     long = ["--config.clip.height=480", "--config.clip.width=640", "--config.clip.future_frames=56"]
-    done = planned(
+    done = estimated(
         VIDEO,
         "--topology=v5e:1x1",
         "--batch_per_chip=1",
@@ -206,8 +206,8 @@ def test_a_video_too_long_for_the_chip_is_said_in_one_sentence():
 
 @needs_libtpu
 def test_the_quickstart_on_one_chip_and_its_largest_batch(tmp_path):
-    file = tmp_path / "plan.json"
-    done = planned(
+    file = tmp_path / "estimate.json"
+    done = estimated(
         VIDEO,
         "--topology=v5e:1x1",
         "--search",
@@ -231,8 +231,8 @@ def test_the_quickstart_on_one_chip_and_its_largest_batch(tmp_path):
 
 @needs_libtpu
 def test_offloaded_attention_lies_in_the_memory_of_the_host(tmp_path):
-    file = tmp_path / "plan.json"
-    done = planned(
+    file = tmp_path / "estimate.json"
+    done = estimated(
         VIDEO,
         "--topology=v5e:1x1",
         "--batch_per_chip=1",
@@ -251,8 +251,8 @@ def test_offloaded_attention_lies_in_the_memory_of_the_host(tmp_path):
 
 @needs_libtpu
 def test_stage_two_on_a_pod_with_every_axis_in_use(tmp_path):
-    file = tmp_path / "plan.json"
-    done = planned(
+    file = tmp_path / "estimate.json"
+    done = estimated(
         ACTION,
         "--topology=v5e:4x4",
         "--batch_per_chip=1",
@@ -274,7 +274,7 @@ def test_stage_two_on_a_pod_with_every_axis_in_use(tmp_path):
     assert found["argument_bytes"] < 0.5 * (4 * 4 * found["parameters"] + 4 * found["frozen"])
 
 
-def planned(*arguments: str) -> subprocess.CompletedProcess:
+def estimated(*arguments: str) -> subprocess.CompletedProcess:
     """The command as at the keyboard."""
     return subprocess.run(
         [sys.executable, "-m", "launch.estimate", *arguments],

@@ -22,7 +22,7 @@ def test_the_page_shows_what_the_files_say():
 
 
 def test_every_file_is_that_of_a_line():
-    assert {file.stem for file in (DOCS / "plans").iterdir()} == {name for name, _ in LINES}
+    assert {file.stem for file in (DOCS / "estimates").iterdir()} == {name for name, _ in LINES}
 
 
 def test_a_figure_that_changed_is_named(monkeypatch):

@@ -1,0 +1,260 @@
+"""The files of an encoding job: what it was asked for, its shards, its texts, its manifest.
+
+A job writes `plan.json` (everything that decides what is in the records) before anything else, then
+shard after shard, and last the texts and the manifest. What is there says what is left to do, so a
+job that was killed goes on, in any number of processes, and no two jobs are mixed.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from data_pipelines.atomic import wait_until, write_json
+from data_pipelines.episode import BadShare, Episode
+from data_pipelines.records import RecordDataset, read_columns, write_texts
+from data_pipelines.settings import differences, plain
+
+Row = dict[str, Any]  # of an episode: id, instructions, count, digest, and "reason" if it is bad
+
+REMEDY = "Repair them and encode with --retry_skipped"
+_TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that decide nothing here
+_BATCH = 64  # texts embedded at a time
+
+
+def encoding_settings(
+    dataset: ConfigDict,
+    clip: ConfigDict,
+    policy_io: ConfigDict,
+    identity: Mapping[str, str],
+    **rest: Any,
+) -> dict[str, Any]:
+    """Everything that decides what is in the records; the arguments of `encode_dataset`."""
+    names = ("name", "video", "action", "proprio", "embodiment")
+    windows = policy_io if dataset.action or dataset.proprio else {}
+    settings = {
+        "dataset": {name: dataset[name] for name in names if name in dataset},
+        "clip": clip,
+        "policy_io": recorded_policy_io(windows),
+        "identity": identity,
+    }
+    return plain(settings | rest)
+
+
+def recorded_policy_io(policy_io: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The windows of actions and proprioception without what only training reads."""
+    return {
+        name: {key: value for key, value in window.items() if key not in _TRAINING_ONLY}
+        for name, window in plain(policy_io).items()
+    }
+
+
+def begin(path: Path, settings: dict[str, Any], process: int) -> None:
+    """Writes the plan, or compares it with the one that is there.
+
+    Raises:
+        ValueError: if the folder has records that were made with other settings.
+    """
+    plan = path / "plan.json"
+    # A plan of which nothing was made, because of a mistake in it, binds nobody.
+    if process == 0 and not any(path.glob("shard_*.npz")):
+        path.mkdir(parents=True, exist_ok=True)
+        write_json(plan, settings)
+    wait_until(plan.exists)
+    found = json.loads(plan.read_text())
+    if found == settings:
+        return
+    keys = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+    advice = "Choose another folder, or delete this one to encode again"
+    if keys == ["identity"] and _same_tokenizer(found["identity"], settings["identity"]):
+        advice += "; --only=text changes the text embeddings alone"
+    changed = "; ".join(differences(found, settings))
+    raise ValueError(f"{path} was begun with other settings ({changed}). {advice}.")
+
+
+def _same_tokenizer(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
+    return a.get("tokenizer") == b.get("tokenizer")
+
+
+def list_shards(path: Path, settings: Mapping[str, int]) -> dict[Path, range]:
+    """The files of a plan, in order, and the numbers of the episodes in each."""
+    size, episodes = settings["episodes_per_shard"], settings["episodes"]
+    return {
+        path / f"shard_{number:05d}.arrayrecord": range(first, min(first + size, episodes))
+        for number, first in enumerate(range(0, episodes, size))
+    }
+
+
+def is_finished(shard: Path) -> bool:
+    """Whether both files of a shard are there."""
+    return shard.with_suffix(".npz").exists() and shard.exists()
+
+
+def is_complete(path: Path, shards: Iterable[Path]) -> bool:
+    """Whether nothing is left to do: a manifest outlives none of its shards (`shard.forget`)."""
+    return (path / "manifest.json").exists() and all(map(is_finished, shards))
+
+
+def finished_rows(shard: Path) -> list[Row]:
+    """The episodes of a finished shard."""
+    return json.loads(str(read_columns(shard, "rows")["rows"]))
+
+
+def forget(shard: Path) -> None:
+    """Makes a shard unfinished; the folder, too, until the job has made it again."""
+    (shard.parent / "manifest.json").unlink(missing_ok=True)
+    shard.with_suffix(".npz").unlink(missing_ok=True)
+
+
+def count(row: Row, bad: BadShare) -> None:
+    """Counts an episode as read or as bad."""
+    if "reason" in row:
+        bad.is_bad(row["id"], row["reason"])
+    else:
+        bad.good()
+
+
+class TextEncoder(Protocol):
+    """Maps n instructions to float32 [n, length, dim], zeros past the text's end."""
+
+    def encode(self, texts: list[str]) -> np.ndarray:
+        """Embeddings."""
+        ...
+
+
+class StoredTexts:
+    """In place of a text encoder: the embeddings that the dataset holds (`Episode.embeddings`)."""
+
+    def __init__(self, length: int, dim: int):
+        """Takes the size of the padded table: `config.text`."""
+        self._length, self._dim = length, dim
+        self.identity = f"stored {length}x{dim}"
+
+    def embedding(self, episode: Episode, text: str) -> np.ndarray:
+        """Of an instruction of an episode: float32 [length, dim], zeros past the text's end.
+
+        Raises:
+            ValueError: if the episode has none, or one of another size.
+        """
+        where = f"episode {episode.id!r} of {episode.source!r}"
+        if text not in episode.embeddings:
+            raise ValueError(
+                f"{where} stores no embedding of its instruction {text!r}; name a text encoder as "
+                "config.text_encoder instead of 'stored'"
+            )
+        stored = np.asarray(episode.embeddings[text], np.float32)
+        if stored.ndim != 2 or stored.shape[1] != self._dim or len(stored) > self._length:
+            raise ValueError(
+                f"{where} stores an embedding of shape {list(stored.shape)}, but config.text has "
+                f"length {self._length} and dim {self._dim}"
+            )
+        return np.pad(stored, ((0, self._length - len(stored)), (0, 0)))
+
+
+def embed(
+    instructions: Mapping[str, int], encoder: TextEncoder | StoredTexts, episodes: Sequence[Episode]
+) -> np.ndarray:
+    """The embeddings of distinct instructions.
+
+    Args:
+        instructions: each with the number of an episode that has it.
+        encoder: where they come from.
+        episodes: the source; only read for stored ones.
+
+    Returns:
+        float32 [n, length, dim].
+    """
+    if isinstance(encoder, StoredTexts):
+        return np.stack([encoder.embedding(episodes[i], text) for text, i in instructions.items()])
+    texts = list(instructions)
+    groups = [texts[i : i + _BATCH] for i in range(0, len(texts), _BATCH)]
+    return np.concatenate([np.asarray(encoder.encode(group), np.float32) for group in groups])
+
+
+def finish(
+    path: Path,
+    settings: dict,
+    text_encoder: TextEncoder | StoredTexts,
+    episodes: Sequence[Episode],
+    max_bad_share: float = 1.0,
+) -> RecordDataset:
+    """Writes the text table and the manifest of a folder whose shards are all finished.
+
+    Args:
+        path: the records folder.
+        settings: of its plan.
+        text_encoder: instructions to embeddings.
+        episodes: the source; only read for stored embeddings.
+        max_bad_share: share of unreadable episodes that is too much.
+    """
+    name = settings["dataset"]["name"]
+    bad = BadShare(max_bad_share, f"episodes of {name!r}", settings["episodes"] + 1, REMEDY)
+    rows, skipped, first = [], [], 0
+    texts: dict[str, int] = {}  # distinct instructions; here -> an episode that has it
+    shards = list_shards(path, settings)
+    for shard in shards:
+        rows += finished_rows(shard)
+    for index, row in enumerate(rows):
+        count(row, bad)
+        if "reason" in row:
+            skipped.append({"id": row["id"], "reason": row.pop("reason")})
+        row["first"], first = first, first + row["count"]
+        for text in row["instructions"]:
+            # Only episodes with windows: the others may not even open.
+            if row["count"] or not isinstance(text_encoder, StoredTexts):
+                texts.setdefault(text, index)
+    if first == 0:
+        raise ValueError(
+            f"no episode of {name!r} could be read; the first failed with "
+            f"{skipped[0] if skipped else 'nothing: the source is empty'}"
+        )
+    bad.check()
+    numbers = {text: number for number, text in enumerate(texts)}
+    for row in rows:
+        row["instructions"] = [numbers[text] for text in row["instructions"] if text in numbers]
+    table = embed(texts, text_encoder, episodes)
+    write_texts(path / "texts.npz", list(texts), table)
+    content = json.dumps([settings, list(texts), rows], sort_keys=True).encode()
+    if isinstance(text_encoder, StoredTexts):  # which its identity does not tell from others
+        content += table.tobytes()
+    manifest = {"settings": settings, "fingerprint": hashlib.sha256(content).hexdigest()}
+    manifest |= {"shards": [shard.name for shard in shards], "skipped": skipped, "episodes": rows}
+    write_json(path / "manifest.json", manifest)
+    return RecordDataset(path)
+
+
+def encode_texts(
+    path: str | Path,
+    text_encoder: TextEncoder | StoredTexts,
+    identity: str,
+    episodes: Sequence[Episode] = (),
+) -> RecordDataset:
+    """Makes the text embeddings of finished records again; latents and numbers are not touched.
+
+    Killed on the way, the folder is unfinished, and the same call or the encoding job ends it.
+
+    Args:
+        path: the records folder.
+        text_encoder: instructions to embeddings.
+        identity: of the text encoder.
+        episodes: the source; only read for stored embeddings.
+
+    Raises:
+        ValueError: if the latents are not finished yet.
+    """
+    path = Path(path)
+    plan, manifest = path / "plan.json", path / "manifest.json"
+    settings = json.loads(plan.read_text()) if plan.exists() else None
+    if settings is None or not all(map(is_finished, list_shards(path, settings))):
+        raise ValueError(f"{path} is not finished; encode without --only first.")
+    if settings["identity"]["text_encoder"] != identity:
+        settings["identity"]["text_encoder"] = identity
+        manifest.unlink(missing_ok=True)
+        write_json(plan, settings)
+    if manifest.exists():
+        return RecordDataset(path)
+    return finish(path, settings, text_encoder, episodes)
