@@ -2,19 +2,28 @@
 
 An episode is a set of named streams, each with its own timestamps, so that frame rates and
 horizons stay configuration: windows are drawn by time, never by index.
+
+Below `Episode` stand which episodes are used for what (`split_of`, `of_every_task`), how many may
+be unreadable (`BadShare`), and why a file cannot be read (`reason`).
 """
 
 import hashlib
 import math
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-NANOSECONDS = 1_000_000_000
+NANOSECONDS = 1_000_000_000  # per second
+
+PerTask = int | str | None  # how many episodes of every task: see `kept`
+_PARTS = {"full": 1, "half": 2, "tenth": 10}  # and "one"
+_NAMED = 3  # bad episodes that an error names
+_GIT_LFS = b"version https://git-lfs"  # how the file begins that stands for another one
 
 
 @runtime_checkable
@@ -52,13 +61,11 @@ class Stream:
                 f"timestamps must be int64 nanoseconds of shape [n], got {times.dtype} of shape "
                 f"{list(times.shape)}; multiply seconds by 1e9 and round"
             )
-        if len(times) != len(self.values):
+        if not 0 < len(times) == len(self.values):
             raise ValueError(
-                f"a stream needs one timestamp per value, got {len(times)} timestamps and "
-                f"{len(self.values)} values"
+                f"a stream needs a timestamp per value and at least one, got {len(times)} "
+                f"timestamps and {len(self.values)} values"
             )
-        if len(times) == 0:
-            raise ValueError("a stream needs at least one value, got none")
         late = np.flatnonzero(np.diff(times) <= 0)
         if len(late):
             i = int(late[0])
@@ -116,16 +123,56 @@ class LazyEpisodes(Sequence[Episode]):
         return self._load(index % self._length)
 
     def __iter__(self) -> Iterator[Episode]:
+        # Not that of `Sequence`, which would take an IndexError while loading for the end.
         return (self._load(i) for i in range(self._length))
 
 
-# How much of a dataset may be unreadable before the work on it stops.
-#
-# Out of thousands of files some are always broken. Each is left out, counted and named; too many of
-# them mean that something else is wrong, and a person should know before hours are spent.
+# Which episodes are used for what: splits, and few of every task to see what data is worth.
 
 
-_NAMED = 3
+def split_of(episode_id: str, validation_share: float) -> str:
+    """Of an episode: by md5 of its id (the release's stage 1), so that new data moves none."""
+    bucket = int(hashlib.md5(episode_id.encode()).hexdigest(), 16) % 10_000
+    return "validation" if bucket < round(validation_share * 10_000) else "train"
+
+
+def kept(total: int, per_task: PerTask) -> int:
+    """How many of a task's episodes are used.
+
+    Args:
+        total: how many there are.
+        per_task: a number; "one", "tenth", "half" (rounded up) or "full"; None is "full".
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if per_task is None or per_task in _PARTS:
+        return math.ceil(total / _PARTS.get(per_task, 1))
+    if per_task == "one":
+        per_task = 1
+    if isinstance(per_task, bool) or not isinstance(per_task, int) or per_task < 1:
+        raise ValueError(
+            f"training.episodes_per_task is {per_task!r}; give a number of episodes, or one, "
+            f"{', '.join(reversed(_PARTS))} for a share of every task's."
+        )
+    return min(per_task, total)
+
+
+def of_every_task(rows: Sequence[Any], per_task: PerTask, seed: int) -> list[Any]:
+    """Chooses episodes (with an id and instructions) of every task (the first instruction).
+
+    Which ones depends on the seed and the ids alone, and a smaller choice is part of a larger one,
+    so that results with more data differ by the data that was added.
+    """
+    tasks: dict[Hashable, list[Any]] = {}
+    for row in sorted(rows, key=lambda row: hashlib.md5(f"{seed}/{row.id}".encode()).digest()):
+        tasks.setdefault(row.instructions[0], []).append(row)
+    return [row for task in tasks.values() for row in task[: kept(len(task), per_task)]]
+
+
+# How much of a dataset may be unreadable before the work on it stops. Out of thousands of files
+# some are always broken. Each is left out, counted and named; too many of them mean that something
+# else is wrong, and a person should know before hours are spent.
 
 
 class TooManyBad(ValueError):
@@ -180,86 +227,14 @@ class BadShare:
             )
 
 
-# Which episodes of a dataset are used for what: its splits, and few of every task to see what data
-# is worth.
-
-
-PerTask = int | str | None
-_PARTS = {"full": 1, "half": 2, "tenth": 10}  # and "one"
-
-
-class Chosen(Protocol):
-    """What is chosen among: an episode with an id, and instructions of which one names the task."""
-
-    id: str
-    instructions: Sequence[Hashable]
-
-
-Row = TypeVar("Row", bound=Chosen)
-
-
-def split_of(episode_id: str, validation_share: float) -> str:
-    """Of an episode: by md5 of its id (the release's stage 1), so that new data moves none."""
-    bucket = int(hashlib.md5(episode_id.encode()).hexdigest(), 16) % 10_000
-    return "validation" if bucket < round(validation_share * 10_000) else "train"
-
-
-def kept(total: int, per_task: PerTask) -> int:
-    """How many of a task's episodes are used.
-
-    Args:
-        total: how many there are.
-        per_task: a number; "one", "tenth", "half" (rounded up) or "full"; None is "full".
-
-    Raises:
-        ValueError: for anything else.
-    """
-    if per_task is None or per_task in _PARTS:
-        return math.ceil(total / _PARTS.get(per_task, 1))
-    if per_task == "one":
-        per_task = 1
-    if isinstance(per_task, bool) or not isinstance(per_task, int) or per_task < 1:
-        raise ValueError(
-            f"training.episodes_per_task is {per_task!r}; give a number of episodes, or one, "
-            f"{', '.join(reversed(_PARTS))} for a share of every task's."
-        )
-    return min(per_task, total)
-
-
-def of_every_task(rows: Sequence[Row], per_task: PerTask, seed: int) -> list[Row]:
-    """Chooses episodes of every task (the first instruction).
-
-    Which ones depends on the seed and the ids alone, and a smaller choice is part of a larger one,
-    so that results with more data differ by the data that was added.
-    """
-    tasks: dict[Hashable, list[Row]] = {}
-    for row in sorted(rows, key=lambda row: hashlib.md5(f"{seed}/{row.id}".encode()).digest()):
-        tasks.setdefault(row.instructions[0], []).append(row)
-    return [row for task in tasks.values() for row in task[: kept(len(task), per_task)]]
-
-
-# Why a file cannot be read, in one line that says it to a person.
-
-
-_GIT_LFS = b"version https://git-lfs"  # how the file begins that stands for another one
-
-
 def reason(path: Path, error: object) -> str:
-    """What a library says of a file, or that the file was never downloaded.
+    """Why a file cannot be read, in one line: what a library says of it, or that it is not there.
 
     Args:
         path: the file.
         error: the library's exception, or a text.
     """
-    if is_placeholder(path):
-        return "it is a placeholder of Git LFS, git lfs pull fetches the file"
+    with suppress(OSError), path.open("rb") as file:
+        if file.read(len(_GIT_LFS)) == _GIT_LFS:  # cloned without its large files
+            return "it is a placeholder of Git LFS, git lfs pull fetches the file"
     return " ".join(str(getattr(error, "strerror", None) or error).split())
-
-
-def is_placeholder(path: Path) -> bool:
-    """Whether a dataset was cloned without its large files, and this is one of them."""
-    try:
-        with path.open("rb") as file:
-            return file.read(len(_GIT_LFS)) == _GIT_LFS
-    except OSError:
-        return False

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING, Literal, get_args
 import numpy as np
 import scipy  # its parts are loaded when they are first used
 
-from data_pipelines.episode import Stream
+from data_pipelines.episode import NANOSECONDS, Stream
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
 
 Interpolation = Literal["nearest", "previous", "linear", "pose", "quaternion"]
-SECOND_NS = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -85,7 +84,7 @@ def anchors(
     if max_fps is None or len(chosen) == 0:
         return chosen
     # One anchor per period; a tenth of a period of slack absorbs jitter in the timestamps.
-    period = np.floor((chosen - chosen[0]) * (max_fps / SECOND_NS) + 0.1).astype(np.int64)
+    period = np.floor((chosen - chosen[0]) * (max_fps / NANOSECONDS) + 0.1).astype(np.int64)
     return chosen[np.unique(period, return_index=True)[1]]
 
 
@@ -99,8 +98,8 @@ def request_times(spec: WindowSpec, anchor: np.ndarray | int) -> np.ndarray:
     Returns:
         int64 nanoseconds [*anchor.shape, horizon].
     """
-    duration = math.ceil((spec.horizon - 1) / spec.fps * SECOND_NS)
-    start = round(spec.shift * SECOND_NS) - (duration if spec.look == "past" else 0)
+    duration = math.ceil((spec.horizon - 1) / spec.fps * NANOSECONDS)
+    start = round(spec.shift * NANOSECONDS) - (duration if spec.look == "past" else 0)
     # Offsets are added as integers: float64 nanoseconds since 1970 are only exact to 256 ns.
     offsets = np.rint(np.linspace(start, start + duration, spec.horizon)).astype(np.int64)
     return np.asarray(anchor, np.int64)[..., None] + offsets

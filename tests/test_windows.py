@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_pipelines.episode import Stream
+from data_pipelines.episode import NANOSECONDS, Stream
 from data_pipelines.representations import relative_poses, rotation_to_6d
-from data_pipelines.windows import SECOND_NS, WindowSpec, anchors, read_window, request_times
+from data_pipelines.windows import WindowSpec, anchors, read_window, request_times
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "windows.npz")
 SPECS = json.loads(str(GOLDEN["meta"]))["specs"]
@@ -63,12 +63,12 @@ def test_relative_poses_and_rotations_equal_the_release():
 
 
 def test_padding_marks_exactly_the_instants_outside_the_stream():
-    stream = Stream(np.arange(4, dtype=np.int64) * SECOND_NS, np.arange(4.0)[:, None])
+    stream = Stream(np.arange(4, dtype=np.int64) * NANOSECONDS, np.arange(4.0)[:, None])
     spec = WindowSpec("x", horizon=4, fps=1, shift=1.0)
-    values, padded = read_window(stream, spec, np.array([0, 2, 3]) * SECOND_NS)
+    values, padded = read_window(stream, spec, np.array([0, 2, 3]) * NANOSECONDS)
     np.testing.assert_array_equal(values[..., 0], [[1, 2, 3, 3], [3, 3, 3, 3], [3, 3, 3, 3]])
     np.testing.assert_array_equal(padded.sum(1), [1, 3, 4])
-    past, padded = read_window(stream, WindowSpec("x", 3, 1, look="past"), SECOND_NS)
+    past, padded = read_window(stream, WindowSpec("x", 3, 1, look="past"), NANOSECONDS)
     np.testing.assert_array_equal(past[:, 0], [0, 0, 1])
     np.testing.assert_array_equal(padded, [True, False, False])
 
@@ -112,7 +112,7 @@ def test_anchors_lie_where_every_action_stream_has_data():
 @pytest.mark.parametrize(("fps", "kept"), [(80, 80), (40, 40), (20, 20), (200, 80)])
 def test_anchors_are_thinned_by_time(fps, kept):
     jitter = np.random.default_rng(0).integers(-300_000, 300_000, 80)
-    video = np.rint(np.arange(80) * SECOND_NS / 80).astype(np.int64) + jitter
+    video = np.rint(np.arange(80) * NANOSECONDS / 80).astype(np.int64) + jitter
     assert len(anchors(video, max_fps=fps)) == kept
 
 
@@ -120,7 +120,7 @@ def test_anchors_are_thinned_by_time(fps, kept):
 def test_video_only_windows_are_the_frames_of_the_release_formula(fps):
     """Stage 1 of the release: indices rint(i + k * fps / 5), clipped to the video."""
     n, observed, total, step = 90, 5, 13, fps / 5
-    stamps = np.rint(np.arange(n) * SECOND_NS / fps).astype(np.int64)
+    stamps = np.rint(np.arange(n) * NANOSECONDS / fps).astype(np.int64)
     stream = Stream(stamps, np.arange(n))
     past, _ = read_window(stream, WindowSpec("v", observed, 5, look="past"), anchors(stamps))
     future, _ = read_window(stream, WindowSpec("v", total - observed, 5, 0.2), anchors(stamps))
