@@ -23,8 +23,8 @@ from mvjax.weights.convert import (
     TARGETS,
     describe_conversion,
     describe_export,
-    plan,
-    plan_export,
+    prepare,
+    prepare_export,
     write,
     write_export,
 )
@@ -66,7 +66,7 @@ def main(source: str, destination: str) -> None:
 def _import(source: Path, destination: Path) -> None:
     opened = open_source(source, Hints(_ratios(), PROPRIO.value, PRECISION.value), ema=EMA.value)
     try:
-        conversion = plan(opened, lora=LORA.value, alpha=ALPHA.value, dtype=DTYPE.value)
+        conversion = prepare(opened, lora=LORA.value, alpha=ALPHA.value, dtype=DTYPE.value)
     except ValueError as error:
         raise ValueError(f"{source} looks like a {opened.kind.title}, but {error}") from error
     print(describe_conversion(conversion, destination))
@@ -86,7 +86,7 @@ def _export(source: Path, destination: Path) -> None:
             f"--to={TO.value} writes a checkpoint of this project for PyTorch, but {source} is "
             "none; leave --to out to make one of it."
         )
-    export = plan_export(source, TO.value, lora=LORA.value, dtype=DTYPE.value)
+    export = prepare_export(source, TO.value, lora=LORA.value, dtype=DTYPE.value)
     print(describe_export(export, source, destination))
     if DRY_RUN.value:
         return

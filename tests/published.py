@@ -111,7 +111,7 @@ def to_params(arrays: Mapping[str, np.ndarray], rules: Rules) -> dict:
         node = tree
         for name in parents:
             node = node.setdefault(name, {})
-        node[leaf] = np.stack(pieces) if parameter.stacked else pieces[0]
+        node[leaf] = np.stack(pieces) if parameter.rule.stacked else pieces[0]
     return tree
 
 

@@ -23,7 +23,7 @@ from data_pipelines.statistics import compute_statistics
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
 from mvjax.training.bridge import abstract_params, read_meta, restore_params
 from mvjax.training.checkpoint import leaf_paths
-from mvjax.weights.convert import plan, plan_export, write, write_export
+from mvjax.weights.convert import prepare, prepare_export, write, write_export
 from mvjax.weights.files import TorchTensor
 from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints, video_sections
 from mvjax.weights.pt_files import write_pt
@@ -35,7 +35,7 @@ TARGET = {"nvidia": "nvidia", "mimic-video": "mimic-video", "diffusers": "diffus
 
 
 def convert(path, directory, **options):
-    conversion = plan(open_source(path, HINTS), **options)
+    conversion = prepare(open_source(path, HINTS), **options)
     write(conversion, directory)
     return conversion
 
@@ -60,13 +60,13 @@ def test_there_and_back_bit_for_bit(kind, layout, tmp_path):
     source = write_published(tmp_path, kind, layout, tensors)
     conversion = convert(source, tmp_path / "ours")
     assert conversion.num_parameters == sum(int(np.prod(t.shape)) for t in tensors.values())
-    export = plan_export(tmp_path / "ours", TARGET[layout])
+    export = prepare_export(tmp_path / "ours", TARGET[layout])
     write_export(export, tmp_path / "back")
     back = open_weights(tmp_path / "back")
     same_bits(prefixed(tensors) if layout in kind.prefixed else tensors, back)
     again = open_source(tmp_path / "back", HINTS)  # the folder describes itself
     assert (again.kind, again.layout) == (kind, layout)
-    assert plan(again).config == conversion.config
+    assert prepare(again).config == conversion.config
 
 
 def test_bfloat16_stays_bfloat16_and_a_cast_is_asked_for(tmp_path):
@@ -79,7 +79,7 @@ def test_bfloat16_stays_bfloat16_and_a_cast_is_asked_for(tmp_path):
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(tmp_path / "ours"))} == {
         "bfloat16"
     }
-    write_export(plan_export(tmp_path / "ours", "nvidia"), tmp_path / "back")
+    write_export(prepare_export(tmp_path / "ours", "nvidia"), tmp_path / "back")
     same_bits(prefixed(tensors), open_weights(tmp_path / "back"))
     convert(source, tmp_path / "wide", dtype="float32")
     assert {leaf.dtype.name for leaf in jax.tree.leaves(abstract_params(tmp_path / "wide"))} == {
@@ -154,7 +154,7 @@ def test_released_sizes_are_recognised_without_reading_a_tensor(
     }
     assert len(tensors) == count
     hints = Hints(published=kind.published(config) if layout == "diffusers" else None)
-    conversion = plan(Source(tmp_path, kind, layout, tensors, {}, [], hints))
+    conversion = prepare(Source(tmp_path, kind, layout, tensors, {}, [], hints))
     assert conversion.num_parameters == parameters
     assert conversion.nbytes == 2 * parameters
     if kind is VIDEO:
@@ -186,7 +186,7 @@ def test_adapters_are_merged_as_the_release_fuses_them(tmp_path):
     tensors = lora_tensors()
     source = write_published(tmp_path, VIDEO, "nvidia", tensors)
     convert(source, tmp_path / "ours", alpha=6.0)
-    write_export(plan_export(tmp_path / "ours", "mimic-video"), tmp_path / "fused.pt")
+    write_export(prepare_export(tmp_path / "ours", "mimic-video"), tmp_path / "fused.pt")
     fused = open_weights(tmp_path / "fused.pt")
     name = "blocks.1.cross_attn.k_proj"
     base, a, b = (
@@ -205,7 +205,9 @@ def test_adapters_are_kept_and_given_back(tmp_path):
     kept = convert(source, tmp_path / "kept", alpha=6.0, lora="keep")
     assert kept.config["lora"]["rank"] == 3
     assert "x_embedder" in kept.config["lora"]["targets"]
-    write_export(plan_export(tmp_path / "kept", "mimic-video", lora="keep"), tmp_path / "back.pt")
+    write_export(
+        prepare_export(tmp_path / "kept", "mimic-video", lora="keep"), tmp_path / "back.pt"
+    )
     same_bits(prefixed(tensors), open_weights(tmp_path / "back.pt"))
     convert(source, tmp_path / "merged", alpha=6.0)
     (net, params), (merged_net, merged) = (network_of(tmp_path / n) for n in ("kept", "merged"))
@@ -217,9 +219,9 @@ def test_adapters_are_kept_and_given_back(tmp_path):
 
 
 def test_a_training_run_with_adapters_is_exported_merged(lora_run, tmp_path):
-    write_export(plan_export(lora_run, "nvidia"), tmp_path / "run.pt")
+    write_export(prepare_export(lora_run, "nvidia"), tmp_path / "run.pt")
     convert(tmp_path / "run.pt", tmp_path / "again")
-    write_export(plan_export(lora_run, "mimic-video", lora="keep"), tmp_path / "kept.pt")
+    write_export(prepare_export(lora_run, "mimic-video", lora="keep"), tmp_path / "kept.pt")
     convert(tmp_path / "kept.pt", tmp_path / "merged", alpha=8.0)
     one, other = (leaf_paths(network_of(tmp_path / n)[1]) for n in ("again", "merged"))
     for path, leaf in one.items():
@@ -250,7 +252,7 @@ def test_t5_is_read_under_either_of_its_tied_names_and_without_its_decoder(tmp_p
         )
     ):
         write_pt(tmp_path / f"{number}.bin", given)
-        conversion = plan(open_source(tmp_path / f"{number}.bin", HINTS))
+        conversion = prepare(open_source(tmp_path / f"{number}.bin", HINTS))
         same_bits(tensors, conversion.tensors)
 
 

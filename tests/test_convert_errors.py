@@ -15,7 +15,7 @@ import pytest
 from published import CONFIGS, prefixed, published_shapes, random_tensors, tensor, write_published
 
 from data_pipelines.normalize import released_normalizer
-from mvjax.weights.convert import plan, write
+from mvjax.weights.convert import prepare, write
 from mvjax.weights.files import TorchTensor
 from mvjax.weights.kinds import ACTION, VIDEO, Hints
 from mvjax.weights.pt_files import write_pt
@@ -41,7 +41,7 @@ def convert(command):
 def refused(source: Path, destination: Path) -> str:
     """What converting raises; asserts that nothing is left of it."""
     with pytest.raises((ValueError, OSError)) as error:
-        write(plan(open_source(source, HINTS)), destination)
+        write(prepare(open_source(source, HINTS)), destination)
     assert not destination.exists() and not any(destination.parent.iterdir())
     return str(error.value)
 
@@ -142,7 +142,7 @@ def test_a_destination_that_holds_something_is_left_alone(folders):
     (out / "mine").mkdir()
     (out / "mine" / "notes").write_text("keep")
     with pytest.raises(FileExistsError, match="holds something already"):
-        write(plan(open_source(source, HINTS)), out / "mine")
+        write(prepare(open_source(source, HINTS)), out / "mine")
     assert (out / "mine" / "notes").read_text() == "keep"
 
 
@@ -166,7 +166,7 @@ def test_a_killed_conversion_can_be_repeated(folders):
     source = write_published(here, ACTION, "mimic-video", random_tensors(ACTION, "mimic-video"))
     left = out / "x" / "checkpoints" / "0.orbax-checkpoint-tmp" / "state"
     left.mkdir(parents=True)  # what SIGKILL leaves
-    write(plan(open_source(source, HINTS)), out / "x")
+    write(prepare(open_source(source, HINTS)), out / "x")
     assert [p.name for p in (out / "x" / "checkpoints").iterdir()] == ["0"]
 
 

@@ -7,7 +7,7 @@ import pytest
 from published import CONFIGS, NO_LORA, prefixed, random_tensors
 
 from launch.benchmarks.verify_weights import verify
-from mvjax.weights.convert import plan, plan_export, write, write_export
+from mvjax.weights.convert import prepare, prepare_export, write, write_export
 from mvjax.weights.kinds import TEXT, VAE, VIDEO, Hints
 from mvjax.weights.names import video_dit, with_adapters
 from mvjax.weights.pt_files import write_pt
@@ -58,10 +58,10 @@ def random_model(kind, config):
 def test_a_saved_model_computes_the_same_and_loads_back(kind, config, tmp_path):
     model = random_model(kind, config)
     model.save_pretrained(tmp_path / "theirs")
-    conversion = plan(open_source(tmp_path / "theirs", Hints(precision="float32")))
+    conversion = prepare(open_source(tmp_path / "theirs", Hints(precision="float32")))
     write(conversion, tmp_path / "ours")
     assert "verified against PyTorch" in verify(conversion, tmp_path / "ours")
-    write_export(plan_export(tmp_path / "ours", "diffusers"), tmp_path / "back")
+    write_export(prepare_export(tmp_path / "ours", "diffusers"), tmp_path / "back")
     back = CLASSES[kind.stage]().from_pretrained(tmp_path / "back")
     state, again = model.state_dict(), back.state_dict()
     assert state.keys() == again.keys()
@@ -73,12 +73,12 @@ def test_an_nvidia_file_is_what_torch_loads_and_back(kind, tmp_path):
     model = random_model(kind, CONFIGS[kind.stage])
     model.save_pretrained(tmp_path / "theirs")
     hints = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")
-    write(plan(open_source(tmp_path / "theirs", hints)), tmp_path / "ours")
-    write_export(plan_export(tmp_path / "ours", "nvidia"), tmp_path / "model.pt")
+    write(prepare(open_source(tmp_path / "theirs", hints)), tmp_path / "ours")
+    write_export(prepare_export(tmp_path / "ours", "nvidia"), tmp_path / "model.pt")
     loaded = torch.load(tmp_path / "model.pt", weights_only=True)
     assert all(name.startswith("net.") for name in loaded) == (kind is VIDEO)
     torch.save(loaded, tmp_path / "saved.pt")  # by torch itself
-    conversion = plan(open_source(tmp_path / "saved.pt", hints))
+    conversion = prepare(open_source(tmp_path / "saved.pt", hints))
     write(conversion, tmp_path / "again")
     assert "verified against PyTorch" in verify(conversion, tmp_path / "again")
 
@@ -87,8 +87,8 @@ def test_half_precision_comes_back_bit_for_bit(tmp_path):
     model = random_model(VIDEO, CONFIGS["video"]).to(torch.bfloat16)
     model.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")  # a sharded index
     assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
-    write(plan(open_source(tmp_path / "theirs", Hints())), tmp_path / "ours")
-    write_export(plan_export(tmp_path / "ours", "diffusers"), tmp_path / "back")
+    write(prepare(open_source(tmp_path / "theirs", Hints())), tmp_path / "ours")
+    write_export(prepare_export(tmp_path / "ours", "diffusers"), tmp_path / "back")
     back = CLASSES["video"]().from_pretrained(tmp_path / "back", torch_dtype=torch.bfloat16)
     for name, value in model.state_dict().items():
         assert back.state_dict()[name].dtype == torch.bfloat16
@@ -104,14 +104,14 @@ def test_verify_compares_what_was_converted(tmp_path):
     }
     write_pt(tmp_path / "both.pt", prefixed(net) | wrapped)
     hints = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")
-    conversion = plan(open_source(tmp_path / "both.pt", hints, ema=True), dtype="bfloat16")
+    conversion = prepare(open_source(tmp_path / "both.pt", hints, ema=True), dtype="bfloat16")
     write(conversion, tmp_path / "ours")
     assert "verified against PyTorch" in verify(conversion, tmp_path / "ours")
 
 
 def test_verify_notices_a_difference(tmp_path):
     random_model(VAE, CONFIGS["vae"]).save_pretrained(tmp_path / "theirs")
-    conversion = plan(open_source(tmp_path / "theirs", Hints(precision="float32")))
+    conversion = prepare(open_source(tmp_path / "theirs", Hints(precision="float32")))
     write(conversion, tmp_path / "ours")
     (chunk,) = (
         p for p in (tmp_path / "ours").rglob("params.quant_conv.bias/*") if p.name[0].isdigit()
@@ -156,6 +156,6 @@ def test_t5_bins_of_torch_are_read(tmp_path):
     torch.save(state, tmp_path / "t5" / "pytorch_model.bin")
     model.config.save_pretrained(tmp_path / "t5")
     assert "lm_head.weight" in open_weights(tmp_path / "t5")
-    conversion = plan(open_source(tmp_path / "t5", Hints(precision="float32")))
+    conversion = prepare(open_source(tmp_path / "t5", Hints(precision="float32")))
     write(conversion, tmp_path / "ours")
     assert "verified against PyTorch" in verify(conversion, tmp_path / "ours")

@@ -27,7 +27,7 @@ from mvjax.policy.generate import (
     read_embedding,
 )
 from mvjax.policy.load import load_video_tokenizer
-from mvjax.weights.convert import plan, write
+from mvjax.weights.convert import prepare, write
 from mvjax.weights.kinds import VAE, VIDEO, Hints
 from mvjax.weights.source import open_source
 
@@ -211,7 +211,7 @@ def converted(tmp_path_factory):
     for kind, name in ((VIDEO, "dit"), (VAE, "vae")):
         path = write_published(folder, kind, "nvidia", random_tensors(kind, "nvidia"))
         hints = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")
-        write(plan(open_source(path, hints)), folder / name)
+        write(prepare(open_source(path, hints)), folder / name)
     np.save(folder / "text.npy", np.random.default_rng(0).normal(size=(1, 3, 64)))
     Image.fromarray(observed(1, 60, 60)[0]).save(folder / "start.png")
     return {

@@ -264,7 +264,7 @@ def compare_weights(conversion: Conversion, state: State, params: Any) -> None:
     leaves, different = leaf_paths(params), []
     for path, parameter in _parameters(conversion).items():
         leaf = leaves[path.replace(".", "/")]
-        pieces = leaf if parameter.stacked else leaf[None]
+        pieces = leaf if parameter.rule.stacked else leaf[None]
         different += [
             name
             for name, piece in zip(parameter.names, pieces)

@@ -1,10 +1,17 @@
-"""From published weights to a checkpoint of ours, one tensor at a time."""
+"""Converting weights, one tensor at a time: published files into checkpoints of ours, and back.
+
+conversion = prepare(open_source(path, hints))      # everything that does not fit is said here
+write(conversion, directory)
+
+export = prepare_export(directory, "diffusers")
+write_export(export, destination)
+"""
 
 import dataclasses
 import json
 import shutil
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,23 +21,25 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
+from data_pipelines.atomic import replacing
+from mvjax.models.layers import LoRA, merge_lora
 from mvjax.models.network import Params
 from mvjax.models.t5 import FILES as TOKENIZER_FILES
 from mvjax.training.bridge import read_meta
 from mvjax.training.checkpoint import check_match, leaf_paths, library_versions
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
-from mvjax.weights.kinds import Config, Kind, with_adapters_config
+from mvjax.weights.kinds import KINDS, Config, Kind, with_adapters_config
 from mvjax.weights.match import Parameter, check_shapes, collapse, match
 from mvjax.weights.names import Layout, Rule, has_adapters, merge_adapters
 from mvjax.weights.pt_files import write_pt
 from mvjax.weights.safetensors_files import write_safetensors_folder
-from mvjax.weights.source import KINDS, Source
+from mvjax.weights.source import Source
 from mvjax.weights.streaming import ParameterReader, StreamedArray, write_streamed
 
 _FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16))
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Conversion:
     """What converting will write.
 
@@ -51,7 +60,7 @@ class Conversion:
     nbytes: int
 
 
-def plan(
+def prepare(
     source: Source, *, lora: str = "merge", alpha: float = 32.0, dtype: str = ""
 ) -> Conversion:
     """Works out a conversion from names and shapes; nothing is read but the file's directory.
@@ -65,15 +74,13 @@ def plan(
     Raises:
         WeightsError: names every tensor that is missing, unknown or of a wrong shape or type.
     """
-    kind, tensors, config = source.kind, source.tensors, None
-    if has_adapters(tensors):
-        merged = merge_adapters(tensors, alpha)
-        config = kind.infer(source.layout, merged, source.hints)
-        if lora == "keep":
-            config = with_adapters_config(config, tensors, alpha)
-        else:
-            tensors = merged
-    config = config or kind.infer(source.layout, tensors, source.hints)
+    kind, tensors, adapted = source.kind, source.tensors, has_adapters(source.tensors)
+    merged = merge_adapters(tensors, alpha) if adapted else tensors
+    config = kind.infer(source.layout, merged, source.hints)
+    if adapted and lora == "keep":
+        config = with_adapters_config(config, tensors, alpha)
+    else:
+        tensors = merged
     found = match(tensors, kind.rules(source.layout, config))
     network = kind.network(config)
     check_shapes(found, network.abstract)
@@ -95,7 +102,7 @@ def write(
     """Writes the checkpoint, all of it or nothing.
 
     Args:
-        conversion: from `plan`.
+        conversion: from `prepare`.
         directory: the new training directory.
         wrote: called with the number of bytes after every tensor.
 
@@ -121,7 +128,7 @@ def write(
             shutil.copyfile(source.path / name, directory / name)
 
 
-def _check_floats(parameters) -> None:
+def _check_floats(parameters: Iterable[Parameter]) -> None:
     strange = [
         f"{name} is {tensor.dtype}"
         for parameter in parameters
@@ -138,35 +145,33 @@ def _check_floats(parameters) -> None:
 def _streamed(parameter: Parameter, dtype: str) -> StreamedArray:
     kinds = {tensor.dtype for tensor in parameter.tensors}
     if dtype or len(kinds) > 1 or kinds == {np.dtype(np.float64)}:
-        kept = np.dtype(getattr(ml_dtypes, dtype) if dtype == "bfloat16" else dtype or np.float32)
+        kept = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype or np.float32)
     else:
         kept = kinds.pop()
-    layout = parameter.rule.layout
+    rule = parameter.rule
     pieces = tuple(
-        partial(_piece, name, tensor, layout, kept)
+        partial(_piece, name, tensor, rule.layout, kept)
         for name, tensor in zip(parameter.names, parameter.tensors)
     )
-    blocks = (len(pieces),) if parameter.stacked else ()
-    return StreamedArray((*blocks, *parameter.shape), kept, pieces, parameter.stacked)
+    blocks = (len(pieces),) if rule.stacked else ()
+    return StreamedArray((*blocks, *parameter.shape), kept, pieces, rule.stacked)
 
 
 def _piece(name: str, tensor: TorchTensor, layout: Layout, dtype: np.dtype) -> np.ndarray:
     array = tensor.read()
-    if count := _not_finite(array):
+    if array.dtype == ml_dtypes.bfloat16:  # on the bits: NumPy's own test is ten times slower
+        strange = np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80)
+    else:
+        strange = array.size - np.count_nonzero(np.isfinite(array))
+    if strange:
         raise WeightsError(
-            f"{name} holds {count} values that are not finite (NaN or infinity); take another "
+            f"{name} holds {strange} values that are not finite (NaN or infinity); take another "
             "checkpoint of that training."
         )
-    return contiguous(layout.to_ours(array)).astype(dtype, copy=False)
+    return _contiguous(layout.to_ours(array)).astype(dtype, copy=False)
 
 
-def _not_finite(array: np.ndarray) -> int:
-    if array.dtype == ml_dtypes.bfloat16:  # on the bits: NumPy's own test is ten times slower
-        return int(np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80))
-    return int(array.size - np.count_nonzero(np.isfinite(array)))
-
-
-def contiguous(array: np.ndarray) -> np.ndarray:
+def _contiguous(array: np.ndarray) -> np.ndarray:
     """As `np.ascontiguousarray`; matrices are transposed strip by strip, seven times as fast."""
     if array.ndim != 2 or array.flags.c_contiguous:
         return np.ascontiguousarray(array)
@@ -176,7 +181,7 @@ def contiguous(array: np.ndarray) -> np.ndarray:
     return out
 
 
-# From a checkpoint of ours to the files that PyTorch programs load, one tensor at a time.
+# --- From a checkpoint of ours to the files that PyTorch programs load ---
 
 
 Read = Callable[[str, int | None], np.ndarray]  # a parameter, or one block of a stacked one
@@ -207,7 +212,7 @@ class Export:
         return self.layout == "diffusers"
 
 
-def plan_export(directory: Path, target: str, *, lora: str = "merge", dtype: str = "") -> Export:
+def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: str = "") -> Export:
     """Works out an export; the arrays are read when they are written.
 
     Moving averages are taken where the run has them, as the policy does.
@@ -234,16 +239,17 @@ def plan_export(directory: Path, target: str, *, lora: str = "merge", dtype: str
     reader = ParameterReader(directory)
     stored = leaf_paths(reader.tree)
     check_match(stored, leaf_paths(kind.network(config).abstract), directory)
-    read = _merging(reader, config) if lora == "merge" else reader.read
+    read = partial(_read_merged, reader, stored, config) if lora == "merge" else reader.read
     if lora == "merge" and "lora" in config:
         config = {**config, "lora": {"rank": 0, "alpha": 0.0, "targets": []}}
     elif layout == "diffusers" and config.get("lora", {}).get("rank"):
         raise WeightsError("diffusers folders hold no adapters of ours; use --lora=merge.")
     prefix = "net." if layout in kind.prefixed else ""
-    tensors = {}
-    for rule in kind.rules(layout, config):
-        for name, tensor in _tensors(rule, stored, read, dtype).items():
-            tensors[prefix + name] = tensor
+    tensors = {
+        prefix + name: tensor
+        for rule in kind.rules(layout, config)
+        for name, tensor in _tensors(rule, stored, read, dtype).items()
+    }
     files = tuple(p for name in TOKENIZER_FILES if (p := directory / name).is_file())
     return Export(kind, layout, config, tensors, files)
 
@@ -254,7 +260,7 @@ def write_export(
     """Writes a file, or a folder with its `config.json`; all of it or nothing.
 
     Args:
-        export: from `plan_export`.
+        export: from `prepare_export`.
         destination: the new file or folder.
         wrote: called with the number of bytes after every tensor.
 
@@ -269,19 +275,13 @@ def write_export(
     if not export.folder:
         write_pt(destination, tensors)
         return
-    partial_folder = destination.with_name(destination.name + ".partial")
-    shutil.rmtree(partial_folder, ignore_errors=True)  # of a killed export
-    try:
-        partial_folder.mkdir(parents=True)
+    with replacing(destination) as folder:
         stem = "model" if export.kind.stage == "text" else "diffusion_pytorch_model"
-        write_safetensors_folder(partial_folder, tensors, stem=stem)
+        write_safetensors_folder(folder, tensors, stem=stem)
         described = json.dumps(export.kind.published(export.config), indent=2) + "\n"
-        (partial_folder / "config.json").write_text(described)
+        (folder / "config.json").write_text(described)
         for path in export.tokenizer_files:
-            shutil.copyfile(path, partial_folder / path.name)
-        partial_folder.replace(destination)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
+            shutil.copyfile(path, folder / path.name)
 
 
 def _counted(tensor: TorchTensor, wrote: Callable[[int], None]) -> TorchTensor:
@@ -293,44 +293,37 @@ def _counted(tensor: TorchTensor, wrote: Callable[[int], None]) -> TorchTensor:
     return dataclasses.replace(tensor, read=read)
 
 
-def _merging(reader: ParameterReader, config: Config) -> Read:
-    """Reads parameters, with adapters added to the kernels that have them."""
-    lora = config.get("lora", {})
-    adapted = {path for path in leaf_paths(reader.tree) if path.endswith("/lora_a")}
-
-    def read(path: str, block: int | None) -> np.ndarray:
-        array = reader.read(path, block)
-        layer, _, leaf = path.rpartition("/")
-        if leaf == "kernel" and f"{layer}/lora_a" in adapted:
-            a, b = (reader.read(f"{layer}/{part}", block) for part in ("lora_a", "lora_b"))
-            scale = lora["alpha"] / lora["rank"]
-            array = (array + scale * (a.astype(np.float32) @ b)).astype(array.dtype)
+def _read_merged(
+    reader: ParameterReader, stored: Mapping[str, Any], config: Config, path: str, block: int | None
+) -> np.ndarray:
+    """As `ParameterReader.read`, with adapters added to the kernels that have them."""
+    array = reader.read(path, block)
+    layer, _, leaf = path.rpartition("/")
+    if leaf != "kernel" or f"{layer}/lora_a" not in stored:
         return array
+    a, b = (reader.read(f"{layer}/{part}", block) for part in ("lora_a", "lora_b"))
+    adapters = {"lora_a": a.astype(np.float32), "lora_b": b}
+    lora = LoRA(config["lora"]["rank"], config["lora"]["alpha"], ())
+    return merge_lora({"kernel": array, **adapters}, lora)["kernel"].astype(array.dtype)
 
-    return read
 
-
-def _tensors(rule: Rule, leaves: Mapping[str, Any], read: Read, dtype: str) -> Tensors:
+def _tensors(rule: Rule, stored: Mapping[str, Any], read: Read, dtype: str) -> Tensors:
     path = rule.ours.replace(".", "/")
-    stored = leaves[path]
-    kept = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype or stored.dtype)
-    stacked = "{i}" in rule.torch
-    shape = rule.layout.torch_shape(stored.shape[1:] if stacked else stored.shape)
+    shape, kept = stored[path].shape, stored[path].dtype
+    kept = np.dtype(ml_dtypes.bfloat16 if dtype == "bfloat16" else dtype or kept)
 
     def read_tensor(block: int | None) -> np.ndarray:
-        return contiguous(rule.layout.to_torch(read(path, block)).astype(kept, copy=False))
+        return _contiguous(rule.layout.to_torch(read(path, block)).astype(kept, copy=False))
 
-    blocks = range(stored.shape[0]) if stacked else (None,)
-    return {
-        rule.torch.replace("{i}", str(i)): TorchTensor(shape, kept, partial(read_tensor, i))
-        for i in blocks
-    }
+    blocks = range(shape[0]) if rule.stacked else (None,)
+    shape = rule.layout.torch_shape(shape[1:] if rule.stacked else shape)
+    return {rule.name(i): TorchTensor(shape, kept, partial(read_tensor, i)) for i in blocks}
 
 
-# What a conversion will do, in words for the person who asked for it.
+# --- What will be done, for the person who asked for it ---
 
 
-SHOWN = 8  # names of dropped entries
+_SHOWN = 8  # names of dropped entries
 # Sections that a training run has; what is left describes its network.
 _OF_A_RUN = {"recording", "evaluation", "study", "datasets", "sampler", "mesh", "rules"}
 _OF_A_RUN |= {"optimizer", "training", "flow", "backbone"}
@@ -347,23 +340,17 @@ def describe_conversion(conversion: Conversion, destination: Path) -> str:
     ]
     if source.dropped:
         names = collapse(source.dropped)
-        more = f" and {len(names) - SHOWN} other names" if len(names) > SHOWN else ""
-        lines.insert(2, f"not converted: {', '.join(names[:SHOWN])}{more}")
+        more = f" and {len(names) - _SHOWN} other names" if len(names) > _SHOWN else ""
+        lines.insert(2, f"not converted: {', '.join(names[:_SHOWN])}{more}")
     return "\n".join(lines)
 
 
 def describe_export(export: Export, source: Path, destination: Path) -> str:
     """What is read and what is written."""
     size = sum(tensor.nbytes for tensor in export.tensors.values())
-    form = "folder" if export.folder else "file"
-    return "\n".join(
-        [
-            f"{source}: {export.kind.title}",
-            *_settings(export.config),
-            f"into the {form} {destination} ({export.layout} names): "
-            f"{_count_tensors(export.tensors)}, {size / 1e9:.2f} GB",
-        ]
-    )
+    written = f"{'folder' if export.folder else 'file'} {destination} ({export.layout} names)"
+    counted = f"into the {written}: {_count_tensors(export.tensors)}, {size / 1e9:.2f} GB"
+    return "\n".join([f"{source}: {export.kind.title}", *_settings(export.config), counted])
 
 
 def _count_tensors(tensors: Tensors) -> str:

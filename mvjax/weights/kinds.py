@@ -1,12 +1,15 @@
-"""What the converter has to know about a network; one instance per kind of network."""
+"""What the converter has to know about a network; one instance per kind of network.
+
+VIDEO is the video DiT, ACTION the action decoder, VAE the Wan VAE and TEXT the T5 encoder.
+"""
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from data_pipelines.clip import PATCH
+from data_pipelines.clip import CHANNELS, PATCH
 from mvjax.experiment import Experiment
 from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
 from mvjax.models.network import Network
@@ -14,11 +17,14 @@ from mvjax.models.presets import (
     VIDEO_DITS,
     decoder_network,
     decoder_section,
+    text_network,
+    vae_config,
+    vae_network,
     video_section,
 )
-from mvjax.models.t5 import T5Encoder, T5EncoderConfig
+from mvjax.models.t5 import T5EncoderConfig
 from mvjax.models.video_dit import VideoDiTConfig
-from mvjax.models.wan_vae import WanVAE, WanVAEConfig
+from mvjax.models.wan_vae import WanVAEConfig
 from mvjax.weights.files import Tensors, WeightsError
 from mvjax.weights.match import match
 from mvjax.weights.names import (
@@ -58,7 +64,6 @@ class Hints:
     published: Mapping[str, Any] | None = None
 
 
-@dataclass(frozen=True)
 class Kind:
     """A kind of network, in every layout it is published in.
 
@@ -69,347 +74,121 @@ class Kind:
         prefixed: layouts whose names start with "net." (and "net_ema." for the moving average).
         dropped: pattern of names that hold nothing of the network.
         aliases: name -> the name under which the same tensor is known here.
-        infer: (layout, tensors, hints) -> configuration, from names and shapes.
-        rules: (layout, configuration) -> the table of names.
-        network: configuration -> the network.
         exports: for whom it can be written -> the layout.
-        published: configuration -> `config.json` of the layout "diffusers".
     """
 
     stage: str
     title: str
-    signatures: Mapping[str, str]
-    prefixed: tuple[str, ...]
-    dropped: str
-    aliases: Mapping[str, str]
-    infer: Callable[[str, Tensors, Hints], Config]
-    rules: Callable[[str, Config], Rules]
-    network: Callable[[Config], Network]
-    exports: Mapping[str, str]
-    published: Callable[[Config], Config] | None
+    signatures: ClassVar[Mapping[str, str]]
+    prefixed: tuple[str, ...] = ()
+    dropped: str = r"^$"
+    aliases: ClassVar[Mapping[str, str]] = {}
+    exports: ClassVar[Mapping[str, str]]
+
+    def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
+        """The configuration, from names and shapes; raises WeightsError if they do not tell."""
+        raise NotImplementedError
+
+    def rules(self, layout: str, config: Config) -> Rules:
+        """The table of names."""
+        raise NotImplementedError
+
+    def network(self, config: Config) -> Network:
+        """The network without weights."""
+        raise NotImplementedError
+
+    def published(self, config: Config) -> Config:
+        """The `config.json` of the layout "diffusers", where the kind has that layout."""
+        raise NotImplementedError
 
 
-# The action decoder of mimic-video.
+# State of Transformer Engine, counters and buffers in files of NVIDIA and mimic-video.
+_NO_WEIGHTS = r"(^|\.)_extra_state$|^accum_|^pos_embedder\."
 
 
-def _action_infer(layout: str, tensors: Tensors, hints: Hints) -> Config:
-    depths = (_depth(tensors, name) for name in ("obs_embedder", "action_embedder"))
-    found = match(tensors, action_decoder(*depths))
-    _, positions, width = found.shape("position")
-    p = hints.proprio_horizon
-    if not 1 <= p < positions:
-        raise WeightsError(
-            f"the decoder has {positions} positions, of which --proprio_horizon={p} cannot be "
-            "proprioception; use a number from 1 (the releases) to less than that."
-        )
-    decoder = ActionDecoderConfig(
-        width=width,
-        num_blocks=found.blocks,
-        num_heads=width // found.shape("blocks.self_attn.q_norm.scale")[0],
-        context_dim=found.shape("context_norm.scale")[0],
-        adaln_rank=found.shape("blocks.adaln_mlp.down.kernel")[1],
-        time_rank=found.shape("t_embedding_norm.scale")[0],
-        action_dim=found.shape("final_layer.linear.kernel")[1],
-        action_horizon=positions - p,
-        proprio_dim=found.shape("proprio_embedder.layer0.kernel")[0],
-        proprio_horizon=p,
-        mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
-        precision=hints.precision,
-    )
-    return {
-        "video_model": {"width": decoder.context_dim},
-        "policy_io": {
-            "action": {"horizon": decoder.action_horizon, "dim": decoder.action_dim},
-            "proprio": {"horizon": p, "dim": decoder.proprio_dim},
-        },
-        "decoder": decoder_section(decoder),
+class _Video(Kind):
+    """Cosmos-Predict2 and 2.5, and the fine-tuned backbones of mimic-video."""
+
+    stage, title = "video", "video DiT"
+    signatures: ClassVar = {
+        "nvidia": r"^x_embedder\.|^t_embedder\.1\.",
+        "diffusers": r"^transformer_blocks\.|^patch_embed\.proj\.",
     }
+    prefixed, dropped = ("nvidia",), _NO_WEIGHTS
+    exports: ClassVar = {"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"}
+    _tables: ClassVar = {"nvidia": video_dit, "diffusers": video_dit_diffusers}
 
-
-def _depth(tensors: Tensors, embedder: str) -> int:
-    """Linear layers of an embedder; at least one, which is then said to be missing."""
-    weights = [n for n in tensors if n.startswith(embedder) and n.endswith(".weight")]
-    return max(len(weights), 1)
-
-
-def _decoder(config: Config) -> ActionDecoderConfig:
-    action, proprio = config["policy_io"]["action"], config["policy_io"]["proprio"]
-    return ActionDecoderConfig(
-        **config["decoder"],
-        context_dim=config["video_model"]["width"],
-        action_dim=action["dim"],
-        action_horizon=action["horizon"],
-        proprio_dim=proprio["dim"],
-        proprio_horizon=proprio["horizon"],
-    )
-
-
-def _action_rules(layout: str, config: Config) -> Rules:
-    decoder = _decoder(config)
-    return action_decoder(
-        *(
-            len(embedder_widths(dim, decoder.width)) - 1
-            for dim in (decoder.proprio_dim, decoder.action_dim)
+    def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
+        projected = "crossattn_proj.0.weight" in tensors
+        found = match(tensors, self._tables[layout](projected))
+        features, width = found.shape("x_embedder.kernel")
+        masks = 2  # condition and padding mask, beside the latents
+        if features != (CHANNELS + masks) * PATCH**2:
+            raise WeightsError(
+                f"the patch embedding reads {features} features per patch; a video model of "
+                f"{CHANNELS} latent channels, a condition mask and a padding mask reads "
+                f"{(CHANNELS + masks) * PATCH**2}. Text-to-image models have no condition mask "
+                "and cannot be converted."
+            )
+        sizes = dict(
+            width=width,
+            num_blocks=found.blocks,
+            num_heads=width // found.shape("blocks.self_attn.q_norm.scale")[0],
+            text_dim=found.shape("blocks.cross_attn.k_proj.kernel")[0],
+            adaln_rank=found.shape("blocks.adaln_mlp.down.kernel")[1],
+            mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
+            text_projection_dim=found.shape("text_projection.kernel")[0] if projected else 0,
         )
-    )
-
-
-def _action_network(config: Config) -> Network:
-    return decoder_network(_decoder(config))
-
-
-ACTION = Kind(
-    stage="action",
-    title="action decoder",
-    signatures={"mimic-video": r"^t_embedder\.pair\.|^obs_embedder\."},
-    prefixed=("mimic-video",),
-    dropped=r"(^|\.)_extra_state$|^accum_|^pos_embedder\.",
-    aliases={},
-    infer=_action_infer,
-    rules=_action_rules,
-    network=_action_network,
-    exports={"mimic-video": "mimic-video"},
-    published=None,
-)
-
-
-# T5's encoder, text encoder of Cosmos-Predict2, in the layout of Hugging Face.
-
-
-def _text_infer(layout: str, tensors: Tensors, hints: Hints) -> Config:
-    published = hints.published or {}
-    activation = published.get("feed_forward_proj", "relu")
-    if activation != "relu":
-        raise WeightsError(
-            f"this T5 has feed_forward_proj={activation!r}; the encoder of Cosmos-Predict2 "
-            "(t5-11b) has 'relu', and no other is known here."
+        # The tensors cannot tell the rotary ratios.
+        released = (
+            preset.rope_ratio_thw
+            for preset in VIDEO_DITS.values()
+            if all(getattr(preset, name) == value for name, value in sizes.items())
         )
-    found = match(tensors, T5)
-    vocab_size, width = found.shape("token_embedding")
-    buckets, heads = found.shape("relative_bias")
-    encoder = T5EncoderConfig(
-        vocab_size=vocab_size,
-        width=width,
-        num_blocks=found.blocks,
-        num_heads=heads,
-        head_dim=found.shape("blocks.q_proj.kernel")[1] // heads,
-        mlp_dim=found.shape("blocks.layer1.kernel")[1],
-        relative_buckets=buckets,
-        max_distance=published.get("relative_attention_max_distance", 128),
-        precision=hints.precision,
-    )
-    return {"text": {"dim": width}, "text_encoder": dataclasses.asdict(encoder)}
+        said = hints.rope_ratio_thw or tuple((hints.published or {}).get("rope_scale", ()))
+        ratios = said or next(released, None)
+        if ratios is None:
+            raise WeightsError(
+                f"a video DiT of width {width} with {found.blocks} blocks is no released size, "
+                "and its weights do not tell the rotary extrapolation ratios; give "
+                "--rope_ratio_thw, e.g. 1,3,3 (as Cosmos-Predict2 2B)."
+            )
+        model = VideoDiTConfig(**sizes, rope_ratio_thw=ratios, precision=hints.precision)
+        return video_sections(model)
 
+    def rules(self, layout: str, config: Config) -> Rules:
+        rules = self._tables[layout](bool(config["video_model"].get("text_projection_dim")))
+        lora = config["lora"]
+        return with_adapters(rules, tuple(lora["targets"])) if lora["rank"] else rules
 
-def _text_rules(layout: str, config: Config) -> Rules:
-    return T5
+    def network(self, config: Config) -> Network:
+        return Experiment.from_config(config).video_network
 
-
-def _text_network(config: Config) -> Network:
-    sizes = T5EncoderConfig(**config["text_encoder"])
-    return Network(lambda key: T5Encoder(sizes, key))
-
-
-def _text_published(config: Config) -> Config:
-    sizes = T5EncoderConfig(**config["text_encoder"])
-    return {
-        "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
-        "vocab_size": sizes.vocab_size,
-        "d_model": sizes.width,
-        "num_layers": sizes.num_blocks,
-        "num_heads": sizes.num_heads,
-        "d_kv": sizes.head_dim,
-        "d_ff": sizes.mlp_dim,
-        "relative_attention_num_buckets": sizes.relative_buckets,
-        "relative_attention_max_distance": sizes.max_distance,
-        "feed_forward_proj": "relu",
-        "layer_norm_epsilon": 1e-6,
-        "is_encoder_decoder": False,
-        "pad_token_id": 0,
-        "eos_token_id": 1,
-    }
-
-
-TEXT = Kind(
-    stage="text",
-    title="T5 encoder",
-    signatures={"diffusers": r"^encoder\.block\.|^shared\."},
-    prefixed=(),
-    dropped="|".join("^" + prefix.replace(".", r"\.") for prefix in IGNORED),
-    aliases=TIED,
-    infer=_text_infer,
-    rules=_text_rules,
-    network=_text_network,
-    exports=dict.fromkeys(("nvidia", "mimic-video", "diffusers"), "diffusers"),
-    published=_text_published,
-)
-
-
-# The Wan 2.1 VAE, tokenizer of Cosmos-Predict2.
-
-
-# Latent frames at a time: 16 frames, as the release streams them. Decoding 61 frames of 480x640
-# takes a third of the memory that the whole clip would.
-CHUNK = 4
-_VAE_TABLES = {"nvidia": wan_vae, "diffusers": wan_vae_diffusers}
-# diffusers' names of what the configuration holds.
-_DIFFUSERS = {
-    "dim": "base_dim",
-    "channel_multipliers": "dim_mult",
-    "num_res_blocks": "num_res_blocks",
-    "latent_channels": "z_dim",
-    "temporal_downsample": "temperal_downsample",
-    "latent_mean": "latents_mean",
-    "latent_std": "latents_std",
-}
-
-
-def _vae_infer(layout: str, tensors: Tensors, hints: Hints) -> Config:
-    sizes = _from_config(hints) if layout == "diffusers" else _from_names(tensors)
-    config = WanVAEConfig(**sizes, precision=hints.precision, chunk=CHUNK)
-    return {"tokenizer": dataclasses.asdict(config)}
-
-
-def _from_config(hints: Hints) -> dict:
-    published = hints.published or {}
-    absent = [name for name in _DIFFUSERS.values() if name not in published]
-    if absent:
-        problem = f"which lacks {', '.join(absent)}" if published else "which is not there"
-        raise WeightsError(
-            f"a diffusers VAE is described by the config.json beside its weights, {problem}; copy "
-            "the whole folder."
-        )
-    return {
-        ours: tuple(published[name]) if isinstance(published[name], list) else published[name]
-        for ours, name in _DIFFUSERS.items()
-    }
-
-
-def _from_names(tensors: Tensors) -> dict:
-    """Sizes from the encoder's list of residual blocks and downsamplings."""
-    blocks: dict[int, set[str]] = {}
-    for name in tensors:
-        if found := re.match(r"encoder\.downsamples\.(\d+)\.(.*)", name):
-            blocks.setdefault(int(found[1]), set()).add(found[2])
-    levels, temporal = [[]], []
-    for index in sorted(blocks):
-        if "resample.1.weight" in blocks[index]:
-            levels.append([])
-            temporal.append("time_conv.weight" in blocks[index])
-        else:
-            levels[-1].append(_channels(tensors, f"encoder.downsamples.{index}.residual.2.weight"))
-    dim = _channels(tensors, "encoder.conv1.weight")
-    if not all(levels):
-        raise WeightsError(f"the encoder's blocks {sorted(blocks)} are incomplete.")
-    return {
-        "dim": dim,
-        "channel_multipliers": tuple(level[-1] // dim for level in levels),
-        "num_res_blocks": len(levels[0]),
-        "latent_channels": _channels(tensors, "conv2.weight"),
-        "temporal_downsample": tuple(temporal),
-    }
-
-
-def _channels(tensors: Tensors, name: str) -> int:
-    if name not in tensors:
-        raise WeightsError(f"the tensor {name}, which tells the sizes of the VAE, is missing.")
-    return tensors[name].shape[0]
-
-
-def _config(config: Config) -> WanVAEConfig:
-    return WanVAEConfig(**{name: _tuple(value) for name, value in config["tokenizer"].items()})
-
-
-def _tuple(value: object) -> object:
-    return tuple(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
-
-
-def _plain(value: object) -> object:
-    return list(value) if isinstance(value, tuple) else value
-
-
-def _vae_rules(layout: str, config: Config) -> Rules:
-    return _VAE_TABLES[layout](_config(config))
-
-
-def _vae_network(config: Config) -> Network:
-    sizes = _config(config)
-    return Network(lambda key: WanVAE(sizes, key))
-
-
-def _vae_published(config: Config) -> Config:
-    sizes = _config(config)
-    fields = {theirs: _plain(getattr(sizes, ours)) for ours, theirs in _DIFFUSERS.items()}
-    return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0, **fields}
-
-
-VAE = Kind(
-    stage="vae",
-    title="Wan VAE",
-    signatures={
-        "nvidia": r"^encoder\.downsamples\.",
-        "diffusers": r"^encoder\.down_blocks\.",
-    },
-    prefixed=(),
-    dropped=r"^$",
-    aliases={},
-    infer=_vae_infer,
-    rules=_vae_rules,
-    network=_vae_network,
-    exports={"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"},
-    published=_vae_published,
-)
-
-
-# The video DiT: Cosmos-Predict2 and 2.5, and the fine-tuned backbones of mimic-video.
-
-
-_VIDEO_TABLES = {"nvidia": video_dit, "diffusers": video_dit_diffusers}
-_MASKS = 2  # condition and padding mask, beside the latents
-_PROJECTION = "crossattn_proj.0.weight"
-
-
-def _video_infer(layout: str, tensors: Tensors, hints: Hints) -> Config:
-    projected = _PROJECTION in tensors
-    found = match(tensors, _VIDEO_TABLES[layout](projected))
-    features, width = found.shape("x_embedder.kernel")
-    channels = features // PATCH**2 - _MASKS
-    if channels != 16:
-        raise WeightsError(
-            f"the patch embedding reads {features} features per patch; a video model of 16 latent "
-            "channels, a condition mask and a padding mask reads 72. Text-to-image models have no "
-            "condition mask and cannot be converted."
-        )
-    text_dim, _ = found.shape("blocks.cross_attn.k_proj.kernel")
-    sizes = dict(
-        width=width,
-        num_blocks=found.blocks,
-        num_heads=width // found.shape("blocks.self_attn.q_norm.scale")[0],
-        text_dim=text_dim,
-        adaln_rank=found.shape("blocks.adaln_mlp.down.kernel")[1],
-        mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
-        text_projection_dim=found.shape("text_projection.kernel")[0] if projected else 0,
-    )
-    return video_sections(_complete(sizes, hints))
-
-
-def _complete(sizes: dict, hints: Hints) -> VideoDiTConfig:
-    """Adds what the tensors cannot tell: the rotary ratios."""
-    released = (
-        preset.rope_ratio_thw
-        for preset in VIDEO_DITS.values()
-        if all(getattr(preset, name) == value for name, value in sizes.items())
-    )
-    said = hints.rope_ratio_thw or tuple((hints.published or {}).get("rope_scale", ()))
-    ratios = said or next(released, None)
-    if ratios is None:
-        raise WeightsError(
-            f"a video DiT of width {sizes['width']} with {sizes['num_blocks']} blocks is no "
-            "released size, and its weights do not tell the rotary extrapolation ratios; give "
-            "--rope_ratio_thw, e.g. 1,3,3 (as Cosmos-Predict2 2B)."
-        )
-    return VideoDiTConfig(**sizes, rope_ratio_thw=ratios, precision=hints.precision)
+    def published(self, config: Config) -> Config:
+        model = Experiment.from_config(config).video
+        published = {
+            "_class_name": "CosmosTransformer3DModel",
+            "in_channels": model.latent_channels + 1,
+            "out_channels": model.latent_channels,
+            "num_attention_heads": model.num_heads,
+            "attention_head_dim": model.head_dim,
+            "num_layers": model.num_blocks,
+            "mlp_ratio": float(model.mlp_ratio),
+            "text_embed_dim": model.text_dim,
+            "adaln_lora_dim": model.adaln_rank,
+            "max_size": [128, 240, 240],
+            "patch_size": [1, PATCH, PATCH],
+            "rope_scale": list(model.rope_ratio_thw),
+            "concat_padding_mask": True,
+            "extra_pos_embed_type": None,
+        }
+        if model.text_projection_dim:
+            published |= {
+                "use_crossattn_projection": True,
+                "crossattn_proj_in_channels": model.text_projection_dim,
+                "encoder_hidden_states_channels": model.text_dim,
+            }
+        return published
 
 
 def video_sections(model: VideoDiTConfig) -> Config:
@@ -429,59 +208,224 @@ def with_adapters_config(config: Config, tensors: Tensors, alpha: float) -> Conf
     return {**config, "lora": lora}
 
 
-def _video_rules(layout: str, config: Config) -> Rules:
-    rules = _VIDEO_TABLES[layout](bool(config["video_model"].get("text_projection_dim")))
-    return with_adapters(rules, targets) if (targets := _targets(config)) else rules
+class _Action(Kind):
+    """The action decoder of mimic-video."""
 
+    stage, title = "action", "action decoder"
+    signatures: ClassVar = {"mimic-video": r"^t_embedder\.pair\.|^obs_embedder\."}
+    prefixed, dropped = ("mimic-video",), _NO_WEIGHTS
+    exports: ClassVar = {"mimic-video": "mimic-video"}
 
-def _targets(config: Config) -> tuple[str, ...]:
-    return tuple(config["lora"]["targets"]) if config["lora"]["rank"] else ()
-
-
-def _video_network(config: Config) -> Network:
-    return Experiment.from_config(config).video_network
-
-
-def _video_published(config: Config) -> Config:
-    model = Experiment.from_config(config).video
-    published = {
-        "_class_name": "CosmosTransformer3DModel",
-        "in_channels": model.latent_channels + 1,
-        "out_channels": model.latent_channels,
-        "num_attention_heads": model.num_heads,
-        "attention_head_dim": model.head_dim,
-        "num_layers": model.num_blocks,
-        "mlp_ratio": float(model.mlp_ratio),
-        "text_embed_dim": model.text_dim,
-        "adaln_lora_dim": model.adaln_rank,
-        "max_size": [128, 240, 240],
-        "patch_size": [1, PATCH, PATCH],
-        "rope_scale": list(model.rope_ratio_thw),
-        "concat_padding_mask": True,
-        "extra_pos_embed_type": None,
-    }
-    if model.text_projection_dim:
-        published |= {
-            "use_crossattn_projection": True,
-            "crossattn_proj_in_channels": model.text_projection_dim,
-            "encoder_hidden_states_channels": model.text_dim,
+    def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
+        # Linear layers of the embedders; at least one, which is then said to be missing.
+        depths = (
+            max(sum(n.startswith(name) and n.endswith(".weight") for n in tensors), 1)
+            for name in ("obs_embedder", "action_embedder")
+        )
+        found = match(tensors, action_decoder(*depths))
+        _, positions, width = found.shape("position")
+        p = hints.proprio_horizon
+        if not 1 <= p < positions:
+            raise WeightsError(
+                f"the decoder has {positions} positions, of which --proprio_horizon={p} cannot be "
+                "proprioception; use a number from 1 (the releases) to less than that."
+            )
+        decoder = ActionDecoderConfig(
+            width=width,
+            num_blocks=found.blocks,
+            num_heads=width // found.shape("blocks.self_attn.q_norm.scale")[0],
+            context_dim=found.shape("context_norm.scale")[0],
+            adaln_rank=found.shape("blocks.adaln_mlp.down.kernel")[1],
+            time_rank=found.shape("t_embedding_norm.scale")[0],
+            action_dim=found.shape("final_layer.linear.kernel")[1],
+            action_horizon=positions - p,
+            proprio_dim=found.shape("proprio_embedder.layer0.kernel")[0],
+            proprio_horizon=p,
+            mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
+            precision=hints.precision,
+        )
+        return {
+            "video_model": {"width": decoder.context_dim},
+            "policy_io": {
+                "action": {"horizon": decoder.action_horizon, "dim": decoder.action_dim},
+                "proprio": {"horizon": p, "dim": decoder.proprio_dim},
+            },
+            "decoder": decoder_section(decoder),
         }
-    return published
+
+    def rules(self, layout: str, config: Config) -> Rules:
+        decoder = self._sizes(config)
+        dims = decoder.proprio_dim, decoder.action_dim
+        return action_decoder(*(len(embedder_widths(dim, decoder.width)) - 1 for dim in dims))
+
+    def network(self, config: Config) -> Network:
+        return decoder_network(self._sizes(config))
+
+    @staticmethod
+    def _sizes(config: Config) -> ActionDecoderConfig:
+        # Not `Experiment.decoder`: a converted decoder does not know which block it reads.
+        action, proprio = config["policy_io"]["action"], config["policy_io"]["proprio"]
+        return ActionDecoderConfig(
+            **config["decoder"],
+            context_dim=config["video_model"]["width"],
+            action_dim=action["dim"],
+            action_horizon=action["horizon"],
+            proprio_dim=proprio["dim"],
+            proprio_horizon=proprio["horizon"],
+        )
 
 
-VIDEO = Kind(
-    stage="video",
-    title="video DiT",
-    signatures={
-        "nvidia": r"^x_embedder\.|^t_embedder\.1\.",
-        "diffusers": r"^transformer_blocks\.|^patch_embed\.proj\.",
-    },
-    prefixed=("nvidia",),
-    dropped=r"(^|\.)_extra_state$|^accum_|^pos_embedder\.",
-    aliases={},
-    infer=_video_infer,
-    rules=_video_rules,
-    network=_video_network,
-    exports={"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"},
-    published=_video_published,
-)
+class _VAE(Kind):
+    """The Wan 2.1 VAE, tokenizer of Cosmos-Predict2."""
+
+    stage, title = "vae", "Wan VAE"
+    signatures: ClassVar = {
+        "nvidia": r"^encoder\.downsamples\.",
+        "diffusers": r"^encoder\.down_blocks\.",
+    }
+    exports: ClassVar = {"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"}
+    # diffusers' names of what the configuration holds.
+    _fields: ClassVar = {
+        "dim": "base_dim",
+        "channel_multipliers": "dim_mult",
+        "num_res_blocks": "num_res_blocks",
+        "latent_channels": "z_dim",
+        "temporal_downsample": "temperal_downsample",
+        "latent_mean": "latents_mean",
+        "latent_std": "latents_std",
+    }
+
+    def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
+        if layout == "diffusers":
+            sizes = self._from_published(hints.published or {})
+        else:
+            sizes = self._from_names(tensors)
+        # Latent frames at a time: 16 frames, as the release streams them. Decoding 61 frames of
+        # 480x640 takes a third of the memory that the whole clip would.
+        config = vae_config({**sizes, "precision": hints.precision, "chunk": 4})
+        return {"tokenizer": dataclasses.asdict(config)}
+
+    def _from_published(self, published: Mapping[str, Any]) -> dict:
+        absent = [name for name in self._fields.values() if name not in published]
+        if absent:
+            problem = f"which lacks {', '.join(absent)}" if published else "which is not there"
+            raise WeightsError(
+                "a diffusers VAE is described by the config.json beside its weights, "
+                f"{problem}; copy the whole folder."
+            )
+        return {ours: published[name] for ours, name in self._fields.items()}
+
+    @staticmethod
+    def _from_names(tensors: Tensors) -> dict:
+        """Sizes from the encoder's list of residual blocks and downsamplings."""
+
+        def channels(name: str) -> int:
+            if name not in tensors:
+                problem = f"the tensor {name}, which tells the sizes of the VAE, is missing."
+                raise WeightsError(problem)
+            return tensors[name].shape[0]
+
+        blocks: dict[int, set[str]] = {}
+        for name in tensors:
+            if found := re.match(r"encoder\.downsamples\.(\d+)\.(.*)", name):
+                blocks.setdefault(int(found[1]), set()).add(found[2])
+        levels, temporal = [[]], []
+        for index in sorted(blocks):
+            if "resample.1.weight" in blocks[index]:
+                levels.append([])
+                temporal.append("time_conv.weight" in blocks[index])
+            else:
+                levels[-1].append(channels(f"encoder.downsamples.{index}.residual.2.weight"))
+        dim = channels("encoder.conv1.weight")
+        if not all(levels):
+            raise WeightsError(f"the encoder's blocks {sorted(blocks)} are incomplete.")
+        return {
+            "dim": dim,
+            "channel_multipliers": tuple(level[-1] // dim for level in levels),
+            "num_res_blocks": len(levels[0]),
+            "latent_channels": channels("conv2.weight"),
+            "temporal_downsample": tuple(temporal),
+        }
+
+    def rules(self, layout: str, config: Config) -> Rules:
+        table = wan_vae if layout == "nvidia" else wan_vae_diffusers
+        return table(self._sizes(config))
+
+    def network(self, config: Config) -> Network:
+        return vae_network(self._sizes(config))
+
+    def published(self, config: Config) -> Config:
+        sizes = dataclasses.asdict(self._sizes(config))
+        fields = {
+            theirs: list(sizes[ours]) if isinstance(sizes[ours], tuple) else sizes[ours]
+            for ours, theirs in self._fields.items()
+        }
+        return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0, **fields}
+
+    @staticmethod
+    def _sizes(config: Config) -> WanVAEConfig:
+        return vae_config(config["tokenizer"])
+
+
+class _Text(Kind):
+    """T5's encoder, text encoder of Cosmos-Predict2, in the layout of Hugging Face."""
+
+    stage, title = "text", "T5 encoder"
+    signatures: ClassVar = {"diffusers": r"^encoder\.block\.|^shared\."}
+    dropped = "|".join("^" + re.escape(prefix) for prefix in IGNORED)
+    aliases: ClassVar = TIED
+    exports: ClassVar = dict.fromkeys(("nvidia", "mimic-video", "diffusers"), "diffusers")
+
+    def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
+        published = hints.published or {}
+        activation = published.get("feed_forward_proj", "relu")
+        if activation != "relu":
+            raise WeightsError(
+                f"this T5 has feed_forward_proj={activation!r}; the encoder of Cosmos-Predict2 "
+                "(t5-11b) has 'relu', and no other is known here."
+            )
+        found = match(tensors, T5)
+        vocab_size, width = found.shape("token_embedding")
+        buckets, heads = found.shape("relative_bias")
+        encoder = T5EncoderConfig(
+            vocab_size=vocab_size,
+            width=width,
+            num_blocks=found.blocks,
+            num_heads=heads,
+            head_dim=found.shape("blocks.q_proj.kernel")[1] // heads,
+            mlp_dim=found.shape("blocks.layer1.kernel")[1],
+            relative_buckets=buckets,
+            max_distance=published.get("relative_attention_max_distance", 128),
+            precision=hints.precision,
+        )
+        return {"text": {"dim": width}, "text_encoder": dataclasses.asdict(encoder)}
+
+    def rules(self, layout: str, config: Config) -> Rules:
+        return T5
+
+    def network(self, config: Config) -> Network:
+        return text_network(T5EncoderConfig(**config["text_encoder"]))
+
+    def published(self, config: Config) -> Config:
+        sizes = T5EncoderConfig(**config["text_encoder"])
+        return {
+            "architectures": ["T5EncoderModel"],
+            "model_type": "t5",
+            "vocab_size": sizes.vocab_size,
+            "d_model": sizes.width,
+            "num_layers": sizes.num_blocks,
+            "num_heads": sizes.num_heads,
+            "d_kv": sizes.head_dim,
+            "d_ff": sizes.mlp_dim,
+            "relative_attention_num_buckets": sizes.relative_buckets,
+            "relative_attention_max_distance": sizes.max_distance,
+            "feed_forward_proj": "relu",
+            "layer_norm_epsilon": 1e-6,
+            "is_encoder_decoder": False,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+        }
+
+
+VIDEO, ACTION, VAE, TEXT = _Video(), _Action(), _VAE(), _Text()
+KINDS = (ACTION, VIDEO, VAE, TEXT)  # the order in which a file's names are compared

@@ -28,11 +28,6 @@ class Parameter:
     tensors: tuple[TorchTensor, ...]
 
     @property
-    def stacked(self) -> bool:
-        """Whether the blocks' tensors lie on a leading axis."""
-        return "{i}" in self.rule.torch
-
-    @property
     def shape(self) -> tuple[int, ...]:
         """Our shape of one tensor, without the axis of the blocks."""
         return self.rule.layout.ours_shape(self.tensors[0].shape)
@@ -61,14 +56,14 @@ class Match:
             WeightsError: if the file has no tensor of it, with all that is missing.
         """
         if path not in self.parameters:
-            raise WeightsError(_sentence(self.missing, self.unknown, []))
+            raise _misfit(self, [])
         return self.parameters[path].shape
 
 
 def match(tensors: Tensors, rules: Rules) -> Match:
     """Assigns tensors to parameters by name; shapes are checked by `check_shapes`."""
-    pieces: dict[str, dict[int, str]] = {}
     by_name = {rule.torch: rule for rule in rules}
+    pieces: dict[str, dict[int, str]] = {}  # our path -> block -> name
     unknown, blocks = [], 0
     for name in tensors:
         rule, index = _rule_of(name, by_name)
@@ -76,13 +71,13 @@ def match(tensors: Tensors, rules: Rules) -> Match:
             unknown.append(name)
             continue
         pieces.setdefault(rule.ours, {})[index] = name
-        if "{i}" in rule.torch:
+        if rule.stacked:
             blocks = max(blocks, index + 1)
     parameters, missing = {}, []
     for rule in rules:
-        wanted = range(max(blocks, 1)) if "{i}" in rule.torch else (0,)
+        wanted = range(max(blocks, 1)) if rule.stacked else (0,)
         found = pieces.get(rule.ours, {})
-        missing += [rule.torch.replace("{i}", str(i)) for i in wanted if i not in found]
+        missing += [rule.name(i) for i in wanted if i not in found]
         if found:
             names = tuple(found[i] for i in sorted(found))
             parameters[rule.ours] = Parameter(rule, names, tuple(tensors[name] for name in names))
@@ -92,7 +87,7 @@ def match(tensors: Tensors, rules: Rules) -> Match:
 def _rule_of(name: str, by_name: Mapping[str, Rule]) -> tuple[Rule | None, int]:
     if name in by_name:
         return by_name[name], 0
-    for found in _BLOCK.finditer(name):
+    for found in _BLOCK.finditer(name):  # any of its numbers may be that of the block
         rule = by_name.get(f"{name[: found.start(1)]}{{i}}{name[found.end(1) :]}")
         if rule is not None:
             return rule, int(found[1])
@@ -111,24 +106,25 @@ def check_shapes(found: Match, abstract: Mapping[str, Any]) -> None:
     """
     shapes, misshapen = leaf_paths(abstract), []
     for path, parameter in found.parameters.items():
-        shape = shapes[path.replace(".", "/")].shape
-        expected = parameter.rule.layout.torch_shape(shape[1:] if parameter.stacked else shape)
+        shape, rule = shapes[path.replace(".", "/")].shape, parameter.rule
+        expected = rule.layout.torch_shape(shape[1:] if rule.stacked else shape)
         misshapen += [
             f"{name} is {list(tensor.shape)} instead of {list(expected)}"
             for name, tensor in zip(parameter.names, parameter.tensors)
             if tensor.shape != expected
         ]
     if found.missing or found.unknown or misshapen:
-        raise WeightsError(_sentence(found.missing, found.unknown, misshapen))
+        raise _misfit(found, misshapen)
 
 
-def _sentence(missing: list[str], unknown: list[str], misshapen: list[str]) -> str:
-    parts = [
-        f"missing: {', '.join(collapse(missing))}" if missing else "",
-        f"unknown: {', '.join(collapse(unknown))}" if unknown else "",
-        f"misshapen: {', '.join(misshapen)}" if misshapen else "",
-    ]
-    return f"the tensors do not fit; {'; '.join(part for part in parts if part)}."
+def _misfit(found: Match, misshapen: list[str]) -> WeightsError:
+    parts = {
+        "missing": collapse(found.missing),
+        "unknown": collapse(found.unknown),
+        "misshapen": misshapen,
+    }
+    said = "; ".join(f"{part}: {', '.join(names)}" for part, names in parts.items() if names)
+    return WeightsError(f"the tensors do not fit; {said}.")
 
 
 def collapse(names: Iterable[str]) -> list[str]:
@@ -140,15 +136,9 @@ def collapse(names: Iterable[str]) -> list[str]:
         numbered.setdefault(key, []).append(int(found[1]) if found else 0)
     result = []
     for key, numbers in numbered.items():
-        numbers.sort()
-        runs = [
-            [n for _, n in run] for _, run in groupby(enumerate(numbers), lambda x: x[1] - x[0])
-        ]
-        if "{}" not in key:
-            result.append(key)
-        elif len(numbers) == 1:
-            result.append(key.replace("{}", str(numbers[0])))
-        else:
-            spans = ",".join(str(r[0]) if len(r) == 1 else f"{r[0]}-{r[-1]}" for r in runs)
-            result.append(key.replace("{}", f"{{{spans}}}"))
+        # Numbers that follow each other have the same distance from their place in the order.
+        runs = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
+        ends = [(run[0][1], run[-1][1]) for run in (list(run) for _, run in runs)]
+        spans = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)
+        result.append(key.replace("{}", spans if len(numbers) == 1 else f"{{{spans}}}"))
     return result

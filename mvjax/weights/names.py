@@ -1,4 +1,9 @@
-"""Published names of the video DiT and of the action decoder."""
+"""Published names: which tensor is which of our parameters, and how its axes lie.
+
+A table of rules says everything about one network in one published layout. Conversion in both
+directions, and the check that nothing is missing, are the same code for all tables. In this order:
+rules, video DiT and action decoder, T5, Wan VAE, and the adapters that peft writes beside a layer.
+"""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -7,13 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from mvjax.models.layers import LoRA, merge_lora
 from mvjax.models.wan_vae import WanVAEConfig
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
-
-# Which published tensor is which of our parameters, and how its axes lie.
-#
-# A table of rules says everything about one network in one published layout; conversion in both
-# directions, and the check that nothing is missing, are the same code for all tables.
 
 
 class Layout(NamedTuple):
@@ -29,7 +30,7 @@ class Layout(NamedTuple):
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
         """Our array, a view where possible."""
-        array = tensor.reshape(self._without_units(tensor.shape))
+        array = tensor.reshape(tensor.shape[: tensor.ndim - self.units])
         return array.transpose(self.permute) if self.permute else array
 
     def to_torch(self, array: np.ndarray) -> np.ndarray:
@@ -40,7 +41,7 @@ class Layout(NamedTuple):
 
     def ours_shape(self, tensor: Sequence[int]) -> tuple[int, ...]:
         """Our array's shape, from the tensor's."""
-        shape = self._without_units(tuple(tensor))
+        shape = tuple(tensor)[: len(tensor) - self.units]
         return tuple(shape[axis] for axis in self.permute) if self.permute else shape
 
     def torch_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
@@ -48,12 +49,11 @@ class Layout(NamedTuple):
         order = np.argsort(self.permute) if self.permute else range(len(ours))
         return (*(ours[axis] for axis in order), *(1,) * self.units)
 
-    def _without_units(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        return shape[: len(shape) - self.units]
-
 
 SAME = Layout()
 LINEAR = Layout((1, 0))  # [out, in] -> [in, out]
+POINTWISE2D = Layout((1, 0), units=2)  # [out, in, 1, 1] -> [in, out]
+POINTWISE3D = Layout((1, 0), units=3)  # [out, in, 1, 1, 1] -> [in, out]
 CONV2D = Layout((2, 3, 1, 0))  # [out, in, h, w] -> [h, w, in, out]
 CONV3D = Layout((2, 3, 4, 1, 0))  # [out, in, t, h, w] -> [t, h, w, in, out]
 GAMMA2D = Layout(units=2)  # [c, 1, 1] -> [c]
@@ -73,38 +73,17 @@ class Rule(NamedTuple):
     ours: str
     layout: Layout = SAME
 
+    @property
+    def stacked(self) -> bool:
+        """Whether the blocks' tensors lie on a leading axis of ours."""
+        return "{i}" in self.torch
+
+    def name(self, block: int | None) -> str:
+        """The tensor's name, of one block where there are several."""
+        return self.torch.replace("{i}", str(block))
+
 
 Rules = list[Rule]
-
-
-_DIFFUSERS = {  # names of layers in `CosmosTransformer3DModel`, by ours
-    "x_embedder": "patch_embed.proj",
-    "t_embedder.linear_1": "time_embed.t_embedder.linear_1",
-    "t_embedder.linear_2": "time_embed.t_embedder.linear_2",
-    "t_embedding_norm": "time_embed.norm",
-    "text_projection": "crossattn_proj.0",
-    "final_layer.linear": "proj_out",
-    "final_layer.adaln.down": "norm_out.linear_1",
-    "final_layer.adaln.up": "norm_out.linear_2",
-}
-_DIFFUSERS_BLOCK = {  # names of parts of a block
-    "self_attn": "attn1",
-    "cross_attn": "attn2",
-    "q_proj": "to_q",
-    "k_proj": "to_k",
-    "v_proj": "to_v",
-    "output_proj": "to_out.0",
-    "q_norm": "norm_q",
-    "k_norm": "norm_k",
-    "mlp": "ff",
-    "layer1": "net.0.proj",
-    "layer2": "net.2",
-    "adaln_self_attn": "norm1",
-    "adaln_cross_attn": "norm2",
-    "adaln_mlp": "norm3",
-    "down": "linear_1",
-    "up": "linear_2",
-}
 
 
 def _kernel(theirs: str, ours: str) -> Rule:
@@ -117,6 +96,9 @@ def _scale(theirs: str, ours: str) -> Rule:
 
 def _bias(theirs: str, ours: str) -> Rule:
     return Rule(f"{theirs}.bias", f"{ours}.bias")
+
+
+# --- Video DiT and action decoder ---
 
 
 def _blocks() -> Rules:
@@ -150,38 +132,59 @@ def video_dit(text_projection: bool = False) -> Rules:
     Args:
         text_projection: whether text is projected first (Predict2.5, `crossattn_proj`).
     """
-    projection = (
-        [
-            _kernel("crossattn_proj.0", "text_projection"),
-            _bias("crossattn_proj.0", "text_projection"),
-        ]
-        if text_projection
-        else []
-    )
+    projection = "crossattn_proj.0", "text_projection"
     return [
         _kernel("x_embedder.proj.1", "x_embedder"),
         _kernel("t_embedder.1.linear_1", "t_embedder.linear_1"),
         _kernel("t_embedder.1.linear_2", "t_embedder.linear_2"),
-        *projection,
+        *([_kernel(*projection), _bias(*projection)] if text_projection else []),
         *_blocks(),
         *_FINAL,
     ]
 
 
+_DIFFUSERS = {  # names of layers in `CosmosTransformer3DModel`, by ours
+    "x_embedder": "patch_embed.proj",
+    "t_embedder.linear_1": "time_embed.t_embedder.linear_1",
+    "t_embedder.linear_2": "time_embed.t_embedder.linear_2",
+    "t_embedding_norm": "time_embed.norm",
+    "text_projection": "crossattn_proj.0",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaln.down": "norm_out.linear_1",
+    "final_layer.adaln.up": "norm_out.linear_2",
+}
+_DIFFUSERS_BLOCK = {  # names of parts of a block
+    "self_attn": "attn1",
+    "cross_attn": "attn2",
+    "q_proj": "to_q",
+    "k_proj": "to_k",
+    "v_proj": "to_v",
+    "output_proj": "to_out.0",
+    "q_norm": "norm_q",
+    "k_norm": "norm_k",
+    "mlp": "ff",
+    "layer1": "net.0.proj",
+    "layer2": "net.2",
+    "adaln_self_attn": "norm1",
+    "adaln_cross_attn": "norm2",
+    "adaln_mlp": "norm3",
+    "down": "linear_1",
+    "up": "linear_2",
+}
+
+
 def video_dit_diffusers(text_projection: bool = False) -> Rules:
     """The video DiT as diffusers' `CosmosTransformer3DModel`."""
-    return [
-        rule._replace(torch=f"{_diffusers_layer(rule)}.{rule.torch.rpartition('.')[2]}")
-        for rule in video_dit(text_projection)
-    ]
-
-
-def _diffusers_layer(rule: Rule) -> str:
-    layer = rule.ours.rpartition(".")[0]
-    if not layer.startswith("blocks."):
-        return _DIFFUSERS[layer]
-    parts = (_DIFFUSERS_BLOCK[part] for part in layer.split(".")[1:])
-    return ".".join(["transformer_blocks.{i}", *parts])
+    rules = []
+    for rule in video_dit(text_projection):
+        layer, leaf = rule.ours.rpartition(".")[0], rule.torch.rpartition(".")[2]
+        if layer.startswith("blocks."):
+            parts = (_DIFFUSERS_BLOCK[part] for part in layer.split(".")[1:])
+            theirs = ".".join(["transformer_blocks.{i}", *parts])
+        else:
+            theirs = _DIFFUSERS[layer]
+        rules.append(rule._replace(torch=f"{theirs}.{leaf}"))
+    return rules
 
 
 def action_decoder(proprio_layers: int, action_layers: int) -> Rules:
@@ -213,174 +216,124 @@ def action_decoder(proprio_layers: int, action_layers: int) -> Rules:
     return [*rules, *_blocks(), *_FINAL]
 
 
-def with_adapters(rules: Rules, targets: tuple[str, ...]) -> Rules:
-    """The rules of a network whose layers in `targets` carry peft adapters.
-
-    peft's `inject_adapter_in_model` with the adapter name "default" moves `x.weight` to
-    `x.base_layer.weight` and adds `x.lora_A.default.weight` and `x.lora_B.default.weight`.
-    """
-    adapted = []
-    for rule in rules:
-        layer, _, leaf = rule.ours.rpartition(".")
-        if leaf != "kernel" or layer.rpartition(".")[2] not in targets:
-            adapted.append(rule)
-            continue
-        name = rule.torch.removesuffix(".weight")
-        adapted += [
-            Rule(f"{name}.base_layer.weight", rule.ours, LINEAR),
-            Rule(f"{name}.lora_A.default.weight", f"{layer}.lora_a", LINEAR),
-            Rule(f"{name}.lora_B.default.weight", f"{layer}.lora_b", LINEAR),
-        ]
-    return adapted
+# --- T5's encoder, as Hugging Face publishes it (`google-t5/t5-11b`) ---
 
 
-# T5's encoder as Hugging Face publishes it (`google-t5/t5-11b`), and our `T5Encoder`.
-
-
-_BLOCK = "encoder.block.{i}.layer"
-
+_T5_BLOCK = "encoder.block.{i}.layer"
 T5: Rules = [
-    Rule("shared.weight", "token_embedding", SAME),
+    Rule("shared.weight", "token_embedding"),
     # Published in block 0 because the first block computes it; every block uses it.
-    Rule(
-        "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight",
-        "relative_bias",
-        SAME,
-    ),
-    Rule(f"{_BLOCK}.0.layer_norm.weight", "blocks.attn_norm.scale", SAME),
-    Rule(f"{_BLOCK}.0.SelfAttention.q.weight", "blocks.q_proj.kernel", LINEAR),
-    Rule(f"{_BLOCK}.0.SelfAttention.k.weight", "blocks.k_proj.kernel", LINEAR),
-    Rule(f"{_BLOCK}.0.SelfAttention.v.weight", "blocks.v_proj.kernel", LINEAR),
-    Rule(f"{_BLOCK}.0.SelfAttention.o.weight", "blocks.output_proj.kernel", LINEAR),
-    Rule(f"{_BLOCK}.1.layer_norm.weight", "blocks.mlp_norm.scale", SAME),
-    Rule(f"{_BLOCK}.1.DenseReluDense.wi.weight", "blocks.layer1.kernel", LINEAR),
-    Rule(f"{_BLOCK}.1.DenseReluDense.wo.weight", "blocks.layer2.kernel", LINEAR),
-    Rule("encoder.final_layer_norm.weight", "final_norm.scale", SAME),
+    Rule("encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight", "relative_bias"),
+    _scale(f"{_T5_BLOCK}.0.layer_norm", "blocks.attn_norm"),
+    _kernel(f"{_T5_BLOCK}.0.SelfAttention.q", "blocks.q_proj"),
+    _kernel(f"{_T5_BLOCK}.0.SelfAttention.k", "blocks.k_proj"),
+    _kernel(f"{_T5_BLOCK}.0.SelfAttention.v", "blocks.v_proj"),
+    _kernel(f"{_T5_BLOCK}.0.SelfAttention.o", "blocks.output_proj"),
+    _scale(f"{_T5_BLOCK}.1.layer_norm", "blocks.mlp_norm"),
+    _kernel(f"{_T5_BLOCK}.1.DenseReluDense.wi", "blocks.layer1"),
+    _kernel(f"{_T5_BLOCK}.1.DenseReluDense.wo", "blocks.layer2"),
+    _scale("encoder.final_layer_norm", "final_norm"),
 ]
-
 # The same tensor under a second name; a file may hold either or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-
 # Checkpoints of the whole T5 also hold what writes text; nothing here uses it.
 IGNORED = ("decoder.", "lm_head.")
 
 
-# The Wan 2.1 VAE under its published names and under those of diffusers.
+# --- The Wan 2.1 VAE ---
 #
 # Both tables come from one walk over our network: the two layouts hold the same tensors in the same
 # shapes, and differ in how they call a module.
 
 
-POINTWISE2D = Layout((1, 0), units=2)  # [out, in, 1, 1] -> [in, out]
-POINTWISE3D = Layout((1, 0), units=3)  # [out, in, 1, 1, 1] -> [in, out]
-
-
-class Names(NamedTuple):
+class _Names(NamedTuple):
     """What one module is called: here, in the release, in diffusers."""
 
     ours: str
     published: str
     diffusers: str
 
-    def __truediv__(self, child: "Names") -> "Names":
-        """The module `child` inside this one."""
-        return Names(*(f"{parent}.{name}" for parent, name in zip(self, child)))
+    def child(self, ours: str, published: str, diffusers: str | None = None) -> "_Names":
+        """A module inside this one; `diffusers` is the published name unless it differs."""
+        names = ours, published, diffusers or published
+        return _Names(*(f"{parent}.{name}" for parent, name in zip(self, names)))
 
 
-Module = tuple[Names, Layout]  # a module with weights, and the layout of its weight or gamma
+_Module = tuple[_Names, Layout]  # a module with weights, and the layout of its weight or gamma
 
 
 def wan_vae(config: WanVAEConfig) -> Rules:
     """The table of the release: `Wan2.1_VAE.pth`, the `tokenizer.pth` of Cosmos-Predict2."""
-    return [rule for names, layout in _modules(config) for rule in _rules(names, 1, layout)]
+    return [rule for module in _modules(config) for rule in _rules(1, *module)]
 
 
 def wan_vae_diffusers(config: WanVAEConfig) -> Rules:
     """The table of diffusers' `AutoencoderKLWan`."""
-    return [rule for names, layout in _modules(config) for rule in _rules(names, 2, layout)]
+    return [rule for module in _modules(config) for rule in _rules(2, *module)]
 
 
-def _rules(names: Names, column: int, layout: Layout) -> Rules:
+def _rules(column: int, names: _Names, layout: Layout) -> Rules:
     ours, torch = names.ours, names[column]
     if layout in (GAMMA2D, GAMMA3D):
         return [Rule(f"{torch}.gamma", f"{ours}.scale", layout)]
-    return [
-        Rule(f"{torch}.weight", f"{ours}.kernel", layout),
-        Rule(f"{torch}.bias", f"{ours}.bias"),
-    ]
+    return [Rule(f"{torch}.weight", f"{ours}.kernel", layout), _bias(torch, ours)]
 
 
-def _modules(config: WanVAEConfig) -> Iterator[Module]:
-    yield Names("quant_conv", "conv1", "quant_conv"), POINTWISE3D
-    yield Names("post_quant_conv", "conv2", "post_quant_conv"), POINTWISE3D
-    for part, levels in (("encoder", _encoder_levels), ("decoder", _decoder_levels)):
-        root = Names(part, part, part)
-        yield root / Names("conv_in", "conv1", "conv_in"), CONV3D
-        yield from levels(config)
-        yield from _middle(root)
-        yield root / Names("norm_out", "head.0", "norm_out"), GAMMA3D
-        yield root / Names("conv_out", "head.2", "conv_out"), CONV3D
+def _modules(config: WanVAEConfig) -> Iterator[_Module]:
+    yield _Names("quant_conv", "conv1", "quant_conv"), POINTWISE3D
+    yield _Names("post_quant_conv", "conv2", "post_quant_conv"), POINTWISE3D
+    for part in ("encoder", "decoder"):
+        root = _Names(part, part, part)
+        yield root.child("conv_in", "conv1", "conv_in"), CONV3D
+        yield from _levels(root, config)
+        middle = root.child("middle", "middle", "mid_block")
+        yield from _residual(middle.child("block_0", "0", "resnets.0"), shortcut=False)
+        attention = middle.child("attention", "1", "attentions.0")
+        yield attention.child("norm", "norm"), GAMMA2D
+        yield attention.child("qkv", "to_qkv"), POINTWISE2D
+        yield attention.child("proj", "proj"), POINTWISE2D
+        yield from _residual(middle.child("block_1", "2", "resnets.1"), shortcut=False)
+        yield root.child("norm_out", "head.0", "norm_out"), GAMMA3D
+        yield root.child("conv_out", "head.2", "conv_out"), CONV3D
 
 
-def _encoder_levels(config: WanVAEConfig) -> Iterator[Module]:
-    # Both layouts count the blocks and the downsamplings in one list.
+def _levels(root: _Names, config: WanVAEConfig) -> Iterator[_Module]:
+    """The four resolutions: residual blocks, and but for the last a change of the resolution.
+
+    The release counts both in one list. So does diffusers in the encoder; in its decoder it counts
+    within levels.
+    """
+    encoder = root.ours == "encoder"
+    widths = config.encoder_widths if encoder else config.decoder_widths
+    temporal = config.temporal_downsample if encoder else config.temporal_downsample[::-1]
     index = 0
-    for level, (d_in, d_out) in enumerate(config.encoder_widths):
-        for i in range(config.num_res_blocks):
-            theirs = f"encoder.downsamples.{index}", f"encoder.down_blocks.{index}"
-            block = Names(f"encoder.level_{level}.block_{i}", *theirs)
-            yield from _block(block, shortcut=i == 0 and d_in != d_out)
+    for level, (d_in, d_out) in enumerate(widths):
+        for i in range(config.num_res_blocks + (not encoder)):
+            theirs = f"down_blocks.{index}" if encoder else f"up_blocks.{level}.resnets.{i}"
+            listed = f"{'down' if encoder else 'up'}samples.{index}"
+            block = root.child(f"level_{level}.block_{i}", listed, theirs)
+            yield from _residual(block, shortcut=i == 0 and d_in != d_out)
             index += 1
-        if level < len(config.temporal_downsample):
-            theirs = f"encoder.downsamples.{index}", f"encoder.down_blocks.{index}"
-            resample = Names(f"encoder.level_{level}.resample", *theirs)
-            yield from _resample(resample, config.temporal_downsample[level])
-            index += 1
-
-
-def _decoder_levels(config: WanVAEConfig) -> Iterator[Module]:
-    # The release counts in one list here too; diffusers counts within levels.
-    index = 0
-    for level, (d_in, d_out) in enumerate(config.decoder_widths):
-        diffusers = f"decoder.up_blocks.{level}"
-        for i in range(config.num_res_blocks + 1):
-            theirs = f"decoder.upsamples.{index}", f"{diffusers}.resnets.{i}"
-            block = Names(f"decoder.level_{level}.block_{i}", *theirs)
-            yield from _block(block, shortcut=i == 0 and d_in != d_out)
-            index += 1
-        if level < len(config.temporal_downsample):
-            theirs = f"decoder.upsamples.{index}", f"{diffusers}.upsamplers.0"
-            resample = Names(f"decoder.level_{level}.resample", *theirs)
-            yield from _resample(resample, config.temporal_downsample[::-1][level])
+        if level < len(temporal):
+            theirs = f"down_blocks.{index}" if encoder else f"up_blocks.{level}.upsamplers.0"
+            listed = f"{'down' if encoder else 'up'}samples.{index}"
+            resample = root.child(f"level_{level}.resample", listed, theirs)
+            yield resample.child("conv", "resample.1"), CONV2D
+            if temporal[level]:
+                yield resample.child("time_conv", "time_conv"), CONV3D
             index += 1
 
 
-def _middle(root: Names) -> Iterator[Module]:
-    middle = root / Names("middle", "middle", "mid_block")
-    yield from _block(middle / Names("block_0", "0", "resnets.0"), shortcut=False)
-    attention = middle / Names("attention", "1", "attentions.0")
-    yield attention / Names("norm", "norm", "norm"), GAMMA2D
-    yield attention / Names("qkv", "to_qkv", "to_qkv"), POINTWISE2D
-    yield attention / Names("proj", "proj", "proj"), POINTWISE2D
-    yield from _block(middle / Names("block_1", "2", "resnets.1"), shortcut=False)
-
-
-def _block(block: Names, shortcut: bool) -> Iterator[Module]:
-    yield block / Names("norm1", "residual.0", "norm1"), GAMMA3D
-    yield block / Names("conv1", "residual.2", "conv1"), CONV3D
-    yield block / Names("norm2", "residual.3", "norm2"), GAMMA3D
-    yield block / Names("conv2", "residual.6", "conv2"), CONV3D
+def _residual(block: _Names, shortcut: bool) -> Iterator[_Module]:
+    yield block.child("norm1", "residual.0", "norm1"), GAMMA3D
+    yield block.child("conv1", "residual.2", "conv1"), CONV3D
+    yield block.child("norm2", "residual.3", "norm2"), GAMMA3D
+    yield block.child("conv2", "residual.6", "conv2"), CONV3D
     if shortcut:
-        yield block / Names("shortcut", "shortcut", "conv_shortcut"), POINTWISE3D
+        yield block.child("shortcut", "shortcut", "conv_shortcut"), POINTWISE3D
 
 
-def _resample(resample: Names, temporal: bool) -> Iterator[Module]:
-    yield resample / Names("conv", "resample.1", "resample.1"), CONV2D
-    if temporal:
-        yield resample / Names("time_conv", "time_conv", "time_conv"), CONV3D
-
-
-# LoRA adapters as peft stores them beside the layers they adapt.
+# --- LoRA adapters as peft stores them beside the layers they adapt ---
 #
 # `inject_adapter_in_model` with the adapter name "default" moves `x.weight` to
 # `x.base_layer.weight` and adds `x.lora_A.default.weight` [rank, in] and `x.lora_B.default.weight`
@@ -388,6 +341,20 @@ def _resample(resample: Names, temporal: bool) -> Iterator[Module]:
 
 
 _BASE, _A, _B = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default.weight"
+
+
+def with_adapters(rules: Rules, targets: tuple[str, ...]) -> Rules:
+    """The rules of a network whose layers in `targets` carry adapters."""
+    adapted = []
+    for rule in rules:
+        layer, _, leaf = rule.ours.rpartition(".")
+        if leaf != "kernel" or layer.rpartition(".")[2] not in targets:
+            adapted.append(rule)
+            continue
+        name = rule.torch.removesuffix(".weight")
+        parts = ((_BASE, rule.ours), (_A, f"{layer}.lora_a"), (_B, f"{layer}.lora_b"))
+        adapted += [Rule(name + suffix, ours, LINEAR) for suffix, ours in parts]
+    return adapted
 
 
 def has_adapters(tensors: Tensors) -> bool:
@@ -423,28 +390,25 @@ def merge_adapters(tensors: Tensors, alpha: float) -> Tensors:
     Raises:
         WeightsError: if parts of adapters are missing; all of them are listed.
     """
-    merged, missing = {}, []
+    merged, missing = {}, set()
     for name, tensor in tensors.items():
-        if name.endswith(_BASE):
-            layer = name.removesuffix(_BASE)
-            parts = [layer + _A, layer + _B]
-            absent = [part for part in parts if part not in tensors]
-            missing += absent
-            if not absent:
-                a, b = (tensors[part] for part in parts)
-                read = partial(_merged, tensor, a, b, alpha)
-                merged[f"{layer}.weight"] = TorchTensor(tensor.shape, tensor.dtype, read)
-        elif name.endswith((_A, _B)):
-            base = name.removesuffix(_A).removesuffix(_B) + _BASE
-            if base not in tensors:
-                missing.append(base)
-        else:
+        suffix = next((part for part in (_BASE, _A, _B) if name.endswith(part)), None)
+        if suffix is None:
             merged[name] = tensor
+            continue
+        layer = name.removesuffix(suffix)
+        absent = {layer + part for part in (_BASE, _A, _B)} - tensors.keys()
+        missing |= absent
+        if suffix == _BASE and not absent:
+            read = partial(_merged, tensor, tensors[layer + _A], tensors[layer + _B], alpha)
+            merged[f"{layer}.weight"] = TorchTensor(tensor.shape, tensor.dtype, read)
     if missing:
-        raise WeightsError(f"adapters are incomplete; missing: {', '.join(sorted(set(missing)))}.")
+        raise WeightsError(f"adapters are incomplete; missing: {', '.join(sorted(missing))}.")
     return merged
 
 
 def _merged(base: TorchTensor, a: TorchTensor, b: TorchTensor, alpha: float) -> np.ndarray:
-    low, high = (part.read().astype(np.float32) for part in (a, b))
-    return (base.read().astype(np.float32) + alpha / a.shape[0] * (high @ low)).astype(base.dtype)
+    kernel, low, high = (part.read().astype(np.float32) for part in (base, a, b))
+    # [out, in] = [out, rank] [rank, in]: in PyTorch's order of axes, B is on the left.
+    layer = {"kernel": kernel, "lora_a": high, "lora_b": low}
+    return merge_lora(layer, LoRA(a.shape[0], alpha, ()))["kernel"].astype(base.dtype)

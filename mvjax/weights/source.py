@@ -1,4 +1,4 @@
-"""A file or folder of PyTorch weights, recognised by what it holds."""
+"""Opening published weights, whatever they come as, and recognising whose they are."""
 
 import dataclasses
 import json
@@ -8,16 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from mvjax.weights.files import Tensors, WeightsError
-from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints, Kind
+from mvjax.weights.kinds import KINDS, Hints, Kind
 from mvjax.weights.match import collapse
 from mvjax.weights.pt_files import read_pt
 from mvjax.weights.safetensors_files import read_safetensors
 
-# Opening published weights, whatever they come as.
-
-
 # What a folder may hold, the preferred first; Hugging Face often publishes the same weights twice.
-_INDEXES = ("*.safetensors.index.json", "*.bin.index.json")
 _IN_FOLDERS = (
     ("*.safetensors.index.json",),
     ("*.safetensors",),
@@ -41,12 +37,9 @@ def open_weights(path: Path) -> Tensors:
         WeightsError: says what was found instead, and what to do.
     """
     path = Path(path)
-    if path.is_dir():
-        tensors = _open_folder(path)
-    elif path.exists():
-        tensors = _open_file(path)
-    else:
+    if not path.exists():
         raise WeightsError(f"{path} does not exist; give a weights file, or a folder of them.")
+    tensors = _open_folder(path) if path.is_dir() else _open_file(path)
     if not tensors:
         raise WeightsError(f"{path} holds no tensors; give a file or folder with weights.")
     return tensors
@@ -59,25 +52,22 @@ def _open_file(path: Path) -> Tensors:
         return read_pt(path)
     if head[8:9] == b"{":  # after the header's length
         return read_safetensors(path)
-    raise WeightsError(f"{path} {_what_else(head)}")
-
-
-def _what_else(head: bytes) -> str:
-    """What a file is that cannot be read, and what to do."""
     resave = "load it in PyTorch and torch.save its state_dict() again."
     if not head:
-        return "is empty (0 bytes); download it again."
-    if _LEGACY_TORCH in head:
-        return f"is in the format of PyTorch before 1.6; {resave}"
-    if head[257:262] == b"ustar":
-        return f"is a tar archive; unpack it, or if PyTorch wrote it (before 1.0), {resave}"
-    if head[:1] == b"\x80":
-        return f"is a bare pickle, which may run code when loaded; if you trust it, {resave}"
-    if head.startswith(b"version https://git-lfs"):
-        return "is a Git LFS pointer in place of the weights; run `git lfs pull` there."
-    if head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
-        return "is a web page; download it again, logged in and with the licence accepted."
-    return "is neither a file of torch.save nor safetensors; give one of those."
+        problem = "is empty (0 bytes); download it again."
+    elif _LEGACY_TORCH in head:
+        problem = f"is in the format of PyTorch before 1.6; {resave}"
+    elif head[257:262] == b"ustar":
+        problem = f"is a tar archive; unpack it, or if PyTorch wrote it (before 1.0), {resave}"
+    elif head[:1] == b"\x80":
+        problem = f"is a bare pickle, which may run code when loaded; if you trust it, {resave}"
+    elif head.startswith(b"version https://git-lfs"):
+        problem = "is a Git LFS pointer in place of the weights; run `git lfs pull` there."
+    elif head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+        problem = "is a web page; download it again, logged in and with the licence accepted."
+    else:
+        problem = "is neither a file of torch.save nor safetensors; give one of those."
+    raise WeightsError(f"{path} {problem}")
 
 
 def _open_folder(folder: Path) -> Tensors:
@@ -89,7 +79,8 @@ def _open_folder(folder: Path) -> Tensors:
                 f"{_listed(found)}; give one of them."
             )
         if found:
-            return _open_shards(found[0]) if patterns[0] in _INDEXES else _open_file(found[0])
+            (path,) = found
+            return _open_shards(path) if path.name.endswith(".index.json") else _open_file(path)
     if (folder / ".metadata").exists():
         raise WeightsError(
             f"{folder} is a distributed checkpoint; turn it into one file with python -m "
@@ -122,9 +113,8 @@ def _open_shards(index: Path) -> Tensors:
     absent = [name for name, shard in files.items() if name not in by_shard[shard]]
     if absent:
         raise WeightsError(
-            f"{index} says that {absent[0]} is in {files[absent[0]]}, which lacks it"
-            + (f" (and {len(absent) - 1} more)" if len(absent) > 1 else "")
-            + "; download both again."
+            f"{index} says that {absent[0]} is in {files[absent[0]]}, which lacks it (of "
+            f"{len(absent)} such names); download both again."
         )
     return {name: by_shard[shard][name] for name, shard in files.items()}
 
@@ -134,7 +124,6 @@ def _listed(paths: Iterable[Path]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-KINDS = (ACTION, VIDEO, VAE, TEXT)
 _PREFIX, _EMA_PREFIX = "net.", "net_ema."
 _WRAPPER = "_checkpoint_wrapped_module."  # activation checkpointing in PyTorch adds it to names
 
@@ -183,10 +172,15 @@ def open_source(path: Path, hints: Hints, *, ema: bool = False) -> Source:
             unused.append(name)
         else:
             names[known] = name
-    kept = {known: tensors[name] for known, name in names.items()}
     published = path / "config.json"
     if path.is_dir() and published.is_file():
-        hints = dataclasses.replace(hints, published=_read_config(published))
+        try:
+            hints = dataclasses.replace(hints, published=json.loads(published.read_text()))
+        except ValueError as error:
+            raise WeightsError(
+                f"{published} is damaged ({error}); copy or download it again."
+            ) from error
+    kept = {known: tensors[name] for known, name in names.items()}
     return Source(path, kind, layout, kept, names, unused, hints)
 
 
@@ -221,10 +215,3 @@ def _recognise(path: Path, tensors: Iterable[str]) -> tuple[Kind, str]:
         + f"); its tensors are {', '.join(shown[:5])}"
         + (f" and {len(shown) - 5} other names." if len(shown) > 5 else ".")
     )
-
-
-def _read_config(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise WeightsError(f"{path} is damaged ({error}); copy or download it again.") from error

@@ -1,9 +1,10 @@
-"""Writing a checkpoint whose arrays are never in memory together.
+"""Reading and writing checkpoints of ours without ever holding a model in memory.
 
 The arrays of a converted model are made piece by piece, one block's tensor at a time, and each
 piece becomes a chunk of an uncompressed Zarr array: a model larger than the memory is written at
 the disk's speed, and a reader that wants some blocks reads only those. The result is an ordinary
-checkpoint, read by `bridge.restore_params` onto any mesh.
+checkpoint, read by `bridge.restore_params` onto any mesh; `ParameterReader` reads any checkpoint
+one parameter, or one block, at a time.
 """
 
 import errno
@@ -112,12 +113,24 @@ def write_streamed(
         OSError: if the disk has no room (ENOSPC), before anything is written or while.
     """
     directory = Path(directory).absolute()
+    registry = ocp.type_handlers.create_type_handler_registry(
+        (StreamedArray, _StreamHandler(wrote))
+    )
+    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with _new_folder(directory):
-        free, size = shutil.disk_usage(directory).free, sum(a.nbytes for a in _leaves(params))
+        free = shutil.disk_usage(directory).free
+        size = sum(array.nbytes for array in leaf_paths(params).values())
         if free < size + SPARE_BYTES:
             needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed, {free >> 20} MB free"
             raise OSError(errno.ENOSPC, needed, str(directory))
-        with _without_orbax_remarks(), _manager(checkpoint_folder(directory), wrote) as manager:
+        with (
+            _quiet_orbax(),
+            ocp.CheckpointManager(
+                checkpoint_folder(directory),
+                item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
+                options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+            ) as manager,
+        ):
             manager.save(
                 STEP,
                 args=ocp.args.Composite(
@@ -127,26 +140,11 @@ def write_streamed(
             )
 
 
-def _manager(folder: Path, wrote: Callable[[int], None]) -> ocp.CheckpointManager:
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, _StreamHandler(wrote))
-    )
-    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
-    return ocp.CheckpointManager(
-        folder,
-        item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
-        options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-    )
-
-
-def _leaves(params: Params) -> Iterator[StreamedArray]:
-    for value in params.values():
-        yield from _leaves(value) if isinstance(value, dict) else (value,)
-
-
 @contextmanager
 def _new_folder(directory: Path) -> Iterator[None]:
     """Makes a folder, and takes away again what it made if what follows fails."""
+    # Not `atomic.replacing`: the manager finishes a checkpoint by renaming, and must see the folder
+    # under its own name.
     folder = checkpoint_folder(directory)
     for killed in folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed conversion left
         shutil.rmtree(killed)
@@ -164,7 +162,7 @@ def _new_folder(directory: Path) -> Iterator[None]:
 
 
 @contextmanager
-def _without_orbax_remarks() -> Iterator[None]:
+def _quiet_orbax() -> Iterator[None]:
     """Orbax warns that handlers for devices and for OCDBT are absent, which is intended here."""
     logger = logging.getLogger("absl")
     level = logger.level
@@ -175,11 +173,8 @@ def _without_orbax_remarks() -> Iterator[None]:
         logger.setLevel(level)
 
 
-# Reading parameters one by one, and stacked ones block by block, as NumPy arrays.
-
-
 class ParameterReader:
-    """The parameters of a training directory; moving averages where they are stored.
+    """The parameters of a training directory, as NumPy arrays; moving averages where there are any.
 
     `bridge.restore_params` reads whole trees onto devices; this reads what does not fit at once.
 
@@ -202,21 +197,19 @@ class ParameterReader:
         return (array if block is None else array[block]).read().result()
 
     def _open(self, path: str) -> ts.TensorStore:
+        """The Zarr array in which Orbax keeps a leaf: a folder, or a part of an OCDBT."""
         item = "ema" if path in self._averaged else "params"
-        return _open(self._state, ".".join([item, *path.split("/")]))
-
-
-def _open(state: Path, name: str) -> ts.TensorStore:
-    """The Zarr array in which Orbax keeps a leaf: a folder of its own, or a part of an OCDBT."""
-    kvstore: dict[str, Any] = {"driver": "file", "path": f"{state}/{name}/"}
-    if not (state / name).is_dir():
-        base = {"driver": "file", "path": f"{state}/"}
-        kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
-    array = ts.open({"driver": "zarr", "kvstore": kvstore}, read=True).result()
-    chunk = array.chunk_layout.read_chunk.shape
-    if not chunk or chunk[0] == 1:
-        return array
-    # A chunk holds several blocks: keep it between reads instead of decoding it for each.
-    size = int(np.prod(chunk)) * array.dtype.numpy_dtype.itemsize
-    context = ts.Context({"cache_pool": {"total_bytes_limit": size + (1 << 20)}})
-    return ts.open({"driver": "zarr", "kvstore": kvstore}, read=True, context=context).result()
+        name = ".".join([item, *path.split("/")])
+        kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._state}/{name}/"}
+        if not (self._state / name).is_dir():
+            base = {"driver": "file", "path": f"{self._state}/"}
+            kvstore = {"driver": "ocdbt", "base": base, "path": f"{name}/"}
+        spec = {"driver": "zarr", "kvstore": kvstore}
+        array = ts.open(spec, read=True).result()
+        chunk = array.chunk_layout.read_chunk.shape
+        if not chunk or chunk[0] == 1:
+            return array
+        # A chunk holds several blocks: keep it between reads instead of decoding it for each.
+        size = int(np.prod(chunk)) * array.dtype.numpy_dtype.itemsize
+        context = ts.Context({"cache_pool": {"total_bytes_limit": size + (1 << 20)}})
+        return ts.open(spec, read=True, context=context).result()
