@@ -2,6 +2,7 @@ import os
 import pickle
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
@@ -118,6 +119,12 @@ def test_the_newer_form_is_preferred(folder):
     np.testing.assert_array_equal(episodes[1].embeddings["clip b"], 2 * stored[:4])
     with pytest.raises(ValueError, match=r"c\.safetensors has the keys \['text'\]"):
         episodes[2]
+    rounded = stored.astype(ml_dtypes.bfloat16)
+    save_file({"encoded_text": rounded}, folder / "language_embeddings/a.safetensors")
+    assert open_it(folder)[0].embeddings["clip a"].dtype == ml_dtypes.bfloat16
+    os.truncate(folder / "language_embeddings/a.safetensors", 70)
+    with pytest.raises(ValueError, match=r"a\.safetensors: not a readable"):
+        open_it(folder)[0]
 
 
 @pytest.mark.parametrize("protocol", range(1, 6))

@@ -4,9 +4,9 @@
     clips.jsonl         an object per line
     train.json          Something-Something v2's labels, Ego4D's narrations, or a list of objects
 
-The published lists of EPIC-KITCHENS-100, Something-Something v2 and Ego4D are read as they are
-(`clip_list_layouts.py`). A clip is the frames with start <= time < end, and an episode with one
-stream, "video". A malformed line is an episode that cannot be loaded, and says why.
+The published lists of EPIC-KITCHENS-100, Something-Something v2 and Ego4D are read as they are. A
+clip is the frames with start <= time < end, and an episode with one stream, "video". A malformed
+line is an episode that cannot be loaded, and says why.
 """
 
 import csv
@@ -21,14 +21,13 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from data_pipelines.episode import Episode, LazyEpisodes
-from data_pipelines.pickles import read_array_pickle
 from data_pipelines.video import VideoFile, VideoPool
-from mvjax.weights.safetensors_files import read_safetensors
 
-# How lists of clips name their columns: one's own list, and three published datasets.
+STREAM = "video"
+LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
+_LONGEST_RECORD = 20  # lines; a longer quoted field is a quote that was never closed
+_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?")
 
 
 @dataclass(frozen=True)
@@ -70,163 +69,9 @@ LAYOUTS = {
     ),
     # Something-Something v2: labels/train.json; a clip is a whole file.
     "ssv2": Layout("{id}.webm", "label", videos="../20bn-something-something-v2"),
-    # Ego4D: annotations/narration.json, through `ego4d_rows`.
+    # Ego4D: annotations/narration.json, through `_ego4d_rows`.
     "ego4d": Layout("{video_uid}.mp4", "narration_text", videos="../full_scale"),
 }
-
-
-def find_layout(row: Any) -> str:
-    """The name of the layout that a row has; "plain" if it is none of the published ones."""
-    columns = row.keys() if isinstance(row, dict) else set()
-    if {"participant_id", "video_id", "narration"} <= columns:
-        return "epic"
-    if {"video_uid", "narration_text"} <= columns:
-        return "ego4d"
-    return "ssv2" if {"id", "label"} <= columns and "file" not in columns else "plain"
-
-
-def ego4d_rows(narrations: dict, seconds: float) -> Iterator[Any]:
-    """A row per narration of Ego4D, which is one instant: the clip is the time around it.
-
-    Args:
-        narrations: the content of narration.json, {video_uid: {"narration_pass_1":
-            {"narrations": [{"timestamp_sec", "narration_text", ...}]}, ...}}.
-        seconds: length of a clip.
-    """
-    for uid, passes in narrations.items():
-        for name in ("narration_pass_1", "narration_pass_2"):
-            content = passes.get(name) if isinstance(passes, dict) else None
-            rows = content.get("narrations") if isinstance(content, dict) else None
-            for row in rows if isinstance(rows, list) else []:
-                time = row.get("timestamp_sec") if isinstance(row, dict) else None
-                if isinstance(time, int | float):
-                    edges = max(time - seconds / 2, 0), time + seconds / 2
-                    row = row | dict(zip(("start", "end"), (round(edge, 6) for edge in edges)))
-                else:
-                    row = f"a narration of {uid} has no timestamp_sec"
-                yield {"video_uid": uid, **row} if isinstance(row, dict) else row
-
-
-# Rows of a list in CSV, TSV, JSONL or JSON; a malformed one becomes a message in its place.
-
-
-LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
-_LONGEST_RECORD = 20  # lines; a longer quoted field is a quote that was never closed
-
-Row = tuple[int, dict[str, Any] | str]  # number of the line or entry; the row, or what is wrong
-
-
-def read_rows(path: Path, narration_seconds: float) -> Iterator[Row]:
-    """The rows of a list, in its order.
-
-    What is not UTF-8 is kept as lone surrogates, which `undecodable` finds: one bad line is then an
-    error of that line only.
-
-    Raises:
-        ValueError: if the file is of another kind, or cannot be read at all.
-    """
-    suffix = path.suffix.lower()
-    if suffix not in LIST_SUFFIXES:
-        raise ValueError(f"{path}: a list of clips is one of {', '.join(LIST_SUFFIXES)}")
-    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        if suffix == ".json":
-            yield from _json_entries(path, file.read(), narration_seconds)
-        elif suffix == ".jsonl":
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield number, _json_object(line)
-        else:
-            yield from _csv_rows(path, file)
-
-
-def undecodable(text: str) -> str:
-    """What is wrong with a text that is not UTF-8; "" if it is."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        byte = ord(text[error.start]) & 0xFF
-        return f"is not UTF-8 (character {error.start} is the byte 0x{byte:02x})"
-    return ""
-
-
-def _json_entries(path: Path, text: str, narration_seconds: float) -> Iterator[Row]:
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file ({error}); copy it again") from None
-    if isinstance(content, dict):
-        videos = content.get("videos")
-        rows = ego4d_rows(videos if isinstance(videos, dict) else content, narration_seconds)
-    elif isinstance(content, list):
-        fault = "the entry is no object with names"
-        rows = (row if isinstance(row, dict) else fault for row in content)
-    else:
-        raise ValueError(
-            f"{path}: a JSON list of clips is expected, not a {type(content).__name__}"
-        )
-    yield from enumerate(rows, 1)
-
-
-def _json_object(line: str) -> dict[str, Any] | str:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        return f"not a JSON object ({error})"
-    return row if isinstance(row, dict) else "not a JSON object"
-
-
-def _csv_rows(path: Path, file: Iterator[str]) -> Iterator[Row]:
-    header = next(file, "")
-    if wrong := undecodable(header):
-        raise ValueError(f"{path}: the first line {wrong}; save the list as UTF-8")
-    delimiter = max(",\t;", key=header.count)
-    columns = [column.strip() for column in _record(header, delimiter) or []]
-    number, ahead = 2, deque()
-    while True:
-        ahead.extend(islice(file, _LONGEST_RECORD - len(ahead)))
-        if not ahead:
-            return
-        lines, row = _next_row(ahead, columns, delimiter)
-        if row:
-            yield number, row
-        number += lines
-        for _ in range(lines):
-            ahead.popleft()
-
-
-def _next_row(
-    ahead: deque[str], columns: list[str], delimiter: str
-) -> tuple[int, dict[str, str] | str]:
-    """How many lines the next row has, and the row; after an error, go on with the next line."""
-    text = ""
-    for lines, line in enumerate(ahead, 1):
-        text += line
-        try:
-            fields = _record(text, delimiter)
-        except csv.Error as error:
-            return 1, f"a malformed line ({error})"
-        if fields is None:  # inside quotes at the end of the line
-            continue
-        if not any(fields):
-            return lines, ""
-        if len(fields) == len(columns):
-            return lines, dict(zip(columns, fields))
-        return 1, f"the line has {len(fields)} fields, but the first line has {len(columns)}"
-    return 1, "a quote is opened and never closed"
-
-
-def _record(text: str, delimiter: str) -> list[str] | None:
-    try:
-        return next(csv.reader([text], delimiter=delimiter, strict=True), [])
-    except csv.Error as error:
-        if "unexpected end of data" in str(error):
-            return None
-        raise
-
-
-STREAM = "video"
-
-_NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?")
 
 
 def recognises(path: Path) -> bool:
@@ -241,10 +86,20 @@ def recognises(path: Path) -> bool:
         )
         return listed or '"narration_pass_' in start
     try:
-        row = next((row for _, row in islice(read_rows(path, 1.0), 5) if isinstance(row, dict)), {})
+        row = next((row for _, row in islice(_rows(path, 1.0), 5) if isinstance(row, dict)), {})
     except (ValueError, OSError):
         return False
-    return find_layout(row) != "plain" or {"file", "caption"} <= row.keys()
+    return _layout_of(row) != "plain" or {"file", "caption"} <= row.keys()
+
+
+def _layout_of(row: dict[str, Any]) -> str:
+    """The name of the layout that a row has; "plain" if it is none of the published ones."""
+    columns = row.keys()
+    if {"participant_id", "video_id", "narration"} <= columns:
+        return "epic"
+    if {"video_uid", "narration_text"} <= columns:
+        return "ego4d"
+    return "ssv2" if {"id", "label"} <= columns and "file" not in columns else "plain"
 
 
 def open_clip_list(
@@ -258,7 +113,7 @@ def open_clip_list(
     fps: float | None = None,
     narration_seconds: float = 4.0,
 ) -> Sequence[Episode]:
-    """Open a list of clips; the videos are read when an episode is asked for.
+    """Opens a list of clips; the videos are read when an episode is asked for.
 
     Args:
         path: the list.
@@ -278,10 +133,10 @@ def open_clip_list(
     path = Path(path)
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"{path}: layout {layout!r} is not one of {', '.join(('auto', *LAYOUTS))}")
-    rows = read_rows(path, narration_seconds)
+    rows = _rows(path, narration_seconds)
     if layout == "auto":
         first = list(islice(rows, 100))
-        layout = find_layout(next((row for _, row in first if isinstance(row, dict)), {}))
+        layout = _layout_of(next((row for _, row in first if isinstance(row, dict)), {}))
         rows = chain(first, rows)
     columns = dict(columns or {})
     if unknown := columns.keys() - asdict(LAYOUTS[layout]).keys():
@@ -293,9 +148,15 @@ def open_clip_list(
     if all(clip.fault for clip in clips):
         why = f"number {clips[0].number}: {clips[0].fault}" if clips else "it is empty"
         raise ValueError(f"{path} has no usable clip among {len(clips)} lines; {why}")
+    seen: Counter[str] = Counter()
+    repeats = {}
+    for index, clip in enumerate(clips):
+        if seen[clip.name]:
+            repeats[index] = seen[clip.name]
+        seen[clip.name] += 1
     folder = Path(videos) if videos else path.parent / chosen.videos
     rate = None if fps is None else Fraction(str(fps))
-    dataset = _Dataset(path, name, embodiment, clips, _repeats(clips), folder, rate)
+    dataset = _Dataset(path, name, embodiment, clips, repeats, folder, rate)
     return LazyEpisodes(len(clips), dataset.load)
 
 
@@ -313,10 +174,32 @@ class _Clip(NamedTuple):
     fps: str = ""
     id: str = ""
 
+    @property
     def name(self) -> str:
         """Made of the content, so that lines added elsewhere in the list change no clip's name."""
         part = "-".join((self.start or self.start_frame, self.end or self.end_frame)).strip("-")
         return self.id or (f"{self.file} {part}" if part else self.file)
+
+
+def _clip(number: int, row: dict[str, Any] | str, layout: Layout) -> _Clip:
+    if isinstance(row, str):
+        return _Clip(number, fault=row)
+    try:
+        file = layout.file.format_map(row) if "{" in layout.file else row[layout.file]
+        captions = row[layout.caption]
+    except LookupError as error:
+        return _Clip(number, fault=f"there is no column {error} (there are {sorted(row)})")
+    captions = tuple(captions) if isinstance(captions, list) else (captions,)
+    if not file or not all(isinstance(text, str) for text in (file, *captions)) or not captions:
+        return _Clip(number, fault=f"{layout.file!r} and {layout.caption!r} must be texts")
+    for text in (file, *captions):
+        if wrong := _undecodable(text):
+            return _Clip(number, fault=f"{text!a} {wrong}; save the list as UTF-8")
+    columns = layout.start, layout.end, layout.start_frame, layout.end_frame, layout.fps, layout.id
+    values = [row.get(column) for column in columns]
+    texts = ["" if value is None else str(value).strip() for value in values]
+    # Many clips are of one file: its name is kept once.
+    return _Clip(number, "", sys.intern(file), tuple(text.strip() for text in captions), *texts)
 
 
 @dataclass(frozen=True)
@@ -342,47 +225,14 @@ class _Dataset:
         except ValueError as error:
             what = "entry" if self.path.suffix.lower() == ".json" else "line"
             raise ValueError(f"{self.path}, {what} {clip.number}: {error}") from None
-        repeat = f" #{self.repeats[index] + 1}" if index in self.repeats else ""
         return Episode(
-            id=clip.name() + repeat,
+            id=clip.name + (f" #{self.repeats[index] + 1}" if index in self.repeats else ""),
             source=self.name,
             embodiment=self.embodiment,
             instructions=clip.captions,
             streams={STREAM: stream},
             cameras=(STREAM,),
         )
-
-
-def _clip(number: int, row: dict[str, Any] | str, layout: Layout) -> _Clip:
-    if isinstance(row, str):
-        return _Clip(number, fault=row)
-    try:
-        file = layout.file.format_map(row) if "{" in layout.file else row[layout.file]
-        captions = row[layout.caption]
-    except LookupError as error:
-        return _Clip(number, fault=f"there is no column {error} (there are {sorted(row)})")
-    captions = tuple(captions) if isinstance(captions, list) else (captions,)
-    if not file or not all(isinstance(text, str) for text in (file, *captions)) or not captions:
-        return _Clip(number, fault=f"{layout.file!r} and {layout.caption!r} must be texts")
-    for text in (file, *captions):
-        if wrong := undecodable(text):
-            return _Clip(number, fault=f"{text!a} {wrong}; save the list as UTF-8")
-    columns = layout.start, layout.end, layout.start_frame, layout.end_frame, layout.fps, layout.id
-    values = [row.get(column) for column in columns]
-    texts = ["" if value is None else str(value).strip() for value in values]
-    # Many clips are of one file: its name is kept once.
-    return _Clip(number, "", sys.intern(file), tuple(text.strip() for text in captions), *texts)
-
-
-def _repeats(clips: list[_Clip]) -> dict[int, int]:
-    seen: Counter[str] = Counter()
-    repeats = {}
-    for index, clip in enumerate(clips):
-        name = clip.name()
-        if seen[name]:
-            repeats[index] = seen[name]
-        seen[name] += 1
-    return repeats
 
 
 def _part(clip: _Clip, fps: Fraction | None) -> tuple[Fraction, Fraction | None]:
@@ -409,42 +259,126 @@ def _seconds(text: str) -> Fraction:
     return sum((Fraction(part) * 60**i for i, part in enumerate(reversed(parts))), Fraction(0))
 
 
-# T5 embeddings stored beside captions, as Cosmos-Predict2 and mimic-video keep them.
+# The rows of a list, each with the number of its line or entry. A malformed one is a message in
+# its place: out of many thousand lines some are always broken.
+
+_Row = tuple[int, dict[str, Any] | str]
 
 
-KEY = "encoded_text"  # in a safetensors file
-
-
-def read_text_embedding(path: Path) -> np.ndarray:
-    """The embedding of one caption, without the zero rows that pad it.
-
-    Args:
-        path: a `.pickle` (a list that holds one array; it is read without being executed), or a
-            `.safetensors` with the key "encoded_text".
-
-    Returns:
-        float [n, d], in the type it is stored in.
+def _rows(path: Path, narration_seconds: float) -> Iterator[_Row]:
+    """The rows of a list, in its order.
 
     Raises:
-        ValueError: if the file is damaged, or holds anything else.
+        ValueError: if the file is of another kind, or cannot be read at all.
     """
-    if path.suffix == ".safetensors":
-        tensors = read_safetensors(path)
-        if KEY not in tensors:
-            raise ValueError(f"{path} has the keys {sorted(tensors)}; {KEY!r} is expected")
-        value: Any = np.array(tensors[KEY].read())
-    else:
-        value = read_array_pickle(path.read_bytes(), path)
-        if isinstance(value, list | tuple) and len(value) == 1:
-            value = value[0]
-    if isinstance(value, np.ndarray) and value.ndim == 3 and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind in "biuc":
-        found = (
-            f"{value.dtype} {list(value.shape)}" if isinstance(value, np.ndarray) else type(value)
-        )
-        raise ValueError(f"{path} holds {found}; one float array [tokens, width] is expected")
-    filled = np.flatnonzero(value.any(axis=1))
-    if len(filled) == 0:
-        raise ValueError(f"{path} holds only zeros; make the embedding again")
-    return value[: filled[-1] + 1]
+    suffix = path.suffix.lower()
+    if suffix not in LIST_SUFFIXES:
+        raise ValueError(f"{path}: a list of clips is one of {', '.join(LIST_SUFFIXES)}")
+    # What is not UTF-8 becomes lone surrogates, which `_undecodable` finds: an error of its line.
+    with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
+        if suffix == ".json":
+            yield from enumerate(_json_rows(path, file.read(), narration_seconds), 1)
+        elif suffix == ".jsonl":
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, _json_row(line)
+        else:
+            yield from _csv_rows(path, file)
+
+
+def _undecodable(text: str) -> str:
+    """What is wrong with a text that is not UTF-8; "" if it is."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        byte = ord(text[error.start]) & 0xFF
+        return f"is not UTF-8 (character {error.start} is the byte 0x{byte:02x})"
+    return ""
+
+
+def _json_rows(path: Path, text: str, narration_seconds: float) -> Iterator[dict[str, Any] | str]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file ({error}); copy it again") from None
+    if isinstance(content, dict):
+        videos = content.get("videos")
+        return _ego4d_rows(videos if isinstance(videos, dict) else content, narration_seconds)
+    if not isinstance(content, list):
+        raise ValueError(f"{path}: a JSON list of clips is expected, not {type(content).__name__}")
+    fault = "the entry is no object with names"
+    return (row if isinstance(row, dict) else fault for row in content)
+
+
+def _ego4d_rows(narrations: dict, seconds: float) -> Iterator[dict[str, Any] | str]:
+    """A row per narration of Ego4D, which is one instant: the clip is the time around it.
+
+    Args:
+        narrations: the content of narration.json, {video_uid: {"narration_pass_1":
+            {"narrations": [{"timestamp_sec", "narration_text", ...}]}, ...}}.
+        seconds: length of a clip.
+    """
+    for uid, passes in narrations.items():
+        for name in ("narration_pass_1", "narration_pass_2"):
+            content = passes.get(name) if isinstance(passes, dict) else None
+            rows = content.get("narrations") if isinstance(content, dict) else None
+            for row in rows if isinstance(rows, list) else []:
+                time = row.get("timestamp_sec") if isinstance(row, dict) else None
+                if isinstance(time, int | float):
+                    edges = max(time - seconds / 2, 0), time + seconds / 2
+                    start, end = (round(edge, 6) for edge in edges)
+                    yield {"video_uid": uid} | row | {"start": start, "end": end}
+                else:
+                    yield f"a narration of {uid} has no timestamp_sec"
+
+
+def _json_row(line: str) -> dict[str, Any] | str:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        return f"not a JSON object ({error})"
+    return row if isinstance(row, dict) else "not a JSON object"
+
+
+def _csv_rows(path: Path, file: Iterator[str]) -> Iterator[_Row]:
+    header = next(file, "")
+    if wrong := _undecodable(header):
+        raise ValueError(f"{path}: the first line {wrong}; save the list as UTF-8")
+    delimiter = max(",\t;", key=header.count)
+    columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter), [])]
+    number = 2  # of the line at which the present record begins
+    record: list[str] = []  # its lines
+    again: deque[str] = deque()  # lines to be read once more, after an error
+
+    def lines() -> Iterator[str]:
+        nonlocal number
+        while True:
+            if len(record) == _LONGEST_RECORD:
+                raise csv.Error("a quote is opened and never closed")
+            line = again.popleft() if again else next(file, "")
+            if not line:
+                return
+            if record or line.strip("\r\n"):
+                record.append(line)
+                yield line
+            else:
+                number += 1
+
+    while True:
+        try:
+            for row in csv.DictReader(lines(), columns, delimiter=delimiter, strict=True):
+                extra = row.pop(None, [])
+                if any([*row.values(), *extra]):
+                    if extra or None in row.values():
+                        count = sum(value is not None for value in row.values()) + len(extra)
+                        raise csv.Error(f"{count} fields, but the first line has {len(columns)}")
+                    yield number, row
+                number += len(record)
+                record.clear()
+            return
+        except csv.Error as error:
+            # Where the record ends is not known: go on with the line after its first.
+            yield number, f"a malformed line ({error})"
+            number += 1
+            again.extendleft(reversed(record[1:]))
+            record.clear()

@@ -12,15 +12,21 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from data_pipelines.episode import Episode, LazyEpisodes
-from data_pipelines.sources.clips import read_text_embedding
+import ml_dtypes  # noqa: F401  (tells NumPy, and so safetensors, what bfloat16 is)
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from data_pipelines.episode import Episode, LazyEpisodes, reason
+from data_pipelines.pickles import read_array_pickle
 from data_pipelines.sources.files import check_finished, read_text
 from data_pipelines.video import VideoFile, VideoPool
 from data_pipelines.video_index import VIDEO_SUFFIXES
 
 STREAM = "video"
 EMBEDDINGS = (("language_embeddings", ".safetensors"), ("t5_xxl", ".pickle"))
+KEY = "encoded_text"  # of the embedding in a safetensors file
 
 
 def recognises(path: Path) -> bool:
@@ -39,7 +45,7 @@ def open_video_folder(
     camera_in_name: bool = False,
     embeddings: bool = True,
 ) -> Sequence[Episode]:
-    """Open a folder of captioned videos; files are read when an episode is asked for.
+    """Opens a folder of captioned videos; files are read when an episode is asked for.
 
     A video without a caption, or with a damaged one, is an error of that episode only.
 
@@ -56,9 +62,8 @@ def open_video_folder(
     """
     path = Path(path)
     check_finished(path)
-    names = sorted(
-        filter(_is_video, os.listdir(path / "video") if (path / "video").is_dir() else ())
-    )
+    listed = os.listdir(path / "video") if (path / "video").is_dir() else ()
+    names = sorted(filter(_is_video, listed))
     if not names:
         raise ValueError(
             f"{path} is no folder of captioned videos: no {', '.join(VIDEO_SUFFIXES)} files in "
@@ -105,3 +110,43 @@ class _Dataset:
 def _is_video(name: str) -> bool:
     # Names that begin with a dot are files being written, or macOS's resource forks.
     return name.lower().endswith(VIDEO_SUFFIXES) and not name.startswith(".")
+
+
+def read_text_embedding(path: Path) -> np.ndarray:
+    """The T5 embedding of one caption, without the zero rows that pad it.
+
+    Args:
+        path: a `.pickle` (a list that holds one array; it is read without being executed), or a
+            `.safetensors` with the key "encoded_text".
+
+    Returns:
+        float [n, d], in the type it is stored in.
+
+    Raises:
+        ValueError: if the file is damaged, or holds anything else.
+    """
+    if path.suffix == ".safetensors":
+        try:
+            with safe_open(path, "numpy") as file:
+                if KEY not in file.keys():
+                    raise ValueError(f"{path} has the keys {file.keys()}; {KEY!r} is expected")
+                value: Any = file.get_tensor(KEY)
+        except (SafetensorError, OSError, TypeError) as error:  # TypeError: what NumPy lacks
+            raise ValueError(
+                f"{path}: not a readable safetensors file ({reason(path, error)}); copy it again"
+            ) from error
+    else:
+        value = read_array_pickle(path.read_bytes(), path)
+        if isinstance(value, list | tuple) and len(value) == 1:
+            value = value[0]
+    if isinstance(value, np.ndarray) and value.ndim == 3 and len(value) == 1:
+        value = value[0]
+    if not isinstance(value, np.ndarray) or value.ndim != 2 or value.dtype.kind in "biuc":
+        found = type(value).__name__
+        if isinstance(value, np.ndarray):
+            found = f"{value.dtype} {list(value.shape)}"
+        raise ValueError(f"{path} holds {found}; one float array [tokens, width] is expected")
+    filled = np.flatnonzero(value.any(axis=1))
+    if len(filled) == 0:
+        raise ValueError(f"{path} holds only zeros; make the embedding again")
+    return value[: filled[-1] + 1]
