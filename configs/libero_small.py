@@ -1,8 +1,8 @@
 """A small policy on LIBERO, from demonstrations to closed loop: what both stages share.
 
     bash launch/libero.sh
-    python -m mvjax.evaluation.record --suite libero --kind robot \
-        --out runs/libero_small/data/robot --tasks object-2,object-4 --episodes 16
+    python -m launch.record --suite=libero --kind=robot \
+        --out=runs/libero_small/data/robot --tasks=object-2,object-4 --episodes=16
     python -m launch.encode --config=configs/libero_small.py --only=tokenizer
     python -m launch.encode --config=configs/libero_small.py
     python -m launch.train --config=configs/libero_small_video.py \

@@ -93,7 +93,7 @@ def phases(run_dir: str, size: str) -> list[Phase]:
     def record(name: str) -> tuple[str, ...]:
         what = config.recording[name]
         return _python(
-            "mvjax.evaluation.record",
+            "launch.record",
             f"--out={run_dir}/data/{name}",
             f"--kind={what.kind}",
             f"--tasks={','.join(what.tasks)}",

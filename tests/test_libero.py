@@ -61,7 +61,7 @@ def recorded(python, tmp_path_factory):
     """A demonstration of a task in LIBERO's HDF5 layout."""
     out = tmp_path_factory.mktemp("libero") / "hdf5"
     tasks = ["--tasks", "object-2", "--episodes", "1", "--workers", "1", "--size", "48x64"]
-    command = ["-m", "mvjax.evaluation.record", "--suite", "libero", "--kind", "hdf5"]
+    command = ["-m", "launch.record", "--suite", "libero", "--kind", "hdf5"]
     run(sys.executable, *command, "--out", str(out), *tasks)  # starts LIBERO's Python itself
     return out
 
@@ -211,9 +211,9 @@ def test_recordings_read_back_as_libero_files_and_play_again(recorded, python, t
     run(
         sys.executable,
         "-m",
-        "mvjax.evaluation.libero_demos",
-        "--source",
-        str(recorded),
+        "launch.record",
+        "--suite=libero",
+        f"--regenerate={recorded}",
         "--out",
         str(out),
         "--size",

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import time
 import zlib
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 
@@ -23,7 +25,7 @@ SCRIPT = """
 import time
 from pathlib import Path
 
-from data_pipelines import record
+from mvjax.evaluation import record
 from mvjax.evaluation.record import record_unit
 
 
@@ -135,7 +137,7 @@ def test_an_episode_is_decided_by_seed_task_and_attempt_alone(robot, tmp_path):
 def test_a_killed_recording_goes_on_and_ends_with_the_same_bytes(robot, tmp_path):
     out = tmp_path / "killed"
     process = start(tmp_path / "run.py", out)
-    finished = wait_for(out, f"unfinished/{TASK}-*")
+    finished = wait_for(out, f"unfinished/{TASK}-*[0-9]")
     process.kill()  # the parent alone: its workers must notice
     process.communicate()
     with pytest.raises(ValueError, match="a recording that is not finished"):
@@ -174,15 +176,7 @@ def test_a_finished_recording_is_left_alone(robot):
 
 def test_ctrl_c_ends_everything_at_once_and_quietly(tmp_path):
     out = tmp_path / "interrupted"
-    command = [
-        sys.executable,
-        "-m",
-        "mvjax.evaluation.record",
-        "--out",
-        str(out),
-        "--kind",
-        "robot",
-    ]
+    command = [sys.executable, "-m", "launch.record", "--out", str(out), "--kind", "robot"]
     process = subprocess.Popen(
         [*command, "--tasks", TASK, "--episodes", "40", "--workers", "2"],
         cwd=ROOT,
@@ -190,14 +184,14 @@ def test_ctrl_c_ends_everything_at_once_and_quietly(tmp_path):
         text=True,
         start_new_session=True,
     )
-    wait_for(out, "unfinished/.unit-*")
+    wait_for(out, "unfinished/*.partial")
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all of its processes
     began = time.monotonic()
     error = process.communicate(timeout=10)[1]
     assert time.monotonic() - began < 3
     assert process.returncode == 130
     assert "Traceback" not in error
-    assert "give the same command again" in error
+    assert "run the same command again" in error
 
 
 def test_videos_come_with_captions_at_a_quarter_of_the_rate(tmp_path):
@@ -214,10 +208,29 @@ def test_videos_come_with_captions_at_a_quarter_of_the_rate(tmp_path):
 def test_wrong_requests_and_foreign_folders_are_refused(tmp_path):
     with pytest.raises(ValueError, match="kind must be 'robot' or 'video', got 'text'"):
         Recording("text", (TASK,), 1)
-    with pytest.raises(ValueError, match=r"unknown tasks \['fly'\]"):
+    with pytest.raises(ValueError, match="unknown Meta-World task 'fly'"):
         Recording("robot", ("fly",), 1)
+    for tasks in ((), (TASK, TASK)):
+        with pytest.raises(ValueError, match="each named once"):
+            Recording("robot", tasks, 1)
     (tmp_path / "thesis.tex").touch()
     with pytest.raises(ValueError, match="holds other files"):
         record_dataset(tmp_path, ROBOT)
     with pytest.raises(OSError):
         record_dataset(tmp_path / "thesis.tex/data", ROBOT)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--kind=robot"], "--kind, --tasks and --episodes must be given"),
+        (["--kind=robot", f"--tasks={TASK}", "--episodes=1", "--size=31x32"], "--size .*31x32"),
+        (["--kind=hdf5", f"--tasks={TASK}", "--episodes=1"], "kind must be .*'hdf5'"),
+        (["--suite=libero", "--regenerate=x", "--seed=1"], "--regenerate takes .* its files"),
+        (["--regenerate=x"], "--suite=libero"),
+    ],
+)
+def test_wrong_flags_are_explained(tmp_path, arguments, said):
+    done = forked.run("launch.record", f"--out={tmp_path}", *arguments)
+    assert done.code == 2 and re.search(said, done.err), done
+    assert not any(tmp_path.iterdir())

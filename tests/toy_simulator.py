@@ -9,7 +9,7 @@ GOAL = 1.0
 
 
 class Rail:
-    """Follows `mvjax.evaluation.worker.Simulator`; needs numpy alone.
+    """Follows `mvjax.evaluation.suites.suite.Simulator`; needs numpy alone.
 
     Args:
         task: becomes the instruction.

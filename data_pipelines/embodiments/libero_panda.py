@@ -43,7 +43,7 @@ def _hdf5_proprio(rotation: str) -> tuple[dict, ...]:
 HDF5_PROPRIO = _hdf5_proprio("rotvec")
 REGENERATED_PROPRIO = _hdf5_proprio("quaternion_xyzw")
 
-# Recordings of `mvjax.evaluation.record`, and other LeRobot datasets with openpi's numbers: action
+# Recordings of `launch.record`, and other LeRobot datasets with openpi's numbers: action
 # [n, 7]; observation.state [n, 8], position, rotation vector, two fingers.
 LEROBOT_ACTION = tuple(dict(part, stream="action") for part in HDF5_ACTION)
 LEROBOT_PROPRIO = (

@@ -1,7 +1,7 @@
 """Sawyer of Meta-World v3, 80 Hz: 4 numbers each, as the simulator takes and gives them.
 
 Action: dx, dy, dz and gripper in -1 .. 1. Proprioception: hand position (m) and gripper opening
-(0 .. 1). Streams of `mvjax.evaluation.record` (format "lerobot"): action, observation.state.
+(0 .. 1). Streams of `launch.record` (format "lerobot"): action, observation.state.
 """
 
 ACTION = (dict(stream="action", columns=(0, 1, 2, 3)),)

@@ -26,7 +26,7 @@ from data_pipelines.lru import LRU
 Visit = tuple[Path, list[str], list[str]]
 _NOT_OURS = "lost+found"  # the file system's, at the root of a disk; only root may read it
 
-# A recording (`mvjax.evaluation.record`) has the one from its beginning, the other at its end.
+# A recording (`launch.record`) has the one from its beginning, the other at its end.
 UNFINISHED, MANIFEST = "unfinished", "recording.json"
 
 

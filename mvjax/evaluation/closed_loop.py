@@ -10,18 +10,10 @@ import jax
 import numpy as np
 
 from mvjax.evaluation.rollout import EpisodeResult, Plan, Setting, run_rollouts, write_setting
-from mvjax.evaluation.suites.libero import Libero, libero_commands, libero_python
-from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.evaluation.suites.suite import Convert, Suite
+from mvjax.evaluation.suites.suite import SUITES, Convert, Suite
 from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy, policy_identity
 from mvjax.policy.observation import Observation, ObservationSpec
-
-SUITES = {
-    "metaworld": Suite(MetaWorld, control_hz=80),
-    "libero": Suite(Libero, control_hz=20, convert=libero_commands, interpreter=libero_python),
-}
-
 
 def settings_for(
     mode: str, stop_steps: Sequence[int], video_steps: int, variant: str = ""

@@ -1,8 +1,8 @@
 """Closed-loop rollouts: many simulator processes, one batched policy call per wave.
 
-In a wave every live worker hands in its observation, one call of `plan` answers them all, and the
+In a wave every live worker hands in its observation, one call of the policy answers all, and the
 workers execute the first `execute` actions of their chunks. An episode is a function of its task
-and seed (and of `plan`), so results do not depend on the number of workers or on timing, and an
+and seed (and of the policy), so results do not depend on the number of workers or on timing, and an
 evaluation that was killed goes on where it stopped.
 
 This file holds the results on file, the loop over waves (`run_rollouts`), the processes that it
@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from multiprocessing import Pipe
@@ -27,10 +27,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.atomic import write_json
-from mvjax.evaluation.worker import Job, MakeSimulator, Order, Outcome, Query
-from mvjax.policy.observation import Observation, ObservationSpec
+from mvjax.evaluation.suites.suite import MakeSimulator
+from mvjax.evaluation.worker import Job, Order, Outcome, Query
+from mvjax.policy.observation import Act, Observation, ObservationSpec
 
-Plan = Callable[[Sequence[Observation]], np.ndarray]
 """1 to `workers` observations -> float32 [b, action_horizon, action_dim], environment units."""
 
 # Results on file. A setting is one way of running the policy (or no policy). Its folder holds
@@ -135,7 +135,7 @@ def run_rollouts(
     suite: str,
     make_simulator: MakeSimulator,
     episodes: Sequence[tuple[str, int]],
-    controller: Plan | str,
+    controller: Act | str,
     spec: ObservationSpec,
     folder: Path,
     config_hash: str,
@@ -157,7 +157,7 @@ def run_rollouts(
         make_simulator: task -> simulator, importable by name (a class, a module's function, or a
             `functools.partial` of one), since workers are processes of their own.
         episodes: (task, seed) pairs.
-        controller: a `plan`, or "expert" (the simulator's scripted expert), or "none" (zero
+        controller: a policy, or "expert" (the simulator's scripted expert), or "none" (zero
             actions).
         spec: how observations are made and how many actions are executed per query.
         folder: results go to `folder/results.jsonl`, recordings to `folder/videos`.
@@ -177,13 +177,13 @@ def run_rollouts(
     Raises:
         RolloutError: a simulator failed or its process died; names the task and the seed.
         ValueError: results of another configuration are on file, an episode is listed twice, or
-            `plan` returned nonsense.
+            the policy returned nonsense.
     """
     mode = controller
     if callable(controller):
         mode = "oracle" if oracle_frames else "policy"
     elif controller not in ("expert", "none"):
-        raise ValueError(f'controller is a plan function, "expert" or "none", not {controller!r}.')
+        raise ValueError(f'controller is a function, "expert" or "none", not {controller!r}.')
     ours = folder / (f"results_{process}.jsonl" if process else "results.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
     if ours.exists():  # a killed evaluation may have left its last line unfinished
@@ -221,7 +221,7 @@ def run_rollouts(
 
 
 def _play(
-    simulators: list["WorkerProcess"], schedule: "Schedule", controller: Plan | str, execute: int
+    simulators: list["WorkerProcess"], schedule: "Schedule", controller: Act | str, execute: int
 ) -> Iterator[dict[str, Any]]:
     """Plays the whole schedule in waves; yields each episode's fields as it ends."""
     for simulator in simulators:
@@ -250,15 +250,15 @@ def _play(
             # In the order of the simulators, not of their answers.
             asking = [simulator for simulator in simulators if simulator in queries]
             start = time.perf_counter()
-            actions = _planned(controller, [queries[simulator] for simulator in asking], execute)
+            actions = _acted(controller, [queries[simulator] for simulator in asking], execute)
             share = (time.perf_counter() - start) / len(asking)
             for simulator, chunk in zip(asking, actions):
                 simulator.act(chunk, share)
 
 
-def _planned(plan: Plan, observations: list[Observation], execute: int) -> np.ndarray:
+def _acted(act: Act, observations: list[Observation], execute: int) -> np.ndarray:
     """The actions to execute, [b, execute, action_dim], checked."""
-    actions = np.asarray(plan(observations), np.float32)
+    actions = np.asarray(act(observations), np.float32)
     if actions.ndim != 3 or len(actions) != len(observations) or actions.shape[1] < execute:
         raise ValueError(
             f"The policy returned actions of shape {list(actions.shape)} for {len(observations)} "

@@ -2,10 +2,13 @@
 
 A seed below 50 is the number of an initial state in which LIBERO is evaluated; fixtures are placed
 as by seed 0. Other seeds place everything anew, as for LIBERO's own demonstrations. The arm holds
-still for ten steps first. Pictures are LIBERO's own turned by 180 degrees, as
-the published models expect them; since LIBERO's are stored bottom row first, that exchanges left
-and right. Actions are those of robosuite's OSC_POSE: position delta (unit 5 cm), rotation delta as
-a rotation vector (unit 0.5 rad), gripper (-1 opens, 1 closes).
+still for ten steps first. Pictures are LIBERO's own turned by 180 degrees, as the published models
+expect them; since LIBERO's are stored bottom row first, that exchanges left and right. Actions are
+those of robosuite's OSC_POSE: position delta (unit 5 cm), rotation delta as a rotation vector
+(unit 0.5 rad), gripper (-1 opens, 1 closes).
+
+The simulator runs in a Python of its own, which `bash launch/libero.sh` makes; this file is read by
+both Pythons. Tasks and scenes are in `libero_scene.py`, the scripted expert in `libero_expert.py`.
 """
 
 import importlib.util
@@ -18,6 +21,7 @@ import numpy as np
 from data_pipelines.embodiments.libero_panda import HDF5_ACTION
 from data_pipelines.vectors import parse, restore
 from mvjax.evaluation.suites.libero_scene import Scene, max_steps
+from mvjax.evaluation.suites.mujoco_camera import MujocoCamera, frames_ahead
 
 CAMERA, WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
 SETTLING_STEPS = 10
@@ -26,10 +30,10 @@ _COLLISION_SHAPES = 0  # the geom group that LIBERO does not draw
 
 
 class Libero:
-    """One LIBERO task (see `mvjax.evaluation.worker.Simulator` for the methods).
+    """One LIBERO task (see `mvjax.evaluation.suites.suite.Simulator` for the methods).
 
     Args:
-        task: such as "spatial-3" (`libero_tasks`).
+        task: such as "spatial-3" (see `libero_scene.split_task`).
         height: of the pictures, pixels.
         width: of the pictures, pixels.
 
@@ -42,22 +46,19 @@ class Libero:
     action_dim = 7
 
     def __init__(self, task: str, height: int = 480, width: int = 640) -> None:
-        """Builds the environment, about five seconds."""
         self.task = task
         self.max_steps = max_steps(task)
-        self.scene = Scene(task)
+        self.scene = Scene(task)  # about five seconds
+        import mujoco  # which must not be loaded before the scene has chosen how to draw
+
         self.instruction = self.scene.instruction
         self._env = self.scene.env
         self._robot = self._env.robots[0]
         self._model, self._data = self._env.sim.model._model, self._env.sim.data._data
-        self._size = (height, width)
-        self._renderer, self._shapes = None, None
+        self._pictures = MujocoCamera(self._model, height, width)
+        self._shapes = mujoco.MjvOption()
+        self._shapes.geomgroup[_COLLISION_SHAPES] = 0
         self._expert = None
-        # Software OpenGL spends most of its time on shadows and multisampling: both are off (before
-        # the drawing context is made, or it has no effect). Pictures must not mix the two settings.
-        self._model.vis.quality.offsamples = 0
-        self._model.vis.quality.shadowsize = 0
-        self._model.vis.global_.offheight, self._model.vis.global_.offwidth = self._size
 
     def reset(self, seed: int) -> None:
         """Start from initial state `seed`, or from a drawn placement, and settle."""
@@ -103,24 +104,8 @@ class Libero:
 
     def render(self, camera: str = CAMERA) -> np.ndarray:
         """A camera as the release turns it: uint8 [height, width, 3]."""
-        import mujoco
-
-        if self._renderer is None:
-            try:
-                self._renderer = mujoco.Renderer(self._model, *self._size)
-            except Exception as error:  # every GL backend raises its own kind
-                raise RuntimeError(
-                    f"MuJoCo cannot draw here ({error}): install a software OpenGL (Debian: "
-                    "libegl1 libgl1-mesa-dri, or libosmesa6) and set MUJOCO_GL=egl or "
-                    "MUJOCO_GL=osmesa"
-                ) from error
-            self._shapes = mujoco.MjvOption()
-            self._shapes.geomgroup[_COLLISION_SHAPES] = 0
-        self._renderer.update_scene(self._data, camera, self._shapes)
-        flags = self._renderer.scene.flags  # update_scene sets them anew every time
-        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        return np.ascontiguousarray(self._renderer.render()[:, ::-1])
+        # LIBERO stores the bottom row first: turned by 180 degrees, left and right are exchanged.
+        return np.ascontiguousarray(self._pictures.draw(self._data, camera, self._shapes)[:, ::-1])
 
     def proprio(self) -> np.ndarray:
         """Position (m), two rows of the rotation, first finger (m): float32 [10]."""
@@ -158,31 +143,62 @@ class Libero:
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action: float32 [7]."""
-        self._plan()
+        self._make_expert()
         return self._expert.act()
 
     def lookahead(self, steps: int, stride: int) -> np.ndarray:
         """Frames `stride`, `2 * stride`, ... up to `steps` control steps ahead under the expert."""
         from mvjax.evaluation.suites.libero_physics import Snapshot
 
-        self._plan()
+        self._make_expert()
         snapshot = Snapshot(self._env, self._expert)
-        frames = []
-        for step in range(1, steps + 1):
-            self.step(self.expert_action())
-            if step % stride == 0:
-                frames.append(self.render())
+        frames = frames_ahead(self, steps, stride)
         self._expert = snapshot.restore()
-        return np.stack(frames) if frames else np.zeros((0, *self._size, 3), np.uint8)
+        return frames
 
     def close(self) -> None:
-        """Free the renderer now: left to the interpreter's exit, EGL prints tracebacks."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        """Free the renderer; the simulator cannot be used afterwards."""
+        self._pictures.close()
         self._env.close()
 
-    def _plan(self) -> None:
+    # What recordings keep, by the names and conventions that LIBERO's users know.
+
+    def lerobot_state(self) -> np.ndarray:
+        """Position 3 (m), rotation vector 3 (rad), fingers 2 (m): float32 [8]."""
+        parts = (self.effector_position(), self.effector_rotation(), self.fingers())
+        return np.concatenate(parts).astype(np.float32)
+
+    def hdf5_row(self) -> dict[str, np.ndarray]:
+        """A row of LIBERO's own files, but for the action: path below the demonstration -> value.
+
+        Pictures are as OpenGL draws them, bottom row first.
+        """
+        position, rotation = self.effector_position(), self.effector_rotation()
+        fingers = self.fingers()
+        return {
+            "states": self.state(),
+            "robot_states": np.concatenate([fingers, position, self.effector_quaternion()]),
+            "obs/agentview_rgb": self.render(CAMERA)[::-1, ::-1],
+            "obs/eye_in_hand_rgb": self.render(WRIST_CAMERA)[::-1, ::-1],
+            "obs/ee_pos": position,
+            "obs/ee_ori": rotation,
+            "obs/ee_states": np.concatenate([position, rotation]),
+            "obs/gripper_states": fingers,
+            "obs/joint_states": self.arm(),
+        }
+
+    def hdf5_scene(self) -> dict[str, str]:
+        """What all demonstrations of a task have in common, for `data_pipelines.writers.Scene`."""
+        problem = self.scene.problem
+        return {
+            "name": self.scene.name,
+            "instruction": self.scene.words,
+            "env_name": problem,
+            "problem_name": problem.lower(),
+            "bddl_file": self.scene.bddl,
+        }
+
+    def _make_expert(self) -> None:
         from mvjax.evaluation.suites.libero_expert import PickAndPlace
 
         if self._expert is None:

@@ -1,7 +1,8 @@
 """A scripted expert for LIBERO tasks that put one thing on or into another.
 
 It knows where everything is, which no policy does. The hand points down throughout and is driven by
-the pose error; a grasp that does not hold is tried again elsewhere.
+the pose error; a grasp that does not hold is tried again elsewhere. `PickAndPlace` plays an
+episode; `choose_grasp`, below it, says where to take hold of an object.
 """
 
 from collections.abc import Sequence
@@ -12,8 +13,188 @@ import numpy as np
 
 from mvjax.evaluation.suites.libero_physics import body_points, other_points
 
-# Where to take hold of an object from above with a two-finger gripper.
+POSITION_UNIT_M = 0.05  # what OSC_POSE takes as 1
+ROTATION_UNIT = 0.5  # radians
+OPEN, CLOSED = -1.0, 1.0
+CLOSE_STEPS, OPEN_STEPS = 12, 8  # the gripper takes its time
+PATIENCE = 40  # control steps, after which a motion is taken to be as good as it gets
+FAR_PATIENCE = 90  # the same of a motion across the table
+ABOVE_M = 0.08  # over the grasp
+CLEAR_M = 0.04  # over the highest thing on the way
+WAY_M = 0.09  # half the width of the way that must be clear
+FINGERS_M = 0.015  # the point between the finger tips may be so far below a rim
+CARRY_SPEED = 0.9  # of the fastest
+DROP_M = 0.012  # above what it is put on
+DROP_INSIDE_M = 0.05  # above the floor of what it is put into
+DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # the hand, its fingers closing along y
+HELD_M = 0.03  # how far an object must have risen to be held
 
+
+class PickAndPlace:
+    """Plays one episode; `act` is called once per control step.
+
+    Args:
+        model: the scene.
+        data: its present state, which is read at every step.
+        goal: LIBERO's: [[relation, object, target]].
+
+    Raises:
+        ValueError: the goal is not to put one thing on or into another.
+    """
+
+    def __init__(
+        self, model: mujoco.MjModel, data: mujoco.MjData, goal: Sequence[Sequence[str]]
+    ) -> None:
+        if len(goal) != 1 or goal[0][0] not in ("on", "in"):
+            raise ValueError(
+                f"the scripted expert puts one thing on or into another; this task wants {goal}"
+            )
+        self._model, self._data = model, data
+        relation, thing, target = goal[0]
+        self._thing, self._inside = f"{thing}_main", relation == "in"
+        sites = [model.site(i).name for i in range(model.nsite)]
+        self._region = target if target in sites else None
+        body = model.body_rootid[model.site(target).bodyid[0]] if self._region else None
+        self._target = model.body(body).name if self._region else f"{target}_main"
+        self._tried: tuple[Grasp, ...] = ()  # never changed in place: `Snapshot` copies names only
+        self._begin()
+
+    def act(self) -> np.ndarray:
+        """The next action, float32 [7]."""
+        self._waited += 1
+        return getattr(self, f"_{self._phase}")().astype(np.float32)
+
+    def _begin(self) -> None:
+        """Chooses a grasp from where things are now, and starts with the first phase."""
+        points = body_points(self._model, self._data, self._thing)
+        others = other_points(self._model, self._data, self._thing)
+        self._grasp = choose_grasp(points, others, list(self._tried))
+        self._tried = (*self._tried, self._grasp)
+        self._start_height = self._position()[2]
+        place, below = self._grasp.position, self._grasp.position[2] - points[:, 2].min()
+        self._above_height = max(
+            place[2] + ABOVE_M, _tallest(others, self._hand(), place) + CLEAR_M
+        )
+        carried_over = _tallest(others, place, self._target_place())
+        self._carry_height = max(place[2] + ABOVE_M, carried_over + CLEAR_M + below)
+        target = body_points(self._model, self._data, self._target)
+        self._drop_height = self._surface() + below + (DROP_INSIDE_M if self._inside else DROP_M)
+        if self._inside:  # the hand is wider than a basket: it must stay above the rim
+            self._drop_height = max(self._drop_height, target[:, 2].max() - FINGERS_M)
+        self._go("above")
+
+    def _surface(self) -> float:
+        """The height that the object will rest on, metres."""
+        if self._region is None:
+            return float(self._data.body(self._target).xpos[2])
+        site = self._site(self._region)
+        depth = self._model.site(self._region).size[2] if self._inside else 0.0
+        return float(site.xpos[2] - depth)
+
+    def _go(self, phase: str) -> None:
+        self._phase, self._waited = phase, 0
+
+    def _above(self) -> np.ndarray:
+        goal = np.array([*self._grasp.position[:2], self._above_height])
+        if self._reached(goal, 0.015, FAR_PATIENCE):
+            self._go("descend")
+        return self._move(goal, OPEN)
+
+    def _descend(self) -> np.ndarray:
+        if self._reached(self._grasp.position, 0.006):
+            self._go("close")
+        return self._move(self._grasp.position, OPEN, 0.6)
+
+    def _close(self) -> np.ndarray:
+        if self._waited >= CLOSE_STEPS:
+            self._go("lift")
+        return self._move(self._grasp.position, CLOSED)
+
+    def _lift(self) -> np.ndarray:
+        goal = self._hand().copy()
+        goal[2] = self._carry_height
+        if self._hand()[2] > goal[2] - 0.015 or self._waited > PATIENCE:
+            if self._position()[2] < self._start_height + HELD_M:
+                self._begin()  # it slipped: from the start, elsewhere
+            else:
+                self._go("carry")
+        return self._move(goal, CLOSED, CARRY_SPEED)
+
+    def _carry(self) -> np.ndarray:
+        goal = self._over_target(self._carry_height)
+        if self._reached(goal, 0.012, FAR_PATIENCE):
+            self._go("lower")
+        return self._move(goal, CLOSED, CARRY_SPEED)
+
+    def _lower(self) -> np.ndarray:
+        goal = self._over_target(self._drop_height)
+        if self._reached(goal, 0.008):
+            self._go("release")
+        return self._move(goal, CLOSED, 0.4)
+
+    def _release(self) -> np.ndarray:
+        if self._waited >= OPEN_STEPS:
+            self._go("retreat")
+        return self._move(self._hand(), OPEN)
+
+    def _retreat(self) -> np.ndarray:
+        if self._waited > PATIENCE:
+            self._begin()  # not done yet: once more
+        goal = self._hand().copy()
+        goal[2] = self._carry_height
+        return self._move(goal, OPEN)
+
+    def _move(self, goal: np.ndarray, gripper: float, speed: float = 1.0) -> np.ndarray:
+        """An action towards a point, the hand pointing down and turned as the grasp wants."""
+        position = np.clip((goal - self._hand()) / POSITION_UNIT_M, -speed, speed)
+        turn = self._turn() / ROTATION_UNIT
+        return np.concatenate([position, np.clip(turn, -speed, speed), [gripper]])
+
+    def _turn(self) -> np.ndarray:
+        """What is missing to the wanted orientation, as a rotation vector [3]."""
+        cos, sin = np.cos(self._grasp.yaw), np.sin(self._grasp.yaw)
+        wanted = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ DOWN
+        missing = wanted @ self._site("gripper0_grip_site").xmat.reshape(3, 3).T
+        quaternion, vector = np.zeros(4), np.zeros(3)
+        mujoco.mju_mat2Quat(quaternion, missing.reshape(9))
+        mujoco.mju_quat2Vel(vector, quaternion, 1.0)
+        return vector
+
+    def _reached(self, goal: np.ndarray, tolerance: float, patience: int = PATIENCE) -> bool:
+        near = np.linalg.norm(goal - self._hand()) < tolerance
+        turned = np.linalg.norm(self._turn()) < 0.08
+        return bool(near and turned) or self._waited > patience
+
+    def _over_target(self, height: float) -> np.ndarray:
+        """Where the hand must be for the object to be over the target."""
+        shift = self._target_place() - self._position()[:2]
+        return np.array([*(self._hand()[:2] + shift), height])
+
+    def _target_place(self) -> np.ndarray:
+        """The middle of the target, [2]; it may move when it is touched."""
+        if self._region is not None:
+            return self._site(self._region).xpos[:2]
+        return self._data.body(self._target).xpos[:2]
+
+    def _hand(self) -> np.ndarray:
+        return self._site("gripper0_grip_site").xpos
+
+    def _position(self) -> np.ndarray:
+        return self._data.body(self._thing).xpos
+
+    def _site(self, name: str):
+        return self._data.site(name)
+
+
+def _tallest(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
+    """The highest of the points [n, 3] near the straight way between two places (x, y first)."""
+    start, way = start[:2], end[:2] - start[:2]
+    share = np.clip((points[:, :2] - start) @ way / max(way @ way, 1e-9), 0, 1)
+    distance = np.linalg.norm(points[:, :2] - start - share[:, None] * way, axis=1)
+    return float(points[distance < WAY_M, 2].max(initial=-np.inf))
+
+
+# Where to take hold of an object from above with a two-finger gripper.
 
 OPENING_M = 0.08  # between the open fingers
 WIDEST_M = 0.072  # of an object that goes between them; wider ones are held by the rim
@@ -99,184 +280,3 @@ def _clearance(grasp: Grasp, others: np.ndarray) -> float:
 def _alike(grasp: Grasp, other: Grasp) -> bool:
     turned = abs((grasp.yaw - other.yaw + np.pi / 2) % np.pi - np.pi / 2)
     return bool(turned < 0.3 and np.linalg.norm(grasp.position - other.position) < 0.04)
-
-
-POSITION_UNIT_M = 0.05  # what OSC_POSE takes as 1
-ROTATION_UNIT = 0.5  # radians
-OPEN, CLOSED = -1.0, 1.0
-CLOSE_STEPS, OPEN_STEPS = 12, 8  # the gripper takes its time
-PATIENCE = 40  # control steps, after which a motion is taken to be as good as it gets
-FAR_PATIENCE = 90  # the same of a motion across the table
-ABOVE_M = 0.08  # over the grasp
-CLEAR_M = 0.04  # over the highest thing on the way
-WAY_M = 0.09  # half the width of the way that must be clear
-FINGERS_M = 0.015  # the point between the finger tips may be so far below a rim
-CARRY_SPEED = 0.9  # of the fastest
-DROP_M = 0.012  # above what it is put on
-DROP_INSIDE_M = 0.05  # above the floor of what it is put into
-DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # the hand, its fingers closing along y
-HELD_M = 0.03  # how far an object must have risen to be held
-
-
-class PickAndPlace:
-    """Plays one episode; `act` is called once per control step.
-
-    Args:
-        model: the scene.
-        data: its present state, which is read at every step.
-        goal: LIBERO's: [[relation, object, target]].
-
-    Raises:
-        ValueError: the goal is not to put one thing on or into another.
-    """
-
-    def __init__(
-        self, model: mujoco.MjModel, data: mujoco.MjData, goal: Sequence[Sequence[str]]
-    ) -> None:
-        """Plans the grasp from where things are now."""
-        if len(goal) != 1 or goal[0][0] not in ("on", "in"):
-            raise ValueError(
-                f"the scripted expert puts one thing on or into another; this task wants {goal}"
-            )
-        self._model, self._data = model, data
-        relation, thing, target = goal[0]
-        self._thing, self._inside = f"{thing}_main", relation == "in"
-        sites = [model.site(i).name for i in range(model.nsite)]
-        self._region = target if target in sites else None
-        body = model.body_rootid[model.site(target).bodyid[0]] if self._region else None
-        self._target = model.body(body).name if self._region else f"{target}_main"
-        self._tried: tuple = ()
-        self._plan()
-
-    def act(self) -> np.ndarray:
-        """The next action, float32 [7]."""
-        self._waited += 1
-        return getattr(self, f"_{self._phase}")().astype(np.float32)
-
-    def _plan(self) -> None:
-        points = body_points(self._model, self._data, self._thing)
-        others = other_points(self._model, self._data, self._thing)
-        self._grasp = choose_grasp(points, others, list(self._tried))
-        self._tried = (*self._tried, self._grasp)
-        self._start_height = self._position()[2]
-        place, below = self._grasp.position, self._grasp.position[2] - points[:, 2].min()
-        self._above_height = max(
-            place[2] + ABOVE_M, _tallest(others, self._hand(), place) + CLEAR_M
-        )
-        carried_over = _tallest(others, place, self._target_place())
-        self._carry_height = max(place[2] + ABOVE_M, carried_over + CLEAR_M + below)
-        target = body_points(self._model, self._data, self._target)
-        self._drop_height = self._surface() + below + (DROP_INSIDE_M if self._inside else DROP_M)
-        if self._inside:  # the hand is wider than a basket: it must stay above the rim
-            self._drop_height = max(self._drop_height, target[:, 2].max() - FINGERS_M)
-        self._go("above")
-
-    def _surface(self) -> float:
-        """The height that the object will rest on, metres."""
-        if self._region is None:
-            return float(self._data.body(self._target).xpos[2])
-        site = self._site(self._region)
-        depth = self._model.site(self._region).size[2] if self._inside else 0.0
-        return float(site.xpos[2] - depth)
-
-    def _go(self, phase: str) -> None:
-        self._phase, self._waited = phase, 0
-
-    def _above(self) -> np.ndarray:
-        goal = np.array([*self._grasp.position[:2], self._above_height])
-        if self._reached(goal, 0.015, FAR_PATIENCE):
-            self._go("descend")
-        return self._move(goal, OPEN)
-
-    def _descend(self) -> np.ndarray:
-        if self._reached(self._grasp.position, 0.006):
-            self._go("close")
-        return self._move(self._grasp.position, OPEN, 0.6)
-
-    def _close(self) -> np.ndarray:
-        if self._waited >= CLOSE_STEPS:
-            self._go("lift")
-        return self._move(self._grasp.position, CLOSED)
-
-    def _lift(self) -> np.ndarray:
-        goal = self._hand().copy()
-        goal[2] = self._carry_height
-        if self._hand()[2] > goal[2] - 0.015 or self._waited > PATIENCE:
-            if self._position()[2] < self._start_height + HELD_M:
-                self._plan()  # it slipped: from the start, elsewhere
-            else:
-                self._go("carry")
-        return self._move(goal, CLOSED, CARRY_SPEED)
-
-    def _carry(self) -> np.ndarray:
-        goal = self._over_target(self._carry_height)
-        if self._reached(goal, 0.012, FAR_PATIENCE):
-            self._go("lower")
-        return self._move(goal, CLOSED, CARRY_SPEED)
-
-    def _lower(self) -> np.ndarray:
-        goal = self._over_target(self._drop_height)
-        if self._reached(goal, 0.008):
-            self._go("release")
-        return self._move(goal, CLOSED, 0.4)
-
-    def _release(self) -> np.ndarray:
-        if self._waited >= OPEN_STEPS:
-            self._go("retreat")
-        return self._move(self._hand(), OPEN)
-
-    def _retreat(self) -> np.ndarray:
-        if self._waited > PATIENCE:
-            self._plan()  # not done yet: once more
-        goal = self._hand().copy()
-        goal[2] = self._carry_height
-        return self._move(goal, OPEN)
-
-    def _move(self, goal: np.ndarray, gripper: float, speed: float = 1.0) -> np.ndarray:
-        """An action towards a point, the hand pointing down and turned as the grasp wants."""
-        position = np.clip((goal - self._hand()) / POSITION_UNIT_M, -speed, speed)
-        turn = self._turn() / ROTATION_UNIT
-        return np.concatenate([position, np.clip(turn, -speed, speed), [gripper]])
-
-    def _turn(self) -> np.ndarray:
-        """What is missing to the wanted orientation, as a rotation vector [3]."""
-        cos, sin = np.cos(self._grasp.yaw), np.sin(self._grasp.yaw)
-        wanted = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ DOWN
-        missing = wanted @ self._site("gripper0_grip_site").xmat.reshape(3, 3).T
-        quaternion, vector = np.zeros(4), np.zeros(3)
-        mujoco.mju_mat2Quat(quaternion, missing.reshape(9))
-        mujoco.mju_quat2Vel(vector, quaternion, 1.0)
-        return vector
-
-    def _reached(self, goal: np.ndarray, tolerance: float, patience: int = PATIENCE) -> bool:
-        near = np.linalg.norm(goal - self._hand()) < tolerance
-        turned = np.linalg.norm(self._turn()) < 0.08
-        return bool(near and turned) or self._waited > patience
-
-    def _over_target(self, height: float) -> np.ndarray:
-        """Where the hand must be for the object to be over the target."""
-        shift = self._target_place() - self._position()[:2]
-        return np.array([*(self._hand()[:2] + shift), height])
-
-    def _target_place(self) -> np.ndarray:
-        """The middle of the target, [2]; it may move when it is touched."""
-        if self._region is not None:
-            return self._site(self._region).xpos[:2]
-        return self._data.body(self._target).xpos[:2]
-
-    def _hand(self) -> np.ndarray:
-        return self._site("gripper0_grip_site").xpos
-
-    def _position(self) -> np.ndarray:
-        return self._data.body(self._thing).xpos
-
-    def _site(self, name: str):
-        return self._data.site(name)
-
-
-def _tallest(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
-    """The highest of the points [n, 3] near the straight way between two places (x, y first)."""
-    start, way = start[:2], end[:2] - start[:2]
-    share = np.clip((points[:, :2] - start) @ way / max(way @ way, 1e-9), 0, 1)
-    distance = np.linalg.norm(points[:, :2] - start - share[:, None] * way, axis=1)
-    return float(points[distance < WAY_M, 2].max(initial=-np.inf))

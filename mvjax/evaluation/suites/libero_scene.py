@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.pickles import read_array_pickle
+from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 
 # LIBERO's suites and their tasks by number; needs nothing installed.
 #
@@ -131,8 +132,7 @@ def _import_libero() -> ModuleType:
     folder = tempfile.TemporaryDirectory(prefix="libero-")
     Path(folder.name, "config.yaml").write_text("benchmark_root: unused\n")
     os.environ["LIBERO_CONFIG_PATH"] = folder.name
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")
+    draw_off_screen()
     logging.disable(logging.WARNING)  # robosuite asks for a file of settings that nobody needs
     try:
         with contextlib.redirect_stdout(io.StringIO()):

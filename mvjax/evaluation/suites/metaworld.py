@@ -6,11 +6,17 @@ Conventions are the public ones: camera corner2 at [0.75, 0.075, 0.7] turned upr
 """
 
 import copy
-import os
 import sys
 import warnings
 
 import numpy as np
+
+from mvjax.evaluation.suites.mujoco_camera import (
+    NO_GL,
+    MujocoCamera,
+    draw_off_screen,
+    frames_ahead,
+)
 
 CAMERA = "corner2"
 CAMERA_POSITION = (0.75, 0.075, 0.7)
@@ -70,14 +76,15 @@ TASKS: dict[str, str] = {
     "window-open-v3": "slide the window open",
 }
 
-NO_GL = (
-    "MuJoCo cannot draw here ({reason}): install a software OpenGL (Debian: libegl1 "
-    "libgl1-mesa-dri, or libosmesa6) and set MUJOCO_GL=egl or MUJOCO_GL=osmesa before starting"
-)
+
+def check_task(task: str) -> None:
+    """Raises ValueError for a task that Meta-World does not have."""
+    if task not in TASKS:
+        raise ValueError(f"unknown Meta-World task {task!r}; the tasks are {', '.join(TASKS)}")
 
 
 class MetaWorld:
-    """One Meta-World task (see `mvjax.evaluation.worker.Simulator` for the methods).
+    """One Meta-World task (see `mvjax.evaluation.suites.suite.Simulator` for the methods).
 
     Args:
         task: a key of `TASKS`.
@@ -99,25 +106,16 @@ class MetaWorld:
     def __init__(
         self, task: str, height: int = 192, width: int = 192, camera_jitter_seed: int | None = None
     ):
-        if task not in TASKS:
-            raise ValueError(f"unknown Meta-World task {task!r}; the tasks are {', '.join(TASKS)}")
-        mujoco, env_classes, experts = _import_metaworld()
+        check_task(task)
+        self._mujoco, env_classes, experts = _import_metaworld()
         self.task = task
         self.instruction = TASKS[task]
-        self._mujoco = mujoco
-        self._size = (height, width)
         self._jitter_seed = camera_jitter_seed
         self._env = _make_env(env_classes[task])
         self._expert = experts[task]()
-        self._renderer = None
         self._obs = None
         model = self._env.model
-        # Software OpenGL spends most of its time on shadows and multisampling: both are off (before
-        # the drawing context is made, or it has no effect). Pictures must not mix the two settings.
-        model.vis.quality.offsamples = 0
-        model.vis.quality.shadowsize = 0
-        model.vis.global_.offheight = max(model.vis.global_.offheight, height)
-        model.vis.global_.offwidth = max(model.vis.global_.offwidth, width)
+        self._pictures = MujocoCamera(model, height, width)
         self._camera = model.camera(CAMERA).id
         self._fovy = float(model.cam_fovy[self._camera])
         model.cam_pos[self._camera] = CAMERA_POSITION
@@ -149,17 +147,8 @@ class MetaWorld:
 
     def render(self) -> np.ndarray:
         """The corner camera, upright: uint8 [height, width, 3]."""
-        mujoco = self._mujoco
-        if self._renderer is None:
-            try:
-                self._renderer = mujoco.Renderer(self._env.model, *self._size)
-            except Exception as error:  # every GL backend raises its own kind
-                raise RuntimeError(NO_GL.format(reason=error)) from error
-        self._renderer.update_scene(self._env.data, self._camera)
-        flags = self._renderer.scene.flags  # update_scene sets them anew every time
-        flags[mujoco.mjtRndFlag.mjRND_SHADOW] = 0
-        flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = 0
-        return np.ascontiguousarray(self._renderer.render()[::-1, ::-1])  # mounted upside down
+        picture = self._pictures.draw(self._env.data, self._camera)
+        return np.ascontiguousarray(picture[::-1, ::-1])  # the camera is mounted upside down
 
     def proprio(self) -> np.ndarray:
         """Hand position (m) and gripper opening (0..1): float32 [4]."""
@@ -169,9 +158,8 @@ class MetaWorld:
         """The scripted policy's action, clipped to [-1, 1]: float32 [4]."""
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # it warns at every response beyond 1, which we clip
-            action = self._expert.get_action(
-                self._obs.copy()
-            )  # some experts edit what they are given
+            # A copy, since some experts edit what they are given.
+            action = self._expert.get_action(self._obs.copy())
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def lookahead(self, steps: int, stride: int) -> np.ndarray:
@@ -181,33 +169,25 @@ class MetaWorld:
         """
         env = self._env
         data, obs, attributes = env.data, self._obs, _small_attributes(env)
-        env.data = copy.copy(
-            data
-        )  # the future happens in a copy, contacts and warm starts included
-        frames = []
-        for step in range(1, steps + 1):
-            self.step(self.expert_action())
-            if step % stride == 0:
-                frames.append(self.render())
+        # The future happens in a copy, contacts and warm starts included.
+        env.data = copy.copy(data)
+        frames = frames_ahead(self, steps, stride)
         env.data, self._obs = data, obs
         for name, (value, content) in attributes.items():
             setattr(env, name, value)
             if content is not None:
                 value[...] = content
-        return np.stack(frames) if frames else np.zeros((0, *self._size, 3), np.uint8)
+        return frames
 
     def close(self) -> None:
-        """Free the renderer now: left to the interpreter's exit, EGL prints tracebacks."""
-        if self._renderer is not None:
-            self._renderer.close()
-            self._renderer = None
+        """Free the renderer; the simulator cannot be used afterwards."""
+        self._pictures.close()
         self._env.close()
 
 
 def _import_metaworld():
     """mujoco, the environment classes and the experts by task name."""
-    if sys.platform == "linux":
-        os.environ.setdefault("MUJOCO_GL", "egl")  # mujoco reads it once, when it is imported
+    draw_off_screen()
     try:
         import mujoco
         from metaworld.env_dict import ENV_CLS_MAP

@@ -1,13 +1,79 @@
-"""A simulator suite as the evaluating process sees it, which need not have it installed."""
+"""The simulators in which policies are evaluated and demonstrations recorded.
+
+To add one:
+
+1. Write `suites/<name>.py` with a class that follows `Simulator`. It runs in worker processes and
+   must not import jax. It imports the simulator's own packages inside functions, since the
+   evaluating process reads the file as well and need not have them installed.
+2. Add a `Suite` to `SUITES`, at the end of this file: its name is what `evaluation.suite` in a
+   configuration and `launch.record --suite` take.
+"""
 
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 
-from mvjax.evaluation.worker import MakeSimulator
+from mvjax.evaluation.suites import libero, libero_scene, metaworld
+
+
+class Simulator(Protocol):
+    """One task of one simulator.
+
+    Attributes:
+        instruction: what to do, in words.
+        control_hz: control steps per second of simulated time.
+        max_steps: control steps after which an episode counts as failed.
+        action_dim: numbers in an action.
+    """
+
+    instruction: str
+    control_hz: int
+    max_steps: int
+    action_dim: int
+
+    def reset(self, seed: int) -> None:
+        """Start the episode that `seed` names; equal seeds give equal episodes."""
+        ...
+
+    def step(self, action: np.ndarray) -> bool:
+        """Apply one action (float [d], environment units) and return whether the task is done."""
+        ...
+
+    def render(self) -> np.ndarray:
+        """The policy's camera, upright: uint8 [h, w, 3]."""
+        ...
+
+    def proprio(self) -> np.ndarray:
+        """The robot's own state: float32 [d], raw units."""
+        ...
+
+    def expert_action(self) -> np.ndarray:
+        """What a scripted expert would do now: float32 [d]."""
+        ...
+
+    def lookahead(self, steps: int, stride: int) -> np.ndarray:
+        """The expert's future from here, leaving the episode untouched.
+
+        Args:
+            steps: control steps to look ahead.
+            stride: control steps between frames.
+
+        Returns:
+            uint8 [steps // stride, h, w, 3]: frames `stride`, `2 * stride`, ... steps from now.
+        """
+        ...
+
+    def close(self) -> None:
+        """Free the renderer; the simulator cannot be used afterwards."""
+        ...
+
+
+MakeSimulator = Callable[..., Simulator]
+"""task -> its simulator; importable by name, since it is called in another process."""
 
 Convert = Callable[[np.ndarray, np.ndarray], np.ndarray]
 """A policy's chunk [h, action_dim] and its present proprioception [proprio_dim] -> what the
@@ -26,17 +92,78 @@ def this_interpreter() -> Path:
 
 
 @dataclass(frozen=True)
-class Suite:
-    """What an evaluation must know of a simulator.
+class Demonstrations:
+    """How the demonstrations of a suite's scripted experts are recorded.
 
     Attributes:
-        make_simulator: task -> simulator, called in the worker; importable by name there.
+        kinds: what can be recorded: "robot" (LeRobot), "video" (files), "hdf5" (LIBERO's layout).
+            Kind video needs a simulator with the argument `camera_jitter_seed`.
+        size: of the pictures, (height, width) in pixels, unless asked for otherwise.
+        embodiment: the robot's name.
+        camera: the picture's name in a LeRobot dataset.
+        state: simulator -> "observation.state" of a LeRobot dataset, float32 [d].
+        row: simulator -> a row of an HDF5 file, by name; of kind hdf5 alone.
+        scene: simulator -> what an HDF5 file says once, JSON; of kind hdf5 alone.
+    """
+
+    kinds: tuple[str, ...]
+    size: tuple[int, int]
+    embodiment: str
+    camera: str
+    state: Callable[[Any], np.ndarray]
+    row: Callable[[Any], dict[str, np.ndarray]] | None = None
+    scene: Callable[[Any], dict[str, str]] | None = None
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What an evaluation and a recording must know of a simulator.
+
+    Attributes:
+        make_simulator: task -> simulator, called in the worker; recordings pass `height` and
+            `width`, too.
+        check_task: raises ValueError for a task that the suite does not have.
         control_hz: control steps per second of simulated time.
+        demonstrations: how they are recorded.
         convert: the policy's actions to the simulator's.
         interpreter: the Python that has the simulator; raises where it is not installed.
     """
 
     make_simulator: MakeSimulator
-    control_hz: float
+    check_task: Callable[[str], Any]
+    control_hz: int
+    demonstrations: Demonstrations
     convert: Convert = as_given
     interpreter: Callable[[], Path] = this_interpreter
+
+
+SUITES = {
+    "metaworld": Suite(
+        metaworld.MetaWorld,
+        metaworld.check_task,
+        control_hz=80,
+        demonstrations=Demonstrations(
+            kinds=("robot", "video"),
+            size=(192, 192),
+            embodiment="metaworld_sawyer",
+            camera="observation.images.corner",
+            state=metaworld.MetaWorld.proprio,
+        ),
+    ),
+    "libero": Suite(
+        libero.Libero,
+        libero_scene.split_task,
+        control_hz=20,
+        demonstrations=Demonstrations(
+            kinds=("robot", "hdf5"),
+            size=(480, 640),
+            embodiment="libero_panda",
+            camera="observation.images.agentview",
+            state=libero.Libero.lerobot_state,
+            row=libero.Libero.hdf5_row,
+            scene=libero.Libero.hdf5_scene,
+        ),
+        convert=libero.libero_commands,
+        interpreter=libero.libero_python,
+    ),
+}
