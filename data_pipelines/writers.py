@@ -80,7 +80,6 @@ def write_lerobot(
 
     Raises:
         ValueError: if episodes disagree on features or lengths.
-        OSError: if the folder cannot be written.
     """
     if not episodes:
         raise ValueError(f"{path}: no episodes were given to write")
@@ -375,7 +374,6 @@ def write_hdf5(path: Path, demonstrations: Iterable[Demonstration], scene: Scene
 
     Raises:
         ValueError: for no demonstrations.
-        OSError: if the folder cannot be written or the disk is full.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         data = file.create_group("data")
@@ -433,9 +431,6 @@ def write_video_folder(path: Path, videos: Mapping[str, tuple[Path, str]]) -> No
     Args:
         path: the dataset's folder; files of the same names are replaced.
         videos: id -> (the .mp4, its caption).
-
-    Raises:
-        OSError: if the folder cannot be written.
     """
     for name, (video, caption) in videos.items():
         atomic.write_text(path / "metas" / f"{name}.txt", caption + "\n")
