@@ -17,9 +17,10 @@ from absl import flags
 from launch.entry import config_flag, path_flag, run
 from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy
-from mvjax.serving.adapters import CLIENTS, body_of, make_adapter
-from mvjax.serving.protocol import WireLimits
-from mvjax.serving.server import Batching, PolicyServer, Serving, make_server
+from mvjax.serving.adapters import CLIENTS, make_adapter, policy_vectors
+from mvjax.serving.batching import Batching
+from mvjax.serving.protocol import MessageLimits
+from mvjax.serving.server import PolicyServer, Serving, make_server
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
@@ -48,11 +49,11 @@ def main() -> None:
         port=PORT.value,
         max_clients=MAX_CLIENTS.value,
         api_key=api_key(),
-        wire=WireLimits(message_bytes=MAX_MESSAGE.value * 2**20),
+        wire=MessageLimits(message_bytes=MAX_MESSAGE.value * 2**20),
     )
     experiment = Experiment.from_config(config)
     sampling = experiment.sampling(stop_step=STOP_STEP.value)
-    adapter = make_adapter(CLIENT.value, body_of(config))
+    adapter = make_adapter(CLIENT.value, policy_vectors(config))
     check_address(serving.host, serving.port)
     policy = load_policy(experiment, Path(CHECKPOINT.value), sampling, max(batching.sizes))
     print("Compiling the policy ...", flush=True)

@@ -31,7 +31,7 @@ if __name__ == "__main__":
     policy, _ = tiny_policy()
     queries = [random_observation(seed) for seed in range(5)]
     with quick_compiles():
-        expected = np.concatenate([policy.plan([query]) for query in queries])
+        expected = np.concatenate([policy.act([query]) for query in queries])
         for argument in sys.argv[1:]:
-            ours = on_mesh(policy, [int(size) for size in argument.split(",")]).plan(queries)
+            ours = on_mesh(policy, [int(size) for size in argument.split(",")]).act(queries)
             print(argument, np.linalg.norm(ours - expected) / np.linalg.norm(expected))

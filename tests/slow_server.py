@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from mvjax.serving.adapters import Body, make_adapter
-from mvjax.serving.server import Batcher, PolicyServer, Serving
-from mvjax.serving.session import Senses
+from mvjax.serving.adapters import PolicyVectors, make_adapter
+from mvjax.serving.batching import Batcher
+from mvjax.serving.server import PolicyServer, Serving
+from mvjax.serving.session import SessionSpec
 
 SIZES = {"plain": (2, 2), "libero": (8, 7), "aloha": (14, 14), "droid": (8, 8)}
 
@@ -31,7 +32,7 @@ def main(
     """Answers with chunks that repeat the state; a state of 13 breaks the policy."""
     proprio_dim, action_dim = SIZES[client]
 
-    def plan(observations):
+    def act(observations):
         time.sleep(seconds)
         while hold and not Path(hold).exists():
             time.sleep(0.01)
@@ -44,9 +45,9 @@ def main(
     settings = {name: kinds[name](value) for name, value in more.items()}
     server = PolicyServer(
         Serving(**{"host": "127.0.0.1", "port": 0, **settings}),
-        make_adapter(client, Body((), (), action_dim, proprio_dim)),
-        Senses(observed_frames=1, proprio_horizon=1),
-        lambda clients: Batcher(plan, int(most), float(window), clients),
+        make_adapter(client, PolicyVectors((), (), action_dim, proprio_dim)),
+        SessionSpec(observed_frames=1, proprio_horizon=1),
+        lambda clients: Batcher(act, int(most), float(window), clients),
         {"observed_frames": 1},
     )
     asyncio.run(server.run(lambda host, port: print(port, flush=True)))

@@ -7,11 +7,11 @@ from scipy.spatial.transform import Rotation
 
 from configs import libero_action
 from data_pipelines.embodiments import aloha, droid_franka, libero_panda
-from mvjax.serving.adapters import body_of, make_adapter
-from mvjax.serving.session import RequestError, Senses, Session
+from mvjax.serving.adapters import make_adapter, policy_vectors
+from mvjax.serving.session import RequestError, Session, SessionSpec
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
-SENSES = Senses(observed_frames=5, proprio_horizon=1)
+SENSES = SessionSpec(observed_frames=5, proprio_horizon=1)
 
 
 def config_of(proprio, action, proprio_dim, action_dim):
@@ -21,7 +21,7 @@ def config_of(proprio, action, proprio_dim, action_dim):
 
 
 def session_of(client, *config):
-    return Session(make_adapter(client, body_of(config_of(*config))), SENSES)
+    return Session(make_adapter(client, policy_vectors(config_of(*config))), SENSES)
 
 
 def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -0.03), **more):
@@ -36,7 +36,7 @@ def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -
 
 def test_libero_as_the_release_sees_it():
     """The published layout: position, two rows of the rotation, first finger."""
-    adapter = make_adapter("libero", body_of(libero_action.get_config("goal")))
+    adapter = make_adapter("libero", policy_vectors(libero_action.get_config("goal")))
     session = Session(adapter, SENSES)
     message = libero_message()
     seen = session.observe(message)
@@ -145,7 +145,7 @@ def test_aloha_joints_relative_to_the_present_ones_become_absolute():
 
 
 def test_clients_that_do_not_fit_the_policy_are_refused():
-    metaworld = body_of(config_of("state", "action", 4, 4))
+    metaworld = policy_vectors(config_of("state", "action", 4, 4))
     for client, numbers in (("libero", 8), ("aloha", 14), ("droid", 8)):
         words = f"--client={client} has {numbers} numbers of state, but .* trained with 4"
         with pytest.raises(ValueError, match=words):
@@ -157,7 +157,7 @@ def test_clients_that_do_not_fit_the_policy_are_refused():
 def test_the_body_that_acts_is_the_configurations():
     config = config_of("state", "action", 4, 4)
     config.datasets.video = dict(embodiment="human", action="", proprio="")
-    assert body_of(config).action[0].streams == ("action",)
+    assert policy_vectors(config).action[0].streams == ("action",)
     config.datasets.other = dict(embodiment="hand", action="grasp", proprio="state")
     config.embodiment = "hand"
-    assert body_of(config).action[0].streams == ("grasp",)
+    assert policy_vectors(config).action[0].streams == ("grasp",)

@@ -81,7 +81,7 @@ def test_the_policy_runs_on_a_converted_release(released):
     frames = rng.integers(0, 256, (5, 32, 32, 3), dtype=np.uint8)
     observation = Observation(frames, np.zeros((1, 10), np.float32), "pick up the red mug")
     other = Observation(frames, np.zeros((1, 10), np.float32), "open the top drawer")
-    actions = policy.plan([observation, other])
+    actions = policy.act([observation, other])
     assert actions.shape == (2, 4, 10) and np.isfinite(actions).all()
     assert not np.allclose(actions[0], actions[1])
     assert policy.predict_video([observation]).shape == (1, 13, 32, 32, 3)

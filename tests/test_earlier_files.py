@@ -119,7 +119,7 @@ def test_the_policy_gives_the_same_chunks(expected):
     chunks = []
     for stop_step in (0, int(config.sampler.video_steps)):
         sampling = Sampling(**config.sampler, stop_step=stop_step)
-        chunks.append(policy.sampled(sampling).plan([observation])[0])
+        chunks.append(policy.sampled(sampling).act([observation])[0])
         np.testing.assert_allclose(chunks[-1], expected[f"chunk/{stop_step}"], rtol=1e-5, atol=1e-6)
     assert np.abs(chunks[0] - chunks[1]).max() > 1e-3  # the video is read
 

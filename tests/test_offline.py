@@ -65,7 +65,7 @@ def errors(policy, windows):
 def test_errors_are_those_of_the_policy(policy, windows, errors, k, oracle):
     sampling = dataclasses.replace(policy.model.sampling, stop_step=k, oracle=oracle)
     queries, wanted = [w.observation for w in windows], np.stack([w.actions for w in windows])
-    plan = policy.sampled(sampling).plan(queries)
+    plan = policy.sampled(sampling).act(queries)
     name = "true_video" if oracle else "generated_video"
     raw = [getattr(error, f"raw_{name}")[k] for error in errors]
     np.testing.assert_allclose(raw, np.abs(plan - wanted), rtol=1e-3, atol=1e-4)

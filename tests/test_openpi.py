@@ -85,7 +85,7 @@ def test_libero_client_and_a_real_policy(openpi):
     )
     for now, actions in enumerate(found["actions"]):
         history = np.stack([pictures[max(0, now - back)] for back in (4, 3, 2, 1, 0)])
-        chunk = policy.plan([replace(asked, frames=history)])[0]
+        chunk = policy.act([replace(asked, frames=history)])[0]
         np.testing.assert_allclose(np.array(actions)[:, :3], chunk[:, :3], rtol=1e-4, atol=1e-4)
         assert np.abs(np.array(actions)[:, 6]).tolist() == [1] * len(chunk)
         assert np.shape(actions) == (4, 7)

@@ -104,30 +104,30 @@ def test_a_chunk_is_what_the_formulas_say(policy, sampling):
     policy = variant(policy, **sampling)
     first, second = observations(2)
     expected = policy.normalizer.unnormalize("actions", by_hand(policy, second))[0]
-    np.testing.assert_allclose(policy.plan([first, second])[1], expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(policy.act([first, second])[1], expected, rtol=1e-4, atol=1e-4)
 
 
 def test_every_input_matters(policy):
     first, second = observations(2)
-    plain = policy.plan([first])[0]
+    plain = policy.act([first])[0]
     for name in ("frames", "proprio", "instruction"):
         changed = dataclasses.replace(first, **{name: getattr(second, name)})
-        assert np.abs(policy.plan([changed])[0] - plain).max() > 1e-3, name
+        assert np.abs(policy.act([changed])[0] - plain).max() > 1e-3, name
     # The future is the oracle's alone.
     without = dataclasses.replace(first, future=None)
-    np.testing.assert_array_equal(policy.plan([without])[0], plain)
+    np.testing.assert_array_equal(policy.act([without])[0], plain)
 
 
 def test_a_chunk_does_not_depend_on_its_batch(policy):
     queries = observations(5)
     two = variant(policy, fresh_noise=True)
-    together = two.plan(queries)
+    together = two.act(queries)
     assert together.shape == (5, 4, 4) and together.dtype == np.float32
     for i in (4, 0, 3):
-        np.testing.assert_array_equal(two.plan(queries[i : i + 1])[0], together[i])
-    np.testing.assert_array_equal(two.plan(queries[::-1]), together[::-1])
+        np.testing.assert_array_equal(two.act(queries[i : i + 1])[0], together[i])
+    np.testing.assert_array_equal(two.act(queries[::-1]), together[::-1])
     three = variant(two, batch_size=3)
-    np.testing.assert_allclose(three.plan(queries), together, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(three.act(queries), together, rtol=1e-5, atol=1e-5)
 
 
 def test_fresh_noise_differs_between_observations_and_seeds(policy):
@@ -149,7 +149,7 @@ def test_of_several_draws_the_most_central_is_taken(policy):
     chunks = by_hand(policy, second, draws=4)
     distance = np.linalg.norm((chunks[:, None] - chunks).reshape(4, 4, -1), axis=-1)
     central = policy.normalizer.unnormalize("actions", chunks)[distance.sum(axis=0).argmin()]
-    ours = variant(policy, draws=4).plan([first, second])[1]
+    ours = variant(policy, draws=4).act([first, second])[1]
     np.testing.assert_allclose(ours, central, rtol=1e-4, atol=1e-4)
 
 
@@ -158,7 +158,7 @@ def test_nothing_compiles_after_the_first_query(policy):
     policy.warm_up()
     compiled = VideoActionModel.act._cache_size()
     for count in (1, 2, 3, 5):
-        policy.plan(observations(count, future=False))
+        policy.act(observations(count, future=False))
     assert VideoActionModel.act._cache_size() == compiled
 
 
@@ -181,8 +181,8 @@ def test_predicted_video_begins_with_what_was_observed(policy):
 def test_the_plan_and_the_video_are_of_one_trajectory(policy, sampling):
     """Equal to both alone, and no step of the schedule is computed twice."""
     both, queries = variant(policy, **sampling), observations(3)
-    actions, video = both.plan_with_video(queries)
-    np.testing.assert_allclose(actions, both.plan(queries), rtol=1e-6, atol=1e-6)
+    actions, video = both.act_with_video(queries)
+    np.testing.assert_allclose(actions, both.act(queries), rtol=1e-6, atol=1e-6)
     alone = policy.predict_video(queries)
     np.testing.assert_allclose(video.astype(int), alone, atol=1)  # rounding
     assert np.mean(video != alone) < 1e-3
@@ -237,9 +237,9 @@ def test_observations_that_do_not_fit_are_refused(policy):
     query = observations(1)[0]
     short = dataclasses.replace(query, frames=query.frames[:1])
     with pytest.raises(ValueError, match=r"has 1 frames; .* clip.observed_frames = 5"):
-        policy.plan([short])
+        policy.act([short])
     for future in (None, query.future[:4]):
         with pytest.raises(ValueError, match=r"Oracle mode needs .* the 8 true future frames"):
-            variant(policy, oracle=True).plan([dataclasses.replace(query, future=future)])
+            variant(policy, oracle=True).act([dataclasses.replace(query, future=future)])
     with pytest.raises(ValueError, match=r"'proprio' has shape \(2, 2, 4\)"):
-        policy.plan([dataclasses.replace(query, proprio=np.zeros((2, 4), np.float32))])
+        policy.act([dataclasses.replace(query, proprio=np.zeros((2, 4), np.float32))])

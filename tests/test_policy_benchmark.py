@@ -49,7 +49,7 @@ def test_every_part_and_the_whole_are_measured():
     policy = untrained_policy(
         Experiment.from_config(config), Sampling(**{**config.sampler, "fresh_noise": False}), 2
     )
-    expected = policy.plan(random_observations(policy, 2))
+    expected = policy.act(random_observations(policy, 2))
     np.testing.assert_allclose(ours.actions, expected, rtol=1e-5, atol=1e-6)
 
 
@@ -67,7 +67,7 @@ def test_pytorch_computes_the_same_actions(sampling):
     policy = policy.sampled(Sampling(video_steps=3, action_steps=2, **sampling))
     observations = [random_observation(i) for i in range(2)]
     parts = policy_speed.their_parts(TorchPolicy(policy, compiled=False), observations)
-    assert relative_rms(parts["query"].run(None), policy.plan(observations)) < 1e-5
+    assert relative_rms(parts["query"].run(None), policy.act(observations)) < 1e-5
     answers = policy_speed.measure({"PyTorch": parts}, policy, 1)
     assert list(answers[0].parts) == PARTS
 

@@ -81,7 +81,7 @@ def test_eight_clients_at_once_each_get_the_answer_to_their_own_query(server, po
     with ThreadPoolExecutor(clients) as pool:
         answers = list(pool.map(drive, queries))
     assert server.health()["queries"] - before == rounds * clients
-    expected = [[policy.plan([query])[0] for query in mine] for mine in queries]
+    expected = [[policy.act([query])[0] for query in mine] for mine in queries]
     flat = np.stack([chunk for mine in expected for chunk in mine]).reshape(rounds * clients, -1)
     apart = np.abs(flat[:, None] - flat).max(axis=-1) + np.eye(len(flat))
     assert apart.min() > 1e-3  # or the comparison below would not tell them apart
@@ -100,14 +100,14 @@ def test_single_pictures_become_a_history_of_the_connection(server, policy):
             answer = client.infer(single(shown, now))["actions"]
             other.infer(single(random_observation(6), now))  # another connection, another history
             history = frames[[max(0, now - back) for back in (4, 3, 2, 1, 0)]]
-            assert_close(answer, policy.plan([replace(shown, frames=history)])[0])
-        first = policy.plan([replace(shown, frames=np.stack([frames[2]] * 5))])[0]
+            assert_close(answer, policy.act([replace(shown, frames=history)])[0])
+        first = policy.act([replace(shown, frames=np.stack([frames[2]] * 5))])[0]
         assert_close(client.infer(single(shown, 2, reset=True))["actions"], first)
         client.infer(single(shown, 3))
         client.reset()
         assert_close(client.infer(single(shown, 2))["actions"], first)
         renamed = replace(shown, instruction="close the window")
-        expected = policy.plan([replace(renamed, frames=np.stack([frames[4]] * 5))])[0]
+        expected = policy.act([replace(renamed, frames=np.stack([frames[4]] * 5))])[0]
         assert_close(client.infer(single(renamed, 4))["actions"], expected)
 
 
@@ -119,7 +119,7 @@ def test_a_refused_message_leaves_the_history_as_it_was(server, policy):
             bad = single(random_observation(9), 1) | {"prompt": shown.instruction}
             client.infer(bad | {"observation/state": np.full(4, np.nan)})
         history = shown.frames[[0, 0, 0, 0, 1]]
-        expected = policy.plan([replace(shown, frames=history)])[0]
+        expected = policy.act([replace(shown, frames=history)])[0]
         assert_close(client.infer(single(shown, 1))["actions"], expected)
 
 
@@ -218,7 +218,7 @@ def mutated(rng, good):
 def test_ten_thousand_broken_messages(server, policy):
     """Each gets one reply, a sentence or (where nothing that matters was hit) actions."""
     good, count = encode(GOOD), 10_000
-    expected = policy.plan(
+    expected = policy.act(
         [replace(random_observation(0), frames=np.stack([GOOD["observation/image"]] * 5))]
     )
     sentences = 0

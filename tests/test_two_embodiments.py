@@ -91,7 +91,7 @@ def test_each_policy_reads_and_answers_in_its_own_units(folder, quickly):
             for which, values in statistics[key].items():
                 np.testing.assert_allclose(values, theirs[which], rtol=1e-6)
         proprio = policy.normalizer.unnormalize("proprio", situation)
-        (chunk,) = policy.plan([Observation(frames, proprio, "open the drawer")])
+        (chunk,) = policy.act([Observation(frames, proprio, "open the drawer")])
         mean, spread = (statistics["actions"][which] for which in ("mean_clamped", "std_clamped"))
         decided[name] = (chunk - mean) / spread
     assert np.abs(decided["arm"]).max() > 0.1

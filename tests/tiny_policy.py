@@ -26,9 +26,10 @@ from mvjax.models.stand_ins import (
 )
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy, VideoActionModel
-from mvjax.serving.adapters import body_of, make_adapter
-from mvjax.serving.protocol import WireLimits
-from mvjax.serving.server import Batching, Serving, make_server
+from mvjax.serving.adapters import policy_vectors, make_adapter
+from mvjax.serving.batching import Batching
+from mvjax.serving.protocol import MessageLimits
+from mvjax.serving.server import Serving, make_server
 
 DIMS = {"plain": (4, 4), "libero": (10, 10)}
 SIZE = (48, 32)
@@ -112,14 +113,14 @@ def random_params(network, seed):
 def main(client: str = "plain", api_key: str = "", sizes: str = "1,4", **numbers: str) -> None:
     """Serves until it is killed; prints the port when clients can connect."""
     limits = {name: float(value) for name, value in numbers.items()}
-    wire = WireLimits(message_bytes=int(limits.pop("message_bytes", 2**20)))
+    wire = MessageLimits(message_bytes=int(limits.pop("message_bytes", 2**20)))
     window = limits.pop("window", 0.005)
     limits["max_clients"] = int(limits.get("max_clients", 16))
     serving = Serving(host="127.0.0.1", port=0, api_key=api_key, wire=wire, **limits)
     batching = Batching(tuple(int(size) for size in sizes.split(",")), window)
     policy, config = tiny_policy(client)
     with quick_compiles():
-        adapter = make_adapter(client, body_of(config))
+        adapter = make_adapter(client, policy_vectors(config))
         server = make_server(policy, config, adapter, serving, batching=batching)
         asyncio.run(server.run(lambda host, port: print(port, flush=True)))
 

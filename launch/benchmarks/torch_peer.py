@@ -220,7 +220,7 @@ Context = list[tuple[Tensor, Tensor]]
 
 
 class TorchPolicy:
-    """Answers queries as `Policy.plan` does, without its choice of noise: the published one.
+    """Answers queries as `Policy.act` does, without its choice of noise: the published one.
 
     Everything is computed in bfloat16 where our policy's networks are.
     """

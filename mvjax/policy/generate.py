@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.clip import Clip
 from data_pipelines.video import cover
+from mvjax.experiment import Experiment
 from mvjax.flow import (
     Sampling,
     Trajectory,
@@ -32,7 +33,7 @@ from mvjax.flow import (
 from mvjax.models.layers import rounded
 from mvjax.models.network import Network, Params
 from mvjax.models.presets import video_network
-from mvjax.parallel import Rules, make_mesh, make_rules, use_rules
+from mvjax.parallel import DEFAULT_RULES, Rules, make_mesh, use_rules
 from mvjax.policy.load import check_identity, load_text_encoder, load_video_tokenizer
 from mvjax.training.bridge import load_backbone, read_meta
 from mvjax.training.checkpoint import CheckpointMismatch
@@ -282,7 +283,7 @@ def read_embedding(path: Path, length: int, dim: int) -> np.ndarray:
 def load_video_model(checkpoint: Path, precision: str) -> VideoModel:
     """The video DiT of a checkpoint, on all devices of this process.
 
-    Parameters are split over them, and so is the sequence of tokens: there is one sample only.
+    Parameters are split over them, and so is the sequence of tokens.
 
     Args:
         checkpoint: a stage-1 training directory or a converted checkpoint.
@@ -290,15 +291,17 @@ def load_video_model(checkpoint: Path, precision: str) -> VideoModel:
     """
     config = ConfigDict(read_meta(checkpoint)["config"])
     config.backbone = dict(checkpoint=str(checkpoint), precision=precision)
+    # There is one sample only, so the devices share its tokens.
+    config.rules = {**DEFAULT_RULES, "batch": None, "length": "fsdp"}
+    experiment = Experiment.from_config(config)
     devices = jax.local_devices()
     # As many as divide the widths, which parameters are split by.
     text_dim = config.video_model.get("text_dim", config.text.dim)
     count = math.gcd(len(devices), config.video_model.width, text_dim)
     mesh = make_mesh({"fsdp": count}, devices[:count])
-    rules = make_rules({"batch": None, "length": "fsdp"})
     with jax.set_mesh(mesh):
-        model, params = load_backbone(config, mesh, rules)
-    return VideoModel(video_network(model), params, mesh, rules)
+        model, params = load_backbone(experiment, mesh)
+    return VideoModel(video_network(model), params, mesh, experiment.rules)
 
 
 def _described(found: Any) -> str:

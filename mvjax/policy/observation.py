@@ -1,6 +1,6 @@
 """What a policy is given at a query, and the history that builds it from control steps."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,10 @@ class Observation:
     proprio: np.ndarray
     instruction: str
     future: np.ndarray | None = None
+
+
+Act = Callable[[Sequence[Observation]], np.ndarray]
+"""A policy: n observations -> action chunks float32 [n, horizon, action_dim]."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,5 @@
 """The policy: frames, proprioception and an instruction in, an action chunk out."""
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.clip import Clip
+from data_pipelines.lru import LRU
 from data_pipelines.normalize import Normalizer
 from data_pipelines.video import resize_area
 from mvjax.flow import (
@@ -231,7 +231,7 @@ _TEXTS_KEPT = 256  # embeddings of 512 x 1024 numbers are 2 MB each
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """A trained video-action model. `plan` answers a batch of observations.
+    """A trained video-action model. `act` answers a batch of observations.
 
     Deterministic: equal observations give equal chunks, in whatever batch they are asked.
 
@@ -251,7 +251,7 @@ class Policy:
     batch_size: int = 8
     mesh: Mesh = field(default_factory=lambda: make_mesh({}, jax.local_devices()[:1]))
     rules: Rules = field(default_factory=make_rules)
-    _texts: OrderedDict[str, np.ndarray] = field(default_factory=OrderedDict, repr=False)
+    _texts: LRU = field(default_factory=lambda: LRU(_TEXTS_KEPT), repr=False)
 
     def __post_init__(self):
         ways = split_ways("batch", self.mesh, self.rules)
@@ -261,7 +261,7 @@ class Policy:
                 f"share a batch, got {self.batch_size}."
             )
 
-    def plan(self, observations: Sequence[Observation]) -> np.ndarray:
+    def act(self, observations: Sequence[Observation]) -> np.ndarray:
         """Action chunks in environment units, float32 [n, action_horizon, action_dim].
 
         Queries are answered in compiled batches of `batch_size`, the last one padded.
@@ -269,12 +269,13 @@ class Policy:
         chunks = self._answer(self.model.act, observations, self.model.sampling.oracle)
         return self.normalizer.unnormalize("actions", chunks)
 
-    def plan_with_video(self, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
-        """The chunks of `plan`, and the video of `predict_video` they were read from.
+    def act_with_video(self, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
+        """The chunks of `act`, and the video of `predict_video` they were read from.
 
-        The video that the plan is read from at σ_K is denoised on to its end, so all steps of the
-        schedule are computed once, whatever K is: meant for looking on, not for control. In oracle
-        mode the plan is read from the true future, and the video is what the model expects instead.
+        The video that the context is read from at σ_K is denoised on to its end, so all steps of
+        the schedule are computed once, whatever K is: meant for looking on, not for control. In
+        oracle mode the context is read from the true future, and the video is what the model
+        expects instead.
         """
         program, oracle = self.model.act_and_predict, self.model.sampling.oracle
         chunks, video = self._answer(program, observations, oracle)
@@ -289,8 +290,8 @@ class Policy:
         return replace(self, model=replace(self.model, sampling=sampling))
 
     def warm_up(self) -> None:
-        """Compiles `plan`, so that the first real query is not slow."""
-        self.plan([self.blank_observation()])
+        """Compiles `act`, so that the first real query is not slow."""
+        self.act([self.blank_observation()])
 
     def blank_observation(self) -> Observation:
         """A query of the right shapes, all black and at rest."""
@@ -363,16 +364,11 @@ class Policy:
         return np.stack(clips)
 
     def _text(self, batch: Sequence[Observation]) -> np.ndarray:
-        wanted = [o.instruction for o in batch]
-        new = sorted(set(wanted) - self._texts.keys())
-        if new:
-            self._texts.update(zip(new, self.text_encoder.encode(new)))
-        for text in wanted:
-            self._texts.move_to_end(text)
-        embeddings = np.stack([self._texts[text] for text in wanted])
-        while len(self._texts) > _TEXTS_KEPT:
-            self._texts.popitem(last=False)
-        return embeddings
+        # One at a time, so that an encoder is compiled for one shape only.
+        texts = [observation.instruction for observation in batch]
+        return np.stack(
+            [self._texts.get(t, lambda t=t: self.text_encoder.encode([t])[0]) for t in texts]
+        )
 
     def _noise(self, batch: Sequence[Observation]) -> tuple[jax.Array, jax.Array]:
         """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim] of a full batch.

@@ -1,4 +1,8 @@
-"""The clients that `--client` knows."""
+"""What robots' clients send and want, for each kind of client that `--client` knows.
+
+A new client is one more function of a policy's vectors that returns an `Adapter`, and its name in
+`CLIENTS`.
+"""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,8 +13,6 @@ import numpy as np
 from data_pipelines.embodiments.libero_panda import HDF5_ACTION, HDF5_PROPRIO
 from data_pipelines.representations import Part
 from data_pipelines.vectors import bases, parse, restore, streams, vector
-
-# What the server must know about a kind of client: where it puts things, and in which units.
 
 
 def unchanged(values: np.ndarray, *_: np.ndarray) -> np.ndarray:
@@ -45,33 +47,8 @@ class Adapter:
     jump: float | None = None
 
 
-def check_sizes(client: str, *, state: tuple[int, int], action: tuple[int, int]) -> None:
-    """Checks that a policy speaks the numbers of a client.
-
-    Args:
-        client: its name.
-        state, action: how many numbers the client has, and how many the policy.
-
-    Raises:
-        ValueError: they differ.
-    """
-    for what, (clients, policys) in {"state": state, "action": action}.items():
-        if clients != policys:
-            raise ValueError(
-                f"--client={client} has {clients} numbers of {what}, but this policy was trained "
-                f"with {policys}: choose the --client that fits it, or plain."
-            )
-
-
-# A policy's vectors in the words of its configuration, and a client's numbers turned into them.
-
-
-Split = Callable[[np.ndarray], Mapping[str, np.ndarray]]
-"""A client's state [..., state_size] as streams by name, [..., any]."""
-
-
 @dataclass(frozen=True)
-class Body:
+class PolicyVectors:
     """What a policy takes and gives.
 
     Attributes:
@@ -85,8 +62,8 @@ class Body:
     proprio_dim: int
 
 
-def body_of(config: Any) -> Body:
-    """The body that a policy acts with: `config.embodiment`, or the only one it has learned from.
+def policy_vectors(config: Any) -> PolicyVectors:
+    """Of the embodiment that acts: `config.embodiment`, or the only one that was learned from.
 
     Args:
         config: the configuration of a stage-2 run.
@@ -99,115 +76,33 @@ def body_of(config: Any) -> Body:
     ]
     described = (acting[0].action, acting[0].proprio) if acting else ("", "")
     action, proprio = map(parse, described, ("action", "proprio"))
-    return Body(action, proprio, io.action.dim, io.proprio.dim)
+    return PolicyVectors(action, proprio, io.action.dim, io.proprio.dim)
 
 
-def converted(adapter: Adapter, body: Body, split: Split) -> Adapter:
-    """An adapter whose client speaks in the streams that a body is described by.
+def plain(policy: PolicyVectors) -> Adapter:
+    """This package's own client: one picture, the policy's own numbers.
 
-    Args:
-        adapter: of the client, in its own numbers.
-        body: the policy's vectors; their streams and bases must be among those of `split`.
-        split: the streams in the client's state.
+    `observation/image`, `observation/state` [proprio_dim]; actions [horizon, action_dim].
     """
-
-    def proprio(states: np.ndarray) -> np.ndarray:
-        return vector(body.proprio, split(states), split(states[-1]), body.proprio_dim)
-
-    def actions(chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
-        restored = restore(body.action, chunk, split(state))
-        flat = [restored[name].reshape(len(chunk), -1) for name in streams(body.action)]
-        return np.concatenate(flat, axis=1).astype(np.float32)
-
-    return replace(adapter, proprio=proprio, actions=actions)
-
-
-def is_described_by(body: Body, names: set[str]) -> bool:
-    """Whether these streams are all that a body's vectors need of a client's state."""
-    needed = {*streams(body.proprio), *bases(body.proprio), *bases(body.action)}
-    return bool(body.action and body.proprio) and needed <= names
-
-
-# This package's own clients: one picture, the policy's own numbers.
-
-
-def plain(body: Body) -> Adapter:
-    """`observation/image`, `observation/state` [proprio_dim]; actions [horizon, action_dim]."""
     return Adapter(
         name="plain",
         image=("observation/image",),
         state=("observation/state",),
-        state_size=body.proprio_dim,
+        state_size=policy.proprio_dim,
     )
 
 
-# openpi's ALOHA clients, real and simulated: the high camera, fourteen joints, at 50 Hz.
-
-
-STATE = "observation.state"  # as in the public LeRobot datasets
-
-
-def aloha(body: Body) -> Adapter:
-    """Per arm six joints (rad) and a gripper, in and out, as the robot has them.
-
-    Actions that were learned relative to the present joints are made absolute. The simulated client
-    sends no prompt: the server needs `--prompt`.
-
-    Raises:
-        ValueError: the policy has another number of proprioceptive or action dimensions.
-    """
-    own = Adapter(name="aloha", image=("images", "cam_high"), state=("state",), state_size=14)
-    check_sizes("aloha", state=(14, body.proprio_dim), action=(14, body.action_dim))
-    if is_described_by(body, {STATE}):
-        return converted(own, body, lambda state: {STATE: state})
-    return own
-
-
-# openpi's DROID client: left exterior camera, a Franka arm and its gripper, at 15 Hz.
-
-
-POSE = "steps/observation/cartesian_position"  # of the RLDS release
-GRIPPER = "steps/observation/gripper_position"
-
-
-def droid(body: Body) -> Adapter:
-    """Seven joints (rad) and the gripper in, eight action numbers out: the client unchanged.
-
-    It executes joint velocities and a gripper command, so the policy must have been trained on
-    these. A policy of `data_pipelines/embodiments/droid_franka.py` needs a client that sends
-    `observation/cartesian_position` [6] in place of the joints, and that executes poses: it is
-    given position 3 (m), Euler angles 3 (rad) and gripper.
-
-    Raises:
-        ValueError: the policy has another number of proprioceptive or action dimensions.
-    """
-    own = Adapter(
-        name="droid",
-        image=("observation/exterior_image_1_left",),
-        state=("observation/joint_position", "observation/gripper_position"),
-        state_size=8,
-    )
-    if is_described_by(body, {POSE, GRIPPER}):
-        keys = ("observation/cartesian_position", "observation/gripper_position")
-        posed = replace(own, state=keys, state_size=7)
-        return converted(posed, body, lambda s: {POSE: s[..., :6], GRIPPER: s[..., 6:]})
-    check_sizes("droid", state=(8, body.proprio_dim), action=(8, body.action_dim))
-    return own
-
-
-# openpi's LIBERO client: third-person camera, end effector as position and axis-angle, at 20 Hz.
-#
-# The client turns its pictures by 180 degrees as mimic-video's training data are turned. It keeps
-# one connection for a whole suite and does not say where an episode begins.
-
-
-# At full command the end effector moves 0.125 m in the five steps between two queries; the next
+# openpi's LIBERO client turns its pictures by 180 degrees, as mimic-video's training data are
+# turned. It keeps one connection for a whole suite and does not say where an episode begins: at
+# full command the end effector moves 0.125 m in the five steps between two queries, and the next
 # episode begins about 0.3 m from where a solved one ended (docs/serving.md).
 EPISODE_JUMP_M = 0.2
 
 
-def libero(body: Body) -> Adapter:
-    """Position 3 (m), axis-angle 3 (rad) and two fingers (m) in, OSC_POSE actions of 7 out.
+def libero(policy: PolicyVectors) -> Adapter:
+    """openpi's LIBERO client: third-person camera, end effector, at 20 Hz.
+
+    Position 3 (m), axis-angle 3 (rad) and two fingers (m) in, OSC_POSE actions of 7 out.
 
     A policy of 10 and 10 numbers is one of `data_pipelines/embodiments/libero_panda.py`, which have
     one layout whatever files they were trained on; a "black bowl" is then a "bowl", as in
@@ -223,15 +118,15 @@ def libero(body: Body) -> Adapter:
         state_size=8,
         jump=EPISODE_JUMP_M,
     )
-    if (body.proprio_dim, body.action_dim) == (10, 10):
-        parts = Body(parse(HDF5_ACTION, "action"), parse(HDF5_PROPRIO, "proprio"), 10, 10)
+    if (policy.proprio_dim, policy.action_dim) == (10, 10):
+        parts = PolicyVectors(parse(HDF5_ACTION, "action"), parse(HDF5_PROPRIO, "proprio"), 10, 10)
         posed = converted(own, parts, _streams)
         return replace(
             posed,
             actions=lambda chunk, state: _either_gripper(posed.actions(chunk, state)),
             prompt=lambda prompt: prompt.replace("black bowl", "bowl"),
         )
-    check_sizes("libero", state=(8, body.proprio_dim), action=(7, body.action_dim))
+    check_sizes("libero", state=(8, policy.proprio_dim), action=(7, policy.action_dim))
     return own
 
 
@@ -249,15 +144,115 @@ def _either_gripper(actions: np.ndarray) -> np.ndarray:
     return np.concatenate([actions[:, :6], gripper], axis=1).astype(np.float32)
 
 
+STATE = "observation.state"  # as in the public LeRobot datasets
+
+
+def aloha(policy: PolicyVectors) -> Adapter:
+    """openpi's ALOHA clients, real and simulated: the high camera, fourteen joints, at 50 Hz.
+
+    Per arm six joints (rad) and a gripper, in and out, as the robot has them.
+
+    Actions that were learned relative to the present joints are made absolute. The simulated client
+    sends no prompt: the server needs `--prompt`.
+
+    Raises:
+        ValueError: the policy has another number of proprioceptive or action dimensions.
+    """
+    # Actions learned relative to the present joints are made absolute.
+    own = Adapter(name="aloha", image=("images", "cam_high"), state=("state",), state_size=14)
+    check_sizes("aloha", state=(14, policy.proprio_dim), action=(14, policy.action_dim))
+    if is_described_by(policy, {STATE}):
+        return converted(own, policy, lambda state: {STATE: state})
+    return own
+
+
+# The streams of DROID's RLDS release.
+POSE = "steps/observation/cartesian_position"
+GRIPPER = "steps/observation/gripper_position"
+
+
+def droid(policy: PolicyVectors) -> Adapter:
+    """openpi's DROID client: left exterior camera, a Franka arm and its gripper, at 15 Hz.
+
+    Seven joints (rad) and the gripper in, eight action numbers out: the client unchanged.
+
+    It executes joint velocities and a gripper command, so the policy must have been trained on
+    these. A policy of `data_pipelines/embodiments/droid_franka.py` needs a client that sends
+    `observation/cartesian_position` [6] in place of the joints, and that executes poses: it is
+    given position 3 (m), Euler angles 3 (rad) and gripper.
+
+    Raises:
+        ValueError: the policy has another number of proprioceptive or action dimensions.
+    """
+    own = Adapter(
+        name="droid",
+        image=("observation/exterior_image_1_left",),
+        state=("observation/joint_position", "observation/gripper_position"),
+        state_size=8,
+    )
+    if is_described_by(policy, {POSE, GRIPPER}):
+        keys = ("observation/cartesian_position", "observation/gripper_position")
+        posed = replace(own, state=keys, state_size=7)
+        return converted(posed, policy, lambda s: {POSE: s[..., :6], GRIPPER: s[..., 6:]})
+    check_sizes("droid", state=(8, policy.proprio_dim), action=(8, policy.action_dim))
+    return own
+
+
 CLIENTS = {"plain": plain, "libero": libero, "aloha": aloha, "droid": droid}
 
 
-def make_adapter(client: str, body: Body) -> Adapter:
-    """The adapter of a client, for a policy with this body.
+def make_adapter(client: str, policy: PolicyVectors) -> Adapter:
+    """The adapter of a client, for a policy with this policy.
 
     Raises:
         ValueError: for an unknown client, or one that does not fit the policy.
     """
     if client not in CLIENTS:
         raise ValueError(f"The client must be one of {', '.join(CLIENTS)}, got {client!r}.")
-    return CLIENTS[client](body)
+    return CLIENTS[client](policy)
+
+
+def converted(
+    adapter: Adapter, policy: PolicyVectors, split: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+) -> Adapter:
+    """An adapter whose client speaks in the streams that the policy's vectors are made of.
+
+    Args:
+        adapter: of the client, in its own numbers.
+        policy: its vectors; their streams and bases must be among those of `split`.
+        split: a client's state [..., state_size] -> streams by name, [..., any].
+    """
+
+    def proprio(states: np.ndarray) -> np.ndarray:
+        return vector(policy.proprio, split(states), split(states[-1]), policy.proprio_dim)
+
+    def actions(chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
+        restored = restore(policy.action, chunk, split(state))
+        flat = [restored[name].reshape(len(chunk), -1) for name in streams(policy.action)]
+        return np.concatenate(flat, axis=1).astype(np.float32)
+
+    return replace(adapter, proprio=proprio, actions=actions)
+
+
+def is_described_by(policy: PolicyVectors, names: set[str]) -> bool:
+    """Whether these streams are all that a policy needs of a client's state."""
+    needed = {*streams(policy.proprio), *bases(policy.proprio), *bases(policy.action)}
+    return bool(policy.action and policy.proprio) and needed <= names
+
+
+def check_sizes(client: str, *, state: tuple[int, int], action: tuple[int, int]) -> None:
+    """Checks that a policy speaks the numbers of a client.
+
+    Args:
+        client: its name.
+        state, action: how many numbers the client has, and how many the policy.
+
+    Raises:
+        ValueError: they differ.
+    """
+    for what, (clients, policys) in {"state": state, "action": action}.items():
+        if clients != policys:
+            raise ValueError(
+                f"--client={client} has {clients} numbers of {what}, but this policy was trained "
+                f"with {policys}: choose the --client that fits it, or plain."
+            )

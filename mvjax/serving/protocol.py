@@ -21,12 +21,12 @@ _DTYPES = frozenset(
 )
 
 
-class WireError(ValueError):
+class ProtocolError(ValueError):
     """A message that is not of the protocol, or too large; says what to send instead."""
 
 
 @dataclass(frozen=True)
-class WireLimits:
+class MessageLimits:
     """What a message may hold.
 
     Attributes:
@@ -50,14 +50,14 @@ def encode(message: Any) -> bytes:
     return msgpack.packb(message, default=_pack)
 
 
-def decode(data: bytes, limits: WireLimits = WireLimits()) -> Any:
+def decode(data: bytes, limits: MessageLimits = MessageLimits()) -> Any:
     """What `encode` was given; arrays are read-only views of `data`.
 
     Raises:
-        WireError: the bytes are not msgpack, an array in it is not one, or a limit is exceeded.
+        ProtocolError: the bytes are not msgpack, an array in it is not one, or a limit is exceeded.
     """
     if len(data) > limits.message_bytes:
-        raise WireError(
+        raise ProtocolError(
             f"The message has {len(data)} bytes; at most {limits.message_bytes} are taken: send "
             "smaller pictures."
         )
@@ -72,12 +72,12 @@ def decode(data: bytes, limits: WireLimits = WireLimits()) -> Any:
             max_array_len=limits.entries,
             max_map_len=limits.entries,
         )
-    except WireError:
+    except ProtocolError:
         raise
     # Whatever the parser stumbles over is the message's fault: it raises about ten types.
     except Exception as error:
         reason = " ".join(str(error).split())[:100] or type(error).__name__
-        raise WireError(f"The message is not a msgpack map as openpi's: {reason}.") from error
+        raise ProtocolError(f"The message is not a msgpack map as openpi's: {reason}.") from error
 
 
 def _pack(value: Any) -> Any:
@@ -96,13 +96,15 @@ def _pack(value: Any) -> Any:
 
 
 def _refuse_extension(code: int, data: bytes) -> None:
-    raise WireError(f"The message has a msgpack extension of type {code}; send maps and arrays.")
+    raise ProtocolError(
+        f"The message has a msgpack extension of type {code}; send maps and arrays."
+    )
 
 
 class _Builder:
     """Turns maps into arrays, and counts while the message is being read."""
 
-    def __init__(self, limits: WireLimits) -> None:
+    def __init__(self, limits: MessageLimits) -> None:
         self._limits = limits
         self._counts = {"arrays": 0, "maps": 0, "lists": 0}
 
@@ -123,7 +125,7 @@ class _Builder:
     def _count(self, what: str) -> None:
         self._counts[what] += 1
         if self._counts[what] > getattr(self._limits, what):
-            raise WireError(
+            raise ProtocolError(
                 f"The message has more than {getattr(self._limits, what)} {what}; send one "
                 "observation at a time, its numbers as numpy arrays."
             )
@@ -132,12 +134,12 @@ class _Builder:
         dtype, data, shape = _dtype(fields), fields.get(b"data"), fields.get(b"shape")
         sizes = isinstance(shape, list) and all(type(n) is int and n >= 0 for n in shape)
         if not sizes or len(shape) > self._limits.axes or not isinstance(data, bytes):
-            raise WireError(
+            raise ProtocolError(
                 "An array of the message lacks its bytes, or its shape is not a list of at most "
                 f"{self._limits.axes} sizes."
             )
         if math.prod(shape) * dtype.itemsize != len(data):
-            raise WireError(
+            raise ProtocolError(
                 f"An array of the message has {len(data)} bytes, but its shape and dtype "
                 f"({dtype}) say {math.prod(shape) * dtype.itemsize}."
             )
@@ -149,21 +151,21 @@ class _Builder:
 def _bounded(shape: list[int]) -> list[int]:
     """The shape of an empty array; its other sizes may still overflow what numpy can count."""
     if any(size > 2**31 for size in shape):
-        raise WireError("An array of the message is empty, with a size beyond all use.")
+        raise ProtocolError("An array of the message is empty, with a size beyond all use.")
     return shape
 
 
 def _number(fields: dict) -> np.generic:
     dtype, value = _dtype(fields), fields.get(b"data")
     if not isinstance(value, bool | int | float):
-        raise WireError(f"A number of the message is a {type(value).__name__}.")
+        raise ProtocolError(f"A number of the message is a {type(value).__name__}.")
     return dtype.type(value)
 
 
 def _dtype(fields: dict) -> np.dtype:
     name = fields.get(b"dtype")
     if not isinstance(name, str) or name not in _DTYPES:
-        raise WireError(
+        raise ProtocolError(
             f"An array of the message has dtype {str(name)[:40]!r}; booleans, integers and real "
             "numbers are taken, such as '|u1' and '<f4'."
         )

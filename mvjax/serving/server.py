@@ -12,9 +12,8 @@ import json
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
 from typing import Any
@@ -24,138 +23,40 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
-from mvjax.parallel import split_ways
-from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
 from mvjax.serving.adapters import Adapter
-from mvjax.serving.protocol import WireError, WireLimits, decode, encode
-from mvjax.serving.session import RequestError, Senses, Session
+from mvjax.serving.batching import Batcher, Batching, PolicyError, act_in_sizes
+from mvjax.serving.protocol import MessageLimits, ProtocolError, decode, encode
+from mvjax.serving.session import RequestError, Session, SessionSpec
 
-# Queries that come at about the same time become one batch, answered by one thread.
-#
-# The policy runs in a thread of its own, so that connections are read and written meanwhile; what
-# arrives during a batch makes the next one.
+log = logging.getLogger(__name__)
 
-
-Plan = Callable[[Sequence[Observation]], np.ndarray]
-"""1 to `most` observations -> float32 [n, horizon, action_dim]."""
-
-
-class PolicyError(RuntimeError):
-    """The policy failed at a query."""
+TRY_AGAIN_LATER = 1013  # of RFC 6455's registry
+RECENT = 1000  # queries that the percentiles are of
+PERCENTILES = (50, 95, 99)
 
 
 @dataclass(frozen=True)
-class Answer:
-    """A chunk [horizon, action_dim], and the seconds it waited for its batch and was computed."""
+class Serving:
+    """Where and for whom a server is.
 
-    chunk: np.ndarray
-    waited: float
-    computed: float
-    batch: int
-
-
-@dataclass
-class _Query:
-    observation: Observation
-    answer: asyncio.Future
-    arrived: float = field(default_factory=time.monotonic)
-
-
-class Batcher:
-    """Answers queries in batches.
-
-    Args:
-        plan: the policy.
-        most: queries per batch.
-        window: seconds that a query waits for others to join it.
-        clients: how many could ask now; with as many queries as that, nothing is waited for.
+    Attributes:
+        host, port: address; port 0 takes a free one.
+        max_clients: connections at the same time.
+        api_key: what clients must show (`Authorization: Api-Key ...`); "" for none.
+        wire: limits of a message. One up to twice as large is refused with a sentence, a larger one
+            closes its connection before it is read.
+        send_timeout: seconds that a client may take to receive an answer.
+        ping: seconds between the pings that find vanished clients, and that a client has to reply.
     """
 
-    def __init__(
-        self, plan: Plan, most: int, window: float = 0.005, clients: Callable[[], int] = lambda: 2
-    ) -> None:
-        self._plan, self._most, self._window, self._clients = plan, most, window, clients
-        self._waiting: deque[_Query] = deque()
-        self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, "policy")
-
-    async def run(self) -> None:
-        """Serves until it is cancelled."""
-        try:
-            while True:
-                batch = await self._collect()
-                if batch:
-                    await self._answer(batch)
-        finally:
-            self._thread.shutdown(wait=False, cancel_futures=True)
-
-    async def ask(self, observation: Observation) -> Answer:
-        """Answers one observation; cancelled before its batch began, it is not computed.
-
-        Raises:
-            PolicyError: the policy failed at this observation.
-        """
-        query = _Query(observation, asyncio.get_running_loop().create_future())
-        self._waiting.append(query)
-        self._arrived.set()
-        return await query.answer
-
-    async def _collect(self) -> list[_Query]:
-        """The next batch; empty if its clients have gone."""
-        while not self._waiting:
-            await self._arrival(None)
-        deadline = self._waiting[0].arrived + self._window
-        while len(self._waiting) < min(self._most, self._clients()):
-            left = deadline - time.monotonic()
-            if left <= 0 or not await self._arrival(left):
-                break
-        count = min(self._most, len(self._waiting))
-        batch = [self._waiting.popleft() for _ in range(count)]
-        return [query for query in batch if not query.answer.done()]
-
-    async def _arrival(self, timeout: float | None) -> bool:
-        self._arrived.clear()
-        try:
-            await asyncio.wait_for(self._arrived.wait(), timeout)
-        except TimeoutError:
-            return False
-        return True
-
-    async def _answer(self, batch: list[_Query]) -> None:
-        began = time.monotonic()
-        try:
-            chunks = await self._compute([query.observation for query in batch])
-        except Exception as error:
-            if len(batch) > 1:  # one of them is to blame; the others must not pay for it
-                for query in batch:
-                    if not query.answer.done():
-                        await self._answer([query])
-            elif not batch[0].answer.done():
-                batch[0].answer.set_exception(_failure(error))
-            return
-        computed = time.monotonic() - began
-        for query, chunk in zip(batch, chunks):
-            if not query.answer.done():  # unless its client has gone meanwhile
-                answer = Answer(chunk, began - query.arrived, computed, len(batch))
-                query.answer.set_result(answer)
-
-    async def _compute(self, observations: list[Observation]) -> np.ndarray:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._plan, observations)
-
-
-def _failure(error: Exception) -> PolicyError:
-    failure = PolicyError(f"The policy failed: {' '.join(str(error).split())[:300]}")
-    failure.__cause__ = error
-    return failure
-
-
-# Counts and latencies of a server, for its health page.
-
-
-RECENT = 1000  # queries that the percentiles are of
-PERCENTILES = (50, 95, 99)
+    host: str = "0.0.0.0"
+    port: int = 8000
+    max_clients: int = 64
+    api_key: str = ""
+    wire: MessageLimits = field(default_factory=MessageLimits)
+    send_timeout: float = 10.0
+    ping: float = 20.0
 
 
 class Latency:
@@ -190,11 +91,8 @@ def _percentiles(seconds: Iterable[float]) -> dict[str, float]:
     return {f"p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, values)}
 
 
-# Who is let in to a policy server, and what anybody may know of it.
-
-
-class Door:
-    """Answers health checks and turns clients away, before a connection is a websocket.
+class Gate:
+    """Authentication, the limit of clients and health checks, before a connection is a websocket.
 
     Args:
         api_key: what clients must show (`Authorization: Api-Key ...`); "" for none.
@@ -250,33 +148,6 @@ class Door:
         return response
 
 
-LOG = logging.getLogger(__name__)
-TRY_AGAIN_LATER = 1013  # of RFC 6455's registry
-
-
-@dataclass(frozen=True)
-class Serving:
-    """Where and for whom a server is.
-
-    Attributes:
-        host, port: address; port 0 takes a free one.
-        max_clients: connections at the same time.
-        api_key: what clients must show (`Authorization: Api-Key ...`); "" for none.
-        wire: limits of a message. One up to twice as large is refused with a sentence, a larger one
-            closes its connection before it is read.
-        send_timeout: seconds that a client may take to receive an answer.
-        ping: seconds between the pings that find vanished clients, and that a client has to reply.
-    """
-
-    host: str = "0.0.0.0"
-    port: int = 8000
-    max_clients: int = 64
-    api_key: str = ""
-    wire: WireLimits = field(default_factory=WireLimits)
-    send_timeout: float = 10.0
-    ping: float = 20.0
-
-
 class PolicyServer:
     """Answers the clients of one policy.
 
@@ -292,14 +163,14 @@ class PolicyServer:
         self,
         serving: Serving,
         adapter: Adapter,
-        senses: Senses,
+        senses: SessionSpec,
         make_batcher: Callable[[Callable[[], int]], Batcher],
         metadata: Mapping[str, Any],
     ) -> None:
         self._serving, self._adapter, self._senses = serving, adapter, senses
         self._latency = Latency()
-        self._door = Door(serving.api_key, serving.max_clients, self._latency)
-        self._batcher = make_batcher(lambda: self._door.clients)
+        self._gate = Gate(serving.api_key, serving.max_clients, self._latency)
+        self._batcher = make_batcher(lambda: self._gate.clients)
         self._metadata = encode(metadata)
 
     async def run(self, ready: Callable[[str, int], None] = lambda host, port: None) -> None:
@@ -328,15 +199,15 @@ class PolicyServer:
             ping_interval=serving.ping,
             ping_timeout=serving.ping,
             close_timeout=min(serving.ping, 2.0),
-            process_request=self._door.answer,
+            process_request=self._gate.answer,
             logger=_quiet_logger(),
         )
 
     async def _attend(self, connection: ServerConnection) -> None:
         """One client, from its metadata to its end, whatever that is."""
-        if self._door.full:  # several came through it together
-            return await connection.close(TRY_AGAIN_LATER, self._door.refuse())
-        self._door.clients += 1
+        if self._gate.full:  # several passed it together
+            return await connection.close(TRY_AGAIN_LATER, self._gate.refuse())
+        self._gate.clients += 1
         session = Session(self._adapter, self._senses)
         try:
             await self._send(connection, self._metadata)
@@ -348,7 +219,7 @@ class PolicyServer:
             self._latency.counts["vanished"] += 1
             connection.transport.abort()  # a close frame would wait behind the answer
         finally:
-            self._door.clients -= 1
+            self._gate.clients -= 1
 
     async def _send(self, connection: ServerConnection, reply: bytes | str) -> None:
         await asyncio.wait_for(connection.send(reply), self._serving.send_timeout)
@@ -362,13 +233,13 @@ class PolicyServer:
             return await _unless_closed(connection, answer)
         except ConnectionClosed:
             raise
-        except (WireError, RequestError) as error:
+        except (ProtocolError, RequestError) as error:
             sentence = str(error)
         except PolicyError as error:
-            LOG.error("A query failed", exc_info=error.__cause__)
+            log.error("A query failed", exc_info=error.__cause__)
             sentence = str(error)
         except Exception:
-            LOG.exception("A query could not be answered")
+            log.exception("A query could not be answered")
             sentence = "The server failed at this query; its log says why."
         self._latency.counts["errors"] += 1
         return sentence
@@ -422,29 +293,9 @@ def _wants_reset(request: dict) -> bool:
 
 def _quiet_logger() -> logging.Logger:
     """Of handshakes that fail, scanners mostly, the library tells with a traceback each."""
-    logger = logging.getLogger("mvjax.policy.websockets")
+    logger = logging.getLogger("mvjax.serving.websockets")
     logger.setLevel(logging.CRITICAL)
     return logger
-
-
-# A policy as a server: what its clients are told, and in which batches they are answered.
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How queries are put together.
-
-    Attributes:
-        sizes: of the batches that are compiled; a batch is padded to the smallest that holds it.
-        window: seconds that a query waits for others while fewer than all clients have asked.
-    """
-
-    sizes: Sequence[int] = (1, 8)
-    window: float = 0.005
-
-    def __post_init__(self):
-        if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"Batch sizes are at least 1, got {list(self.sizes)}.")
 
 
 def make_server(
@@ -453,7 +304,7 @@ def make_server(
     adapter: Adapter,
     serving: Serving,
     *,
-    batching: Batching = Batching(),
+    batching: Batching | None = None,
     prompt: str = "",
 ) -> PolicyServer:
     """Compiles the policy for every batch size, and puts it behind a server.
@@ -467,7 +318,8 @@ def make_server(
         prompt: the instruction of clients that send none.
     """
     sizes, clip, io = policy.model.decoder.config, policy.model.clip, config.policy_io
-    plan = plan_in_sizes(policy, batching.sizes)
+    batching = batching or Batching()
+    act = act_in_sizes(policy, batching.sizes)
     metadata = {
         "model": "mimic-video",
         "client": adapter.name,
@@ -481,25 +333,6 @@ def make_server(
         "action_horizon": sizes.action_horizon,
         "action_fps": io.action.fps,
     }
-    batcher = partial(Batcher, plan, max(batching.sizes), batching.window)
-    senses = Senses(clip.observed_frames, sizes.proprio_horizon, prompt)
+    batcher = partial(Batcher, act, max(batching.sizes), batching.window)
+    senses = SessionSpec(clip.observed_frames, sizes.proprio_horizon, prompt)
     return PolicyServer(serving, adapter, senses, batcher, metadata)
-
-
-def plan_in_sizes(policy: Policy, sizes: Sequence[int]) -> Plan:
-    """`policy.plan` in the smallest of these batch sizes that holds the queries, all compiled.
-
-    The variants share parameters and remembered instructions. A lone query then costs a batch of
-    one, and nothing is compiled however many come together.
-    """
-    ways = split_ways("batch", policy.mesh, policy.rules)  # a batch is shared by so many devices
-    sizes = sorted({-(-size // ways) * ways for size in sizes})
-    variants = [replace(policy, batch_size=size) for size in sizes]
-    for variant in variants:
-        variant.warm_up()
-
-    def plan(observations: Sequence[Observation]) -> np.ndarray:
-        fitting = (v for v in variants if v.batch_size >= len(observations))
-        return next(fitting, variants[-1]).plan(observations)
-
-    return plan

@@ -7,7 +7,7 @@ import msgpack
 import numpy as np
 import pytest
 
-from mvjax.serving.protocol import WireError, WireLimits, decode, encode
+from mvjax.serving.protocol import MessageLimits, ProtocolError, decode, encode
 
 DTYPES = "bool int8 uint8 int16 uint16 int32 uint32 int64 uint64 float16 float32 float64".split()
 
@@ -92,7 +92,7 @@ def test_what_is_sent_is_what_openpi_sends():
     ids=lambda value: None if isinstance(value, str) else "",
 )
 def test_what_is_not_of_the_protocol_is_refused(message, words):
-    with pytest.raises(WireError) as error:
+    with pytest.raises(ProtocolError) as error:
         decode(message)
     assert words in str(error.value) and len(str(error.value)) < 300
 
@@ -102,8 +102,8 @@ def test_a_costly_message_is_refused_before_it_is_built():
     bomb = b"\x9f" + (b"\x9f" + b"\x90" * 15) * 15
     for _ in range(4):
         bomb = b"\x9f" + bomb * 15
-    with pytest.raises(WireError, match="more than 128 lists"):
-        decode(bomb[: 2**20], WireLimits())
+    with pytest.raises(ProtocolError, match="more than 128 lists"):
+        decode(bomb[: 2**20], MessageLimits())
 
 
 def test_only_plain_numbers_are_sent():
