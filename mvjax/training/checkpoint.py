@@ -26,114 +26,13 @@ from orbax.checkpoint import checkpoint_managers
 
 from mvjax.parallel import everywhere
 
-# Comparing the arrays a checkpoint holds with the arrays a run asks for.
-
-
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+SPARE_BYTES = 8 << 20  # metadata and the loader's position, beside the arrays
 SHOWN = 5  # names listed per message
 
 
 class CheckpointMismatch(ValueError):
     """A readable checkpoint that does not fit the run; the message says what to change."""
-
-
-def leaf_paths(tree: Any) -> dict[str, Any]:
-    """Leaves by path, e.g. "params/block/kernel"; the same for dicts, dataclasses and tuples."""
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(_part(key) for key in path): leaf for path, leaf in leaves}
-
-
-def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
-    """Raises CheckpointMismatch unless both have the same paths and shapes.
-
-    Orbax hands back a placeholder for a leaf it does not find, without an error, so the paths are
-    compared before every restore.
-
-    Args:
-        stored: Path -> shaped leaf, in the checkpoint.
-        wanted: Path -> shaped leaf, in this run.
-        where: The checkpoint, for the message.
-    """
-    missing = sorted(set(wanted) - set(stored), key=_parameters_first)
-    extra = sorted(set(stored) - set(wanted), key=_parameters_first)
-    if missing or extra:
-        sides = [
-            f"{label} {', '.join(names[:SHOWN])}"
-            + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
-            for label, names in (
-                ("this configuration needs, but the checkpoint lacks:", missing),
-                ("the checkpoint holds, but this configuration lacks:", extra),
-            )
-            if names
-        ]
-        raise CheckpointMismatch(
-            f"{where} does not fit: {'; '.join(sides)}. Use the model and training settings it was "
-            "made with, or another directory."
-        )
-    for name in sorted(wanted, key=_parameters_first):
-        shapes = tuple(stored[name].shape), tuple(wanted[name].shape)
-        if shapes[0] != shapes[1]:
-            raise CheckpointMismatch(
-                f"{name} has shape {shapes[0]} in {where}, but {shapes[1]} in this configuration; "
-                "use the model settings it was made with, or another directory."
-            )
-
-
-def check_restored(restored: Any, where: Path) -> None:
-    """Raises CheckpointMismatch if a leaf came back as a placeholder instead of an array."""
-    absent = [
-        name for name, leaf in leaf_paths(restored).items() if not isinstance(leaf, jax.Array)
-    ]
-    if absent:
-        raise CheckpointMismatch(f"{where} holds no array for {', '.join(absent[:SHOWN])}.")
-
-
-def _parameters_first(name: str) -> tuple[bool, str]:
-    return (not name.startswith("params/"), name)
-
-
-def _part(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-# What to do about a checkpoint that cannot be read.
-
-
-# Errors that come while a sound checkpoint is read.
-NOT_ITS_FAULT = (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError)
-
-
-@contextmanager
-def explained(where: Path) -> Iterator[None]:
-    """Inside the block, whatever is wrong with the checkpoint at `where` becomes one sentence.
-
-    Raises:
-        OSError: If it is damaged: orbax and tensorstore raise many kinds, few of which name it.
-    """
-    try:
-        yield
-    except NOT_ITS_FAULT:
-        raise
-    except Exception as error:
-        raise OSError(
-            f"the checkpoint {where} cannot be read ({reason(error)}); bring back a copy, or move "
-            "it away: then the one before it is used."
-        ) from error
-
-
-def reason(error: Exception) -> str:
-    """An error in a line."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-
-SPARE_BYTES = 8 << 20  # metadata and the loader's position, beside the arrays
-
-
-def checkpoint_folder(workdir: Path) -> Path:
-    """Where a training directory keeps its checkpoints."""
-    return Path(workdir).absolute() / "checkpoints"
 
 
 @dataclass(frozen=True)
@@ -296,6 +195,11 @@ class _Manager(ocp.CheckpointManager):
         return False
 
 
+def checkpoint_folder(workdir: Path) -> Path:
+    """Where a training directory keeps its checkpoints."""
+    return Path(workdir).absolute() / "checkpoints"
+
+
 def stored_tree(where: Path) -> dict[str, Any]:
     """The shapes and dtypes that `<step>/state` holds, as a nested dict, without reading arrays."""
     return ocp.PyTreeCheckpointHandler().metadata(where / "state").tree
@@ -317,12 +221,96 @@ def _stored_position(folder: Path) -> dict[str, Any]:
     return ocp.JsonCheckpointHandler().restore(folder)
 
 
-# The libraries a checkpoint was written with.
-
-
-PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-
-
 def library_versions() -> dict[str, str]:
     """Package name -> installed version, stored beside every checkpoint."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
+
+
+# What is stored against what is asked for: Orbax hands back a placeholder for a leaf that it does
+# not find, without an error, so names and shapes are compared before every restore.
+
+
+def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
+    """Raises CheckpointMismatch unless both have the same paths and shapes.
+
+    Args:
+        stored: Path -> shaped leaf, in the checkpoint.
+        wanted: Path -> shaped leaf, in this run.
+        where: The checkpoint, for the message.
+    """
+    missing = sorted(set(wanted) - set(stored), key=_parameters_first)
+    extra = sorted(set(stored) - set(wanted), key=_parameters_first)
+    if missing or extra:
+        sides = [
+            f"{label} {', '.join(names[:SHOWN])}"
+            + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+            for label, names in (
+                ("this configuration needs, but the checkpoint lacks:", missing),
+                ("the checkpoint holds, but this configuration lacks:", extra),
+            )
+            if names
+        ]
+        raise CheckpointMismatch(
+            f"{where} does not fit: {'; '.join(sides)}. Use the model and training settings it was "
+            "made with, or another directory."
+        )
+    for name in sorted(wanted, key=_parameters_first):
+        shapes = tuple(stored[name].shape), tuple(wanted[name].shape)
+        if shapes[0] != shapes[1]:
+            raise CheckpointMismatch(
+                f"{name} has shape {shapes[0]} in {where}, but {shapes[1]} in this configuration; "
+                "use the model settings it was made with, or another directory."
+            )
+
+
+def check_restored(restored: Any, where: Path) -> None:
+    """Raises CheckpointMismatch if a leaf came back as a placeholder instead of an array."""
+    absent = [
+        name for name, leaf in leaf_paths(restored).items() if not isinstance(leaf, jax.Array)
+    ]
+    if absent:
+        raise CheckpointMismatch(f"{where} holds no array for {', '.join(absent[:SHOWN])}.")
+
+
+def leaf_paths(tree: Any) -> dict[str, Any]:
+    """Leaves by path, e.g. "params/block/kernel"; the same for dicts, dataclasses and tuples."""
+    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {"/".join(_part(key) for key in path): leaf for path, leaf in leaves}
+
+
+def _parameters_first(name: str) -> tuple[bool, str]:
+    return (not name.startswith("params/"), name)
+
+
+def _part(key: Any) -> str:
+    for attribute in ("key", "name", "idx"):
+        if hasattr(key, attribute):
+            return str(getattr(key, attribute))
+    return str(key)
+
+
+# Errors that come while a sound checkpoint is read.
+NOT_ITS_FAULT = (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError)
+
+
+@contextmanager
+def explained(where: Path) -> Iterator[None]:
+    """Inside the block, whatever is wrong with the checkpoint at `where` becomes one sentence.
+
+    Raises:
+        OSError: If it is damaged: orbax and tensorstore raise many kinds, few of which name it.
+    """
+    try:
+        yield
+    except NOT_ITS_FAULT:
+        raise
+    except Exception as error:
+        raise OSError(
+            f"the checkpoint {where} cannot be read ({reason(error)}); bring back a copy, or move "
+            "it away: then the one before it is used."
+        ) from error
+
+
+def reason(error: Exception) -> str:
+    """An error in a line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
