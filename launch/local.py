@@ -26,7 +26,7 @@ from absl import flags
 from launch.cli import COMMANDS
 from launch.entry import run
 
-PROCESSES = flags.DEFINE_integer("processes", None, "How many to start.", 1, required=True)
+PROCESSES = flags.DEFINE_integer("processes", None, "How many to start.", 1)
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5  # the others may fail because of the first before this program has noticed it
@@ -38,6 +38,8 @@ log = getLogger(__name__)
 
 def main(module: str, *arguments: str) -> int:
     """Starts the processes, waits for them, and returns the exit code."""
+    if PROCESSES.value is None:  # not `required`: that would hold for whoever imports this file
+        raise ValueError("--processes must be given.")
     command = [f"launch.{module}" if module in COMMANDS else module, *arguments]
     with _started(command, PROCESSES.value) as (processes, outputs), _stops(processes) as got:
         while not _failed(processes) and any(p.poll() is None for p in processes):
