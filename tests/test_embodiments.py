@@ -50,6 +50,7 @@ LIBERO_HDF5 = {
     "obs/ee_ori": ROTATION.as_rotvec(),
     "obs/gripper_states": _numbers(2),
 }
+LIBERO_LEROBOT = {"action": _numbers(7), "observation.state": _numbers(8)}
 REGENERATED = LIBERO_HDF5 | {"obs/ee_ori": ROTATION.as_quat(canonical=True)}
 DROID = {
     f"steps/{where}/{what}": values
@@ -69,6 +70,7 @@ EMBODIMENTS = [
     ("widowx", "RAW_", BRIDGE_RAW, 10, 10),
     ("libero_panda", "", LIBERO, 10, 10),
     ("libero_panda", "HDF5_", LIBERO_HDF5, 10, 10),
+    ("libero_panda", "LEROBOT_", LIBERO_LEROBOT, 10, 10),
     ("metaworld_sawyer", "", PLAIN[4], 4, 4),
     ("droid_franka", "", DROID, 10, 10),
     ("aloha", "", PLAIN[14], 14, 14),
