@@ -83,7 +83,11 @@ class Kind:
     prefixed: tuple[str, ...] = ()
     dropped: str = r"^$"
     aliases: ClassVar[Mapping[str, str]] = {}
-    exports: ClassVar[Mapping[str, str]]
+    exports: ClassVar[Mapping[str, str]] = {
+        "nvidia": "nvidia",
+        "mimic-video": "nvidia",
+        "diffusers": "diffusers",
+    }
 
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
         """The configuration, from names and shapes; raises WeightsError if they do not tell."""
@@ -115,7 +119,6 @@ class _Video(Kind):
         "diffusers": r"^transformer_blocks\.|^patch_embed\.proj\.",
     }
     prefixed, dropped = ("nvidia",), _NO_WEIGHTS
-    exports: ClassVar = {"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"}
     _tables: ClassVar = {"nvidia": video_dit, "diffusers": video_dit_diffusers}
 
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
@@ -283,7 +286,6 @@ class _VAE(Kind):
         "nvidia": r"^encoder\.downsamples\.",
         "diffusers": r"^encoder\.down_blocks\.",
     }
-    exports: ClassVar = {"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"}
     # diffusers' names of what the configuration holds.
     _fields: ClassVar = {
         "dim": "base_dim",

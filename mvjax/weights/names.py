@@ -40,14 +40,12 @@ class Layout(NamedTuple):
         return array.reshape(*array.shape, *(1,) * self.units)
 
     def ours_shape(self, tensor: Sequence[int]) -> tuple[int, ...]:
-        """Our array's shape, from the tensor's."""
-        shape = tuple(tensor)[: len(tensor) - self.units]
-        return tuple(shape[axis] for axis in self.permute) if self.permute else shape
+        """Our array's shape, from the tensor's; raises ValueError if it has other axes."""
+        return self.to_ours(np.broadcast_to(np.int8(0), tensor)).shape  # a view without memory
 
     def torch_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
         """The tensor's shape, from our array's."""
-        order = np.argsort(self.permute) if self.permute else range(len(ours))
-        return (*(ours[axis] for axis in order), *(1,) * self.units)
+        return self.to_torch(np.broadcast_to(np.int8(0), ours)).shape
 
 
 SAME = Layout()

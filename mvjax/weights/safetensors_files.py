@@ -15,14 +15,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from data_pipelines.atomic import replacing
-from mvjax.weights.files import (
-    TYPE_NAMES,
-    Tensors,
-    TorchTensor,
-    WeightsError,
-    map_array,
-    raw_bytes,
-)
+from mvjax.weights.files import TYPE_NAMES, Tensors, TorchTensor, WeightsError, map_array, raw_bytes
 
 _TYPES = {names.safetensors: dtype for dtype, names in TYPE_NAMES.items() if names.safetensors}
 
@@ -57,22 +50,18 @@ def read_safetensors(path: Path) -> Tensors:
     return tensors
 
 
-def write_safetensors(
-    path: Path, tensors: Mapping[str, TorchTensor], metadata: Mapping[str, str] | None = None
-) -> None:
+def write_safetensors(path: Path, tensors: Mapping[str, TorchTensor]) -> None:
     """Writes one safetensors file, reading one tensor at a time.
 
     Args:
         path: appears when the file is whole; folders on the way are made.
         tensors: by name; stored widest type first, so that every one lies aligned.
-        metadata: what the header shall say; by default {"format": "pt"}, without which
-            `transformers` refuses a file.
 
     Raises:
         WeightsError: safetensors lacks a tensor's type, or its values are not what it declares.
         OSError: the disk is full or read-only; nothing is left behind.
     """
-    header = _header(tensors, metadata)
+    header = _header(tensors)
     with replacing(path) as unfinished:
         _write(unfinished, header, tensors)
 
@@ -99,14 +88,15 @@ def write_safetensors_folder(
     Raises:
         WeightsError, OSError: as `write_safetensors`.
     """
-    shards = _shards(tensors, max_shard_bytes)
-    if len(shards) == 1:
-        names = [f"{stem}.safetensors"]
-    else:
-        names = [
-            f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-        ]
-    headers = [_header(shard, None) for shard in shards]
+    shards: list[dict[str, TorchTensor]] = [{}]
+    for name, tensor in tensors.items():
+        filled = sum(one.nbytes for one in shards[-1].values())
+        if shards[-1] and filled + tensor.nbytes > max_shard_bytes:
+            shards.append({})
+        shards[-1][name] = tensor
+    numbers = [f"-{i:05d}-of-{len(shards):05d}" for i in range(1, len(shards) + 1)]
+    names = [f"{stem}{n if len(shards) > 1 else ''}.safetensors" for n in numbers]
+    headers = [_header(shard) for shard in shards]
     index = folder / f"{stem}.safetensors.index.json"
     with ExitStack() as stack:  # leaves in the opposite order: the index takes its place last
         if len(shards) > 1:
@@ -118,14 +108,15 @@ def write_safetensors_folder(
         for name, header, shard in zip(names, headers, shards):
             _write(stack.enter_context(replacing(folder / name)), header, shard)
     written = {*names, index.name} if len(shards) > 1 else {*names}
-    numbered = f"{stem}-[0-9][0-9][0-9][0-9][0-9]-of-[0-9][0-9][0-9][0-9][0-9].safetensors"
+    numbered = f"{stem}-{'[0-9]' * 5}-of-{'[0-9]' * 5}.safetensors"
     for earlier in (folder / f"{stem}.safetensors", index, *folder.glob(numbered)):
         if earlier.name not in written:
             earlier.unlink(missing_ok=True)
 
 
-def _header(tensors: Mapping[str, TorchTensor], metadata: Mapping[str, str] | None) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
+def _header(tensors: Mapping[str, TorchTensor]) -> bytes:
+    # `transformers` refuses a file that does not say which library its tensors are for.
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, tensor in _widest_first(tensors):
         names = TYPE_NAMES.get(tensor.dtype)
@@ -134,10 +125,9 @@ def _header(tensors: Mapping[str, TorchTensor], metadata: Mapping[str, str] | No
                 f"safetensors has no type for {name}, which is {tensor.dtype}; convert it first, "
                 "e.g. to float32."
             )
-        end = begin + tensor.nbytes
-        place = {"shape": list(tensor.shape), "data_offsets": [begin, end]}
+        place = {"shape": list(tensor.shape), "data_offsets": [begin, begin + tensor.nbytes]}
         entries[name] = {"dtype": names.safetensors, **place}
-        begin = end
+        begin += tensor.nbytes
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
@@ -152,15 +142,3 @@ def _write(path: Path, header: bytes, tensors: Mapping[str, TorchTensor]) -> Non
 
 def _widest_first(tensors: Mapping[str, TorchTensor]) -> list[tuple[str, TorchTensor]]:
     return sorted(tensors.items(), key=lambda item: -item[1].dtype.itemsize)
-
-
-def _shards(tensors: Mapping[str, TorchTensor], max_bytes: int) -> list[dict[str, TorchTensor]]:
-    shards: list[dict[str, TorchTensor]] = [{}]
-    filled = 0
-    for name, tensor in tensors.items():
-        if shards[-1] and filled + tensor.nbytes > max_bytes:
-            shards.append({})
-            filled = 0
-        shards[-1][name] = tensor
-        filled += tensor.nbytes
-    return shards
