@@ -1,4 +1,8 @@
-"""One episode cut into clips: resized frames, which frames each window shows, and its numbers."""
+"""One episode cut into windows: its frames resized and tiled, what each window shows, its numbers.
+
+`dataset.video` in a config names the cameras: see `camera_rows`. `windows.py` says which instants a
+window asks for, `vectors.py` what its numbers are made of.
+"""
 
 import hashlib
 import math
@@ -9,14 +13,128 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.episode import Episode
-from data_pipelines.vectors import Part, StreamMismatch, bases, dims, parse, read, streams
+from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.video import resize_area
 from data_pipelines.windows import WindowSpec, anchors, nearest_indices, request_times
 
-# One video of one or of several cameras: which frames belong together, and how they are tiled.
+Rows = tuple[tuple[str, ...], ...]  # of cameras
+
+_DECODE_FRAMES = 4  # decoded at a time: still in the processor's cache when they are resized
 
 
-Rows = tuple[tuple[str, ...], ...]
+@dataclass(frozen=True)
+class EpisodeWindows:
+    """All windows of one episode.
+
+    Attributes:
+        frames: the frames in use, resized, several cameras tiled into one, uint8 [n, h, w, 3].
+        clips: which frames each window shows, int64 [k, observed + future].
+        columns: k rows each: anchor int64 (nanoseconds), and where the dataset has them actions
+            float32 [k, H, A] and proprio float32 [k, P, D], not normalised, with actions_padded
+            bool [k, H] and proprio_padded bool [k, P]: true where an edge value was repeated.
+    """
+
+    frames: np.ndarray
+    clips: np.ndarray
+    columns: dict[str, np.ndarray]
+
+    def digest(self) -> str:
+        """Hash of the content, for fingerprints."""
+        state = hashlib.blake2b(digest_size=16)
+        for array in (self.frames, self.clips, *self.columns.values()):
+            state.update(np.ascontiguousarray(array))
+        return state.hexdigest()
+
+
+def cut_episode(
+    episode: Episode,
+    dataset: ConfigDict,
+    clip: ConfigDict,
+    policy_io: ConfigDict,
+    anchor_fps: float | None = None,
+) -> EpisodeWindows:
+    """Decodes an episode's video once, in order, and cuts it into windows.
+
+    Args:
+        episode: the episode.
+        dataset: `video` (see `camera_rows`), `action` and `proprio` (see `vectors.py`).
+        clip: height, width, observed_frames, future_frames, fps.
+        policy_io: `action {horizon, fps, shift, dim}` and `proprio {horizon, fps, dim}`.
+        anchor_fps: windows per second of video; None makes one per frame.
+
+    Raises:
+        StreamMismatch: if the config names streams or dimensions that the episode lacks.
+        ValueError: if the episode is too short to be cut, or holds what no rotation is.
+    """
+    columns = cut_numbers(episode, dataset, policy_io, anchor_fps)
+    rows, at = camera_rows(dataset.video), columns["anchor"]
+    names = cameras(rows)
+    observed = WindowSpec(names[0], clip.observed_frames, clip.fps, look="past")
+    future = WindowSpec(names[0], clip.future_frames, clip.fps, shift=1 / clip.fps)
+    times = np.concatenate([request_times(observed, at), request_times(future, at)], axis=1)
+    shown = [nearest_indices(episode.streams[name].timestamps, times) for name in names]
+    # A tiled frame is a combination of the cameras' frames; each is made once, in order.
+    used, clips = np.unique(
+        np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
+    )
+    frames = np.empty((len(used), clip.height, clip.width, 3), np.uint8)
+    for start in range(0, len(used), _DECODE_FRAMES):
+        part = used[start : start + _DECODE_FRAMES]
+        pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
+        frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
+    return EpisodeWindows(frames, clips.reshape(times.shape), columns)
+
+
+def cut_numbers(
+    episode: Episode,
+    dataset: ConfigDict,
+    policy_io: ConfigDict,
+    anchor_fps: float | None = None,
+) -> dict[str, np.ndarray]:
+    """The `columns` of `cut_episode`, by its arguments; no frame is decoded."""
+    try:  # what is wrong with the config is wrong for every episode
+        names = cameras(camera_rows(dataset.video))
+        action, proprio = parse(dataset.action, "action"), parse(dataset.proprio, "proprio")
+        for parts, io in ((action, policy_io.action), (proprio, policy_io.proprio)):
+            if parts:
+                dims(parts, io.dim)
+    except ValueError as error:
+        raise StreamMismatch(f"dataset {dataset.name!r}: {error}") from None
+    used = dict.fromkeys(
+        [*names, *streams(action), *streams(proprio), *bases(action), *bases(proprio)]
+    )
+    if missing := [n for n in used if n not in episode.streams and n not in names]:
+        raise StreamMismatch(
+            f"dataset {dataset.name!r}: the config names the streams {missing}, but episode "
+            f"{episode.id!r} has {sorted(episode.streams)}"
+        )
+    # Robots were recorded with more or fewer cameras, so this is the episode's fault.
+    if dark := [name for name in names if name not in episode.cameras]:
+        raise ValueError(f"no cameras {dark} (config.datasets...video), only {episode.cameras}")
+    if short := [name for name in used if len(episode.streams[name].timestamps) <= 2]:
+        raise ValueError(f"two or fewer samples in {short}")
+    acting = [episode.streams[name].timestamps for name in streams(action)]
+    at = anchors(episode.streams[names[0]].timestamps, acting, anchor_fps)
+    if len(at) == 0:
+        raise ValueError("the video and the actions do not overlap in time")
+
+    columns = {"anchor": at}
+    for key, parts, io, look in (
+        ("actions", action, policy_io.action, "future"),
+        ("proprio", proprio, policy_io.proprio, "past"),
+    ):
+        if parts:
+            window = dict(horizon=io.horizon, fps=io.fps, shift=io.get("shift", 0.0), look=look)
+            try:
+                values, padded = read(parts, episode.streams, at, io.dim, **window)
+            except StreamMismatch as error:
+                where = f"dataset {dataset.name!r}, episode {episode.id!r}"
+                raise StreamMismatch(f"{where}: {error}") from None
+            columns |= {key: values, f"{key}_padded": padded}
+    return columns
+
+
+# One video of one or of several cameras.
 
 
 def camera_rows(video: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
@@ -81,128 +199,3 @@ def _edges(length: int, parts: int) -> tuple[list[int], list[int]]:
     """Starts and ends of `parts` stretches of pixels, equal to within one."""
     edges = [round(i * length / parts) for i in range(parts + 1)]
     return edges[:-1], edges[1:]
-
-
-_DECODE_FRAMES = 4  # decoded at a time: still in the processor's cache when they are resized
-
-
-@dataclass(frozen=True)
-class EpisodeWindows:
-    """All windows of one episode.
-
-    Attributes:
-        frames: the frames in use, resized, several cameras tiled into one, uint8 [n, h, w, 3].
-        clips: which frames each window shows, int64 [k, observed + future].
-        columns: k rows each: anchor int64 (nanoseconds), and where the dataset has them actions
-            float32 [k, H, A] and proprio float32 [k, P, D], not normalised, with actions_padded
-            bool [k, H] and proprio_padded bool [k, P]: true where an edge value was repeated.
-    """
-
-    frames: np.ndarray
-    clips: np.ndarray
-    columns: dict[str, np.ndarray]
-
-    def digest(self) -> str:
-        """Hash of the content, for fingerprints."""
-        state = hashlib.blake2b(digest_size=16)
-        for array in (self.frames, self.clips, *self.columns.values()):
-            state.update(np.ascontiguousarray(array))
-        return state.hexdigest()
-
-
-def cut_episode(
-    episode: Episode,
-    dataset: ConfigDict,
-    clip: ConfigDict,
-    policy_io: ConfigDict,
-    anchor_fps: float | None = None,
-) -> EpisodeWindows:
-    """Decodes an episode's video once, in order, and cuts it into windows.
-
-    Args:
-        episode: the episode.
-        dataset: `video` (see `camera_rows`), `action` and `proprio` (see `vectors.parts`).
-        clip: height, width, observed_frames, future_frames, fps.
-        policy_io: `action {horizon, fps, shift, dim}` and `proprio {horizon, fps, dim}`.
-        anchor_fps: windows per second of video; None makes one per frame.
-
-    Raises:
-        StreamMismatch: if the config names streams or dimensions that the episode lacks.
-        ValueError: if the episode is too short to be cut, or holds what no rotation is.
-    """
-    columns = cut_numbers(episode, dataset, policy_io, anchor_fps)
-    rows, at = camera_rows(dataset.video), columns["anchor"]
-    names = cameras(rows)
-    observed = WindowSpec(names[0], clip.observed_frames, clip.fps, look="past")
-    future = WindowSpec(names[0], clip.future_frames, clip.fps, shift=1 / clip.fps)
-    times = np.concatenate([request_times(observed, at), request_times(future, at)], axis=1)
-    shown = [nearest_indices(episode.streams[name].timestamps, times) for name in names]
-    # A tiled frame is a combination of the cameras' frames; each is made once, in order.
-    used, clips = np.unique(
-        np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
-    )
-    frames = np.empty((len(used), clip.height, clip.width, 3), np.uint8)
-    for start in range(0, len(used), _DECODE_FRAMES):
-        part = used[start : start + _DECODE_FRAMES]
-        pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
-        frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
-    return EpisodeWindows(frames, clips.reshape(times.shape), columns)
-
-
-def cut_numbers(
-    episode: Episode,
-    dataset: ConfigDict,
-    policy_io: ConfigDict,
-    anchor_fps: float | None = None,
-) -> dict[str, np.ndarray]:
-    """The `columns` of `cut_episode`, by its arguments; no frame is decoded."""
-    names, action, proprio = _described(dataset, policy_io)
-    used = dict.fromkeys([*names, *streams(action), *streams(proprio)])
-    used |= dict.fromkeys([*bases(action), *bases(proprio)])
-    if missing := [n for n in used if n not in episode.streams and n not in names]:
-        raise StreamMismatch(
-            f"dataset {dataset.name!r}: the config names the streams {missing}, but episode "
-            f"{episode.id!r} has {sorted(episode.streams)}"
-        )
-    # Robots were recorded with more or fewer cameras, so this is the episode's fault.
-    if dark := [name for name in names if name not in episode.cameras]:
-        raise ValueError(f"no cameras {dark} (config.datasets...video), only {episode.cameras}")
-    if short := [name for name in used if len(episode.streams[name].timestamps) <= 2]:
-        raise ValueError(f"two or fewer samples in {short}")
-    acting = [episode.streams[name].timestamps for name in streams(action)]
-    at = anchors(episode.streams[names[0]].timestamps, acting, anchor_fps)
-    if len(at) == 0:
-        raise ValueError("the video and the actions do not overlap in time")
-
-    columns = {"anchor": at}
-    try:
-        if action:
-            columns |= _windows("actions", action, episode, at, policy_io.action, "future")
-        if proprio:
-            columns |= _windows("proprio", proprio, episode, at, policy_io.proprio, "past")
-    except StreamMismatch as error:
-        raise StreamMismatch(f"dataset {dataset.name!r}, episode {episode.id!r}: {error}") from None
-    return columns
-
-
-def _described(
-    dataset: ConfigDict, policy_io: ConfigDict
-) -> tuple[tuple[str, ...], tuple[Part, ...], tuple[Part, ...]]:
-    """Cameras, action and proprioception; what is wrong with them is wrong for every episode."""
-    try:
-        names = cameras(camera_rows(dataset.video))
-        action, proprio = parse(dataset.action, "action"), parse(dataset.proprio, "proprio")
-        for parts, io in ((action, policy_io.action), (proprio, policy_io.proprio)):
-            if parts:
-                dims(parts, io.dim)
-    except ValueError as error:
-        raise StreamMismatch(f"dataset {dataset.name!r}: {error}") from None
-    return names, action, proprio
-
-
-def _windows(
-    key: str, parts: tuple[Part, ...], episode: Episode, at: np.ndarray, io: ConfigDict, look: str
-) -> dict[str, np.ndarray]:
-    window = dict(horizon=io.horizon, fps=io.fps, shift=io.get("shift", 0.0), look=look)
-    values, padded = read(parts, episode.streams, at, io.dim, **window)
-    return {key: values, f"{key}_padded": padded}
