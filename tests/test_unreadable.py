@@ -4,7 +4,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from rlds_datasets import ARM, copy
 
 from data_pipelines.episode import reason
 from data_pipelines.sources.formats import open_dataset
@@ -37,7 +36,7 @@ def test_files_that_were_not_fetched_are_named(tmp_path, format, file):
 
 
 def test_files_of_records_that_were_not_fetched_are_named(tmp_path):
-    folder = copy(ARM, tmp_path)
+    folder = shutil.copytree(FIXTURES / "rlds/arm/1.0.0", tmp_path / "1.0.0")
     file = next(folder.glob("*train.tfrecord-00000*"))
     file.write_text(POINTER)
     with pytest.raises(ValueError, match=rf"{file}: no record 0, {SAID}"):
