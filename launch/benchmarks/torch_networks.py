@@ -1,4 +1,8 @@
-"""Our networks in PyTorch, for comparisons: diffusers' and the decoder, with weights of ours."""
+"""Our networks in PyTorch, with weights of ours: the measure of ours in tests and benchmarks.
+
+The video DiT and the Wan VAE are those of diffusers. No package has the action decoder: it is
+written here, under the names of mimic-video's files.
+"""
 
 import dataclasses
 from itertools import pairwise
@@ -10,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, scaled_dot_product_attention
 
 from data_pipelines.clip import PATCH
-from launch.benchmarks.verify_weights import cosmos_transformer
+from launch.benchmarks.verify_weights import cosmos_transformer, wan_autoencoder
 from mvjax.flow import CONDITION_SIGMA
 from mvjax.models.action_decoder import (
     MAX_PERIOD,
@@ -23,7 +27,7 @@ from mvjax.models.network import Params
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.models.wan_vae import WanVAEConfig
 from mvjax.training.checkpoint import leaf_paths
-from mvjax.weights.kinds import VAE, VIDEO, video_sections
+from mvjax.weights.kinds import video_sections
 from mvjax.weights.names import Rules, action_decoder, video_dit_diffusers, wan_vae_diffusers
 
 
@@ -38,10 +42,8 @@ class TorchVideoDiT(nn.Module):
 
     def __init__(self, config: VideoDiTConfig, layer: int | None = None):
         super().__init__()
-        settings = VIDEO.published(video_sections(config))
-        if layer is not None:
-            settings["num_layers"] = layer
-        self.layer, self.net = layer, cosmos_transformer(settings)
+        cut = {} if layer is None else {"num_layers": layer}
+        self.layer, self.net = layer, cosmos_transformer(video_sections(config), **cut)
         if layer is not None:
             self.net.norm_out, self.net.proj_out = _Unchanged(), nn.Identity()
 
@@ -88,10 +90,7 @@ class TorchWanVAE(nn.Module):
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
-        from diffusers import AutoencoderKLWan
-
-        settings = VAE.published({"tokenizer": dataclasses.asdict(config)})
-        self.net = AutoencoderKLWan(**{k: v for k, v in settings.items() if k[0] != "_"})
+        self.net = wan_autoencoder({"tokenizer": dataclasses.asdict(config)})
         self.mean, self.std = config.latent_mean, config.latent_std
 
     def forward(self, video: Tensor) -> Tensor:
@@ -135,10 +134,9 @@ def load_params(module: nn.Module, params: Params, rules: Rules) -> None:
     state = {}
     for rule in rules:
         leaf = np.asarray(leaves[rule.ours.replace(".", "/")]).astype(np.float32)
-        blocks = leaf if "{i}" in rule.torch else leaf[None]
-        for i, block in enumerate(blocks):
+        for i, block in enumerate(leaf if rule.stacked else leaf[None]):
             array = np.ascontiguousarray(rule.layout.to_torch(block))
-            state[rule.torch.replace("{i}", str(i))] = torch.from_numpy(array)
+            state[rule.name(i)] = torch.from_numpy(array)
     module.load_state_dict({name: state[name] for name in needed})
 
 
@@ -158,9 +156,7 @@ def vae_rules(config: WanVAEConfig) -> Rules:
     return wan_vae_diffusers(config)
 
 
-# The action decoder of mimic-video in PyTorch, under the names of its published files.
-#
-# The measure of ours: in tests, where both compute the same numbers, and in benchmarks.
+# --- The action decoder of mimic-video, under the names of its published files ---
 
 
 KeysValues = tuple[Tensor, Tensor]
