@@ -9,8 +9,7 @@ under their own paths ("transforms/leftHand"); poses are in the frame of the rec
 "transforms/camera" is. The intrinsics do not change: one value, at time 0.
 """
 
-import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +17,7 @@ import h5py
 import numpy as np
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
-from data_pipelines.sources.files import decode_text, named_faults
+from data_pipelines.sources.files import decode_text, named_faults, walk
 from data_pipelines.video import VideoFile, VideoPool
 
 FPS = 30
@@ -38,7 +37,7 @@ def recognises(path: Path) -> bool:
 
 
 def open_egodex(path: Path, *, name: str, embodiment: str) -> Sequence[Episode]:
-    """Open EgoDex, or a part of it; files are read when an episode is asked for.
+    """Opens EgoDex, or a part of it; files are read when an episode is asked for.
 
     A video without poses, or poses without a video, is an error of that episode only.
 
@@ -51,7 +50,11 @@ def open_egodex(path: Path, *, name: str, embodiment: str) -> Sequence[Episode]:
         ValueError: if there are no such files.
     """
     path = Path(path)
-    stems = {file.with_suffix("") for file in _files(path, _DEEPEST)}
+    stems = set()
+    for folder, folders, names in walk(path):
+        stems |= {(folder / n).with_suffix("") for n in names if n.endswith((".mp4", ".hdf5"))}
+        if len(folder.relative_to(path).parts) == _DEEPEST:
+            folders.clear()
     stems = sorted(stems, key=lambda s: (s.parent.as_posix(), len(s.name), s.name))
     if not any(stem.with_suffix(".hdf5").is_file() for stem in stems):
         raise ValueError(
@@ -99,21 +102,6 @@ class _Dataset:
         )
 
 
-def _files(folder: Path, deeper: int) -> Iterator[Path]:
-    """The .mp4 and .hdf5 files, from one listing per folder."""
-    try:
-        entries = list(os.scandir(folder))
-    except NotADirectoryError:
-        return
-    for entry in entries:
-        if entry.name.startswith("."):
-            continue
-        if entry.name.endswith((".mp4", ".hdf5")):
-            yield folder / entry.name
-        elif deeper and entry.is_dir():
-            yield from _files(folder / entry.name, deeper - 1)
-
-
 def _read_numbers(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
     numbers = {}
     for group, shape in (("transforms", (4, 4)), ("confidences", ())):
@@ -130,7 +118,7 @@ def _read_array(file: h5py.File, key: str, shape: tuple[int, ...], path: Path) -
     array = file[key]
     if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiu":
         raise ValueError(f"{path}: {key} is no array of numbers; copy the file again")
-    if array.shape[1:] != shape:
+    if not array.ndim or array.shape[1:] != shape:
         raise ValueError(
             f"{path} has {key} of shape {list(array.shape)}; {['N', *shape]} is expected"
         )

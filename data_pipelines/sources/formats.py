@@ -1,10 +1,14 @@
-"""Open a dataset by the name of its format, or find out which format it has."""
+"""Opens a dataset by the name of its format, or finds out which format it has.
+
+A format is one file here with two functions: `recognises(path)`, and `open_<format>(path, *, name,
+embodiment, <options>)`, which returns the episodes (mostly `LazyEpisodes`, read when asked for). A
+fault of one file is a ValueError of its episode only. Another format is a line in `FORMATS`.
+"""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -22,14 +26,8 @@ from data_pipelines.sources import (
 )
 
 
-@dataclass(frozen=True)
-class Format:
-    """How a kind of dataset is opened.
-
-    Attributes:
-        open: `open(path, *, name, embodiment, **options)` -> the episodes, loaded when asked for.
-        recognises: whether a path looks like such a dataset; cheap, and false for all others.
-    """
+class Format(NamedTuple):
+    """How a kind of dataset is opened, and whether a path looks like one (cheap to find out)."""
 
     open: Callable[..., Sequence[Episode]]
     recognises: Callable[[Path], bool]
@@ -51,7 +49,7 @@ FORMATS = {
 def open_dataset(
     format: str, path: Path, name: str, embodiment: str, options: Mapping[str, Any] | None = None
 ) -> Sequence[Episode]:
-    """Open a dataset lazily.
+    """Opens a dataset lazily.
 
     Args:
         format: a key of `FORMATS`.
@@ -73,7 +71,7 @@ def open_dataset(
         )
     options = dict(options or {})
     opener = FORMATS[format].open
-    known = opener.__kwdefaults__ or {}
+    known = opener.__kwdefaults__ or {}  # name and embodiment have no default
     if unknown := options.keys() - known.keys():
         raise ValueError(
             f"dataset {name!r}: the format {format!r} has no options {sorted(unknown)}; it has "
@@ -103,7 +101,7 @@ def detect(path: Path) -> str:
 
 
 def open_config(dataset: ConfigDict) -> Sequence[Episode]:
-    """Open the dataset that a config section describes.
+    """Opens the dataset that a config section describes.
 
     Args:
         dataset: `format`, `path`, `name`, `embodiment`, and if need be `options` of the format.
