@@ -294,7 +294,7 @@ _KINDS = {
     "unreadable video": r"readable video|no frames between|avcodec|avformat",
     "refused pickle": r"pickle",
     "timestamps that do not increase": r"strictly increase",
-    "without any sample": r"needs at least one value",
+    "without any sample": r"at least one, got 0 timestamps",
 }
 
 
