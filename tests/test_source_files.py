@@ -1,0 +1,128 @@
+"""Readers of stored frames, open HDF5 files, and what is said of files that cannot be read."""
+
+import io
+import pickle
+import shutil
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_pipelines.episode import FrameReader, reason
+from data_pipelines.sources.files import Hdf5Frames, Hdf5Pool, Pictures, decode_picture
+from data_pipelines.sources.formats import open_dataset
+from data_pipelines.video import VideoFile
+
+FIXTURES = Path(__file__).parent / "fixtures"
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+SAID = "it is a placeholder of Git LFS, git lfs pull fetches the file"
+
+
+@pytest.mark.parametrize(
+    ("format", "file"),
+    [
+        ("lerobot", "lerobot_v21/data/chunk-000/episode_000000.parquet"),
+        ("lerobot", "lerobot_v21/videos/chunk-000/observation.images.front/episode_000000.mp4"),
+        ("lerobot", "lerobot_v30/meta/episodes/chunk-000/file-000.parquet"),
+        ("robomimic_hdf5", "a/a_demo.hdf5"),
+        ("mimic_episodes", "a/a.safetensors"),
+    ],
+)
+def test_files_that_were_not_fetched_are_named(tmp_path, format, file):
+    root = tmp_path / Path(file).parts[0]
+    if (FIXTURES / root.name).is_dir():
+        shutil.copytree(FIXTURES / root.name, root)
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text(POINTER)
+    with pytest.raises(ValueError) as caught:
+        open_dataset(format, root, "set", "arm")[0]
+    assert str(tmp_path / file) in str(caught.value) and SAID in str(caught.value)
+
+
+def test_files_of_records_that_were_not_fetched_are_named(tmp_path):
+    folder = shutil.copytree(FIXTURES / "rlds/arm/1.0.0", tmp_path / "1.0.0")
+    file = next(folder.glob("*train.tfrecord-00000*"))
+    file.write_text(POINTER)
+    with pytest.raises(ValueError, match=rf"{file}: no record 0, {SAID}"):
+        open_dataset("rlds", folder, "set", "arm", {"fps": 5})[0]
+
+
+def test_what_libraries_say_becomes_one_line(tmp_path):
+    assert reason(tmp_path / "a", ValueError("bad\n  thrift\n")) == "bad thrift"
+    with pytest.raises(ValueError, match=r"not a readable video \(File name too long\); copy"):
+        VideoFile(tmp_path / f"{'a' * 300}.mp4").stream()
+
+
+def encode(array: np.ndarray, **options) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, "png", **options)
+    return file.getvalue()
+
+
+class Stored(Pictures):
+    """Pictures in memory that count how often they are decoded."""
+
+    def __init__(self, pictures: list[bytes]):
+        super().__init__("/data/set", len(pictures))
+        self.pictures, self.asked = pictures, []
+
+    def encoded(self, number: int) -> bytes:
+        self.asked.append(number)
+        return self.pictures[number]
+
+
+def test_each_picture_is_decoded_once_whatever_the_order():
+    frames = np.random.default_rng(0).integers(0, 256, (6, 3, 5, 3), np.uint8)
+    reader = Stored([encode(frame) for frame in frames])
+    assert isinstance(reader, FrameReader) and len(reader) == 6
+    for indices in ([4, 0, 4, 2], [1, 2], np.array([5]), range(6)):
+        np.testing.assert_array_equal(reader.read(indices), frames[indices])
+    assert reader.asked == [0, 2, 4, 1, 2, 5, *range(6)]
+    for wrong in ([0, 6], [-1]):
+        with pytest.raises(IndexError, match=rf"/data/set: frame {wrong[-1]} .* there are 6"):
+            reader.read(wrong)
+    with pytest.raises(ValueError, match="/data/set: no frame indices"):
+        reader.read([])
+
+
+def test_pictures_that_are_no_frames_are_named():
+    grey = np.random.default_rng(0).integers(0, 256, (24, 26), np.uint8)
+    whole, deep = encode(grey), encode(grey.astype(np.uint16))
+    reader = Stored([whole, encode(grey[:9]), whole[:300], b"", deep])
+    assert reader.read([0]).shape == (1, 24, 26, 3)
+    with pytest.raises(ValueError, match=r"/data/set: .*different sizes"):
+        reader.read([0, 1])
+    for number, what in ((2, ""), (3, ""), (4, "more than 8 bits")):
+        with pytest.raises(ValueError, match=f"/data/set: picture {number}: not a .*{what}"):
+            reader.read([0, number])
+
+
+def test_pictures_are_turned_where_it_is_asked_for(tmp_path):
+    sideways = Image.Exif()
+    sideways[0x0112] = 6
+    picture = encode(np.zeros((4, 6, 3), np.uint8), exif=sideways)
+    (tmp_path / "a.png").write_bytes(picture)
+    for stored in (picture, tmp_path / "a.png"):
+        assert decode_picture(stored, "a").shape == (4, 6, 3)
+        assert decode_picture(stored, "a", upright=True).shape == (6, 4, 3)
+    with pytest.raises(ValueError, match=r"b\.png: not a readable picture"):
+        decode_picture(tmp_path / "b.png", tmp_path / "b.png")
+
+
+def test_few_hdf5_files_stay_open(tmp_path):
+    pool, opened, readers = Hdf5Pool(max_open=2), [], []
+    for number in range(3):
+        path = tmp_path / f"{number}.hdf5"
+        with h5py.File(path, "w") as file:
+            file["a"] = np.full((4, 2, 2, 3), number, np.uint8)
+        with pool.open(path) as file:
+            opened.append(file)
+        readers.append(Hdf5Frames(path, "a", (4, 2, 2, 3), "none", pool))
+    assert [bool(file) for file in opened] == [False, True, True]
+    for reader in (*readers, *pickle.loads(pickle.dumps(readers))):
+        assert (reader.read([3, 0]) == int(Path(reader.where).stem)).all()
+    (tmp_path / "0.hdf5").unlink()
+    with pytest.raises(ValueError, match=r"0\.hdf5: the file is missing"):
+        pickle.loads(pickle.dumps(readers))[0].read([0])
