@@ -70,22 +70,30 @@ def run(main: Callable[..., int | None], positional: tuple[str, ...] = ()) -> No
     def checked(arguments: Sequence[str]) -> int | None:
         values = arguments[1:]
         if len(values) < len(positional):
-            _stop(f"{' and '.join(positional[len(values) :])} must be given.")
+            stop(f"{' and '.join(positional[len(values) :])} must be given.")
         if len(values) > len(positional) and not (positional and positional[-1].endswith("...")):
-            _stop(f"unexpected argument {values[len(positional)]!r}; flags start with '--'.")
+            stop(f"unexpected argument {values[len(positional)]!r}; flags start with '--'.")
         _log_to_stderr()
         threading.excepthook = _background_failure
         try:
             return main(*values)
         except KeyboardInterrupt:
-            _stop("stopped; run the same command again to go on.", 130)
+            stop("stopped; run the same command again to go on.", 130)
         except (ValueError, OSError, RuntimeError, ImportError, AttributeError) as error:
             sentence = _sentence(error)
             if sentence is None or os.environ.get("MVJAX_TRACEBACK"):
                 raise
-            _stop(sentence)
+            stop(sentence)
 
     app.run(checked, flags_parser=_parse)
+
+
+def stop(sentence: str, code: int = 2) -> NoReturn:
+    """Ends the command with one sentence on stderr, after its name as the person typed it."""
+    main = sys.modules["__main__"]
+    name = main.__spec__.name if main.__spec__ else os.path.basename(sys.argv[0])
+    print(f"{cli.program or name}: {' '.join(sentence.split())}", file=sys.stderr)
+    raise SystemExit(code)
 
 
 class _Stderr(StreamHandler):
@@ -113,7 +121,7 @@ def _parse(arguments: Sequence[str]) -> list[str]:
         sentence = _configuration_sentence(error) or _flag_sentence(error)
         if sentence is None or os.environ.get("MVJAX_TRACEBACK"):
             raise
-        _stop(sentence)
+        stop(sentence)
 
 
 def _normalised(arguments: Sequence[str]) -> list[str]:
@@ -210,10 +218,3 @@ def _setting(text: str) -> str:
 def _text(error: BaseException) -> str:
     # ml_collections raises errors whose only argument is another error.
     return str(error.args[0] if error.args else error).replace("\\n", " ")
-
-
-def _stop(sentence: str, code: int = 2) -> NoReturn:
-    main = sys.modules["__main__"]
-    name = main.__spec__.name if main.__spec__ else os.path.basename(sys.argv[0])
-    print(f"{cli.program or name}: {' '.join(sentence.split())}", file=sys.stderr)
-    raise SystemExit(code)

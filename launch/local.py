@@ -17,14 +17,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from logging import getLogger
 from types import FrameType
 from typing import IO
 
 from absl import flags
 
 from launch.cli import COMMANDS
-from launch.entry import run
+from launch.entry import run, stop
 
 PROCESSES = flags.DEFINE_integer("processes", None, "How many to start.", 1)
 
@@ -32,8 +31,6 @@ POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5  # the others may fail because of the first before this program has noticed it
 GRACE_SECONDS = 5  # from SIGTERM to SIGKILL, when nothing can be saved any more
 CRASH_LINES = 30
-
-log = getLogger(__name__)
 
 
 def main(module: str, *arguments: str) -> int:
@@ -50,8 +47,7 @@ def main(module: str, *arguments: str) -> int:
         culprit = _culprit(processes)
         code = processes[culprit].returncode
         _end(processes)  # whatever they still say comes before the sentence that tells the reason
-        log.error("launch.local: %s", _reason(culprit, code, outputs))
-        return code if code > 0 else 128 - code
+        stop(_reason(culprit, code, outputs), code if code > 0 else 128 - code)
 
 
 @contextlib.contextmanager
@@ -127,7 +123,7 @@ def _reason(index: int, code: int, outputs: Sequence[IO[str] | None]) -> str:
         if code > 0 and lines:
             said = f", saying {lines[-1]!r}"
         elif -code not in (signal.SIGKILL, signal.SIGTERM):  # a crash says more than one line
-            log.error("\n".join(lines[-CRASH_LINES:]))
+            print("\n".join(lines[-CRASH_LINES:]), file=sys.stderr)
     others = "; the others are stopped" if len(outputs) > 1 else ""
     return f"process {index} of {len(outputs)} {how}{said}{others}."
 

@@ -73,7 +73,7 @@ def test_finished_phases_are_skipped_and_a_changed_command_runs_again(tmp_path, 
     assert all(row["finished"] for row in read(record).values())
 
 
-def test_a_failure_stops_with_its_code_and_advice_and_the_next_call_goes_on(tmp_path, capfd):
+def test_a_failure_stops_with_its_code_and_advice_and_the_next_call_goes_on(tmp_path, caplog):
     record, done, ready, after = (tmp_path / n for n in ("phases.json", "done", "ready", "after"))
     check = f"import os, sys, time; time.sleep(0.3); sys.exit(0 if os.path.exists({str(ready)!r}) "
     phases = [
@@ -84,7 +84,7 @@ def test_a_failure_stops_with_its_code_and_advice_and_the_next_call_goes_on(tmp_
     with pytest.raises(SystemExit) as stopped:
         run_phases(phases, record)
     assert stopped.value.code == 7
-    assert "'fragile' stopped; run the same command again to go on." in capfd.readouterr().err
+    assert "'fragile' stopped; run the same command again to go on." in caplog.messages
     rows = read(record)
     assert [row["finished"] for row in rows.values()] == [True, False] and not after.exists()
     spent = rows["fragile"]["seconds"]
@@ -157,7 +157,7 @@ def test_the_memory_of_a_child_of_the_child_is_counted(tmp_path):
     assert 143 <= read(record)["hungry"]["peak_mb"] <= 250  # 150 MB in MiB, and two interpreters
 
 
-def test_a_command_that_ends_with_0_before_its_work_is_done_is_not_finished(tmp_path, capfd):
+def test_a_command_that_ends_with_0_before_its_work_is_done_is_not_finished(tmp_path, caplog):
     """As a training does that the machine sends SIGTERM, without the runner getting it."""
     record, proof, calls = (tmp_path / name for name in ("phases.json", "finished", "calls"))
     code = f"""
@@ -169,7 +169,7 @@ if os.path.getsize({str(calls)!r}) == 2:
     phases = [Phase("train", program(code), str(proof)), Phase("after", leaves(tmp_path / "after"))]
     with pytest.raises(SystemExit) as stopped:
         run_phases(phases, record)
-    assert stopped.value.code == 143 and "'train' stopped" in capfd.readouterr().err
+    assert stopped.value.code == 143 and "'train' stopped" in caplog.text
     assert not read(record)["train"]["finished"] and not (tmp_path / "after").exists()
     run_phases(phases, record)
     assert all(row["finished"] for row in read(record).values())
