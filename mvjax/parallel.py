@@ -1,10 +1,9 @@
-"""The sharding rules: one table from logical axis names to mesh axes.
+"""Several devices as one: the mesh, the sharding rules, the start of several processes, the chips.
 
-Parameters, batches and activations name their dimensions (`"embed"`, `"heads"`, ...); the table
-says over which mesh axes such a dimension is split. `config.rules` overrides single entries, e.g.
-`{"embed": None}` keeps parameters whole, `{"batch": "data"}` leaves fsdp out of the batch.
-
-Two rules of reading the table:
+The sharding rules are one table from logical axis names to mesh axes. Parameters, batches and
+activations name their dimensions ("embed", "heads", ...); the table says over which mesh axes such
+a dimension is split. `config.rules` overrides single entries: `{"embed": None}` keeps parameters
+whole, `{"batch": "data"}` leaves fsdp out of the batch. It is read with two rules:
 
 - A mesh axis is used once per array; the leftmost dimension that asks for it gets it. So an
   activation (batch, length, embed) is split over fsdp by its batch, a parameter by its embed.
@@ -15,6 +14,7 @@ Two rules of reading the table:
 
 import atexit
 import contextlib
+import logging
 import math
 import os
 import sys
@@ -30,11 +30,28 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
-# The device mesh: which devices work together, and along which axis.
+log = logging.getLogger(__name__)
 
+Axes = tuple[str | None, ...]  # a logical name per dimension; None: whole
+Rules = Mapping[str, tuple[str, ...]]
 
 MESH_AXES = ("data", "fsdp", "context", "tensor")
 _TYPES = (AxisType.Auto,) * len(MESH_AXES)
+
+DEFAULT_RULES: Rules = MappingProxyType(
+    {
+        "batch": ("data", "fsdp"),  # samples
+        "length": ("context",),  # tokens of the video sequence
+        "embed": ("fsdp",),  # residual width: the axis by which parameters are stored split
+        "mlp": ("tensor",),  # hidden width of the MLP
+        "heads": ("tensor",),  # attention heads, or heads x head_dim in one dimension
+        "layers": (),  # the stacked blocks; scanned, so never split
+        "lora": (),  # adapter rank
+    }
+)
+
+
+# --- The mesh: which devices work together, and along which axis ---
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -57,33 +74,26 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = N
             `data` is not a multiple of the number of slices.
     """
     devices = jax.devices() if devices is None else list(devices)
-    shape = _resolve(sizes, len(devices))
-    return Mesh(_arrange(shape, devices), MESH_AXES, axis_types=_TYPES)
-
-
-def abstract_mesh(sizes: Mapping[str, int], device_count: int) -> AbstractMesh:
-    """As `make_mesh` for so many devices, without devices: shapes can be split over it.
-
-    Raises:
-        ValueError: As `make_mesh`, but for what concerns slices.
-    """
-    return AbstractMesh(_resolve(sizes, device_count), MESH_AXES, axis_types=_TYPES)
-
-
-def _arrange(shape: tuple[int, ...], devices: list[jax.Device]) -> np.ndarray:
-    """The devices in the mesh's shape, neighbours of the physical network beside each other."""
-    slices = slice_count(devices)
+    shape, slices = _resolve(sizes, len(devices)), slice_count(devices)
     data, *inside = shape
     if data % slices:
         raise ValueError(
             f"mesh data={data} is not a multiple of the {slices} slices, and only data can span "
             f"slices: set config.mesh.data to a multiple of {slices}."
         )
+    # Neighbours on an axis of the mesh should be neighbours in the physical network.
     if slices == 1:
-        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
-    return mesh_utils.create_hybrid_device_mesh(
-        (data // slices, *inside), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
-    )
+        arranged = mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    else:
+        arranged = mesh_utils.create_hybrid_device_mesh(
+            (data // slices, *inside), (slices, 1, 1, 1), devices, allow_split_physical_axes=True
+        )
+    return Mesh(arranged, MESH_AXES, axis_types=_TYPES)
+
+
+def abstract_mesh(sizes: Mapping[str, int], device_count: int) -> AbstractMesh:
+    """As `make_mesh` for so many devices of one slice, without devices: for shapes alone."""
+    return AbstractMesh(_resolve(sizes, device_count), MESH_AXES, axis_types=_TYPES)
 
 
 def slice_count(devices: Sequence[jax.Device]) -> int:
@@ -97,6 +107,7 @@ def slice_count(devices: Sequence[jax.Device]) -> int:
 
 
 def _resolve(sizes: Mapping[str, int], device_count: int) -> tuple[int, ...]:
+    """The size of every axis of `MESH_AXES`, a -1 worked out."""
     unknown = sorted(set(sizes) - set(MESH_AXES))
     if unknown:
         raise ValueError(f"mesh has the unknown axis {unknown[0]!r}; the axes are {MESH_AXES}.")
@@ -115,22 +126,7 @@ def _resolve(sizes: Mapping[str, int], device_count: int) -> tuple[int, ...]:
     return tuple(device_count // fixed if size == -1 else size for size in sizes.values())
 
 
-Axes = tuple[str | None, ...]
-Rules = Mapping[str, tuple[str, ...]]
-
-DEFAULT_RULES: Mapping[str, tuple[str, ...]] = MappingProxyType(
-    {
-        "batch": ("data", "fsdp"),  # samples
-        "length": ("context",),  # tokens of the video sequence
-        "embed": ("fsdp",),  # residual width: the axis by which parameters are stored split
-        "mlp": ("tensor",),  # hidden width of the MLP
-        "heads": ("tensor",),  # attention heads, or heads x head_dim in one dimension
-        "layers": (),  # the stacked blocks; scanned, so never split
-        "lora": (),  # adapter rank
-    }
-)
-
-_ACTIVE: ContextVar[Rules | None] = ContextVar("mvjax_sharding_rules", default=None)
+# --- The rules: from logical axes to shardings ---
 
 
 def make_rules(overrides: Mapping[str, Any] | None = None) -> Rules:
@@ -149,7 +145,7 @@ def make_rules(overrides: Mapping[str, Any] | None = None) -> Rules:
 
 def spec(axes: Axes, rules: Rules) -> PartitionSpec:
     """The partition of an array whose dimensions have the given logical names (None: whole)."""
-    return PartitionSpec(*(_entry(mesh_axes) for mesh_axes in _mesh_axes(axes, rules)))
+    return PartitionSpec(*map(_entry, _mesh_axes(axes, rules)))
 
 
 def split_ways(axis: str, mesh: Mesh, rules: Rules) -> int:
@@ -169,7 +165,63 @@ def sharding_tree(axes: Any, mesh: Mesh, rules: Rules, abstract: Any = None) -> 
     Raises:
         ValueError: Naming the parameter whose structure, rank or size does not fit.
     """
-    return _walk(axes, mesh, rules, abstract, ())
+
+    def walk(axes: Any, abstract: Any, path: tuple[str, ...]) -> Any:
+        if not isinstance(axes, dict):
+            if abstract is not None:
+                _check_leaf("/".join(path), axes, abstract.shape, mesh, rules)
+            return NamedSharding(mesh, spec(axes, rules))
+        if abstract is None:
+            return {name: walk(value, None, path) for name, value in axes.items()}
+        if not isinstance(abstract, dict) or set(axes) != set(abstract):
+            there = sorted(abstract) if isinstance(abstract, dict) else "an array"
+            raise ValueError(
+                f"the axes of {'/'.join(path) or 'the tree'} name {sorted(axes)}, "
+                f"but the arrays there are {there}."
+            )
+        return {name: walk(axes[name], abstract[name], (*path, name)) for name in axes}
+
+    return walk(axes, abstract, ())
+
+
+def _check_leaf(name: str, axes: Axes, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> None:
+    if len(axes) != len(shape):
+        raise ValueError(f"{name} has shape {shape} but the logical axes {axes}.")
+    for axis, size, mesh_axes in zip(axes, shape, _mesh_axes(axes, rules)):
+        if size % _ways(mesh_axes, mesh):
+            raise ValueError(
+                f"{name} has shape {shape}; its dimension {axis!r} of {size} cannot be split over "
+                f"{' x '.join(mesh_axes)} = {_ways(mesh_axes, mesh)} devices; change config.mesh, "
+                f"or set config.rules[{axis!r}] = None to keep it whole."
+            )
+
+
+def _mesh_axes(axes: Axes, rules: Rules) -> list[tuple[str, ...]]:
+    """The mesh axes that each dimension gets, every mesh axis once."""
+    used: set[str] = set()
+    result = []
+    for name in axes:
+        if name is not None and name not in rules:
+            raise ValueError(
+                f"the logical axis {name!r} is not in the sharding rules (known: "
+                f"{', '.join(sorted(rules))}); add it to config.rules."
+            )
+        mesh_axes = tuple(a for a in (rules[name] if name is not None else ()) if a not in used)
+        used.update(mesh_axes)
+        result.append(mesh_axes)
+    return result
+
+
+def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
+    return mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None)
+
+
+def _ways(mesh_axes: tuple[str, ...], mesh: Any) -> int:
+    return math.prod(mesh.shape[axis] for axis in mesh_axes)
+
+
+# Networks name the axes of their activations and know no rules: those of the caller are in force.
+_ACTIVE: ContextVar[Rules | None] = ContextVar("mvjax_sharding_rules", default=None)
 
 
 @contextlib.contextmanager
@@ -201,69 +253,16 @@ def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec 
         return None
     if len(axes) != len(shape):
         raise ValueError(f"constrain got the axes {axes} for an array of shape {shape}.")
-    entries = [
-        _entry(mesh_axes if size % _ways(mesh_axes, mesh) == 0 else ())
-        for size, mesh_axes in zip(shape, _mesh_axes(axes, rules))
-    ]
-    return PartitionSpec(*entries)
+    divides = lambda size, mesh_axes: size % _ways(mesh_axes, mesh) == 0  # noqa: E731
+    return PartitionSpec(
+        *(
+            _entry(mesh_axes if divides(size, mesh_axes) else ())
+            for size, mesh_axes in zip(shape, _mesh_axes(axes, rules))
+        )
+    )
 
 
-def _mesh_axes(axes: Axes, rules: Rules) -> list[tuple[str, ...]]:
-    used: set[str] = set()
-    result = []
-    for name in axes:
-        if name is not None and name not in rules:
-            raise ValueError(
-                f"the logical axis {name!r} is not in the sharding rules (known: "
-                f"{', '.join(sorted(rules))}); add it to config.rules."
-            )
-        mesh_axes = tuple(a for a in (rules[name] if name is not None else ()) if a not in used)
-        used.update(mesh_axes)
-        result.append(mesh_axes)
-    return result
-
-
-def _entry(mesh_axes: tuple[str, ...]) -> str | tuple[str, ...] | None:
-    return mesh_axes if len(mesh_axes) > 1 else (mesh_axes[0] if mesh_axes else None)
-
-
-def _ways(mesh_axes: tuple[str, ...], mesh: Any) -> int:
-    return math.prod(mesh.shape[axis] for axis in mesh_axes)
-
-
-def _walk(axes: Any, mesh: Mesh, rules: Rules, abstract: Any, path: tuple[str, ...]) -> Any:
-    if isinstance(axes, dict):
-        if abstract is not None and (not isinstance(abstract, dict) or set(axes) != set(abstract)):
-            there = sorted(abstract) if isinstance(abstract, dict) else "an array"
-            raise ValueError(
-                f"the axes of {'/'.join(path) or 'the tree'} name {sorted(axes)}, "
-                f"but the arrays there are {there}."
-            )
-        return {
-            key: _walk(
-                value, mesh, rules, None if abstract is None else abstract[key], (*path, key)
-            )
-            for key, value in axes.items()
-        }
-    if abstract is not None:
-        _check_leaf("/".join(path), axes, abstract.shape, mesh, rules)
-    return NamedSharding(mesh, spec(axes, rules))
-
-
-def _check_leaf(name: str, axes: Axes, shape: tuple[int, ...], mesh: Mesh, rules: Rules) -> None:
-    if len(axes) != len(shape):
-        raise ValueError(f"{name} has shape {shape} but the logical axes {axes}.")
-    for axis, size, mesh_axes in zip(axes, shape, _mesh_axes(axes, rules)):
-        if size % _ways(mesh_axes, mesh):
-            raise ValueError(
-                f"{name} has shape {shape}; its dimension {axis!r} of {size} cannot be split over "
-                f"{' x '.join(mesh_axes)} = {_ways(mesh_axes, mesh)} devices; change config.mesh, "
-                f"or set config.rules[{axis!r}] = None to keep it whole."
-            )
-
-
-# Several processes working on one run: how they find each other, agree, and end together.
-
+# --- Several processes: how they find each other, agree, and end together ---
 
 HEARTBEAT_SECONDS = 30  # a process that is silent for so long is dead, and the others stop
 START_SECONDS = 300  # machines of a pod do not boot at the same moment
@@ -281,10 +280,10 @@ def initialized(start_seconds: float = START_SECONDS) -> Iterator[None]:
        MPI. A job of one task there is a single process, which keeps all GPUs of its machine;
     3. else it is the only process, and nothing happens.
 
-    Where the processes do not find each other, they end with one sentence and code 2. One that
-    ends with an error does so at once, instead of waiting for the others as JAX would. The others
-    are stopped by whoever started them (`launch.local`, srun, a JobSet), or by JAX after
-    `HEARTBEAT_SECONDS` without a sign of life.
+    Processes that do not find each other end with a message and code 2. A process that ends with an
+    error does so at once, instead of waiting for the others as JAX would. The others are stopped by
+    whoever started them (`launch.local`, srun, a JobSet), or by JAX after `HEARTBEAT_SECONDS`
+    without a sign of life.
 
     Args:
         start_seconds: How long to wait for the other processes.
@@ -305,6 +304,7 @@ def initialized(start_seconds: float = START_SECONDS) -> Iterator[None]:
                 heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             )
         except ValueError as error:
+            # JAX found no cluster: the only process.
             if arguments or "coordinator_address should be defined" not in str(error):
                 raise
         finally:
@@ -312,7 +312,8 @@ def initialized(start_seconds: float = START_SECONDS) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        if jax.process_count() > 1 and not _is_success(error):
+        success = isinstance(error, SystemExit) and error.code in (None, 0)
+        if jax.process_count() > 1 and not success:
             atexit.register(_leave_at_once, error)
         raise
 
@@ -344,17 +345,11 @@ def _give_up(arguments: dict[str, str | int], seconds: float) -> None:
     if arguments:
         who = "process {process_id} of {num_processes} (coordinator {coordinator_address})"
         who = who.format(**arguments)
-    print(
-        f"mvjax: {who} has not met all the others within {seconds:.0f} s; look whether they all "
-        "run, and whether the coordinator's port on the machine of process 0 can be reached.",
-        file=sys.stderr,
-        flush=True,
+    log.error(
+        f"mvjax: {who} has not met all the others within {seconds:.0f} s; check that they all run "
+        "and can reach the coordinator's port on the machine of process 0."
     )
     os._exit(2)  # the main thread is inside JAX, which cannot be interrupted
-
-
-def _is_success(error: BaseException) -> bool:
-    return isinstance(error, SystemExit) and error.code in (None, 0)
 
 
 def _leave_at_once(error: BaseException) -> None:
@@ -364,8 +359,7 @@ def _leave_at_once(error: BaseException) -> None:
     os._exit(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 2)
 
 
-# What one device of a kind can do: arithmetic, memory, and its links to other devices.
-
+# --- What one device of a kind can do: arithmetic, memory, and its links to other devices ---
 
 GB = 2**30
 

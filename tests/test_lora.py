@@ -1,5 +1,6 @@
 """LoRA: what it starts as, what learns with it, what is left after merging."""
 
+import chex
 import jax
 import numpy as np
 import pytest
@@ -57,11 +58,11 @@ def test_adapters_start_as_the_identity(networks):
     (plain, plain_velocity), (adapted, adapted_velocity), lora = networks
     params = jax.jit(adapted.init)(jax.random.key(1))
     adapters, base = split(params, is_adapter)
-    assert jax.tree.map(np.shape, base) == jax.tree.map(np.shape, plain.abstract)
+    chex.assert_trees_all_equal_shapes_and_dtypes(base, plain.abstract)
     base = random_like(base)  # a trained network: no modulation is zero
     params = merge(base, adapters)
     np.testing.assert_array_equal(adapted_velocity(params), plain_velocity(base))
-    jax.tree.map(np.testing.assert_array_equal, merge_lora(params, lora), base)
+    chex.assert_trees_all_equal(merge_lora(params, lora), base)
 
 
 def test_every_published_target_has_an_adapter(networks):
@@ -100,8 +101,7 @@ def test_only_adapters_and_adaln_learn(video_run, lora_run):
     before, after = stored(video_run, use_ema=True), stored(lora_run)
     learning, fixed = split(after, learns_with_lora)
     kept = split(before, learns_with_lora)[1]
-    assert paths(fixed) == paths(kept)
-    jax.tree.map(np.testing.assert_array_equal, fixed, kept)
+    chex.assert_trees_all_equal(fixed, kept)
     adapters, adaln = split(learning, is_adapter)
     assert all("adaln" in path for path in paths(adaln))
     started = split(before, learns_with_lora)[0]

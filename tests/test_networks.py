@@ -5,6 +5,7 @@ import json
 from functools import partial
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,7 +56,7 @@ def dit():
     )
     network = Network(lambda key: VideoDiT(config, key))
     params = to_params(tensors, video_dit())
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network.abstract)
+    chex.assert_trees_all_equal_shapes(params, network.abstract)
     return golden, c, network, params
 
 
@@ -91,7 +92,7 @@ def decoder():
     config = decoder_config(c)
     network = Network(lambda key: ActionDecoder(config, key))
     params = to_params(tensors, action_decoder(1, 1))
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network.abstract)
+    chex.assert_trees_all_equal_shapes(params, network.abstract)
     return golden, c, network, params
 
 
@@ -327,3 +328,26 @@ def test_published_noise_is_numpys():
     np.testing.assert_array_equal(
         noise[0, :, :, :, 0].ravel()[:3], np.float32([1.7640524, 0.4001572, 0.978738])
     )
+
+
+def test_inputs_that_would_broadcast_are_refused(dit, decoder):
+    """One time, mask or noise level for a whole batch would be computed with, in silence."""
+    golden, _, network, params = dit
+    net, one = network.bind(params), slice(0, 1)
+    times, text = golden["in.timesteps_bt"], golden["in.text_bld"]
+    latents, mask = last(golden["in.latents_bcthw"]), golden["in.condition_mask_b1thw"][:, 0]
+    for wrong in ((times[one], text, mask), (times, text[one], mask), (times, text, mask[one])):
+        with pytest.raises(AssertionError, match="shape"):
+            jax.eval_shape(net, latents, *wrong)
+    golden, _, network, params = decoder
+    net = network.bind(params)
+    names = ("state_bod", "noisy_actions_bha", "video_sigma_b1", "context_bnd")
+    state, noisy, sigma, context = (golden[f"in.{name}"] for name in names)
+    time = jnp.ones((len(state), 1))
+    for wrong in (
+        (state, noisy[..., :1], time, sigma),
+        (state, noisy, time[one], sigma),
+        (state, noisy, time, sigma[one]),
+    ):
+        with pytest.raises(AssertionError, match="shape"):
+            jax.eval_shape(net, *wrong, context)

@@ -5,6 +5,7 @@ import json
 import sys
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,7 +58,7 @@ def golden():
     )
     tensors = {k.removeprefix("net."): v for k, v in arrays.items() if k.startswith("net.")}
     params = to_params(tensors, T5)
-    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, network(config).abstract)
+    chex.assert_trees_all_equal_shapes(params, network(config).abstract)
     return arrays, theirs, config, tensors, params
 
 
@@ -140,10 +141,8 @@ def test_strict_loading_into_transformers_and_its_hidden_states(golden):
     state = {name: torch.from_numpy(np.array(tensor)) for name, tensor in tensors.items()}
     model.load_state_dict(state, strict=True)
     back = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
-    jax.tree.map(
-        np.testing.assert_array_equal,
-        to_params({n: a for n, a in back.items() if n not in TIED}, T5),
-        ours,
+    chex.assert_trees_all_equal(
+        to_params({n: a for n, a in back.items() if n not in TIED}, T5), ours
     )
 
     for length in (1, 20, 129, 512):

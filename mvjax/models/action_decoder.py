@@ -1,10 +1,15 @@
-"""The action decoder of mimic-video (`World2ActionDIT`): reads the video's residual stream."""
+"""The action decoder of mimic-video (`World2ActionDIT`): reads the video's residual stream.
+
+In this order: sizes; the decoder's block; the network; its embedders of actions and proprioception;
+its joint embedding of action time and video time.
+"""
 
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import log, sqrt
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +18,7 @@ from flax import nnx
 from mvjax.models.attention import Attention, KeysValues, check_kernel
 from mvjax.models.layers import (
     MLP,
+    FinalLayer,
     LayerNorm,
     Linear,
     Modulation,
@@ -31,146 +37,17 @@ from mvjax.models.layers import (
 )
 from mvjax.parallel import constrain
 
-# From the few numbers of an action or of proprioception to the width of the action decoder.
-
-
 Array = jax.Array
 
-
-def embedder_widths(d_in: int, d: int) -> list[int]:
-    """Widths of an embedder's layers, about ×4 each from `d_in` to `d` (release, `target_mult`)."""
-    ratio = d / d_in
-    hops = max(1, round(log(ratio, 4)))
-    widths = [d_in]
-    for _ in range(hops - 1):
-        widths.append(round(widths[-1] * ratio ** (1 / hops)))
-    return [*widths, d]
-
-
-class Embedder(nnx.Module):
-    """Lifts actions or proprioception to the width: linears with GELU between, times 1/√d.
-
-    Kernels start uniform, with the gain of a ReLU but for the last (the release, `ActionEmbedder`).
-    """
-
-    def __init__(self, key: Array, d_in: int, d: int):
-        widths = embedder_widths(d_in, d)
-        self.d, self.depth = d, len(widths) - 1
-        for i, sizes in enumerate(pairwise(widths)):
-            init = partial(kaiming_uniform, gain=1.0 if i == self.depth - 1 else sqrt(2))
-            layer_key = jax.random.fold_in(key, i)
-            layer = Linear(layer_key, *sizes, (None, None), bias=True, init=init)
-            setattr(self, f"layer{i}", layer)
-
-    def __call__(self, x: Array) -> Array:
-        """Maps [b, n, d_in] to [b, n, d]."""
-        for i in range(self.depth):
-            x = getattr(self, f"layer{i}")(gelu(x) if i else x)
-        return x * self.d**-0.5
-
-
-# The decoder's joint encoding of action time and video time (paper: low-rank bilinear-affine).
-
-
-Array = jax.Array
-MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0
-
-
-def time_features(t: Array, d: int) -> Array:
-    """concat(sin, cos) of 2π t / period, for d/2 periods from 4e-3 to 4, rounded to bfloat16.
-
-    The release computes the angle in float64 and rounds the features to bfloat16 in every
-    precision, so the rounding is part of the network. Without float64 on accelerators the number
-    of turns is reduced modulo one exactly: `t` and the frequencies are cut into 12-bit pieces
-    whose products fit float32.
-
-    Args:
-        t: flow times in [0, 1], any shape.
-        d: number of features.
-
-    Returns:
-        float32 [..., d], each value representable in bfloat16.
-    """
-    exponent = np.arange(d // 2) / (d // 2 - 1)
-    frequency = 1.0 / (MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** exponent)
-    f_high = _high_bits_numpy(frequency)
-    f_mid = _high_bits_numpy(frequency - f_high)
-    f_low = (frequency - f_high - f_mid).astype(np.float32)
-    t = t.astype(jnp.float32)[..., None]
-    t_high = _high_bits(t)
-    t_low = t - t_high
-    turns = sum(
-        _fraction(product)
-        for product in (t_high * f_high, t_high * f_mid, t_low * f_high, t_low * f_mid, t * f_low)
-    )
-    angle = 2 * np.pi * _fraction(turns)
-    features = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-    return round_to_bfloat16(features)
-
-
-def _high_bits(x: Array) -> Array:
-    """The leading 12 significant bits of float32 values."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
-    return jax.lax.bitcast_convert_type(bits, jnp.float32)
-
-
-def _high_bits_numpy(x: np.ndarray) -> np.ndarray:
-    bits = x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFF000)
-    return bits.view(np.float32)
-
-
-def _fraction(turns: Array) -> Array:
-    return turns - jnp.round(turns)
-
-
-class PairTimeEmbedding(nnx.Module):
-    """z = B(φ_a) ⊙ C(φ_v) - b_B ⊙ b_C, with φ = SiLU(Linear(features of the time)).
-
-    Subtracting the product of the biases leaves the bilinear term and both linear marginals
-    (mimic-video release, `World2ActionDIT.t_embedder.pair`).
-    """
-
-    def __init__(self, key: Array, d: int, rank: int):
-        keys = jax.random.split(key, 5)
-        axes = ("embed", None)
-        self.d = d
-        self.proj_action = Linear(keys[0], d, d, axes, bias=True)
-        self.proj_video = Linear(keys[1], d, d, axes, bias=True)
-        self.to_rank_action = Linear(keys[2], d, rank, axes, bias=True)
-        self.to_rank_video = Linear(keys[3], d, rank, axes, bias=True)
-        self.to_rank_action.bias[...] = jnp.full(rank, 0.382050174)
-        self.to_rank_video.bias[...] = jnp.full(rank, 0.382050174)
-        self.to_shared = Linear(keys[4], rank, 3 * d, axes)
-
-    def __call__(self, action_time: Array, video_time: Array, dtype) -> tuple[Array, Array]:
-        """Time embedding z [b, n, rank] and the shared modulation term [b, n, 3 d].
-
-        Args:
-            action_time: flow time of every token [b, n].
-            video_time: flow time τ of the video [b, 1].
-            dtype: compute dtype.
-        """
-        action = time_features(action_time, self.d).astype(dtype)
-        video = time_features(video_time, self.d).astype(dtype)
-        # Said here, since the compiler would rather split the width, as the kernels are.
-        wide = silu(self.proj_action(action)), silu(self.proj_video(video))
-        wide = [constrain(x, "batch", None, None) for x in wide]
-        action, video = self.to_rank_action(wide[0]), self.to_rank_video(wide[1])
-        constant = self.to_rank_action.bias[...].astype(dtype)
-        constant *= self.to_rank_video.bias[...].astype(dtype)
-        z = action * video - constant
-        return z, self.to_shared(z)
-
-
-Array = jax.Array
 PROPRIO_TIME = 1e-3  # the fixed flow time of proprioception tokens
+MIN_PERIOD, MAX_PERIOD = 4e-3, 4.0  # of the time features
 
 
 @dataclass(frozen=True)
 class ActionDecoderConfig:
     """Sizes of an action decoder; `mvjax.models.presets` names the released ones.
 
-    `precision`, `attention` and `remat` say how it is computed, as in `VideoDiTConfig`.
+    `precision`, `attention` and `remat` are as in `VideoDiTConfig`.
     """
 
     width: int
@@ -229,9 +106,11 @@ class Block(nnx.Module):
         """
         shift, scale, gate = self.adaln_cross_attn(embedding, shared)
         x = x + gate * self._cross(modulate(x, shift, scale), context)
+
         shift, scale, gate = self.adaln_self_attn(embedding, shared)
         u = modulate(x, shift, scale)
         x = x + gate * self.self_attn(u, self.self_attn.keys_values(u))
+
         shift, scale, gate = self.adaln_mlp(embedding, shared)
         x = x + gate * self.mlp(modulate(x, shift, scale))
         return constrain(x, "batch", None, None)
@@ -244,21 +123,8 @@ class Block(nnx.Module):
         return y.reshape(u.shape)
 
 
-class FinalLayer(nnx.Module):
-    """Modulated layer norm and the projection to actions."""
-
-    def __init__(self, key: Array, config: ActionDecoderConfig):
-        keys = jax.random.split(key)
-        self.adaln = Modulation(keys[0], config.time_rank, config.width, config.adaln_rank, 2)
-        self.linear = Linear(keys[1], config.width, config.action_dim, ("embed", None))
-
-    def __call__(self, x: Array, embedding: Array, shared: Array) -> Array:
-        """Maps tokens [b, n, d] to [b, n, action_dim]."""
-        return self.linear(modulate(x, *self.adaln(embedding, shared)))
-
-
 class ActionDecoder(nnx.Module):
-    """Predicts the flow velocity of an action chunk from proprioception and the video's plan."""
+    """Predicts the flow velocity of an action chunk from proprioception and the video's context."""
 
     def __init__(self, config: ActionDecoderConfig, key: Array):
         keys = jax.random.split(key, 7)
@@ -274,7 +140,9 @@ class ActionDecoder(nnx.Module):
         self.t_embedder = PairTimeEmbedding(keys[4], d, config.time_rank)
         self.t_embedding_norm = RMSNorm(config.time_rank)
         self.blocks = stack(lambda k: Block(k, config), keys[5], config.num_blocks)
-        self.final_layer = FinalLayer(keys[6], config)
+        self.final_layer = FinalLayer(
+            keys[6], config.time_rank, d, config.adaln_rank, config.action_dim
+        )
 
     def context_keys_values(self, context: Array) -> KeysValues:
         """Every block's keys and values of the context: computed once, reused by all Euler steps.
@@ -308,7 +176,7 @@ class ActionDecoder(nnx.Module):
 
         Args:
             proprio: normalised proprioception [b, proprio_horizon, proprio_dim].
-            noisy_actions: (1 - t) x0 + t ε, scaled by `flow.action.scale_noisy_actions`,
+            noisy_actions: (1 - t) x0 + t ε, scaled by `flow.scale_noisy_actions`,
                 [b, action_horizon, action_dim].
             action_time: flow time of the actions [b, 1].
             video_sigma: noise level σ of the video the context comes from [b, 1].
@@ -320,6 +188,7 @@ class ActionDecoder(nnx.Module):
             float32 [b, action_horizon, action_dim].
         """
         b, p, _ = proprio.shape
+        chex.assert_shape(action_time, (b, 1))
         times = jnp.broadcast_to(action_time, (b, noisy_actions.shape[1]))
         times = jnp.concatenate([jnp.full((b, p), PROPRIO_TIME), times], axis=1)
         out = self.tokens(proprio, noisy_actions, times, video_sigma, context, drop_proprio)
@@ -343,6 +212,7 @@ class ActionDecoder(nnx.Module):
         return self._run(x, embedding, shared, context, layer)
 
     def _time(self, token_times: Array, video_sigma: Array) -> tuple[Array, Array]:
+        chex.assert_shape(video_sigma, (len(token_times), 1))
         dtype = time_dtype(self.config.precision)
         z, shared = self.t_embedder(token_times, video_sigma / (1 + video_sigma), dtype)
         both = self.t_embedding_norm(z), shared
@@ -350,14 +220,12 @@ class ActionDecoder(nnx.Module):
 
     def _embed(self, proprio: Array, noisy_actions: Array, drop_proprio: Array | None) -> Array:
         config = self.config
-        p, n = config.proprio_horizon, config.proprio_horizon + config.action_horizon
-        if (proprio.shape[1], noisy_actions.shape[1]) != (p, n - p):
-            raise ValueError(
-                f"The decoder was built for {p} proprioception and {n - p} action steps, got "
-                f"{proprio.shape[1]} and {noisy_actions.shape[1]}."
-            )
+        b = len(proprio)
+        chex.assert_shape(proprio, (b, config.proprio_horizon, config.proprio_dim))
+        chex.assert_shape(noisy_actions, (b, config.action_horizon, config.action_dim))
         state = self.proprio_embedder(proprio.astype(config.dtype))
         if drop_proprio is not None:
+            chex.assert_shape(drop_proprio, (b,))  # another shape would broadcast
             drop = drop_proprio[:, None, None].astype(config.dtype)
             state = (1 - drop) * state + drop * self.proprio_mask_token[...].astype(config.dtype)
         actions = self.action_embedder(noisy_actions.astype(config.dtype))
@@ -371,8 +239,128 @@ class ActionDecoder(nnx.Module):
         ready = isinstance(context, tuple)
         keys_values, whole = (context, None) if ready else (None, self._normalised(context))
 
+        # Keys and values are scanned with their blocks; the context itself is the same for all.
         def step(x, block_and_kv):
             block, kv = block_and_kv
             return block(x, embedding, shared, kv if ready else whole)
 
         return run_blocks(step, x, (self.blocks, keys_values), layer, self.config.remat)
+
+
+def embedder_widths(d_in: int, d: int) -> list[int]:
+    """Widths of an embedder's layers, about ×4 each from `d_in` to `d` (release, `target_mult`)."""
+    ratio = d / d_in
+    hops = max(1, round(log(ratio, 4)))
+    widths = [d_in]
+    for _ in range(hops - 1):
+        widths.append(round(widths[-1] * ratio ** (1 / hops)))
+    return [*widths, d]
+
+
+class Embedder(nnx.Module):
+    """Lifts actions or proprioception to the width: linears with GELU between, times 1/√d.
+
+    Kernels start uniform, with the gain of a ReLU but for the last (the release, `ActionEmbedder`).
+    """
+
+    def __init__(self, key: Array, d_in: int, d: int):
+        widths = embedder_widths(d_in, d)
+        self.d, self.depth = d, len(widths) - 1
+        for i, sizes in enumerate(pairwise(widths)):
+            init = partial(kaiming_uniform, gain=1.0 if i == self.depth - 1 else sqrt(2))
+            layer_key = jax.random.fold_in(key, i)
+            layer = Linear(layer_key, *sizes, (None, None), bias=True, init=init)
+            setattr(self, f"layer{i}", layer)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [b, n, d_in] to [b, n, d]."""
+        for i in range(self.depth):
+            x = getattr(self, f"layer{i}")(gelu(x) if i else x)
+        return x * self.d**-0.5
+
+
+def time_features(t: Array, d: int) -> Array:
+    """concat(sin, cos) of 2π t / period, for d/2 periods from 4e-3 to 4, rounded to bfloat16.
+
+    The release computes the angle in float64 and rounds the features to bfloat16 in every
+    precision, so the rounding is part of the network. Without float64 on accelerators the number
+    of turns is reduced modulo one exactly: `t` and the frequencies are cut into 12-bit pieces
+    whose products fit float32.
+
+    Args:
+        t: flow times in [0, 1], any shape.
+        d: number of features.
+
+    Returns:
+        float32 [..., d], each value representable in bfloat16.
+    """
+    exponent = np.arange(d // 2) / (d // 2 - 1)
+    frequency = 1.0 / (MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** exponent)
+    f_high = _high_bits_numpy(frequency)
+    f_mid = _high_bits_numpy(frequency - f_high)
+    f_low = (frequency - f_high - f_mid).astype(np.float32)
+    t = t.astype(jnp.float32)[..., None]
+    # The first four products below are exact in float32; the last is small, so its rounding is.
+    t_high = _high_bits(t)
+    t_low = t - t_high
+    turns = sum(
+        _fraction(product)
+        for product in (t_high * f_high, t_high * f_mid, t_low * f_high, t_low * f_mid, t * f_low)
+    )
+    angle = 2 * np.pi * _fraction(turns)
+    features = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
+    return round_to_bfloat16(features)
+
+
+def _high_bits(x: Array) -> Array:
+    """The leading 12 significant bits of float32 values."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
+    return jax.lax.bitcast_convert_type(bits, jnp.float32)
+
+
+def _high_bits_numpy(x: np.ndarray) -> np.ndarray:
+    bits = x.astype(np.float32).view(np.uint32) & np.uint32(0xFFFFF000)
+    return bits.view(np.float32)
+
+
+def _fraction(turns: Array) -> Array:
+    return turns - jnp.round(turns)
+
+
+class PairTimeEmbedding(nnx.Module):
+    """z = B(φ_a) ⊙ C(φ_v) - b_B ⊙ b_C, with φ = SiLU(Linear(features of the time)).
+
+    Subtracting the product of the biases leaves the bilinear term and both linear marginals
+    (mimic-video release, `World2ActionDIT.t_embedder.pair`).
+    """
+
+    def __init__(self, key: Array, d: int, rank: int):
+        keys = jax.random.split(key, 5)
+        axes = ("embed", None)
+        self.d = d
+        self.proj_action = Linear(keys[0], d, d, axes, bias=True)
+        self.proj_video = Linear(keys[1], d, d, axes, bias=True)
+        self.to_rank_action = Linear(keys[2], d, rank, axes, bias=True)
+        self.to_rank_video = Linear(keys[3], d, rank, axes, bias=True)
+        self.to_rank_action.bias[...] = jnp.full(rank, 0.382050174)
+        self.to_rank_video.bias[...] = jnp.full(rank, 0.382050174)
+        self.to_shared = Linear(keys[4], rank, 3 * d, axes)
+
+    def __call__(self, action_time: Array, video_time: Array, dtype) -> tuple[Array, Array]:
+        """Time embedding z [b, n, rank] and the shared modulation term [b, n, 3 d].
+
+        Args:
+            action_time: flow time of every token [b, n].
+            video_time: flow time τ of the video [b, 1].
+            dtype: compute dtype.
+        """
+        action = time_features(action_time, self.d).astype(dtype)
+        video = time_features(video_time, self.d).astype(dtype)
+        # Without this the compiler would rather split the width, as the kernels are.
+        wide = silu(self.proj_action(action)), silu(self.proj_video(video))
+        wide = [constrain(x, "batch", None, None) for x in wide]
+        action, video = self.to_rank_action(wide[0]), self.to_rank_video(wide[1])
+        constant = self.to_rank_action.bias[...].astype(dtype)
+        constant *= self.to_rank_video.bias[...].astype(dtype)
+        z = action * video - constant
+        return z, self.to_shared(z)

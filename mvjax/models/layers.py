@@ -1,9 +1,15 @@
-"""What every network here is made of: linear with optional LoRA, norms, activations, MLP."""
+"""What the networks are made of.
+
+In this order: the precisions they are computed in; LoRA and its merging; linear layers, norms,
+activations and the MLP; adaLN modulation; stacks of blocks and what of them is kept for the
+backward pass. Attention has a file of its own.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from math import pi, sqrt
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,321 +17,18 @@ from flax import nnx
 
 from mvjax.models.network import Params
 
-# Low-rank adapters: what they are, which parameters learn with them, and merging them away.
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Adapters on the linear layers whose attribute name is in `targets`.
-
-    The published video fine-tuning uses rank 256, alpha 32 (mimic-video release,
-    `configs/experiment/video2world.py`).
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        """What A B is multiplied by."""
-        return self.alpha / self.rank
-
-
-def learns_with_lora(path: tuple[str, ...]) -> bool:
-    """Whether a parameter learns in a LoRA run: adapters, and all adaLN weights, as published."""
-    return path[-1] in ("lora_a", "lora_b") or any(part.startswith("adaln") for part in path)
-
-
-def merge_lora(params: Params, lora: LoRA) -> Params:
-    """Adds (alpha / rank) A B to every adapted kernel and drops the adapters.
-
-    Works on stacked kernels [layers, in, out] as on single ones.
-    """
-    merged = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            merged[name] = merge_lora(value, lora)
-        elif name == "kernel" and "lora_a" in params:
-            merged[name] = value + lora.scale * (params["lora_a"] @ params["lora_b"])
-        elif name not in ("lora_a", "lora_b"):
-            merged[name] = value
-    return merged
-
-
-# Rematerialisation: what of a block is kept for the backward pass, and what is computed again.
-#
-# - "none": everything is kept; the fastest where it fits. - "dots": the outputs of linears and of
-# attention; norms, activations and rotations are repeated. - "attention": the outputs of
-# attention over many keys. All else is repeated, which is a third more
-#   matmuls but not a third more attention. The choice for long videos.
-# - "offload": as "attention", but kept in the host's memory (pinned): 2 bytes less per token, block
-#   and channel on the device (bfloat16) for two copies over the host's link.
-# - "full": nothing but the residual stream between blocks.
-
-
-ATTENTION = "attention"  # the name that attention outputs are kept by
-
-_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION)
-POLICIES = {
-    "none": None,
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _ATTENTION
-    ),
-    "attention": _ATTENTION,
-    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[ATTENTION],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "full": jax.checkpoint_policies.nothing_saveable,
-}
-
-
-def check_remat(name: str) -> None:
-    """Raises ValueError if there is no such policy."""
-    if name not in POLICIES:
-        raise ValueError(f"remat must be one of {', '.join(POLICIES)}; got {name!r}.")
-
-
-def rematerialised(body: Callable, name: str) -> Callable:
-    """The body of a scan over blocks, under a policy of the list above.
-
-    Args:
-        body: (carry, block) -> (carry, output), as `jax.lax.scan` takes it.
-        name: the policy.
-    """
-    if name == "none":
-        return body
-    return jax.checkpoint(body, policy=POLICIES[name], prevent_cse=False)
-
-
 Array = jax.Array
 Init = Callable[[Array, tuple[int, ...], int], Array]  # (key, shape, fan_in) -> kernel
 
 
-def truncated_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
-    """Normal with std 1/√fan_in cut at ±3 std (the release, for transformer kernels)."""
-    return jax.random.truncated_normal(key, -3.0, 3.0, shape) / sqrt(fan_in)
+# --- Precision ---
 
-
-def kaiming_uniform(
-    key: Array, shape: tuple[int, ...], fan_in: int, gain: float = sqrt(1 / 3)
-) -> Array:
-    """Uniform with std gain/√fan_in; the default gain is that of PyTorch's own layers (a = √5)."""
-    bound = gain * sqrt(3 / fan_in)
-    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
-
-
-def zeros(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
-    """Zeros, whatever the key and the fan-in."""
-    return jnp.zeros(shape)
-
-
-def stack(make_block, key: Array, count: int):
-    """Builds `count` blocks with one call of `make_block(key)`, stacked on a leading layer axis."""
-    return jax.vmap(make_block)(jax.random.split(key, count))
-
-
-def run_blocks(step, x: Array, blocks, count: int, remat: str) -> Array:
-    """Applies `step(x, block) -> x` for the first `count` of stacked blocks.
-
-    Args:
-        step: one block.
-        x: what the blocks pass on.
-        blocks: tree of arrays with a leading layer axis.
-        count: how many blocks to run.
-        remat: see `mvjax.models.layers`.
-    """
-    body = rematerialised(lambda x, block: (step(x, block), None), remat)
-    if count == jax.tree.leaves(blocks)[0].shape[0]:
-        return jax.lax.scan(body, x, blocks)[0]
-
-    # Scanning over a slice of the stack would copy the parameters of these blocks.
-    def indexed(x, i):
-        return body(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, 0, False), blocks))
-
-    return jax.lax.scan(indexed, x, jnp.arange(count))[0]
-
-
-class Linear(nnx.Module):
-    """y = x W (+ b), with W [in, out]; plus (alpha / rank) x A B where the layer has an adapter.
-
-    Args:
-        key: PRNG key of the initialisation.
-        d_in, d_out: feature sizes.
-        axes: logical axis names of the kernel, for sharding.
-        name: the attribute name under which LoRA targets find this layer.
-        lora: adapters to add, or None.
-        bias: whether there is a bias, started at zero.
-        init: initialisation of the kernel.
-    """
-
-    def __init__(
-        self,
-        key: Array,
-        d_in: int,
-        d_out: int,
-        axes: tuple[str | None, str | None],
-        *,
-        name: str = "",
-        lora: LoRA | None = None,
-        bias: bool = False,
-        init: Init = truncated_normal,
-    ):
-        kernel_key, lora_key = jax.random.split(key)
-        self.kernel = nnx.Param(init(kernel_key, (d_in, d_out), d_in), axes=axes)
-        self.bias = nnx.Param(jnp.zeros(d_out), axes=(axes[1],)) if bias else None
-        self.adapted = lora is not None and name in lora.targets
-        if self.adapted:
-            self.lora_scale = lora.scale
-            # As peft's default: B starts at zero.
-            a = kaiming_uniform(lora_key, (d_in, lora.rank), d_in)
-            self.lora_a = nnx.Param(a, axes=(axes[0], "lora"))
-            self.lora_b = nnx.Param(jnp.zeros((lora.rank, d_out)), axes=("lora", axes[1]))
-
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., d_in] to [..., d_out] in the dtype of `x`."""
-        shape = x.shape
-        # For the kernel's gradient XLA transposes what has several leading dimensions in memory,
-        # which on a CPU costs more than the product. Over several devices they may be split, and
-        # must stay apart.
-        if jax.sharding.get_abstract_mesh().size <= 1:
-            x = x.reshape(-1, shape[-1])
-        y = x @ self.kernel[...].astype(x.dtype)
-        if self.adapted:
-            low = x @ self.lora_a[...].astype(x.dtype)
-            y += (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
-        if self.bias is not None:
-            y += self.bias[...].astype(x.dtype)
-        return y.reshape(*shape[:-1], y.shape[-1])
-
-
-class RMSNorm(nnx.Module):
-    """x / rms(x) · scale over the last axis, eps 1e-6, computed in float32."""
-
-    def __init__(self, d: int):
-        self.scale = nnx.Param(jnp.ones(d), axes=(None,))
-
-    def __call__(self, x: Array) -> Array:
-        """Normalises [..., d]."""
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
-
-
-def layer_norm(x: Array) -> Array:
-    """Parameter-free layer norm over the last axis, eps 1e-6, computed in float32."""
-    wide = x.astype(jnp.float32)
-    wide -= jnp.mean(wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
-
-
-class LayerNorm(nnx.Module):
-    """Layer norm with scale and bias, eps 1e-6, in float32 (the decoder's norm of the context)."""
-
-    def __init__(self, d: int):
-        self.scale = nnx.Param(jnp.ones(d), axes=(None,))
-        self.bias = nnx.Param(jnp.zeros(d), axes=(None,))
-
-    def __call__(self, x: Array) -> Array:
-        """Normalises [..., d]."""
-        wide = layer_norm(x.astype(jnp.float32))
-        wide = wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
-        return wide.astype(x.dtype)
-
-
-# The activations are computed in float32, rounded once at their end, and keep only their input for
-# the gradient. XLA's erf is a rational function; the erfc in jax.nn.gelu costs several times more.
-
-
-@jax.custom_vjp
-def gelu(x: Array) -> Array:
-    """The exact (erf) GELU, as published; not the tanh approximation."""
-    wide = x.astype(jnp.float32)
-    return (wide * _normal_cdf(wide)).astype(x.dtype)
-
-
-def _gelu_gradient(x: Array, gradient: Array) -> tuple[Array]:
-    wide = x.astype(jnp.float32)
-    density = jnp.exp(-0.5 * wide**2) / sqrt(2 * pi)
-    slope = _normal_cdf(wide) + wide * density
-    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
-
-
-gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
-
-
-def _normal_cdf(x: Array) -> Array:
-    return 0.5 * (1 + jax.lax.erf(x * sqrt(0.5)))
-
-
-@partial(jax.checkpoint, prevent_cse=False)
-def silu(x: Array) -> Array:
-    """x · sigmoid(x)."""
-    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
-
-
-class MLP(nnx.Module):
-    """Linear → exact GELU → Linear, no biases."""
-
-    def __init__(self, key: Array, d: int, hidden: int, lora: LoRA | None = None):
-        keys = jax.random.split(key)
-        self.layer1 = Linear(keys[0], d, hidden, ("embed", "mlp"), name="layer1", lora=lora)
-        self.layer2 = Linear(keys[1], hidden, d, ("mlp", "embed"), name="layer2", lora=lora)
-
-    def __call__(self, x: Array) -> Array:
-        """Maps [b, l, d] to [b, l, d]."""
-        return self.layer2(gelu(self.layer1(x)))
-
-
-# adaLN-LoRA: how the noise level steers every sublayer.
-
-
-Array = jax.Array
-
-
-class Modulation(nnx.Module):
-    """SiLU → Linear(d_embedding → rank) → Linear(rank → chunks · d), plus the shared term.
-
-    The second kernel starts at zero; the gates are nevertheless not zero at the start, because
-    the term shared by all sublayers is not (Cosmos-Predict2, `use_adaln_lora`).
-    """
-
-    def __init__(self, key: Array, d_embedding: int, d: int, rank: int, chunks: int):
-        keys = jax.random.split(key)
-        self.chunks = chunks
-        self.down = Linear(keys[0], d_embedding, rank, ("embed", None))
-        self.up = Linear(keys[1], rank, chunks * d, (None, "embed"), init=zeros)
-
-    def __call__(self, embedding: Array, shared: Array) -> list[Array]:
-        """Shift, scale and (with three chunks) gate, each [b, t, d].
-
-        Args:
-            embedding: time embedding [b, t, d_embedding].
-            shared: the term all sublayers share [b, t, 3 d]; its first chunks are used.
-        """
-        m = self.up(self.down(silu(embedding)))
-        return jnp.split(m + shared[..., : m.shape[-1]], self.chunks, axis=-1)
-
-
-def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """LN(x) · (1 + scale) + shift."""
-    return layer_norm(x) * (1 + scale) + shift
-
-
-# The precisions a network can be computed in.
-#
-# - "float32": everything, for tests and comparisons.
-# - "bfloat16": matmuls and the residual stream in bfloat16; time embeddings, rotary tables, norms
-#   and softmax in float32. For work.
-# - "published": as "bfloat16", with the roundings of the release besides: video times are rounded
-#   before their sinusoid, time embeddings and rotary angles are computed in bfloat16. For comparing
-#   with it.
-
-
-Array = jax.Array
+# "float32": everything, for tests and comparisons.
+# "bfloat16": matmuls and the residual stream in bfloat16; time embeddings, rotary tables, norms and
+#     softmax in float32. For work.
+# "published": as "bfloat16", with the roundings of the release besides: video times are rounded
+#     before their sinusoid, time embeddings and rotary angles are computed in bfloat16. For
+#     comparing with it.
 PRECISIONS = ("float32", "bfloat16", "published")
 
 
@@ -360,3 +63,327 @@ def round_to_bfloat16(x: Array) -> Array:
     A cast to bfloat16 and back may be left out by XLA, which is free to compute more precisely.
     """
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
+
+
+# --- LoRA ---
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Adapters on the linear layers whose attribute name is in `targets`.
+
+    The published video fine-tuning uses rank 256, alpha 32 (mimic-video release,
+    `configs/experiment/video2world.py`).
+    """
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...]
+
+    @property
+    def scale(self) -> float:
+        """What A B is multiplied by."""
+        return self.alpha / self.rank
+
+
+def learns_with_lora(path: tuple[str, ...]) -> bool:
+    """Whether a parameter learns in a LoRA run: adapters, and all adaLN weights, as published."""
+    return path[-1] in ("lora_a", "lora_b") or any(part.startswith("adaln") for part in path)
+
+
+def merge_lora(params: Params, lora: LoRA) -> Params:
+    """Adds (alpha / rank) A B to every adapted kernel and drops the adapters.
+
+    Works on arrays of JAX and NumPy, and on stacked kernels [layers, in, out] as on single ones.
+    """
+    merged = {}
+    for name, value in params.items():
+        if isinstance(value, dict):
+            merged[name] = merge_lora(value, lora)
+        elif name == "kernel" and "lora_a" in params:
+            merged[name] = value + lora.scale * (params["lora_a"] @ params["lora_b"])
+        elif name not in ("lora_a", "lora_b"):
+            merged[name] = value
+    return merged
+
+
+# --- Linear layers ---
+
+
+def truncated_normal(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
+    """Normal with std 1/√fan_in cut at ±3 std (the release, for transformer kernels)."""
+    return jax.random.truncated_normal(key, -3.0, 3.0, shape) / sqrt(fan_in)
+
+
+def kaiming_uniform(
+    key: Array, shape: tuple[int, ...], fan_in: int, gain: float = sqrt(1 / 3)
+) -> Array:
+    """Uniform with std gain/√fan_in; the default gain is that of PyTorch's own layers (a = √5)."""
+    bound = gain * sqrt(3 / fan_in)
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def zeros(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
+    """Zeros, whatever the key and the fan-in."""
+    return jnp.zeros(shape)
+
+
+class Linear(nnx.Module):
+    """y = x W (+ b), with W [in, out]; plus (alpha / rank) x A B where the layer has an adapter.
+
+    Args:
+        key: PRNG key of the initialisation.
+        d_in, d_out: feature sizes.
+        axes: logical axis names of the kernel, for sharding.
+        name: the attribute name under which LoRA targets find this layer.
+        lora: adapters to add, or None.
+        bias: whether there is a bias, started at zero.
+        init: initialisation of the kernel.
+    """
+
+    def __init__(
+        self,
+        key: Array,
+        d_in: int,
+        d_out: int,
+        axes: tuple[str | None, str | None],
+        *,
+        name: str = "",
+        lora: LoRA | None = None,
+        bias: bool = False,
+        init: Init = truncated_normal,
+    ):
+        kernel_key, lora_key = jax.random.split(key)
+        self.kernel = nnx.Param(init(kernel_key, (d_in, d_out), d_in), axes=axes)
+        self.bias = nnx.Param(jnp.zeros(d_out), axes=(axes[1],)) if bias else None
+        self.adapted = lora is not None and name in lora.targets
+        if self.adapted:
+            self.lora_scale = lora.scale
+            # As peft's default: B starts at zero, so that the adapter starts as the identity.
+            a = kaiming_uniform(lora_key, (d_in, lora.rank), d_in)
+            self.lora_a = nnx.Param(a, axes=(axes[0], "lora"))
+            self.lora_b = nnx.Param(jnp.zeros((lora.rank, d_out)), axes=("lora", axes[1]))
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., d_in] to [..., d_out] in the dtype of `x`."""
+        shape = x.shape
+        # For the kernel's gradient XLA transposes what has several leading dimensions in memory,
+        # which on a CPU costs more than the product. Over several devices they may be split, and
+        # must stay apart.
+        if jax.sharding.get_abstract_mesh().size <= 1:
+            x = x.reshape(-1, shape[-1])
+        # Parameters are stored in float32 and cast at use: the optimizer needs their last digits.
+        y = x @ self.kernel[...].astype(x.dtype)
+        if self.adapted:
+            low = x @ self.lora_a[...].astype(x.dtype)
+            y += (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+        if self.bias is not None:
+            y += self.bias[...].astype(x.dtype)
+        return y.reshape(*shape[:-1], y.shape[-1])
+
+
+# --- Norms and activations: computed in float32, rounded once at their end ---
+
+
+class RMSNorm(nnx.Module):
+    """x / rms(x) · scale over the last axis, eps 1e-6."""
+
+    def __init__(self, d: int):
+        self.scale = nnx.Param(jnp.ones(d), axes=(None,))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [..., d]."""
+        wide = x.astype(jnp.float32)
+        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
+        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+
+
+def layer_norm(x: Array) -> Array:
+    """Parameter-free layer norm over the last axis, eps 1e-6."""
+    wide = x.astype(jnp.float32)
+    wide -= jnp.mean(wide, axis=-1, keepdims=True)
+    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, eps 1e-6 (the decoder's norm of the context)."""
+
+    def __init__(self, d: int):
+        self.scale = nnx.Param(jnp.ones(d), axes=(None,))
+        self.bias = nnx.Param(jnp.zeros(d), axes=(None,))
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises [..., d]."""
+        wide = layer_norm(x.astype(jnp.float32))
+        wide = wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        return wide.astype(x.dtype)
+
+
+# Both activations keep only their input for the gradient: what is as wide as the MLP's hidden layer
+# should not be kept twice.
+
+
+@jax.custom_vjp
+def gelu(x: Array) -> Array:
+    """The exact (erf) GELU, as published; not the tanh approximation."""
+    wide = x.astype(jnp.float32)
+    return (wide * _normal_cdf(wide)).astype(x.dtype)
+
+
+def _gelu_gradient(x: Array, gradient: Array) -> tuple[Array]:
+    wide = x.astype(jnp.float32)
+    density = jnp.exp(-0.5 * wide**2) / sqrt(2 * pi)
+    slope = _normal_cdf(wide) + wide * density
+    return ((gradient.astype(jnp.float32) * slope).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
+
+
+def _normal_cdf(x: Array) -> Array:
+    # XLA's erf is a rational function; the erfc in jax.nn.gelu costs several times more.
+    return 0.5 * (1 + jax.lax.erf(x * sqrt(0.5)))
+
+
+@partial(jax.checkpoint, prevent_cse=False)
+def silu(x: Array) -> Array:
+    """x · sigmoid(x)."""
+    return jax.nn.silu(x.astype(jnp.float32)).astype(x.dtype)
+
+
+class MLP(nnx.Module):
+    """Linear → exact GELU → Linear, no biases."""
+
+    def __init__(self, key: Array, d: int, hidden: int, lora: LoRA | None = None):
+        keys = jax.random.split(key)
+        self.layer1 = Linear(keys[0], d, hidden, ("embed", "mlp"), name="layer1", lora=lora)
+        self.layer2 = Linear(keys[1], hidden, d, ("mlp", "embed"), name="layer2", lora=lora)
+
+    def __call__(self, x: Array) -> Array:
+        """Maps [..., d] to [..., d]."""
+        return self.layer2(gelu(self.layer1(x)))
+
+
+# --- adaLN-LoRA: how the noise level steers every sublayer ---
+
+
+class Modulation(nnx.Module):
+    """SiLU → Linear(d_embedding → rank) → Linear(rank → chunks · d), plus the shared term.
+
+    The second kernel starts at zero; the gates are nevertheless not zero at the start, because
+    the term shared by all sublayers is not (Cosmos-Predict2, `use_adaln_lora`).
+    """
+
+    def __init__(self, key: Array, d_embedding: int, d: int, rank: int, chunks: int):
+        keys = jax.random.split(key)
+        self.chunks = chunks
+        self.down = Linear(keys[0], d_embedding, rank, ("embed", None))
+        self.up = Linear(keys[1], rank, chunks * d, (None, "embed"), init=zeros)
+
+    def __call__(self, embedding: Array, shared: Array) -> list[Array]:
+        """Shift, scale and (with three chunks) gate, each [b, t, d].
+
+        Args:
+            embedding: time embedding [b, t, d_embedding].
+            shared: the term all sublayers share [b, t, 3 d]; its first chunks are used.
+        """
+        m = self.up(self.down(silu(embedding)))
+        return jnp.split(m + shared[..., : m.shape[-1]], self.chunks, axis=-1)
+
+
+def modulate(x: Array, shift: Array, scale: Array) -> Array:
+    """LN(x) · (1 + scale) + shift."""
+    return layer_norm(x) * (1 + scale) + shift
+
+
+def by_frame(x: Array, embedding: Array) -> Array:
+    """Tokens [b, l, d] as [b, t, l/t, d], where a modulation [b, t, 1, d] broadcasts.
+
+    Broadcasting in the product itself keeps the modulation small: neither the forward pass nor
+    what is saved for the backward pass holds a copy for every token.
+    """
+    b, t, _ = embedding.shape
+    return x.reshape(b, t, -1, x.shape[-1])
+
+
+class FinalLayer(nnx.Module):
+    """Modulated layer norm and the projection of a token to what the network predicts."""
+
+    def __init__(self, key: Array, d_embedding: int, d: int, rank: int, d_out: int):
+        keys = jax.random.split(key)
+        self.adaln = Modulation(keys[0], d_embedding, d, rank, 2)
+        self.linear = Linear(keys[1], d, d_out, ("embed", None))
+
+    def __call__(self, x: Array, embedding: Array, shared: Array) -> Array:
+        """Maps tokens [b, l, d] to [b, l, d_out]; the others as for `Modulation`."""
+        shift, scale = (m[:, :, None] for m in self.adaln(embedding, shared))
+        return self.linear(modulate(by_frame(x, embedding), shift, scale).reshape(x.shape))
+
+
+# --- Stacks of blocks, and what of them is kept for the backward pass ---
+
+ATTENTION = "attention"  # the name that attention outputs are kept by
+
+_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+POLICIES = {
+    # Everything is kept; the fastest where it fits.
+    "none": None,
+    # The outputs of linears and of attention; norms, activations and rotations are repeated.
+    "dots": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEEP_ATTENTION
+    ),
+    # The outputs of attention over many keys. All else is repeated, which is a third more matmuls
+    # but not a third more attention. The choice for long videos.
+    "attention": _KEEP_ATTENTION,
+    # As "attention", but kept in the host's pinned memory: 2 bytes less per token, block and
+    # channel on the device (bfloat16) for two copies over the host's link.
+    "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[ATTENTION],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    # Nothing but the residual stream between blocks.
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+def check_remat(name: str) -> None:
+    """Raises ValueError if there is no such policy of rematerialisation."""
+    if name not in POLICIES:
+        raise ValueError(f"remat must be one of {', '.join(POLICIES)}; got {name!r}.")
+
+
+def stack(make_block: Callable[[Array], Any], key: Array, count: int) -> Any:
+    """Builds `count` blocks with one call of `make_block(key)`, stacked on a leading layer axis."""
+    return jax.vmap(make_block)(jax.random.split(key, count))
+
+
+def run_blocks(
+    step: Callable[[Array, Any], Array], x: Array, blocks: Any, count: int, remat: str
+) -> Array:
+    """Applies `step(x, block) -> x` for the first `count` of stacked blocks.
+
+    Args:
+        step: one block.
+        x: what the blocks pass on.
+        blocks: tree of arrays with a leading layer axis.
+        count: how many blocks to run.
+        remat: a key of `POLICIES`.
+    """
+
+    def body(x, block):
+        return step(x, block), None
+
+    if remat != "none":
+        # Inside a scan there is nothing that common-subexpression elimination could undo.
+        body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
+    # A scan, so that one block is compiled however many there are.
+    if count == jax.tree.leaves(blocks)[0].shape[0]:
+        return jax.lax.scan(body, x, blocks)[0]
+
+    # Scanning over a slice of the stack would copy the parameters of these blocks.
+    def indexed(x, i):
+        return body(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, 0, False), blocks))
+
+    return jax.lax.scan(indexed, x, jnp.arange(count))[0]

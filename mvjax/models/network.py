@@ -5,37 +5,9 @@ from typing import Any
 
 import jax
 from flax import nnx
-
-# Parameters as plain nested dicts: taking them apart and putting them together.
-
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 Params = dict[str, Any]
-
-
-def split(params: Params, trainable: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
-    """Splits a nested dict by leaf path into (trainable, fixed); empty branches are left out."""
-
-    def prune(tree: Params, wanted: bool, path: tuple[str, ...]) -> Params:
-        kept = {}
-        for key, value in tree.items():
-            if isinstance(value, dict):
-                branch = prune(value, wanted, (*path, key))
-                if branch:
-                    kept[key] = branch
-            elif bool(trainable((*path, key))) == wanted:
-                kept[key] = value
-        return kept
-
-    return prune(params, True, ()), prune(params, False, ())
-
-
-def merge(base: Params, over: Params) -> Params:
-    """The union of two nested dicts; a leaf in both is taken from `over`."""
-    merged = dict(base)
-    for key, value in over.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
 
 
 class Network:
@@ -58,11 +30,11 @@ class Network:
         self._graph, state = nnx.split(module)
         self.config = module.config
         self.abstract: Params = nnx.to_pure_dict(state)
-        variables = nnx.to_flat_state(state)
-        self.axes: Params = nnx.traversals.unflatten_mapping(
+        # A parameter names its axes when it is made; `layers.stack` puts one more in front.
+        self.axes: Params = unflatten_dict(
             {
                 path: ("layers",) * (len(v.shape) - len(v.axes)) + tuple(v.axes)
-                for path, v in variables
+                for path, v in nnx.to_flat_state(state)
             }
         )
 
@@ -78,3 +50,16 @@ class Network:
     def num_parameters(self) -> int:
         """Number of parameters, computed from shapes alone."""
         return sum(p.size for p in jax.tree.leaves(self.abstract))
+
+
+def split(params: Params, trainable: Callable[[tuple[str, ...]], bool]) -> tuple[Params, Params]:
+    """Splits a nested dict by leaf path into (trainable, fixed); empty branches are left out."""
+    chosen, fixed = {}, {}
+    for path, leaf in flatten_dict(params).items():
+        (chosen if trainable(path) else fixed)[path] = leaf
+    return unflatten_dict(chosen), unflatten_dict(fixed)
+
+
+def merge(base: Params, over: Params) -> Params:
+    """The union of two nested dicts; a leaf in both is taken from `over`."""
+    return unflatten_dict(flatten_dict(base) | flatten_dict(over))

@@ -1,9 +1,11 @@
-"""A linear video tokenizer: the stand-in for the Wan VAE where no weights can be downloaded.
+"""Stand-ins for networks whose weights cannot be downloaded, with the same interfaces.
 
-Same interface and same shape of latents as the Wan VAE: 8× in space, 4× in time, 16 channels,
-causal in time (the first frame alone, then groups of four), roughly unit variance. Each 8×8 patch
-of a frame, or of four frames, is projected on its 16 leading principal components, scaled to unit
-variance. The fit is closed-form: a covariance and its eigenvectors.
+`LinearTokenizer` stands in for the Wan VAE: 8× in space, 4× in time, 16 channels, causal in time
+(the first frame alone, then groups of four), roughly unit variance. Each 8×8 patch of a frame, or
+of four frames, is projected on its 16 leading principal components, scaled to unit variance. The
+fit is closed-form: a covariance and its eigenvectors.
+
+`NgramTextEncoder` stands in for T5: hashed character n-grams.
 """
 
 from collections.abc import Iterable, Sequence
@@ -15,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from data_pipelines.atomic import write_npz
 from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL, check_frames
 
 Array = jax.Array
@@ -41,40 +44,26 @@ class LinearTokenizer(NamedTuple):
         check_frames(t)
         if h % SPATIAL or w % SPATIAL:
             raise ValueError(f"Frames of {h}x{w}: height and width must be multiples of {SPATIAL}.")
-        latents = [
-            (to_patches(part, size) - p.mean) @ p.encode
-            for part, size, p in (
-                (video[:, :1], 1, self.first),
-                (video[:, 1:], TEMPORAL, self.group),
-            )
-        ]
+        parts = (video[:, :1], 1, self.first), (video[:, 1:], TEMPORAL, self.group)
+        latents = [(to_patches(x, size) - p.mean) @ p.encode for x, size, p in parts]
         return jnp.concatenate(latents, axis=1)
 
     @jax.jit
     def decode(self, latents: Array) -> Array:
         """Latents [b, 1 + k, h/8, w/8, 16] to video [b, 1 + 4k, h, w, 3]."""
-        parts = [
-            from_patches(part @ p.decode + p.mean, size)
-            for part, size, p in (
-                (latents[:, :1], 1, self.first),
-                (latents[:, 1:], TEMPORAL, self.group),
-            )
-        ]
-        return jnp.concatenate(parts, axis=1)
+        parts = (latents[:, :1], 1, self.first), (latents[:, 1:], TEMPORAL, self.group)
+        video = [from_patches(x @ p.decode + p.mean, size) for x, size, p in parts]
+        return jnp.concatenate(video, axis=1)
 
 
 def save_linear_tokenizer(path: Path, tokenizer: LinearTokenizer) -> None:
     """Writes a fitted tokenizer as .npz, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
     arrays = {
         f"{part}.{name}": np.asarray(value)
         for part, projection in tokenizer._asdict().items()
         for name, value in projection._asdict().items()
     }
-    with partial.open("wb") as file:
-        np.savez(file, **arrays)
-    partial.replace(path)
+    write_npz(path, **arrays)
 
 
 def load_linear_tokenizer(path: Path) -> LinearTokenizer:
@@ -149,9 +138,6 @@ def from_patches(x, group: int):
     c = size // (group * SPATIAL**2)
     x = x.reshape(b, n, h, w, group, SPATIAL, SPATIAL, c)
     return x.transpose(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, n * group, h * SPATIAL, w * SPATIAL, c)
-
-
-# A text encoder without weights: hashed character n-grams, the stand-in for T5.
 
 
 class NgramTextEncoder:

@@ -1,19 +1,30 @@
-"""The T5 encoder (Raffel et al., arXiv 1910.10683), which reads the prompts of Cosmos-Predict2."""
+"""T5 (Raffel et al., arXiv 1910.10683), which reads the prompts of Cosmos-Predict2.
+
+In this order: the encoder network; the tokenizer, read from a local file; `T5TextEncoder`, which
+makes prompts the text embeddings that the video DiT was trained with.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from mvjax.models.attention import heads
 from mvjax.models.layers import Linear, RMSNorm, compute_dtype, stack
 from mvjax.models.network import Network, Params
 from mvjax.parallel import constrain
 
 Array = jax.Array
+
+PAD, EOS = 0, 1  # of every T5
+FILES = ("tokenizer.json", "spiece.model")  # the first is what the release reads
+BATCH = 8  # texts per pass; the attention logits of 8 x 512 tokens of t5-11b take 1 GiB
+SHORTEST = 64  # tokens per pass at least; an instruction to a robot has 10 to 20
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,9 @@ class Block(nnx.Module):
             dtype: of the inputs of the matrix products.
         """
         h = self.attn_norm(x).astype(dtype)
-        q, k, v = (self._heads(proj(h)) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        projections = self.q_proj, self.k_proj, self.v_proj
+        q, k, v = (heads(project(h), self.num_heads) for project in projections)
+        # Not `attend`: the fused kernels take no bias, and a text is short.
         # T5 folds 1/√head_dim into the initialisation of the queries, hence scale=1.
         y = jax.nn.dot_product_attention(
             constrain(q, "batch", "length", "heads", None),
@@ -85,9 +98,6 @@ class Block(nnx.Module):
         h = self.mlp_norm(x).astype(dtype)
         x = x + self.layer2(jax.nn.relu(self.layer1(h)))
         return constrain(x, "batch", "length", None)
-
-    def _heads(self, x: Array) -> Array:
-        return x.reshape(*x.shape[:-1], self.num_heads, -1)
 
 
 class T5Encoder(nnx.Module):
@@ -119,6 +129,8 @@ class T5Encoder(nnx.Module):
             The last hidden state [b, l, width], zeros where the text is padding (as the release
             does); float32, or bfloat16 for the precisions "bfloat16" and "published".
         """
+        chex.assert_rank(tokens, 2)
+        chex.assert_equal_shape([tokens, mask])
         config, mask = self.config, mask.astype(bool)
         dtype = jnp.bfloat16 if config.precision == "bfloat16" else jnp.float32
         # Accelerators multiply float32 with fewer bits unless told otherwise; PyTorch does not.
@@ -129,6 +141,8 @@ class T5Encoder(nnx.Module):
 
     def _run(self, tokens: Array, mask: Array, dtype) -> Array:
         config, length = self.config, tokens.shape[1]
+        # Float32 in every precision: T5's residual stream grows so large that bfloat16 would lose
+        # what a sublayer adds to it.
         x = self.token_embedding[...][tokens].astype(jnp.float32)
         x = constrain(x, "batch", "length", None)
         bucket = position_bucket(length, config.relative_buckets, config.max_distance)
@@ -151,13 +165,6 @@ def position_bucket(length: int, buckets: int, max_distance: int) -> np.ndarray:
     ratio = np.log(np.maximum(distance, exact) / exact) / np.log(max_distance / exact)
     far = np.minimum(exact + (ratio * (half - exact)).astype(int), half - 1)
     return np.where(offset > 0, half, 0) + np.where(distance < exact, distance, far)
-
-
-# T5's tokenizer, read from a local file: text to token ids.
-
-
-PAD, EOS = 0, 1  # of every T5
-FILES = ("tokenizer.json", "spiece.model")  # the first is what the release reads
 
 
 @dataclass(frozen=True)
@@ -234,7 +241,7 @@ def _from_json(file: Path):
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # the package raises plain Exception
         raise ValueError(f"{file} is not a tokenizer.json of Hugging Face: {error}") from error
-    # What the file says of length and padding is for other uses; ours is the caller's.
+    # The file's own settings of length and padding are for other uses; the caller's hold here.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     marks = tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>")
@@ -254,13 +261,6 @@ def _from_sentencepiece(file: Path):
             f"{file} is neither a tokenizer.json nor a sentencepiece model: {error}"
         ) from error
     return processor.encode, processor.vocab_size(), (processor.pad_id(), processor.eos_id())
-
-
-# Prompts to the text embeddings that the video DiT was trained with.
-
-
-BATCH = 8  # texts per pass; the attention logits of 8 x 512 tokens of t5-11b take 1 GiB
-SHORTEST = 64  # tokens per pass at least; an instruction to a robot has 10 to 20
 
 
 class T5TextEncoder:

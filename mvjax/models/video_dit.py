@@ -1,7 +1,11 @@
-"""The video diffusion transformer of Cosmos-Predict2 (`MinimalV1LVGDiT`), channels last."""
+"""The video diffusion transformer of Cosmos-Predict2 (`MinimalV1LVGDiT`), channels last.
+
+In this order: sizes; the DiT block; the network; its embedding of time and its patches.
+"""
 
 from dataclasses import dataclass
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,48 +15,23 @@ from data_pipelines.clip import PATCH
 from mvjax.models.attention import Attention, check_context, check_kernel, rope_table
 from mvjax.models.layers import (
     MLP,
+    FinalLayer,
     Linear,
     LoRA,
     Modulation,
     RMSNorm,
+    by_frame,
     check_remat,
     compute_dtype,
     gelu,
     modulate,
-    round_to_bfloat16,
+    rounded,
     run_blocks,
     silu,
     stack,
     time_dtype,
 )
 from mvjax.parallel import constrain
-
-# Latent pictures cut into the 2×2 patches that are the video DiT's tokens, and put together again.
-#
-# The two orders inside a token differ, as published: one is not the inverse of the other.
-
-
-Array = jax.Array
-
-
-def patchify(x: Array) -> Array:
-    """[b, t, h, w, c] to [b, t·h/2·w/2, 4 c]; within a token the channel is slowest."""
-    b, t, h, w, c = x.shape
-    if h % PATCH or w % PATCH:
-        raise ValueError(
-            f"Latents of {h}x{w} cannot be cut into 2x2 patches; use pictures whose height and "
-            "width are multiples of 16 pixels."
-        )
-    x = x.reshape(b, t, h // PATCH, PATCH, w // PATCH, PATCH, c)
-    return x.transpose(0, 1, 2, 4, 6, 3, 5).reshape(b, -1, PATCH**2 * c)
-
-
-def unpatchify(x: Array, shape: tuple[int, ...]) -> Array:
-    """[b, tokens, 4 c] to [b, t, h, w, c]; within a token the channel is fastest (as published)."""
-    b, t, h, w, c = shape
-    x = x.reshape(b, t, h // PATCH, w // PATCH, PATCH, PATCH, c)
-    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h, w, c)
-
 
 Array = jax.Array
 
@@ -67,9 +46,9 @@ class VideoDiTConfig:
         text_projection_dim: width of the text that enters, projected to `text_dim` (Predict2.5:
             100352); 0 where it enters as it is (Predict2).
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
-        precision: see `mvjax.models.layers`.
+        precision: one of `mvjax.models.layers.PRECISIONS`.
         attention: kernel, see `mvjax.models.attention.choose_kernel`.
-        remat: what the backward pass computes again, see `mvjax.models.layers`.
+        remat: what the backward pass computes again, see `mvjax.models.layers.POLICIES`.
     """
 
     width: int
@@ -103,8 +82,8 @@ class VideoDiTConfig:
         if self.head_dim < 12 or self.head_dim % 2:
             raise ValueError(
                 f"Video DiT width {self.width} and num_heads {self.num_heads} make heads of "
-                f"{self.head_dim} channels; the three rotary axes need a head_dim of 12 or more, "
-                "and even."
+                f"{self.head_dim} channels; the three rotary axes need an even head_dim of 12 or "
+                "more."
             )
 
     @property
@@ -124,14 +103,18 @@ class VideoDiTConfig:
 
 
 class Block(nnx.Module):
-    """Self-attention, cross-attention to the text, MLP; each modulated by the noise level."""
+    """The DiT block: self-attention, cross-attention to the text, MLP.
+
+    Each sublayer reads a layer norm of the residual stream, shifted and scaled by the noise level,
+    and adds its output through a gate that the noise level sets as well.
+    """
 
     def __init__(self, key: Array, config: VideoDiTConfig):
         keys = jax.random.split(key, 6)
         d, heads, lora = config.width, config.num_heads, config.lora
         kernel = config.attention
         self.self_attn = Attention(keys[0], d, d, heads, lora, kernel=kernel)
-        # Attending to a text again is cheap.
+        # Not kept for the backward pass: attending to a text again is cheap.
         self.cross_attn = Attention(
             keys[1], d, config.text_dim, heads, lora, kernel=kernel, kept=False
         )
@@ -146,54 +129,27 @@ class Block(nnx.Module):
         x = by_frame(x, embedding)
         frames = x.shape
 
-        def modulation(layer):
+        def modulation(layer: Modulation) -> list[Array]:
             return [m[:, :, None] for m in layer(embedding, shared)]
 
         shift, scale, gate = modulation(self.adaln_self_attn)
         u = modulate(x, shift, scale).reshape(tokens)
         y = self.self_attn(u, self.self_attn.keys_values(u, rope), rope)
         x = x + gate * y.reshape(frames)
+
         shift, scale, gate = modulation(self.adaln_cross_attn)
         u = modulate(x, shift, scale).reshape(tokens)
         y = self.cross_attn(u, self.cross_attn.keys_values(text))
         x = x + gate * y.reshape(frames)
+
         shift, scale, gate = modulation(self.adaln_mlp)
         x = x + gate * self.mlp(modulate(x, shift, scale))
+        # The residual stream is what lives between blocks: said here, it stays split over context.
         return constrain(x.reshape(tokens), "batch", "length", None)
 
 
-class TimeEmbedding(nnx.Module):
-    """The sinusoid of the time, and the modulation term that all sublayers share."""
-
-    def __init__(self, key: Array, d: int, lora: LoRA | None):
-        keys = jax.random.split(key)
-        axes = ("embed", "mlp"), ("mlp", "embed")
-        self.linear_1 = Linear(keys[0], d, d, axes[0], name="linear_1", lora=lora)
-        self.linear_2 = Linear(keys[1], d, 3 * d, axes[1], name="linear_2", lora=lora)
-
-    def __call__(self, sinusoid: Array) -> Array:
-        """Maps [b, t, d] to [b, t, 3 d]."""
-        return self.linear_2(silu(self.linear_1(sinusoid)))
-
-
-class FinalLayer(nnx.Module):
-    """Modulated layer norm and the projection of a token to its latents."""
-
-    def __init__(self, key: Array, config: VideoDiTConfig):
-        keys = jax.random.split(key)
-        d, features = config.width, PATCH**2 * config.latent_channels
-        self.adaln = Modulation(keys[0], d, d, config.adaln_rank, 2)
-        self.linear = Linear(keys[1], d, features, ("embed", None))
-
-    def __call__(self, x: Array, embedding: Array, shared: Array) -> Array:
-        """Maps tokens [b, l, d] to [b, l, 4 · latent_channels]."""
-        shift, scale = (m[:, :, None] for m in self.adaln(embedding, shared))
-        u = modulate(by_frame(x, embedding), shift, scale)
-        return self.linear(u.reshape(x.shape))
-
-
 class VideoDiT(nnx.Module):
-    """Predicts the flow velocity of a latent video; its residual stream is the plan.
+    """Predicts the flow velocity of a latent video; its residual stream is the decoder's context.
 
     Inputs of both public methods:
         latents: noisy latents, already scaled to (1 - τ) x0 + τ ε, [b, t, h, w, c].
@@ -206,8 +162,8 @@ class VideoDiT(nnx.Module):
 
     def __init__(self, config: VideoDiTConfig, key: Array):
         keys = jax.random.split(key, 4)
-        d, lora = config.width, config.lora
-        features = PATCH**2 * (config.latent_channels + 2)  # + condition and padding mask
+        d, lora, channels = config.width, config.lora, config.latent_channels
+        features = PATCH**2 * (channels + 2)  # + condition and padding mask
         self.config = config
         self.x_embedder = Linear(
             keys[0], features, d, (None, "embed"), name="x_embedder", lora=lora
@@ -215,7 +171,8 @@ class VideoDiT(nnx.Module):
         self.t_embedder = TimeEmbedding(keys[1], d, lora)
         self.t_embedding_norm = RMSNorm(d)
         self.blocks = stack(lambda k: Block(k, config), keys[2], config.num_blocks)
-        self.final_layer = FinalLayer(keys[3], config)
+        self.final_layer = FinalLayer(keys[3], d, d, config.adaln_rank, PATCH**2 * channels)
+        # Folded in, not a fifth of the split: the other layers start as in Predict2.
         text_key, sizes = jax.random.fold_in(key, 4), (config.text_input_dim, config.text_dim)
         self.text_projection = (
             Linear(text_key, *sizes, ("embed", None), bias=True)
@@ -239,7 +196,7 @@ class VideoDiT(nnx.Module):
         `return_only_hidden_states_up_to`.
         """
         embedding, shared = self._time(timesteps)
-        x = self._embed(latents, condition_mask, padding_mask)
+        x = self._embed(latents, timesteps, text, condition_mask, padding_mask)
         return self._run(x, latents.shape, embedding, shared, text, layer)
 
     def __call__(
@@ -252,46 +209,67 @@ class VideoDiT(nnx.Module):
     ) -> Array:
         """The flow velocity ε - x0, float32 [b, t, h, w, c]."""
         embedding, shared = self._time(timesteps)
-        x = self._embed(latents, condition_mask, padding_mask)
+        x = self._embed(latents, timesteps, text, condition_mask, padding_mask)
         x = self._run(x, latents.shape, embedding, shared, text, self.config.num_blocks)
         return unpatchify(self.final_layer(x, embedding, shared), latents.shape).astype(jnp.float32)
 
     def _time(self, timesteps: Array) -> tuple[Array, Array]:
+        """The time embedding [b, t, d] and the modulation that all sublayers share [b, t, 3 d]."""
         config = self.config
-        tau = timesteps.astype(jnp.float32) * config.timestep_scale
-        if config.precision == "published":
-            tau = round_to_bfloat16(tau)
+        tau = rounded(timesteps.astype(jnp.float32) * config.timestep_scale, config.precision)
         sinusoid = time_sinusoid(tau, config.width).astype(time_dtype(config.precision))
         embedding, shared = self.t_embedding_norm(sinusoid), self.t_embedder(sinusoid)
         return embedding.astype(config.dtype), shared.astype(config.dtype)
 
-    def _embed(self, latents: Array, condition_mask: Array, padding_mask: Array | None) -> Array:
+    def _embed(self, latents, timesteps, text, condition_mask, padding_mask) -> Array:
+        """The tokens that enter the first block [b, l, d]."""
         b, t, h, w, _ = latents.shape
+        # What is too short in one of these would be broadcast.
+        chex.assert_shape(latents, (b, t, h, w, self.config.latent_channels))
+        chex.assert_shape(timesteps, (b, {1, t}))
+        chex.assert_shape(text, (b, None, self.config.text_input_dim))
+        chex.assert_shape(condition_mask, (b, t) if condition_mask.ndim == 2 else (b, t, h, w))
         if condition_mask.ndim == 2:
             condition_mask = condition_mask[:, :, None, None]
         padding = jnp.zeros((b, h, w)) if padding_mask is None else padding_mask
-        masks = jnp.broadcast_to(condition_mask, (b, t, h, w)), padding[:, None]
-        masks = [jnp.broadcast_to(m, (b, t, h, w))[..., None].astype(latents.dtype) for m in masks]
+        masks = [
+            jnp.broadcast_to(mask, (b, t, h, w))[..., None].astype(latents.dtype)
+            for mask in (condition_mask, padding[:, None])
+        ]
         x = patchify(jnp.concatenate([latents, *masks], axis=-1)).astype(self.config.dtype)
         check_context(x.shape[1])
         return constrain(self.x_embedder(x), "batch", "length", None)
 
     def _run(self, x, shape, embedding, shared, text, layer: int) -> Array:
-        if not 0 <= layer <= self.config.num_blocks:
+        config = self.config
+        if not 0 <= layer <= config.num_blocks:
             raise ValueError(
                 f"Layer {layer} does not exist: this video DiT has blocks 1 to "
-                f"{self.config.num_blocks} (0 is the patch embedding)."
+                f"{config.num_blocks} (0 is the patch embedding)."
             )
         _, t, h, w, _ = shape
-        config = self.config
-        grid = (t, h // PATCH, w // PATCH)
         angles = "bfloat16" if config.precision == "published" else "float32"
+        grid = (t, h // PATCH, w // PATCH)
         rope = rope_table(grid, config.head_dim, config.rope_ratio_thw, angles)
         text = text.astype(config.dtype)
         if self.text_projection is not None:
             text = gelu(self.text_projection(text))
         step = lambda x, block: block(x, embedding, shared, text, rope)  # noqa: E731
         return run_blocks(step, x, self.blocks, layer, config.remat)
+
+
+class TimeEmbedding(nnx.Module):
+    """From the sinusoid of the time to the modulation term that all sublayers share."""
+
+    def __init__(self, key: Array, d: int, lora: LoRA | None):
+        keys = jax.random.split(key)
+        axes = ("embed", "mlp"), ("mlp", "embed")
+        self.linear_1 = Linear(keys[0], d, d, axes[0], name="linear_1", lora=lora)
+        self.linear_2 = Linear(keys[1], d, 3 * d, axes[1], name="linear_2", lora=lora)
+
+    def __call__(self, sinusoid: Array) -> Array:
+        """Maps [b, t, d] to [b, t, 3 d]."""
+        return self.linear_2(silu(self.linear_1(sinusoid)))
 
 
 def time_sinusoid(tau: Array, d: int) -> Array:
@@ -301,11 +279,24 @@ def time_sinusoid(tau: Array, d: int) -> Array:
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
-def by_frame(x: Array, per_frame: Array) -> Array:
-    """Tokens [b, l, d] as [b, t, l/t, d], where [b, t, 1, d] broadcasts over a frame's tokens.
+# Latent pictures cut into 2×2 patches, and put together again. As published, the orders inside a
+# token differ: one is not the inverse of the other.
 
-    Broadcasting in the product itself keeps the modulation small: neither the forward pass nor
-    what is saved for the backward pass holds a copy for every token.
-    """
-    b, t, _ = per_frame.shape
-    return x.reshape(b, t, -1, x.shape[-1])
+
+def patchify(x: Array) -> Array:
+    """[b, t, h, w, c] to [b, t·h/2·w/2, 4 c]; within a token the channel is slowest."""
+    b, t, h, w, c = x.shape
+    if h % PATCH or w % PATCH:
+        raise ValueError(
+            f"Latents of {h}x{w} cannot be cut into 2x2 patches; use pictures whose height and "
+            "width are multiples of 16 pixels."
+        )
+    x = x.reshape(b, t, h // PATCH, PATCH, w // PATCH, PATCH, c)
+    return x.transpose(0, 1, 2, 4, 6, 3, 5).reshape(b, -1, PATCH**2 * c)
+
+
+def unpatchify(x: Array, shape: tuple[int, ...]) -> Array:
+    """[b, tokens, 4 c] to [b, t, h, w, c]; within a token the channel is fastest."""
+    b, t, h, w, c = shape
+    x = x.reshape(b, t, h // PATCH, w // PATCH, PATCH, PATCH, c)
+    return x.transpose(0, 1, 2, 4, 3, 5, 6).reshape(b, t, h, w, c)
