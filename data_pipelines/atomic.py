@@ -1,7 +1,10 @@
-"""Writing files and folders so that a name never stands for half of one.
+"""Writing files and folders so that a name never stands for half of one, and waiting for them.
 
 What is written goes to a neighbour, `<name>.partial`, which takes the place of `<name>` when it is
 whole. A process that is killed leaves the neighbour behind; the next one that writes replaces it.
+Of two processes that write one path at the same time, at least one fails: a job gives each path to
+one of its processes. The disk need not be asked to flush: after a loss of power a job checks what
+it finds, or a person starts it again.
 """
 
 import json
@@ -20,10 +23,14 @@ import numpy as np
 def replacing(path: Path) -> Iterator[Path]:
     """Gives a neighbour of `path` to write (a file, or a folder); then that takes its place.
 
-    Where the block fails, what was written is removed and `path` is as it was. A folder can only
-    take the place of nothing: `path` must not exist yet.
+    Where the block fails, what was written is removed and `path` is as it was.
+
+    Raises:
+        FileExistsError: if `path` is a folder that holds something: none can take its place.
     """
     path = Path(path)
+    if path.is_dir() and any(path.iterdir()):  # before hours are spent on what replaces it
+        raise FileExistsError(f"{path} holds something already; remove it, or name another folder")
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -52,14 +59,14 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
         np.savez(file, **arrays)
 
 
+def wait_until(condition: Callable[[], bool]) -> None:
+    """Waits for what another process leaves in the folder; if that dies, its launcher ends us."""
+    while not condition():
+        time.sleep(0.2)
+
+
 def _remove(path: Path) -> None:
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits for what another process leaves in the folder; if that dies, its launcher ends us."""
-    while not condition():
-        time.sleep(0.2)
