@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.atomic import write_json
+from data_pipelines.atomic import wait_until, write_json
 from mvjax.evaluation.suites.suite import MakeSimulator
 from mvjax.evaluation.worker import Job, Order, Outcome, Query
 from mvjax.policy.observation import Act, Observation, ObservationSpec
@@ -210,8 +210,8 @@ def run_rollouts(
         finally:  # also after an error or Ctrl-C
             for simulator in simulators:
                 simulator.stop()
-    while len(done) < len(orders):  # other processes are playing; if one dies, its launcher ends us
-        time.sleep(0.2)
+    if len(done) < len(orders):  # other processes of the job are playing
+        wait_until(lambda: len(on_file()) == len(orders))
         done = on_file()
     if process == 0:
         known = {(result.task, result.seed) for result in read_results(ours)}

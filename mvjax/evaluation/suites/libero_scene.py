@@ -1,9 +1,10 @@
 """LIBERO's tasks, initial states and environments, without torch and without questions asked.
 
-Runs where LIBERO is installed (`bash launch/libero.sh`): hf-libero, robosuite 1.4 and numpy 1,
-which cannot share an environment with a recent JAX. Meshes and textures are not in LIBERO's wheel:
-they are read from the folder that MVJAX_LIBERO_ASSETS names, and otherwise from where hf-libero
-puts them, which downloads them once.
+A task is called "<suite>-<number>", such as "spatial-3", by LIBERO's own order, which starts at 0.
+Its name needs nothing installed; its `Scene` needs LIBERO (`bash launch/libero.sh`): hf-libero,
+robosuite 1.4 and numpy 1, which cannot share an environment with a recent JAX. Meshes and textures
+are not in LIBERO's wheel: they are read from the folder that MVJAX_LIBERO_ASSETS names, and
+otherwise from where hf-libero puts them, which downloads them once.
 """
 
 import contextlib
@@ -25,12 +26,7 @@ import numpy as np
 from data_pipelines.pickles import read_array_pickle
 from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 
-# LIBERO's suites and their tasks by number; needs nothing installed.
-#
-# A task is called "<suite>-<number>", such as "spatial-3", by LIBERO's own order, which starts at
-# 0.
-
-
+ASSETS_VARIABLE = "MVJAX_LIBERO_ASSETS"
 MAX_STEPS = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
 """Control steps after which an episode has failed: the first three as mimic-video, the rest as
 openpi evaluates them."""
@@ -65,9 +61,6 @@ def split_task(task: str) -> tuple[str, int]:
         names = ", ".join(f"{suite}-0 to {suite}-{n - 1}" for suite, n in COUNTS.items())
         raise ValueError(f"unknown LIBERO task {task!r}; the tasks are {names}")
     return f"libero_{suite}", int(number)
-
-
-ASSETS_VARIABLE = "MVJAX_LIBERO_ASSETS"
 
 
 class Scene:
