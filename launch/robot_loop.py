@@ -15,7 +15,7 @@ from absl import flags
 from launch.entry import run
 from mvjax.evaluation.suites.metaworld import MetaWorld
 from mvjax.policy.observation import History, Observation, ObservationSpec
-from mvjax.serving.client import Overlap, PolicyClient
+from mvjax.serving.client import Client, Overlap
 from mvjax.serving.session import IMAGE_HISTORY, STATE_HISTORY
 
 SERVER = flags.DEFINE_string("server", "ws://localhost:8000", "Address of the policy server.")
@@ -31,7 +31,7 @@ OVERLAP = flags.DEFINE_bool("overlap", True, "Move while the next chunk is compu
 def main() -> None:
     """Plays one episode and says how it went."""
     robot = MetaWorld(TASK.value)
-    with PolicyClient(SERVER.value, patience=PATIENCE.value) as policy:
+    with Client(SERVER.value, patience=PATIENCE.value) as policy:
         overlap = Overlap(policy.infer)
         try:
             done, steps, seconds = drive(robot, policy.metadata, overlap)

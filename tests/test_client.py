@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from running_server import Running
 
-from mvjax.serving.client import Overlap, PolicyClient, QueryRefused, ServerUnreachable
+from mvjax.serving.client import Client, Overlap, QueryRefused, ServerUnreachable
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
 
@@ -30,7 +30,7 @@ def server():
 
 
 def test_it_asks_resets_and_is_told_what_is_wrong(server):
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         assert client.metadata == {"observed_frames": 1}
         answer = client.infer(query(1, 2))
         np.testing.assert_array_equal(answer["actions"], np.tile(np.float32([1, 2]), (4, 1)))
@@ -42,7 +42,7 @@ def test_it_asks_resets_and_is_told_what_is_wrong(server):
 
 
 def test_a_message_too_large_to_be_read_is_refused_and_the_next_goes_through(server):
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         with pytest.raises(QueryRefused, match=r"has 804\d+ bytes, .* more than"):
             client.infer({"x": np.zeros(80_400_000, np.uint8)})
         assert client.infer(query(5, 6))["actions"][0, 0] == 5
@@ -50,7 +50,7 @@ def test_a_message_too_large_to_be_read_is_refused_and_the_next_goes_through(ser
 
 def test_a_server_that_is_started_again_is_found_again(caplog):
     first = Running("slow_server", "0")
-    with PolicyClient(first.uri, patience=15) as client:
+    with Client(first.uri, patience=15) as client:
         client.infer(query(0, 0))
         first.stop()
         second = Running("slow_server", "0", f"port={first.port}")
@@ -63,7 +63,7 @@ def test_a_server_that_is_started_again_is_found_again(caplog):
 
 def test_a_server_that_is_gone_is_said_to_be():
     running = Running("slow_server", "0")
-    with PolicyClient(running.uri) as client:
+    with Client(running.uri) as client:
         running.stop()
         client._patience = 0.2
         with pytest.raises(ServerUnreachable, match=f"no policy server at {running.uri}.*serve"):
@@ -72,14 +72,14 @@ def test_a_server_that_is_gone_is_said_to_be():
 
 def test_an_address_that_is_none_is_said_at_once():
     with pytest.raises(ValueError, match="http://robot is no address of a server, such as ws://"):
-        PolicyClient("http://robot")
+        Client("http://robot")
 
 
 def test_a_late_answer_is_not_taken_for_the_next(tmp_path):
     computed = tmp_path / "computed"
     running = Running("slow_server", "0", f"hold={computed}")
     try:
-        with PolicyClient(running.uri, timeout=0.3) as client:
+        with Client(running.uri, timeout=0.3) as client:
             with pytest.raises(ServerUnreachable, match=r"has not answered for 0\.3 s"):
                 client.infer(query(1, 1))
             computed.touch()
@@ -91,9 +91,9 @@ def test_a_late_answer_is_not_taken_for_the_next(tmp_path):
 
 def test_a_client_process_imports_no_jax(server):
     program = (
-        "import sys; from mvjax.serving.client import PolicyClient\n"
+        "import sys; from mvjax.serving.client import Client\n"
         "import numpy as np\n"
-        f"with PolicyClient({server.uri!r}) as client:\n"
+        f"with Client({server.uri!r}) as client:\n"
         "    message = {'observation/image': np.zeros((8, 8, 3), np.uint8), 'prompt': 'go',\n"
         "               'observation/state': np.zeros(2)}\n"
         "    print(client.infer(message)['actions'].shape, 'jax' in sys.modules)\n"

@@ -11,7 +11,7 @@ from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
-from mvjax.serving.client import PolicyClient
+from mvjax.serving.client import Client
 
 ACTION = "--config=configs/quickstart_action.py:smoke"
 
@@ -53,7 +53,7 @@ def test_a_trained_policy_is_served_and_drives_a_robot(trained, command):
             asked = Observation(np.stack([frame] * 5), proprio, "close the drawer")
             expected = policy.act([asked])[0]
         running.wait()
-        with PolicyClient(running.uri) as client:
+        with Client(running.uri) as client:
             assert client.metadata["fps"] == config.clip.fps
             message = {"observation/image": frame, "observation/state": proprio[0]}
             np.testing.assert_allclose(client.infer(message)["actions"], expected, atol=1e-4)

@@ -17,7 +17,7 @@ from tiny_stages import quick_compiles
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from mvjax.serving.client import PolicyClient, QueryRefused
+from mvjax.serving.client import Client, QueryRefused
 from mvjax.serving.protocol import decode, encode
 
 PICTURE = np.zeros((*SIZE, 3), np.uint8)
@@ -74,7 +74,7 @@ def test_eight_clients_at_once_each_get_the_answer_to_their_own_query(server, po
     queries = [[random_observation(100 * c + r) for r in range(rounds)] for c in range(clients)]
 
     def drive(mine):
-        with PolicyClient(server.uri) as client:
+        with Client(server.uri) as client:
             return [client.infer(message(query)) for query in mine]
 
     before = server.health()["queries"]
@@ -95,7 +95,7 @@ def test_eight_clients_at_once_each_get_the_answer_to_their_own_query(server, po
 def test_single_pictures_become_a_history_of_the_connection(server, policy):
     shown = random_observation(5)
     frames = shown.frames
-    with PolicyClient(server.uri) as client, PolicyClient(server.uri) as other:
+    with Client(server.uri) as client, Client(server.uri) as other:
         for now in range(5):
             answer = client.infer(single(shown, now))["actions"]
             other.infer(single(random_observation(6), now))  # another connection, another history
@@ -113,7 +113,7 @@ def test_single_pictures_become_a_history_of_the_connection(server, policy):
 
 def test_a_refused_message_leaves_the_history_as_it_was(server, policy):
     shown = random_observation(8)
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         client.infer(single(shown, 0))
         with pytest.raises(QueryRefused, match="NaN"):
             bad = single(random_observation(9), 1) | {"prompt": shown.instruction}
@@ -153,7 +153,7 @@ GOOD = single(random_observation(0))
     ids=lambda value: None if isinstance(value, str) else "",
 )
 def test_what_is_wrong_is_said_and_the_connection_stays(server, change, words):
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         connection = client._connection
         with pytest.raises(QueryRefused) as refused:
             client.infer(GOOD | change)
@@ -164,7 +164,7 @@ def test_what_is_wrong_is_said_and_the_connection_stays(server, change, words):
 
 
 def test_what_is_missing_is_said(server):
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         for key in GOOD:
             with pytest.raises(QueryRefused, match=f"has no '{key}'"):
                 client.infer({name: value for name, value in GOOD.items() if name != key})
@@ -188,7 +188,7 @@ def test_messages_that_are_no_observation_get_a_sentence(server):
         connection.send(bytes(2**21 + 1))  # beyond what is read at all
         with pytest.raises(ConnectionClosed, match="1009"):
             connection.recv(5)
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         assert client.infer(GOOD)["actions"].shape == (4, 4)
 
 
@@ -241,7 +241,7 @@ def test_ten_thousand_broken_messages(server, policy):
     with ThreadPoolExecutor(4) as pool:
         sentences = sum(pool.map(bombard, range(4)))
     assert sentences > 0.7 * count
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         assert_close(client.infer(GOOD)["actions"], expected[0])
 
 
@@ -261,7 +261,7 @@ def test_noise_on_the_socket_does_no_harm(server):
 
 
 def test_health(server):
-    with PolicyClient(server.uri) as client:
+    with Client(server.uri) as client:
         client.infer(GOOD)
         server.wait_for_clients(1)
         health = server.health()
@@ -274,14 +274,14 @@ def test_health(server):
 def test_a_full_server_says_so_and_takes_the_next_when_one_leaves(server):
     server.wait_for_clients(0)
     with contextlib.ExitStack() as stack:
-        clients = [stack.enter_context(PolicyClient(server.uri)) for _ in range(12)]
+        clients = [stack.enter_context(Client(server.uri)) for _ in range(12)]
         with pytest.raises(InvalidStatus) as error:
             connect(server.uri)
         assert error.value.response.status_code == 503
         assert b"has its 12 clients already" in error.value.response.body
         clients[0].close()
         server.wait_for_clients(11)
-        with PolicyClient(server.uri) as client:
+        with Client(server.uri) as client:
             assert client.infer(GOOD)["actions"].shape == (4, 4)
 
 

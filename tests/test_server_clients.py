@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from running_server import Running
 
-from mvjax.serving.client import PolicyClient, QueryRefused
+from mvjax.serving.client import Client, QueryRefused
 from mvjax.serving.protocol import encode
 
 PICTURE = np.zeros((8, 8, 3), np.uint8)
@@ -69,7 +69,7 @@ def test_a_client_that_vanishes_mid_query_frees_its_slot(tmp_path, how):
             slow.wait_for_clients(0)
             assert slow.health()["vanished"] == 1
             computed.touch()
-            with PolicyClient(slow.uri) as client, PolicyClient(slow.uri):
+            with Client(slow.uri) as client, Client(slow.uri):
                 np.testing.assert_array_equal(client.infer(query(3, 4))["actions"], [[3, 4]] * 4)
             assert slow.health()["queries"] == 1
     finally:
@@ -88,7 +88,7 @@ def test_a_client_that_does_not_read_holds_nobody_up(slow):
         for _ in range(6):
             deaf.sendall(frame)
         slow.wait_for_clients(1)
-        with PolicyClient(slow.uri) as client:
+        with Client(slow.uri) as client:
             for number in range(5):
                 assert client.infer(query(number, 2))["actions"][-1].tolist() == [number, 2]
         slow.wait_for_clients(0)
@@ -100,7 +100,7 @@ def test_a_query_that_breaks_the_policy_harms_no_other(slow):
     """The batch is repeated one by one; the reply is one sentence, the log has the traceback."""
 
     def ask(number):
-        with PolicyClient(slow.uri) as client:
+        with Client(slow.uri) as client:
             try:
                 return client.infer(query(number, 1))["actions"][0, 0]
             except QueryRefused as error:
@@ -116,9 +116,9 @@ def test_nothing_waits_for_the_window_when_all_have_asked():
     """One client alone is answered at once; two that ask together wait for each other only."""
     slow = Running("slow_server", "0", "window=5")
     try:
-        with PolicyClient(slow.uri) as one, ThreadPoolExecutor(2) as pool:
+        with Client(slow.uri) as one, ThreadPoolExecutor(2) as pool:
             assert one.infer(query(0, 0))["server_timing"]["wait_ms"] < 1000
-            with PolicyClient(slow.uri) as two:
+            with Client(slow.uri) as two:
                 both = list(pool.map(lambda client: client.infer(query(0, 0)), (one, two)))
         assert [answer["server_timing"]["batch"] for answer in both] == [2, 2]
         assert max(answer["server_timing"]["wait_ms"] for answer in both) < 2000
@@ -130,7 +130,7 @@ def test_nothing_waits_for_the_window_when_all_have_asked():
 def test_a_key_is_demanded_of_those_who_ask_not_of_health_checks(slow):
     for key in ("", "open"):
         with pytest.raises(ConnectionError, match=r"refuses \(401\): .* Authorization"):
-            PolicyClient(slow.uri, api_key=key)
-    with PolicyClient(slow.uri, api_key="sesame") as client:
+            Client(slow.uri, api_key=key)
+    with Client(slow.uri, api_key="sesame") as client:
         assert client.infer(query(1, 2))["actions"].shape == (4, 2)
     assert slow.get("/healthz") == b"OK\n" and slow.health()["refused"] == 2

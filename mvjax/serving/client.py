@@ -1,6 +1,6 @@
 """Asking a policy server, from a robot: needs numpy, msgpack and websockets, nothing else.
 
-with PolicyClient("ws://gpu-machine:8000") as policy:
+with Client("ws://gpu-machine:8000") as policy:
     policy.reset()
     answer = policy.infer({"observation/image": image, "observation/state": state,
                            "prompt": "open the drawer"})
@@ -32,7 +32,7 @@ class ServerUnreachable(ConnectionError):
     """The server cannot be reached, turns this client away, or does not answer in time."""
 
 
-class PolicyClient:
+class Client:
     """One connection to a policy server; not to be shared by threads.
 
     A connection that breaks is made again at the next query, and that query is sent again: the
@@ -98,7 +98,7 @@ class PolicyClient:
         self._connection = None
         self._open.close()
 
-    def __enter__(self) -> "PolicyClient":
+    def __enter__(self) -> "Client":
         """The client itself, closed at the end of the `with`."""
         return self
 
@@ -169,7 +169,7 @@ class PolicyClient:
 # must reach over the steps between two queries and those of one latency.
 
 
-Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # such as PolicyClient.infer
+Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # such as Client.infer
 
 
 class Overlap:
