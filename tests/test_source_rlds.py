@@ -222,6 +222,16 @@ def test_an_opened_dataset_can_be_sent_and_shared():
         np.testing.assert_array_equal(values, truth("arm", "train", i % 4)["steps/action"])
 
 
+def test_a_dataset_that_was_moved_since_tfds_wrote_it(tmp_path):
+    splits = json.loads((ARM / "dataset_info.json").read_text())["splits"]
+    for row in splits:
+        row["filepathTemplate"] = "/nowhere/" + row["filepathTemplate"]
+    folder = copy(ARM, tmp_path, splits=splits)
+    check_episode(open_rlds(folder)[3], truth("arm", "train", 3))
+    copied = shutil.copytree(folder, tmp_path / "another folder/latest")
+    check_episode(open_rlds(copied, split="val")[1], truth("arm", "val", 1))
+
+
 def test_features_in_the_form_of_tfds_before_2022(tmp_path):
     import tensorflow_datasets as tfds
 

@@ -140,7 +140,8 @@ def _records(folder: Path, info: "DatasetInfo", split: str) -> "RecordFiles":
         raise ValueError(
             f"{folder} has no split {split!r}, but {', '.join(splits)}; set dataset.options.split"
         )
-    files = tuple(Path(file) for file in splits[split].filepaths)
+    # In this folder, wherever the dataset was when TFDS wrote where it is.
+    files = tuple(folder / Path(name).name for name in splits[split].filenames)
     return RecordFiles(files, tuple(accumulate(splits[split].shard_lengths)))
 
 
