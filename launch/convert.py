@@ -43,7 +43,7 @@ PRECISION = flags.DEFINE_enum(
 )
 DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would happen, and do nothing.")
 VERIFY = flags.DEFINE_bool(
-    "verify", False, "Compare outputs with PyTorch's; needs requirements-torch.txt."
+    "verify", False, "Compare outputs with PyTorch's; needs the extra mvjax[torch]."
 )
 
 

@@ -13,7 +13,7 @@ from mvjax.weights.names import video_dit, with_adapters
 from mvjax.weights.pt_files import write_pt
 from mvjax.weights.source import open_source, open_weights
 
-torch = pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 

@@ -89,23 +89,21 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
     """The folder that holds `data.pkl`, with a slash; checks that `torch.save` wrote the file."""
     entries = {entry.filename: entry for entry in archive.infolist()}
     roots = [n.removesuffix("data.pkl") for n in entries if n[n.find("/") :] == "/data.pkl"]
-    if len(roots) != 1:
-        raise WeightsError(
-            f"{path} is a zip file, but not one that torch.save wrote: it has "
-            f"{len(roots) or 'no'} data.pkl; save the weights with torch.save."
-        )
-    (root,) = roots
-    if f"{root}constants.pkl" in entries:
-        problem = "is a TorchScript program; load it in PyTorch with torch.jit.load and torch.save "
-        raise WeightsError(f"{path} {problem}its state_dict().")
+    root = roots[0] if len(roots) == 1 else None
     compressed = [n for n, e in entries.items() if e.compress_type != zipfile.ZIP_STORED]
-    if compressed:
-        raise WeightsError(f"{path} is compressed ({compressed[0]}); pack it without compression.")
-    if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
-        raise WeightsError(
-            f"{path} is big-endian; save it with PyTorch on a little-endian machine."
-        )
-    return root
+    if root is None:
+        found = f"it has {len(roots) or 'no'} data.pkl; save the weights with torch.save."
+        problem = f"is a zip file, but not one that torch.save wrote: {found}"
+    elif f"{root}constants.pkl" in entries:
+        resave = "load it in PyTorch with torch.jit.load and torch.save its state_dict()."
+        problem = f"is a TorchScript program; {resave}"
+    elif compressed:
+        problem = f"is compressed ({compressed[0]}); pack it again without compression."
+    elif f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
+        problem = "is big-endian; load and save it with PyTorch on a little-endian machine."
+    else:
+        return root
+    raise WeightsError(f"{path} {problem}")
 
 
 def _first_byte(file: BinaryIO, entry: zipfile.ZipInfo) -> int:

@@ -10,7 +10,7 @@ from mvjax.models.action_decoder import ActionDecoderConfig
 from mvjax.models.presets import decoder_network
 from mvjax.weights.names import action_decoder as decoder_names
 
-torch = pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
+torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
 from launch.benchmarks.torch_networks import (  # noqa: E402
     TorchActionDecoder,
