@@ -216,6 +216,15 @@ def test_chunks_of_zeros_that_zarr_3_leaves_out_need_the_option(tmp_path):
     check(open_it(path, sparse=True)[0], arrays)
 
 
+def test_chunks_in_folders_are_found_and_missed(tmp_path):
+    nested = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
+    path = write_zarr(tmp_path / "a.zarr", **nested)
+    check(open_it(path)[0], stored())
+    (path / "workspace_rgb/1/0/0/0").unlink()
+    with pytest.raises(ValueError, match=r"workspace_rgb\): chunk 1/0/0/0 is missing"):
+        open_it(path)[0]
+
+
 def test_wrong_times_are_named(tmp_path):
     path = write_zarr(tmp_path / "a.zarr", times=TIMES[:-3])
     with pytest.raises(ValueError, match=r"a\.zarr \(\w+\): .*67 timestamps and 70 values"):
