@@ -170,15 +170,17 @@ def _read_tables(
         boxes = _boxes(file.read(moov[2] - moov[1]))
     tracks = [content for name, content in boxes if name == b"trak"]
     videos = [t for t in tracks if _find(t, b"mdia", b"hdlr")[8:12] == b"vide"]
-    if b"mvex" in dict(boxes) or len(videos) != 1:
+    if b"mvex" in dict(boxes) or len(videos) != 1:  # fragmented: the tables are spread out
         return None
     edits = _find(videos[0], b"edts", b"elst")
     wide = 8 if edits[:1] == b"\1" else 4
     edits = _numbers(edits, [("length", f">i{wide}"), ("time", f">i{wide}"), ("rate", ">i4")])
     if (edits["time"] != -1).sum() > 1:  # -1 is a pause before the beginning
         return None
-    head = _find(videos[0], b"mdia", b"mdhd")
+    head = _find(videos[0], b"mdia", b"mdhd")  # version 1 has 64-bit dates before the scale
     scale = int.from_bytes(head[20:24] if head[:1] == b"\1" else head[12:16], "big")
+    # Frames are stored as they are decoded: each is shown at the sum of the durations before it,
+    # plus its own delay where frames are shown in another order.
     tables = dict(_boxes(_find(videos[0], b"mdia", b"minf", b"stbl")))
     durations = _runs(tables.get(b"stts", b""), count)
     delays = _runs(tables[b"ctts"], count) if b"ctts" in tables else np.zeros(count, np.int64)
