@@ -313,7 +313,7 @@ def _codecs(about: dict) -> list[str]:
         return [codec["id"] for codec in [*(about["filters"] or []), about["compressor"]] if codec]
     names = []
     for codec in about["codecs"]:
-        names.append(codec["name"])
+        names.append(codec["name"].removeprefix("numcodecs."))
         inside = codec.get("configuration", {})  # of a shard: its chunks, and its index
         for part in ("codecs", "index_codecs"):
             names[:0] = _codecs({"zarr_format": 3, "codecs": inside.get(part, [])})
