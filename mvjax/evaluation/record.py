@@ -28,6 +28,7 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.atomic import replacing, write_json
+from data_pipelines.settings import differences
 from data_pipelines.sources.files import MANIFEST, UNFINISHED
 from data_pipelines.video import VideoFile, write_video
 from data_pipelines.writers import (
@@ -173,14 +174,10 @@ def _open_folder(out: Path, recording: Recording) -> Path:
         if manifest.exists():
             # Older recordings knew no other suite.
             found = {"suite": "metaworld"} | json.loads(manifest.read_text())["recording"]
-            if differ := [
-                f"{name}={found.get(name)!r} (now {value!r})"
-                for name, value in settings.items()
-                if found.get(name) != value
-            ]:
+            if changed := differences({name: found.get(name) for name in settings}, settings):
                 raise ValueError(
-                    f"{out} holds a recording with {', '.join(differ)}; give the same settings to "
-                    "go on with it, or another folder"
+                    f"{out} holds a recording with other settings ({'; '.join(changed)}); give the "
+                    "same settings to go on with it, or another folder"
                 )
             return staging
     if out.exists() and any(path.name != UNFINISHED for path in out.iterdir()):
