@@ -292,5 +292,5 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
         write_hdf5(path, [], SCENE)
     with pytest.raises(ValueError, match=r"6 actions and values \{'ee_pos': 2\}"):
         Demonstration(np.zeros((6, 7)), {"ee_pos": np.zeros((2, 3))}, np.zeros((6, 4)))
-    with pytest.raises(ValueError, match="image_convention.*'upright'"):
+    with pytest.raises(ValueError, match=r"image_convention.*'upright'"):
         Scene("a", "b", image_convention="upright")
