@@ -75,6 +75,16 @@ def test_everything_that_does_not_fit_is_listed_at_once(folders):
         assert part in said
 
 
+@pytest.mark.parametrize("shape", [(48,), (4, 4, 3)])
+def test_a_tensor_with_other_axes_is_named(folders, shape):
+    """Sizes are read from it before shapes are compared."""
+    here, out = folders
+    tensors = random_tensors(VIDEO, "nvidia")
+    tensors["x_embedder.proj.1.weight"] = tensor(np.zeros(shape, np.float32))
+    source = write_published(here, VIDEO, "nvidia", tensors)
+    assert f"misshapen: x_embedder.proj.1.weight is {list(shape)}" in refused(source, out / "x")
+
+
 def test_a_tensor_that_is_not_finite_is_named(folders):
     here, out = folders
     for dtype in (np.float32, ml_dtypes.bfloat16):

@@ -53,11 +53,17 @@ class Match:
         """Our shape of a parameter, of one block if stacked.
 
         Raises:
-            WeightsError: if the file has no tensor of it, with all that is missing.
+            WeightsError: if the file has no tensor of it, or one with other axes; with all that is
+                missing.
         """
         if path not in self.parameters:
             raise _misfit(self, [])
-        return self.parameters[path].shape
+        parameter = self.parameters[path]
+        try:
+            return parameter.shape
+        except ValueError:  # it has more axes than the layout, or fewer
+            name, tensor = parameter.names[0], parameter.tensors[0]
+            raise _misfit(self, [f"{name} is {list(tensor.shape)}"]) from None
 
 
 def match(tensors: Tensors, rules: Rules) -> Match:
