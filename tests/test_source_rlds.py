@@ -314,7 +314,6 @@ def test_what_cannot_be_opened_says_why(tmp_path):
     for damaged, message in {
         features[:100]: "JSONDecodeError",
         features.replace("image_feature.Image", "sound.Sound"): "Unrecognized FeatureConnector",
-        '{"type": "FeaturesDict", "content": {}}': "ValueError",
     }.items():
         (folder / "features.json").write_text(damaged)
         with pytest.raises(ValueError, match=rf"{folder}: .* is damaged.*{message}"):
@@ -336,6 +335,19 @@ def test_what_cannot_be_opened_says_why(tmp_path):
     (folder / "dataset_info.json").unlink()
     with pytest.raises(ValueError, match="there is none; give <name>/<version>"):
         open_rlds(folder)
+
+
+@pytest.mark.parametrize("key", ["pythonClassName", "python_class_name", "type"])
+def test_a_dataset_cannot_name_modules_to_be_imported(tmp_path, monkeypatch, key):
+    (tmp_path / "planted.py").write_text("raise SystemExit('was imported')")
+    monkeypatch.syspath_prepend(tmp_path)
+    folder = copy(ARM, tmp_path)
+    node = {key: "planted.Image", "content": {}}
+    for features in (node, {"jsonFeature": {"json": json.dumps({"feature": [node]})}}):
+        text = json.dumps(features).replace("planted", "\\u0070lanted")
+        (folder / "features.json").write_text(text)
+        with pytest.raises(ValueError, match=r"'planted\.Image'\] are no classes of TFDS"):
+            open_rlds(folder)
 
 
 def test_several_versions_and_other_formats_are_refused(tmp_path):

@@ -14,14 +14,15 @@ Streams carry the dataset's own names ("steps/observation/state", "steps/action"
 so steps are 1 / `fps` apart. Depth, text and values of which a step has any number are no streams.
 """
 
+import json
 import os
 import zlib
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
@@ -121,12 +122,32 @@ def _read_info(path: Path) -> tuple[Path, "DatasetInfo"]:
     if not (folder / FEATURES).is_file():  # TFDS would blame an old version of itself
         raise ValueError(f"{folder / FEATURES} is missing; copy it again")
     try:
+        # TFDS imports the modules of the classes that the file names; a dataset may not choose any.
+        names = set(_class_names((folder / FEATURES).read_text("utf-8")))
+        if foreign := sorted(n for n in names if not n.startswith("tensorflow_datasets.")):
+            raise ValueError(f"{foreign} are no classes of TFDS")
         return folder, tfds.builder_from_directory(folder).info
     except Exception as error:  # TFDS lets through what JSON, protobuf and its own classes raise
         raise ValueError(
             f"{folder}: {INFO} or {FEATURES} is damaged, or needs another version of TFDS "
             f"({type(error).__name__}: {error})"
         ) from error
+
+
+def _class_names(node: Any) -> Iterator[str]:
+    """All class names in features.json, old and new; it can hold JSON in strings, too."""
+    if isinstance(node, str):
+        try:
+            node = json.loads(node)
+        except ValueError:
+            return
+    if isinstance(node, dict):
+        for key in ("pythonClassName", "python_class_name", "type"):
+            if isinstance(node.get(key), str):
+                yield node[key]
+        node = list(node.values())
+    for child in node if isinstance(node, list) else ():
+        yield from _class_names(child)
 
 
 def _records(folder: Path, info: "DatasetInfo", split: str) -> "RecordFiles":
