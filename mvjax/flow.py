@@ -48,6 +48,7 @@ def sample_video_sigma(key: Array, batch: int, *, scale: float, tail: float) -> 
     """
     normal, uniform, choice = jax.random.split(key, 3)
     sigma = scale * jnp.exp(jax.random.normal(normal, (batch, 1)))
+    # Without the tail, σ of 80 and more, where sampling starts, would be one sample in 700.
     low, high = np.log(TAIL_SIGMA)
     extreme = jnp.exp(jax.random.uniform(uniform, (batch, 1), minval=low, maxval=high))
     return jnp.where(jax.random.bernoulli(choice, tail, (batch, 1)), extreme, sigma)
@@ -123,6 +124,7 @@ def network_input(noisy: Array, clean: Array, sigma: Array, mask: Array) -> Netw
     chex.assert_shape(mask, noisy.shape[:2])
     tau = flow_time(sigma)
     m = mask[:, :, None, None, None]
+    # Times 1 - τ = 1 / (1 + σ), so that the network's input is of order one at every noise level.
     latents = m * clean + (1 - m) * (1 - tau)[:, :, None, None, None] * noisy
     times = mask * flow_time(jnp.float32(CONDITION_SIGMA)) + (1 - mask) * tau
     return NetworkInput(latents, times, mask)
@@ -136,6 +138,7 @@ def denoise(
     Conditioning frames are returned as they are. Arguments as for `network_input`.
     """
     v = velocity(network_input(noisy, clean, sigma, mask))
+    # From x = x0 + σ ε and v = ε - x0, with 1 - τ = 1 / (1 + σ).
     tau = flow_time(sigma)[:, :, None, None, None]
     m = mask[:, :, None, None, None]
     return m * clean + (1 - m) * ((1 - tau) * noisy - tau * v)
@@ -214,7 +217,7 @@ def advance(here: Trajectory, x0: Array, coefficients: Array) -> Trajectory:
 
 
 def sample_video(
-    denoise: Callable[[Array, Array], Array],
+    denoiser: Callable[[Array, Array], Array],
     here: Trajectory,
     sigmas: np.ndarray,
     first: int = 0,
@@ -227,7 +230,7 @@ def sample_video(
     is the clean prediction at σ_min. What stopped can go on with `first` = K.
 
     Args:
-        denoise: called with noisy latents and σ [b, 1]; returns the clean prediction.
+        denoiser: called with noisy latents and σ [b, 1]; returns the clean prediction.
         here: `start(noise, sigmas)`, or what an earlier call returned.
         sigmas: decreasing noise levels, float64 [steps + 1].
         first, last: between 0 and steps + 1.
@@ -240,7 +243,7 @@ def sample_video(
 
     def step(here: Trajectory, inputs: tuple[Array, Array]) -> tuple[Trajectory, None]:
         sigma, coefficients = inputs
-        x0 = denoise(here.x, jnp.full((len(here.x), 1), sigma))
+        x0 = denoiser(here.x, jnp.full((len(here.x), 1), sigma))
         return advance(here, x0, coefficients), None
 
     # A scan, so that the network is compiled once and not once per step. An empty one would still
@@ -286,6 +289,7 @@ def action_loss(
     error = (v - (noise - actions)) ** 2
     if mask is None:
         return jnp.mean(error, axis=(1, 2))
+    # A mean per sample, so that a batch is the mean of its parts however it is split.
     return (mask * error).sum(axis=(1, 2)) / jnp.maximum(mask.sum(axis=(1, 2)), 1)
 
 

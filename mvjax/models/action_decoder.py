@@ -104,6 +104,7 @@ class Block(nnx.Module):
 
         The context is normalised hidden states, or this block's keys and values of them.
         """
+        # The context first, as published; the video DiT attends to its text second.
         shift, scale, gate = self.adaln_cross_attn(embedding, shared)
         x = x + gate * self._cross(modulate(x, shift, scale), context)
 
@@ -189,6 +190,7 @@ class ActionDecoder(nnx.Module):
         """
         b, p, _ = proprio.shape
         chex.assert_shape(action_time, (b, 1))
+        # Proprioception is clean: its tokens have a time of their own, near 0.
         times = jnp.broadcast_to(action_time, (b, noisy_actions.shape[1]))
         times = jnp.concatenate([jnp.full((b, p), PROPRIO_TIME), times], axis=1)
         out = self.tokens(proprio, noisy_actions, times, video_sigma, context, drop_proprio)
@@ -267,6 +269,7 @@ class Embedder(nnx.Module):
         widths = embedder_widths(d_in, d)
         self.d, self.depth = d, len(widths) - 1
         for i, sizes in enumerate(pairwise(widths)):
+            # Whole on every device (no axes): they are small, and 4 or 10 inputs do not divide.
             init = partial(kaiming_uniform, gain=1.0 if i == self.depth - 1 else sqrt(2))
             layer_key = jax.random.fold_in(key, i)
             layer = Linear(layer_key, *sizes, (None, None), bias=True, init=init)
@@ -342,6 +345,7 @@ class PairTimeEmbedding(nnx.Module):
         self.proj_video = Linear(keys[1], d, d, axes, bias=True)
         self.to_rank_action = Linear(keys[2], d, rank, axes, bias=True)
         self.to_rank_video = Linear(keys[3], d, rank, axes, bias=True)
+        # The published start; with biases of zero, z would begin without its linear marginals.
         self.to_rank_action.bias[...] = jnp.full(rank, 0.382050174)
         self.to_rank_video.bias[...] = jnp.full(rank, 0.382050174)
         self.to_shared = Linear(keys[4], rank, 3 * d, axes)

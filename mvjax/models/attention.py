@@ -10,6 +10,7 @@ keep them on the chip, which is what makes tens of thousands of tokens possible.
 import functools
 from collections.abc import Callable
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -55,6 +56,9 @@ def attend(
     Returns:
         [batch, queries, heads, head_dim] in the dtype of the queries.
     """
+    b, _, num_heads, head_dim = q_blhd.shape
+    # Fewer heads of keys than of queries would be shared between them, and not refused.
+    chex.assert_shape([k_bmhd, v_bmhd], (b, k_bmhd.shape[1], num_heads, head_dim))
     kernel = choose_kernel(kernel, q_blhd, k_bmhd)
     if kernel == "xla":
         q = constrain(q_blhd, "batch", "length", "heads", None)
@@ -285,6 +289,7 @@ def rope_table(
     Returns:
         cos, sin: float32 [t·h·w, head_dim / 2].
     """
+    # With NumPy, in `dtype` at every step: the release's roundings happen here, not on a device.
     d_space = head_dim // 6 * 2
     sizes = (head_dim - 2 * d_space, d_space, d_space)
     angles = []

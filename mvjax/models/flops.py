@@ -103,6 +103,7 @@ def _video_dit(
 
     def kernel(name: str, rows: int, d_in: int, d_out: int) -> Products:
         dense = 2.0 * rows * d_in * d_out
+        # Under LoRA kernels get no gradient, but for those of adaLN, which learn in full.
         if lora is None or name == "adaln":
             return Products(learned=dense)
         adapter = 2.0 * rows * lora.rank * (d_in + d_out) if name in lora.targets else 0.0
@@ -111,6 +112,7 @@ def _video_dit(
     def modulation(chunks: int) -> Products:  # once per latent frame
         return kernel("adaln", t, d, rank) + kernel("adaln", t, rank, chunks * d)
 
+    # Attention is two products, with both factors needing a gradient: q kᵀ, and weights with v.
     block = Products(learned=4.0 * n * n * d + 4.0 * n * text_length * d)
     for rows, width in ((n, d), (text_length, config.text_dim)):  # self- and cross-attention
         block += kernel("q_proj", n, d, d) + kernel("output_proj", n, d, d)
@@ -143,7 +145,8 @@ def _action_decoder(config: ActionDecoderConfig, context_tokens: int, draws: int
             (kernel(rows, *sizes) for sizes in pairwise(embedder_widths(dim, d))), Products()
         )
 
-    keys_values = 2 * kernel(context_tokens, config.context_dim, d)  # shared by the draws
+    # Keys and values of the context are made once; everything else once for every draw.
+    keys_values = 2 * kernel(context_tokens, config.context_dim, d)
     hidden = config.mlp_ratio * d
     block = Products(learned=4.0 * n * (n + context_tokens) * d) + 6 * kernel(n, d, d)
     block += kernel(n, d, hidden) + kernel(n, hidden, d) + 3 * modulation(3)

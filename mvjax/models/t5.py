@@ -145,6 +145,7 @@ class T5Encoder(nnx.Module):
         # what a sublayer adds to it.
         x = self.token_embedding[...][tokens].astype(jnp.float32)
         x = constrain(x, "batch", "length", None)
+        # One table of biases serves all blocks: gathered once, outside the scan.
         bucket = position_bucket(length, config.relative_buckets, config.max_distance)
         bias = self.relative_bias[...].astype(jnp.float32)[bucket].transpose(2, 0, 1)[None]
         bias = constrain(bias, None, "heads", "length", None)
@@ -288,6 +289,7 @@ class T5TextEncoder:
             )
         self.length, self.dim = tokenizer.length, network.config.width
         self._params, self._tokenizer = params, tokenizer
+        # Parameters are arguments: closed over, they would be constants of every compiled length.
         self._forward = jax.jit(lambda params, *inputs: network.bind(params)(*inputs))
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
@@ -297,6 +299,7 @@ class T5TextEncoder:
             rows = out[start : start + BATCH]
             tokens, mask = self._tokenizer(texts[start : start + BATCH])
             length = self._padded_length(mask.sum(axis=1).max())
+            # A batch that is not full is filled with rows without tokens, so that shapes repeat.
             fill = ((0, BATCH - len(rows)), (0, 0))
             inputs = (np.pad(x[:, :length], fill) for x in (tokens, mask))
             rows[:, :length] = np.asarray(self._forward(self._params, *inputs))[: len(rows)]

@@ -218,6 +218,7 @@ class VideoDiT(nnx.Module):
         config = self.config
         tau = rounded(timesteps.astype(jnp.float32) * config.timestep_scale, config.precision)
         sinusoid = time_sinusoid(tau, config.width).astype(time_dtype(config.precision))
+        # As published: what each sublayer reads is normalised, what they share is not.
         embedding, shared = self.t_embedding_norm(sinusoid), self.t_embedder(sinusoid)
         return embedding.astype(config.dtype), shared.astype(config.dtype)
 
@@ -231,6 +232,7 @@ class VideoDiT(nnx.Module):
         chex.assert_shape(condition_mask, (b, t) if condition_mask.ndim == 2 else (b, t, h, w))
         if condition_mask.ndim == 2:
             condition_mask = condition_mask[:, :, None, None]
+        # Both masks are channels beside the latents, so that the patch embedding reads them.
         padding = jnp.zeros((b, h, w)) if padding_mask is None else padding_mask
         masks = [
             jnp.broadcast_to(mask, (b, t, h, w))[..., None].astype(latents.dtype)
@@ -248,6 +250,7 @@ class VideoDiT(nnx.Module):
                 f"{config.num_blocks} (0 is the patch embedding)."
             )
         _, t, h, w, _ = shape
+        # Made here and not stored: no parameter depends on the size of the video.
         angles = "bfloat16" if config.precision == "published" else "float32"
         grid = (t, h // PATCH, w // PATCH)
         rope = rope_table(grid, config.head_dim, config.rope_ratio_thw, angles)
@@ -274,6 +277,7 @@ class TimeEmbedding(nnx.Module):
 
 def time_sinusoid(tau: Array, d: int) -> Array:
     """concat(cos, sin) of τ · 10000^(-i / (d/2)), i < d/2; float32 [b, t] to [b, t, d]."""
+    # The frequencies in float64, rounded once.
     frequencies = jnp.asarray(np.exp(-np.log(10000.0) * np.arange(d // 2) / (d // 2)), jnp.float32)
     angles = tau[..., None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)

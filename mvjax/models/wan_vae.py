@@ -128,6 +128,7 @@ class WanVAE(nnx.Module):
 
         def encode_chunk(x: Array, history: History) -> Array:
             moments = self.quant_conv(self.encoder(x.astype(self.config.dtype), history))
+            # The mean and no sample of the posterior, as Cosmos-Predict2 does.
             mean, _log_variance = jnp.split(moments, 2, axis=-1)
             return self.normalise(mean.astype(jnp.float32))
 
@@ -169,6 +170,7 @@ class WanVAE(nnx.Module):
     def _statistics(self) -> tuple[Callable[[Array], Array], Array, Array]:
         """How to round a step of the normalisation, the latents' mean, and 1 / their std."""
         step = partial(rounded, precision=self.config.precision)
+        # The release casts mean and std and keeps 1 / std, so each of these is rounded.
         mean = jnp.asarray(self.config.latent_mean, jnp.float32)
         std = jnp.asarray(self.config.latent_std, jnp.float32)
         return step, step(mean), step(1 / step(std))
@@ -200,7 +202,7 @@ class History:
             x = jnp.concatenate([next(self._before), x], axis=1)
         short = max(0, frames - x.shape[1])
         tail = jnp.pad(x, ((0, 0), (short, 0), (0, 0), (0, 0), (0, 0))) if short else x
-        self.after.append(tail[:, -frames:])
+        self.after.append(tail[:, -frames:])  # zeros where the clip is still shorter than that
         return x, frames if self.at_start else 0
 
 
@@ -431,13 +433,14 @@ class Down(nnx.Module):
 
     def __call__(self, x: Array, history: History) -> Array:
         """Maps [b, t, h, w, d] to [b, t or (t + 1) / 2, h/2, w/2, d]; later chunks t to t / 2."""
+        # Padded below and on the right alone, as published.
         x = per_frame(lambda frames: self.conv(frames, ((0, 1), (0, 1))), x)
         if self.time_conv is None:
             return x
         # The clip's first frame is kept as it is; then come the windows (0,1,2), (2,3,4), ...
         first = x[:, :1]
         known, _ = history.extend(x, 1)
-        if known.shape[1] == 1:
+        if known.shape[1] == 1:  # a clip of one frame has no window
             return first
         y = self.time_conv(known, ((0, 0), (0, 0), (0, 0)))
         return jnp.concatenate([first, y], axis=1) if history.at_start else y
@@ -465,6 +468,7 @@ class Up(nnx.Module):
         x, missing = history.extend(x, 2)
         if t == 0:
             return x
+        # Twice the channels are the two frames that each one becomes.
         pairs = self.time_conv(x, ((missing, 0), (0, 0), (0, 0))).reshape(b, t, h, w, 2, d)
         return jnp.moveaxis(pairs, 4, 2).reshape(b, 2 * t, h, w, d)
 
