@@ -105,11 +105,8 @@ class _Dataset:
                 f"{store.path} is no episode: it has no arrays <key> and <key>{TIMES}, but "
                 f"{sorted(shapes)}"
             )
-        cameras = [
-            key
-            for key in keys
-            if len(shapes[key]) == 4 and shapes[key][-1] == 3 and store.is_uint8(key)
-        ]
+        pictures = [key for key in keys if len(shapes[key]) == 4 and shapes[key][-1] == 3]
+        cameras = [key for key in pictures if store.is_uint8(key)]
         instructions = _instructions(store) if INSTRUCTION in shapes else ("",)
         return Episode(
             id=self.ids[index],
@@ -124,8 +121,6 @@ class _Dataset:
 
 def _stream(store: "ArrayStore", key: str, length: int, camera: bool) -> Stream:
     times = store.read(key + TIMES)
-    if camera:
-        store.check(key)
     values = StoredFrames(store, key, length) if camera else store.read(key)
     if times.dtype.kind == "f":  # the newer release's Bridge: seconds times 1e9
         times = np.round(times)
@@ -233,16 +228,14 @@ class ZarrStore:
             return {key: tuple(about["shape"]) for key, about in described.items()}
 
     def is_uint8(self, key: str) -> bool:
-        """Whether an array's numbers are of that type."""
+        """Whether an array, which is checked to be whole, has numbers of that type."""
         with _named(self.path, key):
-            return self._array(key).dtype == np.uint8
+            return self._checked(key).dtype == np.uint8
 
     def read(self, key: str) -> np.ndarray:
         """A whole array; byte strings as objects."""
         with _named(self.path, key):
-            array = self._array(key)
-            self._check(key, array)
-            return array[()]
+            return self._checked(key)[()]
 
     def rows(self, key: str, numbers: np.ndarray) -> np.ndarray:
         """Some rows of an array."""
@@ -255,20 +248,18 @@ class ZarrStore:
                 if kept != chunk:
                     del block
                     self._unpacked.pop(key, None)  # not two in memory at a time
-                    self._check(key, array)
-                    block = array[chunk * size : (chunk + 1) * size]
+                    block = self._checked(key)[chunk * size : (chunk + 1) * size]
                     self._unpacked[key] = chunk, block
                 wanted = np.flatnonzero(numbers // size == chunk)
                 out[wanted] = block[numbers[wanted] - chunk * size]
             return out
 
-    def check(self, key: str) -> None:
-        """Raises ValueError if a chunk is missing or cut off; reads next to nothing."""
-        with _named(self.path, key):
-            self._check(key, self._array(key))
+    def _checked(self, key: str) -> Any:
+        """The array, unless a chunk of it is missing or cut off.
 
-    def _check(self, key: str, array: Any) -> None:
-        # zarr itself reads zeros for missing chunks, and Blosc reads past the end of cut ones.
+        zarr itself reads zeros for missing chunks, and Blosc reads past the end of cut ones.
+        """
+        array = self._array(key)
         blosc = _codecs(self._described[key])[-1:] == ["blosc"]
         counts = (-(-n // size) for n, size in zip(array.shape, array.shards or array.chunks))
         for place in itertools.product(*map(range, counts)):
@@ -287,6 +278,7 @@ class ZarrStore:
                 ) from None
             if size == 0 or (blosc and int.from_bytes(header[12:16], "little") != size):
                 raise ValueError(f"chunk {name} is cut off after {size} bytes; copy it again")
+        return array
 
     def _array(self, key: str) -> Any:
         """A `zarr.Array`; of zarr's functions that open one, none takes a description."""
@@ -321,7 +313,7 @@ def _codecs(about: dict) -> list[str]:
 
 
 class SafetensorsStore:
-    """A safetensors file; rows are read without the rest."""
+    """A safetensors file, which the library finds whole at opening; rows are read by themselves."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -346,9 +338,6 @@ class SafetensorsStore:
         with _named(self.path, key), safe_open(self.path, "numpy") as file:
             part = file.get_slice(key)
             return np.concatenate([part[int(i) : int(i) + 1] for i in numbers])
-
-    def check(self, key: str) -> None:
-        """Nothing to do: the library compares the file's length with its header at opening."""
 
 
 ArrayStore = ZarrStore | SafetensorsStore
