@@ -1,4 +1,4 @@
-"""Every representation of a vector against scipy, and its way back to the dataset."""
+"""Representations: each against scipy and back, and their rotations against the definition."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,19 @@ from vector_streams import (
     there_and_back,
 )
 
+from data_pipelines.representations import (
+    ROTATION_WIDTHS,
+    gripper_command,
+    gripper_opening,
+    relative_poses,
+    rotation_from_6d,
+    rotation_matrices,
+    rotation_to_6d,
+    rotation_values,
+)
 from data_pipelines.vectors import mask, parse, read, restore, streams
+
+RNG = np.random.default_rng(0)
 
 
 def test_one_name_is_its_values():
@@ -126,3 +138,67 @@ def test_two_arms_side_by_side():
     seen, _ = read_parts(dict(stream="eef", represent="relative_pose", base="other"), dim=9)
     relative = np.linalg.inv(VALUES["other"][7]) @ VALUES["eef"][8:13]
     np.testing.assert_allclose(seen[1, :, :3], relative[:, :3, 3], atol=1e-5)
+
+
+# The maps they use.
+
+
+def _rotations(n):
+    q, _ = np.linalg.qr(RNG.normal(size=(n, 3, 3)))
+    return q * np.sign(np.linalg.det(q))[:, None, None]
+
+
+def test_6d_rotations_round_trip_and_repair():
+    rotations = _rotations(50)
+    six = rotation_to_6d(rotations)
+    np.testing.assert_array_equal(six[0], rotations[0, :2].ravel())
+    np.testing.assert_allclose(rotation_from_6d(six), rotations, atol=1e-12)
+    repaired = rotation_from_6d(six * 3 + RNG.normal(size=six.shape) * 0.1)
+    np.testing.assert_allclose(
+        repaired @ repaired.swapaxes(1, 2), np.tile(np.eye(3), (50, 1, 1)), atol=1e-9
+    )
+    np.testing.assert_allclose(np.linalg.det(repaired), 1.0)
+
+
+def test_relative_poses_compose_back():
+    poses = np.tile(np.eye(4), (4, 6, 1, 1))
+    poses[..., :3, :3] = _rotations(24).reshape(4, 6, 3, 3)
+    poses[..., :3, 3] = RNG.normal(size=(4, 6, 3))
+    relative = relative_poses(poses, poses[:, 0])
+    np.testing.assert_allclose(relative[:, 0], np.tile(np.eye(4), (4, 1, 1)), atol=1e-12)
+    np.testing.assert_allclose(poses[:, :1] @ relative, poses, atol=1e-12)
+
+
+def test_stored_rotations_mean_what_their_names_say():
+    """A quarter turn about z, and one about x followed by one about the fixed z."""
+    half = np.sqrt(0.5)
+    quarter = [[0, -1, 0], [1, 0, 0], [0, 0, 1]]
+    for form, values in {
+        "matrix": np.ravel(quarter),
+        "quaternion_xyzw": [0, 0, half, half],
+        "quaternion_wxyz": [half, 0, 0, half],
+        "rotvec": [0, 0, np.pi / 2],
+        "euler_xyz": [0, 0, np.pi / 2],
+    }.items():
+        np.testing.assert_allclose(rotation_matrices(np.array(values), form), quarter, atol=1e-12)
+    both = rotation_matrices(np.array([np.pi / 2, 0, np.pi / 2]), "euler_xyz")
+    np.testing.assert_allclose(both @ [0, 1, 0], [0, 0, 1], atol=1e-12)
+    np.testing.assert_allclose(both @ [1, 0, 0], [0, 1, 0], atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ROTATION_WIDTHS)
+def test_rotations_of_any_shape_round_trip(form):
+    rotations = _rotations(12).reshape(3, 4, 3, 3)
+    values = rotation_values(rotations, form)
+    assert values.shape == (3, 4, ROTATION_WIDTHS[form])
+    np.testing.assert_allclose(rotation_matrices(values, form), rotations, atol=1e-12)
+
+
+def test_gripper_conventions():
+    widths = np.array([-0.01, 0.0, 0.02, 0.08, 0.1])
+    opening = gripper_opening(widths, closed=0.0, open=0.08)
+    np.testing.assert_allclose(opening, [0, 0, 0.25, 1, 1])
+    np.testing.assert_allclose(gripper_opening(-widths, 0.0, -0.08), opening)
+    np.testing.assert_array_equal(gripper_opening(widths, 0.0, 0.08, binary=True), [0, 0, 0, 1, 1])
+    np.testing.assert_allclose(gripper_command(opening, 1.0, -1.0), [1, 1, 0.5, -1, -1])
+    np.testing.assert_allclose(gripper_command(np.array([-3, 0.6]), 1.0, -1.0, True), [1, -1])
