@@ -3,22 +3,10 @@
     python -m launch.estimate --config=configs/bridge_video.py --topology=v5e:4x4 --batch_per_chip=1
 
 Several slices: --slices=4 --config.mesh.data=4. The best mesh and the largest batch: --search. Any
-setting can be changed as for `launch.train`. Needs libtpu: pip install -r requirements-aot.txt.
+setting can be changed as for `launch.train`. Needs libtpu: pip install 'mvjax[tpu]'.
 """
 
-import json
 import os
-import sys
-from pathlib import Path
-
-import jax
-from absl import flags
-
-from launch.entry import config_flag, path_flag, run
-from mvjax.experiment import Experiment
-from mvjax.pods.compile import USUAL_MFU, Estimate, batch_size, estimate, report
-from mvjax.pods.search import Found, search
-from mvjax.pods.topology import pod_devices, pod_size
 
 # Compiling for a TPU pod on any machine: jax itself stays on the CPU, libtpu looks for no TPU and
 # no metadata server of a cloud, and several of these may run at once. jax reads this on import.
@@ -33,21 +21,35 @@ os.environ.update(
     TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
 )
 
+import logging
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from data_pipelines.atomic import write_json
+from launch.entry import config_flag, path_flag, run
+from mvjax.experiment import Experiment
+from mvjax.pods.compile import USUAL_MFU, batch_size, estimate, report
+from mvjax.pods.search import Found, search
+from mvjax.pods.topology import pod_devices, pod_size
 
 CONFIG = config_flag()
-TOPOLOGY = path_flag("topology", "Generation and chips of a slice: v5e:4x4, v5p:8x8x8, v6e:16x16.")
-SLICES = flags.DEFINE_integer("slices", 1, "Such slices, joined along the data axis.")
+TOPOLOGY = path_flag("topology", "TPU generation and chips of a slice: v5e:4x4, v5p:8x8x8.")
+SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, joined along the data axis.")
 BATCH_PER_CHIP = flags.DEFINE_float(
-    "batch_per_chip", None, "Clips per chip instead of training.batch_size; 0.5: two chips a clip."
+    "batch_per_chip", None, "Clips per chip, in place of training.batch_size; 0.5: a clip on two."
 )
-MFU = flags.DEFINE_float("mfu", USUAL_MFU, "Share of the peak FLOP/s for the step time.")
+MFU = flags.DEFINE_float("mfu", USUAL_MFU, "Share of the peak FLOP/s that the step reaches.")
 SEARCH = flags.DEFINE_bool(
-    "search", False, "Find the best mesh, and the largest batch unless given."
+    "search", False, "Find the best mesh and, without --batch_per_chip, the largest batch."
 )
 MAX_COMPILES = flags.DEFINE_integer(
-    "max_compiles", 12, "Programs that --search compiles at most.", lower_bound=1
+    "max_compiles", 12, "Most programs that --search may compile.", lower_bound=1
 )
-JSON = flags.DEFINE_string("json", None, "A file for the figures.")
+JSON = flags.DEFINE_string("json", None, "File that receives the figures.")
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -66,7 +68,8 @@ def main() -> None:
         made = estimate(experiment, devices, MFU.value)
     print("\n".join([report(experiment, TOPOLOGY.value, made), *ended]))
     if JSON.value:
-        _write(Path(JSON.value), experiment, made)
+        about = dict(topology=TOPOLOGY.value, stage=experiment.stage, remat=experiment.video.remat)
+        write_json(Path(JSON.value), about | made.as_dict())
 
 
 def _search(experiment: Experiment, devices: list[jax.Device], size: int | None) -> Found:
@@ -78,14 +81,8 @@ def _search(experiment: Experiment, devices: list[jax.Device], size: int | None)
         compiled=lambda candidate: estimate(candidate, devices, MFU.value),
         batch_size=size,
         max_compiles=MAX_COMPILES.value,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
+        say=log.info,
     )
-
-
-def _write(path: Path, experiment: Experiment, made: Estimate) -> None:
-    figures = dict(topology=TOPOLOGY.value, stage=experiment.stage, remat=experiment.video.remat)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(figures | made.as_dict(), indent=1) + "\n")
 
 
 if __name__ == "__main__":
