@@ -55,10 +55,9 @@ def map_array(
     """
     if 0 in shape:  # an empty range cannot be mapped
         return np.empty(shape, dtype)
-    if strides is None:
-        count, steps = math.prod(shape), None
-    else:
-        count = 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
+    count, steps = math.prod(shape), None
+    if strides is not None:
+        count = span(shape, strides)
         # The stride of an axis of length one is never used, and may be anything.
         steps = [stride * dtype.itemsize if size > 1 else 0 for size, stride in zip(shape, strides)]
     mapped = np.memmap(path, np.uint8, "r", offset, (count * dtype.itemsize,))
@@ -66,6 +65,11 @@ def map_array(
     if array.flags.c_contiguous and array.flags.aligned:
         return array
     return array.copy(order="C")
+
+
+def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
+    """How many elements lie between the first and the last of a view, both included."""
+    return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
 
 
 def raw_bytes(name: str, tensor: TorchTensor) -> np.ndarray:

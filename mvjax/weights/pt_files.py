@@ -26,6 +26,7 @@ from mvjax.weights.files import (
     WeightsError,
     map_array,
     raw_bytes,
+    span,
 )
 
 # A real checkpoint nests a few dicts; a file made to exhaust the reader would nest without end.
@@ -208,8 +209,7 @@ def _mapped(
     if key not in storages:
         raise WeightsError(f"{path} lacks the values of {name} (data/{key}); download it again.")
     first, entry = storages[key]
-    last = sum((size - 1) * stride for size, stride in zip(shape, strides))
-    needed = 0 if 0 in shape else (offset + last + 1) * dtype.itemsize
+    needed = 0 if 0 in shape else (offset + span(shape, strides)) * dtype.itemsize
     if needed > entry.file_size:
         raise WeightsError(
             f"{path} holds {entry.file_size:,} bytes of values for {name}, which needs "
