@@ -172,7 +172,7 @@ class Linear(nnx.Module):
         # must stay apart.
         if jax.sharding.get_abstract_mesh().size <= 1:
             x = x.reshape(-1, shape[-1])
-        # Parameters are stored in float32 and cast at use: the optimizer needs their last digits.
+        # Kernels that learn are float32 and cast at use: the optimizer needs their last digits.
         y = x @ self.kernel[...].astype(x.dtype)
         if self.adapted:
             low = x @ self.lora_a[...].astype(x.dtype)
