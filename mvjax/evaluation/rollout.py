@@ -112,8 +112,7 @@ def read_results(path: Path) -> list[EpisodeResult]:
             results.append(EpisodeResult(**json.loads(line)))
         except (ValueError, TypeError) as error:
             raise ValueError(
-                f"Line {number} of {path} is not an episode result ({error}): delete that line to "
-                "have the episode evaluated again."
+                f"Line {number} of {path} is not an episode result ({error}): delete that line."
             ) from error
     return results
 
@@ -333,11 +332,10 @@ class RolloutError(RuntimeError):
 
 
 class WorkerProcess:
-    """Starts a worker, talks to it, and keeps the account of the episode it plays.
+    """A simulator process as the evaluating process sees it, with the episode it plays.
 
-    The process is a fresh interpreter that imports only the worker and the simulator (not the
-    caller's main module, which may import jax). It is in a process group of its own, so that
-    Ctrl-C reaches the evaluating process alone, and it ends by itself when that process is gone.
+    It is a fresh interpreter that imports only the worker and the simulator (not the caller's main
+    module, which may import jax), and ends by itself when the evaluating process is gone.
 
     Attributes:
         connection: this side's end of the pipe.
@@ -353,7 +351,7 @@ class WorkerProcess:
             [str(interpreter or sys.executable), "-c", serve],
             pass_fds=[child.fileno()],
             env=_environment(same_python=interpreter in (None, Path(sys.executable))),
-            process_group=0,
+            process_group=0,  # Ctrl-C reaches the evaluating process alone
         )
         child.close()
         self.order: Order | None = None

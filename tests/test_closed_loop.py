@@ -1,8 +1,11 @@
+"""Success rates with their intervals, and the suites that a policy is evaluated in."""
+
 import math
 
 import pytest
 
 from mvjax.evaluation.closed_loop import mean_success, success_table, wilson_interval
+from mvjax.evaluation.suites.suite import SUITES, Simulator
 
 
 @pytest.mark.parametrize(
@@ -50,3 +53,14 @@ def test_table_and_mean_over_tasks():
     assert mean.rate == pytest.approx((3 / 4 + 0) / 2)  # tasks weigh the same
     assert (mean.low, mean.high) == wilson_interval(3, 6)  # episodes pooled
     assert mean_success([]).trials == 0
+
+
+@pytest.mark.parametrize("name", SUITES)
+def test_every_suite_follows_the_protocol_and_knows_its_tasks(name):
+    suite = SUITES[name]
+    for member in (*vars(Simulator), *Simulator.__annotations__):
+        if not member.startswith("_") and member not in ("instruction", "max_steps"):
+            assert hasattr(suite.make_simulator, member), member
+    assert suite.control_hz == suite.make_simulator.control_hz
+    with pytest.raises(ValueError, match=r"unknown .* task 'fly'"):
+        suite.check_task("fly")
