@@ -196,10 +196,10 @@ class BadShare:
         self._bad: list[str] = []
         self.seen = self.bad = 0
 
-    def good(self, count: int = 1) -> None:
-        """So many were read."""
+    def good(self) -> None:
+        """One was read."""
         with self._lock:
-            self.seen += count
+            self.seen += 1
 
     def is_bad(self, name: str, reason: str) -> None:
         """One could not be read.

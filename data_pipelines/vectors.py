@@ -69,8 +69,10 @@ def parse(description: str | Sequence[Mapping[str, Any]], what: str = "vector") 
     """
     if isinstance(description, str):
         return (Part((description,)),) if description else ()
-    is_list = isinstance(description, tuple | list)
-    if not is_list or not all(hasattr(part, "items") for part in description):
+    if not isinstance(description, tuple | list) or not all(
+        hasattr(part, "items")
+        for part in description  # a ConfigDict is no Mapping
+    ):
         raise ValueError(
             f"{what} must be a stream's name or a tuple of parts such as dict(stream='action'), "
             f"got {description!r}"
@@ -159,7 +161,7 @@ def read(
     stored = {name: stream.values for name, stream in episode.items()}
     padded = np.zeros((len(anchors), horizon), bool)
 
-    def cut(part: Part, names, columns, width: int, spec: WindowSpec) -> list[np.ndarray]:
+    def cut(part: Part, names, columns, width: int, spec: WindowSpec):
         # Loaded before windows are cut, because a value is in many windows.
         forms = _load(part, names, columns, stored, width)
         cuts = [
@@ -167,7 +169,7 @@ def read(
             for name, form in zip(names, forms)
         ]
         values, outside = zip(*cuts)
-        return [_join(values), np.any(outside, axis=0)]
+        return _join(values), np.any(outside, axis=0)
 
     def express(part: Part, width: int) -> np.ndarray:
         nonlocal padded
@@ -242,6 +244,7 @@ def restore(
 
 
 def _fixed_modes(part: Part) -> tuple[Mode | None, ...] | None:
+    """Of a part whose width is fixed; padding is all zeros, which need no scale."""
     return (Mode.IDENTITY,) * part.pad if part.pad else REPRESENTATIONS[part.represent].modes
 
 
