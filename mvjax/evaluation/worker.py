@@ -1,10 +1,10 @@
 """One simulator process: plays episodes and asks the evaluating process for actions.
 
-The process is started by `mvjax.evaluation.rollout` and speaks over one pipe. It receives an
-`Order` or a chunk of actions, and sends a `Query`, an `Outcome` or a `Failure`. It imports no jax:
-accelerators belong to the evaluating process, and a worker should start in a second. It may run in
-another Python (3.11 or newer) with another numpy, as some simulators need: messages hold nothing
-but plain values, arrays and the classes of this file and of `mvjax.policy.observation`.
+The process is started by `mvjax.evaluation.rollout` and speaks over one pipe. It receives a `Job`,
+then each `Order` and chunk of actions, and sends a `Query`, an `Outcome` or a `Failure`. It imports
+no jax: accelerators belong to the evaluating process, and a worker should start in a second. It may
+run in another Python (3.11 or newer) with another numpy, as some simulators need: messages hold
+nothing but plain values, arrays and the classes of this file and of `mvjax.policy.observation`.
 """
 
 import itertools
@@ -126,8 +126,11 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
             break
         observe()
     if order.video is not None:
+        from data_pipelines.video import write_video  # PyAV is needed only for recordings
+
         recorded.append(simulator.render())  # how it ended
-        _record(Path(order.video), recorded, job.spec.fps)
+        Path(order.video).parent.mkdir(parents=True, exist_ok=True)
+        write_video(Path(order.video), recorded, round(job.spec.fps))
     return Outcome(success, steps)
 
 
@@ -141,10 +144,3 @@ def _actions(
         yield simulator.expert_action()
     while True:
         yield from ask()
-
-
-def _record(path: Path, frames: list[np.ndarray], fps: float) -> None:
-    from data_pipelines.video import write_video  # PyAV is needed only for recordings
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_video(path, frames, round(fps))
