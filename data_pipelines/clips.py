@@ -13,8 +13,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines.episode import Episode
+from data_pipelines.frames import resize_area
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
-from data_pipelines.video import resize_area
 from data_pipelines.windows import WindowSpec, anchors, nearest_indices, request_times
 
 Rows = tuple[tuple[str, ...], ...]  # of cameras

@@ -1,4 +1,4 @@
-"""Video files through PyAV: exact random access by frame number, deterministic encoding, resizing.
+"""Video files through PyAV: exact random access by frame number, deterministic encoding.
 
 `VideoFile` is what the sources give out. It asks a `VideoPool`, which the videos of a dataset
 share, for the list of its file's frames (`video_index`) and for a `Decoder`.
@@ -17,8 +17,8 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.atomic import replacing
 from data_pipelines.episode import NANOSECONDS, Stream
+from data_pipelines.frames import Frames
 from data_pipelines.lru import LRU
-from data_pipelines.sources.files import Frames
 from data_pipelines.video_index import (
     FileRange,
     VideoIndex,
@@ -324,63 +324,3 @@ def read_observed(path: Path, most: int) -> np.ndarray:
             f"{path} is neither a picture (such as .png, .jpg) nor a video (such as .mp4) that can "
             "be read; give another file, or convert this one."
         ) from error
-
-
-def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales frames until they cover the size, without aliasing, and cuts out the centre.
-
-    Source: Cosmos-Predict2, which treats its conditioning pictures so.
-
-    Args:
-        frames: uint8 [t, h, w, 3].
-        height, width: of the output, pixels.
-
-    Returns:
-        uint8 [t, height, width, 3].
-    """
-    h, w = frames.shape[1:3]
-    if height * w >= width * h:  # the height decides; the width is rounded up
-        scaled = height, -(-w * height // h)
-    else:
-        scaled = -(-h * width // w), width
-    top, left = (scaled[0] - height) // 2, (scaled[1] - width) // 2
-    return resize_area(frames, *scaled)[:, top : top + height, left : left + width]
-
-
-def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Resizes frames without aliasing.
-
-    Where both sides shrink by whole factors every output pixel is the rounded mean of its box;
-    otherwise Pillow's antialiased bilinear filter is used, which is the release's resize.
-
-    Args:
-        frames: uint8 [t, h, w, 3].
-        height: output height, pixels.
-        width: output width, pixels.
-
-    Returns:
-        uint8 [t, height, width, 3]; the input itself when it already has that size.
-    """
-    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
-        raise ValueError(
-            f"Frames are {frames.dtype} {frames.shape}; resize_area expects uint8 [t, h, w, 3]."
-        )
-    _, h, w, _ = frames.shape
-    if (h, w) == (height, width):
-        return frames
-    if h % height or w % width:
-        images = [
-            Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
-            for frame in frames
-        ]
-        return np.stack([np.asarray(image) for image in images])
-    rows, columns = h // height, w // width
-    area = rows * columns
-    # Adding whole strided planes is several times faster than reducing over tiny axes.
-    total = np.full(
-        (len(frames), height, width, 3), area // 2, np.uint32 if area > 256 else np.uint16
-    )
-    for row in range(rows):
-        for column in range(columns):
-            total += frames[:, row::rows, column::columns]
-    return (total // area).astype(np.uint8)

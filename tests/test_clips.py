@@ -13,7 +13,7 @@ from data_pipelines.clips import (
     tile,
 )
 from data_pipelines.episode import Episode, Stream
-from data_pipelines.video import resize_area
+from data_pipelines.frames import resize_area
 
 RNG = np.random.default_rng(0)
 CLIP = ConfigDict(dict(height=32, width=48, observed_frames=5, future_frames=8, fps=10))

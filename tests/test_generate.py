@@ -14,7 +14,8 @@ from tiny_policy import random_params
 from tiny_stages import save_untrained, tiny_config
 
 from data_pipelines.clip import Clip
-from data_pipelines.video import VideoFile, cover, read_observed, write_video
+from data_pipelines.frames import cover
+from data_pipelines.video import VideoFile, read_observed, write_video
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling, condition_mask, denoise, published_noise, sample_video, start
 from mvjax.models.stand_ins import NgramTextEncoder, fit_linear_tokenizer, save_linear_tokenizer

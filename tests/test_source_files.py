@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from data_pipelines.episode import FrameReader, reason
-from data_pipelines.sources.files import Hdf5Frames, Hdf5Pool, Pictures, decode_picture
+from data_pipelines.frames import Pictures, decode_picture
+from data_pipelines.sources.files import Hdf5Frames, Hdf5Pool
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import VideoFile
 

@@ -5,7 +5,8 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines.video import VideoFile, VideoPool, resize_area, write_video
+from data_pipelines.frames import resize_area
+from data_pipelines.video import VideoFile, VideoPool, write_video
 
 FPS = 80
 COUNT = 55

@@ -26,7 +26,7 @@ from mvjax.models.stand_ins import (
 )
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy, VideoActionModel
-from mvjax.serving.adapters import policy_vectors, make_adapter
+from mvjax.serving.adapters import make_adapter, policy_vectors
 from mvjax.serving.batching import Batching
 from mvjax.serving.protocol import MessageLimits
 from mvjax.serving.server import Serving, make_server

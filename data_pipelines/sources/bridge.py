@@ -23,8 +23,9 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
+from data_pipelines.frames import Pictures
 from data_pipelines.pickles import read_array_pickle
-from data_pipelines.sources.files import Pictures, Visit, glance, read_text, walk
+from data_pipelines.sources.files import Visit, glance, read_text, walk
 
 HZ = 5.0
 OBSERVED = ("state", "full_state", "desired_state", "eef_transform", "qpos", "qvel", "joint_effort")

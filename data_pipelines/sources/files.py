@@ -1,27 +1,18 @@
-"""What the formats share: folders and text files, readers of stored frames, open HDF5 files.
+"""What the formats share: folders, text files, HDF5 files that stay open in a pool."""
 
-A camera of an `Episode` is a `FrameReader`. Readers of single frames derive from `Frames` here,
-those whose frames are JPEG or PNG pictures from `Pictures`. They keep names and numbers only, so
-that they can be pickled; open files stay in a pool, which pickling empties.
-"""
-
-import io
 import os
 import threading
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
 import h5py
 import numpy as np
-from PIL import Image, ImageOps
 
 from data_pipelines.episode import reason
+from data_pipelines.frames import Frames
 from data_pipelines.lru import LRU
-
-# Folders.
 
 Visit = tuple[Path, list[str], list[str]]
 _NOT_OURS = "lost+found"  # the file system's, at the root of a disk; only root may read it
@@ -105,86 +96,7 @@ def decode_text(data: bytes, where: object) -> str:
         ) from None
 
 
-# Frames that stay on disk until they are asked for.
-
-
-class Frames(ABC):
-    """Base of the `FrameReader`s: a subclass reads frames in increasing order, each once.
-
-    Args:
-        where: the file or folder, for messages.
-        length: the number of frames.
-    """
-
-    def __init__(self, where: object, length: int):
-        self.where = where
-        self._length = length
-
-    def __len__(self) -> int:
-        return self._length
-
-    def read(self, indices: Sequence[int]) -> np.ndarray:
-        """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3].
-
-        Raises:
-            IndexError: for a frame that does not exist.
-            ValueError: for no indices, or frames that are damaged or differ in size.
-        """
-        indices = np.asarray(indices, np.int64)
-        if not len(indices):
-            raise ValueError(f"{self.where}: no frame indices were given")
-        bad = indices[(indices < 0) | (indices >= len(self))]
-        if len(bad):
-            raise IndexError(f"{self.where}: frame {bad[0]} asked for, but there are {len(self)}")
-        unique, places = np.unique(indices, return_inverse=True)
-        frames = self._read(unique.tolist())
-        return frames if np.array_equal(unique, indices) else frames[places]
-
-    @abstractmethod
-    def _read(self, numbers: list[int]) -> np.ndarray:
-        """Frames at increasing numbers, all of which exist: uint8 [k, h, w, 3]."""
-
-
-class Pictures(Frames):
-    """Base of the readers of frames that are stored as JPEG or PNG pictures."""
-
-    upright = False  # whether pictures are turned as their EXIF tag says
-
-    @abstractmethod
-    def encoded(self, number: int) -> bytes | Path:
-        """A picture as it is stored, or the file that holds it."""
-
-    def name(self, number: int) -> str:
-        """Of a picture, for messages."""
-        return f"{self.where}: picture {number}"
-
-    def _read(self, numbers: list[int]) -> np.ndarray:
-        frames = [decode_picture(self.encoded(n), self.name(n), self.upright) for n in numbers]
-        if len(sizes := {frame.shape for frame in frames}) > 1:
-            raise ValueError(f"{self.where}: the pictures have different sizes, {sorted(sizes)}")
-        return np.stack(frames)
-
-
-def decode_picture(picture: bytes | Path, where: object, upright: bool = False) -> np.ndarray:
-    """Decodes a picture of any kind that Pillow knows: uint8 [h, w, 3].
-
-    Args:
-        picture: the encoded bytes, or the file.
-        where: for messages.
-        upright: turn it as its EXIF tag says.
-
-    Raises:
-        ValueError: if it is damaged, or has more than 8 bits, which Pillow would cut off.
-    """
-    try:
-        with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("it has more than 8 bits; depth is not read")
-            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
-        raise ValueError(f"{where}: not a readable picture ({error}); copy it again") from error
-
-
+# How the pictures of a file are turned.
 FLIPS = {
     "none": np.s_[:],
     "vertical": np.s_[:, ::-1],

@@ -30,8 +30,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
+from data_pipelines.frames import Pictures
 from data_pipelines.lru import LRU
-from data_pipelines.sources.files import Pictures, check_finished
+from data_pipelines.sources.files import check_finished
 from data_pipelines.video import VideoFile, VideoPool
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index")

@@ -25,7 +25,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from data_pipelines.episode import Episode, LazyEpisodes, Stream, reason
-from data_pipelines.sources.files import Frames, Visit, decode_text, glance, walk
+from data_pipelines.frames import Frames
+from data_pipelines.sources.files import Visit, decode_text, glance, walk
 
 SUFFIXES = (".zarr", ".safetensors")
 TIMES = "_timestamps"

@@ -29,7 +29,8 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
-from data_pipelines.sources.files import Frames, Pictures, decode_text
+from data_pipelines.frames import Frames, Pictures
+from data_pipelines.sources.files import decode_text
 
 if TYPE_CHECKING:  # importing TFDS takes 0.3 s, which only those who open such a dataset wait for
     from tensorflow_datasets.core.dataset_info import DatasetInfo

@@ -15,7 +15,7 @@ import torch
 from flax import nnx
 from torch import Tensor, nn
 
-from data_pipelines.video import resize_area
+from data_pipelines.frames import resize_area
 from launch.benchmarks.torch_networks import (
     TorchActionDecoder,
     TorchLinearTokenizer,

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data_pipelines.clip import Clip
-from data_pipelines.video import cover
+from data_pipelines.frames import cover
 from mvjax.experiment import Experiment
 from mvjax.flow import (
     Sampling,

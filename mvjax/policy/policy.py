@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.clip import Clip
+from data_pipelines.frames import resize_area
 from data_pipelines.lru import LRU
 from data_pipelines.normalize import Normalizer
-from data_pipelines.video import resize_area
 from mvjax.flow import (
     Sampling,
     Trajectory,
