@@ -35,10 +35,10 @@ ONLY = flags.DEFINE_enum(
     "only",
     "",
     ("", "tokenizer", "text"),
-    "tokenizer: fit it, and encode nothing; text: embed the texts of finished records again.",
+    "tokenizer: only fit it; text: only embed the texts of finished records again.",
 )
 RETRY = flags.DEFINE_bool(
-    "retry_skipped", False, "Make shards again that have skipped episodes which can be read now."
+    "retry_skipped", False, "Encode shards again whose skipped episodes can be read now."
 )
 
 

@@ -41,13 +41,17 @@ from mvjax.policy.load import load_policy
 
 CONFIG = config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
-OUT = path_flag("out", "Folder of the results, one sub-folder per setting.")
-MODES = flags.DEFINE_list("modes", ["policy"], "policy, oracle, expert, none.")
+OUT = path_flag("out", "Folder of the results; a simulator's have a sub-folder per setting.")
+MODES = flags.DEFINE_list("modes", ["policy"], "One or more of policy, oracle, expert, none.")
 STOP_STEPS = flags.DEFINE_list(
-    "stop_steps", None, "Evaluations of the video before the plan; 0, or offline all, if not given."
+    "stop_steps",
+    None,
+    "Denoising steps of the video before acting, e.g. 0,5,10; default 0, offline all.",
 )
 VARIANT = flags.DEFINE_string(
-    "variant", "", "A word for another checkpoint, layer or share of the data, kept beside others."
+    "variant",
+    "",
+    "A word that keeps the results of another checkpoint, layer or share of the data apart.",
 )
 SUITE = flags.DEFINE_string(
     "suite", "", '"offline", "predictions", or another simulator than the configuration names.'
@@ -55,10 +59,10 @@ SUITE = flags.DEFINE_string(
 MOMENTS = flags.DEFINE_integer(
     "moments",
     None,
-    "Held-out moments per dataset; 32 offline, 4 for predictions, if not given.",
+    "Held-out moments per dataset; default 32, predictions 4.",
     lower_bound=1,
 )
-BATCH = flags.DEFINE_integer("batch", 8, "Offline: moments computed at once.", lower_bound=1)
+BATCH = flags.DEFINE_integer("batch", 8, "Offline: moments computed together.", lower_bound=1)
 
 
 def main() -> None:

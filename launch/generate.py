@@ -38,20 +38,24 @@ IMAGE = path_flag("image", "A picture, or a video at the model's frame rate: its
 OUT = path_flag("out", "The .mp4 to write.")
 PROMPT = flags.DEFINE_string("prompt", None, "What happens in the video.")
 EMBEDDING = flags.DEFINE_string(
-    "text_embedding", None, "In place of --prompt: its embedding, .npy of float [tokens, dim]."
+    "text_embedding", None, "Embedding in place of --prompt: .npy of float [tokens, dim]."
 )
-NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What --guidance moves away from.")
-GUIDANCE = flags.DEFINE_float("guidance", 0.0, "0 for none, at half the cost.", lower_bound=0)
+NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What --guidance steers away from.")
+GUIDANCE = flags.DEFINE_float(
+    "guidance", 0.0, "Strength of guidance; 0: none, at half the cost.", 0
+)
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Converted Wan VAE, or a linear tokenizer.")
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Converted T5.")
-HEIGHT = flags.DEFINE_integer("height", None, "Pixels, a multiple of 16.")
-WIDTH = flags.DEFINE_integer("width", None, "Pixels, a multiple of 16.")
-FRAMES = flags.DEFINE_integer("frames", None, "Of the whole video, 1 + 4k; the observed included.")
-FPS = flags.DEFINE_integer("fps", None, "At which the video is played.", lower_bound=1)
-STEPS = flags.DEFINE_integer("steps", None, "Of the noise schedule.", lower_bound=1)
-SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level that the video starts from.")
-SEED = flags.DEFINE_integer("seed", None, "Of the noise.", lower_bound=0, upper_bound=2**32 - 1)
-PRECISION = flags.DEFINE_enum("precision", None, PRECISIONS, "In which the network computes.")
+HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels, a multiple of 16.")
+WIDTH = flags.DEFINE_integer("width", None, "Width in pixels, a multiple of 16.")
+FRAMES = flags.DEFINE_integer("frames", None, "All frames, observed ones included: 1 + 4k.")
+FPS = flags.DEFINE_integer("fps", None, "Frames per second.", lower_bound=1)
+STEPS = flags.DEFINE_integer("steps", None, "Denoising steps.", lower_bound=1)
+SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level at which denoising starts.")
+SEED = flags.DEFINE_integer("seed", None, "Seed of the noise.", 0, 2**32 - 1)
+PRECISION = flags.DEFINE_enum(
+    "precision", None, PRECISIONS, "Precision of the network's arithmetic."
+)
 
 
 def main() -> None:

@@ -25,7 +25,7 @@ from absl import flags
 from launch.cli import COMMANDS
 from launch.entry import run, stop
 
-PROCESSES = flags.DEFINE_integer("processes", None, "How many to start.", 1)
+PROCESSES = flags.DEFINE_integer("processes", None, "Number of processes.", 1)
 
 POLL_SECONDS = 0.1
 SETTLE_SECONDS = 0.5  # the others may fail because of the first before this program has noticed it

@@ -4,7 +4,7 @@
     python -m launch.robot_loop --server=ws://localhost:8000 --task=drawer-close-v3
 
 The robot moves on while the next chunk is computed; with --nooverlap it waits for every answer.
-This side needs no jax: on a robot, `mvjax.serving.client` and `.overlap` are enough.
+This side needs no jax: on a robot, `mvjax.serving.client` is enough.
 """
 
 import time
@@ -19,12 +19,12 @@ from mvjax.serving.client import Client, Overlap
 from mvjax.serving.session import IMAGE_HISTORY, STATE_HISTORY
 
 SERVER = flags.DEFINE_string("server", "ws://localhost:8000", "Address of the policy server.")
-PATIENCE = flags.DEFINE_float("patience", 60.0, "How long to wait for it, seconds.", 0.0)
+PATIENCE = flags.DEFINE_float("patience", 60.0, "Seconds to wait for the server.", 0.0)
 TASK = flags.DEFINE_string("task", "drawer-close-v3", "A Meta-World task.")
-SEED = flags.DEFINE_integer("seed", 0, "Where its objects are.", 0)
-STEPS = flags.DEFINE_integer("steps", 200, "Control steps at most.", 1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the objects' places.", 0)
+STEPS = flags.DEFINE_integer("steps", 200, "Most control steps.", 1)
 EXECUTE = flags.DEFINE_integer("execute", 8, "Control steps from one query to the next.", 1)
-SPEED = flags.DEFINE_float("speed", 0.25, "Of the robot's clock; 1 is real time.", 0.001)
+SPEED = flags.DEFINE_float("speed", 0.25, "Speed of the robot's clock; 1: real time.", 0.001)
 OVERLAP = flags.DEFINE_bool("overlap", True, "Move while the next chunk is computed.")
 
 

@@ -2,11 +2,12 @@ r"""Serves a trained policy to robots and simulators, in openpi's websocket prot
 
     python -m launch.serve --checkpoint=runs/quickstart/action --port=8000
 
-`--client=libero`, `aloha` or `droid` for openpi's clients of these robots. docs/serving.md has the
-messages, and what to watch for on a robot.
+`--client=libero`, `aloha` or `droid` is for openpi's clients of these robots. docs/serving.md
+describes the messages, and what to watch for on a robot.
 """
 
 import asyncio
+import logging
 import os
 import signal
 import socket
@@ -24,18 +25,20 @@ from mvjax.serving.server import PolicyServer, Serving, make_server
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
-CLIENT = flags.DEFINE_enum("client", "plain", list(CLIENTS), "The kind of client.")
-HOST = flags.DEFINE_string("host", "0.0.0.0", "Address to listen at; 0.0.0.0 is every network.")
+CLIENT = flags.DEFINE_enum("client", "plain", list(CLIENTS), "Whose messages are understood.")
+HOST = flags.DEFINE_string("host", "0.0.0.0", "Address to listen on; 0.0.0.0: all networks.")
 PORT = flags.DEFINE_integer("port", 8000, "Port; 0 takes a free one.", 0, 65535)
-STOP_STEP = flags.DEFINE_integer("stop_step", 0, "Evaluations of the video before the plan.", 0)
-BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Sizes of the batches to compile.")
-WINDOW = flags.DEFINE_float("window_ms", 5.0, "How long a query waits for others, ms.", 0.0)
-MAX_CLIENTS = flags.DEFINE_integer("max_clients", 64, "Connections at the same time.", 1)
-MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", 32, "Size of a message at most, MB.", 1)
+STOP_STEP = flags.DEFINE_integer("stop_step", 0, "Denoising steps of the video before acting.", 0)
+BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Batch sizes to compile.")
+WINDOW = flags.DEFINE_float("window_ms", 5.0, "Longest wait of a query for others, ms.", 0.0)
+MAX_CLIENTS = flags.DEFINE_integer("max_clients", 64, "Most connections at the same time.", 1)
+MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", 32, "Largest message, MB.", 1)
 PROMPT = flags.DEFINE_string("prompt", "", "The instruction, for clients that send none.")
 API_KEY_FILE = flags.DEFINE_string(
     "api_key_file", "", "File with the key that clients must show; else MVJAX_API_KEY, if set."
 )
+
+log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -56,7 +59,7 @@ def main() -> None:
     adapter = make_adapter(CLIENT.value, policy_vectors(config))
     check_address(serving.host, serving.port)
     policy = load_policy(experiment, Path(CHECKPOINT.value), sampling, max(batching.sizes))
-    print("Compiling the policy ...", flush=True)
+    log.info("compiling the policy ...")
     server = make_server(policy, config, adapter, serving, batching=batching, prompt=PROMPT.value)
     asyncio.run(until_told(server))
 

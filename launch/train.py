@@ -17,8 +17,8 @@ from mvjax.experiment import Experiment
 from mvjax.training import run as training
 
 CONFIG = config_flag()
-WORKDIR = path_flag("workdir", "Receives checkpoints and metrics.")
-PROFILE = flags.DEFINE_bool("profile", False, "Trace three steps into the folder profile there.")
+WORKDIR = path_flag("workdir", "Folder that receives checkpoints and metrics.")
+PROFILE = flags.DEFINE_bool("profile", False, "Trace three steps into WORKDIR/profile.")
 
 
 def main() -> None:
