@@ -18,11 +18,7 @@ libero="hf-libero==0.1.4"
 
 ensure_environment requirements-libero.txt
 if ! "$python" -c 'import importlib.metadata as m; m.version("hf-libero")' 2>/dev/null; then
-  if have_uv; then
-    uv pip install --python "$python" --no-deps "$libero" </dev/null
-  else
-    "$python" -m pip install --disable-pip-version-check --no-input --no-deps "$libero" </dev/null
-  fi
+  install_packages --no-deps "$libero" || fail "$libero could not be installed: see above."
 fi
 ensure_gl
 say "starting a simulator, to see that it works"
