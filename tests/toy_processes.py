@@ -3,6 +3,7 @@
 python -m launch.local --processes=2 -- toy_processes WORKDIR STEPS [fsdp=2 context=2 ...]
 """
 
+import logging
 import sys
 from pathlib import Path
 
@@ -46,5 +47,7 @@ def train_toys(workdir: str | Path, steps: int, *mesh: str) -> None:
 
 
 if __name__ == "__main__":
+    logging.basicConfig(format="%(message)s")  # as `launch.entry.run` does for a command
+    logging.getLogger("mvjax").setLevel("INFO")
     with parallel.initialized():
         train_toys(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
