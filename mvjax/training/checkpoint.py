@@ -1,9 +1,9 @@
 """Saving and restoring a run: arrays, the loader's position, and what the run is.
 
 A checkpoint is `<workdir>/checkpoints/<step>/` with three items: `state` (the arrays as a plain
-nested dict), `data` (JSON: the loader's position, which is that of all processes) and `meta` (JSON:
-configuration, versions, data fingerprint, whatever the caller adds). This file and `bridge.py`
-alone import orbax.
+nested dict), `data` (JSON: the loader's position, the same in all processes) and `meta` (JSON:
+configuration, versions, data fingerprint, whatever the caller adds). Only this file and `bridge.py`
+import orbax.
 """
 
 import dataclasses
@@ -15,9 +15,8 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import orbax.checkpoint as ocp
@@ -35,8 +34,11 @@ class CheckpointMismatch(ValueError):
     """A readable checkpoint that does not fit the run; the message says what to change."""
 
 
-@dataclass(frozen=True)
-class Restored:
+# Errors that do not mean that a checkpoint is damaged.
+_NOT_DAMAGE = (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError)
+
+
+class Restored(NamedTuple):
     """A checkpoint read back: the state on its target shardings, loader position and meta."""
 
     state: Any
@@ -48,12 +50,12 @@ class Store:
     """The checkpoints of one training directory. Close it (or use `with`) to finish writing."""
 
     def __init__(self, workdir: Path, *, keep: int, keep_every: int = 0):
-        """Opens the directory, clearing away half-written checkpoints.
+        """Opens the directory and removes half-written checkpoints.
 
         Args:
             workdir: The training directory.
             keep: How many of the newest checkpoints stay.
-            keep_every: Those of steps that this divides stay as well; 0 for none.
+            keep_every: Checkpoints of multiples of this step stay as well; 0 for none.
         """
         self.folder = checkpoint_folder(workdir)
         kept: list[Any] = [checkpoint_managers.LatestN(keep)]
@@ -76,10 +78,10 @@ class Store:
         return self._manager.latest_step()
 
     def meta(self, step: int) -> dict[str, Any] | None:
-        """What a complete step says about the run; None if that cannot be read."""
+        """The description of the run stored at a step; None if that cannot be read."""
         try:
             found = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "meta")
-        except Exception:  # `restore` tells what is wrong, and goes back a step
+        except Exception:  # `restore` reports what is wrong, and goes back a step
             found = None
         return found if everywhere(found is not None) else None
 
@@ -97,26 +99,21 @@ class Store:
             OSError: If the disk has no room for it (ENOSPC), before anything is written.
         """
         arrays = vars(state)
-        self._check_room(sum(leaf.nbytes for leaf in jax.tree.leaves(arrays)))
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
+        # Orbax writes in background threads, whose errors are many and come late.
+        if not everywhere(shutil.disk_usage(self.folder).free >= size + SPARE_BYTES):
+            needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed"
+            raise OSError(errno.ENOSPC, needed, str(self.folder))
+        is_bytes = isinstance(position, bytes)
+        stored = {"bytes": position.decode("latin-1")} if is_bytes else {"json": position}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(arrays),
-                data=ocp.args.JsonSave(_encoded(position)),
+                data=ocp.args.JsonSave(stored),
                 meta=ocp.args.JsonSave(dict(meta)),
             ),
         )
-
-    def _check_room(self, size: int) -> None:
-        # Orbax writes in background threads, whose errors are many and late.
-        free = shutil.disk_usage(self.folder).free
-        if not everywhere(free >= size + SPARE_BYTES):
-            needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed"
-            raise OSError(errno.ENOSPC, needed, str(self.folder))
-
-    def wait(self) -> None:
-        """Blocks until everything saved is on disk."""
-        self._manager.wait_until_finished()
 
     def restore(self, abstract: Any) -> Restored | None:
         """Reads the newest readable checkpoint onto the shardings and dtypes of `abstract`.
@@ -136,7 +133,7 @@ class Store:
             failure = restored = None
             try:
                 restored = self._restore_step(step, abstract)
-            except NOT_ITS_FAULT:
+            except _NOT_DAMAGE:
                 raise
             except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
                 failure = error
@@ -148,24 +145,21 @@ class Store:
             error = next(iter(damaged.values()))
             raise OSError(
                 f"none of the checkpoints {list(damaged)} in {self.folder} can be read (the "
-                f"newest: {reason(error)}); bring back a copy, or start in a new directory."
+                f"newest: {_one_line(error)}); bring back a copy, or start in a new directory."
             ) from error
         return None
 
     def _restore_step(self, step: int, abstract: Any) -> Restored:
-        where = self.folder / str(step)
-        wanted = vars(abstract)
+        where, wanted = self.folder / str(step), vars(abstract)
         check_match(leaf_paths(stored_tree(where)), leaf_paths(wanted), where)
-        # The handlers themselves: unlike the manager they do not wait for other processes, which
-        # may have found their part damaged.
-        arrays = ocp.PyTreeCheckpointHandler().restore(
-            where / "state",
-            args=ocp.args.PyTreeRestore(
-                item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted)
-            ),
-        )
-        check_restored(arrays, where)
-        position = _decoded(_stored_position(where / "data"))
+        arrays = read_arrays(where, wanted)
+        data = where / "data"
+        # Earlier versions wrote one file per process, all with the same content.
+        if earlier := next(data.glob("process_0-of-*.json"), None):
+            stored = json.loads(earlier.read_text())
+        else:
+            stored = ocp.JsonCheckpointHandler().restore(data)
+        position = stored["bytes"].encode("latin-1") if "bytes" in stored else stored["json"]
         meta = ocp.JsonCheckpointHandler().restore(where / "meta")
         return Restored(dataclasses.replace(abstract, **arrays), position, meta)
 
@@ -174,7 +168,7 @@ class Store:
             if jax.process_index() == 0:
                 warnings.warn(
                     f"checkpoint {step} in {self.folder} cannot be read and is set aside as "
-                    f"damaged_{step} ({reason(error)}).",
+                    f"damaged_{step} ({_one_line(error)}).",
                     stacklevel=3,
                 )
                 target = self.folder / f"damaged_{step}"
@@ -190,7 +184,7 @@ class _Manager(ocp.CheckpointManager):
     """Orbax's manager, which leaves it to the loop to ask whether all processes should stop."""
 
     def reached_preemption(self, step: int) -> bool:
-        # It would ask about its own step numbers, also from background threads; what the
+        # Orbax would ask about its own step numbers, also from background threads; what the
         # processes agree on would then be a step that they never reach, and they would not stop.
         return False
 
@@ -200,34 +194,47 @@ def checkpoint_folder(workdir: Path) -> Path:
     return Path(workdir).absolute() / "checkpoints"
 
 
-def stored_tree(where: Path) -> dict[str, Any]:
-    """The shapes and dtypes that `<step>/state` holds, as a nested dict, without reading arrays."""
-    return ocp.PyTreeCheckpointHandler().metadata(where / "state").tree
-
-
-def _encoded(position: Any) -> dict[str, Any]:
-    is_bytes = isinstance(position, bytes)
-    return {"bytes": position.decode("latin-1")} if is_bytes else {"json": position}
-
-
-def _decoded(stored: Mapping[str, Any]) -> Any:
-    return stored["bytes"].encode("latin-1") if "bytes" in stored else stored["json"]
-
-
-def _stored_position(folder: Path) -> dict[str, Any]:
-    # Earlier versions wrote one file per process; what they hold is the same in all of them.
-    for path in folder.glob("process_0-of-*.json"):
-        return json.loads(path.read_text())
-    return ocp.JsonCheckpointHandler().restore(folder)
-
-
 def library_versions() -> dict[str, str]:
     """Package name -> installed version, stored beside every checkpoint."""
     return {name: importlib.metadata.version(name) for name in PACKAGES}
 
 
-# What is stored against what is asked for: Orbax hands back a placeholder for a leaf that it does
-# not find, without an error, so names and shapes are compared before every restore.
+# --- Reading arrays: what is stored against what is asked for ---
+
+
+def stored_tree(where: Path) -> dict[str, Any]:
+    """Shapes and dtypes in `<step>/state`, as a nested dict; no array is read."""
+    return ocp.PyTreeCheckpointHandler().metadata(where / "state").tree
+
+
+def read_arrays(where: Path, wanted: Any, partial: bool = False) -> Any:
+    """Reads `<step>/state` onto shapes, dtypes and shardings; each device reads only its part.
+
+    Args:
+        where: The checkpoint, `<step>`.
+        wanted: Tree of `jax.ShapeDtypeStruct` with shardings.
+        partial: The checkpoint may hold more than what is wanted.
+
+    Raises:
+        CheckpointMismatch: If it lacks a leaf.
+    """
+    # The handler itself: unlike Orbax's manager it does not wait for other processes, which may
+    # have found their part damaged.
+    restored = ocp.PyTreeCheckpointHandler().restore(
+        where / "state",
+        args=ocp.args.PyTreeRestore(
+            item=wanted,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+            partial_restore=partial,
+        ),
+    )
+    # For a leaf that it does not find, Orbax returns a placeholder and no error.
+    absent = [
+        name for name, leaf in leaf_paths(restored).items() if not isinstance(leaf, jax.Array)
+    ]
+    if absent:
+        raise CheckpointMismatch(f"{where} holds no array for {', '.join(absent[:SHOWN])}.")
+    return restored
 
 
 def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
@@ -238,8 +245,12 @@ def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Pat
         wanted: Path -> shaped leaf, in this run.
         where: The checkpoint, for the message.
     """
-    missing = sorted(set(wanted) - set(stored), key=_parameters_first)
-    extra = sorted(set(stored) - set(wanted), key=_parameters_first)
+
+    def parameters_first(name: str) -> tuple[bool, str]:
+        return (not name.startswith("params/"), name)
+
+    missing = sorted(set(wanted) - set(stored), key=parameters_first)
+    extra = sorted(set(stored) - set(wanted), key=parameters_first)
     if missing or extra:
         sides = [
             f"{label} {', '.join(names[:SHOWN])}"
@@ -254,7 +265,7 @@ def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Pat
             f"{where} does not fit: {'; '.join(sides)}. Use the model and training settings it was "
             "made with, or another directory."
         )
-    for name in sorted(wanted, key=_parameters_first):
+    for name in sorted(wanted, key=parameters_first):
         shapes = tuple(stored[name].shape), tuple(wanted[name].shape)
         if shapes[0] != shapes[1]:
             raise CheckpointMismatch(
@@ -263,54 +274,35 @@ def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Pat
             )
 
 
-def check_restored(restored: Any, where: Path) -> None:
-    """Raises CheckpointMismatch if a leaf came back as a placeholder instead of an array."""
-    absent = [
-        name for name, leaf in leaf_paths(restored).items() if not isinstance(leaf, jax.Array)
-    ]
-    if absent:
-        raise CheckpointMismatch(f"{where} holds no array for {', '.join(absent[:SHOWN])}.")
-
-
 def leaf_paths(tree: Any) -> dict[str, Any]:
     """Leaves by path, e.g. "params/block/kernel"; the same for dicts, dataclasses and tuples."""
+
+    def part(key: Any) -> str:
+        for attribute in ("key", "name", "idx"):
+            if hasattr(key, attribute):
+                return str(getattr(key, attribute))
+        return str(key)
+
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {"/".join(_part(key) for key in path): leaf for path, leaf in leaves}
-
-
-def _parameters_first(name: str) -> tuple[bool, str]:
-    return (not name.startswith("params/"), name)
-
-
-def _part(key: Any) -> str:
-    for attribute in ("key", "name", "idx"):
-        if hasattr(key, attribute):
-            return str(getattr(key, attribute))
-    return str(key)
-
-
-# Errors that come while a sound checkpoint is read.
-NOT_ITS_FAULT = (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError)
+    return {"/".join(part(key) for key in path): leaf for path, leaf in leaves}
 
 
 @contextmanager
-def explained(where: Path) -> Iterator[None]:
-    """Inside the block, whatever is wrong with the checkpoint at `where` becomes one sentence.
+def damage_reported(where: Path) -> Iterator[None]:
+    """Turns whatever a damaged checkpoint at `where` raises inside the block into one OSError.
 
-    Raises:
-        OSError: If it is damaged: orbax and tensorstore raise many kinds, few of which name it.
+    Orbax and tensorstore raise many kinds of errors, few of which name the checkpoint.
     """
     try:
         yield
-    except NOT_ITS_FAULT:
+    except _NOT_DAMAGE:
         raise
     except Exception as error:
         raise OSError(
-            f"the checkpoint {where} cannot be read ({reason(error)}); bring back a copy, or move "
-            "it away: then the one before it is used."
+            f"the checkpoint {where} cannot be read ({_one_line(error)}); bring back a copy, or "
+            "move it away: then the one before it is used."
         ) from error
 
 
-def reason(error: Exception) -> str:
-    """An error in a line."""
+def _one_line(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"

@@ -1,4 +1,4 @@
-"""What a run tells while it trains: metrics, pace, traces.
+"""What a run measures and writes while it trains: metrics, throughput, profiler traces.
 
 Nothing here makes the devices wait for the disk, or the host for the devices.
 """
@@ -29,10 +29,11 @@ MB = 2**20
 
 
 class MetricsWriter:
-    """Writes `metrics.jsonl` and TensorBoard files, and tells Weights & Biases, on process 0.
+    """Writes `metrics.jsonl`, TensorBoard files and Weights & Biases, on process 0.
 
     A record is fetched from the devices when the next one is given (or on `flush`), so the loop
-    never waits for a step it has only just started. A value that is not finite is written as null.
+    never waits for a step it has only just started. JSON has no NaN: a value that is not finite is
+    written as null.
     """
 
     def __init__(self, workdir: Path, resume_step: int, wandb: str = "", config: Any = None):
@@ -46,7 +47,7 @@ class MetricsWriter:
         """
         self.latest: Record | None = None
         self._pending: tuple[Any, ...] | None = None
-        self._file = self._board = self._wandb = None
+        self._file = self._board = self._wandb = self._wandb_run = None
         if jax.process_index() != 0:
             return
         workdir = Path(workdir)
@@ -56,7 +57,19 @@ class MetricsWriter:
         write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
         self._file = path.open("a")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
-        self._wandb = open_wandb(wandb, workdir, config) if wandb else None
+        if wandb:
+            id_file = workdir / "wandb_id"  # an interrupted run continues under its own id
+            if not id_file.exists():
+                id_file.write_text(uuid.uuid4().hex[:12])
+            self._wandb = require_wandb(wandb)
+            self._wandb_run = self._wandb.init(
+                project=wandb,
+                name=workdir.name,
+                id=id_file.read_text().strip(),
+                dir=str(workdir),
+                resume="allow",
+                config=config,
+            )
 
     def log(
         self,
@@ -69,9 +82,9 @@ class MetricsWriter:
 
         Args:
             step: Number of steps made.
-            on_device: Scalars still being computed.
-            levels: `error_by_level` of this step and of those since the last record.
-            on_host: Numbers that are known.
+            on_device: Scalars that may still be being computed.
+            levels: `error_by_level` of every step since the last record.
+            on_host: Further numbers, already known.
         """
         self.flush()
         self._pending = (step, dict(on_device), list(levels), on_host)
@@ -93,15 +106,17 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
-        if self._wandb:
-            self._wandb.log(values, step=step)
+        if self._wandb_run:
+            self._wandb_run.log(values, step=step)
 
     def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
-        """Shows pictures, uint8 [h, w, 3], where TensorBoard and W&B show scalars."""
-        for name, picture in pictures.items() if self._board else ():
-            self._board.add_image(name, picture, step, dataformats="HWC")
-        if self._wandb and pictures:
-            self._wandb.show(pictures, step)
+        """Adds pictures, uint8 [h, w, 3], to TensorBoard and Weights & Biases."""
+        if self._board is not None:
+            for name, picture in pictures.items():
+                self._board.add_image(name, picture, step, dataformats="HWC")
+        if self._wandb_run and pictures:
+            images = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
+            self._wandb_run.log(images, step=step)
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
@@ -109,8 +124,19 @@ class MetricsWriter:
         if self._file is not None and self._board is not None:
             self._file.close()
             self._board.close()
-        if self._wandb:
-            self._wandb.close()
+        if self._wandb_run:
+            self._wandb_run.finish()
+
+
+def require_wandb(project: str) -> ModuleType:
+    """Imports the package that a run in this project needs; ValueError if it is not installed."""
+    try:
+        return importlib.import_module("wandb")
+    except ImportError as error:
+        raise ValueError(
+            f"config.wandb is {project!r}, but the package wandb is not installed: "
+            'pip install wandb, or leave config.wandb="".'
+        ) from error
 
 
 def read_records(workdir: Path) -> list[Record]:
@@ -118,15 +144,13 @@ def read_records(workdir: Path) -> list[Record]:
     path = Path(workdir) / "metrics.jsonl"
     records = []
     for line in path.read_text().splitlines() if path.exists() else []:
-        try:
+        with contextlib.suppress(json.JSONDecodeError):
             records.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
     return records
 
 
-class Pace:
-    """Seconds per activity, and the speed of the steps, since the last `take`.
+class Throughput:
+    """Seconds per activity, and steps and samples per second, since the last `take`.
 
     Steps are counted when the devices have finished them, not when they are queued: the time of a
     step is that of data and step together, divided by the number finished meanwhile.
@@ -167,7 +191,7 @@ class Pace:
 
 
 def _memory() -> dict[str, float]:
-    """The largest use of any device so far; of this process where the backend does not tell."""
+    """The peak of any local device so far; of this process where the backend does not tell."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     peaks = [s["peak_bytes_in_use"] for s in stats if "peak_bytes_in_use" in s]
     if peaks:
@@ -175,19 +199,13 @@ def _memory() -> dict[str, float]:
     return {"host_mb": psutil.Process().memory_info().rss / MB}
 
 
-# Steps before a trace begins, and steps in it.
-WARM_UP, TRACED = 3, 3
+WARM_UP, TRACED = 3, 3  # steps before a trace begins, and steps in it
 
 
 def traced_steps(first: int, last: int, folder: Path | None) -> Iterator[int]:
-    """Yields the steps `first` to `last`; those after the warm-up are traced into `folder`.
+    """Yields the steps `first` to `last`, and traces a few of them into `folder` (None: none).
 
     Every step runs inside a `StepTraceAnnotation`, which costs nothing unless something traces.
-    The trace ends one step late: the loop waits for a step only after it has started the next.
-
-    Args:
-        first, last: Numbers of the first and the last step.
-        folder: Where the trace goes; None for no trace.
     """
     start = max(first, min(first + WARM_UP, last - TRACED + 1)) if folder else last + 1
     tracing = False
@@ -198,69 +216,10 @@ def traced_steps(first: int, last: int, folder: Path | None) -> Iterator[int]:
                 tracing = True
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 yield step
+            # One step late: the loop waits for a step only after it has queued the next.
             if tracing and step == start + TRACED:
                 jax.profiler.stop_trace()
                 tracing = False
     finally:
         if tracing:
             jax.profiler.stop_trace()
-
-
-def require_wandb(project: str) -> ModuleType:
-    """The package, without which a run cannot be shown in this project.
-
-    Raises:
-        ValueError: If it is not installed.
-    """
-    try:
-        return importlib.import_module("wandb")
-    except ImportError as error:
-        raise ValueError(
-            f"config.wandb is {project!r}, but the package wandb is not installed: "
-            'pip install wandb, or leave config.wandb="".'
-        ) from error
-
-
-def open_wandb(project: str, workdir: Path, config: Any) -> "WandbBoard":
-    """Begins the run of a training directory, or goes on with it.
-
-    Args:
-        project: Name of the project there.
-        workdir: The training directory; its name is the run's.
-        config: JSON-able settings to show.
-
-    Raises:
-        ValueError: If the package is not installed.
-    """
-    wandb = require_wandb(project)
-    name = workdir / "wandb_id"  # an interrupted run goes on under its own number
-    if not name.exists():
-        name.write_text(uuid.uuid4().hex[:12])
-    run = wandb.init(
-        project=project,
-        name=workdir.name,
-        id=name.read_text().strip(),
-        dir=str(workdir),
-        resume="allow",
-        config=config,
-    )
-    return WandbBoard(wandb, run)
-
-
-class WandbBoard:
-    """One open run."""
-
-    def __init__(self, wandb: Any, run: Any):
-        self._wandb, self._run = wandb, run
-
-    def log(self, values: Mapping[str, float], step: int) -> None:
-        """Adds scalars."""
-        self._run.log(dict(values), step=step)
-
-    def show(self, pictures: Mapping[str, np.ndarray], step: int) -> None:
-        """Adds pictures, uint8 [h, w, 3]."""
-        self._run.log({name: self._wandb.Image(p) for name, p in pictures.items()}, step=step)
-
-    def close(self) -> None:
-        """Ends the run."""
-        self._run.finish()

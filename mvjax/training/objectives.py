@@ -38,18 +38,18 @@ class Stage:
     """A model with its loss, as data for `mvjax.training.train.train`.
 
     Random numbers are drawn for the whole batch and then go with their samples, so that the loss
-    does not depend on how a batch is split: over devices, or over micro-batches in turn.
+    does not depend on how a batch is split: over devices, or into micro-batches.
 
     Attributes:
         name: "video" or "action".
         init: PRNG key -> parameter tree (a plain nested dict); pure and jit-able.
         axes: The same structure; each leaf is a tuple of logical axis names.
-        trainable: Path of a leaf -> does it learn.
+        trainable: Path of a leaf -> whether it learns.
         draw: (batch, key) -> the random numbers of the batch (noise, times, choices), a dict of
             arrays that all lead with the samples.
-        objective: (params, frozen, batch, what `draw` gave) -> (scalar float32 loss, metrics): the
-            mean over the samples of both dicts. Metrics are scalars, means over the samples too,
-            and, under the name "by_level", sums of `error_by_level`.
+        objective: (params, frozen, batch, output of `draw`) -> (scalar float32 loss, metrics), the
+            mean over the samples. Metrics are scalars, means over the samples too, and, under the
+            name "by_level", sums of `error_by_level`.
         batch_axes: Logical axes of each batch entry, "batch" first; other entries are not sent to
             the devices.
         frozen: {} in stage 1; the sharded frozen backbone in stage 2.
@@ -81,26 +81,20 @@ def make_stage(experiment: Experiment, mesh: Mesh, backbone_of: Backbone = load_
 
 
 def video_stage(experiment: Experiment) -> Stage:
-    """The published objective: velocity loss at σ drawn per sample, with frame replacement.
-
-    Args:
-        experiment: `config.flow` has {sigma_scale, sigma_tail, loss_scale, min_condition_latents}.
-    """
+    """The published objective: velocity loss at σ drawn per sample, with frame replacement."""
     clip, flow, network = experiment.clip, experiment.config.flow, experiment.video_network
 
     def draw(batch: Batch, key: jax.Array) -> Batch:
         sigma_key, noise_key, condition_key = jax.random.split(key, 3)
         x0 = batch["latents"]
         samples = len(x0)
-        return {
-            "sigma": sample_video_sigma(
-                sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail
-            ),
-            "noise": jax.random.normal(noise_key, x0.shape),
-            "observed": jax.random.randint(
-                condition_key, (samples,), flow.min_condition_latents, clip.condition_latents + 1
-            ),
-        }
+        sigma = sample_video_sigma(sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail)
+        # One observed latent in some samples, two in others: the model must handle both.
+        observed = jax.random.randint(
+            condition_key, (samples,), flow.min_condition_latents, clip.condition_latents + 1
+        )
+        noise = jax.random.normal(noise_key, x0.shape)
+        return {"sigma": sigma, "noise": noise, "observed": observed}
 
     def objective(params: Params, frozen: Params, batch: Batch, draws: Batch) -> Loss:
         del frozen
@@ -123,7 +117,7 @@ def video_stage(experiment: Experiment) -> Stage:
         trainable=learns_with_lora if experiment.video.lora else lambda path: True,
         draw=draw,
         objective=objective,
-        batch_axes={"latents": ("batch", None, None, None, None), "text": ("batch", None, None)},
+        batch_axes=_batch_axes(experiment),
         frozen={},
         tokens=clip.tokens,
         flops=step_flops(experiment),
@@ -139,16 +133,14 @@ def action_stage(
     recipe); the loss is their mean. A share `flow.sampling_sigma_share` of the samples takes the
     noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
 
-    `action_mask` says which numbers of a chunk are learned. The loss is the mean over the samples
-    of the mean over their learned numbers, so that it is linear in the samples: one without actions
-    counts as zero.
+    `action_mask` marks the numbers of a chunk that are learned. The loss is the mean over the
+    samples of the mean over their learned numbers, so that it is linear in the samples: one
+    without actions counts as zero.
 
     Args:
-        experiment: `config` also has `backbone {checkpoint, precision}`, `sampler {sigma_max}` and
-            `flow {sigma_scale, sigma_tail, action_time_alpha, action_time_beta, action_draws,
-            proprio_dropout, sampling_sigma_share, loss_scale}`.
-        mesh: where the frozen backbone is placed.
-        backbone_of: gives the backbone; `abstract_backbone` where only its shapes are needed.
+        experiment: The run.
+        mesh: Where the frozen backbone is placed.
+        backbone_of: Gives the backbone; `abstract_backbone` where only its shapes are needed.
     """
     config, clip, decoder = experiment.config, experiment.clip, experiment.decoder_network
     flow, layer, draws = config.flow, config.context_layer, config.flow.action_draws
@@ -173,32 +165,31 @@ def action_stage(
             "drop": jax.random.bernoulli(drop_key, flow.proprio_dropout, (samples, draws)),
         }
 
-    def context(frozen: Params, batch: Batch, random: Batch) -> jax.Array:
+    def objective(params: Params, frozen: Params, batch: Batch, random: Batch) -> Loss:
         x0, sigma = batch["latents"], random["sigma"]
         noisy = x0 + sigma[..., None, None, None] * random["video_noise"]
         mask = condition_mask(jnp.full(len(x0), clip.condition_latents), clip.latent_frames)
         i = network_input(noisy, x0, sigma, mask)
-        net = backbone.bind(frozen)
-        return net.hidden(i.latents, i.timesteps, batch["text"], i.condition_mask, layer=layer)
-
-    def objective(params: Params, frozen: Params, batch: Batch, random: Batch) -> Loss:
-        hidden = context(frozen, batch, random)
+        context = backbone.bind(frozen).hidden(
+            i.latents, i.timesteps, batch["text"], i.condition_mask, layer=layer
+        )
         time, noise, drop = (
             random[name].reshape(-1, *random[name].shape[2:]) for name in ("time", "noise", "drop")
         )
-        actions, mask, proprio, sigma = (
+        # The context is not repeated: the decoder shares it among the draws of a sample.
+        actions, action_mask, proprio, sigma = (
             jnp.repeat(x, draws, axis=0)
-            for x in (batch["actions"], batch["action_mask"], batch["proprio"], random["sigma"])
+            for x in (batch["actions"], batch["action_mask"], batch["proprio"], sigma)
         )
         net = decoder.bind(params)
 
         def velocity(noisy, time):
-            return net(proprio, noisy, time, sigma, hidden, drop)
+            return net(proprio, noisy, time, sigma, context, drop)
 
-        error = action_loss(velocity, actions, noise, time, mask)
+        error = action_loss(velocity, actions, noise, time, action_mask)
         mse = jnp.mean(error)
-        # A sample without actions is in no level.
-        level = jnp.where(mask.any(axis=(1, 2)), time[:, 0], jnp.nan)
+        # A sample without actions belongs to no level.
+        level = jnp.where(action_mask.any(axis=(1, 2)), time[:, 0], jnp.nan)
         levels = error_by_level(error, level)
         return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
 
@@ -209,31 +200,31 @@ def action_stage(
         trainable=lambda path: True,
         draw=draw,
         objective=objective,
-        batch_axes={
-            "latents": ("batch", None, None, None, None),
-            "text": ("batch", None, None),
-            "actions": ("batch", None, None),
-            "action_mask": ("batch", None, None),
-            "proprio": ("batch", None, None),
-        },
+        batch_axes=_batch_axes(experiment),
         frozen=frozen,
         tokens=clip.tokens,
         flops=step_flops(experiment),
     )
 
 
-# The error by noise level: one number hides that a model learns the noisy end first. Levels are
-# flow times τ between 0 (clean) and 1 (pure noise), in equal bins. A step sees few samples, so
-# sums and counts are kept apart and added over steps before they are divided.
-BINS = 5
+def _batch_axes(experiment: Experiment) -> dict[str, tuple[str | None, ...]]:
+    shapes = experiment.batch_shapes
+    return {name: ("batch", *[None] * len(shape)) for name, shape in shapes.items()}
+
+
+# --- The error by noise level: a single number hides that a model learns the noisy end first ---
+
+BINS = 5  # equal bins of the flow time τ between 0 (clean) and 1 (pure noise)
 
 
 def error_by_level(error: jax.Array, level: jax.Array) -> jax.Array:
-    """Sums and counts of the errors in each bin.
+    """Sums and counts of the errors in each bin of τ.
+
+    A step sees few samples, so sums and counts are added over steps before they are divided.
 
     Args:
         error: [n].
-        level: τ [n], between 0 and 1.
+        level: τ [n], between 0 and 1; NaN belongs to no bin.
 
     Returns:
         float32 [2, BINS]: sums, then counts.
@@ -249,7 +240,7 @@ def named_levels(steps: Sequence[np.ndarray]) -> dict[str, float]:
     """Mean error and number of samples of each bin over several steps; no mean for an empty bin.
 
     Args:
-        steps: of `error_by_level`, [2, BINS] each.
+        steps: `error_by_level` of each, [2, BINS].
     """
     if not steps:
         return {}

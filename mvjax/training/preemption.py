@@ -10,9 +10,8 @@ from jax.experimental import multihost_utils
 class Interrupt:
     """Notes SIGTERM and Ctrl-C inside a `with` block instead of ending the process at once.
 
-    A second signal ends a single process as usual. With several processes all must stop at the
-    same step: JAX notices a SIGTERM to any of them and agrees on the step, and Ctrl-C counts as
-    SIGTERM.
+    A second signal ends a single process as usual. Several processes must all stop at the same
+    step: JAX notices a SIGTERM to any of them and agrees on the step; Ctrl-C counts as SIGTERM.
     """
 
     def __init__(self) -> None:
@@ -21,7 +20,7 @@ class Interrupt:
         self._first: int | None = None
 
     def __enter__(self) -> "Interrupt":
-        # JAX's own handler of SIGTERM must stay where there are several processes.
+        # With several processes JAX's own SIGTERM handler must stay in place.
         several = jax.process_count() > 1
         for number in (signal.SIGINT,) if several else (signal.SIGTERM, signal.SIGINT):
             self._previous[number] = signal.signal(number, self._pass_on if several else self._note)
@@ -36,9 +35,9 @@ class Interrupt:
         With several processes, each must ask after every step.
         """
         if jax.process_count() > 1:
-            # JAX agrees on the largest number it was asked about, plus one. Before the first time
+            # JAX agrees on the largest number it was asked about, plus one. Before the first call
             # that is 1, so a run that continues at step 1000 must not ask about 1001: a signal
-            # while it compiled would be lost.
+            # received while it compiled would be lost.
             self._first = step if self._first is None else self._first
             count = step - self._first + 1
             return 0 if multihost_utils.reached_preemption_sync_point(count) else None

@@ -1,4 +1,4 @@
-"""Bringing batches to the devices ahead of time, without losing track of the loader's position."""
+"""Prefetches batches to the devices without losing track of the loader's position."""
 
 import copy
 import math
@@ -17,14 +17,14 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
     """The samples of a global batch that this process's devices hold, in ascending order.
 
     Processes that only share the work on the same samples (because the context or tensor axis
-    spans them) get the same ones, so each reads what its devices need and nothing else.
+    spans them) get the same rows, so each reads what its devices need and nothing else.
 
     Args:
         sharding: Of an array whose first dimension is the samples.
         batch_size: Samples in the batch of all processes together.
 
     Raises:
-        ValueError: If the batch cannot be split so.
+        ValueError: If the batch cannot be split over the mesh.
     """
     ways = _ways(sharding)
     if batch_size % ways:
@@ -49,7 +49,7 @@ def device_batches(
     Args:
         loader: A Grain iterator over the `local_rows` of each batch (dict of numpy arrays, whole
             in every dimension but the first), with `get_state()`.
-        shardings: Which entries to send, and how they are split.
+        shardings: The entries to send, and how they are split.
         ahead: Batches in transfer beyond the one yielded.
     """
     queue: deque[tuple[Batch, Any]] = deque()
@@ -62,28 +62,23 @@ def device_batches(
 
 
 def _to_devices(local: Mapping[str, Any], shardings: Mapping[str, NamedSharding]) -> Batch:
-    batch = {}
-    for name, sharding in shardings.items():
-        if name not in local:
-            raise ValueError(
-                f"the loader gives the batch entries {sorted(local)}, but the stage needs {name!r}."
-            )
-        try:
-            batch[name] = _to_global(np.asarray(local[name]), sharding)
-        except ValueError as error:
-            raise ValueError(
-                f"batch entry {name!r} of shape {np.shape(local[name])} per process cannot be "
-                f"split as {sharding.spec} over the mesh {dict(sharding.mesh.shape)}; make "
-                "training.batch_size a multiple of the mesh axes of the batch."
-            ) from error
-    return batch
+    missing = set(shardings) - set(local)
+    if missing:
+        raise ValueError(
+            f"the loader gives the batch entries {sorted(local)}, but the stage also needs "
+            f"{sorted(missing)}."
+        )
+    return {name: _to_global(np.asarray(local[name]), s) for name, s in shardings.items()}
 
 
 def _to_global(local: np.ndarray, sharding: NamedSharding) -> jax.Array:
     parts = _local_parts(sharding)
     samples, rest = divmod(len(local), len(parts))
     if rest:
-        raise ValueError(f"{len(local)} samples cannot be split over {len(parts)} devices")
+        raise ValueError(
+            f"{len(local)} samples per process cannot be split over {len(parts)} devices; make "
+            "training.batch_size a multiple of the mesh axes of the batch."
+        )
 
     def on_device(index: tuple[slice, ...]) -> np.ndarray:
         # The parts of a process need not be neighbours in the global batch.

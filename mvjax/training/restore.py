@@ -1,7 +1,7 @@
 """Where a run begins: at its newest checkpoint, at other parameters, or at random ones.
 
-A checkpoint stores the state, the loader's position (`first_state` puts the loader back there) and
-a description of the run (`describe`), with which a run that goes on is compared.
+A checkpoint stores the state, the loader's position (`first_state` moves the loader back there) and
+a description of the run (`describe`), which is compared when the run continues.
 """
 
 import json
@@ -16,23 +16,16 @@ import optax
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
-from mvjax.training.bridge import (
-    COMPUTE_SETTINGS,
-    abstract_params,
-    restore_params,
-)
+from mvjax.training.bridge import COMPUTE_SETTINGS, abstract_params, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch, Store, library_versions
 from mvjax.training.objectives import Stage
-from mvjax.training.step import (
-    TrainState,
-    create_state,
-)
+from mvjax.training.step import TrainState, create_state
 
 log = logging.getLogger(__name__)
 
-# What a finished run is: its networks and what they see. Compute settings are not part of it.
+# The settings that make a finished run what it is: its networks and what they see, ...
 _NETWORKS = ("clip", "video_model", "lora", "text", "context_layer", "decoder", "policy_io")
-# What decides how the networks were trained.
+# ... and how they were trained.
 _RECIPE = ("flow", "optimizer", "init_from", "backbone")
 _TRAINING = ("batch_size", "seed", "ema_decay", "episodes_per_task")
 
@@ -46,21 +39,21 @@ def first_state(
     loader: Any,
     meta: Mapping[str, Any],
 ) -> TrainState:
-    """Makes the state a run begins with: the first of these that there is.
+    """Makes the state a run begins with, from the first of these that exists.
 
-    1. This training directory: everything goes on, optimizer, averages and loader position too.
-       Its newest checkpoint that can be read counts.
+    1. This training directory: the newest readable checkpoint, with optimizer state, averages and
+       loader position.
     2. `config.init_from`, a training directory or converted weights: its parameters (averaged
-       where it has averages), at step 0, with a new optimizer and the loader's beginning.
-    3. The same where this run has LoRA adapters that `init_from` does not: its parameters, and
-       new adapters that change nothing yet.
-    4. Scratch: parameters drawn from `training.seed`.
+       where it has averages), at step 0, with a new optimizer and the loader's beginning. Where
+       this run has LoRA adapters that `init_from` lacks, new ones are added that change nothing
+       yet.
+    3. Parameters drawn from `training.seed`.
 
     Args:
-        experiment: `config.init_from` and `config.training.seed` are read.
+        experiment: The run.
         stage: Gives initial parameters.
         optimizer: Of `make_optimizer`.
-        abstract: Of `abstract_state`; says every shape and sharding.
+        abstract: Of `abstract_state`; decides every shape and sharding.
         store: The checkpoints of this training directory.
         loader: Grain iterator, moved to the stored position when continuing.
         meta: Of `describe`, compared with what is stored.
@@ -69,25 +62,26 @@ def first_state(
     if restored is not None:
         _check_same_data(restored.meta, meta)
         changes = differences(restored.meta.get("config", {}), meta["config"])
-        say(f"continuing {store.folder.parent} at step {int(restored.state.step)}.")
+        log_once(f"continuing {store.folder.parent} at step {int(restored.state.step)}.")
         if changes:
-            say(f"settings changed since that checkpoint: {'; '.join(changes)}.")
+            log_once(f"settings changed since that checkpoint: {'; '.join(changes)}.")
         loader.set_state(restored.position)
         return restored.state
-    config, seed = experiment.config, int(experiment.config.training.seed)
+    config, seed, params = experiment.config, int(experiment.config.training.seed), None
     if config.init_from:
-        say(f"starting from the parameters of {config.init_from}.")
+        log_once(f"starting from the parameters of {config.init_from}.")
         params = _initial_params(Path(config.init_from), abstract.params)
-        return create_state(stage, optimizer, abstract, seed, params)
-    return create_state(stage, optimizer, abstract, seed)
+    return create_state(stage, optimizer, abstract, seed, params)
 
 
-def check_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Mapping[str, Any]):
-    """Tells that a run is at its last step already; or that it is another run than was asked for.
+def check_finished(
+    workdir: Path, step: int, stored: Mapping[str, Any], now: Mapping[str, Any]
+) -> None:
+    """Reports that a run has already made its last step, or that it was another run.
 
     Args:
         workdir: The training directory.
-        step: The step it has reached.
+        step: The last step it made.
         stored: The description in its newest checkpoint.
         now: Of `describe`, for the run that was asked for.
 
@@ -95,7 +89,7 @@ def check_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Map
         CheckpointMismatch: If data, stage or networks are not those of the finished run.
     """
     _check_same_data(stored, now)
-    before, after = _chosen(stored), _chosen(now)
+    before, after = _identifying_settings(stored), _identifying_settings(now)
     networks = differences(before["networks"], after["networks"])
     if networks:
         raise CheckpointMismatch(
@@ -104,11 +98,11 @@ def check_finished(workdir: Path, step: int, stored: Mapping[str, Any], now: Map
         )
     recipe = differences(before["recipe"], after["recipe"])
     other = f", with other settings ({'; '.join(recipe)}): not trained again" if recipe else ""
-    say(f"{workdir} is already trained to step {step}{other}.")
+    log_once(f"{workdir} is already trained to step {step}{other}.")
 
 
 def describe(experiment: Experiment, stage: Stage, extra: Mapping[str, Any]) -> dict[str, Any]:
-    """What a checkpoint says about itself: stage, configuration, versions, and `extra`."""
+    """What a checkpoint stores about its run: stage, configuration, versions, and `extra`."""
     return {
         "stage": stage.name,
         "config": json.loads(experiment.config.to_json_best_effort()),
@@ -117,24 +111,22 @@ def describe(experiment: Experiment, stage: Stage, extra: Mapping[str, Any]) -> 
     }
 
 
-def say(line: str) -> None:
-    """Tells the person something, once per job and not once per process."""
+def log_once(line: str) -> None:
+    """Logs a line once per job and not once per process."""
     if jax.process_index() == 0:
         log.info(line)
 
 
 def _initial_params(directory: Path, abstract: Params) -> Params:
-    stored = abstract_params(directory)
-    if split(stored, _is_adapter)[0]:
+    def is_adapter(path: tuple[str, ...]) -> bool:
+        return path[-1] in ("lora_a", "lora_b")
+
+    if split(abstract_params(directory), is_adapter)[0]:
         return restore_params(directory, abstract)
-    adapters, base = split(abstract, _is_adapter)
+    adapters, base = split(abstract, is_adapter)
     if adapters:
-        say(f"{directory} has no LoRA adapters; new ones are added.")
+        log_once(f"{directory} has no LoRA adapters; new ones are added.")
     return restore_params(directory, base)
-
-
-def _is_adapter(path: tuple[str, ...]) -> bool:
-    return path[-1] in ("lora_a", "lora_b")
 
 
 def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -146,12 +138,11 @@ def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         )
 
 
-def _chosen(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The settings of a description that make a run what it is."""
+def _identifying_settings(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
     config = meta["config"]
     networks = {"stage": meta["stage"], **{k: config[k] for k in _NETWORKS if k in config}}
     for name in ("video_model", "decoder"):
-        if name in networks:
+        if name in networks:  # the same weights may be computed in another way
             networks[name] = {k: v for k, v in networks[name].items() if k not in COMPUTE_SETTINGS}
     recipe = {k: config[k] for k in _RECIPE if k in config}
     training = {k: v for k, v in config["training"].items() if k in _TRAINING}

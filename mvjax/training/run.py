@@ -27,30 +27,30 @@ from mvjax.training.metrics import Record, require_wandb
 from mvjax.training.objectives import make_stage
 from mvjax.training.prefetch import local_rows
 from mvjax.training.train import train
-from mvjax.training.validation import look_at
+from mvjax.training.validation import make_validation
 
 
 def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Record:
-    """Trains the stage of an experiment on the encoded datasets of its configuration; see `train`.
+    """Trains the stage of an experiment on its encoded datasets; see `train`.
 
     Stage 1 reads every dataset. Stage 2 reads those with actions, since its video model is frozen
     and a window without actions would teach nothing, and writes `normalizer.json` beside its
-    checkpoints. With `profile` a few steps are traced.
+    checkpoints.
     """
-    config, settings = experiment.config, experiment.config.training
+    config, settings, workdir = experiment.config, experiment.config.training, Path(workdir)
     acting, chosen = experiment.stage == "action", experiment.datasets
-    if config.wandb and jax.process_index() == 0:  # which alone writes there
+    if config.wandb and jax.process_index() == 0:  # the only process that writes there
         require_wandb(config.wandb)
     datasets = [RecordDataset(d.records) for d in chosen]
     _check_records(datasets, config, ("clip", "policy_io") if acting else ("clip",))
     identity = _identity(datasets)
     if acting:
         _check_backbone(config, identity)
-    # Before any data is read: the loader would complain about the mesh alone.
+    # Before any data is read: the loader's error would name the mesh, but not training.accumulate.
     mesh, rules = experiment.training_mesh(), experiment.rules
     mask_padding = acting and config.policy_io.action.get("mask_padding", False)
     choice = (settings.episodes_per_task, settings.seed, mask_padding)
-    normalizers = _normalizers(datasets, choice, Path(workdir)) if acting else None
+    normalizers = _normalizers(datasets, choice, workdir) if acting else None
 
     def batches(split: str, batch_size: int, **reading: int) -> grain.DatasetIterator:
         return make_loader(
@@ -76,9 +76,9 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
         experiment,
         stage,
         batches("train", settings.batch_size),
-        Path(workdir),
+        workdir,
         meta,
-        held_out=look_at(experiment, stage, mesh, batches, identity, Path(workdir)),
+        validation=make_validation(experiment, stage, mesh, batches, identity, workdir),
         profile=profile,
     )
 
@@ -97,15 +97,13 @@ def _check_records(datasets: Sequence[RecordDataset], config: Any, sections: Seq
 
 
 def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
-    """Which tokenizer and text encoder made the records: the same for all, or an error."""
-    first = datasets[0]
-    for dataset in datasets:
-        different = differences(
-            first.settings["identity"], dataset.settings["identity"], "identity"
-        )
+    """The tokenizer and text encoder that made the records: the same for all, or an error."""
+    first, *others = datasets
+    for other in others:
+        different = differences(first.settings["identity"], other.settings["identity"], "identity")
         if different:
             raise ValueError(
-                f"The records of {first.name!r} and {dataset.name!r} were made with different "
+                f"The records of {first.name!r} and {other.name!r} were made with different "
                 f"networks: {'; '.join(different)}. Encode both with the same."
             )
     return first.settings["identity"]
@@ -113,21 +111,20 @@ def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
 
 def _check_backbone(config: Any, identity: dict[str, str]) -> None:
     directory = config.backbone.checkpoint
-    if directory:
-        trained = read_meta(Path(directory)).get("identity")  # converted weights do not tell it
-        different = differences(trained, identity, "identity") if trained else ()
-        if different:
-            raise ValueError(
-                f"The backbone in {directory} was trained on other latents or text than these "
-                f"records hold: {'; '.join(different)}. Encode with the tokenizer it was trained "
-                "with, or train stage 1 again."
-            )
+    trained = read_meta(Path(directory)).get("identity") if directory else None
+    different = differences(trained, identity, "identity") if trained else ()  # weights lack it
+    if different:
+        raise ValueError(
+            f"The backbone in {directory} was trained on other latents or text than these records "
+            f"hold: {'; '.join(different)}. Encode with the tokenizer it was trained with, or "
+            "train stage 1 again."
+        )
 
 
 def _normalizers(
     datasets: Sequence[RecordDataset], choice: tuple[PerTask, int, bool], workdir: Path
 ) -> Normalizers:
-    """Those that the run has; or new ones, which process 0 makes for all.
+    """Reads `normalizer.json`; process 0 makes it first where it is missing.
 
     `choice` is what `make_normalizers` takes beside the datasets.
     """

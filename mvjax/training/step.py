@@ -52,81 +52,69 @@ Step = Callable[[TrainState, Params, Batch], tuple[TrainState, dict[str, jax.Arr
 def assemble(
     experiment: Experiment, stage: Stage, mesh: Mesh | AbstractMesh
 ) -> tuple[optax.GradientTransformation, TrainState, Step]:
-    """What a configuration trains a stage with: the optimizer, the state as shapes, the step.
-
-    Args:
-        experiment: `config.optimizer` and `config.training` are read.
-        stage: what is trained.
-        mesh: where.
+    """The optimizer, the state as shapes, and the step (not compiled) of a training run.
 
     Raises:
-        ValueError: if batch, mesh and stage do not go together.
+        ValueError: If batch, mesh and stage do not go together.
     """
-    config, settings, rules = experiment.config, experiment.config.training, experiment.rules
     experiment.check_batch(mesh)
-    optimizer = make_optimizer(config.optimizer)
-    step = make_step(
-        stage,
-        optimizer,
-        make_schedule(config.optimizer),
-        rules,
-        seed=settings.seed,
-        ema_decay=settings.ema_decay,
-        accumulate=settings.accumulate,
-    )
-    return optimizer, abstract_state(stage, optimizer, settings.ema_decay > 0, mesh, rules), step
+    config = experiment.config
+    optimizer, averaging = make_optimizer(config.optimizer), config.training.ema_decay > 0
+    abstract = abstract_state(stage, optimizer, averaging, mesh, experiment.rules)
+    return optimizer, abstract, make_step(experiment, stage, optimizer)
+
+
+# --- The step ---
 
 
 def make_step(
-    stage: Stage,
-    optimizer: optax.GradientTransformation,
-    schedule: optax.Schedule,
-    rules: Rules,
-    *,
-    seed: int,
-    ema_decay: float,
-    accumulate: int = 1,
+    experiment: Experiment, stage: Stage, optimizer: optax.GradientTransformation
 ) -> Step:
     """The pure step function (state, frozen, batch) -> (state, metrics).
 
     Step n draws its randomness from fold_in(key(seed), n), so a resumed run repeats it. Only the
-    trainable leaves of `state.params` are differentiated. With `accumulate` > 1 the batch goes
-    through the network in as many parts; everything else, the random numbers too, is the same.
+    trainable leaves of `state.params` are differentiated. With `training.accumulate` > 1 the batch
+    goes through the network in as many parts; everything else, including the random numbers, is
+    the same.
 
     The metrics are float32 scalars: loss, the stage's own, grad_norm (before clipping),
     update_norm, param_norm (both of the trainable parameters), learning_rate, and skipped and
     skipped_in_a_row (steps left out because the gradient was not finite); and "by_level" of
     `error_by_level` where the stage has it.
     """
+    settings, rules = experiment.config.training, experiment.rules
+    schedule = make_schedule(experiment.config.optimizer)
     param_axes, _ = split(stage.axes, stage.trainable)
-
-    def gradient(
-        state: TrainState, trainable: Params, fixed: Params, frozen: Params, batch: Batch
-    ) -> Gradient:
-        def of_part(trainable: Params, part: Batch, draws: Batch) -> Gradient:
-            def loss(trainable: Params) -> Loss:
-                return stage.objective(merge(fixed, trainable), frozen, part, draws)
-
-            return jax.value_and_grad(loss, has_aux=True)(trainable)
-
-        key = jax.random.fold_in(jax.random.key(seed), state.step)
-        with use_rules(rules):
-            draws = stage.draw(batch, key)
-            return mean_gradient(
-                of_part, trainable, param_axes, batch, draws, stage.batch_axes, accumulate
-            )
 
     def step(
         state: TrainState, frozen: Params, batch: Batch
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         trainable, fixed = split(state.params, stage.trainable)
-        (loss, own_metrics), grads = gradient(state, trainable, fixed, frozen, batch)
+
+        def gradient(trainable: Params, part: Batch, draws: Batch) -> Gradient:
+            def loss(trainable: Params) -> Loss:
+                return stage.objective(merge(fixed, trainable), frozen, part, draws)
+
+            return jax.value_and_grad(loss, has_aux=True)(trainable)
+
+        with use_rules(rules):
+            draws = stage.draw(batch, jax.random.fold_in(jax.random.key(settings.seed), state.step))
+            (loss, own_metrics), grads = mean_gradient(
+                gradient,
+                trainable,
+                param_axes,
+                batch,
+                draws,
+                stage.batch_axes,
+                settings.accumulate,
+            )
         updates, opt_state = optimizer.update(grads, state.opt_state, trainable)
         trainable = optax.apply_updates(trainable, updates)
-        skips = opt_state.skipped_in_a_row > 0  # and then the average stays where it is, too
-        decay = jnp.where(skips, 1.0, ema_decay_at(state.step, ema_decay))
         ema = {}
         if state.ema:
+            # A skipped step leaves the average unchanged, too.
+            skips = opt_state.skipped_in_a_row > 0
+            decay = jnp.where(skips, 1.0, ema_decay_at(state.step, settings.ema_decay))
             ema = jax.tree.map(lambda e, p: decay * e + (1 - decay) * p, state.ema, trainable)
         metrics = {
             "loss": loss,
@@ -162,17 +150,14 @@ def compile_step(
     The state's buffers are donated: the argument passed to a call must not be used again.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, (state, frozen, batch))
-    whole = jax.sharding.NamedSharding(state.step.sharding.mesh, jax.sharding.PartitionSpec())
+    whole = NamedSharding(state.step.sharding.mesh, PartitionSpec())
     compiled = jax.jit(
         step, in_shardings=shardings, out_shardings=(shardings[0], whole), donate_argnums=0
     )
     return compiled.lower(state, frozen, batch).compile()
 
 
-# Micro-batches, for a batch too large for the devices: all in one compiled step, in turn.
-# Micro-batch j of m takes the samples j, j + m, j + 2m, ... Every device holds a run of
-# consecutive samples, so each splits its own and no sample moves between devices; and which
-# samples go together does not depend on the mesh.
+# --- Micro-batches, for a batch too large for the devices: one after the other in the step ---
 
 
 def mean_gradient(
@@ -201,14 +186,16 @@ def mean_gradient(
     draw_axes = {name: ("batch", *[None] * (x.ndim - 1)) for name, x in draws.items()}
     parts = (_split(batch, batch_axes, count), _split(draws, draw_axes, count))
 
+    def placed(tree: Params) -> Params:
+        return jax.tree.map(lambda leaf, names: constrain(leaf, *names), tree, param_axes)
+
     def add(sums: Any, part: tuple[Batch, Batch]) -> tuple[Any, dict[str, jax.Array]]:
         (loss, metrics), grads = gradient(trainable, *part)
         sums = jax.tree.map(lambda a, b: a + b.astype(jnp.float32), sums, (loss, grads))
-        return (sums[0], _placed(sums[1], param_axes)), metrics
+        return (sums[0], placed(sums[1])), metrics
 
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
-    start = (jnp.zeros(()), _placed(zeros, param_axes))
-    sums, metrics = jax.lax.scan(add, start, parts)
+    sums, metrics = jax.lax.scan(add, (jnp.zeros(()), placed(zeros)), parts)
     loss, grads = jax.tree.map(lambda total: total / count, sums)
     # Sums and counts by noise level add up; everything else is a mean over the samples.
     merged = {k: m.sum(0) if k == "by_level" else m.mean(0) for k, m in metrics.items()}
@@ -217,14 +204,16 @@ def mean_gradient(
 
 def _split(arrays: Batch, axes: Mapping[str, Axes], count: int) -> Batch:
     """[b, ...] -> [count, b / count, ...]."""
+    # Micro-batch j of m takes the samples j, j + m, j + 2m, ... Every device holds consecutive
+    # samples, so each splits its own and no sample moves between devices; and which samples go
+    # together does not depend on the mesh.
     return {
         name: constrain(jnp.moveaxis(x.reshape(-1, count, *x.shape[1:]), 1, 0), None, *axes[name])
         for name, x in arrays.items()
     }
 
 
-def _placed(tree: Params, axes: Params) -> Params:
-    return jax.tree.map(lambda leaf, names: constrain(leaf, *names), tree, axes)
+# --- The state of step 0 ---
 
 
 def fresh_state(
@@ -244,7 +233,7 @@ def fresh_state(
 def abstract_state(
     stage: Stage, optimizer: optax.GradientTransformation, ema: bool, mesh: Mesh, rules: Rules
 ) -> TrainState:
-    """Shapes, dtypes and shardings of the state, without allocating anything.
+    """Shapes, dtypes and shardings of the state; nothing is allocated.
 
     Moments and moving averages are split like the parameters they belong to; counts are replicated.
 
@@ -288,14 +277,14 @@ def create_state(
     Args:
         stage: Gives the initial parameters.
         optimizer: Of `make_optimizer`.
-        abstract: Of `abstract_state`; says every sharding.
+        abstract: Of `abstract_state`; decides every sharding.
         seed: Of the initial parameters.
         params: Already placed parameters that replace those of `stage.init`; donated.
     """
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
 
     def make(given: Params, key: jax.Array) -> TrainState:
-        everything = merge(stage.init(key), given)  # what is given is not computed
+        everything = merge(stage.init(key), given)  # the compiler drops what `given` replaces
         return fresh_state(everything, stage, optimizer, bool(abstract.ema))
 
     # Step n uses fold_in(key(seed), n); this is a step no run reaches.
@@ -303,7 +292,7 @@ def create_state(
     return jax.jit(make, out_shardings=shardings, donate_argnums=0)(params or {}, key)
 
 
-# AdamW with the release's learning-rate schedules, skipping steps that went wrong.
+# --- AdamW with the release's learning-rate schedules, skipping non-finite gradients ---
 
 WARMUP_START = 1e-6  # fraction of the learning rate at step 0 (release: LambdaLinear f_start)
 
@@ -399,15 +388,18 @@ def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransf
     return optax.GradientTransformation(init, update)
 
 
+# --- The step with every argument as a shape, for estimates and benchmarks ---
+
+
 @dataclass(frozen=True)
 class Program:
     """A train step and its arguments as shapes with shardings.
 
     Attributes:
-        mesh: the devices; abstract (`abstract_mesh`) where only shapes are wanted.
-        stage, optimizer: what is trained, and how.
-        step: not compiled.
-        state, batch: its arguments, beside `stage.frozen`.
+        mesh: The devices; abstract (`abstract_mesh`) where only shapes are wanted.
+        stage, optimizer: What is trained, and how.
+        step: Not compiled.
+        state, batch: Its arguments, beside `stage.frozen`.
     """
 
     mesh: Mesh | AbstractMesh
@@ -419,8 +411,11 @@ class Program:
 
     @property
     def argument_bytes(self) -> int:
-        """Of state, frozen network and batch, per device, without what a compiler pads."""
-        return _bytes((self.state, self.stage.frozen, self.batch))
+        """Of state, frozen network and batch, per device, without the compiler's padding."""
+        return sum(
+            math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+            for leaf in jax.tree.leaves((self.state, self.stage.frozen, self.batch))
+        )
 
     def compile(self) -> Callable[..., Any]:
         """The compiled step (state, frozen, batch) -> (state, metrics)."""
@@ -431,16 +426,16 @@ class Program:
 def make_program(
     experiment: Experiment, mesh: Mesh | AbstractMesh, backbone_of: Backbone = load_backbone
 ) -> Program:
-    """The step that `loop.train` would run on this mesh, not compiled yet.
+    """The step that `train` would run on this mesh, not compiled yet.
 
     Args:
-        experiment: of a training run; no data is read.
-        mesh: of `make_mesh`, whose devices may be those of a pod that is not here, or of
+        experiment: A training run; no data is read.
+        mesh: Of `make_mesh`, whose devices may be those of a pod that is not here, or of
             `abstract_mesh`, which has none: nothing can be compiled for it.
         backbone_of: `abstract_backbone` where only the shapes of the frozen network are needed.
 
     Raises:
-        ValueError: if batch, mesh, network and devices do not go together.
+        ValueError: If batch, mesh, network and devices do not go together.
     """
     stage = make_stage(experiment, mesh, backbone_of)
     optimizer, state, step = assemble(experiment, stage, mesh)
@@ -450,10 +445,3 @@ def make_program(
         for name, sharding in sharding_tree(stage.batch_axes, mesh, experiment.rules).items()
     }
     return Program(mesh, stage, optimizer, step, state, batch)
-
-
-def _bytes(tree: Any) -> int:
-    return sum(
-        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-        for leaf in jax.tree.leaves(tree)
-    )

@@ -13,16 +13,16 @@ from mvjax.experiment import Experiment
 from mvjax.models.network import merge
 from mvjax.parallel import sharding_tree
 from mvjax.training.checkpoint import Store
-from mvjax.training.metrics import MetricsWriter, Pace, Record, read_records, traced_steps
+from mvjax.training.metrics import MetricsWriter, Record, Throughput, read_records, traced_steps
 from mvjax.training.objectives import Stage
 from mvjax.training.preemption import Interrupt
 from mvjax.training.prefetch import device_batches
-from mvjax.training.restore import check_finished, describe, first_state, say
+from mvjax.training.restore import check_finished, describe, first_state, log_once
 from mvjax.training.step import assemble, compile_step
-from mvjax.training.validation import HeldOut
+from mvjax.training.validation import Validation
 
-# The file that tells other programs that a training has reached its last step. Exit code 0 does
-# not: a run that SIGTERM interrupted has saved everything and ends with it, too.
+# The file that tells other programs that a run has made its last step. Exit code 0 does not: a run
+# that SIGTERM interrupted has saved everything and ends with 0, too.
 FINISHED = "finished"
 
 MAX_SKIPPED_IN_A_ROW = 50
@@ -39,56 +39,52 @@ def train(
     workdir: Path,
     meta: Mapping[str, Any] | None = None,
     *,
-    held_out: HeldOut | None = None,
+    validation: Validation | None = None,
     profile: bool = False,
 ) -> Record:
-    """Trains a stage in `workdir`, continuing whatever is already there.
+    """Trains a stage in `workdir`, continuing the run that is already there.
 
-    Killed at any moment and started again, a run gives the same losses as one that was not.
+    A run that is killed at any moment and started again gives the same losses as one that was not.
 
     Args:
-        experiment: Its config has the sections (and usual values)
-            mesh {data=-1, fsdp=1, context=1, tensor=1}; rules {} (overrides of the sharding rules);
-            optimizer {learning_rate=1e-4, schedule="constant", warmup_steps=0, decay_steps=0,
-            final_fraction=0.0, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip_norm=10.0,
-            mu_dtype=""}; training {steps, batch_size, accumulate=1, seed=0, ema_decay=0.0,
-            log_every=50, checkpoint_every=1000, keep=2, keep_every=0, sample_every=0}; init_from=""
-            (a training directory); and wandb="" (a project at Weights & Biases).
-        stage: What to train.
+        experiment: Its config has the sections mesh, rules, optimizer and training, init_from (a
+            training directory or "") and wandb (a project at Weights & Biases or "").
+        stage: The network and its loss.
         loader: Grain iterator (or IterDataset) over this process's part of each batch; endless.
         workdir: Receives checkpoints/, metrics.jsonl, tensorboard/, samples/ and profile/.
-        meta: JSON-able facts to store beside the arrays (normalizer, `data_fingerprint`, ...).
-        held_out: Looked at every `training.sample_every` steps.
-        profile: Whether to trace a few steps into profile/.
+        meta: JSON-able facts to store beside the arrays, such as `data_fingerprint`.
+        validation: Called every `training.sample_every` steps.
+        profile: Trace a few steps into profile/.
 
     Returns:
-        The last record of metrics.jsonl. A finished run returns it at once.
+        The record of the last step. A finished run returns it at once.
 
     Raises:
-        SystemExit: After SIGTERM (0) or Ctrl-C (130), once the step reached is saved.
+        SystemExit: After SIGTERM (0) or Ctrl-C (130), once the current step is saved.
         TrainingDiverged: If too many steps in a row had a gradient that was not finite.
         CheckpointMismatch: If a finished run had other data or other networks.
     """
     config, settings, workdir = experiment.config, experiment.config.training, Path(workdir)
     mesh = experiment.mesh()
-    optimizer, abstract, step = assemble(experiment, stage, mesh)
+    optimizer, abstract, train_step = assemble(experiment, stage, mesh)
     description = describe(experiment, stage, meta or {})
     with (
         jax.set_mesh(mesh),
         Store(workdir, keep=settings.keep, keep_every=settings.keep_every) as store,
         Interrupt() as interrupt,
     ):
-        reached = store.latest_step()
-        if reached is not None and reached >= settings.steps and (stored := store.meta(reached)):
-            check_finished(workdir, reached, stored, description)
-            _mark_finished(workdir, reached)
-            return (read_records(workdir) or [{"step": reached}])[-1]
+        newest = store.latest_step()
+        # A finished run whose newest checkpoint is damaged is not finished: it repeats those steps.
+        if newest is not None and newest >= settings.steps and (stored := store.meta(newest)):
+            check_finished(workdir, newest, stored, description)
+            _mark_finished(workdir, newest)
+            return (read_records(workdir) or [{"step": newest}])[-1]
         _mark_finished(workdir, None)
         loader = iter(loader)
         state = first_state(experiment, stage, optimizer, abstract, store, loader, description)
         batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, experiment.rules))
         first = int(state.step)
-        pace = Pace(stage, settings.batch_size, first)
+        timer = Throughput(stage, settings.batch_size, first)
         traces = workdir / "profile" if profile else None
         compiled, previous, levels = None, None, []
         with (
@@ -98,60 +94,63 @@ def train(
             contextlib.closing(traced_steps(first + 1, settings.steps, traces)) as steps,
             _progress_bar(stage.name, first, settings.steps) as bar,
         ):
-            for reached in steps:
-                with pace("data"):
+            for step in steps:
+                with timer("data"):
                     batch, position = next(batches, (None, None))
                 if batch is None:
                     raise ValueError(
-                        f"the loader ended after {reached - 1} of {settings.steps} steps; it must "
+                        f"the loader ended after {step - 1} of {settings.steps} steps; it must "
                         "repeat."
                     )
                 if compiled is None:
-                    with pace("compile"):
-                        compiled = compile_step(step, state, stage.frozen, batch)
-                with pace("step"):
-                    with jax.transfer_guard("disallow"):  # nothing may slip to the host unseen
+                    with timer("compile"):
+                        compiled = compile_step(train_step, state, stage.frozen, batch)
+                with timer("step"):
+                    # An accidental transfer to the host would stall the devices at every step.
+                    with jax.transfer_guard("disallow"):
                         state, metrics = compiled(state, stage.frozen, batch)
                     # Wait for the step before, not for this one: the devices always have work
                     # queued, and the host cannot run ahead and fill their memory with batches.
                     jax.block_until_ready(previous)
                     previous = metrics["loss"]
-                pace.finished(reached - 1)
+                timer.finished(step - 1)
+                # Every step counts in the error by noise level, not only those that are logged.
                 if "by_level" in metrics:
                     levels.append(metrics.pop("by_level"))
-                last = reached == settings.steps
-                exit_code = None if last else interrupt.exit_code(reached)
-                saving = last or exit_code is not None or reached % settings.checkpoint_every == 0
-                looking = held_out is not None and reached % settings.sample_every == 0
-                if saving or looking:  # both wait for this step, whose time is not theirs
-                    with pace("step"):
+                last = step == settings.steps
+                exit_code = None if last else interrupt.exit_code(step)
+                saving = last or exit_code is not None or step % settings.checkpoint_every == 0
+                validating = validation is not None and step % settings.sample_every == 0
+                if saving or validating:  # both wait for this step, so its time is not theirs
+                    with timer("step"):
                         jax.block_until_ready(previous)
-                    pace.finished(reached)
-                seen: Mapping[str, float] = {}
-                if looking:
-                    with pace("eval"):
-                        seen, pictures = held_out(reached, merge(state.params, state.ema))
-                        writer.show(reached, pictures)
-                if last or looking or reached % settings.log_every == 0:
-                    writer.log(reached, metrics, levels, {**seen, **pace.take()})
+                    timer.finished(step)
+                measured: Mapping[str, float] = {}
+                if validating:
+                    with timer("eval"):
+                        measured, pictures = validation(step, merge(state.params, state.ema))
+                        writer.show(step, pictures)
+                if last or validating or step % settings.log_every == 0:
+                    writer.log(step, metrics, levels, {**measured, **timer.take()})
                     levels = []
                     _show(bar, writer.latest)
                 if saving:
-                    with pace("save"):
+                    with timer("save"):
                         # A record must be on disk before the checkpoint that makes its step final.
                         writer.flush()
-                        store.save(reached, state, position, description)
+                        store.save(step, state, position, description)
                 bar.update()
                 if exit_code is not None:
-                    say(f"stopping at step {reached}, saved; run the same command to continue.")
+                    log_once(f"stopping at step {step}, saved; run the same command to continue.")
                     raise SystemExit(exit_code)
+    # Only after the store is closed, which waits for the last checkpoint to be on disk.
     _mark_finished(workdir, settings.steps)
     assert writer.latest is not None  # the last step is always logged
     return writer.latest
 
 
 def _mark_finished(workdir: Path, step: int | None) -> None:
-    """Writes the step that a finished run has reached; None: the run goes on, or is another one."""
+    """Writes the last step of a finished run; None removes the file of an unfinished one."""
     if jax.process_index() != 0:
         return
     if step is None:
@@ -172,7 +171,7 @@ def _progress_bar(name: str, first: int, steps: int) -> tqdm:
 
 
 def _show(bar: tqdm, latest: Record | None) -> None:
-    """Puts the newest record beside the bar; stops a run whose gradient stays not finite."""
+    """Puts the newest record beside the bar; stops a run whose gradient stays non-finite."""
     if latest is None:
         return
     words = [f"loss {latest['loss']:.4g}"]
@@ -183,7 +182,7 @@ def _show(bar: tqdm, latest: Record | None) -> None:
     bar.set_postfix_str(", ".join(words), refresh=False)
     if latest["skipped_in_a_row"] >= MAX_SKIPPED_IN_A_ROW:
         raise TrainingDiverged(
-            f"the gradient was not finite for {latest['skipped_in_a_row']:.0f} steps in a row "
-            f"up to step {latest['step']}; lower optimizer.learning_rate, or look for bad values "
-            "in the data."
+            f"the gradient was not finite for {latest['skipped_in_a_row']:.0f} steps in a row, up "
+            f"to step {latest['step']}; lower optimizer.learning_rate, or look for bad values in "
+            "the data."
         )

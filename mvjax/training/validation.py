@@ -1,11 +1,10 @@
-"""How a run does on windows it has not seen: their loss, and in stage 1 the video it makes.
+"""Validation while training: the loss of held-out windows, and in stage 1 the video it generates.
 
-Everything random here comes from fixed keys, and nothing of the run is changed: with and without
-looking, a run gives the same losses.
+All randomness comes from fixed keys and nothing of the run is changed: with and without
+validation, a run gives the same losses.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +27,21 @@ STRIP = 6  # frames of a video in its picture
 Pictures = Mapping[str, np.ndarray]
 
 
-def look_at(
+def make_validation(
     experiment: Experiment,
     stage: Stage,
     mesh: Mesh,
     batches: Callable[..., Iterator[Any]],
     identity: Mapping[str, str],
     workdir: Path,
-) -> "HeldOut | None":
-    """What a run looks at every `training.sample_every` steps; None for 0.
+) -> "Validation | None":
+    """The validation that a run makes every `training.sample_every` steps; None for 0.
 
-    The loss is measured on as many windows as a micro-batch has, which fit the devices. Videos are
-    generated in stage 1, `training.sample_count` of them.
+    The loss is measured on one micro-batch of windows, which fits the devices. In stage 1,
+    `training.sample_count` videos are generated.
 
     Args:
-        experiment: Of the run.
+        experiment: The run.
         stage: The stage that is trained.
         mesh: Where it is trained.
         batches: (split, batch size, **reading) -> the loader's iterator.
@@ -50,7 +49,7 @@ def look_at(
         workdir: The training directory.
 
     Raises:
-        ValueError: If a dataset has no held-out windows, or the tokenizer is another one than made
+        ValueError: If a dataset has no held-out windows, or the tokenizer is not the one that made
             the records.
     """
     config, settings, rules = experiment.config, experiment.config.training, experiment.rules
@@ -64,7 +63,7 @@ def look_at(
 
     measured = windows(settings.batch_size // settings.accumulate)
     if stage.name != "video" or settings.sample_count < 1:
-        return HeldOut(stage, mesh, rules, measured)
+        return Validation(stage, mesh, rules, measured)
     tokenizer = None
     if jax.process_index() == 0:
         tokenizer, ours = load_video_tokenizer(config.tokenizer)
@@ -76,12 +75,12 @@ def look_at(
     # As many as the devices generate together, although fewer may be written.
     ways = split_ways("batch", mesh, rules)
     begun = windows(-(-settings.sample_count // ways) * ways)
-    videos = HeldOutVideos(experiment, mesh, begun, settings.sample_count, tokenizer, workdir)
-    return HeldOut(stage, mesh, rules, measured, videos)
+    videos = ValidationVideos(experiment, mesh, begun, settings.sample_count, tokenizer, workdir)
+    return Validation(stage, mesh, rules, measured, videos)
 
 
-class HeldOut:
-    """Called by the loop as held_out(step, params) -> (numbers, pictures)."""
+class Validation:
+    """Called by the loop as validation(step, params) -> (numbers, pictures)."""
 
     def __init__(
         self,
@@ -89,26 +88,24 @@ class HeldOut:
         mesh: Mesh,
         rules: Rules,
         batch: Batch,
-        videos: "HeldOutVideos | None" = None,
+        videos: "ValidationVideos | None" = None,
     ):
-        """Takes the windows.
+        """Takes windows of the validation split, on the devices, as the stage takes them."""
+        self._stage, self._batch, self._videos = stage, batch, videos
 
-        Args:
-            stage: Whose loss is measured.
-            mesh: Where it is trained.
-            rules: How the computation is sharded.
-            batch: Windows of the validation split, on the devices, as the stage takes them.
-            videos: Also generates videos; None in stage 2.
-        """
-        self._stage, self._rules, self._batch, self._videos = stage, rules, batch, videos
-        self._whole = NamedSharding(mesh, PartitionSpec())  # so that every process can read it
+        def loss(params: Params, frozen: Params, batch: Batch) -> Any:
+            with use_rules(rules):
+                return stage.loss(params, frozen, batch, jax.random.key(0))
+
+        # Whole on every device, so that every process can read it.
+        self._loss = jax.jit(loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
     def __call__(self, step: int, params: Params) -> tuple[dict[str, float], Pictures]:
-        """Measures and generates.
+        """Measures the loss and generates the videos.
 
         Args:
             step: Number of steps made; names the files.
-            params: Of the stage, not changed.
+            params: All parameters of the stage; not changed.
 
         Returns:
             "validation/loss" and the stage's metrics under "validation/"; pictures uint8 [h, w, 3].
@@ -119,17 +116,9 @@ class HeldOut:
         numbers = {f"validation/{name}": float(value) for name, value in numbers.items()}
         return numbers, self._videos(step, params) if self._videos else {}
 
-    @cached_property
-    def _loss(self) -> Any:
-        def loss(params: Params, frozen: Params, batch: Batch) -> Any:
-            with use_rules(self._rules):
-                return self._stage.loss(params, frozen, batch, jax.random.key(0))
 
-        return jax.jit(loss, out_shardings=self._whole)
-
-
-class HeldOutVideos:
-    """Generates the future of held-out windows and writes it beside what happened."""
+class ValidationVideos:
+    """Generates the future of held-out windows and writes it beside the recorded one."""
 
     def __init__(
         self,
@@ -143,50 +132,46 @@ class HeldOutVideos:
         """Takes the windows.
 
         Args:
-            experiment: Of the run.
-            mesh: The training's.
+            experiment: The run.
+            mesh: Where it is trained.
             batch: Windows of the validation split on the devices, a batch that the mesh can split.
             count: How many of them are written.
             tokenizer: Decodes latents; needed on process 0 only.
-            workdir: The videos are samples/step_<n>/<i>.mp4 there: left what happened, right what
-                was generated. Both have passed through the tokenizer.
+            workdir: The videos are samples/step_<n>/<i>.mp4 there: left the recorded one, right
+                the generated one. Both have passed through the tokenizer.
         """
         self._clip, self._network = experiment.clip, experiment.video_network
         self._sigmas = experiment.sampling().sigmas
         self._rules, self._batch, self._count = experiment.rules, batch, count
         self._tokenizer, self._folder = tokenizer, Path(workdir) / "samples"
-        self._happened: list[np.ndarray] = []  # decoded once
+        self._recorded: list[np.ndarray] = []  # decoded once
         # The few that are written, whole on every device.
-        self._whole = NamedSharding(mesh, PartitionSpec())
+        self._generate = jax.jit(
+            self._generated, out_shardings=NamedSharding(mesh, PartitionSpec())
+        )
 
     def __call__(self, step: int, params: Params) -> Pictures:
-        """Writes the videos; their pictures by name, on process 0."""
-        happened, made = self._generate(params, self._batch)
+        """Writes the videos; returns a picture of each by name, on process 0."""
+        recorded, generated = self._generate(params, self._batch)
         if jax.process_index() != 0:
             return {}
-        self._happened = self._happened or self._decode(happened)
+        self._recorded = self._recorded or self._decode(recorded)
         folder = self._folder / f"step_{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
         pictures = {}
-        for number, (true, generated) in enumerate(zip(self._happened, self._decode(made))):
-            video = np.concatenate([true, generated], axis=2)
+        for number, pair in enumerate(zip(self._recorded, self._decode(generated))):
+            video = np.concatenate(pair, axis=2)
             write_video(folder / f"{number}.mp4", video, max(round(self._clip.fps), 1), crf=18)
-            shown = np.linspace(0, len(true) - 1, min(STRIP, len(true))).astype(int)
-            rows = [np.concatenate(list(frames[shown]), axis=1) for frames in (true, generated)]
+            shown = np.linspace(0, len(video) - 1, min(STRIP, len(video))).astype(int)
+            rows = [np.concatenate(list(frames[shown]), axis=1) for frames in pair]
             pictures[f"samples/{number}"] = np.concatenate(rows)
         return pictures
 
-    @cached_property
-    def _generate(self) -> Any:
-        return partial(jax.jit, out_shardings=self._whole)(self._generated)
-
     def _generated(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        """Latents of the first windows, and generated ones that begin as they do."""
+        """Latents of the first windows, and generated ones with the same observed frames."""
         x0, text = batch["latents"], batch["text"]
-        samples = len(x0)
-        mask = condition_mask(
-            jnp.full(samples, self._clip.condition_latents), self._clip.latent_frames
-        )
+        observed = jnp.full(len(x0), self._clip.condition_latents)
+        mask = condition_mask(observed, self._clip.latent_frames)
         with use_rules(self._rules):
             net = self._network.bind(params)
 

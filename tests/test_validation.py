@@ -1,4 +1,4 @@
-"""Looking at held-out windows while training."""
+"""Validation on held-out windows while training."""
 
 import hashlib
 
@@ -18,7 +18,7 @@ from mvjax.policy.generate import Conditions, VideoModel
 from mvjax.training.metrics import read_records
 from mvjax.training.prefetch import device_batches
 from mvjax.training.train import train
-from mvjax.training.validation import HeldOutVideos, look_at
+from mvjax.training.validation import ValidationVideos, make_validation
 
 pytestmark = pytest.mark.usefixtures("quickly")
 IDENTITY = {"tokenizer": "given by the file"}
@@ -34,7 +34,7 @@ def tokenizer(tmp_path_factory):
     return path
 
 
-def looking(stage, tokenizer):
+def validating_config(stage, tokenizer):
     config = five_steps(stage)
     config.training.update(sample_every=2, sample_count=2)
     config.sampler.video_steps, config.tokenizer = 3, str(tokenizer)
@@ -56,13 +56,13 @@ def windows_of(config):
     return batches
 
 
-def looker(config, workdir, identity):
+def stage_and_validation(config, workdir, identity):
     stage, mesh, _ = build_stage(config)
     with jax.set_mesh(mesh):
-        look = look_at(
+        validation = make_validation(
             Experiment.from_config(config), stage, mesh, windows_of(config), identity, workdir
         )
-    return stage, look
+    return stage, validation
 
 
 def frames_of(path):
@@ -72,24 +72,26 @@ def frames_of(path):
 
 
 @pytest.fixture(scope="module")
-def looked(tokenizer, tmp_path_factory):
-    """A stage-1 run that looks at steps 2 and 4."""
-    config, workdir = looking("video", tokenizer), tmp_path_factory.mktemp("looked")
+def validated(tokenizer, tmp_path_factory):
+    """A stage-1 run with validation at steps 2 and 4."""
+    config, workdir = validating_config("video", tokenizer), tmp_path_factory.mktemp("validated")
     identity = {"tokenizer": hashlib.sha256(tokenizer.read_bytes()).hexdigest()}
-    stage, look = looker(config, workdir, identity)
-    train(Experiment.from_config(config), stage, tiny_loader(config), workdir, held_out=look)
+    stage, validation = stage_and_validation(config, workdir, identity)
+    train(
+        Experiment.from_config(config), stage, tiny_loader(config), workdir, validation=validation
+    )
     return config, workdir
 
 
-def test_looking_changes_nothing_of_the_run(looked, video_run):
-    ours, theirs = (without_times(read_records(folder)) for folder in (looked[1], video_run))
+def test_validation_changes_nothing_of_the_run(validated, video_run):
+    ours, theirs = (without_times(read_records(folder)) for folder in (validated[1], video_run))
     assert [r["step"] for r in ours] == [1, 2, 3, 4, 5]
     for record, other in zip(ours, theirs):
         assert {k: v for k, v in record.items() if not k.startswith("validation/")} == other
 
 
-def test_the_loss_of_held_out_windows_is_recorded_when_looking(looked):
-    with_loss = [r for r in read_records(looked[1]) if "validation/loss" in r]
+def test_the_loss_of_held_out_windows_is_recorded_when_validating_config(validated):
+    with_loss = [r for r in read_records(validated[1]) if "validation/loss" in r]
     assert [r["step"] for r in with_loss] == [2, 4]
     for record in with_loss:
         assert record["validation/velocity_mse"] == pytest.approx(record["validation/loss"])
@@ -100,8 +102,8 @@ def test_the_loss_of_held_out_windows_is_recorded_when_looking(looked):
     assert first["validation/loss"] != second["validation/loss"]
 
 
-def test_the_videos_can_be_played_and_begin_with_what_was_observed(looked):
-    config, workdir = looked
+def test_the_videos_can_be_played_and_begin_with_what_was_observed(validated):
+    config, workdir = validated
     clip, samples = Clip(**config.clip), workdir / "samples"
     assert sorted(path.name for path in samples.iterdir()) == ["step_00000002", "step_00000004"]
     for step in samples.iterdir():
@@ -118,7 +120,7 @@ def test_the_videos_can_be_played_and_begin_with_what_was_observed(looked):
 
 
 def test_videos_are_sampled_as_launch_generate_does(tokenizer, tmp_path):
-    config = looking("video", tokenizer)
+    config = validating_config("video", tokenizer)
     stage, mesh, rules = build_stage(config)
     rng = np.random.default_rng(0)
     params = jax.tree.map(
@@ -127,7 +129,7 @@ def test_videos_are_sampled_as_launch_generate_does(tokenizer, tmp_path):
     )
     shardings = sharding_tree(stage.batch_axes, mesh, rules)
     batch, _ = next(device_batches(tiny_loader(config), shardings))
-    videos = HeldOutVideos(Experiment.from_config(config), mesh, batch, 1, None, tmp_path)
+    videos = ValidationVideos(Experiment.from_config(config), mesh, batch, 1, None, tmp_path)
     happened, ours = map(np.asarray, videos._generate(params, batch))
     clip = Clip(**config.clip)
     mask = np.asarray(condition_mask(np.full(1, clip.condition_latents), clip.latent_frames))
@@ -143,10 +145,10 @@ def test_videos_are_sampled_as_launch_generate_does(tokenizer, tmp_path):
 
 
 def test_stage_two_measures_only(tokenizer, tmp_path):
-    config = looking("action", tokenizer)
+    config = validating_config("action", tokenizer)
     config.training.accumulate = 2
-    stage, look = looker(config, tmp_path, IDENTITY)
-    numbers, pictures = look(2, jax.jit(stage.init)(jax.random.key(1)))
+    stage, validation = stage_and_validation(config, tmp_path, IDENTITY)
+    numbers, pictures = validation(2, jax.jit(stage.init)(jax.random.key(1)))
     # As many windows as a micro-batch has; two draws of action noise for each.
     assert sum(v for k, v in numbers.items() if k.startswith("validation/samples/")) == 4 * 2
     assert numbers["validation/loss"] > 0 and not pictures and not any(tmp_path.iterdir())
@@ -154,4 +156,4 @@ def test_stage_two_measures_only(tokenizer, tmp_path):
 
 def test_another_tokenizer_than_the_records_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match=r"encoded with another tokenizer than .*tokenizer\.npz"):
-        looker(looking("video", tokenizer), tmp_path, IDENTITY)
+        stage_and_validation(validating_config("video", tokenizer), tmp_path, IDENTITY)

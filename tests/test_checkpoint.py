@@ -69,7 +69,7 @@ def test_positions_given_as_bytes_come_back_as_bytes(tmp_path):
     state = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), abstract)
     with Store(tmp_path, keep=1) as store:
         store.save(1, state, b'{"next": 7}', {})
-        store.wait()
+    with Store(tmp_path, keep=1) as store:
         assert store.restore(abstract).position == b'{"next": 7}'
 
 
