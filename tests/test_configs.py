@@ -116,7 +116,7 @@ def test_an_unknown_size_is_explained():
     ("setting", "value", "message"),
     [
         ("clip.observed_frames", 6, r"observed_frames must be 1 \+ 4k .* got 6"),
-        ("clip.future_frames", 6, r"5 observed and 6 future frames, 11 together"),
+        ("clip.future_frames", 6, r"future_frames must be a positive multiple of 4, got 6"),
         ("clip.height", 40, r"clip.height must be a multiple of 16 .* got 40"),
         ("policy_io.action.horizon", 0, r"action_horizon must be at least 1, got 0"),
         ("policy_io.proprio.horizon", 0, r"proprio_horizon must be at least 1, got 0"),
