@@ -1,10 +1,9 @@
-"""Writing files and folders so that a name never stands for half of one, and waiting for them.
+"""Atomic writes of files and folders: a path never holds half of its content.
 
-What is written goes to a neighbour, `<name>.partial`, which takes the place of `<name>` when it is
-whole. A process that is killed leaves the neighbour behind; the next one that writes replaces it.
-Of two processes that write one path at the same time, at least one fails: a job gives each path to
-one of its processes. The disk need not be asked to flush: after a loss of power a job checks what
-it finds, or a person starts it again.
+The content is written to `<name>.partial` beside it, which is renamed when it is complete. A killed
+process leaves that file behind, and the next writer replaces it. Of two processes that write one
+path at the same time, at least one fails. Nothing is flushed to the disk: jobs check what they find
+after a power failure.
 """
 
 import json
@@ -21,16 +20,16 @@ import numpy as np
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a neighbour of `path` to write (a file, or a folder); then that takes its place.
+    """Yields a temporary path for a file or folder, and renames it to `path` at the end.
 
-    Where the block fails, what was written is removed and `path` is as it was.
+    If the block fails, the temporary one is removed and `path` stays as it was.
 
     Raises:
-        FileExistsError: if `path` is a folder that holds something: none can take its place.
+        FileExistsError: if `path` is a folder that is not empty; a rename cannot replace that.
     """
     path = Path(path)
-    if path.is_dir() and any(path.iterdir()):  # before hours are spent on what replaces it
-        raise FileExistsError(f"{path} holds something already; remove it, or name another folder")
+    if path.is_dir() and any(path.iterdir()):  # said now, not after hours of work on the content
+        raise FileExistsError(f"{path} is not empty; remove it, or name another folder")
     partial = path.with_name(path.name + ".partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     _remove(partial)
@@ -60,7 +59,7 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
-    """Waits for what another process leaves in the folder; if that dies, its launcher ends us."""
+    """Polls a condition that another process makes true; if that dies, the launcher ends us."""
     while not condition():
         time.sleep(0.2)
 

@@ -1,15 +1,15 @@
-"""The lengths of a clip: a few are configured, the others follow from them."""
+"""The shape of a clip: the configured lengths, and those that follow from them."""
 
 from dataclasses import dataclass
 
-SPATIAL, TEMPORAL, CHANNELS = 8, 4, 16  # compression of the video tokenizer, and its channels
+SPATIAL, TEMPORAL, CHANNELS = 8, 4, 16  # the video tokenizer's compression, latent channels
 PATCH = 2  # a token of the video DiT covers 2×2 latents of one latent frame
-PIXELS_PER_TOKEN = SPATIAL * PATCH  # in height and in width
+PIXELS_PER_TOKEN = SPATIAL * PATCH  # along height and width
 
 
 @dataclass(frozen=True)
 class Clip:
-    """The video a model sees: observed frames up to now, then future ones.
+    """The video that a model sees: observed frames up to now, then future frames.
 
     Attributes:
         height, width: pixels, multiples of 16.
@@ -25,22 +25,19 @@ class Clip:
     fps: float
 
     def __post_init__(self):
-        for name in ("height", "width"):
-            if getattr(self, name) < PIXELS_PER_TOKEN or getattr(self, name) % PIXELS_PER_TOKEN:
+        for name, pixels in (("height", self.height), ("width", self.width)):
+            if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
                 raise ValueError(
-                    f"clip.{name} must be a multiple of {PIXELS_PER_TOKEN} pixels (8x8 pixels to a "
-                    f"latent, 2x2 latents to a token), got {getattr(self, name)}."
+                    f"clip.{name} must be a multiple of {PIXELS_PER_TOKEN} pixels, got {pixels}."
                 )
         if self.observed_frames < 1 or (self.observed_frames - 1) % TEMPORAL:
             raise ValueError(
                 "clip.observed_frames must be 1 + 4k (the tokenizer takes the first frame alone, "
-                f"then groups of four), e.g. 1 or 5; got {self.observed_frames}."
+                f"then groups of four), got {self.observed_frames}."
             )
         if self.future_frames < TEMPORAL or self.future_frames % TEMPORAL:
             raise ValueError(
-                f"clip has {self.observed_frames} observed and {self.future_frames} future frames, "
-                f"{self.frames} together; the whole must be 1 + 4k: make clip.future_frames a "
-                "positive multiple of 4."
+                f"clip.future_frames must be a positive multiple of 4, got {self.future_frames}."
             )
         if self.fps <= 0:
             raise ValueError(f"clip.fps must be positive, got {self.fps}.")
@@ -62,7 +59,7 @@ class Clip:
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
-        """(latent frames, height, width, channels) of the latents."""
+        """(latent frames, height, width, channels)."""
         return (self.latent_frames, self.height // SPATIAL, self.width // SPATIAL, CHANNELS)
 
     @property
@@ -72,11 +69,6 @@ class Clip:
 
 
 def check_frames(frames: int) -> None:
-    """Raises ValueError unless a video has the 1 + 4k frames that a video tokenizer takes."""
+    """Raises ValueError unless a video has 1 + 4k frames, as the video tokenizer requires."""
     if frames < 1 or (frames - 1) % TEMPORAL:
-        lower = max(1, (frames - 1) // TEMPORAL * TEMPORAL + 1)
-        raise ValueError(
-            f"A clip of {frames} frames cannot be tokenized: the first frame stands alone and the "
-            f"others are taken four at a time, so use 1 + 4k frames, e.g. {lower} or "
-            f"{lower + TEMPORAL}."
-        )
+        raise ValueError(f"A clip of {frames} frames cannot be tokenized; use 1 + 4k frames.")

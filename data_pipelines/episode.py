@@ -1,10 +1,10 @@
 """Episodes: what every data source yields and everything downstream reads.
 
-An episode is a set of named streams, each with its own timestamps, so that frame rates and
-horizons stay configuration: windows are drawn by time, never by index.
+An episode is a set of named streams, each with its own timestamps. Windows are cut by time, never
+by index, so frame rates and horizons stay configuration.
 
-Below `Episode` stand which episodes are used for what (`split_of`, `of_every_task`), how many may
-be unreadable (`BadShare`), and why a file cannot be read (`reason`).
+Also here: the train/validation split (`split_of`), few episodes of every task (`of_every_task`),
+the limit on unreadable episodes (`BadShare`), and why a file cannot be read (`reason`).
 """
 
 import hashlib
@@ -20,19 +20,17 @@ import numpy as np
 
 NANOSECONDS = 1_000_000_000  # per second
 
-PerTask = int | str | None  # how many episodes of every task: see `kept`
+PerTask = int | str | None  # the number of episodes of every task, see `kept`
 _PARTS = {"full": 1, "half": 2, "tenth": 10}  # and "one"
-_NAMED = 3  # bad episodes that an error names
-_GIT_LFS = b"version https://git-lfs"  # how the file begins that stands for another one
+_NAMED = 3  # bad episodes named in an error
+_GIT_LFS = b"version https://git-lfs"  # the beginning of a placeholder file
 
 
 @runtime_checkable
 class FrameReader(Protocol):
-    """Frames that stay on disk until they are asked for."""
+    """The frames of a video, decoded on demand."""
 
-    def __len__(self) -> int:
-        """Number of frames."""
-        ...
+    def __len__(self) -> int: ...
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3]."""
@@ -46,9 +44,6 @@ class Stream:
     Attributes:
         timestamps: int64 [n], nanoseconds, strictly increasing.
         values: [n, ...] array, or a `FrameReader` of n frames for a video.
-
-    Raises:
-        ValueError: if the timestamps are not such, or the lengths differ.
     """
 
     timestamps: np.ndarray
@@ -63,15 +58,15 @@ class Stream:
             )
         if not 0 < len(times) == len(self.values):
             raise ValueError(
-                f"a stream needs a timestamp per value and at least one, got {len(times)} "
+                f"a stream needs at least one value and a timestamp per value, got {len(times)} "
                 f"timestamps and {len(self.values)} values"
             )
         late = np.flatnonzero(np.diff(times) <= 0)
         if len(late):
             i = int(late[0])
             raise ValueError(
-                f"timestamps must strictly increase, but number {i + 1} ({times[i + 1]} ns) does "
-                f"not come after number {i} ({times[i]} ns)"
+                f"timestamps must strictly increase, but number {i} is {times[i]} ns and the next "
+                f"one {times[i + 1]} ns"
             )
 
 
@@ -80,14 +75,13 @@ class Episode:
     """One demonstration or one video clip.
 
     Attributes:
-        id: unique within its source and the same at every opening.
+        id: unique within its source, and stable between openings.
         source: the dataset's name.
-        embodiment: the body that acts ("metaworld_sawyer", "human", ...).
-        instructions: one or more descriptions of what happens; ("",) where there is none.
-        streams: the dataset's own feature names -> signals; a common time axis.
-        cameras: the streams that are video.
-        embeddings: where the dataset stores them, an instruction's text embedding, float [n, d]
-            without trailing zero rows.
+        embodiment: the robot or body that acts ("metaworld_sawyer", "human", ...).
+        instructions: one or more descriptions of the task; ("",) where there is none.
+        streams: the dataset's own feature name -> signal; all share one time axis.
+        cameras: names of the streams that are video.
+        embeddings: instruction -> stored text embedding, float [n, d] without trailing zero rows.
     """
 
     id: str
@@ -108,7 +102,7 @@ class Episode:
 
 
 class LazyEpisodes(Sequence[Episode]):
-    """A sequence that loads an episode only when it is asked for."""
+    """A sequence that loads each episode on access."""
 
     def __init__(self, length: int, load: Callable[[int], Episode]):
         self._length = length
@@ -119,32 +113,30 @@ class LazyEpisodes(Sequence[Episode]):
 
     def __getitem__(self, index: int) -> Episode:
         if not -self._length <= index < self._length:
-            raise IndexError(f"episode {index} asked for, but there are {self._length}")
+            raise IndexError(f"episode {index} of {self._length}")
         return self._load(index % self._length)
 
     def __iter__(self) -> Iterator[Episode]:
-        # Not that of `Sequence`, which would take an IndexError while loading for the end.
+        # `Sequence.__iter__` would take an IndexError raised while loading for the end.
         return (self._load(i) for i in range(self._length))
 
 
-# Which episodes are used for what: splits, and few of every task to see what data is worth.
+# Choosing episodes: splits, and few episodes of every task (to measure data efficiency).
 
 
 def split_of(episode_id: str, validation_share: float) -> str:
-    """Of an episode: by md5 of its id (the release's stage 1), so that new data moves none."""
+    """Returns "train" or "validation" by the id's md5 (as in the release's stage 1).
+
+    Adding episodes to a dataset moves none from one split to the other.
+    """
     bucket = int(hashlib.md5(episode_id.encode()).hexdigest(), 16) % 10_000
     return "validation" if bucket < round(validation_share * 10_000) else "train"
 
 
 def kept(total: int, per_task: PerTask) -> int:
-    """How many of a task's episodes are used.
+    """How many of a task's `total` episodes are used.
 
-    Args:
-        total: how many there are.
-        per_task: a number; "one", "tenth", "half" (rounded up) or "full"; None is "full".
-
-    Raises:
-        ValueError: for anything else.
+    `per_task` is a number, "one", "tenth", "half" (both rounded up) or "full"; None means "full".
     """
     if per_task is None or per_task in _PARTS:
         return math.ceil(total / _PARTS.get(per_task, 1))
@@ -152,17 +144,17 @@ def kept(total: int, per_task: PerTask) -> int:
         per_task = 1
     if isinstance(per_task, bool) or not isinstance(per_task, int) or per_task < 1:
         raise ValueError(
-            f"training.episodes_per_task is {per_task!r}; give a number of episodes, or one, "
-            f"{', '.join(reversed(_PARTS))} for a share of every task's."
+            f"training.episodes_per_task is {per_task!r}; give a number of episodes of each task, "
+            f"or one, {', '.join(reversed(_PARTS))}."
         )
     return min(per_task, total)
 
 
 def of_every_task(rows: Sequence[Any], per_task: PerTask, seed: int) -> list[Any]:
-    """Chooses episodes (with an id and instructions) of every task (the first instruction).
+    """Chooses episodes (rows with `id` and `instructions`) of every task (first instruction).
 
-    Which ones depends on the seed and the ids alone, and a smaller choice is part of a larger one,
-    so that results with more data differ by the data that was added.
+    The choice depends on the seed and the ids alone. A smaller choice is a subset of a larger one,
+    so runs with more data differ by the added data only.
     """
     tasks: dict[Hashable, list[Any]] = {}
     for row in sorted(rows, key=lambda row: hashlib.md5(f"{seed}/{row.id}".encode()).digest()):
@@ -170,26 +162,25 @@ def of_every_task(rows: Sequence[Any], per_task: PerTask, seed: int) -> list[Any
     return [row for task in tasks.values() for row in task[: kept(len(task), per_task)]]
 
 
-# How much of a dataset may be unreadable before the work on it stops. Out of thousands of files
-# some are always broken. Each is left out, counted and named; too many of them mean that something
-# else is wrong, and a person should know before hours are spent.
+# The limit on unreadable data. Some of thousands of files are always broken: each is skipped,
+# counted and named. Too many mean a systematic fault, which a person should see before hours pass.
 
 
 class TooManyBad(ValueError):
-    """More was unreadable than `max_bad_share` allows."""
+    """A larger share was unreadable than `max_bad_share` allows."""
 
 
 class BadShare:
-    """Counts what was read and what could not be; for several threads."""
+    """Counts readable and unreadable items; thread-safe."""
 
     def __init__(self, allowed: float, what: str, least: int, remedy: str):
         """Starts at zero.
 
         Args:
-            allowed: share that may be bad, 0 to 1.
-            what: what is counted, for the sentence: "episodes of 'robot'".
-            least: nothing is said before so many were seen: one of the first three may be bad.
-            remedy: what a person can do, for the sentence: "Repair them".
+            allowed: the share that may be unreadable, 0 to 1.
+            what: the items in the error, e.g. "episodes of 'robot'".
+            least: number of items before the share is checked; 1 bad of the first 3 says nothing.
+            remedy: the advice in the error, e.g. "Repair them".
         """
         self._allowed, self._what, self._least, self._remedy = allowed, what, least, remedy
         self._lock = threading.Lock()
@@ -197,16 +188,12 @@ class BadShare:
         self.seen = self.bad = 0
 
     def good(self) -> None:
-        """One was read."""
+        """Counts a readable item."""
         with self._lock:
             self.seen += 1
 
     def is_bad(self, name: str, reason: str) -> None:
-        """One could not be read.
-
-        Raises:
-            TooManyBad: if that is one too many.
-        """
+        """Counts an unreadable item; raises TooManyBad if the share is now too large."""
         with self._lock:
             self.seen += 1
             self.bad += 1
@@ -216,7 +203,7 @@ class BadShare:
             self.check()
 
     def check(self) -> None:
-        """Raises TooManyBad if the share is too large, whatever was seen so far."""
+        """Raises TooManyBad if the share is too large, however few items were seen."""
         if self.bad > self._allowed * self.seen:
             unnamed = self.bad - len(self._bad)
             more = f" and {unnamed} more" if unnamed else ""
@@ -228,13 +215,8 @@ class BadShare:
 
 
 def reason(path: Path, error: object) -> str:
-    """Why a file cannot be read, in one line: what a library says of it, or that it is not there.
-
-    Args:
-        path: the file.
-        error: the library's exception, or a text.
-    """
+    """Why a file cannot be read, in one line: the library's error, or that it is a placeholder."""
     with suppress(OSError), path.open("rb") as file:
-        if file.read(len(_GIT_LFS)) == _GIT_LFS:  # cloned without its large files
-            return "it is a placeholder of Git LFS, git lfs pull fetches the file"
+        if file.read(len(_GIT_LFS)) == _GIT_LFS:  # the repository was cloned without large files
+            return "it is a placeholder of Git LFS; run git lfs pull to fetch the file"
     return " ".join(str(getattr(error, "strerror", None) or error).split())

@@ -1,4 +1,4 @@
-"""A bounded cache for several threads: of open files, decoders, indices, rows, embedded texts."""
+"""A bounded, thread-safe cache of open files, decoders, indices, rows and embedded texts."""
 
 import threading
 from collections import OrderedDict
@@ -10,14 +10,13 @@ Value = TypeVar("Value")
 
 
 class LRU(Generic[Key, Value]):
-    """Keeps the `limit` entries that were used last; safe to use from several threads.
+    """Keeps the `limit` most recently used entries; safe to use from several threads.
 
-    Pickling keeps the limit and what closes an entry, and drops the entries: processes of a data
-    loader open their own files.
+    `close` is called with each evicted entry, outside the lock. Pickling drops the entries, so that
+    every process of a data loader opens its own files.
     """
 
     def __init__(self, limit: int, close: Callable[[Value], None] | None = None):
-        """`close`, if given, is called with each entry that is dropped (outside the lock)."""
         self._limit, self._close = limit, close
         self._lock = threading.Lock()
         self._entries: OrderedDict[Key, Value] = OrderedDict()
@@ -26,14 +25,14 @@ class LRU(Generic[Key, Value]):
         return LRU, (self._limit, self._close)
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
-        """The entry of `key`, made under the lock where there is none: `make` should be quick."""
-        surplus = []
+        """The entry of `key`. A missing one is made under the lock, so `make` should be quick."""
+        evicted = []
         with self._lock:
             value = self._entries.pop(key) if key in self._entries else make()
             self._entries[key] = value  # the most recent one is last
             while len(self._entries) > self._limit:
-                surplus.append(self._entries.popitem(last=False)[1])
+                evicted.append(self._entries.popitem(last=False)[1])
         if self._close is not None:
-            for old in surplus:
+            for old in evicted:
                 self._close(old)
         return value

@@ -1,4 +1,4 @@
-"""Settings as a JSON file holds them, and what two sets of settings disagree in."""
+"""Settings as JSON values, and the differences between two sets of settings."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -7,20 +7,17 @@ from ml_collections import ConfigDict
 
 
 def plain(value: Any) -> Any:
-    """A configuration value as JSON has it: dicts, lists, numbers, text."""
+    """A configuration value in JSON types: dicts, lists, numbers, text."""
     if isinstance(value, ConfigDict | Mapping):
         return {key: plain(entry) for key, entry in value.items()}
     return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
-    """What disagrees, one sentence each: ["clip.height is 64 there, 32 here"].
+    """Lists differences between stored settings ("there") and those of this run ("here").
 
-    Args:
-        before: settings as stored ("there").
-        after: the same settings of this run ("here"). A setting that is missing counts as None, and
-            a tuple equals a list, which is what JSON makes of it.
-        prefix: their dotted name, e.g. "clip"; "" for a whole configuration.
+    Each is one sentence, such as "clip.height is 64 there, 32 here", with names below `prefix`. A
+    missing setting counts as None, and a tuple equals a list, as in JSON.
     """
     before, after = plain(before), plain(after)
     if isinstance(before, dict) and isinstance(after, dict):

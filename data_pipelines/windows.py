@@ -1,9 +1,9 @@
-"""Windows by time: which values of a stream belong to an anchor, whatever the stream's rate.
+"""Windows by time: the values of a stream around an anchor, whatever the stream's rate.
 
-A window asks for `horizon` instants spaced 1/fps apart that end at the anchor (observations) or
-start `shift` seconds after it (actions, future frames). The stream answers each instant with the
-nearest or previous value, or with an interpolated one; instants outside the stream get the edge
-value and are marked as padding. Semantics: `ChunkReader` of the release.
+A window has `horizon` instants, 1/fps apart, that end at the anchor (observations) or start
+`shift` seconds after it (actions, future frames). Each instant gets the nearest, previous or
+interpolated value of the stream; instants outside the stream get the edge value and are marked as
+padding. Semantics: `ChunkReader` of the release.
 """
 
 import math
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
-import scipy  # its parts are loaded when they are first used
+import scipy  # submodules are imported on first use
 
 from data_pipelines.episode import NANOSECONDS, Stream
 
@@ -31,8 +31,8 @@ class WindowSpec:
         horizon: number of instants.
         fps: instants per second.
         shift: seconds added to every instant.
-        interpolation: how an instant between two stored values is answered; "pose" interpolates
-            4x4 matrices (translation linearly, rotation by slerp), "quaternion" xyzw rotations.
+        interpolation: between two stored values. "pose" interpolates 4x4 matrices (translation
+            linearly, rotation by slerp), "quaternion" xyzw quaternions (slerp).
         look: "past" windows end at the anchor, "future" windows start there (both plus shift).
     """
 
@@ -52,8 +52,7 @@ class WindowSpec:
         if self.interpolation not in get_args(Interpolation) or self.look not in ("past", "future"):
             raise ValueError(
                 f"Window of stream {self.stream!r} has interpolation {self.interpolation!r} and "
-                f"look {self.look!r}; choose from {get_args(Interpolation)} and "
-                "('past', 'future')."
+                f"look {self.look!r}; choose from {get_args(Interpolation)}, ('past', 'future')."
             )
 
 
@@ -64,14 +63,14 @@ def anchors(
 
     With action streams: every video timestamp between the latest first and the earliest last
     action timestamp (the release's window index, padded tails included). Without: every frame.
-    The release's video-only stage draws an anchor uniformly from `[0, n + step * (observed - 1))`;
-    for the anchors that are frames its indices are those of a "nearest" window, and its few
-    anchors past the last frame (windows that show one still image to the end) are left out.
+    The release's video-only stage draws anchors from `[0, n + step * (observed - 1))`; at frames,
+    its indices equal those of a "nearest" window. Its few anchors past the last frame (windows that
+    end in a still image) are left out.
 
     Args:
-        video: int64 timestamps of the video [n], nanoseconds.
-        actions: int64 timestamps of each action stream.
-        max_fps: keep anchors at most this often; None keeps all.
+        video: int64 nanoseconds [n].
+        actions: int64 nanoseconds of each action stream.
+        max_fps: the most anchors per second; None keeps all.
 
     Returns:
         int64 nanoseconds [k]; empty when the streams do not overlap.
@@ -89,15 +88,7 @@ def anchors(
 
 
 def request_times(spec: WindowSpec, anchor: np.ndarray | int) -> np.ndarray:
-    """The instants a window asks for.
-
-    Args:
-        spec: the window.
-        anchor: int64 nanoseconds, any shape.
-
-    Returns:
-        int64 nanoseconds [*anchor.shape, horizon].
-    """
+    """The instants of a window: int64 nanoseconds [*anchor.shape, horizon]."""
     duration = math.ceil((spec.horizon - 1) / spec.fps * NANOSECONDS)
     start = round(spec.shift * NANOSECONDS) - (duration if spec.look == "past" else 0)
     # Offsets are added as integers: float64 nanoseconds since 1970 are only exact to 256 ns.
@@ -124,13 +115,13 @@ def read_window(
     """Cuts the windows of one or many anchors out of a stream.
 
     Args:
-        stream: timestamps [n] and values [n, ...] (an array, or a frame reader for video).
+        stream: values [n, ...], an array or a frame reader.
         spec: the window; its `stream` field is only used in error messages.
         anchor: int64 nanoseconds, any shape.
 
     Returns:
-        values [*anchor.shape, horizon, ...] and a bool mask [*anchor.shape, horizon] that is true
-        where the instant lies outside the stream, so that the edge value was repeated.
+        values [*anchor.shape, horizon, ...], and a bool mask [*anchor.shape, horizon] that is true
+        where the instant is outside the stream and the edge value was repeated.
     """
     times = request_times(spec, anchor)
     stamps = np.asarray(stream.timestamps)
@@ -147,7 +138,7 @@ def read_window(
 def _take(values, indices: np.ndarray) -> np.ndarray:
     if isinstance(values, np.ndarray):
         return values[indices]
-    # A reader decodes: ask for each frame once, in order.
+    # Decoding is expensive: read each frame once, in order.
     unique, inverse = np.unique(indices, return_inverse=True)
     return values.read(unique)[inverse.reshape(indices.shape)]
 
@@ -182,8 +173,8 @@ def _interpolate(
 
 
 def _part_way(stored: "Rotation", before: np.ndarray, weight: np.ndarray) -> "Rotation":
-    """Slerp: a share `weight` of the turn from rotation `before` to the one after it."""
-    # Turns between neighbours are taken once, because an instant between them is in many windows.
+    """The share `weight` of the rotation from the stored one `before` to the next (slerp)."""
+    # Computed once per neighbouring pair, because an instant between them is in many windows.
     after = np.minimum(np.arange(len(stored)) + 1, len(stored) - 1)
     turn = (stored.inv() * stored[after]).as_rotvec()
     return type(stored).from_rotvec(turn[before.ravel()] * weight.reshape(-1, 1))

@@ -85,7 +85,7 @@ def test_a_folder_takes_the_place_of_nothing_or_of_an_empty_one(tmp_path):
             partial.mkdir()
         assert list(tmp_path.iterdir()) == [path]
     (path / "file").write_text("of somebody")
-    with pytest.raises(FileExistsError, match="folder holds something"), replacing(path):
+    with pytest.raises(FileExistsError, match="is not empty"), replacing(path):
         pytest.fail("what cannot be kept must not be written")
     assert (path / "file").read_text() == "of somebody"
 

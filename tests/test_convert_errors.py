@@ -151,7 +151,7 @@ def test_a_destination_that_holds_something_is_left_alone(folders):
     source = write_published(here, ACTION, "mimic-video", random_tensors(ACTION, "mimic-video"))
     (out / "mine").mkdir()
     (out / "mine" / "notes").write_text("keep")
-    with pytest.raises(FileExistsError, match="holds something already"):
+    with pytest.raises(FileExistsError, match="is not empty"):
         write(prepare(open_source(source, HINTS)), out / "mine")
     assert (out / "mine" / "notes").read_text() == "keep"
 

@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from data_pipelines.episode import FrameReader, reason
-from data_pipelines.frames import Pictures, decode_picture
+from data_pipelines.frames import ImageFrames, decode_image
 from data_pipelines.sources.files import Hdf5Frames, Hdf5Pool
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import VideoFile
 
 FIXTURES = Path(__file__).parent / "fixtures"
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
-SAID = "it is a placeholder of Git LFS, git lfs pull fetches the file"
+SAID = "it is a placeholder of Git LFS; run git lfs pull to fetch the file"
 
 
 @pytest.mark.parametrize(
@@ -62,8 +62,8 @@ def encode(array: np.ndarray, **options) -> bytes:
     return file.getvalue()
 
 
-class Stored(Pictures):
-    """Pictures in memory that count how often they are decoded."""
+class Stored(ImageFrames):
+    """Images in memory that count how often they are decoded."""
 
     def __init__(self, pictures: list[bytes]):
         super().__init__("/data/set", len(pictures))
@@ -96,7 +96,7 @@ def test_pictures_that_are_no_frames_are_named():
     with pytest.raises(ValueError, match=r"/data/set: .*different sizes"):
         reader.read([0, 1])
     for number, what in ((2, ""), (3, ""), (4, "more than 8 bits")):
-        with pytest.raises(ValueError, match=f"/data/set: picture {number}: not a .*{what}"):
+        with pytest.raises(ValueError, match=f"/data/set: image {number}: not a .*{what}"):
             reader.read([0, number])
 
 
@@ -106,10 +106,10 @@ def test_pictures_are_turned_where_it_is_asked_for(tmp_path):
     picture = encode(np.zeros((4, 6, 3), np.uint8), exif=sideways)
     (tmp_path / "a.png").write_bytes(picture)
     for stored in (picture, tmp_path / "a.png"):
-        assert decode_picture(stored, "a").shape == (4, 6, 3)
-        assert decode_picture(stored, "a", upright=True).shape == (6, 4, 3)
-    with pytest.raises(ValueError, match=r"b\.png: not a readable picture"):
-        decode_picture(tmp_path / "b.png", tmp_path / "b.png")
+        assert decode_image(stored, "a").shape == (4, 6, 3)
+        assert decode_image(stored, "a", upright=True).shape == (6, 4, 3)
+    with pytest.raises(ValueError, match=r"b\.png: not a readable image"):
+        decode_image(tmp_path / "b.png", tmp_path / "b.png")
 
 
 def test_few_hdf5_files_stay_open(tmp_path):

@@ -197,7 +197,7 @@ def test_what_cannot_be_opened_says_why(dataset, tmp_path):
         open_dataset("video_folder", tmp_path / "empty", "a", "human")
     (tmp_path / "empty/unfinished").mkdir()
     for format in ("lerobot", "video_folder"):
-        with pytest.raises(ValueError, match="a recording that is not finished"):
+        with pytest.raises(ValueError, match="an unfinished recording"):
             open_dataset(format, tmp_path / "empty", "a", "arm")
 
 
@@ -223,7 +223,7 @@ def test_video_folders_go_round(tmp_path):
     assert episode.instructions == ("a person waves",)
     assert len(episode.streams["video"].values) == LENGTHS[1]
     (tmp_path / "set/metas/clip-a.txt").unlink()
-    with pytest.raises(ValueError, match=r"clip-a\.txt: the text is missing"):
+    with pytest.raises(ValueError, match=r"clip-a\.txt: .*No such file"):
         open_dataset("video_folder", tmp_path / "set", "people", "human")[0]
 
 
@@ -233,7 +233,7 @@ def test_streams_and_episodes_refuse_what_is_inconsistent():
     with pytest.raises(ValueError, match="3 timestamps and 2 values"):
         Stream(times, values[:2])
     with pytest.raises(
-        ValueError, match=r"number 2 \(1 ns\) does not come after number 1 \(1 ns\)"
+        ValueError, match="strictly increase, but number 1 is 1 ns and the next one 1 ns"
     ):
         Stream(np.array([0, 1, 1]), values)
     with pytest.raises(ValueError, match="must be int64 nanoseconds"):
