@@ -1,8 +1,8 @@
-"""The files of an encoding job: what it was asked for, its shards, its texts, its manifest.
+"""The files of an encoding job: its settings, its shards, its texts, its manifest.
 
-A job writes `plan.json` (everything that decides what is in the records) before anything else, then
-shard after shard, and last the texts and the manifest. What is there says what is left to do, so a
-job that was killed goes on, in any number of processes, and no two jobs are mixed.
+A job writes `plan.json` (every setting that the records depend on) before anything else, then shard
+after shard, and last the texts and the manifest. The files that exist tell what is left to do, so a
+job that was killed can be continued, by any number of processes, and no two jobs are mixed.
 """
 
 import hashlib
@@ -19,10 +19,11 @@ from data_pipelines.episode import BadShare, Episode
 from data_pipelines.records import RecordDataset, read_columns, write_texts
 from data_pipelines.settings import differences, plain
 
-Row = dict[str, Any]  # of an episode: id, instructions, count, digest, and "reason" if it is bad
+# An episode: id, instructions, count (of windows), digest, and "reason" if it cannot be read.
+Row = dict[str, Any]
 
 REMEDY = "Repair them and encode with --retry_skipped"
-_TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that decide nothing here
+_TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that records do not depend on
 _BATCH = 64  # texts embedded at a time
 
 
@@ -33,7 +34,7 @@ def encoding_settings(
     identity: Mapping[str, str],
     **rest: Any,
 ) -> dict[str, Any]:
-    """Everything that decides what is in the records; the arguments of `encode_dataset`."""
+    """Every setting that the records depend on; arguments as of `mvjax.encode.encode_dataset`."""
     names = ("name", "video", "action", "proprio", "embodiment")
     windows = policy_io if dataset.action or dataset.proprio else {}
     settings = {
@@ -46,7 +47,7 @@ def encoding_settings(
 
 
 def recorded_policy_io(policy_io: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The windows of actions and proprioception without what only training reads."""
+    """The windows of actions and proprioception without the settings that only training reads."""
     return {
         name: {key: value for key, value in window.items() if key not in _TRAINING_ONLY}
         for name, window in plain(policy_io).items()
@@ -54,13 +55,9 @@ def recorded_policy_io(policy_io: Mapping[str, Any]) -> dict[str, dict[str, Any]
 
 
 def begin(path: Path, settings: dict[str, Any], process: int) -> None:
-    """Writes the plan, or compares it with the one that is there.
-
-    Raises:
-        ValueError: if the folder has records that were made with other settings.
-    """
+    """Writes `plan.json`; ValueError if the folder has records made with other settings."""
     plan = path / "plan.json"
-    # A plan of which nothing was made, because of a mistake in it, binds nobody.
+    # While no shard is finished, the settings may still be corrected in the same folder.
     if process == 0 and not any(path.glob("shard_*.npz")):
         path.mkdir(parents=True, exist_ok=True)
         write_json(plan, settings)
@@ -70,18 +67,15 @@ def begin(path: Path, settings: dict[str, Any], process: int) -> None:
         return
     keys = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
     advice = "Choose another folder, or delete this one to encode again"
-    if keys == ["identity"] and _same_tokenizer(found["identity"], settings["identity"]):
+    tokenizers = {s.get("identity", {}).get("tokenizer") for s in (found, settings)}
+    if keys == ["identity"] and len(tokenizers) == 1:
         advice += "; --only=text changes the text embeddings alone"
     changed = "; ".join(differences(found, settings))
     raise ValueError(f"{path} was begun with other settings ({changed}). {advice}.")
 
 
-def _same_tokenizer(a: Mapping[str, str], b: Mapping[str, str]) -> bool:
-    return a.get("tokenizer") == b.get("tokenizer")
-
-
 def list_shards(path: Path, settings: Mapping[str, int]) -> dict[Path, range]:
-    """The files of a plan, in order, and the numbers of the episodes in each."""
+    """The shards of a job, in order, and the numbers of the episodes in each."""
     size, episodes = settings["episodes_per_shard"], settings["episodes"]
     return {
         path / f"shard_{number:05d}.arrayrecord": range(first, min(first + size, episodes))
@@ -90,12 +84,12 @@ def list_shards(path: Path, settings: Mapping[str, int]) -> dict[Path, range]:
 
 
 def is_finished(shard: Path) -> bool:
-    """Whether both files of a shard are there."""
+    """Whether both files of a shard exist."""
     return shard.with_suffix(".npz").exists() and shard.exists()
 
 
 def is_complete(path: Path, shards: Iterable[Path]) -> bool:
-    """Whether nothing is left to do: a manifest outlives none of its shards (`shard.forget`)."""
+    """Whether nothing is left to do."""
     return (path / "manifest.json").exists() and all(map(is_finished, shards))
 
 
@@ -105,7 +99,8 @@ def finished_rows(shard: Path) -> list[Row]:
 
 
 def forget(shard: Path) -> None:
-    """Makes a shard unfinished; the folder, too, until the job has made it again."""
+    """Marks a shard as unfinished, to be encoded again."""
+    # The manifest first: as long as it exists, the folder counts as complete.
     (shard.parent / "manifest.json").unlink(missing_ok=True)
     shard.with_suffix(".npz").unlink(missing_ok=True)
 
@@ -122,23 +117,26 @@ class TextEncoder(Protocol):
     """Maps n instructions to float32 [n, length, dim], zeros past the text's end."""
 
     def encode(self, texts: list[str]) -> np.ndarray:
-        """Embeddings."""
+        """Embeds the texts."""
         ...
 
 
 class StoredTexts:
-    """In place of a text encoder: the embeddings that the dataset holds (`Episode.embeddings`)."""
+    """Takes the place of a text encoder: the embeddings stored in the dataset itself.
+
+    Args:
+        length, dim: Of the padded embeddings, as `config.text` says.
+    """
 
     def __init__(self, length: int, dim: int):
-        """Takes the size of the padded table: `config.text`."""
         self._length, self._dim = length, dim
         self.identity = f"stored {length}x{dim}"
 
     def embedding(self, episode: Episode, text: str) -> np.ndarray:
-        """Of an instruction of an episode: float32 [length, dim], zeros past the text's end.
+        """The embedding of an instruction: float32 [length, dim], zeros past the text's end.
 
         Raises:
-            ValueError: if the episode has none, or one of another size.
+            ValueError: If the episode has none, or one of another size.
         """
         where = f"episode {episode.id!r} of {episode.source!r}"
         if text not in episode.embeddings:
@@ -158,16 +156,7 @@ class StoredTexts:
 def embed(
     instructions: Mapping[str, int], encoder: TextEncoder | StoredTexts, episodes: Sequence[Episode]
 ) -> np.ndarray:
-    """The embeddings of distinct instructions.
-
-    Args:
-        instructions: each with the number of an episode that has it.
-        encoder: where they come from.
-        episodes: the source; only read for stored ones.
-
-    Returns:
-        float32 [n, length, dim].
-    """
+    """Embeddings of distinct instructions (text -> an episode that has it), [n, length, dim]."""
     if isinstance(encoder, StoredTexts):
         return np.stack([encoder.embedding(episodes[i], text) for text, i in instructions.items()])
     texts = list(instructions)
@@ -184,17 +173,12 @@ def finish(
 ) -> RecordDataset:
     """Writes the text table and the manifest of a folder whose shards are all finished.
 
-    Args:
-        path: the records folder.
-        settings: of its plan.
-        text_encoder: instructions to embeddings.
-        episodes: the source; only read for stored embeddings.
-        max_bad_share: share of unreadable episodes that is too much.
+    `settings` are those of `plan.json`; `episodes` are read for stored embeddings only.
     """
     name = settings["dataset"]["name"]
     bad = BadShare(max_bad_share, f"episodes of {name!r}", settings["episodes"] + 1, REMEDY)
     rows, skipped, first = [], [], 0
-    texts: dict[str, int] = {}  # distinct instructions; here -> an episode that has it
+    texts: dict[str, int] = {}  # distinct instruction -> an episode that has it
     shards = list_shards(path, settings)
     for shard in shards:
         rows += finished_rows(shard)
@@ -204,7 +188,7 @@ def finish(
             skipped.append({"id": row["id"], "reason": row.pop("reason")})
         row["first"], first = first, first + row["count"]
         for text in row["instructions"]:
-            # Only episodes with windows: the others may not even open.
+            # Stored embeddings are read from an episode with windows: the others may not open.
             if row["count"] or not isinstance(text_encoder, StoredTexts):
                 texts.setdefault(text, index)
     if first == 0:
@@ -219,7 +203,7 @@ def finish(
     table = embed(texts, text_encoder, episodes)
     write_texts(path / "texts.npz", list(texts), table)
     content = json.dumps([settings, list(texts), rows], sort_keys=True).encode()
-    if isinstance(text_encoder, StoredTexts):  # which its identity does not tell from others
+    if isinstance(text_encoder, StoredTexts):  # whose identity does not depend on its content
         content += table.tobytes()
     manifest = {"settings": settings, "fingerprint": hashlib.sha256(content).hexdigest()}
     manifest |= {"shards": [shard.name for shard in shards], "skipped": skipped, "episodes": rows}
@@ -235,16 +219,16 @@ def encode_texts(
 ) -> RecordDataset:
     """Makes the text embeddings of finished records again; latents and numbers are not touched.
 
-    Killed on the way, the folder is unfinished, and the same call or the encoding job ends it.
+    If this is killed, the folder is unfinished, and the same call or the encoding job finishes it.
 
     Args:
-        path: the records folder.
-        text_encoder: instructions to embeddings.
-        identity: of the text encoder.
-        episodes: the source; only read for stored embeddings.
+        path: The records folder.
+        text_encoder: Instructions to embeddings.
+        identity: Of the text encoder.
+        episodes: The source; read for stored embeddings only.
 
     Raises:
-        ValueError: if the latents are not finished yet.
+        ValueError: If the latents are not finished yet.
     """
     path = Path(path)
     plan, manifest = path / "plan.json", path / "manifest.json"

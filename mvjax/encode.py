@@ -1,10 +1,10 @@
 """The encoding job: episodes -> windows -> latents, once, before training.
 
 Every anchor of every episode becomes one record: the latents of its clip (observed frames ending at
-the anchor, future frames starting 1/fps later), its action chunk and its proprioception. Shards of
-episodes are finished one by one, each by the process whose turn it is; a job that was killed
-continues with the unfinished shards, in any number of processes. The tokenizer and the text encoder
-are whatever has the right `encode`; no other file of the pipeline knows them.
+the anchor, future frames starting 1/fps later), its action chunk and its proprioception. The
+processes of a job divide the shards among them; a job that was killed continues with the unfinished
+shards, in any number of processes. The tokenizer and the text encoder are any objects with the
+right `encode`.
 """
 
 import json
@@ -47,18 +47,17 @@ from data_pipelines.shards import (
 Window = tuple[np.ndarray, dict[str, np.ndarray]]  # frames uint8 [t, h, w, 3], numeric columns
 Cut = Callable[[int], tuple[Row, Iterator[Window]]]  # episode number -> its row and windows
 
-LEAST_EPISODES = 20  # before the share of bad ones stops the job
+LEAST_EPISODES = 20  # read before the share of bad ones may stop the job
 _READ_AHEAD = 2  # episodes decoded while the accelerator is busy with earlier ones
-# Of video per call and device: 64 small clips, or one of 61 frames at 480x640.
-_VALUES = 1 << 24
-_WINDOWS = 64
+# Limits per tokenizer call and device: 64 small clips, or one of 61 frames at 480x640.
+_WINDOWS, _PIXEL_VALUES = 64, 1 << 24
 
 
 class VideoTokenizer(Protocol):
     """Maps float32 video [b, 1 + 4k, h, w, 3] in [-1, 1] to latents [b, 1 + k, h/8, w/8, 16]."""
 
     def encode(self, video: np.ndarray) -> np.ndarray:
-        """Latents, possibly still being computed on a device."""
+        """Computes latents, possibly asynchronously on a device."""
         ...
 
 
@@ -87,35 +86,35 @@ def encode_dataset(
     Episodes that cannot be read are reported, counted and named in the manifest with the reason.
 
     Args:
-        episodes: the source.
-        dataset: `name`, `embodiment`, the stream `video`, and what `action` and `proprio` are made
-            of ("" where absent; see `vectors.vector`).
+        episodes: The source.
+        dataset: `name`, `embodiment`, the stream `video`, and the parts of `action` and `proprio`
+            ("" where absent; see `vectors.vector`).
         clip: height, width, observed_frames, future_frames, fps.
-        policy_io: action and proprioception windows, see `cut_episode`.
-        tokenizer: video to latents.
-        text_encoder: instructions to embeddings.
-        path: the records folder, which all processes share.
-        identity: tells the weights of these networks from others, such as
+        policy_io: Action and proprioception windows, see `cut_episode`.
+        tokenizer: Video to latents.
+        text_encoder: Instructions to embeddings.
+        path: The records folder, shared by all processes.
+        identity: Identifies the weights of these networks, such as
             `{"tokenizer": "<checkpoint or hash>", "text_encoder": "..."}`.
-        batch_size: windows per tokenizer call; the last batch of a shard is padded to it.
-        episodes_per_shard: episodes per file, the unit of resuming.
-        anchor_fps: windows per second of video; None makes one per frame.
-        validation_share: share of the episodes in the validation split.
-        max_bad_share: share of unreadable episodes above which the job stops.
-        retry_skipped: also makes finished shards again that have a skipped episode which can be
+        batch_size: Windows per tokenizer call; the last batch of a shard is padded to it.
+        episodes_per_shard: Episodes per file, the unit of resuming.
+        anchor_fps: Windows per second of video; None makes one per frame.
+        validation_share: Share of the episodes in the validation split.
+        max_bad_share: Share of unreadable episodes above which the job stops.
+        retry_skipped: Also encode finished shards again that have a skipped episode which can be
             read now.
-        process: which of the processes this is; 0 writes the manifest when all are done.
-        processes: how many share the work.
-        meet: waits until every process has called it; only needed to retry in several.
+        process: Index of this process; 0 writes the manifest when all are done.
+        processes: Number of processes that share the work.
+        meet: Waits until every process has called it; only needed to retry in several.
 
     Raises:
-        StreamMismatch: if the config does not fit the episodes.
-        TooManyBad: if more than `max_bad_share` of the episodes cannot be read.
-        ValueError: if the folder was begun with other settings or from other data, or no episode
+        StreamMismatch: If the config does not fit the episodes.
+        TooManyBad: If more than `max_bad_share` of the episodes cannot be read.
+        ValueError: If the folder was begun with other settings or from other data, or no episode
             could be read.
     """
     path = Path(path)
-    Clip(**clip)  # impossible lengths are said before any data is read
+    Clip(**clip)  # raises for impossible lengths before any data is read
     settings = encoding_settings(
         dataset,
         clip,
@@ -129,17 +128,17 @@ def encode_dataset(
     begin(path, settings, process)
     shards = list_shards(path, settings)
     ours = dict(list(shards.items())[process::processes])
-    fits = any(
-        "reason" not in row for shard in filter(is_finished, ours) for row in finished_rows(shard)
-    )
+    finished = [row for shard in filter(is_finished, ours) for row in finished_rows(shard)]
+    fits = any("reason" not in row for row in finished)
     cut = EpisodeCutter(
         episodes, dataset, clip, policy_io, anchor_fps, text_encoder, validation_share, fits
     )
     if process == 0:
         _check_same_data(path, shards, cut)
     if retry_skipped:
-        forget_repaired(ours, cut)
-        meet()  # else one that has nothing to do would take the old manifest for the new one
+        _forget_repaired(ours, cut)
+        # Without this, a process with nothing to do would take the old manifest for the new one.
+        meet()
     if not is_complete(path, shards):
         bad = BadShare(max_bad_share, f"episodes of {dataset.name!r}", LEAST_EPISODES, REMEDY)
         title = f"encode {dataset.name}" if process == 0 else ""
@@ -159,8 +158,8 @@ def _encode(
     bad: BadShare,
     title: str,
 ) -> None:
-    """Makes those shards that are not finished; `title` is of the progress bar, if any."""
-    finished = dict.fromkeys(filter(is_finished, shards))
+    """Encodes the unfinished shards; `title` is that of the progress bar, if any."""
+    finished = dict.fromkeys(filter(is_finished, shards))  # in order
     for shard in finished:
         for row in finished_rows(shard):
             count(row, bad)
@@ -170,8 +169,8 @@ def _encode(
             if shard in finished:
                 progress.update(len(span))
             else:
-                forget(shard)  # of which a file was deleted, to be made again
-                encode_shard(shard, cut, span, tokenizer, batch_size, bad, progress)
+                forget(shard)  # a person may have deleted one of its files to encode it again
+                _encode_shard(shard, cut, span, tokenizer, batch_size, bad, progress)
 
 
 def _check_same_data(path: Path, shards: Mapping[Path, range], cut: Cut) -> None:
@@ -188,15 +187,8 @@ def _check_same_data(path: Path, shards: Mapping[Path, range], cut: Cut) -> None
                 return
 
 
-def forget_repaired(shards: Mapping[Path, range], cut: Cut) -> None:
-    """Makes shards unfinished that have a skipped episode which can be read now.
-
-    Killed on the way, the encoding job goes on with what is unfinished.
-
-    Args:
-        shards: the files, and the numbers of the episodes in each.
-        cut: gives the windows of an episode.
-    """
+def _forget_repaired(shards: Mapping[Path, range], cut: Cut) -> None:
+    """Marks shards as unfinished that have a skipped episode which can be read now."""
     for shard, span in shards.items():
         if is_finished(shard):
             skipped = (i for i, row in zip(span, finished_rows(shard)) if "reason" in row)
@@ -204,7 +196,7 @@ def forget_repaired(shards: Mapping[Path, range], cut: Cut) -> None:
                 forget(shard)
 
 
-def encode_shard(
+def _encode_shard(
     shard: Path,
     cut: Cut,
     indices: range,
@@ -213,26 +205,13 @@ def encode_shard(
     bad: BadShare,
     progress: tqdm,
 ) -> None:
-    """Writes both files of a shard.
-
-    Args:
-        shard: the .arrayrecord.
-        cut: gives the windows of an episode.
-        indices: the episodes of this shard.
-        tokenizer: video to latents.
-        batch_size: windows per call of it; the last batch is padded to it.
-        bad: counts the episodes.
-        progress: counts them on the screen.
-
-    Raises:
-        TooManyBad: of `bad`.
-    """
+    """Writes both files of a shard."""
     rows: list[Row] = []
 
     def windows() -> Iterator[Window]:
         for row, cuts in _read_ahead(cut, indices):
             rows.append(row)
-            say_skipped(row, progress)
+            _report_skipped(row, progress)
             count(row, bad)
             yield from cuts
             progress.update()
@@ -293,23 +272,23 @@ def _tokenise(
         yield from fetch()
 
 
-def say_skipped(row: Row, progress: tqdm) -> None:
-    """Names a bad episode on the screen."""
+def _report_skipped(row: Row, progress: tqdm) -> None:
     if "reason" in row:
         progress.write(f"skipped episode {row['id']}: {row['reason']}", file=sys.stderr)
 
 
 @dataclass
 class EpisodeCutter:
-    """Cuts episodes by their number; one that cannot be read has a reason and no windows.
+    """Cuts the episode of a number into windows; one that cannot be read has a reason and none.
 
     Attributes:
-        episodes: the source.
-        dataset, clip, policy_io, anchor_fps: of `cut_episode`.
-        text_encoder: instructions to embeddings; one that finds them in the episodes is asked here.
-        validation_share: share of the episodes in the validation split.
-        config_fits: some episode has shown that the config fits this dataset. Before, a stream that
-            is not as the config says is the config's fault and stops the job; then the episode's.
+        episodes: The source.
+        dataset, clip, policy_io, anchor_fps: As of `cut_episode`.
+        text_encoder: Instructions to embeddings; stored ones are checked here.
+        validation_share: Share of the episodes in the validation split.
+        config_fits: Some episode has shown that the config fits this dataset. Before that, a stream
+            that differs from the config is a mistake in the config and stops the job; afterwards
+            it makes the episode a bad one.
     """
 
     episodes: Sequence[Episode]
@@ -322,11 +301,7 @@ class EpisodeCutter:
     config_fits: bool = False
 
     def __call__(self, index: int) -> tuple[Row, Iterator[Window]]:
-        """The row and the windows of an episode.
-
-        Raises:
-            StreamMismatch: if the config does not fit it, and did not yet fit any other.
-        """
+        """The row and the windows of an episode; StreamMismatch if the config fitted none yet."""
         row: Row = {"id": f"number {index}", "instructions": [], "count": 0}
         cuts = None
         try:
@@ -346,7 +321,7 @@ class EpisodeCutter:
 
     def _cut(self, episode: Episode, instructions: Sequence[str]) -> EpisodeWindows:
         if isinstance(self.text_encoder, StoredTexts):
-            for text in instructions:  # what is missing is noticed here, not at the end
+            for text in instructions:  # raises here and not at the end of the job
                 self.text_encoder.embedding(episode, text)
         cuts = cut_episode(episode, self.dataset, self.clip, self.policy_io, self.anchor_fps)
         for name, column in cuts.columns.items():
@@ -377,18 +352,18 @@ def sample_clips(
     Episodes that cannot be read are reported and left out, as in the encoding job.
 
     Args:
-        sources: pairs of episodes and their dataset's config section.
-        clip, policy_io: as for `encode_dataset`.
-        episodes_per_source: episodes read from each source, evenly spaced.
-        clips_per_episode: windows taken from each, evenly spaced.
-        max_bad_share: share of unreadable episodes among them that is too much.
+        sources: Pairs of episodes and their dataset's config section.
+        clip, policy_io: As for `encode_dataset`.
+        episodes_per_source: Episodes read from each source, evenly spaced.
+        clips_per_episode: Windows taken from each, evenly spaced.
+        max_bad_share: Highest permitted share of unreadable episodes among them.
 
     Yields:
         float32 [n, frames, h, w, 3] in [-1, 1].
 
     Raises:
-        StreamMismatch: if a config does not fit its episodes.
-        TooManyBad: if more than `max_bad_share` cannot be read.
+        StreamMismatch: If a config does not fit its episodes.
+        TooManyBad: If more than `max_bad_share` cannot be read.
     """
     bad = BadShare(max_bad_share, "sampled episodes", LEAST_EPISODES, "Repair them")
     cutters = [
@@ -403,7 +378,7 @@ def sample_clips(
     with tqdm(chosen, desc="fit tokenizer", unit="episode") as progress:
         for cut, index in progress:
             row, windows = cut(index)
-            say_skipped(row, progress)
+            _report_skipped(row, progress)
             count(row, bad)
             rows = set(np.linspace(0, row["count"] - 1, clips_per_episode).astype(int))
             clips = [frames for n, (frames, _) in enumerate(windows) if n in rows]
@@ -413,7 +388,7 @@ def sample_clips(
 
 
 class LocalTokenizer:
-    """A `VideoTokenizer`; the other processes of a run have theirs."""
+    """A `VideoTokenizer` on all devices of this process; other processes have their own."""
 
     def __init__(self, tokenizer: Any):
         """Copies the tokenizer, a pytree with a jitted `encode`, to every device."""
@@ -422,11 +397,11 @@ class LocalTokenizer:
         self._split = NamedSharding(mesh, PartitionSpec("batch"))
 
     def encode(self, video: np.ndarray) -> jax.Array:
-        """Latents of video [b, t, h, w, 3]; b is a multiple of the devices."""
+        """Latents of video [b, t, h, w, 3]; b is a multiple of the number of devices."""
         return self._tokenizer.encode(jax.device_put(video, self._split))
 
 
 def local_batch_size(frames: int, height: int, width: int) -> int:
-    """Windows per call: what fills the devices without filling their memory."""
-    each = max(1, min(_WINDOWS, _VALUES // (frames * height * width * 3)))
+    """Windows per tokenizer call: enough to keep the devices busy, within their memory."""
+    each = max(1, min(_WINDOWS, _PIXEL_VALUES // (frames * height * width * 3)))
     return each * jax.local_device_count()

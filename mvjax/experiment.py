@@ -1,11 +1,11 @@
 """What a configuration means, worked out and cross-checked once.
 
-A configuration is a document (configs/). An `Experiment` is what follows from it: the clip, the
-networks, the sharding rules, how queries are answered, which datasets a stage learns from. What
-trains, encodes, answers, evaluates, measures or estimates takes an experiment or a part of it, and
-interprets no section of the configuration by itself.
+A configuration is a document (configs/). An `Experiment` is everything that follows from it: the
+clip, the networks, the sharding rules, the sampling, the datasets of a stage. Training, encoding,
+the policy, evaluation, benchmarks and estimates take an experiment or a part of it, and do not
+interpret sections of the configuration themselves.
 
-    experiment = Experiment.from_config(config)     # every mistake that needs no data is said here
+    experiment = Experiment.from_config(config)     # raises for mistakes that need no data to see
     mesh = experiment.mesh()                        # the devices of this job
     experiment.clip.tokens, experiment.video.width, experiment.video_network.abstract
 """
@@ -35,39 +35,39 @@ STAGES = ("video", "action")
 class Experiment:
     """A configuration and what follows from it; make it with `from_config`.
 
-    The configuration may be a part of one (converted weights decide no more than `video_model` and
-    `text`): what is asked of an experiment needs the sections that it follows from, and no others.
+    The configuration may be partial (converted weights have only `video_model` and `text`): each
+    property needs the sections that it follows from, and no others.
 
     Attributes:
-        config: a copy with every reference resolved, so that a later change of the original does
-            not disagree with what was worked out. For what is read in one place only.
+        config: A copy with every reference resolved, so that a later change of the original cannot
+            disagree with the properties. Read it directly for settings used in one place only.
     """
 
     config: ConfigDict
 
     @classmethod
     def from_config(cls, config: Any) -> "Experiment":
-        """Works out a configuration, as far as its sections go.
+        """Resolves and cross-checks a configuration, as far as its sections go.
 
         Args:
-            config: a ConfigDict or nested mapping, of configs/ or as a checkpoint stores it.
+            config: A ConfigDict or nested mapping, from configs/ or from a checkpoint.
 
         Raises:
-            ValueError: a setting is impossible, or two disagree; the message names them.
+            ValueError: If a setting is impossible or two disagree; the message names them.
         """
         experiment = cls(ConfigDict(config).copy_and_resolve_references())
         experiment._check()
         return experiment
 
     def changed(self, settings: Mapping[str, Any]) -> "Experiment":
-        """The experiment with other settings, given by their dotted names."""
+        """A copy with other settings, given by their dotted names."""
         config = self.config.copy_and_resolve_references()
         config.update_from_flattened_dict(settings)
         return Experiment.from_config(config)
 
     @property
     def stage(self) -> str:
-        """What is trained: "video" or "action"."""
+        """The network that is trained: "video" or "action"."""
         if self.config.stage not in STAGES:
             raise ValueError(
                 f"config.stage must be 'video' or 'action', got {self.config.stage!r}."
@@ -76,20 +76,17 @@ class Experiment:
 
     @cached_property
     def clip(self) -> Clip:
-        """The lengths of the video."""
+        """The sizes of the video, in frames, latents and tokens."""
         return Clip(**self.config.clip)
 
     @cached_property
     def video(self) -> VideoDiTConfig:
-        """The video DiT, with LoRA where `lora.rank` is not 0.
-
-        Its latent channels are the tokenizer's, its text width is `text.dim` unless a projection
-        makes it differ.
-        """
+        """The video DiT, with LoRA where `lora.rank` is not 0."""
         config = self.config
         rank, alpha = config.lora.rank, config.lora.alpha
         if rank < 0:
             raise ValueError(f"lora.rank must be 0 (full training) or more, got {rank}.")
+        # A text projection lets the network's text width differ from text.dim.
         fields = {"text_dim": config.text.dim, **config.video_model}
         fields["rope_ratio_thw"] = tuple(fields["rope_ratio_thw"])
         model = VideoDiTConfig(
@@ -141,15 +138,15 @@ class Experiment:
 
     @cached_property
     def rules(self) -> Rules:
-        """Which logical axis of an array is split over which axis of the mesh."""
+        """Logical axis of an array -> the axes of the mesh that split it."""
         return make_rules(self.config.rules)
 
     def mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """Arranges devices, all of the job's by default, as `config.mesh` says."""
+        """The mesh of `config.mesh` over the given devices, or over all devices of the job."""
         return make_mesh(self.config.mesh, devices)
 
     def training_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """As `mesh`; raises ValueError unless a training batch can be split over it."""
+        """As `mesh`; raises ValueError if a training batch cannot be split over it."""
         mesh = self.mesh(devices)
         self.check_batch(mesh)
         return mesh
@@ -168,7 +165,7 @@ class Experiment:
             )
 
     def sampling(self, **changes: Any) -> Sampling:
-        """How queries are answered: `config.sampler`, with changes such as `stop_step=5`."""
+        """The sampling of `config.sampler`, with changes such as `stop_step=5`."""
         return Sampling(**{**self.config.sampler, **changes})
 
     @property
@@ -183,7 +180,7 @@ class Experiment:
 
     @property
     def batch_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of each entry of a sample, as the loader gives it (float32)."""
+        """Shape of each entry of a sample, as the loader gives it (float32), without the batch."""
         text = self.config.text
         shapes = {"latents": self.clip.latent_shape, "text": (text.length, text.dim)}
         if self.stage == "action":

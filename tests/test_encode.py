@@ -1,15 +1,35 @@
-"""What the encoding job writes, of small episodes in memory."""
+"""The encoding job on small episodes in memory: records, bad episodes, resuming, sampled clips."""
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import ml_dtypes
 import numpy as np
 import pytest
-from encode_toys import CLIP, HUMAN, ROBOT, TextEncoder, Tokenizer, encode, episode
+from encode_toys import (
+    CLIP,
+    HUMAN,
+    POLICY_IO,
+    ROBOT,
+    BrokenFrames,
+    Frames,
+    TextEncoder,
+    Tokenizer,
+    assert_same,
+    assert_same_files,
+    encode,
+    episode,
+)
+from forked import Program
 from ml_collections import ConfigDict
 
-from data_pipelines.clips import StreamMismatch
-from data_pipelines.episode import split_of
+from data_pipelines.clips import StreamMismatch, cut_episode
+from data_pipelines.episode import TooManyBad, split_of
 from data_pipelines.normalize import make_normalizers
+from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode
+from mvjax.encode import sample_clips
 
 
 def test_a_record_is_its_window(tmp_path):
@@ -101,3 +121,254 @@ def test_after_a_mistake_in_the_settings_the_same_folder_can_be_used(tmp_path):
     with pytest.raises(StreamMismatch, match="acton"):
         encode([episode(0)], tmp_path, wrong)
     assert len(encode([episode(0)], tmp_path)) == 30
+
+
+def test_bad_episodes_are_named_and_the_rest_is_encoded(tmp_path):
+    episodes = [episode(0), episode(1, reader=BrokenFrames), episode(2, n=2), episode(3)]
+    with pytest.raises(TooManyBad, match=r"2 of 4 episodes of 'robot'.*= 0.05 allows: episode 1 "):
+        encode(episodes, tmp_path)
+    rest = Tokenizer()
+    dataset = encode(episodes, tmp_path, max_bad_share=0.5, tokenizer=rest)
+    assert rest.calls == 0  # nothing of what was read before is read again
+    assert [row.count for row in dataset.episodes] == [30, 0, 0, 30]
+    assert [bad["id"] for bad in dataset.skipped] == ["episode 1", "episode 2"]
+    assert "moov atom" in dataset.skipped[0]["reason"]
+    assert int(dataset[30]["episode"]) == 3
+    assert dataset.columns("anchor")["anchor"].shape == (60,)
+    with pytest.raises(ValueError, match=r"no episode.*moov atom"):
+        encode([episode(1, reader=BrokenFrames)], tmp_path / "none", max_bad_share=1.0)
+
+
+def test_many_bad_episodes_stop_the_job_early(tmp_path):
+    episodes = [episode(i, reader=Frames if i % 4 else BrokenFrames) for i in range(40)]
+    opened = []
+
+    class Counted(list):
+        def __getitem__(self, index):
+            opened.append(index)
+            return super().__getitem__(index)
+
+    with pytest.raises(TooManyBad, match=r"6 of 21 episodes of 'robot'.* and 3 more"):
+        encode(Counted(episodes), tmp_path)
+    assert max(opened) < 30
+    with pytest.raises(TooManyBad):  # what was finished counts when it goes on
+        encode(episodes, tmp_path, max_bad_share=0.2)
+
+
+def test_numbers_that_are_not_finite_spoil_their_episode(tmp_path):
+    episodes = [episode(i) for i in range(3)]
+    episodes[1].streams["action"].values[7, 2] = np.nan
+    dataset = encode(episodes, tmp_path, max_bad_share=0.5)
+    assert [(bad["id"], "actions" in bad["reason"]) for bad in dataset.skipped] == [
+        ("episode 1", True)
+    ]
+
+
+def test_an_episode_that_alone_lacks_a_stream_is_bad_not_the_config(tmp_path):
+    episodes = [episode(0), episode(1, acting=False), episode(2)]
+    dataset = encode(episodes, tmp_path, max_bad_share=0.5)
+    assert [bad["id"] for bad in dataset.skipped] == ["episode 1"]
+
+
+def test_configs_that_do_not_fit_stop_the_job(tmp_path):
+    with pytest.raises(StreamMismatch, match=r"\['action', 'state'\].*\['front'\]"):
+        encode([episode(0, acting=False)], tmp_path / "a")
+    wide = POLICY_IO.copy_and_resolve_references()
+    wide.action.dim = 7
+    with pytest.raises(StreamMismatch, match="4 dimensions, but policy_io says 7"):
+        cut_episode(episode(0), ROBOT, CLIP, wide)
+    short = CLIP.copy_and_resolve_references()
+    short.future_frames = 7
+    with pytest.raises(ValueError, match="future_frames"):
+        encode([episode(0)], tmp_path / "b", clip=short)
+
+
+def _some_broken(*broken):
+    return [episode(i, reader=BrokenFrames if i in broken else Frames) for i in range(8)]
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_repaired_episodes_are_tried_again_and_only_their_shards_are_made(tmp_path, processes):
+    whole = encode(_some_broken(4), tmp_path / "whole", max_bad_share=0.5)
+    before = encode(_some_broken(3, 4, 7), tmp_path / "again", max_bad_share=0.5)
+    assert len(before.skipped) == 3
+    barrier, tokenizers = threading.Barrier(processes), [Tokenizer() for _ in range(processes)]
+
+    def work(process):
+        return encode(
+            _some_broken(4),  # in the third of four shards, which stays as it is
+            tmp_path / "again",
+            max_bad_share=0.5,
+            tokenizer=tokenizers[process],
+            retry_skipped=True,
+            process=process,
+            processes=processes,
+            meet=barrier.wait,
+        )
+
+    with ThreadPoolExecutor(processes) as pool:
+        for records in pool.map(work, range(processes)):
+            assert_same(whole, records)
+    assert_same_files(tmp_path / "whole", tmp_path / "again")
+    assert sum(t.calls for t in tokenizers) == 8  # two shards of 60 windows, 16 at a time
+
+
+def test_nothing_is_made_again_where_nothing_was_repaired(tmp_path):
+    before = encode(_some_broken(4), tmp_path, max_bad_share=0.5)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+    assert_same(before, encode(_some_broken(4), tmp_path, retry_skipped=True))
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
+
+
+def test_too_many_bad_ones_can_be_repaired(tmp_path):
+    """The limit stops the job when all is read; nothing of that is read again."""
+    with pytest.raises(TooManyBad, match=r"2 of 8 .* Repair them and encode with --retry_skipped,"):
+        encode(_some_broken(2, 5), tmp_path)
+    with pytest.raises(TooManyBad):  # by itself it is not tried again
+        encode(_some_broken(), tmp_path)
+    some = Tokenizer()
+    assert encode(_some_broken(), tmp_path, tokenizer=some, retry_skipped=True).skipped == []
+    assert some.calls == 8
+
+
+def test_a_retry_that_is_killed_goes_on(tmp_path):
+    whole = encode(_some_broken(), tmp_path / "whole")
+    encode(_some_broken(1, 6), tmp_path / "again", max_bad_share=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        encode(
+            _some_broken(), tmp_path / "again", tokenizer=Tokenizer(fail_at=6), retry_skipped=True
+        )
+    with pytest.raises(FileNotFoundError, match="is not finished"):
+        RecordDataset(tmp_path / "again")
+    assert_same(whole, encode(_some_broken(), tmp_path / "again"))
+
+
+def test_a_killed_job_continues_and_gives_the_same_records(tmp_path):
+    episodes = [episode(i) for i in range(5)]
+    whole = encode(episodes, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        encode(episodes, tmp_path / "killed", tokenizer=Tokenizer(fail_at=6))
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    # What SIGKILL can leave behind: half a file, and a whole one that was not yet accounted for.
+    (tmp_path / "killed" / "shard_00001.arrayrecord.partial").write_bytes(b"half")
+    (tmp_path / "killed" / "shard_00002.arrayrecord").write_bytes(b"stale")
+    rest = Tokenizer()
+    resumed = encode(episodes, tmp_path / "killed", tokenizer=rest)
+    assert rest.calls == 6  # the second and third shard: 60 and 30 windows
+    assert_same(whole, resumed)
+    again = Tokenizer()
+    assert_same(whole, encode(episodes, tmp_path / "killed", tokenizer=again))
+    assert again.calls == 0
+    assert not list((tmp_path / "killed").glob("*.partial"))
+
+
+def test_a_deleted_shard_is_made_again(tmp_path):
+    episodes = [episode(i) for i in range(5)]
+    first = encode(episodes, tmp_path / "a")
+    encode(episodes, tmp_path / "b")
+    (tmp_path / "b" / "shard_00001.arrayrecord").unlink()
+    some = Tokenizer()
+    assert_same(first, encode(episodes, tmp_path / "b", tokenizer=some))
+    assert some.calls == 4
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("first", [0, 1])
+def test_a_deleted_shard_is_made_again_by_its_process_whichever_comes_first(tmp_path, first):
+    """None takes the manifest that is there for the new one, nor waits for one that did."""
+    episodes = [episode(i) for i in range(5)]
+    whole = encode(episodes, tmp_path / "a")
+    encode(episodes, tmp_path / "b")
+    (tmp_path / "b" / "shard_00001.npz").unlink()  # of process 1
+
+    def work(process):
+        return encode([episode(i) for i in range(5)], tmp_path / "b", process=process, processes=2)
+
+    with ThreadPoolExecutor(2) as pool:
+        one = pool.submit(work, first)
+        time.sleep(0.3)
+        for records in (pool.submit(work, 1 - first).result(20), one.result(20)):
+            assert_same(whole, records)
+    assert_same_files(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize("processes", [2, 3])
+def test_processes_share_the_work_and_leave_the_same_files(tmp_path, processes):
+    episodes = [episode(i) for i in range(9)]
+    whole, tokenizers = encode(episodes, tmp_path / "one"), [Tokenizer() for _ in range(processes)]
+
+    def work(process):
+        return encode(
+            [episode(i) for i in range(9)],
+            tmp_path / "many",
+            tokenizer=tokenizers[process],
+            process=process,
+            processes=processes,
+        )
+
+    with ThreadPoolExecutor(processes) as pool:
+        for records in pool.map(work, range(processes)):
+            assert_same(whole, records)
+    assert_same_files(tmp_path / "one", tmp_path / "many")
+    once = Tokenizer()
+    encode(episodes, tmp_path / "again", tokenizer=once)
+    assert all(t.calls for t in tokenizers) and sum(t.calls for t in tokenizers) == once.calls
+
+
+def test_another_number_of_processes_goes_on(tmp_path):
+    episodes = [episode(i) for i in range(8)]
+    encode(episodes, tmp_path / "one")
+    for process, calls in ((0, 5), (2, 2)):  # killed; the second of them has not even begun
+        with pytest.raises(KeyboardInterrupt):
+            encode(
+                episodes,
+                tmp_path / "many",
+                tokenizer=Tokenizer(fail_at=calls),
+                process=process,
+                processes=3,
+            )
+    rest = Tokenizer()
+    encode(episodes, tmp_path / "many", tokenizer=rest)
+    assert_same_files(tmp_path / "one", tmp_path / "many")
+    assert rest.calls == 12  # one of four shards was finished
+
+
+def test_killed_anywhere_and_resumed_gives_the_same_bytes(tmp_path):
+    """A real process and SIGKILL, at moments that the clock chooses; it waits for a late one."""
+    for seen in ("shard_00000.npz", "shard_00002.arrayrecord.partial", "shard_00003.npz"):
+        with Program("encode_toys", tmp_path / "killed", seen) as process:
+            while not (tmp_path / "killed" / seen).exists():
+                assert process.poll() is None, process.err
+                time.sleep(0.002)
+    assert not (tmp_path / "killed" / "manifest.json").exists()
+    for name in ("whole", "killed"):
+        encode([episode(i) for i in range(12)], tmp_path / name)
+    assert_same_files(tmp_path / "whole", tmp_path / "killed")
+
+
+def _sample(*sources, episodes=3, **options):
+    options = dict(episodes_per_source=episodes, clips_per_episode=4) | options
+    return list(sample_clips(sources, CLIP, POLICY_IO, **options))
+
+
+def test_episodes_and_windows_are_spread_evenly_over_every_source():
+    robot = [episode(i) for i in range(5)]
+    human = [episode(10 + i, acting=False) for i in range(2)]
+    clips = _sample((robot, ROBOT), (human, HUMAN))
+    assert len(clips) == 5
+    for ours, (source, dataset) in zip(clips, [(robot[i], ROBOT) for i in (0, 2, 4)]):
+        cuts = cut_episode(source, dataset, CLIP, POLICY_IO)
+        theirs = cuts.frames[cuts.clips[[0, 9, 19, 29]]].astype(np.float32) / 127.5 - 1
+        np.testing.assert_array_equal(ours, theirs)
+    short = _sample(([episode(0, n=3)], ROBOT))  # has fewer windows than are wanted
+    assert short[0].shape == (3, 13, 16, 16, 3)
+
+
+def test_broken_episodes_are_named_and_left_out(capsys):
+    episodes = [episode(0), episode(1, reader=BrokenFrames), episode(2)]
+    assert len(_sample((episodes, ROBOT), max_bad_share=0.4)) == 2
+    assert "skipped episode episode 1: OSError: moov atom not found" in capsys.readouterr().err
+    with pytest.raises(TooManyBad, match=r"1 of 3 sampled episodes could not be read.*Repair"):
+        _sample((episodes, ROBOT))
+    with pytest.raises(StreamMismatch, match="acton"):
+        _sample((episodes, ConfigDict(dict(ROBOT.to_dict(), action="acton"))))

@@ -1,15 +1,15 @@
-"""What a compiled program exchanges between devices, read from its HLO text.
+"""The exchanges between devices of a compiled program, read from its HLO text.
 
 The text is a list of computations; those called by others (fusions, loops, branches) are followed
-from the entry, a loop's body as often as it runs. Four habits of the TPU compiler are undone:
+from the entry, a loop's body as often as it runs. Four habits of the TPU compiler need care:
 
 - An all-gather that overlaps other work is one instruction in each of the fusions that move it
   forward, all with the same chain_id; it is counted once.
 - A reduce-scatter is an all-reduce inside a computation called all-reduce-scatter.
 - The length of a loop is not stated; it follows from the constant that its counter is compared
   with, and from the one that is added to it (matrix products that gather as they go take two
-  parts a turn). A loop of which this cannot be read counts once.
-- What crosses slices is sent to a runtime on the host ("megascale"), which exchanges it.
+  parts per iteration). A loop whose length cannot be read counts once.
+- Transfers between slices are sends to a runtime on the host ("megascale"), which makes them.
 """
 
 import math
@@ -47,9 +47,9 @@ class Collective:
 
     Attributes:
         kind: "all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", ...
-        across_slices: whether over the network between TPU slices.
-        count: how often.
-        sent_bytes: what one device sends for them in rings: in n devices, (n - 1)/n of an array
+        across_slices: Whether over the network between TPU slices.
+        count: How often.
+        sent_bytes: What one device sends for them in rings: with n devices, (n - 1)/n of an array
             that is gathered or scattered, twice that for an all-reduce. Across slices, what it
             hands to its host.
     """
@@ -64,8 +64,8 @@ def collectives(hlo: str, devices: int) -> list[Collective]:
     """The collectives of a program, largest first.
 
     Args:
-        hlo: text of the optimised program (`compiled.as_text()`).
-        devices: number of devices of a slice; the group of a collective that names none.
+        hlo: Text of the optimised program (`compiled.as_text()`).
+        devices: Number of devices of a slice; the group of a collective that names none.
     """
     totals: defaultdict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0])
     for inside, line, times in _Computations(hlo).exchanges():
@@ -140,7 +140,7 @@ class _Computations:
 
 
 def _exchange(inside: str, line: str, devices: int) -> tuple[str, bool, float]:
-    """Kind, whether across slices, and bytes that one device sends."""
+    """Kind, whether across slices, and the bytes that one device sends."""
     if to_host := _TO_HOST.search(line):
         kind = to_host[2].lower().replace("_", "-")
         return kind, True, max(_array_bytes(to_host[1]))

@@ -1,4 +1,4 @@
-"""The real train step compiled for a TPU pod that is not here: does it fit, what does it cost.
+"""Compiles the real train step for a TPU pod that is not here: does it fit, and what does it cost?
 
 Nothing is allocated: parameters, optimizer state, batch and frozen backbone are shapes with
 shardings, and the compiler needs no device.
@@ -29,28 +29,28 @@ class DoesNotFit(ValueError):
 
 @dataclass(frozen=True)
 class Estimate:
-    """What is known of a train step on a pod before it runs; bytes and FLOPs are per device.
+    """Memory, exchanges and time of a train step on a pod; bytes and FLOPs are per device.
 
     Attributes:
-        device: name of the chip.
-        devices, slices: of the whole pod.
-        mesh: devices per axis.
-        batch_size: samples per step of the whole pod.
-        parameters, trainable, frozen: numbers of parameters: of the trained network, those of them
+        device: Name of the chip.
+        devices, slices: Of the whole pod.
+        mesh: Devices per axis.
+        batch_size: Samples per step of the whole pod.
+        parameters, trainable, frozen: Numbers of parameters: of the trained network, those of them
             that learn, and of the frozen backbone.
-        array_bytes: state, frozen backbone and batch, by their shapes.
-        argument_bytes: the same as the compiler lays them out, padded to the tiles of the chip.
-        peak_bytes: the most that is in memory at once, arguments included.
-        host_bytes: what is kept in the host's memory (remat "offload").
-        hbm_bytes: what the device has.
-        collectives: exchanges in one step.
-        link_seconds: the least time of the exchanges inside a slice, all links busy.
-        flops: of one step, analytic, recomputation not counted.
-        peak_flops: of the device, per second.
-        mfu: the share of it that is assumed.
-        step_seconds: of a step that takes the time of its arithmetic at that share.
-        clips_per_second: of the whole pod then.
-        compile_seconds: tracing and compiling, on this machine.
+        array_bytes: State, frozen backbone and batch, by their shapes.
+        argument_bytes: The same as the compiler lays them out, padded to the tiles of the chip.
+        peak_bytes: The most that is in memory at once, arguments included.
+        host_bytes: Activations kept in the host's memory (remat "offload").
+        hbm_bytes: The memory of the device.
+        collectives: Exchanges in one step.
+        link_seconds: The least time of the exchanges inside a slice, with all links busy.
+        flops: Of one step, analytic, recomputation not counted.
+        peak_flops: Of the device, per second.
+        mfu: The assumed share of `peak_flops`.
+        step_seconds: The time of the arithmetic of a step at that share.
+        clips_per_second: Of the whole pod at that step time.
+        compile_seconds: Tracing and compiling, on this machine.
     """
 
     device: str
@@ -86,17 +86,18 @@ def estimate(
     """Compiles the train step of a configuration for the devices of `pod_devices`.
 
     Args:
-        experiment: a training run; no data and no checkpoint that it names is read.
-        devices: of one or several slices.
-        mfu: share of the peak FLOP/s to assume for the step time.
+        experiment: A training run; no data and no checkpoint that it names is read.
+        devices: Of one or several slices.
+        mfu: Share of the peak FLOP/s to assume for the step time.
 
     Raises:
-        DoesNotFit: if the step needs more memory than a device has.
-        ValueError: if batch, mesh, network and devices do not go together.
+        DoesNotFit: If the step needs more memory than a device has.
+        ValueError: If batch, mesh, network and devices do not go together.
     """
     if not 0 < mfu <= 1:
         raise ValueError(f"the MFU is a share of the peak, more than 0 and up to 1; got {mfu}.")
-    kind, slices = _known(devices[0]), slice_count(devices)
+    kind, slices = chip(devices[0].device_kind), slice_count(devices)
+    assert kind is not None  # every generation of `pod_devices` is in the table of chips
     program = make_program(experiment, experiment.mesh(devices), abstract_backbone)
     start = time.perf_counter()
     try:
@@ -122,14 +123,7 @@ def estimate(
 def before_compiling(
     experiment: Experiment, program: Program, kind: Chip, mfu: float
 ) -> dict[str, Any]:
-    """The fields of a `Estimate` that follow from shapes and shardings; no compiler is needed.
-
-    Args:
-        experiment: a training run.
-        program: its step, on the mesh of a pod or an abstract one.
-        kind: what the devices of the mesh are.
-        mfu: share of the peak FLOP/s to assume.
-    """
+    """The fields of an `Estimate` that follow from shapes and shardings; no compiler is needed."""
     devices, samples = program.mesh.size, experiment.config.training.batch_size
     flops = step_flops(experiment) * samples / devices
     seconds = flops / (kind.peak_flops * mfu)
@@ -152,11 +146,7 @@ def before_compiling(
 
 
 def batch_size(per_chip: float, devices: int) -> int:
-    """Samples per step of a pod.
-
-    Raises:
-        ValueError: if that is not a whole number of them.
-    """
+    """Samples per step of a pod; ValueError if that is not a whole number."""
     size = per_chip * devices
     if size < 1 or size != round(size):
         raise ValueError(
@@ -166,19 +156,12 @@ def batch_size(per_chip: float, devices: int) -> int:
     return round(size)
 
 
-def _known(device: jax.Device) -> Chip:
-    known = chip(device.device_kind)
-    if known is None:
-        raise ValueError(f"memory and speed of {device.device_kind!r} are not known here.")
-    return known
-
-
 def _count(tree: Any) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 def _explained(error: Exception, experiment: Experiment, program: Program, kind: Chip) -> Exception:
-    """The sentence for a program that is too large; other errors as they are."""
+    """`DoesNotFit` for a program that is too large; other errors unchanged."""
     text = str(error)
     if "Vmem" in text:
         return DoesNotFit(
@@ -200,11 +183,11 @@ def _explained(error: Exception, experiment: Experiment, program: Program, kind:
     )
 
 
-# What a person reads of an estimate.
+# --- Estimates as text ---
 
 
 def report(experiment: Experiment, topology: str, found: Estimate) -> str:
-    """Several lines: what was compiled, whether it fits, what it exchanges and costs."""
+    """Several lines: what was compiled, whether it fits, what it exchanges, how long it takes."""
     per_chip = found.batch_size / found.devices
     slices = f"{found.slices} x " if found.slices > 1 else ""
     share = found.peak_bytes / found.hbm_bytes
@@ -234,22 +217,22 @@ def report(experiment: Experiment, topology: str, found: Estimate) -> str:
             f"{found.mfu:.0%} of {found.peak_flops / 1e12:g} TFLOP/s, {found.clips_per_second:.3g} "
             "clips/s in the pod",
         ),
-        *_exchanges(found),
+        *zip(["exchange", *[""] * len(found.collectives)], _exchanges(found)),
         ("compiled", f"in {found.compile_seconds:.0f} s"),
     ]
     return "\n".join(f"{name:<12}{text}" for name, text in rows)
 
 
-def _exchanges(found: Estimate) -> list[tuple[str, str]]:
+def _exchanges(found: Estimate) -> list[str]:
     if not found.collectives:
-        return [("exchange", "none")]
-    rows = []
+        return ["none"]
+    lines = []
     for exchange in found.collectives:
         where = " between slices" if exchange.across_slices else ""
-        size = f"{exchange.count:>6} x {exchange.kind}{where}, {_bytes(exchange.sent_bytes)}"
-        rows.append(("" if rows else "exchange", size))
+        size = _bytes(exchange.sent_bytes)
+        lines.append(f"{exchange.count:>6} x {exchange.kind}{where}, {size}")
     floor = f"sent per chip and step; {found.link_seconds:.3g} s if all links are busy"
-    return [*rows, ("", floor)]
+    return [*lines, floor]
 
 
 def _millions(count: int) -> str:
@@ -261,10 +244,10 @@ def _bytes(count: float) -> str:
 
 
 def table(estimates: dict[str, dict[str, Any]]) -> str:
-    """Markdown: one line per found.
+    """A Markdown table of estimates.
 
     Args:
-        estimates: arguments of `launch.estimate` -> what it wrote with --json.
+        estimates: Arguments of `launch.estimate` -> what it wrote with --json; one line for each.
     """
     if not estimates:
         return ""

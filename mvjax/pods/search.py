@@ -1,6 +1,6 @@
-"""The mesh and the batch that serve a pod best, found by compiling a few of them.
+"""Finds the best mesh and batch for a pod by compiling a few of them.
 
-Two searches, one after the other: the mesh at the least batch, then the batch on that mesh.
+Two searches, one after the other: the mesh at the smallest batch, then the batch on that mesh.
 """
 
 from collections.abc import Callable
@@ -13,19 +13,13 @@ from mvjax.training.bridge import abstract_backbone
 from mvjax.training.step import make_program
 
 CONTEXTS = (1, 2, 4, 8)
-STATE_SHARE = 0.6  # of the memory: more of it in parameters and optimizer leaves too little
+STATE_SHARE = 0.6  # of the memory; larger parameters and optimizer state leave too little
 FSDP_SIZES = 3  # tried per context
 
 
 @dataclass(frozen=True)
 class Found:
-    """What a search ends with.
-
-    Attributes:
-        experiment: the best that was compiled.
-        estimate: its figures.
-        ended: why there is no larger batch, in words.
-    """
+    """The best experiment that was compiled, its estimate, and why no larger batch was taken."""
 
     experiment: Experiment
     estimate: Estimate
@@ -33,7 +27,7 @@ class Found:
 
     @property
     def flags(self) -> str:
-        """What to add to the command of a training run."""
+        """The flags that give a training run this mesh and batch."""
         config = self.experiment.config
         sizes = [f"--config.mesh.{axis}={config.mesh[axis]}" for axis in MESH_AXES]
         return " ".join([*sizes, f"--config.training.batch_size={config.training.batch_size}"])
@@ -53,23 +47,23 @@ def search(
     """Compiles meshes, then batches on the best mesh.
 
     Memory comes first: context parallelism is tried only where a clip per device does not fit, or
-    where the batch is smaller than the pod. Of each context's meshes three are tried, from the
-    least fsdp that holds the state to the largest; the best has the least time per clip if
+    where the batch is smaller than the pod. For each context three meshes are tried, from the
+    smallest fsdp that holds the state to the largest; the best has the least time per clip if
     arithmetic and exchanges over all links come one after the other. The tensor axis stays as
-    configured. How memory grows between two batches says which may be the largest; it is tried,
-    and its neighbours until one fits and the next does not, or a clip takes longer.
+    configured. The growth of memory between two batches predicts the largest one; it is tried,
+    and then its neighbours until one fits and the next does not, or a clip takes longer.
 
     Args:
-        experiment: a training run; its mesh and batch are what is searched.
-        devices, slices: of the whole pod.
-        hbm_bytes: of a device.
-        compiled: an experiment -> its estimate; raises `DoesNotFit`.
-        batch_size: samples per step of the pod; None for the largest.
-        max_compiles: stops after so many programs.
-        say: is told of each.
+        experiment: A training run; its mesh and batch are searched.
+        devices, slices: Of the whole pod.
+        hbm_bytes: Memory of a device.
+        compiled: An experiment -> its estimate; raises `DoesNotFit`.
+        batch_size: Samples per step of the pod; None for the largest.
+        max_compiles: Number of programs after which the search stops.
+        say: Called with a line for each program.
 
     Raises:
-        DoesNotFit: if nothing that was tried fits.
+        DoesNotFit: If nothing that was tried fits.
     """
     budget = _Budget(compiled, max_compiles, say)
     best = None
@@ -134,14 +128,14 @@ class _Budget:
 
 
 def _better(one: _Tried | None, other: _Tried | None) -> _Tried | None:
-    """What takes less time per clip; the first if both take the same."""
+    """The one with less time per clip; the first if both take the same."""
     if one is None or other is None:
         return one or other
     return other if seconds_per_clip(other[1]) < seconds_per_clip(one[1]) else one
 
 
 def _largest_batch(best: _Tried, budget: _Budget) -> Found:
-    """From the least batch of a mesh to the largest multiple of it that is worth it."""
+    """The largest multiple of a mesh's smallest batch that fits and is not slower per clip."""
     unit = best[0].config.training.batch_size
     peaks, too_many = {1: best[1].peak_bytes}, None  # by multiples of the least batch
     while too_many != max(peaks) + 1:
@@ -160,12 +154,13 @@ def _largest_batch(best: _Tried, budget: _Budget) -> Found:
 
 
 def _next_multiple(peaks: dict[int, int], too_many: int | None, hbm_bytes: int) -> int:
-    """Where the memory ends if it grows as between the last two batches that fit."""
+    """The batch to try next, as a multiple of the smallest one."""
     *_, last = peaks
     if too_many is not None:
         return (last + too_many) // 2
     if len(peaks) == 1:
         return 2
+    # The largest that fits if memory grows as between the last two batches that fit.
     before = list(peaks)[-2]
     per_multiple = max((peaks[last] - peaks[before]) / (last - before), 1)
     return max(last + int((hbm_bytes - peaks[last]) / per_multiple), last + 1)
@@ -179,7 +174,7 @@ def _candidates(
     batch_size: int | None,
     hbm_bytes: int,
 ) -> list[Experiment]:
-    """Experiments with this context, and fsdp from the least that holds the state upwards."""
+    """Experiments with this context and several fsdp, of which each holds the state."""
     config = experiment.config
     tensor, inside = max(int(config.mesh.get("tensor", 1)), 1), devices // slices
     if inside % (context * tensor) or experiment.clip.tokens % context:

@@ -14,7 +14,7 @@ from mvjax.parallel import Chip, chip
 
 @dataclass(frozen=True)
 class _Generation:
-    """Axes of a slice's torus; its devices as jax names and counts them; settings of libtpu."""
+    """Axes of a slice's torus; its devices as jax names and counts them; options of libtpu."""
 
     axes: int
     device_kind: str
@@ -41,12 +41,12 @@ def pod_devices(topology: str, slices: int = 1) -> list[jax.Device]:
     """The devices of a TPU pod, to compile for (nothing can be run or placed on them).
 
     Args:
-        topology: generation and chips along the axes of a slice, "v5e:4x4" or "v5p:8x8x8".
-        slices: number of such slices, joined by the network of the data center.
+        topology: Generation and chips along the axes of a slice, "v5e:4x4" or "v5p:8x8x8".
+        slices: Number of such slices, joined by the network of the data center.
 
     Raises:
-        NoCompiler: if libtpu is not installed.
-        ValueError: if there is no such topology.
+        NoCompiler: If libtpu is not installed.
+        ValueError: If there is no such topology.
     """
     generation, sizes = _parse(topology)
     if slices < 1:
@@ -72,11 +72,7 @@ def pod_devices(topology: str, slices: int = 1) -> list[jax.Device]:
 
 
 def pod_size(topology: str, slices: int = 1) -> tuple[int, Chip]:
-    """Number of devices of `pod_devices`, and what each of them can do; needs no libtpu.
-
-    Raises:
-        ValueError: if the topology is not one of a TPU generation.
-    """
+    """Number of devices of `pod_devices`, and what each of them can do; needs no libtpu."""
     generation, sizes = _parse(topology)
     known = _GENERATIONS[generation]
     return math.prod(sizes) * known.devices_per_chip * slices, chip(known.device_kind)

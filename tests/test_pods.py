@@ -1,8 +1,9 @@
-"""What `--search` tries and why it stops, with a compiler of which memory and time are known."""
+"""The search for a mesh and a batch, and the tables of docs/pods.md; nothing is compiled here."""
 
 import pytest
 
 from configs import quickstart_video
+from launch.benchmarks.pod_tables import DOCS, TABLES, changes, file_of, with_tables
 from mvjax.experiment import Experiment
 from mvjax.parallel import GB
 from mvjax.pods.compile import DoesNotFit, Estimate
@@ -124,3 +125,33 @@ def test_nothing_that_fits_or_could_be_tried_is_a_sentence():
         searched(batch_size=2, devices=9)
     with pytest.raises(DoesNotFit, match="no mesh of 8 devices was worth compiling"):
         searched(hbm_bytes=1000)
+
+
+LINES = [line for lines in TABLES.values() for line in lines.items()]
+
+
+@pytest.mark.parametrize(("name", "arguments"), LINES)
+def test_parameters_shapes_and_flops_are_those_on_file(name, arguments, monkeypatch):
+    monkeypatch.chdir(DOCS.parent)  # the command names configs/
+    assert file_of(name).exists() and changes(name, arguments) == [], (
+        "run `python -m launch.benchmarks.pod_tables` (needs libtpu); it computes this line again: "
+        f"python -m launch.estimate {arguments}"
+    )
+
+
+def test_the_page_shows_what_the_files_say():
+    page = (DOCS / "pods.md").read_text()
+    assert with_tables(page) == page, "run `python -m launch.benchmarks.pod_tables`"
+
+
+def test_every_file_is_that_of_a_line():
+    assert {file.stem for file in (DOCS / "estimates").iterdir()} == {name for name, _ in LINES}
+
+
+def test_a_figure_that_changed_is_named(monkeypatch):
+    monkeypatch.chdir(DOCS.parent)
+    name, arguments = LINES[0]
+    wider = f"{arguments} --config.video_model.num_blocks=27 --config.lora.rank=128"
+    changed = {line.partition(":")[0] for line in changes(name, wider)}
+    assert {"parameters", "trainable", "array_bytes", "flops", "step_seconds"} <= changed
+    assert not changed & {"device", "mesh", "batch_size", "hbm_bytes", "remat", "frozen"}
