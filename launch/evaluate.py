@@ -33,7 +33,8 @@ from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, path_flag, run
 from mvjax import parallel
 from mvjax.evaluation.closed_loop import evaluate, mean_success, settings_for, success_table
-from mvjax.evaluation.offline import evaluate_offline, write_predictions
+from mvjax.evaluation.offline import evaluate_offline
+from mvjax.evaluation.predictions import write_predictions
 from mvjax.evaluation.report import build_evaluation_report
 from mvjax.evaluation.rollout import Setting
 from mvjax.experiment import Experiment

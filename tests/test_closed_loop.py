@@ -1,9 +1,12 @@
 """Success rates with their intervals, and the suites that a policy is evaluated in."""
 
 import math
+from types import SimpleNamespace
 
 import pytest
+from ml_collections import ConfigDict
 
+from mvjax.evaluation import closed_loop
 from mvjax.evaluation.closed_loop import mean_success, success_table, wilson_interval
 from mvjax.evaluation.suites.suite import SUITES, Simulator
 
@@ -53,6 +56,21 @@ def test_table_and_mean_over_tasks():
     assert mean.rate == pytest.approx((3 / 4 + 0) / 2)  # tasks weigh the same
     assert (mean.low, mean.high) == wilson_interval(3, 6)  # episodes pooled
     assert mean_success([]).trials == 0
+
+
+def test_a_misspelt_task_is_named_before_the_policy_is_loaded(monkeypatch, tmp_path):
+    monkeypatch.setattr(closed_loop, "load_policy", lambda *_: pytest.fail("it was loaded"))
+    protocol = {"suite": "metaworld", "tasks": ("door-open-v3, fly",)}
+    config = ConfigDict({"evaluation": protocol, "policy_io": {"action": {"fps": 80.0}}})
+    evaluated = closed_loop.evaluate(
+        SimpleNamespace(config=config),
+        tmp_path / "action",
+        tmp_path,
+        closed_loop.settings_for("policy", [0], 10),
+    )
+    with pytest.raises(ValueError, match=r"unknown .* task 'fly'"):
+        next(evaluated)
+    assert not any(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("name", SUITES)

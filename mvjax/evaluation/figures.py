@@ -1,6 +1,6 @@
-"""The figures of the report and of the offline page, each an SVG element that stands in the page.
+"""The figures of the report and of the offline page, as inline SVG.
 
-In all of them `title` is what a screen reader says.
+`title` is always the text for screen readers.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from markupsafe import Markup
 from data_pipelines.html import figure_svg
 from mvjax.evaluation.closed_loop import SuccessRate
 
-if TYPE_CHECKING:  # loaded when the first figure is drawn: an evaluation may have none
+if TYPE_CHECKING:  # matplotlib is imported for the first figure: an evaluation may have none
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
@@ -26,7 +26,7 @@ Curve = tuple[np.ndarray, np.ndarray]  # x [n], y [n]
 
 
 def loss_figure(curves: Mapping[str, Curve], title: str) -> Markup:
-    """Losses by name over steps: every logged value faint, its running mean bold."""
+    """Draws losses over steps: the logged values faint, their running mean bold."""
     figure, axes = _axes("step", "loss")
     top = 0.0
     for (name, (steps, losses)), colour in zip(curves.items(), cycle(COLOURS)):
@@ -41,7 +41,7 @@ def loss_figure(curves: Mapping[str, Curve], title: str) -> Markup:
 
 
 def curves_figure(curves: Mapping[str, Curve], x_label: str, y_label: str, title: str) -> Markup:
-    """Lines by name, from zero up."""
+    """Draws lines, from zero up."""
     figure, axes = _axes(x_label, y_label)
     for (name, (x, y)), colour in zip(curves.items(), cycle(COLOURS)):
         axes.plot(x, y, color=colour, marker="o", markersize=3, linewidth=1.8, label=name)
@@ -56,13 +56,13 @@ def success_figure(
     title: str,
     lines: Sequence[SuccessRate] = (),
 ) -> Markup:
-    """Success rates with their Wilson intervals.
+    """Draws success over x with Wilson intervals.
 
     Args:
         curves: name -> (x, success) pairs.
-        x_label: what x is.
-        title: what a screen reader says.
-        lines: rates that have no x, as horizontal lines.
+        x_label: the label of x.
+        title: the text for screen readers.
+        lines: rates without an x, drawn as horizontal lines.
     """
     figure, axes = _axes(x_label, "success, %")
     colours = cycle(COLOURS)
@@ -70,7 +70,7 @@ def success_figure(
         points = sorted(points, key=lambda point: point[0])
         x, y = [x for x, _ in points], [100 * rate.rate for _, rate in points]
         ends = [[100 * (rate.rate - rate.low), 100 * (rate.high - rate.rate)] for _, rate in points]
-        # A mean over unequal tasks can leave the interval of the pooled episodes by a hair.
+        # A mean over tasks can lie slightly outside the interval of the pooled episodes.
         errors = np.maximum(np.transpose(ends), 0)
         axes.errorbar(x, y, errors, color=colour, marker="o", capsize=3, linewidth=1.8, label=name)
     axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))

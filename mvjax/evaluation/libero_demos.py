@@ -1,10 +1,10 @@
-"""Plays LIBERO's demonstrations again, as mimic-video's release prepares them.
+"""Replays LIBERO's demonstrations, as mimic-video's release prepares them.
 
 Every demonstration of the HDF5 files (`<task>_demo.hdf5`) is replayed in the simulator from its
-first state, after ten steps of holding still; actions that do nothing are dropped, and only what
-ends in success is kept. Pictures of both cameras are drawn at 480x640 and turned by 180 degrees.
-The dataset is LeRobot v3.0, 20 Hz; instructions are worded as the release's. `regenerated.json`
-says what became of every demonstration. `launch.record --regenerate` runs this in LIBERO's Python.
+first state, after ten steps of holding still; actions without an effect are dropped, and only
+successful episodes are kept. Both cameras are rendered at 480x640 and turned by 180 degrees. The
+dataset is LeRobot v3.0 at 20 Hz, with the instructions of the release; `regenerated.json` reports
+the result of every demonstration. `launch.record --regenerate` runs this in LIBERO's Python.
 """
 
 import functools
@@ -26,27 +26,27 @@ from mvjax.evaluation.record import ABOUT, sampled_stats, worker_pool
 from mvjax.evaluation.suites.libero import CAMERA, SETTLING_STEPS, STAY, WRIST_CAMERA, Libero
 from mvjax.evaluation.suites.libero_scene import find_task
 
-STILL = 1e-4  # norm of the six numbers of a motion below which it is none
+STILL = 1e-4  # the smallest norm of a motion's six numbers that counts as moving
 CAMERAS = {"observation.images.agentview": CAMERA, "observation.images.wrist": WRIST_CAMERA}
 REPORT = "regenerated.json"
 
 
 @dataclass(frozen=True)
 class Demo:
-    """A demonstration of a file."""
+    """A demonstration of an HDF5 file."""
 
     file: Path
     key: str
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of its folder."""
         return f"{self.file.stem}-{self.key}"
 
 
 @dataclass(frozen=True)
 class Replay:
-    """A demonstration played again: what was seen before each action, and how it ended."""
+    """A replayed demonstration: states and frames before each action, and the outcome."""
 
     success: bool
     actions: np.ndarray
@@ -57,13 +57,13 @@ class Replay:
 def regenerate(
     source: Path, out: Path, workers: int = 2, size: tuple[int, int] = (480, 640)
 ) -> dict[str, int]:
-    """Regenerates a file or a folder of files; goes on with what was stopped.
+    """Regenerates an HDF5 file or a folder of them, or resumes what was stopped.
 
     Args:
-        source: an HDF5 file, or a folder that holds some.
+        source: the file or folder.
         out: the dataset's folder.
         workers: processes; one per core is best.
-        size: of the pictures, (height, width) in pixels.
+        size: height and width of the pictures in pixels.
 
     Returns:
         {"kept", "failed"}: numbers of demonstrations.
@@ -73,7 +73,7 @@ def regenerate(
     """
     staging = out / UNFINISHED
     if not (out / REPORT).exists():
-        demos = _demonstrations(Path(source))
+        demos = _demonstrations(source)
         staging.mkdir(parents=True, exist_ok=True)
         left = [demo for demo in demos if not (staging / demo.name).is_dir()]
         with tqdm(total=len(demos), initial=len(demos) - len(left), unit="episode") as bar:
@@ -90,25 +90,18 @@ def regenerate(
 
 
 def moving_actions(actions: np.ndarray) -> np.ndarray:
-    """The rows of actions [n, 7] that move the hand or change what the gripper does.
-
-    The first is compared with nothing: it is kept if it moves. As the release does it, a gripper
-    command is compared with that of the last action that was kept.
-    """
+    """Returns the rows of actions [n, 7] that move the hand or change the gripper command."""
     kept: list[np.ndarray] = []
     for action in actions:
         moves = np.linalg.norm(action[:6]) >= STILL
+        # As in the release: the command is compared with that of the last action that was kept.
         if moves or (kept and action[6] != kept[-1][6]):
             kept.append(action)
     return np.array(kept, actions.dtype).reshape(-1, actions.shape[1])
 
 
 def replay(simulator: Libero, first_state: np.ndarray, actions: np.ndarray) -> Replay:
-    """Plays actions [n, 7] from a flattened simulator state, with pictures.
-
-    Returns:
-        What was seen before each action; `success` says whether the last one solved the task.
-    """
+    """Plays actions [n, 7] from a flattened simulator state; the last one decides success."""
     simulator.restart(first_state)
     for _ in range(SETTLING_STEPS):
         simulator.step(STAY)
@@ -158,7 +151,7 @@ def _regenerate_one(demo: Demo, staging: Path, size: tuple[int, int]) -> None:
         (folder / ABOUT).write_text(json.dumps(about))
 
 
-@functools.lru_cache(maxsize=1)  # a process stays on a task where it can: building takes seconds
+@functools.lru_cache(maxsize=1)  # building takes seconds, and demonstrations come by task
 def _simulator(name: str, size: tuple[int, int]) -> Libero:
     return Libero(find_task(name), *size)
 

@@ -1,11 +1,11 @@
 """Records demonstrations of scripted experts in simulation (`launch.record`).
 
-A recording falls into units of a few episodes of one task. Worker processes record units, each of
-which appears in the folder `unfinished` when it is complete; at the end they are put together as a
-dataset of the wanted kind: LeRobot v3.0, captioned videos, or LIBERO's HDF5. A recording that was
-stopped at any moment goes on where it was, and ends with the same bytes as one that never stopped.
+A recording consists of units: a few episodes of one task. Worker processes record units, each of
+which appears in the folder `unfinished` when it is complete; at the end they are assembled into a
+dataset of the chosen kind: LeRobot v3.0, captioned videos, or LIBERO's HDF5. A recording that was
+stopped at any moment resumes, and ends with the same bytes as one that was not.
 
-This file also runs in the Python of a simulator that has its own, without jax.
+This file also runs without jax in the Python of a simulator that needs its own.
 """
 
 import json
@@ -45,16 +45,16 @@ from data_pipelines.writers import (
 from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 from mvjax.evaluation.suites.suite import SUITES, Suite
 
-ABOUT = "about.json"  # of a unit: the instruction, and for HDF5 the scene
-AFTER_SUCCESS = 12  # control steps that follow the first success
-ATTEMPTS = 20  # per episode; the experts fail 2 % of the time, 30 % on the worst task
-STATS_FRAMES = 8  # frames per episode that enter the dataset's statistics
+ABOUT = "about.json"  # the instruction of a unit; for HDF5 its scene, too
+AFTER_SUCCESS = 12  # control steps recorded after the first success
+ATTEMPTS = 20  # per episode; the experts fail 2 % of the time, 30 % on the hardest task
+STATS_FRAMES = 8  # frames per episode from which the dataset's statistics are computed
 VIDEO_STRIDE = 4  # control steps per frame of kind video: 80 Hz -> 20 fps
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Episodes `first` ... `first + count - 1` of a task."""
+    """Episodes `first` to `first + count - 1` of a task."""
 
     task: str
     first: int
@@ -62,7 +62,7 @@ class Unit:
 
     @property
     def name(self) -> str:
-        """Its folder's name."""
+        """The name of its folder."""
         return f"{self.task}-{self.first:05d}"
 
 
@@ -75,11 +75,10 @@ class Recording:
         tasks: of the suite, e.g. "drawer-open-v3" or "object-2".
         episodes: successful demonstrations per task.
         noise: standard deviation of the noise on executed actions (labels stay clean).
-        seed: with the task and the attempt's number, it decides an episode completely.
-        height: of the frames, pixels.
-        width: of the frames, pixels.
+        seed: together with the task and the attempt's number it determines an episode.
+        height, width: of the frames, pixels.
         unit_episodes: episodes recorded between two saves; of kind robot they share a video file.
-        suite: the simulator, of `suites.suite.SUITES`.
+        suite: a key of `SUITES`.
     """
 
     kind: str
@@ -101,12 +100,12 @@ class Recording:
         for task in self.tasks:
             self.simulator.check_task(task)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
-            raise ValueError(f"tasks must be some, each named once; got {self.tasks}")
-        if self.episodes < 1 or self.unit_episodes < 1:
-            raise ValueError(f"episodes and unit_episodes must be at least 1, got {self}")
+            raise ValueError(f"tasks must be one or more, each named once; got {self.tasks}")
+        if self.episodes < 1:  # which would write an empty dataset
+            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
 
     def units(self) -> list[Unit]:
-        """The work, in the order of the finished dataset."""
+        """Returns the units in the order of the finished dataset."""
         return [
             Unit(task, first, min(self.unit_episodes, self.episodes - first))
             for task in self.tasks
@@ -115,7 +114,7 @@ class Recording:
 
     @property
     def simulator(self) -> Suite:
-        """The suite itself."""
+        """The suite that `suite` names."""
         return SUITES[self.suite]
 
     @property
@@ -132,23 +131,21 @@ class Recording:
 def record_dataset(
     out: Path, recording: Recording, workers: int = 2, progress: bool = True
 ) -> dict[str, Any]:
-    """Records a dataset, or goes on with one that was stopped, or leaves a finished one alone.
+    """Records a dataset, resumes one that was stopped, or leaves a finished one as it is.
 
     Args:
         out: the dataset's folder.
         recording: what to record.
         workers: processes; one per core is best.
-        progress: show a bar with the time left on stderr.
+        progress: show a progress bar.
 
     Returns:
-        {"episodes", "frames", "seconds"}: of the whole dataset, and spent by this call.
+        {"episodes", "frames", "seconds"}: of the whole dataset, and the duration of this call.
 
     Raises:
         ValueError: if the folder holds another recording or other files.
-        OSError: if the folder cannot be written or the disk is full.
         RuntimeError: if no OpenGL is found, or an expert keeps failing.
     """
-    out = Path(out)
     began = time.monotonic()
     staging = _open_folder(out, recording)
     if not (out / MANIFEST).exists():
@@ -167,21 +164,21 @@ def record_dataset(
 
 
 def _open_folder(out: Path, recording: Recording) -> Path:
-    """The folder for finished units; refuses one that holds something else."""
+    """Prepares the dataset's folder and returns that of finished units in it."""
     staging = out / UNFINISHED
     settings = json.loads(json.dumps(asdict(recording)))
     for manifest in (out / MANIFEST, staging / MANIFEST):
         if manifest.exists():
-            # Older recordings knew no other suite.
+            # Older recordings do not name their suite.
             found = {"suite": "metaworld"} | json.loads(manifest.read_text())["recording"]
             if changed := differences({name: found.get(name) for name in settings}, settings):
                 raise ValueError(
-                    f"{out} holds a recording with other settings ({'; '.join(changed)}); give the "
-                    "same settings to go on with it, or another folder"
+                    f"{out} holds a recording with other settings ({'; '.join(changed)}): resume "
+                    "it with the same settings, or choose another folder"
                 )
             return staging
     if out.exists() and any(path.name != UNFINISHED for path in out.iterdir()):
-        raise ValueError(f"{out} holds other files; record into a new or an empty folder")
+        raise ValueError(f"{out} holds other files: choose a new or an empty folder")
     write_json(staging / MANIFEST, {"recording": settings})
     return staging
 
@@ -213,12 +210,12 @@ def _record_units(
 
 @dataclass(frozen=True)
 class Performance:
-    """One success of n control steps.
+    """A successful episode of n control steps.
 
     Attributes:
-        frames: uint8 [h, w, 3] each; none of kind hdf5.
+        frames: uint8 [h, w, 3] each; empty for kind hdf5.
         actions: float32 [n, d].
-        rows: what else is kept of every step, name -> [n, ...].
+        rows: the other recorded values, name -> [n, ...].
     """
 
     frames: list[np.ndarray]
@@ -227,13 +224,13 @@ class Performance:
 
 
 def record_unit(unit: Unit, recording: Recording, staging: Path) -> tuple[int, int]:
-    """Records a unit into `staging / unit.name`, which appears only when complete.
+    """Records a unit into `staging / unit.name`, which appears when it is complete.
 
     Returns:
         The numbers of episodes and frames.
     """
     suite = recording.simulator
-    # Of kind video, the camera is moved a little in every episode.
+    # In recordings of kind video, every episode has a slightly different camera.
     moved = {"camera_jitter_seed": recording.seed} if recording.kind == "video" else {}
     simulator = suite.make_simulator(
         unit.task, height=recording.height, width=recording.width, **moved
@@ -254,7 +251,7 @@ def record_unit(unit: Unit, recording: Recording, staging: Path) -> tuple[int, i
 
 
 def _performances(simulator: Any, unit: Unit, recording: Recording) -> Iterator[Performance]:
-    """One at a time: a long unit must not fill the memory."""
+    """The unit's episodes, one at a time: together they would fill the memory."""
     for episode in range(unit.first, unit.first + unit.count):
         for attempt in range(episode * ATTEMPTS, (episode + 1) * ATTEMPTS):
             performance = _attempt(simulator, unit.task, attempt, recording)
@@ -263,13 +260,13 @@ def _performances(simulator: Any, unit: Unit, recording: Recording) -> Iterator[
                 break
         else:
             raise RuntimeError(
-                f"the expert failed {ATTEMPTS} times in a row at {unit.task} with noise "
-                f"{recording.noise}; use less noise"
+                f"the expert of {unit.task} failed {ATTEMPTS} times in a row with noise "
+                f"{recording.noise}: use less noise"
             )
 
 
 def _attempt(simulator: Any, task: str, attempt: int, recording: Recording) -> Performance | None:
-    # A checksum, not hash(): the latter differs between processes.
+    # A checksum, since hash() differs between processes.
     rng = np.random.default_rng([recording.seed, zlib.crc32(task.encode()), attempt])
     simulator.reset(int(rng.integers(2**31)))
     keep = recording.simulator.demonstrations
@@ -297,16 +294,15 @@ def _attempt(simulator: Any, task: str, attempt: int, recording: Recording) -> P
 
 
 def sampled_stats(frames: Sequence[np.ndarray]) -> Stats:
-    """Statistics of a few frames of an episode."""
+    """Computes the statistics of a few frames of an episode."""
     sample = np.linspace(0, len(frames) - 1, STATS_FRAMES).round().astype(int)
     return frame_stats([frames[i] for i in sample])
 
 
 def assemble(out: Path, staging: Path, recording: Recording, units: list[Unit]) -> dict[str, int]:
-    """Writes the dataset from its units; safe to stop and to repeat.
+    """Writes the dataset from its units, and returns {"episodes", "frames", "fps"}.
 
-    Returns:
-        {"episodes", "frames", "fps"}.
+    It may be stopped at any moment and repeated.
     """
     kinds = {"robot": _assemble_robot, "video": _assemble_videos, "hdf5": _assemble_rows}
     frames = kinds[recording.kind](out, staging, recording, units)
@@ -317,8 +313,8 @@ def assemble(out: Path, staging: Path, recording: Recording, units: list[Unit]) 
     }
 
 
-# The three kinds: each writes the files of a unit, returning the number of frames, and puts the
-# units together as a dataset, returning the number of all frames.
+# The three kinds. Each has a function that writes the files of a unit and returns the number of
+# its frames, and one that assembles the units and returns the number of all frames.
 
 Performances = Iterator[Performance]
 
@@ -391,7 +387,7 @@ def _write_rows(folder: Path, unit: Unit, recording: Recording, made: Performanc
 
 
 def _assemble_rows(out: Path, staging: Path, recording: Recording, units: list[Unit]) -> int:
-    """One file per task, as LIBERO has them."""
+    """One file per task, as in LIBERO."""
     frames = 0
 
     def demonstrations(folders: list[Path]) -> Iterator[Demonstration]:
@@ -423,14 +419,14 @@ def _about(folder: Path) -> dict[str, str]:
     return json.loads((folder / ABOUT).read_text())
 
 
-# Worker processes: they end with their parent, and at Ctrl-C without a sound.
+# Worker processes. They exit with their parent, and print nothing at Ctrl-C.
 
 
 @contextmanager
 def worker_pool(workers: int) -> Iterator[Callable[..., set[Future]]]:
-    """Yields `submit(function, items, *rest)` -> one future per item, run by spawned processes.
+    """Yields `submit(function, items, *rest)` -> one future per item, in spawned processes.
 
-    Leaving the block early, by any error or Ctrl-C, ends the workers at once.
+    An error or Ctrl-C in the block ends the workers at once.
     """
     executor = ProcessPoolExecutor(
         workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
@@ -449,16 +445,16 @@ def worker_pool(workers: int) -> Iterator[Callable[..., set[Future]]]:
         executor.shutdown(wait=False, cancel_futures=True)
         if isinstance(error, BrokenProcessPool):
             raise RuntimeError(
-                "a recording process was killed from outside (out of memory?); give the same "
-                "command again to go on, with fewer workers if memory is short"
+                "a recording process was killed (out of memory?): run the same command again to "
+                "resume, with fewer workers if memory ran out"
             ) from error
         raise
 
 
 @contextmanager
 def _children_ignore_interrupts() -> Iterator[None]:
-    # A terminal sends Ctrl-C to all processes; the parent alone should answer. What is ignored when
-    # a process starts stays ignored in it, so this holds even while the child is still importing.
+    # A terminal sends Ctrl-C to all processes, but only the parent should handle it. A process
+    # inherits ignored signals, so this holds even while the child is still importing.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -471,7 +467,7 @@ def _children_ignore_interrupts() -> Iterator[None]:
 
 def _prepare_worker() -> None:
     draw_off_screen()
-    os.environ["LP_NUM_THREADS"] = "1"  # software OpenGL: one thread per process is fastest
+    os.environ["LP_NUM_THREADS"] = "1"  # software OpenGL is fastest with a thread per process
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -1,20 +1,20 @@
 """The report of a run: one self-contained HTML file with results, videos, losses and times.
 
-It needs no network, no JavaScript and no other file. It can be drawn at any time; what a run has
-not produced yet is said in a line. The page itself is `templates/report.html`; all it shows lies in
-the run folder:
+It needs no network, no JavaScript and no other file. It can be built at any time: a part that the
+run has not produced yet is replaced by a line that says so. The template is
+`templates/report.html`; the data come from the run folder:
 
-- `evaluation/<setting>/results.jsonl`, `setting.json`, `videos/*.mp4`: see
-  `mvjax.evaluation.rollout`, which writes them;
-- `<stage>/metrics.jsonl` of the stages `video` and `action`: one JSON object per
-  logged step with "step" and any number of names ending in "loss" (the curves drawn);
+- `evaluation/<setting>/results.jsonl`, `setting.json`, `videos/*.mp4`: written by
+  `mvjax.evaluation.rollout`;
+- `<stage>/metrics.jsonl` of the stages `video` and `action`: one JSON object per logged step with
+  "step" and any number of names ending in "loss", which are drawn;
 - `predictions/<name>_predicted.mp4` and `<name>_true.mp4`: pairs of videos (H.264);
 - `phases.json`: [{"name": "train video", "seconds": 75.2, "peak_mb": 1450}, ...] in the order they
   ran, peak_mb optional;
 - `study/results.json`: [{"label": "trained on video", "demonstrations": 10, "successes": 103,
   "trials": 120}, ...], optional;
-- `command.txt`: the exact command that repeats the run;
-- `environment.json`: what the run ran on, see `write_environment`.
+- `command.txt`: the exact command that reproduces the run;
+- `environment.json`: software and machine, see `write_environment`.
 """
 
 import json
@@ -47,17 +47,13 @@ MODES = ("policy", "oracle", "expert", "none")  # in the order of the report
 
 
 def build_report(run_dir: Path, out: Path) -> None:
-    """Draws the report of a run folder.
-
-    Args:
-        run_dir: the run folder, with any of the files above.
-        out: the HTML file to write; it appears complete or not at all.
+    """Writes the report of a run folder that holds any of the files above.
 
     Raises:
-        FileNotFoundError: there is no such run folder.
+        FileNotFoundError: if there is no such folder.
     """
     if not run_dir.is_dir():
-        raise FileNotFoundError(f"There is no run folder {run_dir}: give the folder of a run.")
+        raise FileNotFoundError(f"There is no run folder {run_dir}.")
     study, command = _read_study(run_dir / "study" / "results.json"), run_dir / "command.txt"
     run = {
         "predictions": list(_read_predictions(run_dir / "predictions")),
@@ -77,11 +73,7 @@ def build_report(run_dir: Path, out: Path) -> None:
 
 
 def build_evaluation_report(folder: Path) -> Path:
-    """Draws `report.html` of the settings in a folder of results, and returns its path.
-
-    Args:
-        folder: with `<setting>/results.jsonl` and the rest, as `python -m launch.evaluate` leaves.
-    """
+    """Writes `report.html` of a folder that `launch.evaluate` has filled, and returns its path."""
     _write(folder / "report.html", f"Evaluation in {folder}", folder)
     return folder / "report.html"
 
@@ -118,7 +110,7 @@ def _write(out: Path, title: str, results: Path, run: dict[str, Any] | None = No
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A setting with its episodes; `tasks` and `mean` summarise them."""
+    """A setting with its episodes, and their success per task and on average."""
 
     folder: Path
     setting: Setting
@@ -127,22 +119,19 @@ class Evaluated:
     mean: SuccessRate
 
     @property
-    def plan_ms(self) -> float | None:
-        """Planning time per query in milliseconds; None without queries."""
+    def query_ms(self) -> float | None:
+        """Inference time per query in milliseconds; None without queries."""
         queries = sum(result.queries for result in self.results)
         return 1e3 * sum(r.plan_seconds for r in self.results) / queries if queries else None
 
 
 def read_evaluations(folder: Path) -> list[Evaluated]:
-    """Every setting in a folder of results with at least one finished episode.
-
-    Policies by stop step, then the others.
-    """
+    """Reads the settings that have at least one finished episode: by mode, then by stop step."""
     evaluations = []
     for path in sorted(folder.glob("*/results.jsonl")):
         results = read_results(path)
         if results and (path.parent / "setting.json").exists():
-            # Episodes end in any order: sorted, so that a resumed run draws the same report.
+            # Episodes end in any order; sorting makes the report of a resumed run the same.
             results.sort(key=lambda result: (result.task, result.seed))
             tasks = success_table((result.task, result.success) for result in results)
             setting = read_setting(path.parent)
@@ -153,9 +142,9 @@ def read_evaluations(folder: Path) -> list[Evaluated]:
 
 
 def main_evaluation(evaluations: list[Evaluated]) -> Evaluated | None:
-    """The setting marked main, or the policy with the fewest video steps (the paper's default).
+    """Returns the setting marked main, else the policy with the fewest video steps.
 
-    A variant only where there is nothing else.
+    A variant is taken only if there is no other policy.
     """
     marked = [evaluated for evaluated in evaluations if evaluated.setting.main]
     policies = [e for e in evaluations if e.setting.mode == "policy"]
@@ -164,19 +153,19 @@ def main_evaluation(evaluations: list[Evaluated]) -> Evaluated | None:
 
 
 def _rollouts(main: Evaluated) -> Iterator[tuple[EpisodeResult, str]]:
-    """The first recorded episodes of every task, each with its video."""
+    """The first recorded episodes of every task with their videos."""
     for rate in main.tasks:
-        videos = [
-            (result, main.folder / result.video)
+        recorded = [
+            result
             for result in main.results
             if result.task == rate.name and result.video and (main.folder / result.video).exists()
         ]
-        for result, path in videos[:ROLLOUTS_PER_TASK]:
-            yield result, file_uri(path, "video/mp4")
+        for result in recorded[:ROLLOUTS_PER_TASK]:
+            yield result, file_uri(main.folder / result.video, "video/mp4")
 
 
 def _sweep(evaluations: list[Evaluated]) -> str | None:
-    """How much video denoising the policy needs: a curve of every variant with several stops."""
+    """Success over video denoising steps, of every variant with several stop steps."""
     curves: dict[str, list[tuple[int, SuccessRate]]] = {}
     for e in evaluations:
         if e.setting.mode == "policy" and e.setting.stop_step is not None:
@@ -195,22 +184,21 @@ def _sweep(evaluations: list[Evaluated]) -> str | None:
 
 
 def _read_losses(metrics: Path) -> dict[str, Curve]:
-    """Every logged number whose name ends in "loss", by name, finite ones only."""
+    """The finite values of every name that ends in "loss"."""
     points: dict[str, dict[int, float]] = {}
     for line in whole_lines(metrics).splitlines():
         row = json.loads(line)
         for name, value in row.items():
             if name.endswith("loss") and isinstance(value, int | float) and np.isfinite(value):
                 points.setdefault(name, {})[row["step"]] = value  # a resumed step counts once
-    ordered = {name: sorted(values.items()) for name, values in points.items()}
     return {
-        name: (np.array([step for step, _ in rows]), np.array([value for _, value in rows]))
-        for name, rows in ordered.items()
+        name: (np.array(sorted(values)), np.array([values[step] for step in sorted(values)]))
+        for name, values in points.items()
     }
 
 
 def _read_study(file: Path) -> dict[str, list[tuple[int, SuccessRate]]]:
-    """The sample-efficiency study: label -> (demonstrations, success) pairs."""
+    """The sample-efficiency study: label -> sorted (demonstrations, success) pairs."""
     curves: dict[str, list[tuple[int, SuccessRate]]] = {}
     for row in _read_json(file, []):
         rate = success_rate(row["label"], row["successes"], row["trials"])
@@ -219,7 +207,7 @@ def _read_study(file: Path) -> dict[str, list[tuple[int, SuccessRate]]]:
 
 
 def _read_predictions(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, predicted and true video, where both are there."""
+    """Name, predicted and true video of every complete pair."""
     for predicted in sorted(folder.glob("*_predicted.mp4")):
         name = predicted.name.removesuffix("_predicted.mp4")
         true = predicted.with_name(f"{name}_true.mp4")
@@ -231,21 +219,21 @@ def _read_json(path: Path, otherwise: Any) -> Any:
     return json.loads(path.read_text()) if path.exists() else otherwise
 
 
-# Numbers as people say them.
+# Numbers for readers.
 
 
 def percent(fraction: float) -> str:
-    """A fraction as a percentage with one decimal where it is not whole."""
+    """Formats a fraction as a percentage, with a decimal unless that is 0."""
     return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
 
 
 def interval(rate: SuccessRate) -> str:
-    """The Wilson interval in whole percent."""
+    """Formats the Wilson interval in whole percent."""
     return f"{100 * rate.low:.0f}–{100 * rate.high:.0f} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as in 9.8 s, 1 min 15 s or 1 h 2 min."""
+    """Formats seconds, such as 9.8 s, 1 min 15 s or 1 h 2 min."""
     if seconds < 59.5:
         return f"{seconds:.0f} s" if seconds >= 10 else f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)
@@ -255,14 +243,13 @@ def duration(seconds: float) -> str:
 
 
 def memory(megabytes: float | None) -> str:
-    """Memory in gigabytes from one gigabyte on."""
+    """Formats megabytes, such as 640 MB or 1.4 GB; a dash for None."""
     if megabytes is None:
         return "–"
     return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1024:.1f} GB"
 
 
-# What a run ran on, kept with its results.
-
+# Software and machine of a run, kept with its results.
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco", "metaworld",

@@ -1,12 +1,13 @@
 """Closed-loop rollouts: many simulator processes, one batched policy call per wave.
 
-In a wave every live worker hands in its observation, one call of the policy answers all, and the
-workers execute the first `execute` actions of their chunks. An episode is a function of its task
-and seed (and of the policy), so results do not depend on the number of workers or on timing, and an
-evaluation that was killed goes on where it stopped.
+In a wave every live worker sends its observation, one call of the policy answers all, and the
+workers execute the first `execute` actions of their chunks. An episode depends on its task, its
+seed and the policy only: results do not depend on the number of workers or on timing, and an
+evaluation that was killed resumes where it stopped.
 
-This file holds the results on file, the loop over waves (`run_rollouts`), the processes that it
-talks to, and the schedule of who plays what. What runs in the processes is in `worker.py`.
+This file holds the results on file, the loop over waves (`run_rollouts`), the worker processes as
+the evaluating process sees them, and the schedule of episodes. What runs in a worker is in
+`worker.py`.
 """
 
 import json
@@ -27,11 +28,10 @@ import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_json
+from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 from mvjax.evaluation.suites.suite import MakeSimulator
 from mvjax.evaluation.worker import Job, Order, Outcome, Query
 from mvjax.policy.observation import Act, Observation, ObservationSpec
-
-"""1 to `workers` observations -> float32 [b, action_horizon, action_dim], environment units."""
 
 # Results on file. A setting is one way of running the policy (or no policy). Its folder holds
 #
@@ -45,16 +45,14 @@ class EpisodeResult:
     """One episode.
 
     Attributes:
-        suite: simulator suite.
-        task: task within the suite.
-        seed: the reset's seed.
-        success: whether the simulator reported success before its step limit.
+        suite, task, seed: the simulator, its task, and the seed of the reset.
+        success: whether the simulator reported success before the step limit.
         steps: control steps taken.
-        queries: how often the policy was asked.
-        plan_seconds: seconds of planning; a batched call is shared equally by its observations.
+        queries: calls of the policy.
+        plan_seconds: inference time; a batched call is shared equally by its observations.
         mode: "policy", "oracle", "expert" or "none".
-        config_hash: what the caller says identifies policy and protocol.
-        video: recorded video, relative to the setting's folder, or None.
+        config_hash: identifies policy and protocol.
+        video: the recording, relative to the setting's folder, or None.
     """
 
     suite: str
@@ -74,13 +72,13 @@ class Setting:
     """How a setting appears in the report.
 
     Attributes:
-        label: its name for readers, such as "1 of 10 video steps".
+        label: its name for readers, such as "stop after 1 of 10".
         mode: "policy", "oracle", "expert" or "none".
-        stop_step: K, the video denoising steps before the context is read; with the oracle, whose
-            noise level the true future gets; None for expert and none.
+        stop_step: K, the video denoising steps before the context is read (oracle: the step whose
+            noise level the true future gets); None for expert and none.
         main: whether this is the result of the report's headline.
-        variant: what is different from the run's own policy (another checkpoint, layer, share of
-            the data); "" for nothing.
+        variant: the difference from the run's own policy (another checkpoint, layer, share of the
+            data); "" for none.
     """
 
     label: str
@@ -101,11 +99,7 @@ def read_setting(folder: Path) -> Setting:
 
 
 def read_results(path: Path) -> list[EpisodeResult]:
-    """Reads a `results.jsonl`; a last line torn by a killed evaluation is left out.
-
-    Raises:
-        ValueError: another line is not a result.
-    """
+    """Reads a `results.jsonl`, except for a last line torn by a killed evaluation."""
     results = []
     for number, line in enumerate(whole_lines(path).splitlines(), start=1):
         try:
@@ -124,7 +118,7 @@ def append_result(path: Path, result: EpisodeResult) -> None:
 
 
 def whole_lines(path: Path) -> bytes:
-    """The file up to its last newline; nothing of a file that does not exist."""
+    """Returns the file up to its last newline; b"" if there is no such file."""
     content = path.read_bytes() if path.exists() else b""
     return content[: content.rfind(b"\n") + 1]
 
@@ -146,29 +140,27 @@ def run_rollouts(
     process: int = 0,
     processes: int = 1,
 ) -> list[EpisodeResult]:
-    """Plays every episode that is not on file yet, and returns the results of all.
+    """Plays every episode that has no result on file, and returns the results of all.
 
-    Several processes of one job take every n-th episode each, and write files of their own
-    (`results_1.jsonl`, ...); process 0 puts them together in `results.jsonl` when all are played.
+    Each of n processes of a job takes every n-th episode and writes a file of its own
+    (`results_1.jsonl`, ...); process 0 merges them into `results.jsonl` at the end.
 
     Args:
         suite: the suite's name in the results.
         make_simulator: task -> simulator, importable by name (a class, a module's function, or a
             `functools.partial` of one), since workers are processes of their own.
         episodes: (task, seed) pairs.
-        controller: a policy, or "expert" (the simulator's scripted expert), or "none" (zero
-            actions).
+        controller: a policy, "expert" (the simulator's scripted expert) or "none" (zero actions).
         spec: how observations are made and how many actions are executed per query.
-        folder: results go to `folder/results.jsonl`, recordings to `folder/videos`.
-        config_hash: identifies policy and protocol; results of another hash are not mixed in.
-        oracle_frames: if positive, observations carry this many true future frames.
-        max_steps: control steps after which an episode has failed; the simulator's own limit
-            unless given.
-        workers: simulator processes; one per core unless given.
-        videos_per_task: record the first so many episodes of each task.
-        interpreter: the Python that has the simulator, if it is not this one.
-        process: which of the job's processes this is.
-        processes: how many share the episodes and the folder.
+        folder: receives `results.jsonl` and `videos`.
+        config_hash: identifies policy and protocol; results of another hash are refused.
+        oracle_frames: true future frames per observation; 0 without the oracle.
+        max_steps: control steps after which an episode has failed; None: the simulator's limit.
+        workers: simulator processes; None: one per core.
+        videos_per_task: number of episodes of each task to record, from the first on.
+        interpreter: the Python that has the simulator; None: this one.
+        process: index of this process in the job.
+        processes: number of processes that share the episodes and the folder.
 
     Returns:
         One result per episode, in the order of `episodes`.
@@ -176,7 +168,7 @@ def run_rollouts(
     Raises:
         RolloutError: a simulator failed or its process died; names the task and the seed.
         ValueError: results of another configuration are on file, an episode is listed twice, or
-            the policy returned nonsense.
+            the policy's actions have a wrong shape or are not finite.
     """
     mode = controller
     if callable(controller):
@@ -185,7 +177,7 @@ def run_rollouts(
         raise ValueError(f'controller is a function, "expert" or "none", not {controller!r}.')
     ours = folder / (f"results_{process}.jsonl" if process else "results.jsonl")
     folder.mkdir(parents=True, exist_ok=True)
-    if ours.exists():  # a killed evaluation may have left its last line unfinished
+    if ours.exists():  # drop a last line torn by a kill: results are appended after it
         os.truncate(ours, len(whole_lines(ours)))
     orders = _orders(episodes, folder, videos_per_task)
     on_file = partial(_on_file, folder, orders, (suite, mode, config_hash))
@@ -209,7 +201,7 @@ def run_rollouts(
         finally:  # also after an error or Ctrl-C
             for simulator in simulators:
                 simulator.stop()
-    if len(done) < len(orders):  # other processes of the job are playing
+    if len(done) < len(orders):  # other processes of the job are still playing
         wait_until(lambda: len(on_file()) == len(orders))
         done = on_file()
     if process == 0:
@@ -222,11 +214,11 @@ def run_rollouts(
 def _play(
     simulators: list["WorkerProcess"], schedule: "Schedule", controller: Act | str, execute: int
 ) -> Iterator[dict[str, Any]]:
-    """Plays the whole schedule in waves; yields each episode's fields as it ends."""
+    """Plays the whole schedule in waves; yields the fields of each episode's result as it ends."""
     for simulator in simulators:
         simulator.play(schedule.next(None))
     while busy := [simulator for simulator in simulators if simulator.order is not None]:
-        # A wave: every simulator that plays either asks or has no episode left.
+        # A wave is complete when every busy simulator has asked or has no episode left.
         queries: dict[WorkerProcess, Observation] = {}
         while owing := [s for s in busy if s.order is not None and s not in queries]:
             ready = wait([simulator.connection for simulator in owing])
@@ -246,30 +238,30 @@ def _play(
                 }
                 simulator.play(schedule.next(order.task))
         if queries:
-            # In the order of the simulators, not of their answers.
+            # In the order of the simulators, so that batches do not depend on timing.
             asking = [simulator for simulator in simulators if simulator in queries]
             start = time.perf_counter()
-            actions = _acted(controller, [queries[simulator] for simulator in asking], execute)
+            actions = _checked_actions(controller, [queries[s] for s in asking], execute)
             share = (time.perf_counter() - start) / len(asking)
             for simulator, chunk in zip(asking, actions):
                 simulator.act(chunk, share)
 
 
-def _acted(act: Act, observations: list[Observation], execute: int) -> np.ndarray:
-    """The actions to execute, [b, execute, action_dim], checked."""
+def _checked_actions(act: Act, observations: list[Observation], execute: int) -> np.ndarray:
+    """The actions to execute [b, execute, action_dim]."""
     actions = np.asarray(act(observations), np.float32)
     if actions.ndim != 3 or len(actions) != len(observations) or actions.shape[1] < execute:
         raise ValueError(
             f"The policy returned actions of shape {list(actions.shape)} for {len(observations)} "
-            f"observations; [{len(observations)}, at least {execute}, action_dim] is needed."
+            f"observations, expected [{len(observations)}, at least {execute}, action_dim]."
         )
     if not np.isfinite(actions).all():
-        raise ValueError("The policy returned actions that are not finite (NaN or infinity).")
+        raise ValueError("The policy returned actions that are not finite.")
     return actions[:, :execute]
 
 
 def _orders(episodes: Sequence[tuple[str, int]], folder: Path, videos_per_task: int) -> list[Order]:
-    """One order per episode, the first of each task with a video file."""
+    """One order per episode; the first ones of each task name a video file."""
     if len(set(episodes)) < len(episodes):
         repeated = Counter(episodes).most_common(1)[0][0]
         raise ValueError(f"Episode {repeated} is listed twice: give every (task, seed) pair once.")
@@ -286,7 +278,7 @@ def _orders(episodes: Sequence[tuple[str, int]], folder: Path, videos_per_task: 
 def _on_file(
     folder: Path, orders: list[Order], expected: tuple[str, str, str]
 ) -> dict[tuple[str, int], EpisodeResult]:
-    """The wanted episodes that any process has played; `expected` is (suite, mode, config_hash)."""
+    """The results of any process; `expected` is (suite, mode, config_hash)."""
     wanted = {(order.task, order.seed) for order in orders}
     played = {}
     for path in sorted(folder.glob("results*.jsonl")):
@@ -294,8 +286,8 @@ def _on_file(
             found = (result.suite, result.mode, result.config_hash)
             if found != expected:
                 raise ValueError(
-                    f"{path} holds results of (suite, mode, config) = {found}, this evaluation is "
-                    f"{expected}: choose another folder, or delete that file."
+                    f"{path} holds results of (suite, mode, config) = {found}, but this evaluation "
+                    f"is {expected}: choose another folder, or delete that file."
                 )
             if (result.task, result.seed) in wanted:
                 played[result.task, result.seed] = result
@@ -303,7 +295,7 @@ def _on_file(
 
 
 class Schedule:
-    """The episodes that are left; a worker stays on a task, since changing it costs a second."""
+    """The episodes to play; a worker stays on its task, since rebuilding takes a second."""
 
     def __init__(self, orders: Iterable[Order]) -> None:
         self._left: dict[str, deque[Order]] = {}
@@ -312,13 +304,14 @@ class Schedule:
         self._workers_on: Counter[str] = Counter()
 
     def next(self, task: str | None) -> Order | None:
-        """The next episode for a worker whose simulator is built for `task` (None: not built).
+        """Returns the next episode for a worker whose simulator is built for `task`, if any.
 
-        The same task while it lasts, then the one with most episodes per worker; None at the end.
+        It is of the same task while that lasts, then of the task with most episodes per worker;
+        None at the end.
         """
-        if task is not None and self._left[task]:
-            return self._left[task].popleft()
         if task is not None:
+            if self._left[task]:
+                return self._left[task].popleft()
             self._workers_on[task] -= 1
         if not any(self._left.values()):
             return None
@@ -335,13 +328,13 @@ class WorkerProcess:
     """A simulator process as the evaluating process sees it, with the episode it plays.
 
     It is a fresh interpreter that imports only the worker and the simulator (not the caller's main
-    module, which may import jax), and ends by itself when the evaluating process is gone.
+    module, which may import jax), and it exits when the evaluating process is gone.
 
     Attributes:
         connection: this side's end of the pipe.
         order: the episode being played, or None.
-        queries: how often it has asked.
-        plan_seconds: its share of the planning time.
+        queries: queries in this episode.
+        plan_seconds: their share of the inference time.
     """
 
     def __init__(self, job: Job, interpreter: Path | None = None) -> None:
@@ -354,8 +347,7 @@ class WorkerProcess:
             process_group=0,  # Ctrl-C reaches the evaluating process alone
         )
         child.close()
-        self.order: Order | None = None
-        self.queries, self.plan_seconds = 0, 0.0
+        self.play(None)
         self._send(job)
 
     def play(self, order: Order | None) -> None:
@@ -366,13 +358,13 @@ class WorkerProcess:
             self._send(order)
 
     def act(self, actions: np.ndarray, plan_seconds: float) -> None:
-        """Answers a query with actions [execute, action_dim] that cost `plan_seconds`."""
+        """Answers a query with actions [execute, action_dim]."""
         self.queries += 1
         self.plan_seconds += plan_seconds
         self._send(actions)
 
     def receive(self) -> Query | Outcome:
-        """Waits for what the worker sends next.
+        """Waits for the worker's next message.
 
         Raises:
             RolloutError: the simulator raised an exception, or the process died.
@@ -386,9 +378,9 @@ class WorkerProcess:
         raise RolloutError(f"{self._episode()} failed in its simulator:\n{message.text}")
 
     def stop(self, patience: float = 5.0) -> None:
-        """Ends the process; kills it if it is not gone after `patience` seconds."""
+        """Ends the process, and kills it if it has not exited after `patience` seconds."""
         self.connection.close()
-        if self.order is not None:  # in the middle of an episode: it would only notice at its end
+        if self.order is not None:  # it would notice the closed pipe at the end of its episode only
             self._process.terminate()
         try:
             self._process.wait(patience)
@@ -405,8 +397,8 @@ class WorkerProcess:
     def _died(self) -> RolloutError:
         code = self._process.wait()
         return RolloutError(
-            f"{self._episode()}: its simulator process ended with exit code {code}. Run the same "
-            "command again to go on, with fewer workers if memory ran out."
+            f"{self._episode()}: the simulator process ended with exit code {code}. Run the same "
+            "command again to resume, with fewer workers if memory ran out."
         )
 
     def _episode(self) -> str:
@@ -416,14 +408,11 @@ class WorkerProcess:
 
 
 def _environment(same_python: bool) -> dict[str, str]:
-    """Headless rendering with one thread per process, and an import path."""
-    environment = dict(os.environ)
-    # Another Python has packages of its own: of this one's it gets only the project.
-    own = [path or os.getcwd() for path in sys.path]
+    """Off-screen rendering with one thread per process, and an import path."""
+    # Another Python has packages of its own and gets only the project.
+    path = [path or os.getcwd() for path in sys.path]
     project = [str(Path(__file__).parents[2])]
-    environment["PYTHONPATH"] = os.pathsep.join(own if same_python else project)
-    environment["LP_NUM_THREADS"] = "1"
-    environment.setdefault("OMP_NUM_THREADS", "1")
-    if sys.platform == "linux":
-        environment.setdefault("MUJOCO_GL", "egl")
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "LP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = os.pathsep.join(path if same_python else project)
+    draw_off_screen(environment)
     return environment

@@ -1,10 +1,10 @@
 """One simulator process: plays episodes and asks the evaluating process for actions.
 
-The process is started by `mvjax.evaluation.rollout` and speaks over one pipe. It receives a `Job`,
-then each `Order` and chunk of actions, and sends a `Query`, an `Outcome` or a `Failure`. It imports
-no jax: accelerators belong to the evaluating process, and a worker should start in a second. It may
-run in another Python (3.11 or newer) with another numpy, as some simulators need: messages hold
-nothing but plain values, arrays and the classes of this file and of `mvjax.policy.observation`.
+`mvjax.evaluation.rollout` starts the process and talks to it over a pipe. It receives a `Job`, then
+each `Order` and chunk of actions, and sends a `Query`, an `Outcome` or a `Failure`. It imports no
+jax: accelerators belong to the evaluating process, and a worker should start in a second. It may
+run in another Python (3.11 or newer) with another numpy, as some simulators need: messages consist
+of plain values, arrays and the classes of this file and of `mvjax.policy.observation` only.
 """
 
 import itertools
@@ -22,15 +22,7 @@ from mvjax.policy.observation import History, Observation, ObservationSpec, cont
 
 @dataclass(frozen=True)
 class Job:
-    """What stays the same over all episodes of a worker.
-
-    Attributes:
-        make_simulator: builds the simulator of a task.
-        spec: how observations are made.
-        mode: who acts: "policy", "oracle", "expert" or "none".
-        oracle_frames: true future frames per observation in oracle mode.
-        max_steps: step limit of an episode; None for the simulator's own.
-    """
+    """The settings of all episodes of a worker, as `run_rollouts` takes them."""
 
     make_simulator: MakeSimulator
     spec: ObservationSpec
@@ -41,19 +33,16 @@ class Job:
 
 @dataclass(frozen=True)
 class Order:
-    """The next episode to play; `video` is the file to record it in, or None.
-
-    A string, since a path cannot be sent between Python 3.13 and older ones.
-    """
+    """The next episode to play; `video` is the file to record it in, or None."""
 
     task: str
     seed: int
-    video: str | None
+    video: str | None  # not a Path: its pickle cannot be sent between Python 3.13 and older ones
 
 
 @dataclass(frozen=True)
 class Query:
-    """An observation that waits for a chunk of actions."""
+    """An observation to be answered with a chunk of actions."""
 
     observation: Observation
 
@@ -68,7 +57,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Failure:
-    """An exception in the simulator, as text: its traceback, or a sentence for the person."""
+    """An exception in the simulator as text: its traceback, or a message for the user."""
 
     text: str
 
@@ -81,12 +70,12 @@ def serve(file_descriptor: int) -> None:
         job: Job = connection.recv()
         while True:
             order: Order = connection.recv()
-            if order.task != task:  # rebuilding costs about a second: the queue avoids it
+            if order.task != task:
                 if simulator is not None:
                     simulator.close()
                 try:
                     simulator, task = job.make_simulator(order.task), order.task
-                except ValueError as error:  # no such task: a sentence for the person
+                except ValueError as error:  # there is no such task: no traceback is needed
                     return connection.send(Failure(str(error)))
             connection.send(play(simulator, order, job, connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):
@@ -114,7 +103,7 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
 
     def ask() -> np.ndarray:
         future = None
-        if job.mode == "oracle":  # what the expert would make happen from here
+        if job.mode == "oracle":  # the future under the expert
             future = simulator.lookahead(job.oracle_frames * stride, stride)
         connection.send(Query(history.observation(simulator.instruction, future)))
         return connection.recv()
@@ -137,7 +126,7 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
 def _actions(
     simulator: Simulator, mode: str, ask: Callable[[], np.ndarray]
 ) -> Iterator[np.ndarray]:
-    """The endless actions of an episode, each decided when it is needed."""
+    """The endless actions of an episode, each computed when it is needed."""
     if mode == "none":
         yield from itertools.repeat(np.zeros(simulator.action_dim, np.float32))
     while mode == "expert":

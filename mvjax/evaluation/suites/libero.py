@@ -1,14 +1,14 @@
 """LIBERO (Liu et al. 2023): Panda arm, 20 Hz, by the protocol of mimic-video's release.
 
-A seed below 50 is the number of an initial state in which LIBERO is evaluated; fixtures are placed
-as by seed 0. Other seeds place everything anew, as for LIBERO's own demonstrations. The arm holds
-still for ten steps first. Pictures are LIBERO's own turned by 180 degrees, as the published models
-expect them; since LIBERO's are stored bottom row first, that exchanges left and right. Actions are
-those of robosuite's OSC_POSE: position delta (unit 5 cm), rotation delta as a rotation vector
-(unit 0.5 rad), gripper (-1 opens, 1 closes).
+A seed below 50 selects one of the initial states in which LIBERO is evaluated, with the fixtures
+of seed 0. Other seeds draw all placements, as for LIBERO's own demonstrations. The arm first holds
+still for ten steps. Pictures are LIBERO's own turned by 180 degrees, as the published models expect
+them; since LIBERO stores the bottom row first, this mirrors left and right. Actions are those of
+robosuite's OSC_POSE: position delta (unit 5 cm), rotation delta as a rotation vector (unit
+0.5 rad), gripper (-1 opens, 1 closes).
 
-The simulator runs in a Python of its own, which `bash launch/libero.sh` makes; this file is read by
-both Pythons. Tasks and scenes are in `libero_scene.py`, the scripted expert in `libero_expert.py`.
+The simulator runs in a Python of its own, which `bash launch/libero.sh` creates; both Pythons
+import this file. Tasks and scenes are in `libero_scene.py`, the expert in `libero_expert.py`.
 """
 
 import importlib.util
@@ -30,16 +30,9 @@ _COLLISION_SHAPES = 0  # the geom group that LIBERO does not draw
 
 
 class Libero:
-    """One LIBERO task (see `mvjax.evaluation.suites.suite.Simulator` for the methods).
+    """A LIBERO task such as "spatial-3" (see `mvjax.evaluation.suites.suite.Simulator`).
 
-    Args:
-        task: such as "spatial-3" (see `libero_scene.split_task`).
-        height: of the pictures, pixels.
-        width: of the pictures, pixels.
-
-    Raises:
-        ValueError, ModuleNotFoundError, FileNotFoundError: see `Scene`.
-        RuntimeError: at the first picture, if no OpenGL can be found.
+    `height` and `width` of the pictures are in pixels.
     """
 
     control_hz = 20
@@ -49,7 +42,7 @@ class Libero:
         self.task = task
         self.max_steps = max_steps(task)
         self.scene = Scene(task)  # about five seconds
-        import mujoco  # which must not be loaded before the scene has chosen how to draw
+        import mujoco  # after the scene has selected how to render: MuJoCo reads that on import
 
         self.instruction = self.scene.instruction
         self._env = self.scene.env
@@ -61,7 +54,7 @@ class Libero:
         self._expert = None
 
     def reset(self, seed: int) -> None:
-        """Start from initial state `seed`, or from a drawn placement, and settle."""
+        """Start from initial state `seed`, or from a drawn placement; then hold still."""
         states = self.scene.initial_states
         if seed < len(states):
             self.restart(states[seed])
@@ -71,8 +64,8 @@ class Libero:
             self.step(STAY)
 
     def restart(self, state: np.ndarray) -> None:
-        """Start from a flattened simulator state [s], without settling."""
-        # The release seeds once per process, so its fixtures depend on which episodes came before.
+        """Start from a flattened simulator state [s], without holding still."""
+        # The release seeds once per process: its fixtures depend on the episodes before.
         self._place(0)
         self._env.sim.set_state_from_flattened(state)
         self._env.sim.forward()
@@ -80,19 +73,19 @@ class Libero:
         self._env._post_process()
 
     def _place(self, seed: int) -> None:
-        """Draws where everything is."""
+        """Draws all placements."""
         from robosuite.utils.errors import RandomizationError
 
         np.random.seed(seed)  # LIBERO draws from numpy's global generator
         self._expert = None
-        gripper = self._robot.gripper  # the one thing that a soft reset leaves as it was
+        gripper = self._robot.gripper  # robosuite's soft reset leaves its action as it was
         gripper.current_action = np.zeros(gripper.dof)
         while True:
             try:
                 self._env.reset()
                 return
             except RandomizationError:
-                pass  # things did not find room; the next draw may do better
+                pass  # an object did not find room: draw again
 
     def step(self, action: np.ndarray) -> bool:
         """Apply an OSC_POSE action [7] for 50 ms; True when the task is done."""
@@ -104,7 +97,7 @@ class Libero:
 
     def render(self, camera: str = CAMERA) -> np.ndarray:
         """A camera as the release turns it: uint8 [height, width, 3]."""
-        # LIBERO stores the bottom row first: turned by 180 degrees, left and right are exchanged.
+        # LIBERO stores the bottom row first: turning by 180 degrees mirrors left and right.
         return np.ascontiguousarray(self._pictures.draw(self._data, camera, self._shapes)[:, ::-1])
 
     def proprio(self) -> np.ndarray:
@@ -161,7 +154,7 @@ class Libero:
         self._pictures.close()
         self._env.close()
 
-    # What recordings keep, by the names and conventions that LIBERO's users know.
+    # What recordings store, in LIBERO's names and conventions.
 
     def lerobot_state(self) -> np.ndarray:
         """Position 3 (m), rotation vector 3 (rad), fingers 2 (m): float32 [8]."""
@@ -169,7 +162,7 @@ class Libero:
         return np.concatenate(parts).astype(np.float32)
 
     def hdf5_row(self) -> dict[str, np.ndarray]:
-        """A row of LIBERO's own files, but for the action: path below the demonstration -> value.
+        """A row of LIBERO's own files without the action: path in the demonstration -> value.
 
         Pictures are as OpenGL draws them, bottom row first.
         """
@@ -188,7 +181,7 @@ class Libero:
         }
 
     def hdf5_scene(self) -> dict[str, str]:
-        """What all demonstrations of a task have in common, for `data_pipelines.writers.Scene`."""
+        """The metadata of a task's file, for `data_pipelines.writers.Scene`."""
         problem = self.scene.problem
         return {
             "name": self.scene.name,
@@ -211,19 +204,18 @@ class Libero:
 
 # A policy's actions as LIBERO's simulator takes them.
 
-
 _ACTION = parse(HDF5_ACTION, "action")
 
 
 def libero_commands(chunk: np.ndarray, proprio: np.ndarray) -> np.ndarray:
-    """OSC_POSE actions of a policy's ten numbers (`data_pipelines/embodiments/libero_panda.py`).
+    """Converts a policy's chunk (`data_pipelines/embodiments/libero_panda.py`) to OSC_POSE actions.
 
     Args:
         chunk: float32 [h, 10]: position delta 3, two rows of the rotation delta 6, gripper.
-        proprio: unused, since actions are relative to wherever the hand is.
+        proprio: unused, since OSC_POSE's deltas are relative to the present pose, too.
 
     Returns:
-        float32 [h, 7]; the gripper opens (-1) or closes (1), nothing between.
+        float32 [h, 7]; the gripper either opens (-1) or closes (1).
     """
     del proprio
     actions = restore(_ACTION, chunk, {})["actions"]
@@ -233,34 +225,26 @@ def libero_commands(chunk: np.ndarray, proprio: np.ndarray) -> np.ndarray:
 
 # The Python of LIBERO's own environment (`bash launch/libero.sh`).
 
-
 PYTHON_VARIABLE = "MVJAX_LIBERO_PYTHON"
 _ROOT = Path(__file__).parents[3]
 
 
 def libero_python() -> Path:
-    """Where it is.
-
-    Raises:
-        FileNotFoundError: there is none yet.
-    """
+    """Returns LIBERO's Python; FileNotFoundError if there is none yet."""
     given = os.environ.get(PYTHON_VARIABLE)
     python = Path(given) if given else _ROOT / ".venv-libero" / "bin" / "python"
     if not python.exists():
         raise FileNotFoundError(
-            f"LIBERO has an environment of its own, but there is no {python}: make it with `bash "
-            f"launch/libero.sh`, or set {PYTHON_VARIABLE}."
+            f"LIBERO needs an environment of its own, but there is no {python}: create it with "
+            f"`bash launch/libero.sh`, or set {PYTHON_VARIABLE}."
         )
     return python
 
 
 def in_libero_python(module: str) -> None:
-    """Runs `python -m module` with the same arguments there, in place of this process.
+    """Replaces this process by `python -m module` in LIBERO's Python, with the same arguments.
 
-    Returns where LIBERO is installed beside this interpreter already.
-
-    Raises:
-        FileNotFoundError: there is no such Python yet.
+    Returns if LIBERO is installed in this Python already.
     """
     if importlib.util.find_spec("libero") is None:
         python = str(libero_python())

@@ -1,8 +1,8 @@
-"""A scripted expert for LIBERO tasks that put one thing on or into another.
+"""A scripted expert for LIBERO tasks that put one object on or into another.
 
-It knows where everything is, which no policy does. The hand points down throughout and is driven by
-the pose error; a grasp that does not hold is tried again elsewhere. `PickAndPlace` plays an
-episode; `choose_grasp`, below it, says where to take hold of an object.
+It reads the poses of all objects, which no policy can. The hand always points down and follows the
+pose error; after a failed grasp another one is tried. `PickAndPlace` plays an episode;
+`choose_grasp` selects where to take hold of an object.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ import numpy as np
 
 from mvjax.evaluation.suites.libero_physics import body_points, other_points
 
-POSITION_UNIT_M = 0.05  # what OSC_POSE takes as 1
-ROTATION_UNIT = 0.5  # radians
+POSITION_UNIT_M = 0.05  # an action of 1 in OSC_POSE
+ROTATION_UNIT = 0.5  # the same, radians
 OPEN, CLOSED = -1.0, 1.0
-CLOSE_STEPS, OPEN_STEPS = 12, 8  # the gripper takes its time
-PATIENCE = 40  # control steps, after which a motion is taken to be as good as it gets
-FAR_PATIENCE = 90  # the same of a motion across the table
-ABOVE_M = 0.08  # over the grasp
-CLEAR_M = 0.04  # over the highest thing on the way
-WAY_M = 0.09  # half the width of the way that must be clear
-FINGERS_M = 0.015  # the point between the finger tips may be so far below a rim
-CARRY_SPEED = 0.9  # of the fastest
-DROP_M = 0.012  # above what it is put on
-DROP_INSIDE_M = 0.05  # above the floor of what it is put into
+CLOSE_STEPS, OPEN_STEPS = 12, 8  # control steps until the gripper has closed or opened
+PATIENCE = 40  # control steps after which a motion ends even if its goal was not reached
+FAR_PATIENCE = 90  # the same for a motion across the table
+ABOVE_M = 0.08  # approach height over the grasp
+CLEAR_M = 0.04  # clearance over the highest obstacle on the path
+WAY_M = 0.09  # half the width of the path that must be clear
+FINGERS_M = 0.015  # the point between the finger tips may be this far below a rim
+CARRY_SPEED = 0.9  # fraction of the maximum
+DROP_M = 0.012  # release height above the target
+DROP_INSIDE_M = 0.05  # release height above the floor of a container
 DOWN = np.array([[0.0, 1, 0], [1, 0, 0], [0, 0, -1]])  # the hand, its fingers closing along y
-HELD_M = 0.03  # how far an object must have risen to be held
+HELD_M = 0.03  # an object that has risen by this much is held
 
 
 class PickAndPlace:
@@ -35,11 +35,11 @@ class PickAndPlace:
 
     Args:
         model: the scene.
-        data: its present state, which is read at every step.
+        data: its present state, read at every step.
         goal: LIBERO's: [[relation, object, target]].
 
     Raises:
-        ValueError: the goal is not to put one thing on or into another.
+        ValueError: if the goal is not to put one object on or into another.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class PickAndPlace:
     ) -> None:
         if len(goal) != 1 or goal[0][0] not in ("on", "in"):
             raise ValueError(
-                f"the scripted expert puts one thing on or into another; this task wants {goal}"
+                f"the scripted expert puts one object on or into another, but the goal is {goal}"
             )
         self._model, self._data = model, data
         relation, thing, target = goal[0]
@@ -56,7 +56,7 @@ class PickAndPlace:
         self._region = target if target in sites else None
         body = model.body_rootid[model.site(target).bodyid[0]] if self._region else None
         self._target = model.body(body).name if self._region else f"{target}_main"
-        self._tried: tuple[Grasp, ...] = ()  # never changed in place: `Snapshot` copies names only
+        self._tried: tuple[Grasp, ...] = ()  # immutable: `Snapshot` makes a shallow copy
         self._begin()
 
     def act(self) -> np.ndarray:
@@ -65,7 +65,7 @@ class PickAndPlace:
         return getattr(self, f"_{self._phase}")().astype(np.float32)
 
     def _begin(self) -> None:
-        """Chooses a grasp from where things are now, and starts with the first phase."""
+        """Chooses a grasp in the present scene, and starts the first phase."""
         points = body_points(self._model, self._data, self._thing)
         others = other_points(self._model, self._data, self._thing)
         self._grasp = choose_grasp(points, others, list(self._tried))
@@ -79,12 +79,12 @@ class PickAndPlace:
         self._carry_height = max(place[2] + ABOVE_M, carried_over + CLEAR_M + below)
         target = body_points(self._model, self._data, self._target)
         self._drop_height = self._surface() + below + (DROP_INSIDE_M if self._inside else DROP_M)
-        if self._inside:  # the hand is wider than a basket: it must stay above the rim
+        if self._inside:  # the hand is wider than a basket and must stay above its rim
             self._drop_height = max(self._drop_height, target[:, 2].max() - FINGERS_M)
         self._go("above")
 
     def _surface(self) -> float:
-        """The height that the object will rest on, metres."""
+        """The height on which the object will rest, metres."""
         if self._region is None:
             return float(self._data.body(self._target).xpos[2])
         site = self._site(self._region)
@@ -115,7 +115,7 @@ class PickAndPlace:
         goal[2] = self._carry_height
         if self._hand()[2] > goal[2] - 0.015 or self._waited > PATIENCE:
             if self._position()[2] < self._start_height + HELD_M:
-                self._begin()  # it slipped: from the start, elsewhere
+                self._begin()  # it slipped: start again with another grasp
             else:
                 self._go("carry")
         return self._move(goal, CLOSED, CARRY_SPEED)
@@ -139,19 +139,19 @@ class PickAndPlace:
 
     def _retreat(self) -> np.ndarray:
         if self._waited > PATIENCE:
-            self._begin()  # not done yet: once more
+            self._begin()  # the task is not solved: start again
         goal = self._hand().copy()
         goal[2] = self._carry_height
         return self._move(goal, OPEN)
 
     def _move(self, goal: np.ndarray, gripper: float, speed: float = 1.0) -> np.ndarray:
-        """An action towards a point, the hand pointing down and turned as the grasp wants."""
+        """An action towards a point, and towards the orientation of the grasp."""
         position = np.clip((goal - self._hand()) / POSITION_UNIT_M, -speed, speed)
         turn = self._turn() / ROTATION_UNIT
         return np.concatenate([position, np.clip(turn, -speed, speed), [gripper]])
 
     def _turn(self) -> np.ndarray:
-        """What is missing to the wanted orientation, as a rotation vector [3]."""
+        """The rotation to the orientation of the grasp, as a rotation vector [3]."""
         cos, sin = np.cos(self._grasp.yaw), np.sin(self._grasp.yaw)
         wanted = np.array([[cos, -sin, 0], [sin, cos, 0], [0, 0, 1]]) @ DOWN
         missing = wanted @ self._site("gripper0_grip_site").xmat.reshape(3, 3).T
@@ -166,12 +166,12 @@ class PickAndPlace:
         return bool(near and turned) or self._waited > patience
 
     def _over_target(self, height: float) -> np.ndarray:
-        """Where the hand must be for the object to be over the target."""
+        """The hand's position at which the object is over the target."""
         shift = self._target_place() - self._position()[:2]
         return np.array([*(self._hand()[:2] + shift), height])
 
     def _target_place(self) -> np.ndarray:
-        """The middle of the target, [2]; it may move when it is touched."""
+        """The middle of the target [2]; read anew, since the target may be pushed."""
         if self._region is not None:
             return self._site(self._region).xpos[:2]
         return self._data.body(self._target).xpos[:2]
@@ -187,46 +187,46 @@ class PickAndPlace:
 
 
 def _tallest(points: np.ndarray, start: np.ndarray, end: np.ndarray) -> float:
-    """The highest of the points [n, 3] near the straight way between two places (x, y first)."""
+    """The height of the tallest points [n, 3] near the straight path between two points."""
     start, way = start[:2], end[:2] - start[:2]
     share = np.clip((points[:, :2] - start) @ way / max(way @ way, 1e-9), 0, 1)
     distance = np.linalg.norm(points[:, :2] - start - share[:, None] * way, axis=1)
     return float(points[distance < WAY_M, 2].max(initial=-np.inf))
 
 
-# Where to take hold of an object from above with a two-finger gripper.
+# Grasps from above with a two-finger gripper.
 
 OPENING_M = 0.08  # between the open fingers
-WIDEST_M = 0.072  # of an object that goes between them; wider ones are held by the rim
-TIP_M = 0.013  # the finger tips are that far below the point between them
-DEEP_M = 0.03  # how far that point goes below an object's top
-RIM_DEEP_M = 0.018
-FLOOR_M = 0.017  # and how far it stays above its bottom
-DIRECTIONS = 16  # of the closing axis that are tried
-ENOUGH_M = 0.02  # clearance beyond which more is worth nothing
-TURN_M = 0.012  # clearance that a quarter turn of the hand is worth
+WIDEST_M = 0.072  # objects up to this width fit between them; wider ones are held by the rim
+TIP_M = 0.013  # the finger tips are this far below the point between them
+DEEP_M = 0.03  # depth of that point below an object's top
+RIM_DEEP_M = 0.018  # the same for a rim
+FLOOR_M = 0.017  # its least height above an object's bottom
+DIRECTIONS = 16  # directions of the closing axis to try
+ENOUGH_M = 0.02  # clearance beyond which more does not count
+TURN_M = 0.012  # clearance traded for a quarter turn of the hand
 
-# Boxes around the point between the finger tips: half widths along the closing axis and across it,
-# and the range of heights, metres.
+# Boxes around the point between the finger tips: half widths along and across the closing axis,
+# lowest and highest point, metres.
 _FINGERS = (OPENING_M / 2 + 0.02, 0.012, -TIP_M, 0.05)
 _HAND = (0.105, 0.035, 0.024, 0.25)
 
 
 @dataclass(frozen=True)
 class Grasp:
-    """Where the point between the finger tips goes, [3], and the closing axis' angle to y."""
+    """Position [3] of the point between the finger tips, and angle of the closing axis to y."""
 
     position: np.ndarray
     yaw: float
 
 
 def choose_grasp(points: np.ndarray, others: np.ndarray, tried: list[Grasp] | None = None) -> Grasp:
-    """The grasp with most room for the hand, with little turning.
+    """Returns the grasp with most clearance and little turning.
 
     Args:
-        points: on the object, [n, 3], metres.
-        others: on everything that the hand must not touch, [m, 3].
-        tried: grasps that did not hold.
+        points: on the object [n, 3], metres.
+        others: on all obstacles [m, 3].
+        tried: grasps that failed.
     """
     top, bottom = points[:, 2].max(), points[:, 2].min()
     middle = (points.max(0) + points.min(0)) / 2
@@ -259,12 +259,12 @@ def choose_grasp(points: np.ndarray, others: np.ndarray, tried: list[Grasp] | No
 
 
 def closing_axis(yaw: float) -> np.ndarray:
-    """The direction in which the fingers close, [2]; y where the hand is not turned."""
+    """Returns the direction [2] in which the fingers close; y if the hand is not turned."""
     return np.array([-np.sin(yaw), np.cos(yaw)])
 
 
 def _clearance(grasp: Grasp, others: np.ndarray) -> float:
-    """How far the open hand stays from points [n, 3]; negative inside it."""
+    """The distance of the open hand from points [n, 3]; negative inside it."""
     axis = closing_axis(grasp.yaw)
     offset = others - grasp.position
     along = np.abs(offset[:, :2] @ axis)

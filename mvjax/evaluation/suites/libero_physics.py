@@ -1,4 +1,4 @@
-"""Where things are in a MuJoCo scene, as points on their collision shapes."""
+"""Points on the objects of a MuJoCo scene, and snapshots of a robosuite episode."""
 
 import copy
 from typing import Any
@@ -12,12 +12,12 @@ _SURFACE = _GRID[np.abs(_GRID).max(1) == 1]  # [98, 3]: a box's corners, edges a
 
 
 def body_points(model: mujoco.MjModel, data: mujoco.MjData, name: str) -> np.ndarray:
-    """Points on the bounding boxes of a body's collision shapes, [n, 3], metres, in the world."""
+    """Returns points on the bounding boxes of a body's collision shapes [n, 3], world, metres."""
     return _points(model, data, _geoms(model, model.body(name).id))
 
 
 def other_points(model: mujoco.MjModel, data: mujoco.MjData, name: str) -> np.ndarray:
-    """The same of everything that is neither this body nor the robot, [n, 3]."""
+    """Returns such points on everything but this body, the robot and planes, [n, 3]."""
     own = set(_geoms(model, model.body(name).id))
     geoms = [
         geom
@@ -31,7 +31,7 @@ def other_points(model: mujoco.MjModel, data: mujoco.MjData, name: str) -> np.nd
 
 
 def _geoms(model: mujoco.MjModel, body: int) -> list[int]:
-    """Collision shapes of a body and of what is fixed to it."""
+    """The collision shapes of a body and its descendants."""
     inside = {body}
     for child in range(body + 1, model.nbody):  # parents come before children
         if model.body_parentid[child] in inside:
@@ -53,14 +53,11 @@ def _points(model: mujoco.MjModel, data: mujoco.MjData, geoms: list[int]) -> np.
     return world.reshape(-1, 3)
 
 
-# A robosuite episode as it stands, to come back to after a look into the future.
-
-
 _KEPT = (bool, int, float, str, tuple, type(None), np.generic, np.ndarray)
 
 
 class Snapshot:
-    """Physics, contacts included, and what the controller and the expert have in mind."""
+    """The physics, contacts included, and the Python state of controller, gripper and expert."""
 
     def __init__(self, env: Any, expert: Any) -> None:
         """Copies the state of a robosuite environment and of the expert that plays in it."""
@@ -73,7 +70,7 @@ class Snapshot:
         self._python = [(part, _values(part)) for part in (env, robot.controller, robot.gripper)]
 
     def restore(self) -> Any:
-        """Puts everything back, and returns the expert."""
+        """Restores everything, and returns the expert."""
         mujoco.mj_copyData(self._data, self._model, self._physics)
         for part, values in self._python:
             vars(part).update(values)

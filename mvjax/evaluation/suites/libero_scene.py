@@ -1,10 +1,10 @@
-"""LIBERO's tasks, initial states and environments, without torch and without questions asked.
+"""LIBERO's tasks, initial states and environments, without torch and without keyboard prompts.
 
-A task is called "<suite>-<number>", such as "spatial-3", by LIBERO's own order, which starts at 0.
-Its name needs nothing installed; its `Scene` needs LIBERO (`bash launch/libero.sh`): hf-libero,
-robosuite 1.4 and numpy 1, which cannot share an environment with a recent JAX. Meshes and textures
-are not in LIBERO's wheel: they are read from the folder that MVJAX_LIBERO_ASSETS names, and
-otherwise from where hf-libero puts them, which downloads them once.
+A task is named "<suite>-<number>", such as "spatial-3", in LIBERO's own order from 0. Names need
+nothing installed; a `Scene` needs LIBERO (`bash launch/libero.sh`): hf-libero, robosuite 1.4 and
+numpy 1, which cannot share an environment with a recent JAX. Meshes and textures are not in
+LIBERO's wheel: they are read from the folder MVJAX_LIBERO_ASSETS, or else from hf-libero's own,
+into which it downloads them once.
 """
 
 import contextlib
@@ -28,33 +28,28 @@ from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 
 ASSETS_VARIABLE = "MVJAX_LIBERO_ASSETS"
 MAX_STEPS = {"spatial": 220, "object": 280, "goal": 300, "10": 520, "90": 400}
-"""Control steps after which an episode has failed: the first three as mimic-video, the rest as
-openpi evaluates them."""
+"""Step limits of an episode: the first three are mimic-video's, the others openpi's."""
 COUNTS = {"spatial": 10, "object": 10, "goal": 10, "10": 10, "90": 90}
 
 
 def suite_tasks(suite: str) -> tuple[str, ...]:
-    """All tasks of a suite, such as "goal-0" to "goal-9".
-
-    Raises:
-        ValueError: there is no such suite.
-    """
+    """Returns all tasks of a suite, such as "goal-0" to "goal-9"; ValueError if it is unknown."""
     if suite not in COUNTS:
         raise ValueError(f"unknown LIBERO suite {suite!r}; the suites are {', '.join(COUNTS)}")
     return tuple(f"{suite}-{number}" for number in range(COUNTS[suite]))
 
 
 def max_steps(task: str) -> int:
-    """The step limit of a task's suite."""
+    """Returns the step limit of a task."""
     suite, _ = split_task(task)
     return MAX_STEPS[suite.removeprefix("libero_")]
 
 
 def split_task(task: str) -> tuple[str, int]:
-    """("libero_spatial", 3) of "spatial-3".
+    """Returns LIBERO's suite and index of a task: ("libero_spatial", 3) for "spatial-3".
 
     Raises:
-        ValueError: there is no such task.
+        ValueError: if the task is unknown.
     """
     suite, _, number = task.partition("-")
     if suite not in COUNTS or not number.isdecimal() or int(number) >= COUNTS[suite]:
@@ -64,14 +59,14 @@ def split_task(task: str) -> tuple[str, int]:
 
 
 class Scene:
-    """One task's environment, not yet drawn.
+    """One task's environment.
 
     Attributes:
         name: LIBERO's name of the task, words joined by underscores.
         words: the same as a sentence.
-        instruction: as mimic-video says it, with "bowl" for "black bowl".
-        problem: the class of its environment.
-        bddl: the task's definition, relative to LIBERO's folder of them.
+        instruction: mimic-video's wording, with "bowl" for "black bowl".
+        problem: the class name of its environment.
+        bddl: the file of the task's definition, relative to LIBERO's folder of them.
         env: robosuite's environment.
         initial_states: float64 [50, s], one flattened simulator state per episode.
     """
@@ -80,9 +75,9 @@ class Scene:
         """Builds the environment of a task such as "spatial-3"; takes about five seconds.
 
         Raises:
-            ModuleNotFoundError: LIBERO is not installed in this interpreter.
-            FileNotFoundError: its meshes and textures are not at hand.
-            ValueError: there is no such task.
+            ModuleNotFoundError: if LIBERO is not installed in this Python.
+            FileNotFoundError: if its meshes and textures are missing.
+            ValueError: if the task is unknown.
         """
         suite, number = split_task(task)
         libero = _import_libero()
@@ -98,11 +93,7 @@ class Scene:
 
 
 def find_task(name: str) -> str:
-    """The task of LIBERO's name, such as "goal-7" of "turn_on_the_stove".
-
-    Raises:
-        ValueError: there is no such task.
-    """
+    """Returns the task of LIBERO's name: "goal-7" for "turn_on_the_stove"; ValueError if none."""
     for suite, names in _task_names(Path(_import_libero().__file__).parent).items():
         if name in names:
             return f"{suite.removeprefix('libero_')}-{names.index(name)}"
@@ -120,19 +111,19 @@ def _words(name: str) -> str:
 
 @functools.cache
 def _import_libero() -> ModuleType:
-    # Importing LIBERO without its configuration file asks for one on the keyboard. What it says is
-    # not used here, so every process has its own.
+    # Without a configuration file, importing LIBERO prompts for one on the keyboard. Its content is
+    # not used here, so every process has a temporary one.
     folder = tempfile.TemporaryDirectory(prefix="libero-")
     Path(folder.name, "config.yaml").write_text("benchmark_root: unused\n")
     os.environ["LIBERO_CONFIG_PATH"] = folder.name
     draw_off_screen()
-    logging.disable(logging.WARNING)  # robosuite asks for a file of settings that nobody needs
+    logging.disable(logging.WARNING)  # robosuite warns that an optional settings file is missing
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             importlib.import_module("libero.libero.envs")
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f"LIBERO needs the package {error.name!r}: make its environment with `bash "
+            f"LIBERO needs the package {error.name!r}: create its environment with `bash "
             "launch/libero.sh`"
         ) from error
     finally:
@@ -145,12 +136,12 @@ def _import_libero() -> ModuleType:
             f"LIBERO's meshes and textures are not in {assets}: set {ASSETS_VARIABLE} to the "
             "folder `assets` of LIBERO's repository"
         )
-    libero._assets_path_cache = assets  # which is where get_assets_path() looks first
+    libero._assets_path_cache = assets  # what get_assets_path() returns from now on
     return libero
 
 
 def _task_names(root: Path) -> dict[str, list[str]]:
-    """LIBERO's names of all tasks by suite; its own package for this would import torch."""
+    """LIBERO's names of all tasks by suite; importing its package for this would import torch."""
     path = root / "benchmark" / "libero_suite_task_map.py"
     spec = importlib.util.spec_from_file_location("libero_suite_task_map", path)
     module = importlib.util.module_from_spec(spec)
@@ -159,7 +150,7 @@ def _task_names(root: Path) -> dict[str, list[str]]:
 
 
 def _read_initial_states(path: Path) -> np.ndarray:
-    """What torch.load would give: a zip with one pickled array."""
+    """The array that torch.load would return: a zip with one pickle."""
     with zipfile.ZipFile(path) as archive:
         (member,) = (name for name in archive.namelist() if name.endswith("data.pkl"))
         return np.asarray(read_array_pickle(archive.read(member), path), np.float64)
@@ -176,7 +167,7 @@ def _make_environment(bddl: Path) -> Any:
         hard_reset=False,
         ignore_done=True,
     ).env
-    # robosuite works out some thirty observations at each of 25 substeps; ours are read from the
+    # robosuite computes some thirty observations at each of 25 substeps; ours are read from the
     # simulation when they are needed.
     env._update_observables = lambda force=False: None
     env._get_observations = lambda force_update=False: {}

@@ -1,6 +1,6 @@
 """Meta-World v3 (Yu et al. 2019; `pip install metaworld`): 50 tabletop tasks, scripted experts.
 
-Conventions are the public ones: camera corner2 at [0.75, 0.075, 0.7] turned upright, 4-d actions
+Conventions are the public ones: camera corner2 at [0.75, 0.075, 0.7] turned upright, actions
 (dx, dy, dz, gripper) in [-1, 1], proprioception = hand position (m) and gripper opening (0..1), and
 80 control steps per simulated second (5 substeps of 2.5 ms).
 """
@@ -84,19 +84,13 @@ def check_task(task: str) -> None:
 
 
 class MetaWorld:
-    """One Meta-World task (see `mvjax.evaluation.suites.suite.Simulator` for the methods).
+    """A Meta-World task (see `mvjax.evaluation.suites.suite.Simulator`).
 
     Args:
         task: a key of `TASKS`.
-        height: of the pictures, pixels.
-        width: of the pictures, pixels.
-        camera_jitter_seed: if given, every reset moves the camera a little (up to 4 cm and 3
-            degrees of field of view), decided by this seed and the reset's seed.
-
-    Raises:
-        ValueError: for an unknown task.
-        ModuleNotFoundError: if metaworld is not installed.
-        RuntimeError: at the first picture, if no OpenGL can be found.
+        height, width: of the pictures, pixels.
+        camera_jitter_seed: if given, every reset moves the camera (up to 4 cm and 3 degrees of
+            field of view), as this seed and the reset's seed determine.
     """
 
     control_hz = 80
@@ -129,8 +123,8 @@ class MetaWorld:
             draw = np.random.default_rng([self._jitter_seed, seed]).uniform(-1, 1, 4)
             model.cam_pos[self._camera] = CAMERA_POSITION + CAMERA_JITTER_M * draw[:3]
             model.cam_fovy[self._camera] = self._fovy + CAMERA_JITTER_FOVY * draw[3]
-        # The reset moves bodies in the model after the last forward pass, so what depends on them
-        # (pictures and observations) is one placement old until this call.
+        # The reset moves bodies in the model after its last forward pass: without this call
+        # pictures and observations would show the previous placement.
         self._mujoco.mj_forward(model, env.data)
         env._prev_obs = env._get_curr_obs_combined_no_goal()
         self._obs = env._get_obs()
@@ -157,19 +151,16 @@ class MetaWorld:
     def expert_action(self) -> np.ndarray:
         """The scripted policy's action, clipped to [-1, 1]: float32 [4]."""
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # it warns at every response beyond 1, which we clip
-            # A copy, since some experts edit what they are given.
+            warnings.simplefilter("ignore")  # it warns of every response beyond 1, which we clip
+            # A copy, since some experts modify the observation in place.
             action = self._expert.get_action(self._obs.copy())
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
     def lookahead(self, steps: int, stride: int) -> np.ndarray:
-        """Frames `stride`, `2 * stride`, ... up to `steps` control steps ahead under the expert.
-
-        The episode itself is untouched: stepping on afterwards is bit-identical.
-        """
+        """The future under the expert; stepping on afterwards is bit-identical."""
         env = self._env
         data, obs, attributes = env.data, self._obs, _small_attributes(env)
-        # The future happens in a copy, contacts and warm starts included.
+        # The look-ahead runs in a copy, contacts and warm starts included.
         env.data = copy.copy(data)
         frames = frames_ahead(self, steps, stride)
         env.data, self._obs = data, obs
@@ -186,7 +177,7 @@ class MetaWorld:
 
 
 def _import_metaworld():
-    """mujoco, the environment classes and the experts by task name."""
+    """mujoco, and the environment classes and experts by task."""
     draw_off_screen()
     try:
         import mujoco
@@ -196,16 +187,16 @@ def _import_metaworld():
         raise ModuleNotFoundError(
             f"Meta-World needs the package {error.name!r}: pip install metaworld packaging"
         ) from error
-    except Exception as error:  # a missing GL library surfaces as whatever PyOpenGL stumbles over
+    except Exception as error:  # PyOpenGL raises various types if a GL library is missing
         raise RuntimeError(NO_GL.format(reason=error)) from error
     return mujoco, ENV_CLS_MAP, ENV_POLICY_MAP
 
 
 def _make_env(env_class):
-    """The environment with a visible goal, free placements and no path limit."""
+    """The environment with a visible goal, random placements and no step limit."""
     env = env_class()
     env._partially_observable = False  # the experts read the goal from the observation
-    vars(env).pop("sawyer_observation_space", None)  # cached, and computed for the hidden goal
+    vars(env).pop("sawyer_observation_space", None)  # cached for the hidden goal
     env._set_task_called = True
     env._freeze_rand_vec = False
     env.seeded_rand_vec = True  # draw placements from env.seed(...), not from numpy's global state
@@ -214,9 +205,9 @@ def _make_env(env_class):
 
 
 def _small_attributes(env) -> dict:
-    """What an environment keeps in Python: name -> (object, its content if it is an array).
+    """An environment's Python state: name -> (object, a copy of its content if it is an array).
 
-    Arrays are restored in place: some of them are views into mjData and must stay so.
+    Arrays are restored in place: some are views into mjData and must remain views.
     """
     kept = (bool, int, float, str, tuple, type(None), np.generic)
     return {

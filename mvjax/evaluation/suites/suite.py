@@ -3,10 +3,10 @@
 To add one:
 
 1. Write `suites/<name>.py` with a class that follows `Simulator`. It runs in worker processes and
-   must not import jax. It imports the simulator's own packages inside functions, since the
-   evaluating process reads the file as well and need not have them installed.
-2. Add a `Suite` to `SUITES`, at the end of this file: its name is what `evaluation.suite` in a
-   configuration and `launch.record --suite` take.
+   must not import jax. It imports the simulator's packages inside functions, since the evaluating
+   process imports the file, too, and need not have them installed.
+2. Add a `Suite` to `SUITES` at the end of this file, under the name for `evaluation.suite` of a
+   configuration and `launch.record --suite`.
 """
 
 import sys
@@ -24,7 +24,7 @@ class Simulator(Protocol):
     """One task of one simulator.
 
     Attributes:
-        instruction: what to do, in words.
+        instruction: the task in words.
         control_hz: control steps per second of simulated time.
         max_steps: control steps after which an episode counts as failed.
         action_dim: numbers in an action.
@@ -36,7 +36,7 @@ class Simulator(Protocol):
     action_dim: int
 
     def reset(self, seed: int) -> None:
-        """Start the episode that `seed` names; equal seeds give equal episodes."""
+        """Start an episode; equal seeds give equal episodes."""
         ...
 
     def step(self, action: np.ndarray) -> bool:
@@ -52,11 +52,11 @@ class Simulator(Protocol):
         ...
 
     def expert_action(self) -> np.ndarray:
-        """What a scripted expert would do now: float32 [d]."""
+        """The action of a scripted expert: float32 [d]."""
         ...
 
     def lookahead(self, steps: int, stride: int) -> np.ndarray:
-        """The expert's future from here, leaving the episode untouched.
+        """The future under the expert; the episode itself is left as it was.
 
         Args:
             steps: control steps to look ahead.
@@ -76,19 +76,8 @@ MakeSimulator = Callable[..., Simulator]
 """task -> its simulator; importable by name, since it is called in another process."""
 
 Convert = Callable[[np.ndarray, np.ndarray], np.ndarray]
-"""A policy's chunk [h, action_dim] and its present proprioception [proprio_dim] -> what the
-simulator takes [h, any]. Poses relative to the present one become absolute here."""
-
-
-def as_given(chunk: np.ndarray, proprio: np.ndarray) -> np.ndarray:
-    """For policies that speak in the simulator's own actions."""
-    del proprio
-    return chunk
-
-
-def this_interpreter() -> Path:
-    """For simulators that share an environment with jax."""
-    return Path(sys.executable)
+"""A policy's chunk [h, action_dim] and its present proprioception [proprio_dim] -> the simulator's
+actions [h, any]; for example poses relative to the present one made absolute."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +85,14 @@ class Demonstrations:
     """How the demonstrations of a suite's scripted experts are recorded.
 
     Attributes:
-        kinds: what can be recorded: "robot" (LeRobot), "video" (files), "hdf5" (LIBERO's layout).
-            Kind video needs a simulator with the argument `camera_jitter_seed`.
-        size: of the pictures, (height, width) in pixels, unless asked for otherwise.
+        kinds: "robot" (LeRobot), "video" (files), "hdf5" (LIBERO's layout), one or more. Kind video
+            needs a simulator with the argument `camera_jitter_seed`.
+        size: default height and width of the pictures in pixels.
         embodiment: the robot's name.
-        camera: the picture's name in a LeRobot dataset.
+        camera: the name of the pictures in a LeRobot dataset.
         state: simulator -> "observation.state" of a LeRobot dataset, float32 [d].
-        row: simulator -> a row of an HDF5 file, by name; of kind hdf5 alone.
-        scene: simulator -> what an HDF5 file says once, JSON; of kind hdf5 alone.
+        row: simulator -> a row of an HDF5 file, by name; for kind hdf5 only.
+        scene: simulator -> the metadata of an HDF5 file, JSON-able; for kind hdf5 only.
     """
 
     kinds: tuple[str, ...]
@@ -117,24 +106,24 @@ class Demonstrations:
 
 @dataclass(frozen=True)
 class Suite:
-    """What an evaluation and a recording must know of a simulator.
+    """A simulator as evaluations and recordings use it.
 
     Attributes:
-        make_simulator: task -> simulator, called in the worker; recordings pass `height` and
-            `width`, too.
+        make_simulator: task -> simulator, called in the worker; recordings also pass `height` and
+            `width`.
         check_task: raises ValueError for a task that the suite does not have.
         control_hz: control steps per second of simulated time.
         demonstrations: how they are recorded.
-        convert: the policy's actions to the simulator's.
-        interpreter: the Python that has the simulator; raises where it is not installed.
+        convert: makes the policy's actions the simulator's.
+        interpreter: returns the Python that has the simulator, or raises if there is none.
     """
 
     make_simulator: MakeSimulator
     check_task: Callable[[str], Any]
     control_hz: int
     demonstrations: Demonstrations
-    convert: Convert = as_given
-    interpreter: Callable[[], Path] = this_interpreter
+    convert: Convert = lambda chunk, proprio: chunk
+    interpreter: Callable[[], Path] = lambda: Path(sys.executable)
 
 
 SUITES = {

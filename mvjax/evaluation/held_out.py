@@ -1,0 +1,108 @@
+"""Moments of held-out episodes: an observation, its true future, and the demonstrated actions."""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from data_pipelines.clips import cut_episode
+from data_pipelines.episode import Episode, split_of
+from mvjax.policy.observation import Observation
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Moment:
+    """A moment of a held-out episode.
+
+    Attributes:
+        dataset: the dataset's name.
+        episode: the episode's index in the dataset.
+        id: the episode's id.
+        at: the moment's position, as a fraction of the episode's length.
+    """
+
+    dataset: str
+    episode: int
+    id: str
+    at: Fraction
+
+
+@dataclass(frozen=True)
+class Window:
+    """The demonstration around a moment.
+
+    Attributes:
+        moment: the moment.
+        observation: the policy's input there, with the true future.
+        actions: the demonstrated actions in raw units [horizon, dim].
+    """
+
+    moment: Moment
+    observation: Observation
+    actions: np.ndarray
+
+
+def held_out_episodes(
+    episodes: Sequence[Episode], dataset: ConfigDict, validation_share: float
+) -> dict[int, str]:
+    """Returns index and id of the episodes that training holds out.
+
+    An episode that cannot be opened is skipped with a warning, as the encoding job skips it.
+
+    Raises:
+        ValueError: if no episode is held out.
+    """
+    held_out = {}
+    for index in range(len(episodes)):
+        try:
+            id = episodes[index].id
+        except Exception as error:  # readers and decoders raise types of their own
+            log.warning("%s: skipped episode number %d: %s", dataset.name, index, error)
+            continue
+        if split_of(id, validation_share) == "validation":
+            held_out[index] = id
+    if not held_out:
+        raise ValueError(
+            f"Dataset {dataset.name!r} has no held-out episode: config.validation_share is "
+            f"{validation_share}; train with a larger one."
+        )
+    return held_out
+
+
+def held_out_moments(
+    episodes: Sequence[Episode], dataset: ConfigDict, validation_share: float, count: int
+) -> list[Moment]:
+    """Returns `count` moments, spread evenly over the held-out episodes and along each of them."""
+    held_out = held_out_episodes(episodes, dataset, validation_share)
+    indices = list(held_out)
+    chosen = Counter(indices[n * len(indices) // count] for n in range(count))
+    return [
+        Moment(dataset.name, index, held_out[index], Fraction(2 * n + 1, 2 * moments))
+        for index, moments in chosen.items()
+        for n in range(moments)
+    ]
+
+
+def windows_at(
+    episode: Episode, moments: Sequence[Moment], dataset: ConfigDict, config: ConfigDict
+) -> list[Window]:
+    """Reads the windows at moments of one episode.
+
+    Raises:
+        ValueError: if the episode cannot be cut into clips.
+    """
+    cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
+    windows = []
+    for moment in moments:
+        index = int(moment.at * len(cuts.clips))
+        past, future = np.split(cuts.frames[cuts.clips[index]], [config.clip.observed_frames])
+        proprio = cuts.columns["proprio"][index]
+        observation = Observation(past, proprio, episode.instructions[0], future)
+        windows.append(Window(moment, observation, cuts.columns["actions"][index]))
+    return windows

@@ -1,0 +1,99 @@
+"""Predicted video against the true future: PSNR, SSIM, and pairs of videos to look at."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import scipy
+from ml_collections import ConfigDict
+
+from data_pipelines.clips import cut_episode
+from data_pipelines.episode import Episode
+from data_pipelines.video import write_video
+from mvjax.evaluation.held_out import held_out_episodes
+from mvjax.policy.observation import Observation
+from mvjax.policy.policy import Policy
+
+PEAK = 255.0
+UPSCALE = 3  # small frames are hard to look at: every pixel becomes 3x3
+
+
+def psnr(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Returns the peak signal-to-noise ratio of every frame in dB.
+
+    Args:
+        video, reference: uint8 [t, h, w, 3].
+
+    Returns:
+        float64 [t]; infinity where the frames are equal.
+    """
+    error = np.mean((video.astype(np.float64) - reference) ** 2, axis=(1, 2, 3))
+    with np.errstate(divide="ignore"):
+        return 10 * np.log10(PEAK**2 / error)
+
+
+def ssim(video: np.ndarray, reference: np.ndarray) -> np.ndarray:
+    """Returns the structural similarity of every frame: 1 for equal frames.
+
+    Wang et al. 2004: Gaussian window of σ 1.5 over 11x11 pixels, K1 0.01, K2 0.03, population
+    covariance; the mean over the pixels whose window lies inside the frame, and over the colours.
+
+    Args:
+        video, reference: uint8 [t, h, w, 3], at least 11 pixels high and wide.
+
+    Returns:
+        float64 [t].
+    """
+    return np.array(
+        [_ssim(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(video, reference)]
+    )
+
+
+def _ssim(x: np.ndarray, y: np.ndarray) -> float:
+    def blur(image: np.ndarray) -> np.ndarray:
+        return scipy.ndimage.gaussian_filter(image, sigma=1.5, truncate=3.5, axes=(0, 1))
+
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    c1, c2 = (0.01 * PEAK) ** 2, (0.03 * PEAK) ** 2
+    similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similarity /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    return float(similarity[5:-5, 5:-5].mean())
+
+
+def write_predictions(
+    policy: Policy,
+    episodes: Sequence[Episode],
+    dataset: ConfigDict,
+    config: ConfigDict,
+    folder: Path,
+    count: int,
+) -> None:
+    """Writes `<name>_predicted.mp4` and `<name>_true.mp4` of `count` held-out episodes.
+
+    The clip starts a third into the episode: the observed frames, then the fully denoised or the
+    true future.
+
+    Args:
+        policy: its video model predicts, at the model's resolution.
+        episodes: all episodes of the dataset.
+        dataset: its config section.
+        config: `clip`, `policy_io` and `validation_share`.
+        folder: receives the videos.
+        count: number of pairs, spread over the held-out episodes.
+    """
+    held_out = list(held_out_episodes(episodes, dataset, config.validation_share))
+    chosen = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)
+    folder.mkdir(parents=True, exist_ok=True)
+    io = config.policy_io.proprio
+    for episode in (episodes[held_out[i]] for i in chosen):
+        cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
+        true = cuts.frames[cuts.clips[len(cuts.clips) // 3]]
+        observed, instruction = true[: config.clip.observed_frames], episode.instructions[0]
+        proprio = np.zeros((io.horizon, io.dim), np.float32)  # the video model does not read it
+        predicted = policy.predict_video([Observation(observed, proprio, instruction)])[0]
+        for kind, frames in (("predicted", predicted), ("true", true)):
+            large = frames.repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)
+            name = f"{instruction.replace(' ', '_')}_{episode.id}_{kind}.mp4"
+            write_video(folder / name, large, fps=max(round(config.clip.fps / 4), 1), crf=18)
