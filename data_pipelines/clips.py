@@ -1,7 +1,7 @@
-"""One episode cut into windows: its frames resized and tiled, what each window shows, its numbers.
+"""Cutting an episode into windows: its frames, resized and tiled, and its vectors.
 
-`dataset.video` in a config names the cameras: see `camera_rows`. `windows.py` says which instants a
-window asks for, `vectors.py` what its numbers are made of.
+`dataset.video` in a config names the cameras: see `camera_rows`. `windows.py` defines a window's
+instants, `vectors.py` its vectors.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ from data_pipelines.frames import resize_area
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.windows import WindowSpec, anchors, nearest_indices, request_times
 
-Rows = tuple[tuple[str, ...], ...]  # of cameras
+Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
-_DECODE_FRAMES = 4  # decoded at a time: still in the processor's cache when they are resized
+_DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class EpisodeWindows:
 
     Attributes:
         frames: the frames in use, resized, several cameras tiled into one, uint8 [n, h, w, 3].
-        clips: which frames each window shows, int64 [k, observed + future].
+        clips: indices into `frames` for each window, int64 [k, observed + future].
         columns: k rows each: anchor int64 (nanoseconds), and where the dataset has them actions
             float32 [k, H, A] and proprio float32 [k, P, D], not normalised, with actions_padded
-            bool [k, H] and proprio_padded bool [k, P]: true where an edge value was repeated.
+            bool [k, H] and proprio_padded bool [k, P], true where an edge value was repeated.
     """
 
     frames: np.ndarray
@@ -39,7 +39,7 @@ class EpisodeWindows:
     columns: dict[str, np.ndarray]
 
     def digest(self) -> str:
-        """Hash of the content, for fingerprints."""
+        """Hash of the content."""
         state = hashlib.blake2b(digest_size=16)
         for array in (self.frames, self.clips, *self.columns.values()):
             state.update(np.ascontiguousarray(array))
@@ -63,8 +63,8 @@ def cut_episode(
         anchor_fps: windows per second of video; None makes one per frame.
 
     Raises:
-        StreamMismatch: if the config names streams or dimensions that the episode lacks.
-        ValueError: if the episode is too short to be cut, or holds what no rotation is.
+        StreamMismatch: the config names streams or dimensions that the episode lacks.
+        ValueError: the episode is too short, or has invalid rotations.
     """
     columns = cut_numbers(episode, dataset, policy_io, anchor_fps)
     rows, at = camera_rows(dataset.video), columns["anchor"]
@@ -73,7 +73,7 @@ def cut_episode(
     future = WindowSpec(names[0], clip.future_frames, clip.fps, shift=1 / clip.fps)
     times = np.concatenate([request_times(observed, at), request_times(future, at)], axis=1)
     shown = [nearest_indices(episode.streams[name].timestamps, times) for name in names]
-    # A tiled frame is a combination of the cameras' frames; each is made once, in order.
+    # A tiled frame is a combination of the cameras' frames; each is made once, in decoding order.
     used, clips = np.unique(
         np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
     )
@@ -91,8 +91,8 @@ def cut_numbers(
     policy_io: ConfigDict,
     anchor_fps: float | None = None,
 ) -> dict[str, np.ndarray]:
-    """The `columns` of `cut_episode`, by its arguments; no frame is decoded."""
-    try:  # what is wrong with the config is wrong for every episode
+    """The `columns` of `cut_episode` from the same arguments; no frame is decoded."""
+    try:  # a fault of the config is the same for every episode, so it must stop the job
         names = cameras(camera_rows(dataset.video))
         action, proprio = parse(dataset.action, "action"), parse(dataset.proprio, "proprio")
         for parts, io in ((action, policy_io.action), (proprio, policy_io.proprio)):
@@ -108,9 +108,9 @@ def cut_numbers(
             f"dataset {dataset.name!r}: the config names the streams {missing}, but episode "
             f"{episode.id!r} has {sorted(episode.streams)}"
         )
-    # Robots were recorded with more or fewer cameras, so this is the episode's fault.
-    if dark := [name for name in names if name not in episode.cameras]:
-        raise ValueError(f"no cameras {dark} (config.datasets...video), only {episode.cameras}")
+    # Some episodes of a dataset have fewer cameras, so this concerns the episode alone.
+    if absent := [name for name in names if name not in episode.cameras]:
+        raise ValueError(f"no cameras {absent} (config.datasets...video), only {episode.cameras}")
     if short := [name for name in used if len(episode.streams[name].timestamps) <= 2]:
         raise ValueError(f"two or fewer samples in {short}")
     acting = [episode.streams[name].timestamps for name in streams(action)]
@@ -134,21 +134,15 @@ def cut_numbers(
     return columns
 
 
-# One video of one or of several cameras.
+# Several cameras tiled into one video.
 
 
 def camera_rows(video: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
-    """The rows of cameras that `dataset.video` in a config describes.
+    """The rows of cameras, top to bottom, that `dataset.video` in a config describes.
 
     Args:
-        video: a stream; several, which fill a near-square grid row by row; or rows of streams. ""
-            is a black cell.
-
-    Returns:
-        Rows from the top; in a row, cameras from the left share the width equally.
-
-    Raises:
-        ValueError: if it is no such description.
+        video: a stream; several, which fill a near-square grid row by row; or rows of streams,
+            whose cameras share the width equally. "" is a black cell.
     """
     if isinstance(video, str):
         rows = ((video,),)
@@ -161,32 +155,31 @@ def camera_rows(video: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
     names = [name for row in rows for name in row]
     if not any(names) or not all(rows) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            f"video must be a stream's name, several, or rows of them, such as 'front' or "
-            f"(('front', 'side'), ('wrist',)); got {video!r}"
+            "video must be a stream's name, several, or rows of them, such as "
+            f"(('front', 'side'), ('wrist',)), got {video!r}"
         )
     return rows
 
 
 def cameras(rows: Rows) -> tuple[str, ...]:
-    """The distinct streams of `rows`; the first is the clock of the others."""
+    """The distinct streams of `rows`; the first one's timestamps are the clock of all."""
     return tuple(dict.fromkeys(name for row in rows for name in row if name))
 
 
 def tile(rows: Rows, frames: Mapping[str, np.ndarray], height: int, width: int) -> np.ndarray:
-    """One frame of all cameras, each resized without aliasing to fill its cell.
+    """Tiles the cameras' frames, each resized by area to fill its cell.
 
     Args:
-        rows: as `camera_rows` gives them.
+        rows: from `camera_rows`.
         frames: camera -> uint8 [t, any h, any w, 3].
-        height, width: of the tiled frame, pixels.
+        height, width: size of the tiled frame, pixels.
 
     Returns:
-        uint8 [t, height, width, 3]; a single camera's frames themselves if they have that size.
+        uint8 [t, height, width, 3]; a single camera's own array if it has that size.
     """
-    if len(cameras(rows)) == 1 and len(rows) == len(rows[0]) == 1:
+    if len(rows) == len(rows[0]) == 1:
         return resize_area(frames[rows[0][0]], height, width)
-    count = len(frames[cameras(rows)[0]])
-    whole = np.zeros((count, height, width, 3), np.uint8)
+    whole = np.zeros((len(frames[cameras(rows)[0]]), height, width, 3), np.uint8)
     for names, top, bottom in zip(rows, *_edges(height, len(rows))):
         for name, left, right in zip(names, *_edges(width, len(names))):
             if name:
@@ -196,6 +189,6 @@ def tile(rows: Rows, frames: Mapping[str, np.ndarray], height: int, width: int) 
 
 
 def _edges(length: int, parts: int) -> tuple[list[int], list[int]]:
-    """Starts and ends of `parts` stretches of pixels, equal to within one."""
+    """Starts and ends of `parts` intervals of pixels, equal to within one pixel."""
     edges = [round(i * length / parts) for i in range(parts + 1)]
     return edges[:-1], edges[1:]

@@ -1,18 +1,18 @@
-"""How the numbers of a stream become numbers of a policy's vector, and back.
+"""Representations: how stored numbers become numbers of a policy's vector, and back.
 
-A representation loads stored numbers into a form that can be interpolated (numbers stay numbers,
-everything with a rotation becomes 4x4 poses), expresses that form as the policy's numbers, and
-recovers it from them. Below the table `REPRESENTATIONS` are the maps they use: relative poses,
-rotations as six numbers and in every stored form, grippers.
+A representation loads stored numbers into a form that can be interpolated (anything with a rotation
+becomes 4x4 poses, the rest stays as it is), expresses that form as the policy's numbers, and
+recovers it from them. Below the table `REPRESENTATIONS` are the maps they use: relative poses, 6-D
+and stored rotations, grippers.
 """
 
 import enum
 from dataclasses import dataclass
 
 import numpy as np
-import scipy  # its parts are loaded when they are first used
+import scipy  # submodules are imported on first use
 
-# How datasets store a rotation -> how many numbers that takes.
+# How a dataset stores a rotation -> the number of values.
 ROTATION_WIDTHS = {
     "matrix": 9,
     "quaternion_xyzw": 4,
@@ -23,27 +23,22 @@ ROTATION_WIDTHS = {
 
 
 class Mode(enum.StrEnum):
-    """How a dimension is normalised (the release's normalization_type); see `normalize.py`."""
+    """How a dimension is normalised (the release's normalization_type)."""
 
-    VARIANCE = "VARIANCE"  # zero mean and unit spread of the clamped data, clamped
+    VARIANCE = "VARIANCE"  # zero mean and unit variance of the clamped data, clamped
     SQUASH = "SQUASH"  # 2 % .. 98 % to [-1, 1], clamped to [-1.5, 1.5]
     SQUASH_HARD = "SQUASH_HARD"  # 1.5 times that range, within min .. max, to [-1, 1], clamped
-    IDENTITY = "IDENTITY"  # unchanged, but the shape is checked
-    NONE = "NONE"  # unchanged and unchecked; needs no statistics
+    IDENTITY = "IDENTITY"  # unchanged, the shape is checked
+    NONE = "NONE"  # unchanged and unchecked, needs no statistics
 
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a policy's vector; the keys are explained in `vectors.py`.
+    """A contiguous part of a policy's vector; `vectors.py` explains the keys."""
 
-    Attributes:
-        streams: one name; for a pose also two, position and rotation; none for padding.
-        bases: names like `streams`, of what it is relative to.
-    """
-
-    streams: tuple[str, ...] = ()
+    streams: tuple[str, ...] = ()  # one, or position and rotation of a pose; none for padding
     represent: str = "values"
-    bases: tuple[str, ...] = ()
+    bases: tuple[str, ...] = ()  # what it is relative to, named like `streams`
     columns: tuple[int, ...] | None = None
     base_columns: tuple[int, ...] | None = None
     rotation: str = ""
@@ -57,22 +52,22 @@ class Part:
 
 
 class Representation:
-    """Numbers as they are; what the other representations do differently, they override.
+    """Numbers as they are, and the base of the other representations.
 
     Attributes:
         interpolations: what is possible between two stored values.
-        modes: of the d dimensions, where d is fixed; None stands for the part's own.
+        modes: normalisation of the d dimensions if d is fixed; None stands for the part's own mode.
     """
 
     interpolations: tuple[str, ...] = ("nearest", "previous", "linear")
     modes: tuple[Mode | None, ...] | None = None
 
     def stored_width(self, part: Part) -> int | None:
-        """How many numbers of its streams a part is made of; None where only data tells."""
+        """The number of stored values that make up a part; None if only the data can tell."""
         return None if part.columns is None else len(part.columns)
 
     def load(self, part: Part, numbers: np.ndarray) -> np.ndarray:
-        """Stored numbers [..., w] as the form, [..., w] or [..., 4, 4]."""
+        """Turns stored numbers [..., w] into the form, [..., w] or [..., 4, 4]."""
         return numbers
 
     def store(self, part: Part, form: np.ndarray) -> np.ndarray:
@@ -80,7 +75,7 @@ class Representation:
         return form
 
     def express(self, part: Part, form: np.ndarray, base: np.ndarray | None) -> np.ndarray:
-        """The form [..., h, *], with the form of the base [..., *], as numbers [..., h, d]."""
+        """Turns the form [..., h, *] and the base's form [..., *] into numbers [..., h, d]."""
         return form
 
     def recover(self, part: Part, numbers: np.ndarray, base: np.ndarray | None) -> np.ndarray:
@@ -89,7 +84,7 @@ class Representation:
 
 
 class _Delta(Representation):
-    """Minus the base."""
+    """The difference from the base."""
 
     def express(self, part, form, base):
         return form - base[..., None, :]
@@ -112,7 +107,7 @@ class _Gripper(Representation):
 
 
 class _Position(Representation):
-    """Three numbers as poses without rotation: the first stream of a pose that has two."""
+    """Positions as poses without rotation: the first of a pose's two streams."""
 
     def stored_width(self, part):
         return 3
@@ -175,7 +170,7 @@ class _Pose(Representation):
 
 
 class _RelativePose(_Pose):
-    """A pose as its base sees it."""
+    """A pose in the frame of its base."""
 
     def express(self, part, form, base):
         return super().express(part, relative_poses(form, base), None)
@@ -196,14 +191,9 @@ REPRESENTATIONS: dict[str, Representation] = {
 
 
 def relative_poses(poses: np.ndarray, base: np.ndarray) -> np.ndarray:
-    """Expresses poses in the frame of a base pose: `inv(base) @ pose`.
+    """Poses [..., t, 4, 4] in the frame of a base pose [..., 4, 4]: `inv(base) @ pose`.
 
-    Args:
-        poses: homogeneous matrices [..., t, 4, 4].
-        base: homogeneous matrix [..., 4, 4] (the last observed pose, in the release).
-
-    Returns:
-        [..., t, 4, 4] in the dtype of `poses`.
+    The result has the dtype of `poses`. In the release, the base is the last observed pose.
     """
     inverse = np.linalg.inv(np.asarray(base, np.float64))[..., None, :, :]
     return (inverse @ poses).astype(poses.dtype)
@@ -219,15 +209,15 @@ def pose_matrices(position: np.ndarray, rotation: np.ndarray) -> np.ndarray:
 
 
 def rotation_to_6d(rotation: np.ndarray) -> np.ndarray:
-    """First two rows of rotation matrices [..., 3, 3] as six numbers [..., 6] (release layout)."""
+    """The first two rows of matrices [..., 3, 3] as six numbers [..., 6] (release layout)."""
     return rotation[..., :2, :].reshape(*rotation.shape[:-2], 6)
 
 
 def rotation_from_6d(values: np.ndarray) -> np.ndarray:
-    """Rotation matrices [..., 3, 3] from six numbers [..., 6], which need not be orthonormal.
+    """Rotation matrices [..., 3, 3] from six numbers [..., 6] that need not be orthonormal.
 
-    Gram-Schmidt on the two rows; the third row is their cross product (Zhou et al. 2019, with rows
-    for columns as the release does).
+    Gram-Schmidt on the two rows, the third is their cross product (Zhou et al. 2019, but with rows
+    in place of columns, as in the release).
     """
     first, second = values[..., :3], values[..., 3:]
     first = first / np.linalg.norm(first, axis=-1, keepdims=True)
@@ -241,9 +231,9 @@ def rotation_matrices(values: np.ndarray, form: str) -> np.ndarray:
 
     Args:
         values: [..., w] numbers, w = `ROTATION_WIDTHS[form]`.
-        form: "matrix" (row by row, taken as it is), "quaternion_xyzw", "quaternion_wxyz", "rotvec"
-            (axis times angle in radians), or "euler_xyz" (roll, pitch, yaw in radians about the
-            fixed axes x, y, z).
+        form: "matrix" (row by row, not orthonormalised), "quaternion_xyzw", "quaternion_wxyz",
+            "rotvec" (axis times angle in radians), or "euler_xyz" (roll, pitch, yaw in radians
+            about the fixed axes x, y, z).
     """
     lead = values.shape[:-1]
     flat = np.asarray(values, np.float64).reshape(-1, ROTATION_WIDTHS[form])
@@ -262,8 +252,8 @@ def rotation_matrices(values: np.ndarray, form: str) -> np.ndarray:
 def rotation_values(matrices: np.ndarray, form: str) -> np.ndarray:
     """The inverse of `rotation_matrices`: [..., 3, 3] to [..., w].
 
-    Of the two quaternions of a rotation it gives the one with a positive real part, of the rotation
-    vectors the shortest, of the Euler angles those with a pitch within 90 degrees.
+    Of equivalent values it returns the quaternion with a positive real part, the shortest rotation
+    vector, and the Euler angles with a pitch within 90 degrees.
     """
     lead = matrices.shape[:-2]
     if form == "matrix":
@@ -281,7 +271,7 @@ def rotation_values(matrices: np.ndarray, form: str) -> np.ndarray:
 def gripper_opening(
     values: np.ndarray, closed: float, open: float, binary: bool = False
 ) -> np.ndarray:
-    """How open a gripper is: 0 closed, 1 open, clipped; `binary` has nothing between."""
+    """A gripper's opening: 0 closed, 1 open, clipped; `binary` rounds to one of them."""
     opening = np.clip((values - closed) / (open - closed), 0.0, 1.0)
     return (opening >= 0.5).astype(opening.dtype) if binary else opening
 
@@ -289,5 +279,5 @@ def gripper_opening(
 def gripper_command(
     opening: np.ndarray, closed: float, open: float, binary: bool = False
 ) -> np.ndarray:
-    """The inverse of `gripper_opening`; what lies outside 0 .. 1 is clipped."""
+    """The inverse of `gripper_opening`; openings outside 0 .. 1 are clipped."""
     return closed + gripper_opening(opening, 0.0, 1.0, binary) * (open - closed)

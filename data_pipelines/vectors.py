@@ -1,4 +1,4 @@
-"""What a policy's vectors (actions, proprioception) are made of, and how they are made and undone.
+"""A policy's vectors (actions, proprioception): how a config describes, makes and inverts them.
 
 `dataset.action` and `dataset.proprio` in a config describe a vector: "" (nothing), the name of one
 stream (its values), or a tuple of parts, which are concatenated in order:
@@ -9,31 +9,30 @@ stream (its values), or a tuple of parts, which are concatenated in order:
     dict(stream="rot", represent="rotation", rotation="rotvec")    6-D: two rows of the matrix
     dict(stream="eef", represent="pose")                           position 3, rotation 6-D
     dict(stream="eef", represent="relative_pose", base="eef")      inv(base at anchor) @ pose
-    dict(pad=7)                                      an arm this robot lacks: zeros, not learned
+    dict(pad=7)                        zeros, not learned, such as for an arm this robot lacks
 
-Further keys of a part (where they make sense):
+Further keys of a part, where they apply:
 
     columns        of the flattened stream, for any representation
-    base_columns   of the base; `columns` if absent
+    base_columns   of the base; default: `columns`
     rotation       how a rotation is stored: matrix, quaternion_xyzw, quaternion_wxyz, rotvec or
-                   euler_xyz (fixed axes, radians). A pose without it is a 4x4 matrix, with it
+                   euler_xyz (fixed axes, radians). A pose without it is a 4x4 matrix; with it,
                    3 numbers of position followed by the rotation.
-    stream, base   of a pose may be two names, (position, rotation), each with its own clock
-    binary         True: a gripper is either closed or open, split in the middle
+    stream, base   of a pose may be two names, (position, rotation), each with its own timestamps
+    binary         True: a gripper is either closed or open, split at the middle
     interpolation  between stored values: nearest (default), previous; linear (numbers),
                    quaternion (slerp of a rotation), pose (linear position and slerp of a pose)
-    shift          seconds, added to that of the window (-0.05: the value 50 ms earlier)
-    normalize      VARIANCE (default) or another `Mode`, of all but 6-D rotations, which stay as
-                   they are
+    shift          seconds, added to the window's (-0.05: the value 50 ms earlier)
+    normalize      VARIANCE (default) or another `Mode`; 6-D rotations are never normalised
 
-In use (all functions are pure):
+Usage (all functions are pure):
 
-    parts = parse(dataset.action, "action")             checks all that needs no data
+    parts = parse(dataset.action, "action")             checks everything that needs no data
     values, padded = read(parts, episode.streams, anchors, dim, horizon=15, fps=5.0, shift=0.2)
     Normalizer(..., {"actions": modes(parts, dim)})     one mode per dimension
-    loss * mask(parts, dim)                             False where padded
+    loss * mask(parts, dim)                             False for padding
     commands = restore(parts, chunk, {name: now[name] for name in bases(parts)})
-    proprio = vector(parts, history, now, dim)          as `read`, from a robot's values
+    proprio = vector(parts, history, now, dim)          like `read`, from a robot's values
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -54,25 +53,20 @@ from data_pipelines.windows import WindowSpec, read_window
 
 
 class StreamMismatch(ValueError):
-    """The config does not fit the dataset; unlike a broken file this stops a job."""
+    """The config does not fit the dataset; unlike a broken file, this stops a job."""
 
 
 def parse(description: str | Sequence[Mapping[str, Any]], what: str = "vector") -> tuple[Part, ...]:
-    """The parts that a config's `action` or `proprio` describes.
-
-    Args:
-        description: "", a stream's name, or parts (see above); lists for tuples are fine.
-        what: "action" or "proprio", for error messages.
+    """Parses a config's `action` or `proprio` (named by `what` in errors) into parts.
 
     Raises:
-        ValueError: if it is no such description, naming the part and the key.
+        ValueError: the description is invalid; the message names the part and the key.
     """
     if isinstance(description, str):
         return (Part((description,)),) if description else ()
-    if not isinstance(description, tuple | list) or not all(
-        hasattr(part, "items")
-        for part in description  # a ConfigDict is no Mapping
-    ):
+    # Lists come from JSON; a ConfigDict is no Mapping but has `items`.
+    is_sequence = isinstance(description, tuple | list)
+    if not is_sequence or not all(hasattr(part, "items") for part in description):
         raise ValueError(
             f"{what} must be a stream's name or a tuple of parts such as dict(stream='action'), "
             f"got {description!r}"
@@ -83,30 +77,27 @@ def parse(description: str | Sequence[Mapping[str, Any]], what: str = "vector") 
 
 
 def streams(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The streams that the vector holds, without those it is only relative to."""
+    """The streams in the vector, without those it is only relative to."""
     return tuple(dict.fromkeys(name for part in parts for name in part.streams))
 
 
 def bases(parts: Sequence[Part]) -> tuple[str, ...]:
-    """The streams whose present values the vector is relative to; `restore` needs them."""
+    """The streams whose present values the vector is relative to (input of `restore`)."""
     return tuple(dict.fromkeys(name for part in parts for name in part.bases))
 
 
 def dims(parts: Sequence[Part], dim: int) -> tuple[int, ...]:
-    """The width of each part in a vector of `dim` numbers; at most one is left to the data.
+    """The width of each part in a vector of `dim` numbers; one may be inferred from the rest.
 
     Raises:
-        ValueError: if the parts cannot add up to `dim`.
+        ValueError: the parts do not add up to `dim`.
     """
-    widths = [_width(part) for part in parts]  # None: only data tells
+    widths = [_width(part) for part in parts]  # None: only the data can tell
     unknown = [i for i, width in enumerate(widths) if width is None]
     rest = dim - sum(width for width in widths if width is not None)
     if len(unknown) > 1:
         names = [parts[i].streams[0] for i in unknown]
-        raise ValueError(
-            f"the widths of the parts {names} are unknown; all but one need `columns`, such as "
-            "columns=(0, 1, 2)"
-        )
+        raise ValueError(f"the widths of the parts {names} are unknown; all but one need `columns`")
     if rest < len(unknown) or (rest and not unknown):
         known = ", ".join(f"{'/'.join(p.streams) or 'pad'} {w}" for p, w in zip(parts, widths))
         raise ValueError(
@@ -116,16 +107,16 @@ def dims(parts: Sequence[Part], dim: int) -> tuple[int, ...]:
 
 
 def modes(parts: Sequence[Part], dim: int) -> tuple[Mode, ...]:
-    """How each of the `dim` dimensions is normalised."""
+    """The normalisation mode of each of the `dim` dimensions."""
     return tuple(
         part.normalize if mode is None else mode
         for part, width in zip(parts, dims(parts, dim))
-        for mode in _fixed_modes(part) or (None,) * width  # None: the part's own
+        for mode in _fixed_modes(part) or (None,) * width  # None: the part's own mode
     )
 
 
 def mask(parts: Sequence[Part], dim: int) -> np.ndarray:
-    """bool [dim]: False where the vector is padded, which no loss may see."""
+    """bool [dim]: False for padding, which is not learned."""
     return np.repeat([not part.pad for part in parts], dims(parts, dim))
 
 
@@ -140,29 +131,29 @@ def read(
     shift: float = 0.0,
     look: Literal["past", "future"] = "future",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Windows of an episode, as the policy sees them.
+    """Cuts windows out of an episode's streams, as the policy sees them.
 
     Args:
-        parts: what the vector is made of.
-        episode: its streams.
-        anchors: int64 [k], nanoseconds; bases are read there.
+        parts: the parts of the vector.
+        episode: stream name -> stream.
+        anchors: int64 nanoseconds [k]; bases are read at these instants.
         dim: width of the vector.
-        horizon, fps, shift, look: of the window, see `WindowSpec`.
+        horizon, fps, shift, look: see `WindowSpec`.
 
     Returns:
-        float32 [k, horizon, dim], and a bool mask [k, horizon] that is true where the instant lies
-        outside any of the streams, so that an edge value was repeated.
+        float32 [k, horizon, dim], and a bool mask [k, horizon] that is true where the instant is
+        outside any of the streams and an edge value was repeated.
 
     Raises:
-        StreamMismatch: if a stream is missing or has other shapes than the parts say.
-        ValueError: if stored numbers are no rotations.
+        StreamMismatch: a stream is missing or has another shape than the parts say.
+        ValueError: stored numbers are not rotations.
     """
     anchors = np.asarray(anchors, np.int64)
     stored = {name: stream.values for name, stream in episode.items()}
     padded = np.zeros((len(anchors), horizon), bool)
 
     def cut(part: Part, names, columns, width: int, spec: WindowSpec):
-        # Loaded before windows are cut, because a value is in many windows.
+        # Load before cutting windows, because each value is in many windows.
         forms = _load(part, names, columns, stored, width)
         cuts = [
             read_window(Stream(episode[name].timestamps, form), spec, anchors)
@@ -173,7 +164,7 @@ def read(
 
     def express(part: Part, width: int) -> np.ndarray:
         nonlocal padded
-        # A rotation is loaded as a pose, whatever it was stored as.
+        # Rotations are loaded as poses, whatever their stored form.
         between = "pose" if part.interpolation == "quaternion" else part.interpolation
         base = None
         if part.bases:
@@ -193,16 +184,13 @@ def vector(
     base: Mapping[str, np.ndarray],
     dim: int,
 ) -> np.ndarray:
-    """The vector of values at hand, such as a robot's last states.
+    """The vector float32 [h, dim] of given values, such as a robot's last states.
 
     Args:
-        parts: what the vector is made of.
+        parts: the parts of the vector.
         values: h instants of each of `streams(parts)`, [h, ...] as the dataset stores them.
         base: the present value of each of `bases(parts)`, [...].
         dim: width of the vector.
-
-    Returns:
-        float32 [h, dim].
     """
 
     def express(part: Part, width: int) -> np.ndarray:
@@ -218,17 +206,17 @@ def restore(
     """The inverse of `vector`: a policy's chunk in the dataset's own convention.
 
     Args:
-        parts: what the vector is made of.
+        parts: the parts of the vector.
         chunk: [h, dim], not normalised.
         base: the present value of each of `bases(parts)`, [...] as the dataset stores it.
 
     Returns:
-        For each of `streams(parts)` float64 [h, 4, 4] (poses), [h, 3, 3] (matrices) or [h, w]. A
-        stream of which parts take columns has the columns up to the last one taken; those that no
-        part takes are NaN.
+        For each of `streams(parts)` float64 [h, 4, 4] (poses), [h, 3, 3] (matrices) or [h, w]. If
+        parts take columns of a stream, w ends at the last one taken, and columns that no part takes
+        are NaN.
 
     Raises:
-        ValueError: if two parts say different things about one number of a stream.
+        ValueError: two parts hold the same number of a stream.
     """
     chunk = np.asarray(chunk, np.float64)
     widths = dims(parts, chunk.shape[-1])
@@ -244,7 +232,7 @@ def restore(
 
 
 def _fixed_modes(part: Part) -> tuple[Mode | None, ...] | None:
-    """Of a part whose width is fixed; padding is all zeros, which need no scale."""
+    """The modes of a part of fixed width, else None. Padding is zeros, which need no scale."""
     return (Mode.IDENTITY,) * part.pad if part.pad else REPRESENTATIONS[part.represent].modes
 
 
@@ -256,7 +244,7 @@ def _width(part: Part) -> int | None:
 def _concatenate(
     parts: Sequence[Part], dim: int, lead: tuple[int, ...], express: Callable[[Part, int], Any]
 ) -> np.ndarray:
-    """The vector float32 [*lead, dim] of what `express(part, width)` gives; zeros for padding."""
+    """The vector float32 [*lead, dim] from `express(part, width)`; zeros for padding."""
     vectors = [
         np.zeros((*lead, width)) if part.pad else express(part, width)
         for part, width in zip(parts, dims(parts, dim))
@@ -265,7 +253,7 @@ def _concatenate(
 
 
 def _stored(part: Part, names: Sequence[str]) -> tuple[Representation, ...]:
-    """What loads and stores each of the streams: one, or position and rotation."""
+    """The representation of each of the streams: one, or position and rotation."""
     if len(names) == 2:
         return POSITION, REPRESENTATIONS["rotation"]
     return (REPRESENTATIONS[part.represent],)
@@ -280,7 +268,7 @@ def _load(part: Part, names, columns, values: Mapping[str, Any], width: int) -> 
 
 
 def _join(forms: Sequence[np.ndarray]) -> np.ndarray:
-    """One form of `_load`'s, or the pose of a position and a rotation."""
+    """The only form, or the pose of a position and a rotation."""
     if len(forms) == 1:
         return forms[0]
     poses = forms[1].copy()
@@ -309,21 +297,19 @@ def _numbers(stored: Mapping[str, Any], name: str, columns, width: int) -> np.nd
             raise StreamMismatch(f"{has}, so no column {max(columns)}; columns count from 0")
         flat = flat[:, columns]
     if flat.shape[1] != width:
-        raise StreamMismatch(
-            f"{has}, but policy_io says {width} (after the other parts, or by its representation)"
-        )
+        raise StreamMismatch(f"{has}, but policy_io says {width} (or its representation does)")
     return flat
 
 
 def _assemble(name: str, pieces: list) -> np.ndarray:
-    """One stream from what its parts say about it: (columns, values) each."""
+    """Joins the (columns, values) that the parts hold of one stream."""
     if len(pieces) == 1 and pieces[0][0] is None:
         return pieces[0][1]
     taken = [column for columns, _ in pieces for column in columns or ()]
     if any(columns is None for columns, _ in pieces) or len(set(taken)) < len(taken):
         raise ValueError(
-            f"several parts hold the same numbers of stream {name!r}, so a prediction has no one "
-            "meaning; an action takes each number once"
+            f"several parts hold the same numbers of stream {name!r}, so a prediction is "
+            "ambiguous; use each number once"
         )
     length = len(pieces[0][1])
     whole = np.full((length, max(taken) + 1), np.nan)
@@ -332,7 +318,7 @@ def _assemble(name: str, pieces: list) -> np.ndarray:
     return whole
 
 
-# Checking what a config says.
+# Parsing and checking a part of a config.
 
 
 def _parse_part(given: dict[str, Any], where: str) -> Part:
@@ -343,6 +329,7 @@ def _parse_part(given: dict[str, Any], where: str) -> Part:
     given = {key: tuple(v) if isinstance(v, list) else v for key, v in given.items()}
     represent = "pad" if "pad" in given else given.get("represent", "values")
     known = ", ".join(REPRESENTATIONS)
+    # In lists, not sets and dicts, because a config may hold an unhashable value.
     check(represent in list(_KEYS), f"represent must be one of {known}, got {represent!r}")
     required, optional = _KEYS[represent]
     unknown = [key for key in given if key not in (*required, *optional)]
@@ -365,21 +352,19 @@ def _parse_part(given: dict[str, Any], where: str) -> Part:
         **{key: given[key] for key in _AS_GIVEN if key in given},
     )
     ways = REPRESENTATIONS[represent].interpolations
-    check(
-        part.interpolation in ways, f"interpolation of {represent} must be one of {', '.join(ways)}"
-    )
+    known = ", ".join(ways)
+    check(part.interpolation in ways, f"interpolation of {represent} must be one of {known}")
     width = REPRESENTATIONS[represent].stored_width(part)
     for names, columns in ((part.streams, part.columns), (part.bases, part.base_columns)):
         in_two = represent in ("pose", "relative_pose") and part.rotation and columns is None
         check(
             len(names) < 2 or in_two,
-            "two streams are the position and the rotation of a pose; they need `rotation`, and "
-            "have no columns",
+            "two streams are the position and the rotation of a pose; they need `rotation` and "
+            "take no columns",
         )
         check(
             columns is None or width in (None, len(columns)),
-            f"{represent} {part.rotation} is stored in {width} numbers, so it takes that many "
-            "columns",
+            f"{represent} {part.rotation} is stored in {width} numbers; name that many columns",
         )
     check(part.closed != part.open, "closed and open must differ")
     return part
@@ -391,15 +376,13 @@ def _names(value: Any) -> tuple[Any, ...]:
 
 def _are_names(value: Any) -> bool:
     names = _names(value)
-    # One name in a tuple is no pose, and none at all is a mistake.
-    fine = len(names) == 2 or not isinstance(value, tuple)
-    return fine and all(isinstance(name, str) and name for name in names)
+    is_pair = not isinstance(value, tuple) or len(value) == 2
+    return is_pair and all(isinstance(name, str) and name for name in names)
 
 
 def _are_columns(value: Any) -> bool:
-    if not isinstance(value, tuple) or not all(_is_number(v) and v == int(v) >= 0 for v in value):
-        return False
-    return 0 < len(set(value)) == len(value)
+    are_whole = isinstance(value, tuple) and all(_is_number(v) and v == int(v) >= 0 for v in value)
+    return are_whole and 0 < len(set(value)) == len(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -408,36 +391,26 @@ def _is_number(value: Any) -> bool:
 
 _AS_GIVEN = ("columns", "rotation", "closed", "open", "binary", "interpolation", "shift")
 _COMMON = ("represent", "columns", "interpolation", "shift")
-# The keys that a part of each kind must have, and those that it may have.
+# Required and optional keys of each representation.
 _KEYS = {
     "values": (("stream",), (*_COMMON, "normalize")),
     "delta": (("stream", "base"), (*_COMMON, "base_columns", "normalize")),
     "gripper": (("stream", "closed", "open"), (*_COMMON, "binary", "normalize")),
     "rotation": (("stream", "rotation"), _COMMON),
     "pose": (("stream",), (*_COMMON, "rotation", "normalize")),
-    "relative_pose": (
-        ("stream", "base"),
-        (*_COMMON, "rotation", "base_columns", "normalize"),
-    ),
+    "relative_pose": (("stream", "base"), (*_COMMON, "rotation", "base_columns", "normalize")),
     "pad": (("pad",), ()),
 }
-_NAMES = (_are_names, "a stream's name, or two names: position and rotation")
+_STREAMS = (_are_names, "a stream's name, or two names: position and rotation")
 _COLUMNS = (_are_columns, "different whole numbers from 0, such as (0, 1, 2)")
-_NUMBER = (_is_number, "a number")
-# What the value of each key must be; `represent` has chosen the keys, and the interpolations.
+# A check of each key's value, and what the value must be. `represent` and `interpolation`, whose
+# choices depend on each other, are checked above.
 _VALUES = {
-    "stream": _NAMES,
-    "base": _NAMES,
-    "columns": _COLUMNS,
-    "base_columns": _COLUMNS,
-    "rotation": (
-        lambda value: value in list(ROTATION_WIDTHS),
-        f"one of {', '.join(ROTATION_WIDTHS)}",
-    ),
-    "closed": _NUMBER,
-    "open": _NUMBER,
-    "shift": _NUMBER,
-    "binary": (lambda value: isinstance(value, bool), "True or False"),
-    "normalize": (lambda value: value in list(Mode), f"one of {', '.join(Mode)}"),
-    "pad": (lambda value: _are_columns((value,)) and value > 0, "a number of dimensions"),
+    **dict.fromkeys(("stream", "base"), _STREAMS),
+    **dict.fromkeys(("columns", "base_columns"), _COLUMNS),
+    **dict.fromkeys(("closed", "open", "shift"), (_is_number, "a number")),
+    "rotation": (lambda v: v in list(ROTATION_WIDTHS), f"one of {', '.join(ROTATION_WIDTHS)}"),
+    "binary": (lambda v: isinstance(v, bool), "True or False"),
+    "normalize": (lambda v: v in list(Mode), f"one of {', '.join(Mode)}"),
+    "pad": (lambda v: _are_columns((v,)) and v > 0, "a number of dimensions"),
 }
