@@ -147,13 +147,16 @@ def _normalised(arguments: Sequence[str]) -> list[str]:
 def _with_path(word: str) -> str:
     """--config=quickstart:smoke -> --config=/where/it/is/configs/quickstart.py:smoke."""
     name, colon, argument = word.removeprefix("--config=").partition(":")
-    if not re.fullmatch(r"\w+", name) or Path(name).exists():
+    shipped = _CONFIGS / f"{name}.py"
+    if not re.fullmatch(r"\w+", name) or Path(name).is_file():
         return word
-    if not (_CONFIGS / f"{name}.py").exists():
-        close = difflib.get_close_matches(name, [path.stem for path in _CONFIGS.glob("[a-z]*.py")])
-        hint = f"did you mean {' or '.join(close)}?" if close else "give a FILE.py."
-        raise ValueError(f"there is no configuration {name!r}; {hint}")
-    return f"--config={_CONFIGS / name}.py{colon}{argument}"
+    if shipped.exists():
+        return f"--config={shipped}{colon}{argument}"
+    if Path(name).exists():  # a folder, which ml_collections says
+        return word
+    close = difflib.get_close_matches(name, [path.stem for path in _CONFIGS.glob("[a-z]*.py")])
+    hint = f"did you mean {' or '.join(close)}?" if close else "give a FILE.py."
+    raise ValueError(f"there is no configuration {name!r}; {hint}")
 
 
 def _configuration_sentence(error: BaseException | None) -> str | None:
