@@ -23,7 +23,6 @@ from jax._src.lru_cache import LRUCache
 ROOT = Path(__file__).parents[1]
 PRELOADED = [
     "mvjax.encode",
-    "mvjax.fit_tokenizer",
     "launch.entry",
     "mvjax.weights.convert",
     "mvjax.evaluation.closed_loop",
