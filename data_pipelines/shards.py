@@ -98,7 +98,7 @@ def finished_rows(shard: Path) -> list[Row]:
     return json.loads(str(read_columns(shard, "rows")["rows"]))
 
 
-def forget(shard: Path) -> None:
+def mark_unfinished(shard: Path) -> None:
     """Marks a shard as unfinished, to be encoded again."""
     # The manifest first: as long as it exists, the folder counts as complete.
     (shard.parent / "manifest.json").unlink(missing_ok=True)

@@ -21,7 +21,6 @@ os.environ.update(
     TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
 )
 
-import logging
 from pathlib import Path
 
 import jax
@@ -48,8 +47,6 @@ MAX_COMPILES = flags.DEFINE_integer(
     "max_compiles", 12, "Most programs that --search may compile.", lower_bound=1
 )
 JSON = flags.DEFINE_string("json", None, "File that receives the figures.")
-
-log = logging.getLogger(__name__)
 
 
 def main() -> None:
@@ -81,7 +78,6 @@ def _search(experiment: Experiment, devices: list[jax.Device], size: int | None)
         compiled=lambda candidate: estimate(candidate, devices, MFU.value),
         batch_size=size,
         max_compiles=MAX_COMPILES.value,
-        say=log.info,
     )
 
 

@@ -38,10 +38,10 @@ from data_pipelines.shards import (
     encoding_settings,
     finish,
     finished_rows,
-    forget,
     is_complete,
     is_finished,
     list_shards,
+    mark_unfinished,
 )
 
 Window = tuple[np.ndarray, dict[str, np.ndarray]]  # frames uint8 [t, h, w, 3], numeric columns
@@ -169,7 +169,7 @@ def _encode(
             if shard in finished:
                 progress.update(len(span))
             else:
-                forget(shard)  # a person may have deleted one of its files to encode it again
+                mark_unfinished(shard)  # one of its two files may have been deleted
                 _encode_shard(shard, cut, span, tokenizer, batch_size, bad, progress)
 
 
@@ -193,7 +193,7 @@ def _forget_repaired(shards: Mapping[Path, range], cut: Cut) -> None:
         if is_finished(shard):
             skipped = (i for i, row in zip(span, finished_rows(shard)) if "reason" in row)
             if any("reason" not in cut(index)[0] for index in skipped):
-                forget(shard)
+                mark_unfinished(shard)
 
 
 def _encode_shard(

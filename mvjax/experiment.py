@@ -145,12 +145,6 @@ class Experiment:
         """The mesh of `config.mesh` over the given devices, or over all devices of the job."""
         return make_mesh(self.config.mesh, devices)
 
-    def training_mesh(self, devices: Sequence[jax.Device] | None = None) -> Mesh:
-        """As `mesh`; raises ValueError if a training batch cannot be split over it."""
-        mesh = self.mesh(devices)
-        self.check_batch(mesh)
-        return mesh
-
     def check_batch(self, mesh: Any) -> None:
         """Raises ValueError unless every device gets whole samples in every micro-batch."""
         training, rules = self.config.training, self.rules

@@ -7,17 +7,15 @@ import sys
 
 import jax
 import numpy as np
-from toy_training import toy_config, toy_loader, toy_stage
+from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
-from mvjax.experiment import Experiment
 from mvjax.parallel import make_mesh, make_rules, sharding_tree, use_rules
 from mvjax.training.step import _split
-from mvjax.training.train import train
 
 if __name__ == "__main__":
     config = toy_config(steps=3, batch_size=16, accumulate=2)
     config.mesh.update(data=2, fsdp=2, context=2)
-    train(Experiment.from_config(config), toy_stage(), toy_loader(16), sys.argv[1])
+    train_toy(sys.argv[1], config, loader=toy_loader(16))
 
     mesh, rules, axes = make_mesh(config.mesh), make_rules(), toy_stage().batch_axes
     shardings = sharding_tree(axes, mesh, rules)

@@ -6,15 +6,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from toy_training import toy_config, toy_loader, toy_stage
+from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
-from mvjax.experiment import Experiment
 from mvjax.models.network import merge
 from mvjax.parallel import make_mesh, make_rules
 from mvjax.training.bridge import abstract_params, read_meta, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch, Store, checkpoint_folder
 from mvjax.training.step import abstract_state, make_optimizer
-from mvjax.training.train import train
 
 
 def toy_abstract(stage=None, ema=True):
@@ -27,13 +25,7 @@ def toy_abstract(stage=None, ema=True):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     workdir = tmp_path_factory.mktemp("trained")
-    train(
-        Experiment.from_config(toy_config()),
-        toy_stage(),
-        toy_loader(),
-        workdir,
-        {"data_fingerprint": "abc"},
-    )
+    train_toy(workdir, meta={"data_fingerprint": "abc"})
     return workdir
 
 
@@ -89,9 +81,9 @@ def test_who_reads_a_damaged_checkpoint_is_told_which_and_what_to_do(copied):
 @pytest.mark.parametrize(("keep_every", "left"), [(0, ["5", "6"]), (3, ["3", "5", "6"])])
 def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, keep_every, left):
     config = toy_config(steps=5, checkpoint_every=1, keep_every=keep_every)
-    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path, config)
     config.training.steps = 6  # also when the run was interrupted between
-    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path, config)
     assert sorted(path.name for path in checkpoint_folder(tmp_path).iterdir()) == left
 
 
@@ -147,13 +139,7 @@ def test_a_damaged_newest_checkpoint_is_set_aside(copied, damage):
             restored = store.restore(toy_abstract())
         assert int(restored.state.step) == 2 and store.latest_step() == 2
     # The run goes on and writes step 4 again.
-    records = train(
-        Experiment.from_config(toy_config()),
-        toy_stage(),
-        toy_loader(),
-        copied,
-        {"data_fingerprint": "abc"},
-    )
+    records = train_toy(copied, meta={"data_fingerprint": "abc"})
     assert records["step"] == 4
 
 

@@ -100,7 +100,7 @@ def test_a_mistake_is_named_before_anything_runs(stage, settings, words):
 def test_a_batch_that_the_mesh_cannot_split_is_said_with_both_numbers():
     experiment = Experiment.from_config(_with(tiny_config("video"), **{"training.accumulate": 3}))
     with pytest.raises(ValueError, match="batch_size is 8; it must be a multiple of 3"):
-        experiment.training_mesh(jax.devices()[:1])
+        experiment.check_batch(experiment.mesh(jax.devices()[:1]))
 
 
 def _with(config, **settings):

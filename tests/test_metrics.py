@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from tiny_stages import build_stage, tiny_config, tiny_loader
-from toy_training import toy_config, toy_loader, toy_stage
+from toy_training import toy_config, train_toy
 
 from data_pipelines.clip import Clip
 from mvjax.experiment import Experiment
@@ -87,25 +87,15 @@ def test_tensorboard_has_the_same_numbers(records):
 
 def test_the_progress_line_shows_loss_and_pace(tmp_path, capsys):
     config = toy_config(steps=6, log_every=2, checkpoint_every=9)
-    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path, config)
     line = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
     assert "6/6" in line and "loss " in line and " s/step" in line, line
 
 
 def test_no_speed_is_told_before_a_step_is_finished(tmp_path):
-    train(
-        Experiment.from_config(toy_config(steps=1, log_every=1)),
-        toy_stage(),
-        toy_loader(),
-        tmp_path / "one",
-    )
+    train_toy(tmp_path / "one", toy_config(steps=1, log_every=1))
     assert "seconds_per_step" in read_records(tmp_path / "one")[0]  # saving waited for it
-    train(
-        Experiment.from_config(toy_config(checkpoint_every=9)),
-        toy_stage(),
-        toy_loader(),
-        tmp_path / "more",
-    )
+    train_toy(tmp_path / "more", toy_config(checkpoint_every=9))
     first, second = read_records(tmp_path / "more")[:2]
     assert "seconds_per_step" not in first and second["seconds_per_step"] > 0
     assert "mfu" not in second and "tokens_per_second" not in second  # the toy tells neither

@@ -1,5 +1,7 @@
 """The search for a mesh and a batch, and the tables of docs/pods.md; nothing is compiled here."""
 
+from unittest import mock
+
 import pytest
 
 from configs import quickstart_video
@@ -7,7 +9,7 @@ from launch.benchmarks.pod_tables import DOCS, TABLES, changes, file_of, with_ta
 from mvjax.experiment import Experiment
 from mvjax.parallel import GB
 from mvjax.pods.compile import DoesNotFit, Estimate
-from mvjax.pods.search import search
+from mvjax.pods.search import log, search
 
 DEVICES = 8
 
@@ -51,13 +53,13 @@ def searched(per_clip=GB // 8, links=lambda config: 0.0, config=None, **settings
         return made(config, int(peak), links(config))
 
     said = []
-    found = search(
-        Experiment.from_config(config or quickstart_video.get_config("smoke")),
-        **dict(devices=DEVICES, slices=1, hbm_bytes=GB, batch_size=None, max_compiles=20)
-        | settings,
-        compiled=compiled,
-        say=said.append,
-    )
+    with mock.patch.object(log, "info", said.append):
+        found = search(
+            Experiment.from_config(config or quickstart_video.get_config("smoke")),
+            **dict(devices=DEVICES, slices=1, hbm_bytes=GB, batch_size=None, max_compiles=20)
+            | settings,
+            compiled=compiled,
+        )
     return found, said
 
 

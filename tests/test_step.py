@@ -14,15 +14,13 @@ from run_records import without_times
 from test_objectives import random_params
 from test_train import params_of
 from tiny_stages import build_stage, tiny_batch, tiny_config
-from toy_training import toy_config, toy_loader, toy_stage
+from toy_training import toy_config, toy_loader, train_toy
 
-from mvjax.experiment import Experiment
 from mvjax.models.network import merge, split
 from mvjax.parallel import make_rules, use_rules
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.metrics import read_records
 from mvjax.training.step import make_optimizer, make_schedule, mean_gradient
-from mvjax.training.train import train
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -67,9 +65,7 @@ def test_whole_runs_are_equal_also_on_eight_devices(tmp_path):
     with forked.Program("accumulation_meshes", tmp_path / "eight", devices=8) as eight:
         for count in (1, 4):
             config = toy_config(steps=3, batch_size=16, accumulate=count)
-            train(
-                Experiment.from_config(config), toy_stage(), toy_loader(16), tmp_path / str(count)
-            )
+            train_toy(tmp_path / str(count), config, loader=toy_loader(16))
         assert eight.wait() == 0, eight.err
     expected = without_times(read_records(tmp_path / "1"))
     for name in ("4", "eight"):
@@ -102,7 +98,7 @@ class SpoiledOnce:
 
 def test_one_bad_sample_skips_the_step_of_all_micro_batches(tmp_path):
     config = toy_config(steps=3, accumulate=4, checkpoint_every=1, keep=3)
-    train(Experiment.from_config(config), toy_stage(), SpoiledOnce(), tmp_path)
+    train_toy(tmp_path, config, loader=SpoiledOnce())
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["skipped"] for r in records] == [0, 1, 1]
     assert records[1]["loss"] is None and records[1]["update_norm"] == 0
@@ -122,12 +118,7 @@ def test_one_bad_sample_skips_the_step_of_all_micro_batches(tmp_path):
 )
 def test_a_batch_that_cannot_be_split_is_explained(tmp_path, accumulate, message):
     with pytest.raises(ValueError, match=message):
-        train(
-            Experiment.from_config(toy_config(accumulate=accumulate)),
-            toy_stage(),
-            toy_loader(),
-            tmp_path,
-        )
+        train_toy(tmp_path, toy_config(accumulate=accumulate))
 
 
 def test_gradients_of_bfloat16_parameters_are_summed_in_float32():

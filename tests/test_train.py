@@ -7,13 +7,12 @@ import jax
 import numpy as np
 import pytest
 from run_records import without_times
-from toy_training import toy_config, toy_loader, toy_stage
+from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
-from mvjax.experiment import Experiment
 from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch
 from mvjax.training.metrics import read_records
-from mvjax.training.train import TrainingDiverged, train
+from mvjax.training.train import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -30,15 +29,15 @@ def params_of(workdir, use_ema=False, step=None):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory, quickly) -> Path:
     workdir = tmp_path_factory.mktemp("straight")
-    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), workdir)
+    train_toy(workdir)
     return workdir
 
 
 def test_two_steps_and_a_resume_equal_four_steps(straight, tmp_path):
-    train(Experiment.from_config(toy_config(steps=2)), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path, toy_config(steps=2))
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"step": 3, "lo')  # as if it had been killed while it wrote
-    final = train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
+    final = train_toy(tmp_path)
     records = read_records(tmp_path)
     assert [record["step"] for record in records] == [1, 2, 3, 4]
     assert without_times(records) == without_times(read_records(straight))
@@ -69,12 +68,7 @@ def test_average_follows_its_recurrence(straight, tmp_path):
     """ema <- d ema + (1 - d) params with d = min(decay, (1 + n) / (10 + n))."""
     key = jax.random.fold_in(jax.random.key(3), 2**32 - 1)
     average = np.asarray(jax.jit(toy_stage().init)(key)["up"]["kernel"])
-    train(
-        Experiment.from_config(toy_config(steps=3, checkpoint_every=1, keep=3)),
-        toy_stage(),
-        toy_loader(),
-        tmp_path,
-    )
+    train_toy(tmp_path, toy_config(steps=3, checkpoint_every=1, keep=3))
     for n in range(3):
         decay = min(0.9, (1 + n) / (10 + n))
         kernel = params_of(tmp_path, step=n + 1)["up"]["kernel"]
@@ -89,7 +83,7 @@ def test_a_finished_run_returns_its_record_without_reading_data(straight):
         raise AssertionError("the loader was read")
         yield
 
-    final = train(Experiment.from_config(toy_config()), toy_stage(), forbidden(), straight)
+    final = train_toy(straight, loader=forbidden())
     assert final == read_records(straight)[-1] and final["step"] == 4
 
 
@@ -97,7 +91,7 @@ def test_init_from_takes_the_averaged_parameters_and_starts_at_step_one(straight
     config = toy_config(steps=1)
     config.init_from = str(straight)
     config.optimizer.learning_rate = 0.0
-    assert train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)["step"] == 1
+    assert train_toy(tmp_path, config)["step"] == 1
     jax.tree.map(
         np.testing.assert_array_equal, params_of(tmp_path), params_of(straight, use_ema=True)
     )
@@ -106,12 +100,12 @@ def test_init_from_takes_the_averaged_parameters_and_starts_at_step_one(straight
 def test_init_from_a_run_without_adapters_adds_new_ones(straight, tmp_path):
     config = toy_config(steps=1)
     config.init_from, config.optimizer.learning_rate = str(straight), 0.0
-    train(Experiment.from_config(config), toy_stage(adapters=True), toy_loader(), tmp_path)
+    train_toy(tmp_path, config, stage=toy_stage(adapters=True))
     params = params_of(tmp_path)
     assert np.any(params.pop("adapter")["lora_a"])
     jax.tree.map(np.testing.assert_array_equal, params, params_of(straight, use_ema=True))
     with pytest.raises(CheckpointMismatch, match=r"down/kernel has shape \(32, 3\).*\(48, 3\)"):
-        train(Experiment.from_config(config), toy_stage(width=24), toy_loader(), tmp_path / "other")
+        train_toy(tmp_path / "other", config, stage=toy_stage(width=24))
 
 
 class Interrupting:
@@ -144,12 +138,12 @@ def test_a_signal_saves_the_step_reached_and_the_rest_is_the_same(
     before = signal.getsignal(number)
     config = toy_config(checkpoint_every=100)
     with pytest.raises(SystemExit) as stopped:
-        train(Experiment.from_config(config), toy_stage(), Interrupting(number), tmp_path)
+        train_toy(tmp_path, config, loader=Interrupting(number))
     assert stopped.value.code == code and signal.getsignal(number) is before
     # Two batches are in transfer beyond the one trained on, so the fourth is read before step 2.
     assert "stopping at step 2, saved; run the same command" in caplog.text
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["2"]
-    train(Experiment.from_config(config), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path, config)
     assert without_times(read_records(tmp_path)) == without_times(read_records(straight))
 
 
@@ -159,13 +153,7 @@ def test_eight_devices_equal_one_and_exchange_checkpoints(straight, tmp_path):
     metadata = (tmp_path / "checkpoints" / "2" / "state" / "_sharding").read_text()
     assert "fsdp" in metadata  # the arrays were split, not copied
     # The rest on this process's mesh, from the checkpoint of the other mesh.
-    train(
-        Experiment.from_config(toy_config()),
-        toy_stage(),
-        toy_loader(),
-        tmp_path,
-        {"data_fingerprint": "toy"},
-    )
+    train_toy(tmp_path, meta={"data_fingerprint": "toy"})
     for ours, theirs in zip(
         without_times(read_records(straight)), without_times(read_records(tmp_path))
     ):
@@ -178,30 +166,12 @@ def test_eight_devices_equal_one_and_exchange_checkpoints(straight, tmp_path):
 
 def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path, caplog):
     caplog.set_level("INFO", "mvjax")
-    train(
-        Experiment.from_config(toy_config(steps=1)),
-        toy_stage(),
-        toy_loader(),
-        tmp_path,
-        {"data_fingerprint": "a"},
-    )
+    train_toy(tmp_path, toy_config(steps=1), meta={"data_fingerprint": "a"})
     with pytest.raises(CheckpointMismatch, match="fingerprint a, but the data now has b"):
-        train(
-            Experiment.from_config(toy_config()),
-            toy_stage(),
-            toy_loader(),
-            tmp_path,
-            {"data_fingerprint": "b"},
-        )
+        train_toy(tmp_path, meta={"data_fingerprint": "b"})
     config = toy_config()
     config.optimizer.weight_decay = 0.0
-    train(
-        Experiment.from_config(config),
-        toy_stage(),
-        toy_loader(),
-        tmp_path,
-        {"data_fingerprint": "a"},
-    )
+    train_toy(tmp_path, config, meta={"data_fingerprint": "a"})
     assert "optimizer.weight_decay is 0.1 there, 0.0 here" in caplog.text
 
 
@@ -213,13 +183,7 @@ def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, caplog):
         config.video_model = dict(width=16, precision="float32")
         config.update_from_flattened_dict(changes)
         caplog.clear()
-        record = train(
-            Experiment.from_config(config),
-            toy_stage(),
-            toy_loader(),
-            tmp_path,
-            {"data_fingerprint": "a"},
-        )
+        record = train_toy(tmp_path, config, meta={"data_fingerprint": "a"})
         assert record["step"] == 2
         return caplog.text
 
@@ -233,15 +197,15 @@ def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, caplog):
     with pytest.raises(CheckpointMismatch, match=r"video_model.width is 16 there, 32 here"):
         again(**{"video_model.width": 32})
     with pytest.raises(CheckpointMismatch, match="fingerprint a, but the data now has None"):
-        train(Experiment.from_config(toy_config(steps=2)), toy_stage(), toy_loader(), tmp_path)
+        train_toy(tmp_path, toy_config(steps=2))
 
 
 def test_a_finished_run_whose_newest_checkpoint_is_damaged_makes_those_steps_again(tmp_path):
-    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path)
     (tmp_path / "checkpoints" / "4" / "meta" / "metadata").unlink()
     before = read_records(tmp_path)
     with pytest.warns(UserWarning, match="checkpoint 4 .* cannot be read"):
-        train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
+        train_toy(tmp_path)
     assert without_times(read_records(tmp_path)) == without_times(before)
     assert (tmp_path / "checkpoints" / "damaged_4").is_dir()
 
@@ -250,32 +214,21 @@ def test_only_a_run_that_reached_its_last_step_says_that_it_is_finished(tmp_path
     finished = tmp_path / "finished"
     config = toy_config(checkpoint_every=100)
     with pytest.raises(SystemExit) as stopped:
-        train(Experiment.from_config(config), toy_stage(), Interrupting(signal.SIGTERM), tmp_path)
+        train_toy(tmp_path, config, loader=Interrupting(signal.SIGTERM))
     assert stopped.value.code == 0 and not finished.exists()
-    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path)
     assert finished.read_text() == "4\n"
     finished.unlink()  # as if the process had been killed after the last checkpoint
-    train(Experiment.from_config(toy_config()), toy_stage(), toy_loader(), tmp_path)
+    train_toy(tmp_path)
     assert finished.exists()
     with pytest.raises(SystemExit):  # a longer run is not finished again
-        train(
-            Experiment.from_config(toy_config(steps=40)),
-            toy_stage(),
-            Interrupting(signal.SIGTERM),
-            tmp_path,
-        )
+        train_toy(tmp_path, toy_config(steps=40), loader=Interrupting(signal.SIGTERM))
     assert not finished.exists()
 
 
 @pytest.mark.parametrize("steps", [2, 8])
 def test_a_profile_has_its_steps(tmp_path, steps):
-    train(
-        Experiment.from_config(toy_config(steps=steps)),
-        toy_stage(),
-        toy_loader(),
-        tmp_path,
-        profile=True,
-    )
+    train_toy(tmp_path, toy_config(steps=steps), profile=True)
     (trace,) = (tmp_path / "profile").glob("plugins/profile/*/*.xplane.pb")
     content = trace.read_bytes()
     assert b"train" in content and b"step_num" in content
@@ -285,12 +238,7 @@ def test_a_profile_has_its_steps(tmp_path, steps):
 def test_a_diverged_run_stops_with_the_reason(tmp_path, monkeypatch):
     monkeypatch.setattr("mvjax.training.train.MAX_SKIPPED_IN_A_ROW", 3)
     with pytest.raises(TrainingDiverged, match="not finite for 3 steps"):
-        train(
-            Experiment.from_config(toy_config(steps=9)),
-            toy_stage(scale=float("inf")),
-            toy_loader(),
-            tmp_path,
-        )
+        train_toy(tmp_path, toy_config(steps=9), stage=toy_stage(scale=float("inf")))
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["loss"] is None
 
 
@@ -300,6 +248,4 @@ def test_a_loader_that_does_not_fit_is_explained(tmp_path, repeat, entry, messag
     if entry:
         stage.batch_axes[entry] = ("batch",)
     with pytest.raises(ValueError, match=message):
-        train(
-            Experiment.from_config(toy_config(steps=40)), stage, toy_loader(repeat=repeat), tmp_path
-        )
+        train_toy(tmp_path, toy_config(steps=40), stage=stage, loader=toy_loader(repeat=repeat))

@@ -8,13 +8,11 @@ import sys
 from pathlib import Path
 
 from jax.sharding import NamedSharding, PartitionSpec
-from toy_training import toy_config, toy_loader, toy_stage
+from toy_training import toy_config, toy_loader, train_toy
 
 from mvjax import parallel
-from mvjax.experiment import Experiment
 from mvjax.parallel import make_mesh
 from mvjax.training.prefetch import local_rows
-from mvjax.training.train import train
 
 
 class Rows:
@@ -37,13 +35,7 @@ def train_toys(workdir: str | Path, steps: int, *mesh: str) -> None:
     config.mesh.update({name: int(size) for name, size in (entry.split("=") for entry in mesh)})
     sharding = NamedSharding(make_mesh(config.mesh), PartitionSpec(("data", "fsdp")))
     loader = Rows(toy_loader(), local_rows(sharding, config.training.batch_size))
-    train(
-        Experiment.from_config(config),
-        toy_stage(),
-        loader,
-        Path(workdir),
-        meta={"data_fingerprint": "toy"},
-    )
+    train_toy(workdir, config, loader=loader, meta={"data_fingerprint": "toy"})
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 
 from mvjax.experiment import Experiment
 from mvjax.parallel import constrain
+from mvjax.training.metrics import Record
 from mvjax.training.objectives import Stage
 from mvjax.training.train import train
 
@@ -98,17 +99,23 @@ def toy_loader(batch_size: int = 8, repeat: int | None = None) -> grain.DatasetI
     return iter(dataset.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
 
 
+def train_toy(workdir, config=None, *, stage=None, loader=None, meta=None, **options) -> Record:
+    """The real loop on the toy stage and loader, or on others."""
+    return train(
+        Experiment.from_config(toy_config() if config is None else config),
+        toy_stage() if stage is None else stage,
+        toy_loader() if loader is None else loader,
+        Path(workdir),
+        meta,
+        **options,
+    )
+
+
 def main(workdir: str | Path, steps: int, *mesh: str) -> None:
     """Usage: toy_training.py WORKDIR STEPS [fsdp=4 context=2 ...]."""
     config = toy_config(steps=steps, checkpoint_every=max(1, steps // 4))
     config.mesh.update({name: int(size) for name, size in (entry.split("=") for entry in mesh)})
-    train(
-        Experiment.from_config(config),
-        toy_stage(),
-        toy_loader(),
-        Path(workdir),
-        meta={"data_fingerprint": "toy"},
-    )
+    train_toy(workdir, config, meta={"data_fingerprint": "toy"})
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 Two searches, one after the other: the mesh at the smallest batch, then the batch on that mesh.
 """
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -11,6 +12,8 @@ from mvjax.parallel import MESH_AXES, abstract_mesh
 from mvjax.pods.compile import DoesNotFit, Estimate
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.step import make_program
+
+log = logging.getLogger(__name__)
 
 CONTEXTS = (1, 2, 4, 8)
 STATE_SHARE = 0.6  # of the memory; larger parameters and optimizer state leave too little
@@ -42,9 +45,8 @@ def search(
     compiled: Callable[[Experiment], Estimate],
     batch_size: int | None,
     max_compiles: int,
-    say: Callable[[str], None],
 ) -> Found:
-    """Compiles meshes, then batches on the best mesh.
+    """Compiles meshes, then batches on the best mesh; logs each of them.
 
     Memory comes first: context parallelism is tried only where a clip per device does not fit, or
     where the batch is smaller than the pod. For each context three meshes are tried, from the
@@ -60,12 +62,11 @@ def search(
         compiled: An experiment -> its estimate; raises `DoesNotFit`.
         batch_size: Samples per step of the pod; None for the largest.
         max_compiles: Number of programs after which the search stops.
-        say: Called with a line for each program.
 
     Raises:
         DoesNotFit: If nothing that was tried fits.
     """
-    budget = _Budget(compiled, max_compiles, say)
+    budget = _Budget(compiled, max_compiles)
     best = None
     for context in CONTEXTS:
         meshes = _candidates(experiment, devices, slices, context, batch_size, hbm_bytes)
@@ -98,9 +99,8 @@ _Tried = tuple[Experiment, Estimate]
 
 
 class _Budget:
-    def __init__(self, compiled: Callable, max_compiles: int, say: Callable[[str], None]):
-        self._compiled, self._most, self._say = compiled, max_compiles, say
-        self.made = 0
+    def __init__(self, compiled: Callable[[Experiment], Estimate], max_compiles: int):
+        self._compiled, self._most, self.made = compiled, max_compiles, 0
 
     @property
     def spent(self) -> bool:
@@ -117,9 +117,9 @@ class _Budget:
         try:
             result = self._compiled(experiment)
         except DoesNotFit:
-            self._say(f"{head}: does not fit")
+            log.info(f"{head}: does not fit")
             return None
-        self._say(
+        log.info(
             f"{head}: {result.peak_bytes / result.hbm_bytes:.0%} of the memory, "
             f"{seconds_per_clip(result) * result.devices:.3g} s per clip and chip, "
             f"compiled in {result.compile_seconds:.0f} s"

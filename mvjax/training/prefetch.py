@@ -21,21 +21,10 @@ def local_rows(sharding: NamedSharding, batch_size: int) -> np.ndarray:
 
     Args:
         sharding: Of an array whose first dimension is the samples.
-        batch_size: Samples in the batch of all processes together.
-
-    Raises:
-        ValueError: If the batch cannot be split over the mesh.
+        batch_size: Samples in the batch of all processes together, of `Experiment.check_batch`.
     """
-    ways = _ways(sharding)
-    if batch_size % ways:
-        raise ValueError(
-            f"a batch of {batch_size} samples cannot be split over {ways} devices, the mesh axes "
-            f"{_axes(sharding)} of {dict(sharding.mesh.shape)}; make training.batch_size a "
-            "multiple of them."
-        )
-    return np.concatenate(
-        [np.arange(batch_size).reshape(ways, -1)[i] for i in _local_parts(sharding)]
-    )
+    parts = np.arange(batch_size).reshape(_ways(sharding), -1)
+    return parts[_local_parts(sharding)].ravel()
 
 
 def device_batches(

@@ -50,9 +50,7 @@ def first_state(
     3. Parameters drawn from `training.seed`.
 
     Args:
-        experiment: The run.
-        stage: Gives initial parameters.
-        optimizer: Of `make_optimizer`.
+        experiment, stage, optimizer: The run.
         abstract: Of `abstract_state`; decides every shape and sharding.
         store: The checkpoints of this training directory.
         loader: Grain iterator, moved to the stored position when continuing.
@@ -82,8 +80,7 @@ def check_finished(
     Args:
         workdir: The training directory.
         step: The last step it made.
-        stored: The description in its newest checkpoint.
-        now: Of `describe`, for the run that was asked for.
+        stored, now: Of `describe`: in its newest checkpoint, and for the run that was asked for.
 
     Raises:
         CheckpointMismatch: If data, stage or networks are not those of the finished run.

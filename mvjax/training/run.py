@@ -46,8 +46,8 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
     identity = _identity(datasets)
     if acting:
         _check_backbone(config, identity)
-    # Before any data is read: the loader's error would name the mesh, but not training.accumulate.
-    mesh, rules = experiment.training_mesh(), experiment.rules
+    mesh, rules = experiment.mesh(), experiment.rules
+    experiment.check_batch(mesh)  # before any data is read
     mask_padding = acting and config.policy_io.action.get("mask_padding", False)
     choice = (settings.episodes_per_task, settings.seed, mask_padding)
     normalizers = _normalizers(datasets, choice, workdir) if acting else None

@@ -7,7 +7,6 @@ with every argument as a shape, for estimates and benchmarks.
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -24,11 +23,7 @@ from mvjax.training.objectives import Batch, Loss, Stage, make_stage
 Gradient = tuple[Loss, Params]
 
 
-@partial(
-    jax.tree_util.register_dataclass,
-    data_fields=("step", "params", "opt_state", "ema"),
-    meta_fields=(),
-)
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class TrainState:
     """The arrays of a run.

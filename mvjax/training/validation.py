@@ -5,6 +5,7 @@ validation, a run gives the same losses.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from data_pipelines.video import write_video
 from mvjax.experiment import Experiment
 from mvjax.flow import condition_mask, denoise, sample_video, start
 from mvjax.models.network import Params
-from mvjax.parallel import Rules, sharding_tree, split_ways, use_rules
+from mvjax.parallel import sharding_tree, split_ways, use_rules
 from mvjax.policy.load import load_video_tokenizer
 from mvjax.training.objectives import Batch, Stage, named_levels
 from mvjax.training.prefetch import device_batches
@@ -25,6 +26,9 @@ from mvjax.training.prefetch import device_batches
 STRIP = 6  # frames of a video in its picture
 
 Pictures = Mapping[str, np.ndarray]
+
+# Called by the loop as validation(step, params) -> ("validation/..." metrics, pictures).
+Validation = Callable[[int, Params], tuple[dict[str, float], Pictures]]
 
 
 def make_validation(
@@ -34,7 +38,7 @@ def make_validation(
     batches: Callable[..., Iterator[Any]],
     identity: Mapping[str, str],
     workdir: Path,
-) -> "Validation | None":
+) -> Validation | None:
     """The validation that a run makes every `training.sample_every` steps; None for 0.
 
     The loss is measured on one micro-batch of windows, which fits the devices. In stage 1,
@@ -61,60 +65,36 @@ def make_validation(
         loader = batches("validation", count, num_threads=1, prefetch_batches=1)
         return next(device_batches(loader, shardings, ahead=0))[0]
 
-    measured = windows(settings.batch_size // settings.accumulate)
-    if stage.name != "video" or settings.sample_count < 1:
-        return Validation(stage, mesh, rules, measured)
-    tokenizer = None
-    if jax.process_index() == 0:
-        tokenizer, ours = load_video_tokenizer(config.tokenizer)
-        if ours != identity["tokenizer"]:
-            raise ValueError(
-                f"The records were encoded with another tokenizer than {config.tokenizer}; name "
-                "that one as config.tokenizer, or set config.training.sample_count=0."
-            )
-    # As many as the devices generate together, although fewer may be written.
-    ways = split_ways("batch", mesh, rules)
-    begun = windows(-(-settings.sample_count // ways) * ways)
-    videos = ValidationVideos(experiment, mesh, begun, settings.sample_count, tokenizer, workdir)
-    return Validation(stage, mesh, rules, measured, videos)
+    batch, videos = windows(settings.batch_size // settings.accumulate), None
+    if stage.name == "video" and settings.sample_count > 0:
+        tokenizer = None
+        if jax.process_index() == 0:
+            tokenizer, ours = load_video_tokenizer(config.tokenizer)
+            if ours != identity["tokenizer"]:
+                raise ValueError(
+                    f"The records were encoded with another tokenizer than {config.tokenizer}; "
+                    "name that one as config.tokenizer, or set config.training.sample_count=0."
+                )
+        # As many as the devices generate together, although fewer may be written.
+        ways = split_ways("batch", mesh, rules)
+        begun = windows(-(-settings.sample_count // ways) * ways)
+        count = settings.sample_count
+        videos = ValidationVideos(experiment, mesh, begun, count, tokenizer, workdir)
 
+    # Whole on every device, so that every process can read it.
+    @partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
+    def loss(params: Params, frozen: Params, batch: Batch) -> Any:
+        with use_rules(rules):
+            return stage.loss(params, frozen, batch, jax.random.key(0))
 
-class Validation:
-    """Called by the loop as validation(step, params) -> (numbers, pictures)."""
-
-    def __init__(
-        self,
-        stage: Stage,
-        mesh: Mesh,
-        rules: Rules,
-        batch: Batch,
-        videos: "ValidationVideos | None" = None,
-    ):
-        """Takes windows of the validation split, on the devices, as the stage takes them."""
-        self._stage, self._batch, self._videos = stage, batch, videos
-
-        def loss(params: Params, frozen: Params, batch: Batch) -> Any:
-            with use_rules(rules):
-                return stage.loss(params, frozen, batch, jax.random.key(0))
-
-        # Whole on every device, so that every process can read it.
-        self._loss = jax.jit(loss, out_shardings=NamedSharding(mesh, PartitionSpec()))
-
-    def __call__(self, step: int, params: Params) -> tuple[dict[str, float], Pictures]:
-        """Measures the loss and generates the videos.
-
-        Args:
-            step: Number of steps made; names the files.
-            params: All parameters of the stage; not changed.
-
-        Returns:
-            "validation/loss" and the stage's metrics under "validation/"; pictures uint8 [h, w, 3].
-        """
-        loss, metrics = jax.device_get(self._loss(params, self._stage.frozen, self._batch))
+    def validation(step: int, params: Params) -> tuple[dict[str, float], Pictures]:
+        value, metrics = jax.device_get(loss(params, stage.frozen, batch))
         levels = metrics.pop("by_level", None)
-        numbers = {"loss": loss, **metrics, **named_levels([] if levels is None else [levels])}
-        numbers = {f"validation/{name}": float(value) for name, value in numbers.items()}
-        return numbers, self._videos(step, params) if self._videos else {}
+        numbers = {"loss": value, **metrics, **named_levels([] if levels is None else [levels])}
+        numbers = {f"validation/{name}": float(number) for name, number in numbers.items()}
+        return numbers, videos(step, params) if videos else {}
+
+    return validation
 
 
 class ValidationVideos:
@@ -151,7 +131,7 @@ class ValidationVideos:
         )
 
     def __call__(self, step: int, params: Params) -> Pictures:
-        """Writes the videos; returns a picture of each by name, on process 0."""
+        """Writes the videos, named by the step; returns pictures uint8 [h, w, 3] on process 0."""
         recorded, generated = self._generate(params, self._batch)
         if jax.process_index() != 0:
             return {}
