@@ -60,7 +60,10 @@ def get_config(run_dir):
         (["--config=data_pipelines/clip.py", "--workdir=x"], "with a function get_config"),
         (["--config=pyproject.toml", "--workdir=x"], "pyproject.toml, line "),
         (["--config=configs/quickstart.py", "--workdir=x"], "configuration has no setting 'stage'"),
-        ([VIDEO, "--workdir=x", "--config.clip.future_frames=7"], "clip.future_frames must be a positive"),
+        (
+            [VIDEO, "--workdir=x", "--config.clip.future_frames=7"],
+            "clip.future_frames must be a positive",
+        ),
         (
             [ACTION, "--workdir=x", "--config.policy_io.action.horizon=0"],
             "horizon must be at least",
