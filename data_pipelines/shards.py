@@ -220,12 +220,7 @@ def encode_texts(
     """Makes the text embeddings of finished records again; latents and numbers are not touched.
 
     If this is killed, the folder is unfinished, and the same call or the encoding job finishes it.
-
-    Args:
-        path: The records folder.
-        text_encoder: Instructions to embeddings.
-        identity: Of the text encoder.
-        episodes: The source; read for stored embeddings only.
+    `identity` is that of the text encoder; `episodes` are read for stored embeddings only.
 
     Raises:
         ValueError: If the latents are not finished yet.

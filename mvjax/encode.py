@@ -86,13 +86,10 @@ def encode_dataset(
     Episodes that cannot be read are reported, counted and named in the manifest with the reason.
 
     Args:
-        episodes: The source.
         dataset: `name`, `embodiment`, the stream `video`, and the parts of `action` and `proprio`
             ("" where absent; see `vectors.vector`).
         clip: height, width, observed_frames, future_frames, fps.
         policy_io: Action and proprioception windows, see `cut_episode`.
-        tokenizer: Video to latents.
-        text_encoder: Instructions to embeddings.
         path: The records folder, shared by all processes.
         identity: Identifies the weights of these networks, such as
             `{"tokenizer": "<checkpoint or hash>", "text_encoder": "..."}`.
@@ -103,8 +100,7 @@ def encode_dataset(
         max_bad_share: Share of unreadable episodes above which the job stops.
         retry_skipped: Also encode finished shards again that have a skipped episode which can be
             read now.
-        process: Index of this process; 0 writes the manifest when all are done.
-        processes: Number of processes that share the work.
+        process, processes: Index of this process, and their number; 0 writes the manifest.
         meet: Waits until every process has called it; only needed to retry in several.
 
     Raises:

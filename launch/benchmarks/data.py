@@ -1,7 +1,7 @@
-"""How fast data comes, each figure beside what the machine gives without us, measured in turns.
+"""The speed of the data pipeline, each figure beside the machine's own speed, measured in turns.
 
-Nothing is read but what is written here first: records and videos of the released sizes, filled
-with noise. All files have just been written, so both sides read from the page cache.
+All data is written here first: records and videos of the released sizes, filled with noise. The
+files have just been written, so both sides read from the page cache.
 """
 
 import threading
@@ -25,10 +25,10 @@ from data_pipelines.loader import make_loader
 from data_pipelines.records import RecordDataset
 from data_pipelines.statistics import column_statistics
 from data_pipelines.video import VideoFile, write_video
+from launch.benchmarks.training_speed import take_turns
 from mvjax.encode import encode_dataset
 
-# What the benchmark reads: records, numbers and videos of released sizes, filled with noise.
-
+# --- The data: records, numbers and videos of released sizes, filled with noise ---
 
 NO_POLICY = ConfigDict(dict(action={}, proprio={}))
 VIDEO_ONLY = ConfigDict(
@@ -39,7 +39,7 @@ _SHARD_ROWS = 50_000
 
 
 class _Noise:
-    """Stands in for the tokenizer and the text encoder: latents and texts of the right size."""
+    """Takes the place of tokenizer and text encoder: latents and embeddings of the right size."""
 
     def __init__(self, clip: Clip, length: int, dim: int):
         rng = np.random.default_rng(0)
@@ -56,11 +56,8 @@ class _Noise:
 def make_records(path: Path, clip: Clip, text: tuple[int, int], count: int) -> RecordDataset:
     """Writes records through the encoding job; only the networks are replaced by noise.
 
-    Args:
-        path: a new folder.
-        clip: gives the latents their shape.
-        text: length and width of the embeddings; every text fills its length.
-        count: records, at least 20.
+    Latents have the shape of `clip`, embeddings that of `text` (length, width); `count` is at
+    least 20.
     """
     per_episode = -(-count // _EPISODES)
     picture = np.zeros((16, 16, 3), np.uint8)
@@ -99,7 +96,7 @@ class _InMemory:
 
 
 def make_videos(folder: Path, count: int, frames: int, fps: int = 30) -> list[Path]:
-    """Writes 480x640 H.264 videos of moving noise, as hard to decode as filmed ones."""
+    """Writes 480x640 H.264 videos of moving noise, as costly to decode as filmed ones."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"{i}.mp4" for i in range(count)]
     for number, path in enumerate(paths):
@@ -111,13 +108,13 @@ def _film(seed: int, frames: int) -> Iterator[np.ndarray]:
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (60, 80, 3), np.uint8)
     picture = np.kron(coarse, np.ones((8, 8, 1), np.uint8)) // 2
-    grain = rng.integers(0, 24, (480, 640, 3), np.uint8)  # of a sensor; it does not move along
+    grain = rng.integers(0, 24, (480, 640, 3), np.uint8)  # of a sensor: another motion
     for i in range(frames):
         yield np.roll(picture, (i, 3 * i), (0, 1)) + np.roll(grain, 7 * i, 1)
 
 
 class NumberShards:
-    """Columns of records without the records: what a pass over the numbers alone reads."""
+    """The numeric columns of records without the records, for a pass over the numbers alone."""
 
     def __init__(self, folder: Path, rows: int, shape: tuple[int, int]):
         """Writes `rows` action chunks [horizon, dim] in files of 50,000."""
@@ -138,18 +135,15 @@ class NumberShards:
                 yield {name: columns[name] for name in names}
 
 
+# --- The measurements ---
+
 BATCH = 8
 _CLIP = ConfigDict(dict(height=480, width=640, observed_frames=5, future_frames=56, fps=30.0))
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One measurement.
-
-    Attributes:
-        speed: things per second.
-        cpu_ms: processor time for one of them, of all threads together.
-    """
+    """One measurement: units per second, and processor time per unit, of all threads together."""
 
     speed: float
     cpu_ms: float
@@ -157,14 +151,14 @@ class Turn:
 
 @dataclass(frozen=True)
 class Pair:
-    """Ours and the machine's own speed, one figure per turn.
+    """The speed of this pipeline and of the machine alone, one figure per turn.
 
     Attributes:
-        name: what was measured.
-        thing: of which so many are done per second.
-        ours: of this pipeline.
-        alone: the same work without it.
-        beside: what `alone` is.
+        name: What was measured.
+        thing: The unit of the speed, "clip" or "frame".
+        ours: Of this pipeline.
+        alone: The same work without it.
+        beside: What `alone` is.
     """
 
     name: str
@@ -175,13 +169,23 @@ class Pair:
 
     @property
     def speed_ratio(self) -> float:
-        """Our speed by the other's, the median over the turns."""
+        """Our speed divided by the other's, the median over the turns."""
         return median(a.speed / b.speed for a, b in zip(self.ours, self.alone))
 
     @property
     def cpu_ratio(self) -> float:
-        """The other's processor time by ours; this hardly depends on what else is running."""
+        """The other's processor time divided by ours; it hardly depends on what else is running."""
         return median(b.cpu_ms / a.cpu_ms for a, b in zip(self.ours, self.alone))
+
+    def __str__(self) -> str:
+        def words(turns: list[Turn]) -> str:
+            speed, cpu = median(t.speed for t in turns), median(t.cpu_ms for t in turns)
+            return f"{speed:.0f} {self.thing}s/s ({cpu:.2f} ms of processor time each)"
+
+        return (
+            f"{self.name}: {words(self.ours)}, {self.beside} {words(self.alone)}; "
+            f"{self.speed_ratio:.0%} of its speed, {self.cpu_ratio:.0%} by processor time"
+        )
 
 
 def clip_bytes(dataset: RecordDataset) -> int:
@@ -190,18 +194,15 @@ def clip_bytes(dataset: RecordDataset) -> int:
 
 
 def records_speed(dataset: RecordDataset, rounds: int, threads: int) -> Pair:
-    """Clips per second of the training loader, beside reading the files of records as they are.
+    """Clips per second of the training loader, beside a plain read of the record files.
 
-    Args:
-        dataset: of `make_records`.
-        rounds: turns of each; in a turn all records are read once.
-        threads: of either.
+    In a turn all records are read once. Both sides use the same number of threads.
     """
     shards = sorted(dataset.path.glob("*.arrayrecord"))
 
     def ours() -> Turn:
         loader = make_loader([dataset], [1.0], BATCH, 0, "train", num_threads=threads)
-        next(loader)  # opening the files and starting the threads happen once in a run
+        next(loader)  # opens the files and starts the threads, which happens once in a run
         batches = max(1, len(dataset) // BATCH)
 
         def read() -> int:
@@ -219,7 +220,7 @@ def records_speed(dataset: RecordDataset, rounds: int, threads: int) -> Pair:
 
 
 def _plain_read(files: Sequence[Path], threads: int, block: int = 1 << 20) -> int:
-    """Reads whole files with as many threads; the number of bytes."""
+    """Reads whole files in parallel; returns the number of bytes."""
     portion = 16 * block
     ranges = [(file, at) for file in files for at in range(0, file.stat().st_size, portion)]
 
@@ -236,19 +237,16 @@ def _plain_read(files: Sequence[Path], threads: int, block: int = 1 << 20) -> in
 
 
 def decoding_speed(videos: Sequence[Path], rounds: int, threads: int) -> Pair:
-    """Frames per second cut into clips, beside what PyAV alone decodes to RGB; all are shown.
+    """Frames per second cut into clips, beside PyAV alone, which decodes every frame to RGB.
 
-    Args:
-        videos: of `make_videos`, at 30 frames per second.
-        rounds: turns of each; in a turn all videos are decoded once.
-        threads: videos decoded at a time, by either; each decoder has one thread.
+    In a turn all videos are decoded once, `threads` at a time; each decoder has one thread.
     """
 
     def decode(path: Path) -> int:
         with av.open(str(path)) as container:
             stream = container.streams.video[0]
             stream.codec_context.thread_count = 1
-            # Kept together, as a clip needs them.
+            # All in memory at once, as a clip needs them.
             return len([frame.to_ndarray(format="rgb24") for frame in container.decode(stream)])
 
     def all_by(work: Callable[[Path], int]) -> Callable[[], Turn]:
@@ -282,20 +280,15 @@ def _in_turns(
     rounds: int,
     beside: str,
 ) -> Pair:
-    """One turn of each unmeasured, then in turns, so that others on the machine slow both."""
-    ours()
+    ours()  # one turn of each is not measured
     alone()
-    turns = [(ours(), alone()) for _ in range(rounds)]
-    return Pair(name, thing, [a for a, _ in turns], [b for _, b in turns], beside)
+    return Pair(name, thing, **take_turns({"ours": ours, "alone": alone}, rounds), beside=beside)
 
 
 def statistics_seconds(folder: Path, rows: int, shape: tuple[int, int]) -> float:
-    """Seconds for the normalizer's statistics of `rows` action chunks of a shape.
+    """Seconds for the normalizer's statistics of `rows` action chunks [horizon, dim].
 
-    Args:
-        folder: a new folder, for the numbers and the scratch file.
-        rows: windows.
-        shape: horizon and dimensions.
+    `folder` is a new folder, for the numbers and the scratch file.
     """
     numbers = NumberShards(folder / "numbers", rows, shape)
     start = time.perf_counter()
@@ -306,13 +299,7 @@ def statistics_seconds(folder: Path, rows: int, shape: tuple[int, int]) -> float
 def memory_over_time(
     dataset: RecordDataset, videos: Sequence[Path], seconds: float, points: int = 60
 ) -> list[tuple[float, float]]:
-    """Memory of this process while batches are read and videos are cut, over and over.
-
-    Args:
-        dataset: of `make_records`.
-        videos: of `make_videos`.
-        seconds: how long.
-        points: so often it is measured.
+    """Memory of this process while batches are read and videos are cut, again and again.
 
     Returns:
         (seconds since the start, MB in use): the mean of each of the `points` intervals.
@@ -332,7 +319,7 @@ def memory_over_time(
         while (now := time.perf_counter() - start) < seconds:
             next(loader)
             seen[int(now / seconds * points)].append(process.memory_info().rss / 1e6)
-        seen[-1].append(process.memory_info().rss / 1e6)  # also where the last batch came late
+        seen[-1].append(process.memory_info().rss / 1e6)  # the last batch may have come late
     finally:
         stop.set()
         beside.join()

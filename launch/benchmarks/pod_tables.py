@@ -2,9 +2,9 @@
 
     nice python -m launch.benchmarks.pod_tables
 
-A line is computed if it has no file yet, or if what needs no compiler (parameters, shapes and
-shardings, FLOPs, the chip) is not what its file says; remove a file to compute its line again.
-One line takes two to ten minutes and 3 GB on two cores. --lines=v5e makes the lines with that in
+A line is computed if it has no file yet, or if figures that need no compiler (parameters, shapes
+and shardings, FLOPs, the chip) differ from its file; remove a file to compute its line again. One
+line takes two to ten minutes and 3 GB on two cores. --lines=v5e makes only the lines with that in
 their name.
 """
 
@@ -26,11 +26,10 @@ from mvjax.training.bridge import abstract_backbone
 from mvjax.training.step import make_program
 
 DOCS = Path(__file__).parents[2] / "docs"
-BEGIN, END = (
-    "<!-- begin: launch.benchmarks.pod_tables -->\n",
-    "<!-- end: launch.benchmarks.pod_tables -->\n",
+BEGIN, END = (f"<!-- {word}: launch.benchmarks.pod_tables -->\n" for word in ("begin", "end"))
+CHOSEN = flags.DEFINE_string(
+    "lines", "", "Make only lines with this in their name; all by default."
 )
-CHOSEN = flags.DEFINE_string("lines", "", "Part of the names of the lines to make.")
 
 LORA = "--config=configs/bridge_video.py"
 FULL = "--config=configs/bridge_video.py --config.lora.rank=0"
@@ -72,7 +71,7 @@ TABLES: dict[str, dict[str, str]] = {
 
 
 def main() -> None:
-    """Runs what is missing or older than the code, and rewrites the tables."""
+    """Computes the lines that are missing or outdated, and rewrites the tables."""
     lines = [line for rows in TABLES.values() for line in rows.items()]
     old = [(n, a) for n, a in lines if not file_of(n).exists() or changes(n, a)]
     failed = [name for name, a in old if CHOSEN.value in name and not _estimate(name, a)]
@@ -83,12 +82,12 @@ def main() -> None:
 
 
 def file_of(name: str) -> Path:
-    """Where the figures of a line are."""
+    """The file of a line's figures."""
     return DOCS / "estimates" / f"{name}.json"
 
 
 def changes(name: str, arguments: str) -> list[str]:
-    """What needs no compiler and is not what the file of a line says: "field: then -> now"."""
+    """Differences to the file of a line that show without a compiler: "field: then -> now"."""
     then, now = json.loads(file_of(name).read_text()), _shapes(arguments)
     return [f"{key}: {then.get(key)} -> {now[key]}" for key in now if then.get(key) != now[key]]
 
@@ -112,20 +111,14 @@ def _shapes(arguments: str) -> dict[str, Any]:
 
 def _estimate(name: str, arguments: str) -> bool:
     print(f"{name}: python -m launch.estimate {arguments}", flush=True)
-    command = [
-        sys.executable,
-        "-m",
-        "launch.estimate",
-        *arguments.split(),
-        f"--json={file_of(name)}",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
+    command = ["-m", "launch.estimate", *arguments.split(), f"--json={file_of(name)}"]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
     print((done.stdout or done.stderr).strip(), flush=True)
     return done.returncode == 0
 
 
 def with_tables(page: str) -> str:
-    """The page with the tables as the files say them now."""
+    """The page with the tables made from the files."""
     parts = []
     for title, lines in TABLES.items():
         files = {arguments: file_of(name) for name, arguments in lines.items()}

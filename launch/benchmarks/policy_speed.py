@@ -1,9 +1,10 @@
-"""How long the policy takes for an answer, by part, beside the same computation in PyTorch.
+"""The latency of a query to the policy, by part, beside the same computation in PyTorch.
 
     prepare → encode → video → context → actions → fetch
 
 are measured one by one, each as a program of its own, and all together as `query`: from
-observations on the host to actions on the host. Ours is one program between `prepare` and `fetch`.
+observations on the host to actions on the host. Our query is one program between `prepare` and
+`fetch`.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL
 from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
+from launch.benchmarks.training_speed import take_turns
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.flops import action_decoder_flops, peak_flops, video_dit_flops
@@ -35,7 +38,7 @@ from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, medoid
 from mvjax.training.bridge import load_backbone
 
-# The parts of a query to the policy, ours and PyTorch's, each to be called and timed alone.
+# --- The parts of a query, ours and PyTorch's, each to be called and timed alone ---
 
 
 class DoesNotFit(ValueError):
@@ -47,8 +50,8 @@ class Part:
     """One part of a query, for a batch.
 
     Attributes:
-        run: computes it and returns when it is finished, given what `before` returns.
-        before: makes an argument that can be used once; not measured.
+        run: Computes it and returns when it is finished, given the result of `before`.
+        before: Makes an argument that can be used only once; not measured.
     """
 
     run: Callable[[Any], Any]
@@ -56,14 +59,10 @@ class Part:
 
 
 def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, Part]:
-    """The parts of a query to a policy, compiled.
-
-    Args:
-        policy: whose batch size is the number of observations.
-        observations: a full batch.
+    """The parts of a query to a policy, compiled for a full batch of observations.
 
     Raises:
-        DoesNotFit: if the memory that the compiler asks for is not there.
+        DoesNotFit: If the compiler asks for more memory than is free.
     """
     model, weights = policy.model, policy.weights
     tokenizer, backbone, decoder = weights
@@ -100,9 +99,9 @@ def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, 
         "encode": Part(lambda _: encode(tokenizer, i.video)),
         "video": Part(lambda _: video(backbone, clean, i.text, i.video_noise)),
         "context": Part(read),
-        # Keys and values can be most of the memory: they are made when they are needed.
+        # Keys and values can be most of the memory, so they exist only while they are needed.
         "actions": Part(lambda kv: actions(decoder, kv, i.proprio, i.action_noise), read),
-        # An array that was fetched once remembers its numbers.
+        # An array caches its values once fetched, so each repetition fetches a new one.
         "fetch": Part(fetch, lambda: jax.block_until_ready(chunks + 0)),
         "query": Part(lambda _: fetch(act(weights, prepare()))),
     }
@@ -137,7 +136,7 @@ def their_parts(peer: Any, observations: Sequence[Observation]) -> dict[str, Par
 
 
 def part_flops(policy: Policy) -> dict[str, float]:
-    """Operations of every part for one query; parts that are not computed on the device lack."""
+    """Operations of each part for one query, for the parts that run on the device."""
     model, sampling = policy.model, policy.model.sampling
     clip, backbone, decoder = model.clip, model.backbone.config, model.decoder.config
     text = policy.text_encoder.encode(["text"]).shape[1]
@@ -147,7 +146,7 @@ def part_flops(policy: Policy) -> dict[str, float]:
     frames = (1, clip.observed_frames, clip.height, clip.width, 3)
     encode = jax.jit(model.encode).lower(policy.weights[0], jax.ShapeDtypeStruct(frames, np.uint8))
     flops = {
-        # By the compiler: convolutions at the borders of a picture are not worth a formula.
+        # Counted by the compiler: the borders of convolutions are not worth a formula.
         "encode": (encode.cost_analysis() or {}).get("flops", 0.0),
         "video": sampling.stop_step * video() + video(layers=model.layer),
         "context": keys_values,
@@ -157,12 +156,10 @@ def part_flops(policy: Policy) -> dict[str, float]:
 
 
 def _check_memory(needed: Any) -> None:
-    """Raises DoesNotFit if a program needs more memory than a device has left.
-
-    A machine without memory to spare would rather stop this program than refuse an allocation.
-    """
+    """Raises DoesNotFit if a program needs more memory than a device has left."""
     if needed is None:
         return
+    # Checked beforehand: on a CPU the kernel kills the process instead of refusing an allocation.
     wanted = needed.temp_size_in_bytes + needed.output_size_in_bytes
     stats = jax.local_devices()[0].memory_stats() or {}
     free = psutil.virtual_memory().available
@@ -175,42 +172,42 @@ def _check_memory(needed: Any) -> None:
         )
 
 
-# A policy of a configuration's sizes without weights or data, for measuring its speed.
+# --- An untrained policy of a configuration's sizes ---
 
 
 @dataclass(frozen=True)
 class NoiseTextEncoder:
-    """Gives every text its own noise, float32 [n, length, dim]."""
+    """Embeds every text as noise of its own, float32 [n, length, dim]."""
 
     length: int
     dim: int
 
     def encode(self, texts: Sequence[str]) -> np.ndarray:
-        """Equal texts, equal embeddings."""
+        """Equal texts have equal embeddings."""
         generators = (np.random.default_rng(list(text.encode())) for text in texts)
         size = (self.length, self.dim)
         return np.stack([rng.standard_normal(size, np.float32) for rng in generators])
 
 
 def untrained_policy(experiment: Experiment, sampling: Sampling, batch_size: int = 1) -> Policy:
-    """The policy that `load_policy` would give, its weights drawn at random.
+    """The policy that `load_policy` would give, with random weights.
 
     The tokenizer is linear where the configuration names an .npz file, else a Wan VAE of the
-    released sizes. Texts are embedded as noise: a policy keeps embeddings, so the text encoder has
-    no part in the time of a query.
+    released sizes. Texts are embedded as noise: a policy caches embeddings, so the text encoder
+    does not contribute to the latency of a query.
 
     Args:
-        experiment: a stage-2 run; its checkpoints and data are not read.
-        sampling: how queries are answered.
-        batch_size: queries per compiled batch; rounded up to what the devices can share.
+        experiment: A stage-2 run; its checkpoints and data are not read.
+        sampling: Its noise and numbers of steps.
+        batch_size: Queries per compiled batch; rounded up to what the devices can share.
 
     Raises:
-        ValueError: if the configuration is not one of stage 2.
+        ValueError: If the configuration is not one of stage 2.
     """
     if experiment.stage != "action":
         raise ValueError(
-            f"A policy is configured by a stage-2 file of configs/, whose stage is 'action'; this "
-            f"one's is {experiment.stage!r}."
+            "a policy needs a stage-2 configuration (config.stage 'action'), got one of stage "
+            f"{experiment.stage!r}."
         )
     experiment = experiment.changed({"backbone.checkpoint": ""})
     config, rules, decoder = experiment.config, experiment.rules, experiment.decoder_network
@@ -236,7 +233,7 @@ def untrained_policy(experiment: Experiment, sampling: Sampling, batch_size: int
 
 
 def random_observations(policy: Policy, count: int) -> list[Observation]:
-    """Queries of noise, with different pictures and texts."""
+    """Observations of noise, with different pictures and texts."""
     rng, clip, sizes = np.random.default_rng(0), policy.model.clip, policy.model.decoder.config
     frames = (clip.observed_frames, clip.height, clip.width, 3)
     proprio = (sizes.proprio_horizon, sizes.proprio_dim)
@@ -264,18 +261,20 @@ def _tokenizer(path: Path) -> LinearTokenizer | WanVAE:
     return LinearTokenizer(projection(pixels), projection(TEMPORAL * pixels))
 
 
-TURN_SECONDS = 0.5  # so long a part is repeated in a turn
+# --- The measurement ---
+
+TURN_SECONDS = 0.5  # how long each part is repeated in a turn
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Of one part and batch, in milliseconds.
+    """The latency of one part for a batch, in milliseconds.
 
     Attributes:
-        p50, p95: of the repetitions.
-        cpu: processor time, of all threads together; the mean.
-        tflop: analytic operations of the batch, 1e12; None for parts that have none to speak of.
-        mfu: share of the device's peak that they are at p50; None on a CPU.
+        p50, p95: Percentiles of the repetitions.
+        cpu: Mean processor time, of all threads together.
+        tflop: Analytic operations of the batch, 1e12; None for parts on the host.
+        mfu: The share of the device's peak that they use at p50; None on a CPU.
     """
 
     p50: float
@@ -286,14 +285,13 @@ class Latency:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What was measured of one implementation at one batch size.
+class PolicySpeed:
+    """The figures of one implementation at one batch size.
 
     Attributes:
-        name: of it.
-        parts: by the names of `PARTS`.
-        queries_per_second: at the median of `query`.
-        actions: of the batch, to be compared.
+        parts: By name, in the order of a query, and "query".
+        queries_per_second: At the median of "query".
+        actions: Of the batch, to be compared.
     """
 
     name: str
@@ -301,31 +299,30 @@ class Answers:
     queries_per_second: float
     actions: np.ndarray
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return {k: v for k, v in asdict(self).items() if k != "actions"}
-
 
 @dataclass(frozen=True)
-class Batch:
-    """What was measured of a batch.
+class BatchSpeed:
+    """The figures of all implementations at one batch size.
 
     Attributes:
-        size: queries.
-        answers: of each implementation.
-        difference: the largest one between the actions of both, by their rms; None of one alone.
-        missing: why nothing, or only ours, was measured.
+        size: Queries per batch.
+        answers: Of each implementation.
+        difference: The largest one between the actions of both, relative to their rms; None where
+            only one was measured.
+        missing: Why nothing, or only ours, was measured.
     """
 
     size: int
-    answers: list[Answers]
+    answers: list[PolicySpeed]
     difference: float | None = None
     missing: str = ""
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        answers = [one.as_dict() for one in self.answers]
-        return {**vars(self), "answers": answers}
+        """For JSON, without the actions."""
+        content = asdict(self)
+        for answer in content["answers"]:
+            del answer["actions"]
+        return content
 
 
 def measure_policy(
@@ -335,17 +332,17 @@ def measure_policy(
     stop_step: int,
     rounds: int,
     peer_of: Callable[[Policy], Any] | None,
-) -> Iterator[Batch]:
+) -> Iterator[BatchSpeed]:
     """Measures an untrained policy at several batch sizes, up to the first that does not fit.
 
     The noise is the published one, the same at every query, whatever the configuration says.
 
     Args:
-        experiment: a stage-2 run.
-        sizes: of the batches, rising.
+        experiment: A stage-2 run.
+        sizes: Queries per batch, ascending.
         stop_step: K of the sampling.
-        rounds: turns, see `measure`.
-        peer_of: makes a `TorchPolicy` of a policy; None where PyTorch does not take part.
+        rounds: Turns, see `measure`.
+        peer_of: Makes a `TorchPolicy` of a policy; None where PyTorch does not take part.
     """
     sampling = experiment.sampling(fresh_noise=False, stop_step=stop_step)
     policy = untrained_policy(experiment, sampling)
@@ -360,7 +357,7 @@ def measure_policy(
         except (DoesNotFit, jax.errors.JaxRuntimeError) as error:
             if not _out_of_memory(error):
                 raise
-            yield Batch(size, [], missing=f"A batch of {size} does not fit: {error}")
+            yield BatchSpeed(size, [], missing=f"A batch of {size} does not fit: {error}")
             return
         if peer:
             try:
@@ -374,11 +371,11 @@ def measure_policy(
         if len(answers) > 1:
             ours, theirs = (one.actions.astype(np.float64) for one in answers)
             difference = float(np.abs(ours - theirs).max() / np.sqrt(np.mean(theirs**2)))
-        yield Batch(size, answers, difference, missing)
+        yield BatchSpeed(size, answers, difference, missing)
 
 
-def policy_table(batch: Batch) -> str:
-    """The figures of a batch as text, a line for every part."""
+def policy_table(batch: BatchSpeed) -> str:
+    """The figures of a batch size as text, one line per part."""
     lines = [batch.missing] if batch.missing else []
     for one in batch.answers:
         lines.append(
@@ -403,33 +400,36 @@ def _out_of_memory(error: Exception) -> bool:
     return isinstance(error, DoesNotFit) or "out of memory" in words or "exhausted" in words
 
 
-def measure(competitors: dict[str, dict[str, Part]], policy: Policy, rounds: int) -> list[Answers]:
-    """Measures them in turns, so that what else the machine does hits all alike.
+def measure(
+    competitors: dict[str, dict[str, Part]], policy: Policy, rounds: int
+) -> list[PolicySpeed]:
+    """Measures the parts of each implementation in turns.
 
     Args:
-        competitors: parts of each by name.
-        policy: gives the batch size and the operations.
-        rounds: turns of each; in a turn every part is repeated for half a second, once at least.
+        competitors: Name of an implementation -> its parts.
+        policy: Gives the batch size and the operations.
+        rounds: Turns of each; in a turn every part is repeated for half a second, at least once.
     """
-    taken = {name: {part: [] for part in parts} for name, parts in competitors.items()}
-    for _ in range(rounds):
-        for name, parts in competitors.items():
-            for part, found in parts.items():
-                taken[name][part] += _turn(found)
+    measurements = {
+        (name, part): partial(_turn, found)
+        for name, parts in competitors.items()
+        for part, found in parts.items()
+    }
+    taken = take_turns(measurements, rounds)
     flops, peak = part_flops(policy), peak_flops(jax.devices()[0])
     answers = []
     for name, parts in competitors.items():
         latencies = {
-            part: _latency(times, flops.get(part), peak, policy)
-            for part, times in taken[name].items()
+            part: _latency([*chain(*taken[name, part])], flops.get(part), peak, policy)
+            for part in parts
         }
         rate = policy.batch_size / latencies["query"].p50 * 1e3
-        answers.append(Answers(name, latencies, rate, parts["query"].run(None)))
+        answers.append(PolicySpeed(name, latencies, rate, parts["query"].run(None)))
     return answers
 
 
 def _turn(part: Part) -> list[tuple[float, float]]:
-    """Wall and processor seconds of every repetition; the first one is not counted."""
+    """Wall and processor seconds of every repetition after the first one."""
     part.run(part.before())
     times, start = [], time.perf_counter()
     while not times or time.perf_counter() - start < TURN_SECONDS:

@@ -1,4 +1,4 @@
-r"""Measures a training step on the devices that are here, beside the same network in PyTorch.
+r"""Measures a training step on the devices of this machine, beside the same network in PyTorch.
 
     python -m launch.benchmarks.speed --config=configs/quickstart_video.py
     python -m launch.benchmarks.speed --config=configs/bridge_video.py \
@@ -8,13 +8,12 @@ r"""Measures a training step on the devices that are here, beside the same netwo
 
 Data and checkpoints are not needed: the networks are untrained, the batch is noise. PyTorch takes
 part where torch and diffusers are installed (requirements-torch.txt); both are measured in turns.
---data measures how fast data comes instead: records and videos of noise, of the configuration's
-sizes, beside the plain read of the same bytes and PyAV alone. --policy measures the time of an
-answer, by part; of a GPU's memory half is then left to PyTorch.
+--data measures the speed of the data pipeline instead: records and videos of noise, of the
+configuration's sizes, beside a plain read of the same bytes and PyAV alone. --policy measures the
+latency of a query, by part; on a GPU half of the memory is then left to PyTorch.
 """
 
 import importlib.util
-import json
 import os
 import tempfile
 from dataclasses import asdict
@@ -25,26 +24,32 @@ from statistics import median
 import jax
 from absl import flags
 
-from launch.benchmarks import data as data
-from launch.benchmarks.data import make_records, make_videos
+from data_pipelines.atomic import write_json
+from launch.benchmarks import data
 from launch.benchmarks.policy_speed import measure_policy, policy_table
 from launch.benchmarks.training_speed import OurStep, Speed, compare
 from launch.entry import config_flag, run
 from mvjax.experiment import Experiment
 
 CONFIG = config_flag()
-STEPS = flags.DEFINE_integer("steps", 10, "Steps per turn.", lower_bound=1)
-ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each.", lower_bound=1)
-TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch too, where it is installed.")
+STEPS = flags.DEFINE_integer("steps", 10, "Training steps per turn.", lower_bound=1)
+ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each implementation.", lower_bound=1)
+TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch, too, where it is installed.")
 COMPILE = flags.DEFINE_bool("torch_compile", True, "Use torch.compile.")
-DATA = flags.DEFINE_bool("data", False, "Measure how fast data comes, instead of a step.")
-MINUTES = flags.DEFINE_float("minutes", 1.0, "With --data: of watching memory.", lower_bound=0)
-RECORDS = flags.DEFINE_integer("records", 200, "With --data: so many.", lower_bound=40)
-ROWS = flags.DEFINE_integer("rows", 1_000_000, "With --data: of numbers.", lower_bound=1)
-POLICY = flags.DEFINE_bool("policy", False, "Measure the policy's answers, instead of a step.")
-BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "With --policy: queries at a time.")
-STOP_STEP = flags.DEFINE_integer("stop_step", 0, "With --policy: K, full passes before the last.")
-OUT = flags.DEFINE_string("out", None, "A .json file for the figures.")
+DATA = flags.DEFINE_bool("data", False, "Measure the data pipeline instead of a step.")
+MINUTES = flags.DEFINE_float(
+    "minutes", 1.0, "With --data: minutes of watching the memory; 0: none.", lower_bound=0
+)
+RECORDS = flags.DEFINE_integer("records", 200, "With --data: records to read.", lower_bound=40)
+ROWS = flags.DEFINE_integer(
+    "rows", 1_000_000, "With --data: action chunks for the normalizer's statistics.", lower_bound=1
+)
+POLICY = flags.DEFINE_bool("policy", False, "Measure queries to the policy instead of a step.")
+BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "With --policy: queries per batch.")
+STOP_STEP = flags.DEFINE_integer(
+    "stop_step", 0, "With --policy: denoising steps of the video before it is read."
+)
+OUT = flags.DEFINE_string("out", None, "JSON file that receives the figures.")
 
 
 def main() -> None:
@@ -53,12 +58,13 @@ def main() -> None:
     if DATA.value:
         with tempfile.TemporaryDirectory() as folder:
             content = _measure_data(experiment, Path(folder))
-    elif POLICY.value:
-        content = _measure_policy(experiment)
     else:
-        content = _measure_steps(experiment)
+        content = _measure_policy(experiment) if POLICY.value else _measure_steps(experiment)
+        devices = {"device": jax.devices()[0].device_kind, "devices": jax.device_count()}
+        print(f"{devices['devices']} x {devices['device']}, jax {jax.__version__}")
+        content = devices | content
     if OUT.value:
-        Path(OUT.value).write_text(json.dumps(content, indent=2) + "\n")
+        write_json(Path(OUT.value), content)
 
 
 def _measure_steps(experiment: Experiment) -> dict:
@@ -68,93 +74,12 @@ def _measure_steps(experiment: Experiment) -> dict:
 
         competitors.append(TorchStep(experiment, competitors[0].flops, COMPILE.value))
     speeds = compare(competitors, STEPS.value, ROUNDS.value)
-    device = jax.devices()[0]
-    print(f"{jax.device_count()} x {device.device_kind}, jax {jax.__version__}")
     for speed in speeds:
         print(_line(speed))
     if len(speeds) > 1:
         ours, theirs = (median(speed.seconds_per_step) for speed in speeds)
-        print(f"mvjax makes {theirs / ours:.2f} steps in the time of one of PyTorch's.")
-    return {
-        "device": device.device_kind,
-        "devices": jax.device_count(),
-        "speeds": [speed.as_dict() for speed in speeds],
-    }
-
-
-def _with_torch() -> bool:
-    installed = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
-    if TORCH.value and not installed:
-        print("PyTorch is not measured: pip install -r requirements-torch.txt.")
-    return TORCH.value and installed
-
-
-def _measure_policy(experiment: Experiment) -> dict:
-    peer_of = None
-    if _with_torch():
-        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
-        from launch.benchmarks.torch_peer import TorchPolicy
-
-        peer_of = partial(TorchPolicy, compiled=COMPILE.value)
-    if not all(size.isdecimal() and int(size) for size in BATCHES.value):
-        raise ValueError(f"--batches takes numbers of queries, e.g. 1,8,64; got {BATCHES.value}.")
-    sizes = sorted(int(size) for size in BATCHES.value)
-    batches = []
-    for batch in measure_policy(
-        experiment, sizes, stop_step=STOP_STEP.value, rounds=ROUNDS.value, peer_of=peer_of
-    ):
-        batches.append(batch)
-        print(policy_table(batch), flush=True)
-    device = jax.devices()[0].device_kind
-    print(f"{jax.device_count()} x {device}, jax {jax.__version__}")
-    return {
-        "device": device,
-        "devices": jax.device_count(),
-        "stop_step": STOP_STEP.value,
-        "batches": [batch.as_dict() for batch in batches],
-    }
-
-
-def _measure_data(experiment: Experiment, folder: Path) -> dict:
-    cores, config, clip = os.cpu_count() or 1, experiment.config, experiment.clip
-    text = (config.text.length, config.text.dim)
-    records = make_records(folder / "records", clip, text, RECORDS.value)
-    videos = make_videos(folder / "videos", 2 * cores, 150)
-    print(f"{cores} cores, {cores} threads, files in the page cache")
-    pairs = [
-        data.records_speed(records, ROUNDS.value, cores),
-        data.decoding_speed(videos, ROUNDS.value, cores),
-    ]
-    for pair in pairs:
-        print(_pair_line(pair))
-    shape = (config.policy_io.action.horizon, config.policy_io.action.dim)
-    seconds = data.statistics_seconds(folder / "statistics", ROWS.value, shape)
-    print(f"statistics of {ROWS.value:,} rows of {list(shape)}: {seconds:.1f} s")
-    memory = data.memory_over_time(records, videos, 60 * MINUTES.value) if MINUTES.value else []
-    if memory:
-        quarter = max(1, len(memory) // 4)  # the first one is for filling the buffers
-        early, late = memory[quarter : 2 * quarter] or memory, memory[-quarter:]
-        print(
-            f"memory over {MINUTES.value:g} minutes: {median(mb for _, mb in early):.0f} MB in the "
-            f"second quarter, {median(mb for _, mb in late):.0f} MB in the last"
-        )
-    return {
-        "cores": cores,
-        "pairs": [asdict(pair) for pair in pairs],
-        "statistics_seconds": seconds,
-        "memory_mb": memory,
-    }
-
-
-def _pair_line(pair: data.Pair) -> str:
-    def words(turns: list[data.Turn]) -> str:
-        speed, cpu = median(t.speed for t in turns), median(t.cpu_ms for t in turns)
-        return f"{speed:.0f} {pair.thing}s/s ({cpu:.2f} ms of processor each)"
-
-    return (
-        f"{pair.name}: {words(pair.ours)}, {pair.beside} {words(pair.alone)}; "
-        f"{pair.speed_ratio:.0%} of its speed, {pair.cpu_ratio:.0%} by processor time"
-    )
+        print(f"mvjax makes {theirs / ours:.2f} steps in the time of one step of PyTorch.")
+    return {"speeds": [asdict(speed) for speed in speeds]}
 
 
 def _line(speed: Speed) -> str:
@@ -168,6 +93,62 @@ def _line(speed: Speed) -> str:
     if speed.peak_mb is not None:
         parts.append(f"peak {speed.peak_mb / 1024:.1f} GB")
     return ", ".join([*parts, f"ready after {speed.prepare_seconds:.0f} s"])
+
+
+def _measure_policy(experiment: Experiment) -> dict:
+    peer_of = None
+    if _with_torch():
+        os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.5")
+        from launch.benchmarks.torch_peer import TorchPolicy
+
+        peer_of = partial(TorchPolicy, compiled=COMPILE.value)
+    if not all(size.isdecimal() and int(size) for size in BATCHES.value):
+        raise ValueError(f"--batches takes numbers of queries, e.g. 1,8,64; got {BATCHES.value}.")
+    sizes, batches = sorted(int(size) for size in BATCHES.value), []
+    for batch in measure_policy(
+        experiment, sizes, stop_step=STOP_STEP.value, rounds=ROUNDS.value, peer_of=peer_of
+    ):
+        batches.append(batch.as_dict())
+        print(policy_table(batch), flush=True)
+    return {"stop_step": STOP_STEP.value, "batches": batches}
+
+
+def _with_torch() -> bool:
+    installed = all(importlib.util.find_spec(name) for name in ("torch", "diffusers"))
+    if TORCH.value and not installed:
+        print("PyTorch is not measured: pip install -r requirements-torch.txt.")
+    return TORCH.value and installed
+
+
+def _measure_data(experiment: Experiment, folder: Path) -> dict:
+    cores, config, rounds = os.cpu_count() or 1, experiment.config, ROUNDS.value
+    text = (config.text.length, config.text.dim)
+    records = data.make_records(folder / "records", experiment.clip, text, RECORDS.value)
+    videos = data.make_videos(folder / "videos", 2 * cores, 150)
+    print(f"{cores} cores, {cores} threads, files in the page cache")
+    pairs = [
+        data.records_speed(records, rounds, cores),
+        data.decoding_speed(videos, rounds, cores),
+    ]
+    for pair in pairs:
+        print(pair)
+    shape = (config.policy_io.action.horizon, config.policy_io.action.dim)
+    seconds = data.statistics_seconds(folder / "statistics", ROWS.value, shape)
+    print(f"statistics of {ROWS.value:,} rows of {list(shape)}: {seconds:.1f} s")
+    memory = data.memory_over_time(records, videos, 60 * MINUTES.value) if MINUTES.value else []
+    if memory:
+        quarter = max(1, len(memory) // 4)  # buffers fill during the first quarter
+        early, late = memory[quarter : 2 * quarter] or memory, memory[-quarter:]
+        print(
+            f"memory over {MINUTES.value:g} minutes: {median(mb for _, mb in early):.0f} MB in the "
+            f"second quarter, {median(mb for _, mb in late):.0f} MB in the last"
+        )
+    return {
+        "cores": cores,
+        "pairs": [asdict(pair) for pair in pairs],
+        "statistics_seconds": seconds,
+        "memory_mb": memory,
+    }
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""The same training step in PyTorch: diffusers' Cosmos transformer, our decoder's twin, compiled.
+"""The same training step and the same policy in PyTorch, from diffusers' networks and our decoder.
 
-It does the whole work of ours: noise is drawn and added, the loss is that of the stage, the
-gradient is clipped by its norm, AdamW updates, a moving average follows where ours has one. But in
-stage 1 it trains the whole network, also where our run trains adapters.
+The step does all the work of ours: it draws and adds noise, computes the loss of the stage, clips
+the gradient by its norm, updates with AdamW, and keeps a moving average where ours has one. But in
+stage 1 it always trains the whole network, also where our run trains adapters.
 """
 
 import time
@@ -33,8 +33,7 @@ from mvjax.models.wan_vae import WanVAE
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
 
-# The objectives of both stages in PyTorch, as modules that return a loss.
-
+# --- The objectives of both stages, as modules that return a loss ---
 
 Batch = dict[str, Tensor]
 
@@ -43,8 +42,8 @@ class TorchVideoObjective(nn.Module):
     """As `video_stage`, without adapters: the whole network learns.
 
     Attributes:
-        trained: what learns.
-        bfloat16: whether it is computed under autocast.
+        trained: The network that learns.
+        bfloat16: Whether it is computed under autocast.
     """
 
     def __init__(self, experiment: Experiment):
@@ -74,11 +73,7 @@ class TorchVideoObjective(nn.Module):
 
 
 class TorchActionObjective(nn.Module):
-    """As `action_stage`: the frozen backbone to block k, then the decoder, which learns.
-
-    Attributes:
-        trained, bfloat16: as of `TorchVideoObjective`.
-    """
+    """As `action_stage`: the frozen backbone to block k, then the decoder, which learns."""
 
     def __init__(self, experiment: Experiment):
         super().__init__()
@@ -141,11 +136,13 @@ def first_frames(latents: Tensor, number: Tensor | int) -> Tensor:
     return (frames < number).float().expand(len(latents), -1)
 
 
+# --- The training step ---
+
 OBJECTIVES = {"video": TorchVideoObjective, "action": TorchActionObjective}
 
 
 class TorchStep:
-    """One step of the peer on random data; see `benchmark.OurStep`."""
+    """A `Competitor` in PyTorch, on random data."""
 
     name = "PyTorch"
 
@@ -153,9 +150,9 @@ class TorchStep:
         """Builds the networks and makes the first two steps.
 
         Args:
-            experiment: a training run.
-            flops: of a step, to give the peer the same measure.
-            compiled: whether to use `torch.compile`.
+            experiment: A training run.
+            flops: Of our step, so that both are measured alike.
+            compiled: Use `torch.compile`.
         """
         start, config = time.perf_counter(), experiment.config
         self.flops, self.batch_size = flops, config.training.batch_size
@@ -187,7 +184,7 @@ class TorchStep:
         self.prepare_seconds = time.perf_counter() - start
 
     def run(self, steps: int) -> float:
-        """Makes so many steps; seconds until the device has finished them."""
+        """As `Competitor.run`."""
         start = time.perf_counter()
         for _ in range(steps):
             self._step()
@@ -197,7 +194,7 @@ class TorchStep:
 
     @property
     def peak_mb(self) -> float | None:
-        """The most memory of the device so far."""
+        """As of `Competitor`."""
         if self._device.type != "cuda":
             return None
         return torch.cuda.max_memory_allocated() / 2**20
@@ -213,14 +210,13 @@ class TorchStep:
             torch._foreach_lerp_(self._average, self._parameters, 1 - self._ema_decay)
 
 
-# The same policy in PyTorch: diffusers' networks and our decoder's twin, with our weights.
-
+# --- The policy, with our weights ---
 
 Context = list[tuple[Tensor, Tensor]]
 
 
 class TorchPolicy:
-    """Answers queries as `Policy.act` does, without its choice of noise: the published one.
+    """Computes actions as `Policy.act` does, always with the published noise.
 
     Everything is computed in bfloat16 where our policy's networks are.
     """
@@ -229,8 +225,8 @@ class TorchPolicy:
         """Takes the sizes, the weights and the sampling of a policy.
 
         Args:
-            policy: without oracle.
-            compiled: whether to use `torch.compile` for the video DiT and the decoder.
+            policy: One without oracle.
+            compiled: Use `torch.compile` for the video DiT and the decoder.
         """
         self._policy, self._model = policy, policy.model
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -271,7 +267,7 @@ class TorchPolicy:
         return tuple(torch.from_numpy(x).to(self.device) for x in (frames, proprio))
 
     def constants(self, observations: Sequence[Observation]) -> tuple[Tensor, Tensor, Tensor]:
-        """Text embeddings, video noise and action noise, which a policy keeps on the device."""
+        """Text embeddings, video noise and action noise, which a policy caches on the device."""
         sampling, sizes = self._model.sampling, self._model.decoder.config
         text = self._policy.text_encoder.encode([o.instruction for o in observations])
         shapes = (1, *self._model.clip.latent_shape), (sampling.draws, sizes.action_horizon)
@@ -283,7 +279,7 @@ class TorchPolicy:
         return text.to(self.device, self._dtype), *(x.to(self.device) for x in noise)
 
     def encode(self, frames: Tensor) -> Tensor:
-        """Latents [b, latent_frames, h/8, w/8, 16]; those of frames that are not given are 0."""
+        """Latents [b, latent_frames, h/8, w/8, 16]; zeros for frames that are not given."""
         latents = self._tokenizer((frames.float() / 127.5 - 1).to(self._pixels)).float()
         missing = self._model.clip.latent_frames - latents.shape[1]
         return nn.functional.pad(latents, (0, 0) * 3 + (0, missing))
@@ -292,8 +288,7 @@ class TorchPolicy:
         """Hidden states after block k at the noise level of the stop step."""
         sigmas, coefficients = schedule(self._model.sampling.sigmas)
         here = Trajectory(noise * float(sigmas[0]), torch.zeros_like(noise))
-        frames = torch.arange(clean.shape[1], device=clean.device)
-        observed = (frames < self._model.clip.condition_latents).float().expand(len(clean), -1)
+        observed = first_frames(clean, self._model.clip.condition_latents)
         mask = observed[..., None, None, None]
         at = lambda i: torch.full((len(noise), 1), float(sigmas[i]), device=noise.device)  # noqa: E731
         k = self._model.sampling.stop_step
@@ -306,11 +301,11 @@ class TorchPolicy:
         return self._read(here.x, clean, at(k), observed, text)
 
     def keys_values(self, context: Tensor) -> Context:
-        """Of every block of the decoder."""
+        """Keys and values of the context for every block of the decoder."""
         return self._decoder.context_keys_values(context.to(self._decoder_dtype))
 
     def sample(self, context: Context, proprio: Tensor, noise: Tensor) -> Tensor:
-        """Chunks, normalised [b, horizon, dim]: of the draws, the one nearest to the others."""
+        """Normalised chunks [b, horizon, dim]: of all draws, the one nearest to the others."""
         draws, steps = noise.shape[1], self._model.sampling.action_steps
         proprio = proprio.to(self._decoder_dtype).repeat_interleave(draws, dim=0)
         x = noise.flatten(0, 1)
@@ -326,11 +321,11 @@ class TorchPolicy:
         return chunks[torch.arange(len(chunks)), distances.sum(2).argmin(1)]
 
     def fetch(self, chunks: Tensor) -> np.ndarray:
-        """In environment units, on the host."""
+        """Actions in environment units, on the host."""
         return self._policy.normalizer.unnormalize("actions", chunks.cpu().numpy())
 
     def synchronised(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The function, without gradients, returning when the device has finished."""
+        """The function without gradients; it returns when the device has finished."""
 
         @torch.inference_mode()
         def run(*args: Any) -> Any:

@@ -1,9 +1,10 @@
-"""How fast a training step is here: the real compiled step on random data, beside PyTorch's."""
+"""The speed of a training step: the real compiled step on random data, beside PyTorch's."""
 
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -13,18 +14,50 @@ from mvjax.models.flops import peak_flops
 from mvjax.training.objectives import Batch
 from mvjax.training.step import create_state, make_program
 
+Name = TypeVar("Name", bound=Hashable)
+Measured = TypeVar("Measured")
+
+
+def take_turns(
+    measurements: Mapping[Name, Callable[[], Measured]], rounds: int
+) -> dict[Name, list[Measured]]:
+    """Makes measurements in turns, so that other load on the machine affects all of them alike."""
+    taken: dict[Name, list[Measured]] = {name: [] for name in measurements}
+    for _ in range(rounds):
+        for name, measure in measurements.items():
+            taken[name].append(measure())
+    return taken
+
+
+class Competitor(Protocol):
+    """An implementation of a training step.
+
+    Attributes:
+        name: Of the implementation.
+        batch_size, flops: Samples of a step, and its analytic operations.
+        prepare_seconds: Compiling, and the first steps.
+        peak_mb: Highest memory use of a device so far; None where the backend does not tell.
+    """
+
+    name: str
+    batch_size: int
+    flops: float
+    prepare_seconds: float
+    peak_mb: float | None
+
+    def run(self, steps: int) -> float:
+        """Makes some steps; returns the seconds until the devices have finished them."""
+        ...
+
 
 @dataclass(frozen=True)
 class Speed:
-    """What was measured of one implementation.
+    """The figures of one `Competitor`.
 
     Attributes:
-        name: of it.
-        seconds_per_step: one figure per round.
-        samples_per_second: at the median.
-        mfu: share of the devices' peak that the step's analytic FLOPs use; None on a CPU.
-        peak_mb: the most memory of a device so far; None where the backend does not tell.
-        prepare_seconds: compiling, and the first steps.
+        seconds_per_step: One figure per round.
+        samples_per_second: At the median.
+        mfu: Share of the devices' peak that the step's analytic FLOPs use; None on a CPU.
     """
 
     name: str
@@ -34,13 +67,9 @@ class Speed:
     peak_mb: float | None
     prepare_seconds: float
 
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
-
 
 class OurStep:
-    """The train step of a configuration, compiled for the devices that are here.
+    """The train step of a configuration, compiled for the devices of this machine.
 
     The networks are untrained and the batch is noise: neither changes the time.
     """
@@ -48,11 +77,7 @@ class OurStep:
     name = "mvjax"
 
     def __init__(self, experiment: Experiment):
-        """Compiles the step and makes its first two.
-
-        Args:
-            experiment: a training run; datasets and checkpoints are not read.
-        """
+        """Compiles the step of a training run and makes the first two; no data is read."""
         start = time.perf_counter()
         settings = experiment.config.training
         if experiment.stage == "action":
@@ -70,7 +95,7 @@ class OurStep:
         self.prepare_seconds = time.perf_counter() - start
 
     def run(self, steps: int) -> float:
-        """Makes so many steps; seconds until the devices have finished them."""
+        """As `Competitor.run`."""
         start = time.perf_counter()
         for _ in range(steps):
             self._state, metrics = self._step(self._state, self._frozen, self._batch)
@@ -79,35 +104,25 @@ class OurStep:
 
     @property
     def peak_mb(self) -> float | None:
-        """The most memory of a device so far."""
+        """As of `Competitor`."""
         stats = jax.local_devices()[0].memory_stats() or {}
         return stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else None
 
 
-def compare(competitors: list[Any], steps: int, rounds: int) -> list[Speed]:
-    """Measures them in turns, so that what else the machine does hits all alike.
-
-    Args:
-        competitors: objects with name, run, batch_size, flops, peak_mb and prepare_seconds.
-        steps: per turn.
-        rounds: turns of each.
-    """
-    taken: list[list[float]] = [[] for _ in competitors]
-    for _ in range(rounds):
-        for seconds, one in zip(taken, competitors):
-            seconds.append(one.run(steps) / steps)
+def compare(competitors: list[Competitor], steps: int, rounds: int) -> list[Speed]:
+    """Measures competitors in turns of some steps each."""
+    taken = take_turns({one: lambda one=one: one.run(steps) / steps for one in competitors}, rounds)
     peak = peak_flops(jax.devices()[0])
-    devices = jax.device_count()
     return [
         Speed(
             name=one.name,
             seconds_per_step=seconds,
             samples_per_second=one.batch_size / median(seconds),
-            mfu=one.flops / median(seconds) / (peak * devices) if peak else None,
+            mfu=one.flops / median(seconds) / (peak * jax.device_count()) if peak else None,
             peak_mb=one.peak_mb,
             prepare_seconds=one.prepare_seconds,
         )
-        for seconds, one in zip(taken, competitors)
+        for one, seconds in taken.items()
     ]
 
 

@@ -128,7 +128,6 @@ def load_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, P
             untrained backbone drawn from `training.seed` (the baseline of sample-efficiency
             studies). The settings of the video model must agree with what was trained, except
             those of how it is computed.
-        mesh: The devices it is sharded over.
 
     Returns:
         The backbone's configuration without LoRA, and its parameters: float32 where it
@@ -165,13 +164,9 @@ def load_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, P
 def load_decoder(experiment: Experiment, directory: Path, mesh: Mesh) -> Params:
     """Restores the action decoder of a stage-2 run onto this mesh.
 
-    Args:
-        experiment: Its networks and their inputs must be those the decoder was trained with.
-        directory: The stage-2 training directory.
-        mesh: The devices it is sharded over.
-
     Raises:
-        CheckpointMismatch: If the directory holds another stage or another model.
+        CheckpointMismatch: If the directory holds another stage, or the experiment has other
+            networks or inputs than the decoder was trained with.
     """
     config = experiment.config
     sections = ("clip", "video_model", "text", "context_layer", "policy_io", "decoder")

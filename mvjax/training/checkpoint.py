@@ -241,8 +241,7 @@ def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Pat
     """Raises CheckpointMismatch unless both have the same paths and shapes.
 
     Args:
-        stored: Path -> shaped leaf, in the checkpoint.
-        wanted: Path -> shaped leaf, in this run.
+        stored, wanted: Path -> shaped leaf, in the checkpoint and in this run.
         where: The checkpoint, for the message.
     """
 

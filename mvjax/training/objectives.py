@@ -137,10 +137,7 @@ def action_stage(
     samples of the mean over their learned numbers, so that it is linear in the samples: one
     without actions counts as zero.
 
-    Args:
-        experiment: The run.
-        mesh: Where the frozen backbone is placed.
-        backbone_of: Gives the backbone; `abstract_backbone` where only its shapes are needed.
+    The frozen backbone of `backbone_of` is placed on `mesh`; `abstract_backbone` gives only shapes.
     """
     config, clip, decoder = experiment.config, experiment.clip, experiment.decoder_network
     flow, layer, draws = config.flow, config.context_layer, config.flow.action_draws

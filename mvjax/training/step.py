@@ -270,8 +270,7 @@ def create_state(
     """Makes the state of step 0 on the devices, each creating only its own part.
 
     Args:
-        stage: Gives the initial parameters.
-        optimizer: Of `make_optimizer`.
+        stage, optimizer: Of the run.
         abstract: Of `abstract_state`; decides every sharding.
         seed: Of the initial parameters.
         params: Already placed parameters that replace those of `stage.init`; donated.

@@ -45,12 +45,9 @@ def make_validation(
     `training.sample_count` videos are generated.
 
     Args:
-        experiment: The run.
-        stage: The stage that is trained.
-        mesh: Where it is trained.
+        experiment, stage, mesh, workdir: Of the run.
         batches: (split, batch size, **reading) -> the loader's iterator.
         identity: The networks that made the records.
-        workdir: The training directory.
 
     Raises:
         ValueError: If a dataset has no held-out windows, or the tokenizer is not the one that made
@@ -112,8 +109,7 @@ class ValidationVideos:
         """Takes the windows.
 
         Args:
-            experiment: The run.
-            mesh: Where it is trained.
+            experiment, mesh: Of the run.
             batch: Windows of the validation split on the devices, a batch that the mesh can split.
             count: How many of them are written.
             tokenizer: Decodes latents; needed on process 0 only.
