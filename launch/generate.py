@@ -1,10 +1,10 @@
-r"""Generates a video from a picture (or the end of a video) and a prompt.
+r"""Generates a video from a picture or the end of a video, and a prompt.
 
     python -m launch.generate --checkpoint=runs/quickstart/video --image=start.png \
         --prompt="open the drawer" --out=video.mp4
 
-The checkpoint is a stage-1 training directory, whose own settings are the defaults, or a converted
-one, which also needs --tokenizer and --text_encoder (or --text_embedding):
+The checkpoint is a stage-1 training directory, whose settings are the defaults, or a converted one,
+which also needs --tokenizer and --text_encoder (or --text_embedding):
 
     python -m launch.generate --checkpoint=weights/cosmos2b --tokenizer=weights/wan_vae \
         --text_encoder=weights/t5_11b --image=start.jpg --prompt="A robot arm opens the drawer." \
@@ -34,35 +34,34 @@ from mvjax.policy.generate import (
 )
 
 CHECKPOINT = path_flag("checkpoint", "Stage-1 training directory, or converted video DiT.")
-IMAGE = path_flag("image", "A picture, or a video at the model's frame rate: its last frames.")
-OUT = path_flag("out", "The .mp4 to write.")
-PROMPT = flags.DEFINE_string("prompt", None, "What happens in the video.")
+IMAGE = path_flag("image", "First frame, or a video whose last frames are observed.")
+OUT = path_flag("out", "The .mp4 file to write.")
+PROMPT = flags.DEFINE_string("prompt", None, "Description of the video.")
 EMBEDDING = flags.DEFINE_string(
-    "text_embedding", None, "Embedding in place of --prompt: .npy of float [tokens, dim]."
+    "text_embedding", None, "Embedding in place of --prompt: .npy file of float [tokens, dim]."
 )
-NEGATIVE = flags.DEFINE_string("negative_prompt", None, "What --guidance steers away from.")
+NEGATIVE = flags.DEFINE_string("negative_prompt", None, "Description of what to avoid.")
 GUIDANCE = flags.DEFINE_float(
-    "guidance", 0.0, "Strength of guidance; 0: none, at half the cost.", 0
+    "guidance", 0.0, "Guidance strength away from --negative_prompt; 0: none, twice as fast.", 0
 )
-TOKENIZER = flags.DEFINE_string("tokenizer", None, "Converted Wan VAE, or a linear tokenizer.")
+TOKENIZER = flags.DEFINE_string("tokenizer", None, "Converted Wan VAE, or linear tokenizer.")
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Converted T5.")
+# The defaults of the following flags are the checkpoint's.
 HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels, a multiple of 16.")
 WIDTH = flags.DEFINE_integer("width", None, "Width in pixels, a multiple of 16.")
-FRAMES = flags.DEFINE_integer("frames", None, "All frames, observed ones included: 1 + 4k.")
+FRAMES = flags.DEFINE_integer("frames", None, "Number of frames, observed ones included: 1 + 4k.")
 FPS = flags.DEFINE_integer("fps", None, "Frames per second.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps.", lower_bound=1)
 SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level at which denoising starts.")
 SEED = flags.DEFINE_integer("seed", None, "Seed of the noise.", 0, 2**32 - 1)
-PRECISION = flags.DEFINE_enum(
-    "precision", None, PRECISIONS, "Precision of the network's arithmetic."
-)
+PRECISION = flags.DEFINE_enum("precision", None, PRECISIONS, "Arithmetic of the video DiT.")
 
 
 def main() -> None:
     """Writes one video."""
     checkpoint, out = Path(CHECKPOINT.value), Path(OUT.value)
     if out.suffix != ".mp4":
-        raise ValueError(f"--out must be the name of an .mp4 file, got {out}.")
+        raise ValueError(f"--out must be the name of an .mp4 file, got {out}")
     config = generation_config(checkpoint)
     given = {
         "clip.height": HEIGHT.value,
@@ -87,13 +86,13 @@ def main() -> None:
     with tqdm(total=sampling.evaluations, desc="denoise", unit="step", smoothing=0) as bar:
 
         def progress(done: int) -> None:
-            if done == 1:  # the first one was compiled, too: the pace is that of the others
+            if done == 1:  # compiled, too: the time left is estimated from the later steps
                 bar.initial = 1
                 bar.unpause()
             bar.update()
             ends.append(time.perf_counter())
             if done == bar.total:
-                bar.close()  # decoding is not a step
+                bar.close()  # before the video is decoded
 
         texts = dict(guidance=GUIDANCE.value, negative=negative)
         video = generate(
@@ -109,14 +108,14 @@ def main() -> None:
 
 
 def _clip(config: ConfigDict, observed: int) -> Clip:
-    """The clip to generate, of which `observed` frames are given."""
+    """The clip to generate, with `observed` given frames."""
     frames = FRAMES.value
     if frames is None:
         frames = config.clip.observed_frames + config.clip.future_frames
     if frames % 4 != 1 or frames <= observed:
         raise ValueError(
             f"--frames must be 1 + 4k and more than the {observed} observed, e.g. "
-            f"{max(frames // 4 * 4 + 1, observed + 4)}; got {frames}."
+            f"{max(frames // 4 * 4 + 1, observed + 4)}; got {frames}"
         )
     lengths = dict(observed_frames=observed, future_frames=frames - observed)
     return Clip(**{**config.clip, **lengths})
@@ -125,9 +124,9 @@ def _clip(config: ConfigDict, observed: int) -> Clip:
 def _texts(config: ConfigDict, checkpoint: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Embeddings of the prompt and, with guidance, of the negative prompt."""
     if (PROMPT.value is None) == (EMBEDDING.value is None):
-        raise ValueError("give either --prompt or --text_embedding, which stands in its place.")
+        raise ValueError("give either --prompt or --text_embedding")
     if GUIDANCE.value and NEGATIVE.value is None:
-        raise ValueError(f"--guidance={GUIDANCE.value:g} needs --negative_prompt.")
+        raise ValueError(f"--guidance={GUIDANCE.value:g} needs --negative_prompt")
     words = [PROMPT.value] if EMBEDDING.value is None else []
     words += [NEGATIVE.value] if GUIDANCE.value else []
     texts = [*embed_texts(config, words, checkpoint)] if words else []

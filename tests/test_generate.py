@@ -139,7 +139,7 @@ def test_every_step_and_every_later_video_is_one_program(model, tokenizer):
 
 
 def test_settings_and_frames_that_do_not_fit_are_refused(model, tokenizer):
-    with pytest.raises(ValueError, match=r"There are 1 frames to begin with, but clip.observed_fr"):
+    with pytest.raises(ValueError, match=r"1 observed frames, but clip.observed_frames is"):
         generate(model, tokenizer, CLIP, observed(1), embed("press"), Sampling())
     with pytest.raises(ValueError, match=r"sigma_max 0.001 and sigma_min 0.002"):
         Sampling(sigma_max=0.001)
@@ -196,13 +196,18 @@ def test_embeddings_are_filled_up_with_zeros(tmp_path):
         assert read.shape == (5, 8) and read.dtype == np.float32 and not read[3:].any()
         np.testing.assert_allclose(read[:3], values, rtol=1e-6)
     for array, words in (
-        (values[:, :4], r"float64 \[3, 4\]; this video model reads 1 to 5 tokens of width 8"),
-        (np.zeros((6, 8)), "reads 1 to 5 tokens"),
-        (np.zeros((3, 8), int), r"holds int64 \[3, 8\]; a text embedding is float"),
+        (values[:, :4], r"float64 \[3, 4\], expected .* 1 to 5 float tokens of width 8"),
+        (np.zeros((6, 8)), "expected .* 1 to 5 float tokens"),
+        (np.zeros((3, 8), int), r"holds int64 \[3, 8\], expected"),
     ):
         np.save(tmp_path / "a.npy", array)
         with pytest.raises(ValueError, match=words):
             read_embedding(tmp_path / "a.npy", length=5, dim=8)
+    np.save(tmp_path / "a.npy", np.array([{}]))
+    (tmp_path / "b.npy").write_bytes(b"not an array")
+    for name in ("a.npy", "b.npy"):
+        with pytest.raises(ValueError, match=f"{name} is not a .npy file of numbers"):
+            read_embedding(tmp_path / name, length=5, dim=8)
 
 
 @pytest.fixture(scope="module")
@@ -295,7 +300,9 @@ def test_another_tokenizer_than_the_trained_one_is_refused(trained, tmp_path):
         meta.write_text(json.dumps(content))
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="another video"):
             load_matching_tokenizer(path, tmp_path / "run")
-    with pytest.raises(FileNotFoundError, match="no video tokenizer at nothing; give --tokenizer"):
+    with pytest.raises(
+        FileNotFoundError, match="no video tokenizer at nothing"
+    ):
         load_matching_tokenizer("nothing", tmp_path / "run")
 
 
@@ -308,12 +315,12 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(complains, converted, tr
         (converted, dict(text_embedding=None, prompt="x"), "give --text_encoder=DIR with a"),
         (converted, dict(prompt="x"), "give either --prompt or --text_embedding"),
         (converted, dict(height=50), "height must be a multiple of 16 pixels"),
-        (converted, dict(frames=60), "more than the 1 observed, e.g. 61; got 60."),
+        (converted, dict(frames=60), "more than the 1 observed, e.g. 61; got 60"),
         (converted, dict(image="nothing.png"), "There is no picture or video at nothing.png"),
         (converted, dict(image=tmp_path / "text.png"), "text.png is neither a picture"),
         (converted, dict(image=tmp_path / "cut.png"), "cut.png is a damaged picture"),
         (converted, dict(guidance=2), "--guidance=2 needs --negative_prompt"),
-        (converted, dict(checkpoint=converted["tokenizer"]), "of stage 'vae', but videos are"),
+        (converted, dict(checkpoint=converted["tokenizer"]), "of stage 'vae', expected a video"),
         (trained, dict(sigma_max=0.1), "sigma_max 0.1 and sigma_min 0.3"),
     ):
         complains(words, "launch.generate", *flags_of(given, f"--out={out}", **changes))

@@ -140,7 +140,7 @@ def test_a_killed_recording_goes_on_and_ends_with_the_same_bytes(robot, tmp_path
     finished = wait_for(out, f"unfinished/{TASK}-*[0-9]")
     process.kill()  # the parent alone: its workers must notice
     process.communicate()
-    with pytest.raises(ValueError, match="a recording that is not finished"):
+    with pytest.raises(ValueError, match="unfinished recording"):
         open_dataset("lerobot", out, "robot", "metaworld_sawyer")
     with pytest.raises(ValueError, match=r"other settings \(noise is 0\.1 there, 0\.2 here\)"):
         other = Recording("robot", (TASK,), 4, noise=0.2, height=32, width=32, unit_episodes=1)
@@ -161,7 +161,7 @@ def test_an_interrupted_assembly_is_repeated(robot, tmp_path):
         record_unit(unit, ROBOT, staging)
     assemble(tmp_path, staging, ROBOT, ROBOT.units())
     (tmp_path / "meta/info.json").unlink()  # as if stopped before the last file
-    with pytest.raises(ValueError, match="a recording that is not finished"):
+    with pytest.raises(ValueError, match="unfinished recording"):
         open_dataset("lerobot", tmp_path, "robot", "metaworld_sawyer")
     record_dataset(tmp_path, ROBOT, progress=False)
     assert digests(tmp_path) == digests(robot[0])

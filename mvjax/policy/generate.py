@@ -1,7 +1,7 @@
-"""Generating video: observed frames and a text in, the whole clip out.
+"""Video generation: observed frames and a text in, the whole clip out.
 
-The policy samples inside one compiled program and needs few steps of it. A person who waits for a
-video wants to see how far it is, so here a Python loop calls one compiled step.
+The policy samples in one compiled program. Generating a long video takes minutes and shows its
+progress, so here a Python loop calls one compiled step.
 """
 
 import math
@@ -42,10 +42,10 @@ Array = jax.Array
 
 
 class Conditions(NamedTuple):
-    """What a video is generated from.
+    """The conditions of a video.
 
     Attributes:
-        clean: latents that begin with the observed frames [1, t, h, w, c]; the others are zeros.
+        clean: latents of the observed frames, then zeros [1, t, h, w, c].
         mask: 1 for the observed latent frames [1, t].
         text: embedding [1, l, dim]; with guidance [2, l, dim], the negative text second.
         guidance: g of x0 = x0_c + g (x0_c - x0_u), a scalar, where x0_u is predicted for the
@@ -64,7 +64,7 @@ class VideoModel:
 
     Attributes:
         network, params: the video DiT, LoRA merged.
-        mesh, rules: where its parameters and its computation lie.
+        mesh, rules: how parameters and computation are split over devices.
     """
 
     network: Network
@@ -79,30 +79,30 @@ class VideoModel:
         sampling: Sampling,
         progress: Callable[[int], None] = lambda evaluations: None,
     ) -> np.ndarray:
-        """Clean latents float32 [1, t, h, w, c], from standard normal noise of that shape.
+        """Samples clean latents, float32 [1, t, h, w, c].
 
         Args:
-            noise: where to start.
-            conditions: from what.
-            sampling: how; of it the noise levels.
-            progress: called with the number of evaluations that are done, after each.
+            noise: standard normal, of that shape.
+            conditions: the observed frames and texts.
+            sampling: sets the noise levels.
+            progress: called after each evaluation with the number of finished ones.
         """
         whole = NamedSharding(self.mesh, PartitionSpec())
         here = start(noise, sampling.sigmas)
         here, conditions = jax.device_put((here, conditions), whole)
         with jax.set_mesh(self.mesh), use_rules(self.rules):
-            # `flow.sample_video` in Python: inside a compiled loop there is nothing to see.
+            # `flow.sample_video` in Python: a compiled loop cannot report progress.
             for done, numbers in enumerate(zip(*schedule(sampling.sigmas)), 1):
                 here = self._step(self.params, here, conditions, *numbers)
-                here.x.block_until_ready()  # what is not yet computed is no progress
+                here.x.block_until_ready()  # dispatch is asynchronous
                 progress(done)
         return np.asarray(here.x)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=2)
     def _step(self, params, here: Trajectory, conditions, sigma, coefficients) -> Trajectory:
-        """The trajectory one evaluation later; σ is an input, so that one compilation serves."""
+        """One evaluation; σ is an input, so that all steps share a compilation."""
         x0 = self._clean_prediction(params, here.x, conditions, sigma)
-        whole = PartitionSpec()  # as it came in, so that the next step is the same program
+        whole = PartitionSpec()  # the input's sharding, or the next step would be compiled anew
         return jax.lax.with_sharding_constraint(advance(here, x0, coefficients), whole)
 
     def _clean_prediction(self, params, x, conditions, sigma) -> Array:
@@ -128,37 +128,33 @@ def generate(
     negative: np.ndarray | None = None,
     progress: Callable[[int], None] = lambda evaluations: None,
 ) -> np.ndarray:
-    """Generates a video that begins with what was observed.
+    """Generates a video that begins with the observed frames.
 
-    Equal arguments give the same video, on the same kind of device.
+    Equal arguments give equal videos on the same kind of device.
 
     Args:
         model: the video DiT.
         tokenizer: the video tokenizer whose latents it was trained on.
-        clip: how long and large the video is.
-        frames: the observed ones, uint8 [clip.observed_frames, any h, any w, 3]; they are scaled
-            to cover the clip's size, and their centre is taken.
+        clip: length and size of the video.
+        frames: observed frames, uint8 [clip.observed_frames, any h, any w, 3]; they are scaled to
+            cover the clip's size, and cropped to their centre.
         text: embedding of the prompt, float32 [l, dim].
-        sampling: how it is sampled; of it the noise levels and the seed.
-        guidance: see `Conditions`; 0 (mimic-video; Cosmos-Predict2 has 7) runs the network once per
-            evaluation, not twice.
-        negative: embedding of the text to move away from; needed with guidance.
-        progress: called with the number of evaluations that are done, after each.
+        sampling: sets the noise levels and the seed.
+        guidance: see `Conditions`; 0 (mimic-video's; Cosmos-Predict2's is 7) runs the network once
+            per evaluation instead of twice.
+        negative: embedding of the negative text, needed with guidance.
+        progress: called after each evaluation with the number of finished ones.
 
     Returns:
-        uint8 [clip.frames, clip.height, clip.width, 3]; the observed frames have passed through
-        the tokenizer as the others have.
-
-    Raises:
-        ValueError: if frames or texts do not fit.
+        uint8 [clip.frames, clip.height, clip.width, 3]; the observed frames, too, are decoded from
+        latents.
     """
     if len(frames) != clip.observed_frames:
         raise ValueError(
-            f"There are {len(frames)} frames to begin with, but clip.observed_frames is "
-            f"{clip.observed_frames}."
+            f"got {len(frames)} observed frames, but clip.observed_frames is {clip.observed_frames}"
         )
     if guidance < 0:
-        raise ValueError(f"guidance must be 0 (none) or more, got {guidance}.")
+        raise ValueError(f"guidance must be 0 (none) or more, got {guidance}")
     texts = [text]
     if guidance:
         if negative is None or negative.shape != text.shape:
@@ -182,11 +178,9 @@ def generate(
     return np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype(np.uint8)
 
 
-# What generating a video needs, from a checkpoint and from what a person adds to it.
-#
-# A stage-1 training directory knows its clip, sampler, tokenizer and text encoder; a converted
-# checkpoint knows the sizes of its network only, and is completed by the released lengths.
-
+# Configuration and networks of a checkpoint. A stage-1 training directory stores its clip, sampler,
+# tokenizer and text encoder; a converted checkpoint only the sizes of its network, and is completed
+# by the released values.
 
 # Cosmos-Predict2 480p-10fps; mimic-video has the same lengths at 5 frames per second.
 RELEASED = {
@@ -199,11 +193,10 @@ RELEASED = {
 
 
 def generation_config(checkpoint: Path) -> ConfigDict:
-    """The configuration stored with a video model, completed where it is a converted one.
+    """Returns the configuration stored with a video model, completed for a converted one.
 
-    Returns:
-        With `clip`, `sampler`, `text`, `video_model`, `tokenizer` ("" where unknown) and
-        `text_encoder` (None where unknown).
+    It has `clip`, `sampler`, `text`, `video_model`, `tokenizer` ("" if unknown) and `text_encoder`
+    (None if unknown).
 
     Raises:
         FileNotFoundError: if the directory holds no checkpoint.
@@ -212,8 +205,8 @@ def generation_config(checkpoint: Path) -> ConfigDict:
     meta = read_meta(checkpoint)
     if meta["stage"] != "video":
         raise CheckpointMismatch(
-            f"{checkpoint} holds a checkpoint of stage {meta['stage']!r}, but videos are generated "
-            "by a video model: give a stage-1 training directory or a converted video DiT."
+            f"{checkpoint} holds a checkpoint of stage {meta['stage']!r}, expected a video model: "
+            "give a stage-1 training directory or a converted video DiT."
         )
     config = ConfigDict(meta["config"])
     if "converted" in meta:
@@ -223,15 +216,15 @@ def generation_config(checkpoint: Path) -> ConfigDict:
 
 
 def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:
-    """The video tokenizer at `path`, which must be the one `checkpoint` was trained with."""
+    """Loads the video tokenizer at `path`, which `checkpoint` must have been trained with."""
     if path == "":
         raise ValueError(
-            f"{checkpoint} does not say which video tokenizer belongs to it; give "
-            "--tokenizer=DIR with a converted Wan VAE."
+            f"{checkpoint} does not name its video tokenizer; give --tokenizer=DIR with a "
+            "converted Wan VAE."
         )
     if not Path(path).exists():
         raise FileNotFoundError(
-            f"There is no video tokenizer at {path}; give --tokenizer with its new place."
+            f"There is no video tokenizer at {path}; give its path with --tokenizer."
         )
     tokenizer, identity = load_video_tokenizer(Path(path))
     check_identity({"tokenizer": identity}, checkpoint)
@@ -239,11 +232,11 @@ def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:
 
 
 def embed_texts(config: ConfigDict, texts: list[str], checkpoint: Path) -> np.ndarray:
-    """Embeddings [n, text.length, text.dim] by the encoder that `checkpoint` was trained with."""
+    """Embeds texts [n, text.length, text.dim] with the encoder of `checkpoint`."""
     if config.text_encoder is None:
         raise ValueError(
-            f"{checkpoint} does not say which text encoder belongs to it; give --text_encoder=DIR "
-            "with a converted T5, or --text_embedding=FILE.npy in place of the prompt."
+            f"{checkpoint} does not name its text encoder; give --text_encoder=DIR with a "
+            "converted T5, or --text_embedding=FILE.npy in place of the prompt."
         )
     encoder, identity = load_text_encoder(config)
     check_identity({"text_encoder": identity}, checkpoint)
@@ -251,29 +244,23 @@ def embed_texts(config: ConfigDict, texts: list[str], checkpoint: Path) -> np.nd
 
 
 def read_embedding(path: Path, length: int, dim: int) -> np.ndarray:
-    """A text embedding [length, dim] from a .npy file of float [l, dim] or [1, l, dim].
+    """Reads a text embedding [length, dim] from a .npy file of float [l, dim] or [1, l, dim].
 
-    Shorter ones are filled up with zeros, which the video model attends to, as published.
+    A shorter one is padded with zeros, which the video model attends to, as published.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds something else.
+        ValueError: if the file holds something else.
     """
-    if not path.is_file():
-        raise FileNotFoundError(f"There is no text embedding at {path}.")
     try:
-        found = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        found = np.lib.format.open_memmap(path, mode="r")
+    except ValueError as error:  # which does not name the file
         raise ValueError(f"{path} is not a .npy file of numbers: {error}") from error
-    array = found[0] if getattr(found, "ndim", 0) == 3 and len(found) == 1 else found
-    if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 2:
+    array = found[0] if found.ndim == 3 and len(found) == 1 else found
+    fits = array.ndim == 2 and array.shape[1] == dim and 1 <= len(array) <= length
+    if not fits or array.dtype.kind != "f":
         raise ValueError(
-            f"{path} holds {_described(found)}; a text embedding is float [tokens, {dim}]."
-        )
-    if array.shape[1] != dim or not 1 <= len(array) <= length:
-        raise ValueError(
-            f"{path} holds {_described(found)}; this video model reads 1 to {length} tokens of "
-            f"width {dim}."
+            f"{path} holds {found.dtype} {list(found.shape)}, expected a text embedding of 1 to "
+            f"{length} float tokens of width {dim}."
         )
     out = np.zeros((length, dim), np.float32)
     out[: len(array)] = array
@@ -281,28 +268,22 @@ def read_embedding(path: Path, length: int, dim: int) -> np.ndarray:
 
 
 def load_video_model(checkpoint: Path, precision: str) -> VideoModel:
-    """The video DiT of a checkpoint, on all devices of this process.
-
-    Parameters are split over them, and so is the sequence of tokens.
+    """Loads a video DiT, its parameters and tokens split over all devices of this process.
 
     Args:
         checkpoint: a stage-1 training directory or a converted checkpoint.
-        precision: in which it is computed, see `mvjax.models.layers`.
+        precision: of the computation, see `mvjax.models.layers`.
     """
     config = ConfigDict(read_meta(checkpoint)["config"])
     config.backbone = dict(checkpoint=str(checkpoint), precision=precision)
-    # There is one sample only, so the devices share its tokens.
+    # There is only one sample, so the devices share its tokens.
     config.rules = {**DEFAULT_RULES, "batch": None, "length": "fsdp"}
     experiment = Experiment.from_config(config)
     devices = jax.local_devices()
-    # As many as divide the widths, which parameters are split by.
+    # Their number must divide the widths, by which parameters are split.
     text_dim = config.video_model.get("text_dim", config.text.dim)
     count = math.gcd(len(devices), config.video_model.width, text_dim)
     mesh = make_mesh({"fsdp": count}, devices[:count])
     with jax.set_mesh(mesh):
         model, params = load_backbone(experiment, mesh)
     return VideoModel(video_network(model), params, mesh, experiment.rules)
-
-
-def _described(found: Any) -> str:
-    return f"{found.dtype} {list(found.shape)}" if isinstance(found, np.ndarray) else "an archive"

@@ -1,4 +1,4 @@
-"""Putting a policy together from what the phases of a run left on disk."""
+"""Loads a policy, or its video tokenizer and text encoder, from the files of a run."""
 
 import hashlib
 from pathlib import Path
@@ -29,22 +29,21 @@ from mvjax.training.bridge import (
 )
 from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
 
-# The video tokenizer and the text encoder that a configuration names, with their identities.
+# The video tokenizer and the text encoder of a configuration, with their identities.
 #
-# Both are either an embedded stand-in or converted weights: `config.tokenizer` is the file of a
+# Both are either a built-in stand-in or converted weights: `config.tokenizer` is the file of a
 # fitted linear tokenizer or the directory of a converted Wan VAE; `config.text_encoder` is "" for
-# character n-grams or the directory of a converted T5. Records and training runs remember the
-# identities, so that nothing is ever decoded with another network than it was encoded with.
+# character n-grams or the directory of a converted T5. Records and training runs store the
+# identities, so that nothing is decoded with another network than it was encoded with.
 
-
-_SMALL = 1 << 20  # bytes; norms and biases are below, and no two trainings share them
+_SMALL = 1 << 20  # bytes; smaller leaves (norms, biases) identify a training and hash fast
 
 
 def load_video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str]:
-    """The tokenizer at `config.tokenizer`, and its identity.
+    """Returns the tokenizer at `config.tokenizer`, and its identity.
 
     Raises:
-        FileNotFoundError: if nothing is there.
+        FileNotFoundError: if there is no such file or checkpoint.
         CheckpointMismatch: if the directory holds another network.
     """
     path = Path(path)
@@ -55,7 +54,7 @@ def load_video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str]:
 
 
 def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str]:
-    """The text encoder of a configuration (`text.length` tokens of `text.dim`), and its identity.
+    """Returns the text encoder (`text.length` tokens of `text.dim`), and its identity.
 
     Raises:
         FileNotFoundError: if `config.text_encoder` holds no checkpoint or no tokenizer.
@@ -66,8 +65,8 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
         return NgramTextEncoder(length, dim), f"ngram {length}x{dim}"
     if config.text_encoder == "stored":
         raise ValueError(
-            "config.text_encoder is 'stored', which gives the embeddings of instructions that are "
-            "in the data; for others name the network that made them (docs/weights.md)."
+            "config.text_encoder is 'stored': the data hold the embeddings of their own "
+            "instructions. For others, name the network that made them (docs/weights.md)."
         )
     directory = Path(config.text_encoder)
     network, params = _load(directory, "text")
@@ -81,25 +80,25 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
 
 
 def check_identity(identity: dict[str, str], directory: Path) -> None:
-    """Raises CheckpointMismatch if a run was trained with other encoders than these.
+    """Raises CheckpointMismatch if a run was trained with another tokenizer or text encoder.
 
     Args:
-        identity: "tokenizer" or "text_encoder", or both -> identity of what is in use.
-        directory: a training directory; converted weights do not tell, and anything goes.
+        identity: "tokenizer" or "text_encoder", or both -> the identity in use.
+        directory: a training directory; converted weights have no identity and pass.
     """
     trained = read_meta(directory).get("identity", {})
-    # Nobody knows which network made the embeddings that a dataset stores.
+    # It is unknown which network made the embeddings that a dataset stores.
     known = {name for name, what in trained.items() if not what.startswith("stored ")}
     expected = {name: trained[name] for name in identity if name in known}
     different = differences(expected, identity, "identity") if expected else ()
     if different:
         raise CheckpointMismatch(
             f"{directory} was trained with another video tokenizer or text encoder: "
-            f"{'; '.join(different)}. Bring that one back, or train again."
+            f"{'; '.join(different)}. Restore that one, or train again."
         )
 
 
-# What a converted checkpoint of each stage is called, and its network.
+# Title and network of a converted checkpoint, by stage.
 _ENCODERS = {
     "vae": ("Wan VAE", lambda config: vae_network(vae_config(config["tokenizer"]))),
     "text": ("T5 encoder", lambda config: text_network(T5EncoderConfig(**config["text_encoder"]))),
@@ -110,8 +109,8 @@ def _load(directory: Path, stage: str) -> tuple[Network, Params]:
     meta, (title, build) = read_meta(directory), _ENCODERS[stage]
     if meta["stage"] != stage:
         raise CheckpointMismatch(
-            f"{directory} holds a checkpoint of stage {meta['stage']!r}, but a converted "
-            f"{title} is needed here."
+            f"{directory} holds a checkpoint of stage {meta['stage']!r}, expected a converted "
+            f"{title}."
         )
     network = build(meta["config"])
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -134,23 +133,22 @@ def _fingerprint(params: Params) -> str:
 def load_policy(
     experiment: Experiment, decoder_directory: Path, sampling: Sampling, batch_size: int
 ) -> Policy:
-    """Loads tokenizer, backbone, decoder and normalizer of a stage-2 configuration.
+    """Loads the policy of a stage-2 run.
 
     Args:
-        experiment: of the stage-2 run; `config.embodiment` names the body that acts, where the run
-            has learned from several.
+        experiment: of the run; `config.embodiment` selects the robot if it was trained on several.
         decoder_directory: its training directory.
         sampling: how queries are answered.
         batch_size: queries per compiled batch; rounded up to what the devices can share.
     """
     config, rules, decoder_directory = experiment.config, experiment.rules, Path(decoder_directory)
-    latest_step(decoder_directory)  # a wrong directory is said before anything large is read
+    latest_step(decoder_directory)  # names a wrong directory before anything large is read
     normalizer = _normalizer(decoder_directory, config.get("embodiment", ""))
     tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
     text_encoder, text_identity = load_text_encoder(config)
     identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
     check_identity(identity, decoder_directory)
-    # Every process answers queries of its own, with its own devices.
+    # Every process answers its own queries on its own devices.
     mesh = experiment.mesh(jax.local_devices())
     with jax.set_mesh(mesh):
         video_dit, backbone_params = load_backbone(experiment, mesh)
@@ -175,7 +173,7 @@ def load_policy(
 
 
 def policy_identity(config: Any, decoder_directory: Path) -> str:
-    """Tells one trained policy from another, also when a folder is trained further."""
+    """Returns a text that identifies a trained policy, and its step if training continues."""
     parts = [decoder_directory, *filter(None, [config.backbone.checkpoint])]
     return "".join(f"{latest_step(Path(p))} {read_meta(Path(p))}" for p in parts)
 
@@ -184,14 +182,14 @@ def _normalizer(decoder_directory: Path, embodiment: str) -> Normalizer:
     path = decoder_directory / "normalizer.json"
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} is missing: training writes it, and for a converted decoder `python -m "
-            f"launch.convert STATISTICS.json {decoder_directory}` does."
+            f"{path} is missing: training writes it; for a converted decoder run `python -m "
+            f"launch.convert STATISTICS.json {decoder_directory}`."
         )
     normalizers = load_normalizers(path)
     trained = read_meta(decoder_directory).get("normalizer_fingerprint")  # converted: any
     if trained not in (None, normalizers.fingerprint):
         raise CheckpointMismatch(
-            f"{path} holds the statistics {normalizers.fingerprint[:12]}, but the decoder beside "
-            f"it was trained with {trained[:12]}; bring the file of that run back."
+            f"{path} has fingerprint {normalizers.fingerprint[:12]}, but its decoder was trained "
+            f"with statistics {trained[:12]}: restore the file of that run."
         )
     return normalizers.of(embodiment)

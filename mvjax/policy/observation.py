@@ -1,4 +1,4 @@
-"""What a policy is given at a query, and the history that builds it from control steps."""
+"""Observations, a policy's input, and the history that builds them from control steps."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,22 +47,13 @@ class ObservationSpec:
     execute: int
 
     def __post_init__(self) -> None:
-        """Checks the counts.
-
-        Raises:
-            ValueError: one of them is not positive.
-        """
         for name in ("observed_frames", "proprio_horizon", "execute"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name} is at least 1, not {getattr(self, name)}.")
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
 
 
 def control_stride(control_hz: float, fps: float, what: str = "clip.fps") -> int:
-    """Control steps between two samples at `fps`.
-
-    Raises:
-        ValueError: `control_hz` is not a whole multiple of `fps`.
-    """
+    """Returns the control steps between two samples at `fps`, which must divide `control_hz`."""
     stride = round(control_hz / fps)
     if stride < 1 or abs(control_hz / fps - stride) > 1e-6:
         raise ValueError(
@@ -73,16 +64,15 @@ def control_stride(control_hz: float, fps: float, what: str = "clip.fps") -> int
 
 
 class History:
-    """The recent frames and states of one episode, rendering no frame that no query will read.
+    """The recent frames and states of one episode; frames that no query reads are not rendered.
 
     Queries are at control steps 0, execute, 2·execute, ... and each reads the frames 0, 1, ...,
-    observed_frames - 1 strides before it. Before the episode's start its first frame and state are
-    repeated, as the training windows do. With execute 8 at 80 Hz and 20 fps, two new frames are
+    observed_frames - 1 strides before it. As in the training windows, the episode's first frame and
+    state are repeated before its start. With execute 8 at 80 Hz and 20 fps, two new frames are
     rendered per query.
     """
 
     def __init__(self, spec: ObservationSpec, control_hz: float) -> None:
-        """Starts an empty history for a robot controlled at `control_hz` hertz."""
         self._spec = spec
         self._stride = control_stride(control_hz, spec.fps)
         self._proprio_stride = control_stride(control_hz, spec.proprio_fps, "policy_io.proprio.fps")
@@ -91,7 +81,7 @@ class History:
         self._proprio: dict[int, np.ndarray] = {}
 
     def needs_frame(self, step: int) -> bool:
-        """Whether any query will read the frame of control step `step`."""
+        """Returns whether any query will read the frame of control step `step`."""
         execute = self._spec.execute
         last_reader = step + (self._spec.observed_frames - 1) * self._stride
         next_query = -(-step // execute) * execute
@@ -99,11 +89,11 @@ class History:
         return any((query - step) % self._stride == 0 for query in queries)
 
     def record(self, proprio: np.ndarray, render: Callable[[], np.ndarray]) -> np.ndarray | None:
-        """Takes in the next control step; the first call is step 0, before any action.
+        """Records the next control step; the first call is step 0, before any action.
 
         Args:
             proprio: float32 [proprio_dim], raw units.
-            render: draws uint8 [h, w, 3]; called only if a query will read this frame.
+            render: returns uint8 [h, w, 3]; called only if a query will read this frame.
 
         Returns:
             The frame if it was rendered.
@@ -113,23 +103,20 @@ class History:
         if frame is not None:
             self._frames[self._step] = frame
         self._proprio[self._step] = np.asarray(proprio, np.float32)
-        _drop_before(self._frames, self._step - (self._spec.observed_frames - 1) * self._stride)
-        _drop_before(
-            self._proprio, self._step - (self._spec.proprio_horizon - 1) * self._proprio_stride
-        )
+        for kept, count, stride in (
+            (self._frames, self._spec.observed_frames, self._stride),
+            (self._proprio, self._spec.proprio_horizon, self._proprio_stride),
+        ):
+            for step in [step for step in kept if step < self._step - (count - 1) * stride]:
+                del kept[step]
         return frame
 
     def observation(self, instruction: str, future: np.ndarray | None = None) -> Observation:
-        """The observation at the present control step.
-
-        Raises:
-            ValueError: the present step is not a multiple of `execute`, so its frames are missing.
-        """
+        """Returns the observation at the present control step, a multiple of `execute`."""
         if self._step < 0 or self._step % self._spec.execute:
             raise ValueError(
-                f"A query at control step {self._step} was not foreseen: with execute = "
-                f"{self._spec.execute}, frames are kept for steps 0, {self._spec.execute}, "
-                f"{2 * self._spec.execute}, ... only."
+                f"A query at control step {self._step} lacks its frames: with execute = "
+                f"{self._spec.execute}, queries are at multiples of it."
             )
         frames = self._last(self._frames, self._spec.observed_frames, self._stride)
         proprio = self._last(self._proprio, self._spec.proprio_horizon, self._proprio_stride)
@@ -138,8 +125,3 @@ class History:
     def _last(self, kept: dict[int, np.ndarray], count: int, stride: int) -> np.ndarray:
         steps = [max(0, self._step - back * stride) for back in reversed(range(count))]
         return np.stack([kept[step] for step in steps])
-
-
-def _drop_before(kept: dict[int, np.ndarray], oldest: int) -> None:
-    for step in [step for step in kept if step < oldest]:
-        del kept[step]

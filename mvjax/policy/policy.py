@@ -33,13 +33,12 @@ from mvjax.models.network import Network, Params
 from mvjax.parallel import Rules, make_mesh, make_rules, spec, split_ways, use_rules
 from mvjax.policy.observation import Observation
 
-# What a query computes: frames and words in, an action chunk out, as pure functions.
+# The computation of a query, as pure functions:
 #
 #     video ─ encode ─▶ latents ─ context ─▶ hidden states after block k ─ actions ─▶ chunks
 #
-# `act` is all of it, one compiled program, and `act_and_predict` the same with the video that the
-# model expects; the parts are there to be measured and compared.
-
+# `act` is all of it in one compiled program, and `act_and_predict` adds the predicted video. The
+# parts are public for benchmarks and the offline evaluation.
 
 Array = jax.Array
 Weights = tuple[Any, Params, Params]  # video tokenizer, video DiT, action decoder
@@ -71,7 +70,7 @@ class VideoActionModel:
         clip: lengths of the video.
         layer: k, the block after which the decoder reads the video DiT.
         backbone, decoder: the video DiT and the action decoder.
-        sampling: how a query is answered.
+        sampling: how video and actions are sampled.
     """
 
     clip: Clip
@@ -81,14 +80,10 @@ class VideoActionModel:
     sampling: Sampling
 
     def encode(self, tokenizer: Any, video: Array) -> Array:
-        """Latents of the frames that are given; those that are not are zeros.
-
-        Args:
-            tokenizer: has `encode`.
-            video: uint8 [b, frames, h, w, 3], the observed frames, or all of the clip (oracle).
+        """Encodes the observed frames, or all of the clip (oracle), uint8 [b, frames, h, w, 3].
 
         Returns:
-            [b, latent_frames, h/8, w/8, 16].
+            Latents [b, latent_frames, h/8, w/8, 16]; zeros for frames that are not given.
         """
         latents = tokenizer.encode(video.astype(jnp.float32) / 127.5 - 1)
         latents = rounded(latents, self.backbone.config.precision)
@@ -96,13 +91,16 @@ class VideoActionModel:
         return jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
 
     def context(self, params: Params, clean: Array, text: Array, noise: Array) -> Array:
-        """Hidden states after block k of the video at noise level σ_K, [b, tokens, width].
+        """Returns the hidden states after block k of the video at noise level σ_K.
 
         Args:
             params: of the video DiT.
             clean: latents of `encode`; only the observed ones are read, or all (oracle).
             text: embeddings [b, l, d].
-            noise: standard normal, as `clean`.
+            noise: standard normal, of the shape of `clean`.
+
+        Returns:
+            [b, tokens, width].
         """
         if self.sampling.oracle:
             x = self._true_future(clean, noise)
@@ -112,13 +110,13 @@ class VideoActionModel:
         return self.read(params, x, clean, self._sigma(len(clean)), text)
 
     def read(self, params: Params, x: Array, clean: Array, sigma: Array, text: Array) -> Array:
-        """Hidden states after block k of noisy latents `x` at the noise level sigma [b, 1]."""
+        """Returns the hidden states after block k of noisy latents `x` at noise level [b, 1]."""
         i = network_input(x, clean, sigma, self._condition_mask(len(x)))
         net = self.backbone.bind(params)
         return net.hidden(i.latents, i.timesteps, text, i.condition_mask, layer=self.layer)
 
     def denoised(self, params: Params, x: Array, clean: Array, sigma: Array, text: Array) -> Array:
-        """The clean latents that the video DiT predicts from `x` at the noise level [b, 1]."""
+        """Returns the clean latents that the video DiT predicts from `x` at noise level [b, 1]."""
         net = self.backbone.bind(params)
         velocity = lambda i: net(i.latents, i.timesteps, text, i.condition_mask)  # noqa: E731
         return denoise(velocity, x, clean, sigma, self._condition_mask(len(x)))
@@ -126,39 +124,38 @@ class VideoActionModel:
     def actions(
         self, params: Params, context: Array, sigma: Array, proprio: Array, noise: Array
     ) -> Array:
-        """Chunks, normalised, float32 [b, draws, horizon, dim].
-
-        Keys and values of the context are computed once, for all draws and all Euler steps.
+        """Samples normalised chunks, float32 [b, draws, horizon, dim].
 
         Args:
             params: of the action decoder.
-            context: of `context`.
+            context: hidden states of `context`.
             sigma: its noise level [b, 1].
             proprio: normalised [b, proprio_horizon, dim].
             noise: standard normal [b, draws, horizon, dim].
         """
+        # Keys and values of the context are computed once, for all draws and all Euler steps.
         return self.sample(params, self.keys_values(params, context), sigma, proprio, noise)
 
     def keys_values(self, params: Params, context: Array) -> KeysValues:
-        """What the decoder's blocks read of the context."""
+        """Returns the keys and values of the context in every block of the decoder."""
         return self.decoder.bind(params).context_keys_values(context)
 
     def sample(
         self, params: Params, context_kv: KeysValues, sigma: Array, proprio: Array, noise: Array
     ) -> Array:
-        """As `actions`, from the keys and values of the context."""
+        """Samples chunks as `actions` does, from the keys and values of the context."""
         decoder, draws = self.decoder.bind(params), noise.shape[1]
         proprio, sigma = (jnp.repeat(x, draws, axis=0) for x in (proprio, sigma))
         velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
         sample = noise.reshape(-1, *noise.shape[2:])
         if self.decoder.config.precision == "published":
-            sample = sample.astype(jnp.bfloat16)  # it keeps this from step to step
+            sample = sample.astype(jnp.bfloat16)  # the release integrates in bfloat16
         chunks = sample_actions(velocity, sample, self.sampling.action_steps)
         return chunks.reshape(noise.shape).astype(jnp.float32)
 
     @partial(jax.jit, static_argnums=0)
     def act(self, weights: Weights, inputs: Inputs) -> Array:
-        """From queries to their chunks, normalised, float32 [b, horizon, dim]."""
+        """Answers queries with normalised chunks, float32 [b, horizon, dim]."""
         tokenizer, backbone, decoder = weights
         clean = self.encode(tokenizer, inputs.video)
         context = self.context(backbone, clean, inputs.text, inputs.video_noise)
@@ -166,7 +163,7 @@ class VideoActionModel:
 
     @partial(jax.jit, static_argnums=0)
     def predict(self, weights: Weights, inputs: Inputs) -> Array:
-        """The fully denoised clip, uint8 [b, frames, h, w, 3], from its observed frames."""
+        """Predicts the fully denoised clip, uint8 [b, frames, h, w, 3]."""
         tokenizer, backbone, _ = weights
         clean = self.encode(tokenizer, inputs.video)
         begin = start(inputs.video_noise, self.sampling.sigmas)
@@ -175,11 +172,9 @@ class VideoActionModel:
 
     @partial(jax.jit, static_argnums=0)
     def act_and_predict(self, weights: Weights, inputs: Inputs) -> tuple[Array, Array]:
-        """The chunks of `act` and the clip of `predict`.
+        """Returns the chunks of `act` and the clip of `predict`, of one trajectory.
 
-        One video is denoised to σ_K, read there for the chunks, and denoised on to its end. In
-        oracle mode the chunks are read from the true future, and the clip is what the model
-        expects without having seen it.
+        In oracle mode the chunks are read from the true future, which the clip does not depend on.
         """
         tokenizer, backbone, decoder = weights
         text, noise, stop = inputs.text, inputs.video_noise, self.sampling.stop_step
@@ -200,7 +195,7 @@ class VideoActionModel:
     def _denoise(
         self, params: Params, here: Trajectory, clean: Array, text: Array, **steps: int
     ) -> Trajectory:
-        """`sample_video` by the video DiT; `steps` are its `first` and `last`."""
+        """`sample_video` with the video DiT; `steps` are its `first` and `last`."""
         denoise = lambda x, sigma: self.denoised(params, x, clean, sigma, text)  # noqa: E731
         return sample_video(denoise, here, self.sampling.sigmas, **steps)
 
@@ -214,12 +209,12 @@ class VideoActionModel:
 
 
 def to_pixels(tokenizer: Any, latents: Array) -> Array:
-    """Latents [b, t', h', w', c] as video, uint8 [b, t, h, w, 3]."""
+    """Decodes latents [b, t', h', w', c] to video, uint8 [b, t, h, w, 3]."""
     return jnp.clip(jnp.round((tokenizer.decode(latents) + 1) * 127.5), 0, 255).astype(jnp.uint8)
 
 
 def medoid(chunks: Array) -> Array:
-    """Of draws [b, r, horizon, dim], per sample the one with the least distance to the others."""
+    """Returns of draws [b, r, horizon, dim] the one closest to all others, for each sample."""
     difference = chunks[:, :, None] - chunks[:, None]
     total = jnp.sqrt(jnp.sum(difference**2, axis=(3, 4))).sum(axis=2)
     best = jnp.argmin(total, axis=1)[:, None, None, None]
@@ -233,15 +228,15 @@ _TEXTS_KEPT = 256  # embeddings of 512 x 1024 numbers are 2 MB each
 class Policy:
     """A trained video-action model. `act` answers a batch of observations.
 
-    Deterministic: equal observations give equal chunks, in whatever batch they are asked.
+    It is deterministic: equal observations give equal chunks, in any batch.
 
     Attributes:
         model: the networks and how they are sampled.
         weights: video tokenizer, and parameters of the video DiT and the action decoder.
-        text_encoder: instructions to embeddings; each is encoded once.
+        text_encoder: embeds instructions; each is encoded once.
         normalizer: of "proprio" and "actions".
         batch_size: queries per compiled batch, a multiple of the devices that share a batch.
-        mesh, rules: the devices that answer, and how batch and networks are split over them.
+        mesh, rules: the devices, and how batch and networks are split over them.
     """
 
     model: VideoActionModel
@@ -257,12 +252,12 @@ class Policy:
         ways = split_ways("batch", self.mesh, self.rules)
         if self.batch_size < 1 or self.batch_size % ways:
             raise ValueError(
-                f"The policy's batch_size must be a positive multiple of {ways}, the devices that "
-                f"share a batch, got {self.batch_size}."
+                f"The policy's batch_size must be a positive multiple of {ways}, the number of "
+                f"devices that share a batch, got {self.batch_size}."
             )
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
-        """Action chunks in environment units, float32 [n, action_horizon, action_dim].
+        """Returns action chunks in environment units, float32 [n, action_horizon, action_dim].
 
         Queries are answered in compiled batches of `batch_size`, the last one padded.
         """
@@ -270,23 +265,21 @@ class Policy:
         return self.normalizer.unnormalize("actions", chunks)
 
     def act_with_video(self, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
-        """The chunks of `act`, and the video of `predict_video` they were read from.
+        """Returns the chunks of `act`, and the video of `predict_video` they were read from.
 
-        The video that the context is read from at σ_K is denoised on to its end, so all steps of
-        the schedule are computed once, whatever K is: meant for looking on, not for control. In
-        oracle mode the context is read from the true future, and the video is what the model
-        expects instead.
+        The video that is read at σ_K is denoised to the end: all steps of the schedule are
+        computed, too slow for control. In oracle mode the chunks are read from the true future.
         """
         program, oracle = self.model.act_and_predict, self.model.sampling.oracle
         chunks, video = self._answer(program, observations, oracle)
         return self.normalizer.unnormalize("actions", chunks), video
 
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
-        """Fully denoised video with the observed frames first, uint8 [n, frames, h, w, 3]."""
+        """Returns fully denoised video, observed frames first, uint8 [n, frames, h, w, 3]."""
         return self._answer(self.model.predict, observations, with_future=False)
 
     def sampled(self, sampling: Sampling) -> "Policy":
-        """The same networks, answering in another way; both share memory and remembered texts."""
+        """Returns the policy with other sampling; both share weights and text embeddings."""
         return replace(self, model=replace(self.model, sampling=sampling))
 
     def warm_up(self) -> None:
@@ -294,7 +287,7 @@ class Policy:
         self.act([self.blank_observation()])
 
     def blank_observation(self) -> Observation:
-        """A query of the right shapes, all black and at rest."""
+        """Returns a query of the right shapes, all zeros."""
         clip, config = self.model.clip, self.model.decoder.config
         frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
         proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
@@ -302,24 +295,19 @@ class Policy:
         return Observation(observed, proprio, "", future)
 
     def batches(self, observations: Sequence[Observation]) -> Iterator[list[Observation]]:
-        """Queries in batches of `batch_size`; the last one is filled up with its last query."""
+        """Yields batches of `batch_size`; the last one is padded with its last query."""
         for first in range(0, len(observations), self.batch_size):
             batch = list(observations[first : first + self.batch_size])
             yield batch + batch[-1:] * (self.batch_size - len(batch))
 
     @contextmanager
     def devices(self) -> Iterator[None]:
-        """Inside, the model's functions run on the policy's devices."""
+        """Runs the model's functions inside it on the policy's devices."""
         with jax.set_mesh(self.mesh), use_rules(self.rules):
             yield
 
     def inputs(self, batch: Sequence[Observation], with_future: bool) -> Inputs:
-        """A full batch of queries, checked and brought to the devices.
-
-        Args:
-            batch: `batch_size` queries.
-            with_future: take their true future frames as well.
-        """
+        """Checks `batch_size` queries and moves them to the devices, with their futures or not."""
         video = self._frames(batch, with_future)
         proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
         arrays = map(self._split, (video, self._text(batch), proprio))
@@ -331,7 +319,7 @@ class Policy:
         observations: Sequence[Observation],
         with_future: bool,
     ) -> Any:
-        """What a program of the model says to each observation, on the host."""
+        """The results of a program of the model, one per observation, on the host."""
         answers = []
         for batch in self.batches(observations):
             inputs = self.inputs(batch, with_future)
@@ -364,18 +352,16 @@ class Policy:
         return np.stack(clips)
 
     def _text(self, batch: Sequence[Observation]) -> np.ndarray:
-        # One at a time, so that an encoder is compiled for one shape only.
+        # One at a time, so that the encoder is compiled for one shape only.
         texts = [observation.instruction for observation in batch]
         return np.stack(
             [self._texts.get(t, lambda t=t: self.text_encoder.encode([t])[0]) for t in texts]
         )
 
     def _noise(self, batch: Sequence[Observation]) -> tuple[jax.Array, jax.Array]:
-        """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim] of a full batch.
-
-        A sample's noise depends on nothing but its own observation, so a chunk does not depend on
-        the batch it is asked in.
-        """
+        """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim] of a full batch."""
+        # It depends on the sample's own observation only, so that a chunk does not depend on the
+        # rest of its batch.
         if not self.model.sampling.fresh_noise:
             return self._fixed_noise
         seed = self.model.sampling.seed
@@ -384,7 +370,7 @@ class Policy:
 
     @cached_property
     def _fixed_noise(self) -> tuple[jax.Array, jax.Array]:
-        # A million numbers for every query would take longer to draw than to use.
+        # Cached: drawing a million numbers takes longer than a query.
         drawn = self._draw(self.model.sampling.seed)
         return tuple(self._split(np.stack([noise] * self.batch_size)) for noise in drawn)
 
