@@ -198,7 +198,7 @@ def test_the_work_of_a_query_of_the_released_sizes():
     assert tflop["query"] == pytest.approx(sum(tflop.values()) - tflop["query"])
 
 
-def test_a_batch_that_does_not_fit_is_said(monkeypatch):
+def test_a_batch_that_does_not_fit_is_reported(monkeypatch):
     memory = type("Memory", (), {"available": 1000})
     monkeypatch.setattr(policy_speed.psutil, "virtual_memory", lambda: memory)
     config = tiny_config("action")

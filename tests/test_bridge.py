@@ -109,7 +109,7 @@ def test_a_folder_that_holds_no_run_is_refused(tmp_path):
         load(tmp_path)
 
 
-def test_decoders_come_back_and_only_where_they_belong(video_run, tmp_path):
+def test_decoders_are_restored_only_with_their_own_settings(video_run, tmp_path):
     config = five_steps("action", video_run)
     params = save_untrained(config, tmp_path)
     mesh = make_mesh(config.mesh)

@@ -65,7 +65,7 @@ def test_positions_given_as_bytes_come_back_as_bytes(tmp_path):
         assert store.restore(abstract).position == b'{"next": 7}'
 
 
-def test_who_reads_a_damaged_checkpoint_is_told_which_and_what_to_do(copied):
+def test_a_damaged_checkpoint_is_named_with_a_remedy(copied):
     """Stage 2 and the policy do not go back a step by themselves: they would be another model."""
     newest = checkpoint_folder(copied) / "4"
     sound = (newest / "meta" / "metadata").read_text()
@@ -79,7 +79,7 @@ def test_who_reads_a_damaged_checkpoint_is_told_which_and_what_to_do(copied):
 
 
 @pytest.mark.parametrize(("keep_every", "left"), [(0, ["5", "6"]), (3, ["3", "5", "6"])])
-def test_the_newest_stay_and_those_of_every_so_many_steps(tmp_path, keep_every, left):
+def test_the_newest_checkpoints_and_those_of_keep_every_stay(tmp_path, keep_every, left):
     config = toy_config(steps=5, checkpoint_every=1, keep_every=keep_every)
     train_toy(tmp_path, config)
     config.training.steps = 6  # also when the run was interrupted between
@@ -179,7 +179,7 @@ def test_bridge_reads_averages_or_raw_parameters_in_the_wanted_dtype(trained):
     assert shapes == jax.tree.map(lambda leaf: leaf.shape, wanted)
 
 
-def test_bridge_says_what_is_not_there(trained, tmp_path):
+def test_bridge_names_missing_directories_and_steps(trained, tmp_path):
     with pytest.raises(FileNotFoundError, match="not a training directory"):
         read_meta(tmp_path)
     with pytest.raises(FileNotFoundError, match=r"no checkpoint 3; it has the steps \[2, 4\]"):

@@ -155,7 +155,7 @@ def test_many_bad_episodes_stop_the_job_early(tmp_path):
         encode(episodes, tmp_path, max_bad_share=0.2)
 
 
-def test_numbers_that_are_not_finite_spoil_their_episode(tmp_path):
+def test_an_episode_with_non_finite_numbers_is_bad(tmp_path):
     episodes = [episode(i) for i in range(3)]
     episodes[1].streams["action"].values[7, 2] = np.nan
     dataset = encode(episodes, tmp_path, max_bad_share=0.5)
@@ -164,7 +164,7 @@ def test_numbers_that_are_not_finite_spoil_their_episode(tmp_path):
     ]
 
 
-def test_an_episode_that_alone_lacks_a_stream_is_bad_not_the_config(tmp_path):
+def test_a_single_episode_without_a_stream_is_bad(tmp_path):
     episodes = [episode(0), episode(1, acting=False), episode(2)]
     dataset = encode(episodes, tmp_path, max_bad_share=0.5)
     assert [bad["id"] for bad in dataset.skipped] == ["episode 1"]
@@ -213,14 +213,14 @@ def test_repaired_episodes_are_tried_again_and_only_their_shards_are_made(tmp_pa
     assert sum(t.calls for t in tokenizers) == 8  # two shards of 60 windows, 16 at a time
 
 
-def test_nothing_is_made_again_where_nothing_was_repaired(tmp_path):
+def test_a_retry_without_repaired_episodes_writes_nothing(tmp_path):
     before = encode(_some_broken(4), tmp_path, max_bad_share=0.5)
     files = {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
     assert_same(before, encode(_some_broken(4), tmp_path, retry_skipped=True))
     assert files == {path: path.stat().st_mtime_ns for path in tmp_path.iterdir()}
 
 
-def test_too_many_bad_ones_can_be_repaired(tmp_path):
+def test_too_many_bad_episodes_can_be_repaired(tmp_path):
     """The limit stops the job when all is read; nothing of that is read again."""
     with pytest.raises(TooManyBad, match=r"2 of 8 .* Repair them and encode with --retry_skipped,"):
         encode(_some_broken(2, 5), tmp_path)
@@ -231,7 +231,7 @@ def test_too_many_bad_ones_can_be_repaired(tmp_path):
     assert some.calls == 8
 
 
-def test_a_retry_that_is_killed_goes_on(tmp_path):
+def test_a_killed_retry_can_be_continued(tmp_path):
     whole = encode(_some_broken(), tmp_path / "whole")
     encode(_some_broken(1, 6), tmp_path / "again", max_bad_share=0.5)
     with pytest.raises(KeyboardInterrupt):
@@ -315,7 +315,7 @@ def test_processes_share_the_work_and_leave_the_same_files(tmp_path, processes):
     assert all(t.calls for t in tokenizers) and sum(t.calls for t in tokenizers) == once.calls
 
 
-def test_another_number_of_processes_goes_on(tmp_path):
+def test_another_number_of_processes_continues(tmp_path):
     episodes = [episode(i) for i in range(8)]
     encode(episodes, tmp_path / "one")
     for process, calls in ((0, 5), (2, 2)):  # killed; the second of them has not even begun

@@ -188,7 +188,7 @@ def test_slices_are_joined_along_the_data_axis():
 
 
 @needs_libtpu
-def test_a_video_too_long_for_the_chip_is_said_in_one_sentence():
+def test_a_video_too_long_for_the_chip_is_refused_in_one_sentence():
     long = ["--config.clip.height=480", "--config.clip.width=640", "--config.clip.future_frames=56"]
     done = estimated(
         VIDEO,
@@ -230,7 +230,7 @@ def test_the_quickstart_on_one_chip_and_its_largest_batch(tmp_path):
 
 
 @needs_libtpu
-def test_offloaded_attention_lies_in_the_memory_of_the_host(tmp_path):
+def test_offloaded_attention_is_kept_in_host_memory(tmp_path):
     file = tmp_path / "estimate.json"
     done = estimated(
         VIDEO,

@@ -11,7 +11,7 @@ STAGES = ("video", "action")
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_what_follows_fits_together(stage):
+def test_derived_values_agree(stage):
     config = tiny_config(stage)
     experiment = Experiment.from_config(config)
     assert experiment.stage == stage
@@ -48,7 +48,7 @@ def test_stage_2_learns_from_data_with_actions_and_stage_1_from_all():
     assert names["video"] == everything and names["action"] < everything
 
 
-def test_a_part_of_a_configuration_says_what_follows_from_it():
+def test_a_partial_configuration_is_enough_for_what_follows_from_it():
     """Converted weights decide the network, and nothing about data or training."""
     whole = tiny_config("video")
     part = ConfigDict({name: whole[name] for name in ("video_model", "text", "lora")})
@@ -57,7 +57,7 @@ def test_a_part_of_a_configuration_says_what_follows_from_it():
         _ = Experiment.from_config(part).clip
 
 
-def test_what_the_stage_does_not_ask_for_never_matters():
+def test_sections_that_the_stage_does_not_use_are_not_checked():
     """The decoder of a stage-1 configuration may be impossible: nothing reads it."""
     Experiment.from_config(_with(tiny_config("video"), context_layer=99))
 
@@ -97,7 +97,7 @@ def test_a_mistake_is_named_before_anything_runs(stage, settings, words):
         Experiment.from_config(_with(tiny_config(stage), **settings))
 
 
-def test_a_batch_that_the_mesh_cannot_split_is_said_with_both_numbers():
+def test_a_batch_that_the_mesh_cannot_split_is_refused_with_both_numbers():
     experiment = Experiment.from_config(_with(tiny_config("video"), **{"training.accumulate": 3}))
     with pytest.raises(ValueError, match="batch_size is 8; it must be a multiple of 3"):
         experiment.check_batch(experiment.mesh(jax.devices()[:1]))

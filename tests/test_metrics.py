@@ -44,7 +44,7 @@ def records(tmp_path_factory):
     return config, workdir, read_records(workdir)
 
 
-def test_a_record_tells_speed_utilisation_and_memory(records):
+def test_a_record_has_speed_utilisation_and_memory(records):
     config, _, rows = records
     assert [row["step"] for row in rows] == [3, 6, 7]
     assert rows[0]["compile_seconds"] > 0 and "compile_seconds" not in rows[1]
@@ -85,14 +85,14 @@ def test_tensorboard_has_the_same_numbers(records):
         assert name.encode() in content, name
 
 
-def test_the_progress_line_shows_loss_and_pace(tmp_path, capsys):
+def test_the_progress_line_shows_loss_and_speed(tmp_path, capsys):
     config = toy_config(steps=6, log_every=2, checkpoint_every=9)
     train_toy(tmp_path, config)
     line = capsys.readouterr().err.replace("\r", "\n").splitlines()[-1]
     assert "6/6" in line and "loss " in line and " s/step" in line, line
 
 
-def test_no_speed_is_told_before_a_step_is_finished(tmp_path):
+def test_no_speed_is_recorded_before_a_step_is_finished(tmp_path):
     train_toy(tmp_path / "one", toy_config(steps=1, log_every=1))
     assert "seconds_per_step" in read_records(tmp_path / "one")[0]  # saving waited for it
     train_toy(tmp_path / "more", toy_config(checkpoint_every=9))
@@ -101,7 +101,7 @@ def test_no_speed_is_told_before_a_step_is_finished(tmp_path):
     assert "mfu" not in second and "tokens_per_second" not in second  # the toy tells neither
 
 
-def test_wandb_is_asked_for_by_name(tmp_path, monkeypatch):
+def test_wandb_runs_are_continued(tmp_path, monkeypatch):
     wandb = pytest.importorskip("wandb", reason="wandb is not installed")
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")

@@ -95,13 +95,13 @@ def test_a_larger_batch_that_is_slower_is_not_taken():
     assert found.ended == "with 16 clips a step takes longer per clip"
 
 
-def test_the_budget_ends_a_search_and_says_what_is_open():
+def test_the_budget_ends_a_search_and_names_the_next_batch():
     found, said = searched(max_compiles=4)
     assert len(said) == 4 and found.estimate.batch_size == 16
     assert found.ended == "--max_compiles=4; 56 clips were not tried"
 
 
-def test_memory_that_grows_faster_than_foreseen_is_no_surprise():
+def test_memory_may_grow_faster_than_predicted():
     found, said = searched(per_clip=lambda clips: GB // 100 + GB * clips**2 // 500)
     assert found.estimate.batch_size == 8 * 22 and found.ended == f"{8 * 23} clips do not fit"
     assert len(said) < 15
@@ -113,14 +113,14 @@ def test_a_given_batch_is_kept_and_decides_the_context():
     assert found.ended == "the batch was given"
 
 
-def test_micro_batches_make_the_least_batch_larger():
+def test_micro_batches_make_the_smallest_batch_larger():
     config = quickstart_video.get_config("smoke")
     config.training.accumulate = 4
     found, _ = searched(config=config, batch_size=32)
     assert found.experiment.config.mesh.context == 1
 
 
-def test_nothing_that_fits_or_could_be_tried_is_a_sentence():
+def test_a_search_without_a_result_is_refused():
     with pytest.raises(DoesNotFit, match="none of the 9 programs tried fits; use"):
         searched(per_clip=100 * GB)
     with pytest.raises(DoesNotFit, match="no mesh of 9 devices was worth compiling"):

@@ -39,7 +39,7 @@ def test_a_pass_over_shards_equals_all_rows_at_once(sources, tmp_path, key):
 
 
 @pytest.mark.parametrize("stop_after", range(14))
-def test_a_stopped_pass_goes_on(sources, tmp_path, stop_after, monkeypatch):
+def test_a_stopped_pass_is_continued(sources, tmp_path, stop_after, monkeypatch):
     """Stopped after so many shards or, past the last, while columns are reduced."""
     monkeypatch.setattr(module, "_SAVED_EVERY", 3)
     real_columns, real_row, left = RecordDataset.shard_columns, module.row_statistics, [stop_after]
@@ -93,7 +93,7 @@ def ending(tmp_path):
     return dataset, dataset.record_indices("train"), padded
 
 
-def test_what_is_not_learned_does_not_count(ending):
+def test_masked_padding_does_not_count(ending):
     """With `mask_padding`; without, padded steps count, as in the release."""
     dataset, indices, padded = ending
     actions = dataset.columns("actions")["actions"]

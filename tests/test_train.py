@@ -164,7 +164,7 @@ def test_eight_devices_equal_one_and_exchange_checkpoints(straight, tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path, caplog):
+def test_other_data_is_refused_and_changed_settings_are_logged(straight, tmp_path, caplog):
     caplog.set_level("INFO", "mvjax")
     train_toy(tmp_path, toy_config(steps=1), meta={"data_fingerprint": "a"})
     with pytest.raises(CheckpointMismatch, match="fingerprint a, but the data now has b"):
@@ -175,7 +175,7 @@ def test_other_data_is_refused_and_changed_settings_are_told(straight, tmp_path,
     assert "optimizer.weight_decay is 0.1 there, 0.0 here" in caplog.text
 
 
-def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, caplog):
+def test_a_finished_run_with_other_settings_is_not_trained_again(tmp_path, caplog):
     caplog.set_level("INFO", "mvjax")
 
     def again(**changes):
@@ -200,7 +200,7 @@ def test_a_finished_run_with_other_settings_is_told_apart(tmp_path, caplog):
         train_toy(tmp_path, toy_config(steps=2))
 
 
-def test_a_finished_run_whose_newest_checkpoint_is_damaged_makes_those_steps_again(tmp_path):
+def test_a_finished_run_whose_newest_checkpoint_is_damaged_repeats_those_steps(tmp_path):
     train_toy(tmp_path)
     (tmp_path / "checkpoints" / "4" / "meta" / "metadata").unlink()
     before = read_records(tmp_path)
@@ -210,7 +210,7 @@ def test_a_finished_run_whose_newest_checkpoint_is_damaged_makes_those_steps_aga
     assert (tmp_path / "checkpoints" / "damaged_4").is_dir()
 
 
-def test_only_a_run_that_reached_its_last_step_says_that_it_is_finished(tmp_path):
+def test_only_a_run_that_made_its_last_step_is_marked_as_finished(tmp_path):
     finished = tmp_path / "finished"
     config = toy_config(checkpoint_every=100)
     with pytest.raises(SystemExit) as stopped:
@@ -243,7 +243,7 @@ def test_a_diverged_run_stops_with_the_reason(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("repeat, entry, message", [(1, None, "must repeat"), (None, "x", "'x'")])
-def test_a_loader_that_does_not_fit_is_explained(tmp_path, repeat, entry, message):
+def test_a_loader_that_ends_or_lacks_an_entry_is_refused(tmp_path, repeat, entry, message):
     stage = toy_stage()
     if entry:
         stage.batch_axes[entry] = ("batch",)

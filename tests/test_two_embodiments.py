@@ -100,9 +100,9 @@ def test_each_policy_reads_and_answers_in_its_own_units(folder, quickly):
 
 @pytest.mark.parametrize(
     ("embodiment", "said"),
-    [("", "say which is meant"), ("human", "there is none of 'human'")],
+    [("", "choose one"), ("human", "there is none of 'human'")],
 )
-def test_a_policy_of_several_must_be_told_whose_it_is(folder, embodiment, said):
+def test_a_policy_of_several_embodiments_needs_one_named(folder, embodiment, said):
     sentence = f"the embodiments arm, giant; {said} \\(--config.embodiment=NAME\\)"
     with pytest.raises(ValueError, match=sentence) as error:
         _policy(folder, embodiment)

@@ -90,7 +90,7 @@ def test_validation_changes_nothing_of_the_run(validated, video_run):
         assert {k: v for k, v in record.items() if not k.startswith("validation/")} == other
 
 
-def test_the_loss_of_held_out_windows_is_recorded_when_validating_config(validated):
+def test_the_loss_of_held_out_windows_is_recorded(validated):
     with_loss = [r for r in read_records(validated[1]) if "validation/loss" in r]
     assert [r["step"] for r in with_loss] == [2, 4]
     for record in with_loss:
@@ -102,7 +102,7 @@ def test_the_loss_of_held_out_windows_is_recorded_when_validating_config(validat
     assert first["validation/loss"] != second["validation/loss"]
 
 
-def test_the_videos_can_be_played_and_begin_with_what_was_observed(validated):
+def test_the_videos_are_playable_and_begin_with_the_observed_frames(validated):
     config, workdir = validated
     clip, samples = Clip(**config.clip), workdir / "samples"
     assert sorted(path.name for path in samples.iterdir()) == ["step_00000002", "step_00000004"]

@@ -57,7 +57,7 @@ def make_records(path: Path, clip: Clip, text: tuple[int, int], count: int) -> R
     """Writes records through the encoding job; only the networks are replaced by noise.
 
     Latents have the shape of `clip`, embeddings that of `text` (length, width); `count` is at
-    least 20.
+    least 60: an episode needs three frames.
     """
     per_episode = -(-count // _EPISODES)
     picture = np.zeros((16, 16, 3), np.uint8)

@@ -40,7 +40,7 @@ DATA = flags.DEFINE_bool("data", False, "Measure the data pipeline instead of a 
 MINUTES = flags.DEFINE_float(
     "minutes", 1.0, "With --data: minutes of watching the memory; 0: none.", lower_bound=0
 )
-RECORDS = flags.DEFINE_integer("records", 200, "With --data: records to read.", lower_bound=40)
+RECORDS = flags.DEFINE_integer("records", 200, "With --data: records to read.", lower_bound=60)
 ROWS = flags.DEFINE_integer(
     "rows", 1_000_000, "With --data: action chunks for the normalizer's statistics.", lower_bound=1
 )
