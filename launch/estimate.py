@@ -21,6 +21,7 @@ os.environ.update(
     TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
 )
 
+from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -66,7 +67,7 @@ def main() -> None:
     print("\n".join([report(experiment, TOPOLOGY.value, made), *ended]))
     if JSON.value:
         about = dict(topology=TOPOLOGY.value, stage=experiment.stage, remat=experiment.video.remat)
-        write_json(Path(JSON.value), about | made.as_dict())
+        write_json(Path(JSON.value), about | asdict(made))
 
 
 def _search(experiment: Experiment, devices: list[jax.Device], size: int | None) -> Found:

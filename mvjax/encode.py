@@ -91,7 +91,7 @@ def encode_dataset(
         clip: height, width, observed_frames, future_frames, fps.
         policy_io: Action and proprioception windows, see `cut_episode`.
         path: The records folder, shared by all processes.
-        identity: Identifies the weights of these networks, such as
+        identity: Identifies the weights of tokenizer and text encoder, such as
             `{"tokenizer": "<checkpoint or hash>", "text_encoder": "..."}`.
         batch_size: Windows per tokenizer call; the last batch of a shard is padded to it.
         episodes_per_shard: Episodes per file, the unit of resuming.

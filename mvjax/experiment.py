@@ -28,8 +28,6 @@ from mvjax.models.presets import decoder_network, video_network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, make_mesh, make_rules, split_ways
 
-STAGES = ("video", "action")
-
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
@@ -68,7 +66,7 @@ class Experiment:
     @property
     def stage(self) -> str:
         """The network that is trained: "video" or "action"."""
-        if self.config.stage not in STAGES:
+        if self.config.stage not in ("video", "action"):
             raise ValueError(
                 f"config.stage must be 'video' or 'action', got {self.config.stage!r}."
             )

@@ -34,15 +34,12 @@ from mvjax.models.presets import WAN_VAES, video_network
 from mvjax.models.stand_ins import LinearTokenizer, Projection
 from mvjax.models.wan_vae import WanVAE
 from mvjax.parallel import sharding_tree, split_ways
+from mvjax.pods.compile import DoesNotFit
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, medoid
 from mvjax.training.bridge import load_backbone
 
 # --- The parts of a query, ours and PyTorch's, each to be called and timed alone ---
-
-
-class DoesNotFit(ValueError):
-    """A batch is too large for the memory."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ shardings, and the compiler needs no device.
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -24,7 +24,7 @@ USUAL_MFU = 0.4  # published trainings of such networks on TPUs reach 0.3 to 0.5
 
 
 class DoesNotFit(ValueError):
-    """The step needs more memory than the device has."""
+    """A program needs more memory than the device has."""
 
 
 @dataclass(frozen=True)
@@ -74,10 +74,6 @@ class Estimate:
     step_seconds: float
     clips_per_second: float
     compile_seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """For JSON."""
-        return asdict(self)
 
 
 def estimate(
