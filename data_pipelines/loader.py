@@ -1,7 +1,7 @@
 """The training loader: batch n is a pure function of the seed and n.
 
-`make_loader` reads the batches of one process, from the endless, shuffled, weighted stream of
-windows that `record_mixture` makes of several record datasets.
+`record_mixture` is the endless, shuffled, weighted stream of windows of several record datasets;
+`make_loader` reads one process's batches from it.
 """
 
 import hashlib
@@ -14,12 +14,12 @@ import grain
 import numpy as np
 
 from data_pipelines.episode import BadShare, PerTask
-from data_pipelines.normalize import VECTORS, Normalizers, check_padding_is_told
+from data_pipelines.normalize import VECTORS, Normalizers, require_padding_marks
 from data_pipelines.records import DamagedRecord, RecordDataset
 from data_pipelines.vectors import mask, parse
 
-LEAST_SAMPLES = 200  # before the share of damaged ones stops a training
-_TRIES = 1000  # samples in a row that may be damaged
+LEAST_SAMPLES = 200  # read before the share of damaged ones can stop a run
+_TRIES = 1000  # the most damaged samples in a row
 
 Window = dict[str, np.ndarray]
 
@@ -43,34 +43,25 @@ def make_loader(
 ) -> grain.DatasetIterator:
     """Endless batches for one process.
 
-    Global batch n is the elements n * batch_size, ... of the mixture, and a process reads some rows
-    of it. The number of the next batch is all the state there is (`get_state`, `set_state`), so a
-    run continues with the same samples on any number of processes; what threads have read ahead
-    does not count.
+    Global batch n is elements n * batch_size, ... of the mixture. The only state (`get_state`,
+    `set_state`) is the number of the next batch, whatever was prefetched, so a run resumes with the
+    same samples on any number of processes.
 
     Args:
         datasets, weights, seed, split, normalizers, episodes_per_task, mask_padding: see
             `record_mixture`.
         batch_size: global batch size.
         max_bad_share: see `record_mixture`; each process counts what it reads.
-        rows: the rows of each global batch to read; all of them when None.
+        rows: the rows of each global batch to read; None for all.
         num_threads: reader threads.
-        prefetch_batches: batches read ahead.
+        prefetch_batches: batches to prefetch.
 
     Returns:
-        An iterator of dicts of float32 arrays, b = len(rows): latents [b, t', h', w', 16], text
-        [b, l, d], and with normalizers actions [b, H, A], proprio [b, P, D] and action_mask
-        [b, H, A], see `record_mixture`.
+        An iterator over the dicts of `record_mixture`, batched, all float32.
     """
+    further = dict(mask_padding=mask_padding, max_bad_share=max_bad_share)
     mixture = record_mixture(
-        datasets,
-        weights,
-        seed=seed,
-        split=split,
-        normalizers=normalizers,
-        mask_padding=mask_padding,
-        episodes_per_task=episodes_per_task,
-        max_bad_share=max_bad_share,
+        datasets, weights, seed, split, normalizers, episodes_per_task, **further
     )
     chosen = range(batch_size) if rows is None else [int(row) for row in rows]
 
@@ -78,13 +69,13 @@ def make_loader(
         batch: dict[str, np.ndarray] = {}
         for place, row in enumerate(chosen):
             for key, value in mixture[number * batch_size + row].items():
-                if place == 0:  # written once: fresh memory costs as much as filling it
+                if place == 0:  # not `np.stack`: a second copy would cost as much again
                     batch[key] = np.empty((len(chosen), *np.shape(value)), np.float32)
                 batch[key][place] = value
         return batch
 
     batches = grain.MapDataset.range(len(mixture) // batch_size).map(read)
-    # Threads suffice: reading releases the interpreter lock and decoding copies nothing.
+    # Threads suffice: reading releases the interpreter lock, and decoding copies nothing.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
     return iter(batches.to_iter_dataset(options))
 
@@ -92,41 +83,41 @@ def make_loader(
 def record_mixture(
     datasets: Sequence[RecordDataset],
     weights: Sequence[float],
-    *,
     seed: int,
     split: str,
     normalizers: Normalizers | None = None,
-    mask_padding: bool = False,
     episodes_per_task: PerTask = None,
+    *,
+    mask_padding: bool = False,
     max_bad_share: float = 0.05,
 ) -> grain.MapDataset:
     """Mixes datasets; element n is a pure function of the arguments and n.
 
-    Every dataset is shuffled and repeated on its own (each epoch in another order), then the
-    datasets are interleaved in proportion to their weights. In place of a damaged record comes the
-    one after it in this order; that is counted, and each is named once.
+    Each dataset is shuffled and repeated by itself (every epoch in another order), then the
+    datasets are interleaved in proportion to their weights. A damaged record is replaced by the
+    next one in this order; each is counted, and logged once.
 
     Args:
-        datasets: the datasets; latents and texts must have the same shapes.
-        weights: relative frequency of each dataset, not scaled by its size; positive.
-        seed: of the order, and of the choice of episodes.
+        datasets: datasets whose latents and texts have the same shapes.
+        weights: positive relative frequencies of the datasets, not scaled by their sizes.
+        seed: seed of the order and of the choice of episodes.
         split: "train" or "validation".
         normalizers: also yield actions and proprio, normalised; None for video alone.
-        mask_padding: also mask the time steps past an episode's end (the release learns from them).
-        episodes_per_task: how many episodes of each distinct instruction; see `episode.kept`.
-        max_bad_share: share of damaged records above which the stream ends with an error.
+        episodes_per_task: number of episodes per distinct instruction; see `episode.kept`.
+        mask_padding: also mask the time steps past an episode's end (the release learns them).
+        max_bad_share: the share of damaged records above which the stream raises an error.
 
     Returns:
         An endless Grain dataset of dicts: latents bfloat16 [t', h', w', 16], text float32 [l, d],
         and with normalizers, float32: actions [H, A], proprio [P, D], and action_mask [H, A], 1
-        where an action is to be learned. Of a dataset without actions all three are zeros.
+        where an action is to be learned. For a dataset without actions all three are zeros.
 
     Raises:
-        ValueError: if the datasets do not go together, or one has nothing in this split.
+        ValueError: the datasets cannot be mixed, or one has no records in this split.
     """
     acting = [dataset for dataset in datasets if "actions" in dataset.shapes]
     _check(datasets, weights, None if normalizers is None else acting)
-    samples, remedy = f"samples of the {split} split", "Make those files again"
+    samples, remedy = f"samples of the {split} split", "Encode those files again"
     bad = BadShare(max_bad_share, samples, LEAST_SAMPLES, remedy)
 
     def stream(dataset: RecordDataset) -> grain.MapDataset:
@@ -136,7 +127,7 @@ def record_mixture(
                 f"Dataset {dataset.name!r} has no records in its {split!r} split; use a larger "
                 "validation share or more episodes."
             )
-        # The order depends on the dataset's name, so datasets of one size do not march in step.
+        # The seed depends on the name, so datasets of equal size are not shuffled alike.
         digest = hashlib.md5(f"{seed}/{dataset.name}".encode()).digest()
         name_seed = int.from_bytes(digest[:4], "big")
         order = grain.MapDataset.source(indices).seed(name_seed).shuffle().repeat()
@@ -158,7 +149,7 @@ def record_mixture(
 def _reader(
     dataset: RecordDataset, order: grain.MapDataset, bad: BadShare
 ) -> Callable[[int], Window]:
-    """Reads the record at a place of the order, or the next one that is not damaged."""
+    """Reads the record at a place of the order, or the next undamaged one."""
     named: set[int] = set()
     lock = threading.Lock()
 
@@ -169,10 +160,10 @@ def _reader(
             try:
                 record = dataset[index]
             except DamagedRecord as error:
-                if damage is None:  # what comes in its place is read for the same sample
+                if damage is None:  # a sample counts once, however many records it takes
                     bad.is_bad(f"record {index} of {dataset.name!r}", str(error))
                 damage = error
-                with lock:  # several threads may meet it at once
+                with lock:  # several threads may read it at once
                     is_new = index not in named
                     named.add(index)
                 if is_new:
@@ -181,7 +172,7 @@ def _reader(
             if damage is None:
                 bad.good()
             return record
-        raise ValueError(f"{_TRIES} records in a row could not be read; the last: {damage}")
+        raise ValueError(f"{_TRIES} records in a row could not be read, the last: {damage}")
 
     return read
 
@@ -192,7 +183,7 @@ def _vectors(
     acting: Sequence[RecordDataset],
     mask_padding: bool,
 ) -> Callable[[Window], Window]:
-    """Gives the normalised vectors of a record, and which of their numbers are to be learned."""
+    """Returns a function from a record to its normalised vectors and action mask."""
     if dataset not in acting:
         shapes = {key: acting[0].shapes[key] for key in VECTORS}
         shapes["action_mask"] = shapes["actions"]
@@ -203,7 +194,7 @@ def _vectors(
     learned = mask(parse(dataset.settings["dataset"]["action"], "action"), dim)
     learned = np.broadcast_to(learned, (horizon, dim)).astype(np.float32)
     if mask_padding:
-        check_padding_is_told([dataset])
+        require_padding_marks([dataset])
 
     def vectors(record: Window) -> Window:
         inside = learned * ~record["actions_padded"][:, None] if mask_padding else learned
@@ -218,10 +209,10 @@ def _check(
     weights: Sequence[float],
     acting: Sequence[RecordDataset] | None,
 ) -> None:
-    """Raises ValueError if datasets, or those with actions (None for video alone), do not mix."""
+    """Raises ValueError unless the datasets mix; `acting` are those with actions, if needed."""
     if not datasets or len(datasets) != len(weights) or min(weights) <= 0:
         raise ValueError(
-            f"{len(datasets)} datasets and the weights {list(weights)} given; every dataset needs "
+            f"got {len(datasets)} datasets and the weights {list(weights)}; every dataset needs "
             "one positive weight."
         )
     if acting is not None and not acting:

@@ -1,9 +1,9 @@
 """Normalisation of actions and proprioception: modes, and one normalizer per embodiment.
 
-From top to bottom: `affine_of` (what each mode does), `Normalizer` (applies it, there and back),
-`Normalizers` (those of a run, as `normalizer.json`), `make_normalizers` (from the records of the
-training split), `released_normalizer` (from the published `dataset_statistics/*.json`).
-`statistics.py` computes what they are made from.
+From top to bottom: `affine_of` (what each mode does), `Normalizer` (applies and inverts it),
+`Normalizers` (those of a run, stored as `normalizer.json`), `make_normalizers` (from the training
+records), `released_normalizer` (from the published `dataset_statistics/*.json`). `statistics.py`
+computes the statistics.
 """
 
 import hashlib
@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -32,9 +32,9 @@ from data_pipelines.statistics import (
 )
 from data_pipelines.vectors import modes, parse
 
-VECTORS = {"actions": "action", "proprio": "proprio"}  # name in a record -> in the config
+VECTORS = {"actions": "action", "proprio": "proprio"}  # key of a record -> of the config
 
-_FLAT = 1e-5  # below this spread a dimension counts as constant and is not scaled
+_FLAT = 1e-5  # a dimension with a smaller spread counts as constant and is not scaled
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Affine:
 
 
 def affine_of(statistics: Statistics, mode: Mode) -> Affine:
-    """The map that a mode makes of the statistics of `compute_statistics`."""
+    """The affine map of a mode, from the output of `compute_statistics`."""
     mean, low, high = statistics["mean"], *np.asarray(statistics["percentiles"])[[P2, P98]]
     if mode is Mode.VARIANCE:
         shift, spread = statistics["mean_clamped"], np.asarray(statistics["std_clamped"])
@@ -75,9 +75,8 @@ class Normalizer:
 
     Attributes:
         statistics: key -> output of `compute_statistics`.
-        modes: key -> one mode, or one mode per dimension of the last axis (positions by VARIANCE
-            beside rotations by IDENTITY).
-        fingerprint: identity of the data the statistics were taken from.
+        modes: key -> one mode, or one per dimension of the last axis.
+        fingerprint: identity of the data that the statistics were computed from.
     """
 
     statistics: Mapping[str, Statistics]
@@ -94,20 +93,20 @@ class Normalizer:
                 )
 
     def normalize(self, key: str, values: np.ndarray) -> np.ndarray:
-        """Raw values [..., horizon, dim] to float32 normalised, clamped values."""
+        """Raw values [..., horizon, dim] to normalised, clamped float32 values."""
         affine, values = self._checked(key, values)
         if affine is None:
             return values
         return np.clip((values - affine.shift) * affine.scale, affine.clamp_min, affine.clamp_max)
 
     def unnormalize(self, key: str, values: np.ndarray) -> np.ndarray:
-        """Normalised values [..., horizon, dim] to float32 raw values; nothing is clamped."""
+        """Normalised values [..., horizon, dim] to raw float32 values, without clamping."""
         affine, values = self._checked(key, values)
         return values if affine is None else values / affine.scale + affine.shift
 
     @cached_property
     def affines(self) -> dict[str, Affine]:
-        """Key -> the affine map and its clamps, for use inside jitted code; no NONE keys."""
+        """Key -> affine map and clamps, for use in jitted code; without the keys of mode NONE."""
         return {key: self._affine(key, mode) for key, mode in self.modes.items() if mode != "NONE"}
 
     def _affine(self, key: str, mode: Mode | Sequence[Mode]) -> Affine:
@@ -117,34 +116,31 @@ class Normalizer:
         dim = np.shape(statistics["mean"])[-1]
         if len(mode) != dim:
             raise ValueError(f"Key {key!r} has {dim} dimensions but {len(mode)} modes.")
-        whole = {one: affine_of(statistics, Mode(one)) for one in set(mode)}
+        whole = {one: vars(affine_of(statistics, Mode(one))) for one in set(mode)}
+        parts = (field.name for field in fields(Affine))
         return Affine(
-            *(
-                np.stack([getattr(whole[one], part)[..., i] for i, one in enumerate(mode)], -1)
-                for part in ("shift", "scale", "clamp_min", "clamp_max")
-            )
+            *(np.stack([whole[m][part][..., i] for i, m in enumerate(mode)], -1) for part in parts)
         )
 
     def _checked(self, key: str, values: np.ndarray) -> tuple[Affine | None, np.ndarray]:
-        """The map of a key (None leaves values as they are), and the values as float32."""
+        """The affine map of a key (None for mode NONE), and the values as float32."""
         if key not in self.modes:
             raise KeyError(f"Normalizer has no key {key!r}; it has {sorted(self.modes)}.")
         affine, values = self.affines.get(key), np.asarray(values, np.float32)
         shape = () if affine is None else affine.shift.shape
         if shape and values.shape[-len(shape) :] != shape:
             raise ValueError(
-                f"{key!r} has shape {values.shape}, but its statistics are for "
-                f"[..., {', '.join(map(str, shape))}]; check horizon and dim in the config against "
-                "the data the normalizer was made from."
+                f"{key!r} has shape {values.shape}, but its statistics have "
+                f"[..., {', '.join(map(str, shape))}]; check horizon and dim in the config."
             )
         return affine, values
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON in the release's layout `{key: {min, max, ...}}`, plus one "meta" entry."""
+        """Writes `as_json`."""
         write_text(Path(path), json.dumps(self.as_json()))
 
     def as_json(self) -> dict[str, Any]:
-        """The content of such a file."""
+        """JSON values in the release's layout `{key: {min, max, ...}}`, plus one "meta" entry."""
         content = {
             key: {name: np.asarray(value).tolist() for name, value in statistics.items()}
             for key, statistics in self.statistics.items()
@@ -157,10 +153,10 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class Normalizers:
-    """The normalizers of a run: a gripper's millimetres say nothing about another robot's.
+    """The normalizers of a run, one per embodiment, because robots differ in scales and units.
 
     Attributes:
-        by_embodiment: of each one; "" is of statistics that name none.
+        by_embodiment: embodiment -> normalizer; "" for statistics that name none.
         fingerprint: identity of the data that all were made from.
     """
 
@@ -168,24 +164,24 @@ class Normalizers:
     fingerprint: str
 
     def of(self, embodiment: str = "") -> Normalizer:
-        """The normalizer of an embodiment; "" is the only one there is.
+        """The normalizer of an embodiment; "" stands for the only one.
 
         Raises:
-            ValueError: if there is none, or more than one for "".
+            ValueError: there is none, or "" is ambiguous.
         """
         known = self.by_embodiment
         if len(known) == 1 and (not embodiment or "" in known):
             return next(iter(known.values()))
         if embodiment not in known:
-            asked = f"there is none of {embodiment!r}" if embodiment else "say which is meant"
+            asked = f"there is none of {embodiment!r}" if embodiment else "choose one"
             raise ValueError(
-                f"this run has a normalizer for each of the embodiments {', '.join(sorted(known))};"
-                f" {asked} (--config.embodiment=NAME)."
+                f"this run has normalizers of the embodiments {', '.join(sorted(known))}; "
+                f"{asked} (--config.embodiment=NAME)."
             )
         return known[embodiment]
 
     def save(self, path: Path) -> None:
-        """Writes JSON: of one embodiment as `Normalizer.save` does, else each below its name."""
+        """Writes JSON: a single normalizer as `Normalizer.save` does, several by embodiment."""
         content = {name: one.as_json() for name, one in self.by_embodiment.items()}
         if len(content) == 1:
             (name, content), *_ = content.items()
@@ -204,8 +200,7 @@ def load_normalizers(path: Path) -> Normalizers:
     for name, one in each.items():
         if "meta" not in one:
             raise ValueError(
-                f"{path} holds statistics but no modes, as the released files do; convert it with "
-                "launch.convert."
+                f"{path} has statistics but no modes, like a released file; use launch.convert."
             )
         statistics = {
             key: {statistic: np.asarray(value) for statistic, value in entry.items()}
@@ -216,7 +211,7 @@ def load_normalizers(path: Path) -> Normalizers:
     return Normalizers(normalizers, meta.get("fingerprint", ""))
 
 
-# Made from the records of a run.
+# Normalizers from the training records.
 
 
 def make_normalizers(
@@ -227,32 +222,32 @@ def make_normalizers(
     *,
     scratch: Path | None = None,
 ) -> Normalizers:
-    """Statistics of actions and proprioception over the training windows of every embodiment.
+    """Makes normalizers from the training windows of every embodiment.
 
-    Modes are those of the parts that the vectors were made of. Only numbers are read, a column at a
-    time: memory does not grow with the data's horizon or dimensions.
+    The modes are those of the parts of the vectors. Numbers are read one column at a time, so
+    memory does not grow with the horizon or the number of dimensions.
 
     Args:
-        datasets: those with actions and proprio.
-        episodes_per_task: as in `record_mixture`, so that statistics see what training sees.
-        seed: as in `record_mixture`.
-        mask_padding: as in `record_mixture`: action steps that are not learned do not count either.
-            Proprioception is what the network sees, repeated or not, so all of it counts.
-        scratch: a folder to work in, from which a stopped call goes on; removed at the end.
+        datasets: datasets with actions and proprio.
+        episodes_per_task, seed: as in `record_mixture`, so that statistics cover what is learned.
+        mask_padding: as in `record_mixture`. Padded action steps, which are not learned, do not
+            count. Padded proprioception does, because the network sees it.
+        scratch: a folder for intermediate results, from which a stopped call resumes; removed at
+            the end.
 
     Raises:
-        ValueError: if datasets of one embodiment are normalised differently, or have no windows for
-            training, or with `mask_padding` do not tell what is padding.
+        ValueError: datasets of one embodiment have different modes, a dataset has no training
+            windows, or `mask_padding` is set and records do not mark padding.
     """
     choice = (episodes_per_task, seed, mask_padding)
     if scratch is None:
         with tempfile.TemporaryDirectory() as folder:
             return make_normalizers(datasets, *choice, scratch=Path(folder) / "statistics")
     if mask_padding:
-        check_padding_is_told(datasets)
+        require_padding_marks(datasets)
     fingerprint = data_fingerprint(datasets, *choice)
     if scratch.exists() and not (scratch / fingerprint).exists():
-        shutil.rmtree(scratch)  # left by other data
+        shutil.rmtree(scratch)  # it belongs to other data
     scratch.mkdir(parents=True, exist_ok=True)
     (scratch / fingerprint).touch()
     result = {}
@@ -275,24 +270,24 @@ def data_fingerprint(
     seed: int = 0,
     mask_padding: bool = False,
 ) -> str:
-    """Identity of the statistics that `make_normalizers` makes, known before they are made."""
+    """Identity of the result of `make_normalizers`, without computing it."""
     identity = [*(dataset.fingerprint for dataset in datasets), f"{episodes_per_task} {seed}"]
     identity += ["mask_padding"] * mask_padding
     return hashlib.sha256("/".join(identity).encode()).hexdigest()
 
 
-def check_padding_is_told(datasets: Sequence[RecordDataset]) -> None:
-    """Raises ValueError if records were made before they told which actions are padding."""
+def require_padding_marks(datasets: Sequence[RecordDataset]) -> None:
+    """Raises ValueError for old records, which do not mark padded actions."""
     for dataset in datasets:
         if "actions" in dataset.shapes and "actions_padded" not in dataset.shapes:
             raise ValueError(
-                f"The records of {dataset.name!r} do not tell which actions are padding; encode "
-                "them again, or set policy_io.action.mask_padding to False."
+                f"The records of {dataset.name!r} do not mark padded actions; encode them again, "
+                "or set policy_io.action.mask_padding to False."
             )
 
 
 def _modes(datasets: Sequence[RecordDataset]) -> dict[str, Mode | tuple[Mode, ...]]:
-    """Of one embodiment, whose datasets must agree."""
+    """The modes of one embodiment, in which its datasets must agree."""
     chosen: dict[str, tuple[Mode, ...]] = {}
     for dataset in datasets:
         for key, setting in VECTORS.items():
@@ -301,19 +296,19 @@ def _modes(datasets: Sequence[RecordDataset]) -> dict[str, Mode | tuple[Mode, ..
             if chosen.setdefault(key, own) != own:
                 raise ValueError(
                     f"The datasets {datasets[0].name!r} and {dataset.name!r} have the embodiment "
-                    f"{dataset.embodiment!r}, but normalise {key} differently; make their parts "
-                    "alike, or call the embodiments differently."
+                    f"{dataset.embodiment!r} but normalise {key} differently; use the same parts, "
+                    "or different embodiments."
                 )
-    # One mode for all dimensions reads better in the file.
+    # A single mode for all dimensions keeps the file readable.
     return {key: own[0] if len(set(own)) == 1 else own for key, own in chosen.items()}
 
 
-# The released `dataset_statistics/*.json` as a normalizer of what the released decoders read.
+# The released `dataset_statistics/*.json`, as a normalizer for the released decoders.
 #
-# The release normalises every stream by itself and concatenates position (3), rotation (6) and
-# gripper (1); its keys are `action/<stream>` and `obs/<stream>`, e.g. `obs/eef_pos_lowdim`.
-# Positions and grippers are normalised by VARIANCE, rotations left as they are (mimic-video
-# release, `configs/dataloading/policy_io`).
+# The release normalises each stream separately and concatenates position (3), rotation (6) and
+# gripper (1). Its keys are `action/<stream>` and `obs/<stream>`, e.g. `obs/eef_pos_lowdim`.
+# Positions and grippers have the mode VARIANCE, rotations IDENTITY (mimic-video release,
+# `configs/dataloading/policy_io`).
 
 _RELEASED_MODES = {"pos": Mode.VARIANCE, "rot": Mode.IDENTITY, "gripper": Mode.VARIANCE}  # in order
 _RELEASED_PREFIXES = {"actions": "action/", "proprio": "obs/"}
@@ -331,7 +326,7 @@ def released_normalizer(path: Path) -> Normalizer:
     """Reads released statistics as the normalizer of "actions" and "proprio".
 
     Raises:
-        ValueError: if the file is damaged or has other entries than the releases.
+        ValueError: the file is damaged or has other entries than the releases.
     """
     try:
         content = json.loads(path.read_text())
@@ -339,9 +334,7 @@ def released_normalizer(path: Path) -> Normalizer:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
     incomplete = [k for k, v in content.items() if not isinstance(v, dict) or "mean" not in v]
     if incomplete:
-        raise ValueError(
-            f"{path} is no file of statistics: {', '.join(incomplete)} lack min, max, mean, std ..."
-        )
+        raise ValueError(f"{path} is not a file of statistics: {', '.join(incomplete)} lack mean")
     statistics, modes = {}, {}
     for name, prefix in _RELEASED_PREFIXES.items():
         found = [key for key in content if key.startswith(prefix)]
@@ -353,8 +346,8 @@ def released_normalizer(path: Path) -> Normalizer:
         ]
         if not len(keys) == len(found) == len(_RELEASED_MODES):
             raise ValueError(
-                f"{path} must hold one position, one rotation and one gripper entry below "
-                f"{prefix!r}, as the releases do; it has {', '.join(found) or 'none'}."
+                f"{path} must have one position, rotation and gripper entry below {prefix!r}; "
+                f"it has {', '.join(found) or 'none'}."
             )
         try:
             statistics[name] = concat_statistics(content, keys)

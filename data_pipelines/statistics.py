@@ -1,7 +1,7 @@
-"""The statistics that normalisers are made from: of arrays, and of records larger than memory.
+"""Statistics for normalizers, of arrays and of records that do not fit in memory.
 
-Statistics are per time step and dimension: arrays [n, horizon, dim] are reduced over n, so that the
-first and the last step of an action chunk have their own scale, as in the release.
+They are per time step and dimension: arrays [n, horizon, dim] are reduced over n, so every step of
+an action chunk has its own scale, as in the release.
 """
 
 import json
@@ -19,9 +19,9 @@ Statistics = Mapping[str, np.ndarray]
 
 _SCALARS = ("min", "max", "mean", "std", "clamp_min", "clamp_max", "mean_clamped", "std_clamped")
 NAMES = (*_SCALARS, "percentiles")
-P2, P98 = 20, 980  # places of 2 % and 98 % among the percentiles
+P2, P98 = 20, 980  # indices of 2 % and 98 % among the percentiles
 _PERCENTS = np.linspace(0.0, 100.0, 1001)
-_ROW = len(_SCALARS) + len(_PERCENTS)  # numbers that describe one dimension
+_ROW = len(_SCALARS) + len(_PERCENTS)  # numbers per dimension
 
 
 def compute_statistics(data: np.ndarray) -> dict[str, np.ndarray]:
@@ -35,8 +35,6 @@ def compute_statistics(data: np.ndarray) -> dict[str, np.ndarray]:
         [...]; percentiles [1001, ...] in steps of 0.1 %.
     """
     data = np.asarray(data)
-    if len(data) == 0:
-        raise ValueError("No data to take statistics of: the first axis has length 0.")
     rows = [row_statistics(row) for row in data.reshape(len(data), -1).T]
     return _from_rows(np.reshape(rows, (-1, _ROW)), data.shape[1:])
 
@@ -52,9 +50,9 @@ def concat_statistics(
 
 
 def row_statistics(values: np.ndarray) -> np.ndarray:
-    """Statistics of one dimension, finite [n]: float64 [`_ROW`], scalars and then percentiles."""
+    """Statistics of one dimension, finite [n], n > 0: float64 [`_ROW`], scalars, percentiles."""
     ordered = np.sort(values)
-    # As `np.percentile(ordered, _PERCENTS)`, which would sort once more.
+    # Equal to `np.percentile(ordered, _PERCENTS)`, which would sort again.
     position = _PERCENTS / 100 * (len(ordered) - 1)
     before = np.floor(position).astype(np.int64)
     after = np.minimum(before + 1, len(ordered) - 1)
@@ -64,7 +62,7 @@ def row_statistics(values: np.ndarray) -> np.ndarray:
     mean, std = ordered.mean(dtype=np.float64), ordered.std(dtype=np.float64)
     clamp_min = mean + 1.5 * (percentiles[P2] - mean)
     clamp_max = mean + 1.5 * (percentiles[P98] - mean)
-    # Sorted values are clamped at their ends only.
+    # Sorted values need clamping only at both ends.
     low, high = np.searchsorted(ordered, (clamp_min, clamp_max))
     clamped = ordered.astype(np.float64)
     clamped[:low], clamped[high:] = clamp_min, clamp_max
@@ -73,17 +71,17 @@ def row_statistics(values: np.ndarray) -> np.ndarray:
 
 
 def _from_rows(rows: np.ndarray, shape: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Rows [prod(shape), `_ROW`] of `row_statistics` as what `compute_statistics` returns."""
+    """The result of `compute_statistics` from rows [prod(shape), `_ROW`]."""
     scalars = {name: rows[:, i].reshape(shape) for i, name in enumerate(_SCALARS)}
     percentiles = rows[:, len(scalars) :].T.reshape(len(_PERCENTS), *shape)
     return scalars | {"percentiles": percentiles}
 
 
-# Statistics of records that need not fit in memory. One pass turns rows into columns on disk, one
-# per time step and dimension; then every column is sorted by itself, which gives exact percentiles
-# with the memory of one column. A pass that was stopped goes on where it was.
+# Statistics of records that need not fit in memory. One pass over the shards transposes rows into
+# columns on disk, one per time step and dimension. Then each column is sorted by itself, for exact
+# percentiles with the memory of one column. A stopped pass resumes where it was.
 
-_THREADS = 2  # columns in memory at once; numpy sorts without the interpreter lock
+_THREADS = 2  # columns in memory at once; numpy releases the interpreter lock to sort
 _SAVED_EVERY = 64  # columns
 
 
@@ -97,23 +95,23 @@ def column_statistics(
     """`compute_statistics` of one column of several datasets; only their .npz files are read.
 
     Args:
-        sources: datasets with that column, and the records of each that count (ascending).
-        key: the column's name, of shape [H, D] in a record.
-        scratch: folder for 4 bytes per number. It belongs to these sources and this `padding`
-            alone; what an earlier call left there is used. The caller removes it.
-        padding: whether time steps outside the episode count, which repeat an edge value. A time
-            step that lies outside in every record takes the statistics of the nearest other.
+        sources: each dataset, and the records of it that count (ascending).
+        key: name of a column, of shape [H, D] in a record.
+        scratch: a folder for 4 bytes per number, from which a stopped call with the same sources
+            and `padding` resumes. The caller removes it.
+        padding: whether padded time steps count. A step that is padded in every record gets the
+            statistics of the nearest other step.
 
     Returns:
         min, max, ... of shape [H, D] and percentiles [1001, H, D].
 
     Raises:
-        ValueError: if there are no records, or nothing but padding.
+        ValueError: there are no records, or all is padding.
     """
     shape = sources[0][0].shapes[key]
     rows = sum(len(indices) for _, indices in sources)
     if rows == 0:
-        raise ValueError(f"there are no records to take statistics of {key} from.")
+        raise ValueError(f"there are no records for the statistics of {key}.")
     scratch.mkdir(parents=True, exist_ok=True)
     columns, progress, results = (
         scratch / f"{key}.{suffix}" for suffix in ("columns", "json", "npy")
@@ -125,7 +123,7 @@ def column_statistics(
     steps = _reduce(columns, rows, int(np.prod(shape)), results).reshape(*shape, _ROW)
     known = np.flatnonzero(~np.isnan(steps).any((1, 2)))
     if len(known) == 0:
-        raise ValueError(f"all {key} are padding, so there is nothing to take statistics of.")
+        raise ValueError(f"all {key} are padding, so they have no statistics.")
     nearest = [known[np.abs(known - step).argmin()] for step in range(len(steps))]
     return _from_rows(steps[nearest].reshape(-1, _ROW), shape)
 
@@ -138,16 +136,13 @@ def _gather(
     columns: Path,
     progress: Path,
 ) -> None:
-    """Writes a file of float32 [columns, rows]; NaN is what does not count.
-
-    No memory map: its pages would count as memory.
-    """
+    """Writes a file of float32 [columns, rows], NaN where a value does not count."""
     names = (key,) if padding else (key, f"{key}_padded")
     done = json.loads(progress.read_text()) if progress.exists() else 0
     shard = at = 0
     with columns.open("r+b" if columns.exists() else "w+b") as file:
         for dataset, indices in sources:
-            first = 0  # record of this dataset that the shard begins with
+            first = 0  # the shard's first record in this dataset
             for part in dataset.shard_columns(*names):
                 values = part[key]
                 if not padding:
@@ -156,9 +151,10 @@ def _gather(
                 chosen = indices[start:end] - first
                 if shard >= done:
                     turned = values[chosen].reshape(len(chosen), -1 if len(chosen) else 0).T
+                    # Not a memory map, whose dirty pages would count as memory.
                     for number, column in enumerate(turned.astype(np.float32, order="C")):
                         os.pwrite(file.fileno(), column.data, 4 * (number * rows + at))
-                    os.fsync(file.fileno())  # before `progress` says that it is there
+                    os.fsync(file.fileno())  # before `progress` marks the shard as done
                     write_json(progress, shard + 1)
                 shard, at, first = shard + 1, at + len(chosen), first + len(values)
 

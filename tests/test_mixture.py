@@ -106,7 +106,7 @@ def test_padded_dimensions_are_masked_and_padded_steps_if_wished(tmp_path):
     old = make_records(tmp_path / "old", 3)
     made = make_normalizers([old])
     for use in (make_normalizers, lambda old, **masked: _loader(old, normalizers=made, **masked)):
-        with pytest.raises(ValueError, match="'old' do not tell which actions are padding"):
+        with pytest.raises(ValueError, match="'old' do not mark padded actions"):
             use([old], mask_padding=True)
 
 
@@ -141,7 +141,7 @@ def test_every_embodiment_has_its_own_normalizer(tmp_path):
             loaded.of(name).normalize("actions", values),
             normalizers.of(name).normalize("actions", values),
         )
-    with pytest.raises(ValueError, match="arm, giant; say which is meant"):
+    with pytest.raises(ValueError, match="arm, giant; choose one"):
         loaded.of()
     with pytest.raises(ValueError, match="arm, giant; there is none of 'dwarf'"):
         loaded.of("dwarf")
@@ -165,7 +165,7 @@ def test_datasets_of_an_embodiment_must_agree_on_modes(tmp_path):
         make_records(tmp_path / "one", 1),
         make_records(tmp_path / "two", 2, action=squash),
     ]
-    with pytest.raises(ValueError, match="'one' and 'two' have the embodiment 'arm', but norm"):
+    with pytest.raises(ValueError, match="'one' and 'two' have the embodiment 'arm' but norm"):
         make_normalizers(datasets)
     assert make_normalizers(datasets[1:]).of().modes == {"actions": "SQUASH", "proprio": "VARIANCE"}
 
@@ -174,7 +174,7 @@ def test_shares_of_every_task():
     assert [kept(50, name) for name in ("one", "tenth", "half", "full", None)] == [1, 5, 25, 50, 50]
     assert [kept(7, name) for name in ("one", "tenth", "half", 3, 30)] == [1, 1, 4, 3, 7]
     for wrong in ("third", 0, -1, 2.5, True):
-        with pytest.raises(ValueError, match="give a number of episodes, or one, tenth, half"):
+        with pytest.raises(ValueError, match=r"give a number of episodes .* one, tenth, half"):
             kept(7, wrong)
 
 
