@@ -1,10 +1,10 @@
-"""A robot that asks a policy server, as an example for yours: Meta-World stands in for the robot.
+"""An example of a robot that asks a policy server: Meta-World takes the place of the robot.
 
     python -m launch.serve --checkpoint=runs/quickstart/action
     python -m launch.robot_loop --server=ws://localhost:8000 --task=drawer-close-v3
 
-The robot moves on while the next chunk is computed; with --nooverlap it waits for every answer.
-This side needs no jax: on a robot, `mvjax.serving.client` is enough.
+The robot keeps moving while the next chunk is computed; with --nooverlap it waits for every answer.
+This side needs no jax: a robot needs `mvjax.serving.client` only.
 """
 
 import time
@@ -14,22 +14,22 @@ from absl import flags
 
 from launch.entry import run
 from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.policy.observation import History, Observation, ObservationSpec
+from mvjax.policy.observation import History, ObservationSpec
 from mvjax.serving.client import Client, Overlap
 from mvjax.serving.session import IMAGE_HISTORY, STATE_HISTORY
 
 SERVER = flags.DEFINE_string("server", "ws://localhost:8000", "Address of the policy server.")
-PATIENCE = flags.DEFINE_float("patience", 60.0, "Seconds to wait for the server.", 0.0)
+PATIENCE = flags.DEFINE_float("patience", 60.0, "Seconds to wait for the server to start.", 0.0)
 TASK = flags.DEFINE_string("task", "drawer-close-v3", "A Meta-World task.")
-SEED = flags.DEFINE_integer("seed", 0, "Seed of the objects' places.", 0)
-STEPS = flags.DEFINE_integer("steps", 200, "Most control steps.", 1)
-EXECUTE = flags.DEFINE_integer("execute", 8, "Control steps from one query to the next.", 1)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the objects' placement.", 0)
+STEPS = flags.DEFINE_integer("steps", 200, "Maximum number of control steps.", 1)
+EXECUTE = flags.DEFINE_integer("execute", 8, "Control steps between two queries.", 1)
 SPEED = flags.DEFINE_float("speed", 0.25, "Speed of the robot's clock; 1: real time.", 0.001)
 OVERLAP = flags.DEFINE_bool("overlap", True, "Move while the next chunk is computed.")
 
 
 def main() -> None:
-    """Plays one episode and says how it went."""
+    """Plays one episode, and prints its outcome and latencies."""
     robot = MetaWorld(TASK.value)
     with Client(SERVER.value, patience=PATIENCE.value) as policy:
         overlap = Overlap(policy.infer)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int, float]:
-    """Plays one episode; returns whether it succeeded, its control steps, and seconds."""
+    """Plays one episode; returns its success, control steps and seconds."""
     spec = ObservationSpec(
         observed_frames=metadata["observed_frames"],
         fps=metadata["fps"],
@@ -62,23 +62,16 @@ def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int
     for step in range(STEPS.value):
         history.record(robot.proprio(), robot.render)
         if step % EXECUTE.value == 0 and not overlap.asking:
-            overlap.ask(step, request(history.observation(robot.instruction)))
+            seen = history.observation(robot.instruction)
+            message = {IMAGE_HISTORY: seen.frames, STATE_HISTORY: seen.proprio}
+            overlap.ask(step, message | {"prompt": seen.instruction})
             if not OVERLAP.value:
                 overlap.wait()
         if robot.step(overlap.action(step)):
             return True, step + 1, time.monotonic() - began
-        tick = max(tick + period, time.monotonic())  # a robot that is late does not hurry
+        tick = max(tick + period, time.monotonic())  # a late robot does not catch up
         time.sleep(max(0.0, tick - time.monotonic()))
     return False, STEPS.value, time.monotonic() - began
-
-
-def request(observation: Observation) -> dict:
-    """An observation that holds its own history, as the server's plain clients send it."""
-    return {
-        IMAGE_HISTORY: observation.frames,
-        STATE_HISTORY: observation.proprio,
-        "prompt": observation.instruction,
-    }
 
 
 if __name__ == "__main__":

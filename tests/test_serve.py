@@ -83,7 +83,7 @@ def check_robot(command, running, flags):
         (["--checkpoint=nothing", "--port=0"], "nothing is not a training directory"),
         (["--checkpoint=x", "--client=gr00t"], "--client"),
         (["--checkpoint=x", "--client=aloha"], "--client=aloha has 14 numbers of state, but this"),
-        (["--checkpoint=x", "--batch_sizes=0"], "Batch sizes are at least 1, got [0]"),
+        (["--checkpoint=x", "--batch_sizes=0"], "Batch sizes must be at least 1, got [0]"),
         (["--checkpoint=x", "--batch_sizes=one"], "--batch_sizes must be numbers such as 1,8"),
         (["--checkpoint=x", "--stop_step=99"], "stop_step must be between 0 and video_steps"),
         (["--checkpoint=x", "--port=70000"], "70000"),
@@ -99,7 +99,7 @@ def test_an_address_that_is_taken_is_said_first(complains):
     taken = Running("slow_server", "0")
     try:
         flags = ("--checkpoint=x", "--host=127.0.0.1", f"--port={taken.port}")
-        words = f"Nobody can be served at 127.0.0.1:{taken.port} (Address already in use)"
+        words = f"Cannot listen at 127.0.0.1:{taken.port} (Address already in use)"
         complains(words, "launch.serve", ACTION, *flags)
     finally:
         taken.stop()

@@ -28,7 +28,6 @@ from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy, VideoActionModel
 from mvjax.serving.adapters import make_adapter, policy_vectors
 from mvjax.serving.batching import Batching
-from mvjax.serving.protocol import MessageLimits
 from mvjax.serving.server import Serving, make_server
 
 DIMS = {"plain": (4, 4), "libero": (10, 10)}
@@ -113,10 +112,10 @@ def random_params(network, seed):
 def main(client: str = "plain", api_key: str = "", sizes: str = "1,4", **numbers: str) -> None:
     """Serves until it is killed; prints the port when clients can connect."""
     limits = {name: float(value) for name, value in numbers.items()}
-    wire = MessageLimits(message_bytes=int(limits.pop("message_bytes", 2**20)))
+    limits["message_bytes"] = int(limits.get("message_bytes", 2**20))
     window = limits.pop("window", 0.005)
     limits["max_clients"] = int(limits.get("max_clients", 16))
-    serving = Serving(host="127.0.0.1", port=0, api_key=api_key, wire=wire, **limits)
+    serving = Serving(host="127.0.0.1", port=0, api_key=api_key, **limits)
     batching = Batching(tuple(int(size) for size in sizes.split(",")), window)
     policy, config = tiny_policy(client)
     with quick_compiles():

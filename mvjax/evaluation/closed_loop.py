@@ -53,17 +53,13 @@ def evaluate(
     policy is loaded once for all settings.
 
     Args:
-        experiment: of the stage-2 run, whose config has `evaluation`.
-        checkpoint: training directory of the stage-2 run; not read by "expert" and "none".
+        experiment, checkpoint: a stage-2 run and its training directory, which "expert" and "none"
+            do not read.
         folder: receives a folder per setting, with its description, results and recordings.
         settings: by the names of their folders.
 
     Yields:
         Each setting with its results as soon as they are complete.
-
-    Raises:
-        ValueError: if the suite or a task is unknown, or the suite has another control rate than
-            the policy's actions.
     """
     config, protocol = experiment.config, experiment.config.evaluation
     if protocol.suite not in SUITES:

@@ -18,34 +18,21 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Moment:
-    """A moment of a held-out episode.
-
-    Attributes:
-        dataset: the dataset's name.
-        episode: the episode's index in the dataset.
-        id: the episode's id.
-        at: the moment's position, as a fraction of the episode's length.
-    """
+    """A moment of a held-out episode."""
 
     dataset: str
-    episode: int
+    episode: int  # index in the dataset
     id: str
-    at: Fraction
+    at: Fraction  # position as a fraction of the episode's length
 
 
 @dataclass(frozen=True)
 class Window:
-    """The demonstration around a moment.
-
-    Attributes:
-        moment: the moment.
-        observation: the policy's input there, with the true future.
-        actions: the demonstrated actions in raw units [horizon, dim].
-    """
+    """The policy's input at a moment, and the demonstrated actions."""
 
     moment: Moment
-    observation: Observation
-    actions: np.ndarray
+    observation: Observation  # with the true future
+    actions: np.ndarray  # raw units [horizon, dim]
 
 
 def held_out_episodes(
@@ -92,11 +79,7 @@ def held_out_moments(
 def windows_at(
     episode: Episode, moments: Sequence[Moment], dataset: ConfigDict, config: ConfigDict
 ) -> list[Window]:
-    """Reads the windows at moments of one episode.
-
-    Raises:
-        ValueError: if the episode cannot be cut into clips.
-    """
+    """Reads the windows at moments of one episode."""
     cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
     windows = []
     for moment in moments:

@@ -44,16 +44,6 @@ class Demo:
         return f"{self.file.stem}-{self.key}"
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A replayed demonstration: states and frames before each action, and the outcome."""
-
-    success: bool
-    actions: np.ndarray
-    states: np.ndarray
-    frames: dict[str, list[np.ndarray]]
-
-
 def regenerate(
     source: Path, out: Path, workers: int = 2, size: tuple[int, int] = (480, 640)
 ) -> dict[str, int]:
@@ -67,9 +57,6 @@ def regenerate(
 
     Returns:
         {"kept", "failed"}: numbers of demonstrations.
-
-    Raises:
-        ValueError: there are no demonstrations, none succeeded, or a file is of no known task.
     """
     staging = out / UNFINISHED
     if not (out / REPORT).exists():
@@ -100,21 +87,6 @@ def moving_actions(actions: np.ndarray) -> np.ndarray:
     return np.array(kept, actions.dtype).reshape(-1, actions.shape[1])
 
 
-def replay(simulator: Libero, first_state: np.ndarray, actions: np.ndarray) -> Replay:
-    """Plays actions [n, 7] from a flattened simulator state; the last one decides success."""
-    simulator.restart(first_state)
-    for _ in range(SETTLING_STEPS):
-        simulator.step(STAY)
-    frames: dict[str, list[np.ndarray]] = {feature: [] for feature in CAMERAS}
-    states, success = [], False
-    for action in actions:
-        states.append(simulator.lerobot_state())
-        for feature, camera in CAMERAS.items():
-            frames[feature].append(simulator.render(camera))
-        success = simulator.step(action)
-    return Replay(success, actions.astype(np.float32), np.array(states, np.float32), frames)
-
-
 def _demonstrations(source: Path) -> list[Demo]:
     files = [source] if source.is_file() else sorted(source.rglob("*.hdf5"))
     demos = []
@@ -132,20 +104,29 @@ def _regenerate_one(demo: Demo, staging: Path, size: tuple[int, int]) -> None:
     with h5py.File(demo.file) as data:
         group = data["data"][demo.key]
         first_state, actions = group["states"][0], moving_actions(group["actions"][()])
-    played = replay(simulator, first_state, actions)
+    simulator.restart(first_state)
+    for _ in range(SETTLING_STEPS):
+        simulator.step(STAY)
+    frames: dict[str, list[np.ndarray]] = {feature: [] for feature in CAMERAS}
+    states, success = [], False
+    for action in actions:
+        states.append(simulator.lerobot_state())
+        for feature, camera in CAMERAS.items():
+            frames[feature].append(simulator.render(camera))
+        success = simulator.step(action)  # the last action decides
     about = {
         "demonstration": demo.name,
-        "success": played.success,
+        "success": success,
         "steps": len(actions),
         "instruction": simulator.instruction + ".",
     }
     with replacing(staging / demo.name) as folder:
         folder.mkdir()
-        if played.success:
-            arrays = {"action": played.actions, "state": played.states}
-            for feature, frames in played.frames.items():
-                write_video(folder / f"{feature}.mp4", frames, Libero.control_hz)
-                stats = sampled_stats(frames)
+        if success:
+            arrays = {"action": actions.astype(np.float32), "state": np.array(states, np.float32)}
+            for feature, pictures in frames.items():
+                write_video(folder / f"{feature}.mp4", pictures, Libero.control_hz)
+                stats = sampled_stats(pictures)
                 arrays |= {f"{feature}/{name}": value for name, value in stats.items()}
             np.savez(folder / "episode.npz", **arrays)
         (folder / ABOUT).write_text(json.dumps(about))

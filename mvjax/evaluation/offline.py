@@ -52,8 +52,7 @@ def evaluate_offline(
     devices. An episode that cannot be read is left out and named in the results.
 
     Args:
-        experiment: of the stage-2 run.
-        checkpoint: its training directory.
+        experiment, checkpoint: a stage-2 run and its training directory.
         folder: receives the results.
         stop_steps: denoising steps at which to read the video.
         count: moments per dataset.
@@ -61,9 +60,6 @@ def evaluate_offline(
 
     Returns:
         The summary of `summarise`, in every process.
-
-    Raises:
-        ValueError: if no episode is held out, or none of them can be read.
     """
     config, sampling = experiment.config, experiment.sampling()
     sections = {d.name: d for d in config.datasets.values() if d.action}
@@ -157,12 +153,9 @@ def _read(files: Mapping[Moment, Path]) -> tuple[list[WindowErrors], list[str]]:
 def window_errors(
     policy: Policy, windows: Iterable[Window], stop_steps: Sequence[int]
 ) -> Iterator[tuple[Window, WindowErrors]]:
-    """Yields every window with its errors, computed in batches of the policy.
+    """Yields every window with its errors at all stop steps, holding one batch at a time.
 
-    Args:
-        policy: its sampling sets the noise schedule; its stop step and mode are not used.
-        windows: read lazily; at most one batch is held at a time.
-        stop_steps: steps K of the schedule at which the decoder reads the video.
+    The policy's sampling sets the noise schedule; its own stop step and mode are not used.
     """
     windows = iter(windows)
     while batch := list(islice(windows, policy.batch_size)):
@@ -251,13 +244,13 @@ def summarise(
         unreadable: reasons why other windows are missing.
         stop_steps: steps at which the video was read.
         sigmas: noise levels of the whole schedule.
-        label: what was evaluated.
+        label: title of the evaluation.
 
     Returns:
-        A JSON-able map of windows, unreadable, label, stop_steps and sigmas; "true_video" and
-        "generated_video", each with mse (of normalised actions, per stop step), mse_by_step and
-        mse_by_dimension (per stop step and step of the chunk, or dimension) and mae_by_dimension
-        (in the actions' units); psnr and ssim per future frame.
+        A JSON-able map: label, windows (their number), unreadable, stop_steps and sigmas;
+        "true_video" and "generated_video", each with mse (of normalised actions, per stop step),
+        mse_by_step and mse_by_dimension (per stop step and step of the chunk, or dimension) and
+        mae_by_dimension (in the actions' units); psnr and ssim per future frame.
     """
 
     def mean(name: str, *axes: int) -> list:

@@ -72,16 +72,8 @@ def write_predictions(
 ) -> None:
     """Writes `<name>_predicted.mp4` and `<name>_true.mp4` of `count` held-out episodes.
 
-    The clip starts a third into the episode: the observed frames, then the fully denoised or the
-    true future.
-
-    Args:
-        policy: its video model predicts, at the model's resolution.
-        episodes: all episodes of the dataset.
-        dataset: its config section.
-        config: `clip`, `policy_io` and `validation_share`.
-        folder: receives the videos.
-        count: number of pairs, spread over the held-out episodes.
+    They are spread over the held-out episodes of a dataset. The clip starts a third into the
+    episode: the observed frames, then the fully denoised or the true future.
     """
     held_out = list(held_out_episodes(episodes, dataset, config.validation_share))
     chosen = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)

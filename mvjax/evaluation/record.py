@@ -17,7 +17,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -94,7 +94,7 @@ class Recording:
     def __post_init__(self):
         if self.suite not in SUITES:
             raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
-        kinds = self.simulator.demonstrations.kinds
+        kinds = self.simulator.kinds
         if self.kind not in kinds:
             raise ValueError(f"kind must be {' or '.join(map(repr, kinds))}, got {self.kind!r}")
         for task in self.tasks:
@@ -133,11 +133,7 @@ def record_dataset(
 ) -> dict[str, Any]:
     """Records a dataset, resumes one that was stopped, or leaves a finished one as it is.
 
-    Args:
-        out: the dataset's folder.
-        recording: what to record.
-        workers: processes; one per core is best.
-        progress: show a progress bar.
+    One worker process per core is fastest.
 
     Returns:
         {"episodes", "frames", "seconds"}: of the whole dataset, and the duration of this call.
@@ -152,15 +148,12 @@ def record_dataset(
         units = recording.units()
         todo = [unit for unit in units if not (staging / unit.name).is_dir()]
         _record_units(todo, recording, staging, workers, progress)
-        totals = assemble(out, staging, recording, units)
-        write_json(out / MANIFEST, {"recording": asdict(recording), **totals})
+        assembled = assemble(out, staging, recording, units)
+        write_json(out / MANIFEST, {"recording": asdict(recording), **assembled})
     shutil.rmtree(staging, ignore_errors=True)
     manifest = json.loads((out / MANIFEST).read_text())
-    return {
-        "episodes": manifest["episodes"],
-        "frames": manifest["frames"],
-        "seconds": time.monotonic() - began,
-    }
+    totals = {name: manifest[name] for name in ("episodes", "frames")}
+    return {**totals, "seconds": time.monotonic() - began}
 
 
 def _open_folder(out: Path, recording: Recording) -> Path:
@@ -188,21 +181,17 @@ def _record_units(
 ) -> None:
     if not units:
         return
-    expected = recording.episodes * len(recording.tasks)
-    done = expected - sum(unit.count for unit in units)
-    bar = tqdm(
-        total=expected, initial=done, unit="episode", disable=not progress, desc=str(staging.parent)
-    )
+    total = recording.episodes * len(recording.tasks)
+    done = total - sum(unit.count for unit in units)
+    title = str(staging.parent)
+    bar = tqdm(total=total, initial=done, unit="episode", disable=not progress, desc=title)
     frames, began = 0, time.monotonic()
     with bar, worker_pool(min(workers, len(units))) as submit:
-        waiting = submit(record_unit, units, recording, staging)
-        while waiting:
-            finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
-            for future in finished:
-                count, new_frames = future.result()
-                frames += new_frames
-                bar.set_postfix_str(f"{frames / (time.monotonic() - began):.0f} frames/s", False)
-                bar.update(count)
+        for future in as_completed(submit(record_unit, units, recording, staging)):
+            count, new_frames = future.result()
+            frames += new_frames
+            bar.set_postfix_str(f"{frames / (time.monotonic() - began):.0f} frames/s", False)
+            bar.update(count)
 
 
 # A unit: a few successful episodes of one task, saved together or not at all.
@@ -210,41 +199,28 @@ def _record_units(
 
 @dataclass(frozen=True)
 class Performance:
-    """A successful episode of n control steps.
+    """A successful episode of n control steps."""
 
-    Attributes:
-        frames: uint8 [h, w, 3] each; empty for kind hdf5.
-        actions: float32 [n, d].
-        rows: the other recorded values, name -> [n, ...].
-    """
-
-    frames: list[np.ndarray]
-    actions: np.ndarray
-    rows: dict[str, np.ndarray]
+    frames: list[np.ndarray]  # uint8 [h, w, 3] each; empty for kind hdf5
+    actions: np.ndarray  # float32 [n, d]
+    rows: dict[str, np.ndarray]  # the other recorded values, name -> [n, ...]
 
 
 def record_unit(unit: Unit, recording: Recording, staging: Path) -> tuple[int, int]:
-    """Records a unit into `staging / unit.name`, which appears when it is complete.
-
-    Returns:
-        The numbers of episodes and frames.
-    """
-    suite = recording.simulator
+    """Records `staging / unit.name`, and returns the numbers of episodes and frames."""
     # In recordings of kind video, every episode has a slightly different camera.
     moved = {"camera_jitter_seed": recording.seed} if recording.kind == "video" else {}
-    simulator = suite.make_simulator(
-        unit.task, height=recording.height, width=recording.width, **moved
-    )
+    size = dict(height=recording.height, width=recording.width)
+    simulator = recording.simulator.make_simulator(unit.task, **size, **moved)
     try:
         with replacing(staging / unit.name) as folder:
             folder.mkdir()
             about = {"instruction": simulator.instruction}
             if recording.kind == "hdf5":
-                about = suite.demonstrations.scene(simulator)
+                about = simulator.hdf5_scene()
             (folder / ABOUT).write_text(json.dumps(about))
-            write = {"robot": _write_robot, "video": _write_videos, "hdf5": _write_rows}
-            performances = _performances(simulator, unit, recording)
-            frames = write[recording.kind](folder, unit, recording, performances)
+            write, _ = _KINDS[recording.kind]
+            frames = write(folder, unit, recording, _performances(simulator, unit, recording))
     finally:
         simulator.close()
     return unit.count, frames
@@ -269,14 +245,13 @@ def _attempt(simulator: Any, task: str, attempt: int, recording: Recording) -> P
     # A checksum, since hash() differs between processes.
     rng = np.random.default_rng([recording.seed, zlib.crc32(task.encode()), attempt])
     simulator.reset(int(rng.integers(2**31)))
-    keep = recording.simulator.demonstrations
     frames, actions, rows = [], [], []
     remaining = None
     for step in range(simulator.max_steps):
         if recording.kind == "hdf5":
-            rows.append(keep.row(simulator))
+            rows.append(simulator.hdf5_row())
         else:
-            rows.append({"state": keep.state(simulator)})
+            rows.append({"state": simulator.lerobot_state()})
             if step % recording.stride == 0:
                 frames.append(simulator.render())
         action = simulator.expert_action()
@@ -300,17 +275,11 @@ def sampled_stats(frames: Sequence[np.ndarray]) -> Stats:
 
 
 def assemble(out: Path, staging: Path, recording: Recording, units: list[Unit]) -> dict[str, int]:
-    """Writes the dataset from its units, and returns {"episodes", "frames", "fps"}.
-
-    It may be stopped at any moment and repeated.
-    """
-    kinds = {"robot": _assemble_robot, "video": _assemble_videos, "hdf5": _assemble_rows}
-    frames = kinds[recording.kind](out, staging, recording, units)
-    return {
-        "episodes": recording.episodes * len(recording.tasks),
-        "frames": frames,
-        "fps": recording.fps,
-    }
+    """Writes the dataset from its units, and returns {"episodes", "frames", "fps"}; repeatable."""
+    _, write = _KINDS[recording.kind]
+    frames = write(out, staging, recording, units)
+    episodes = recording.episodes * len(recording.tasks)
+    return {"episodes": episodes, "frames": frames, "fps": recording.fps}
 
 
 # The three kinds. Each has a function that writes the files of a unit and returns the number of
@@ -338,8 +307,7 @@ def _write_robot(folder: Path, unit: Unit, recording: Recording, made: Performan
 
 
 def _assemble_robot(out: Path, staging: Path, recording: Recording, units: list[Unit]) -> int:
-    demonstrations = recording.simulator.demonstrations
-    episodes = []
+    suite, episodes = recording.simulator, []
     for folder in (staging / unit.name for unit in units):
         first_frame = 0
         for path in _episode_files(folder):
@@ -349,13 +317,13 @@ def _assemble_robot(out: Path, staging: Path, recording: Recording, units: list[
                 vectors = {"action": arrays["action"], "observation.state": arrays["state"]}
             video = VideoPart(folder / "frames.mp4", first_frame, stats)
             instruction = _about(folder)["instruction"]
-            episodes.append(RobotEpisode(instruction, vectors, {demonstrations.camera: video}))
+            episodes.append(RobotEpisode(instruction, vectors, {suite.camera: video}))
             first_frame += len(vectors["action"])
     write_lerobot(
         out,
         episodes,
         fps=recording.fps,
-        robot_type=demonstrations.embodiment,
+        robot_type=suite.embodiment,
         frame_size=(recording.height, recording.width),
     )
     return sum(len(episode.vectors["action"]) for episode in episodes)
@@ -405,6 +373,13 @@ def _assemble_rows(out: Path, staging: Path, recording: Recording, units: list[U
         file = out / f"{about.pop('name')}_demo.hdf5"
         write_hdf5(file, demonstrations(folders), Scene(**about, control_freq=recording.fps))
     return frames
+
+
+_KINDS = {
+    "robot": (_write_robot, _assemble_robot),
+    "video": (_write_videos, _assemble_videos),
+    "hdf5": (_write_rows, _assemble_rows),
+}
 
 
 def _episode_file(folder: Path, number: int) -> Path:

@@ -60,15 +60,10 @@ class Conditions(NamedTuple):
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: `self` is static under jit
 class VideoModel:
-    """A video DiT on the devices of a mesh.
-
-    Attributes:
-        network, params: the video DiT, LoRA merged.
-        mesh, rules: how parameters and computation are split over devices.
-    """
+    """A video DiT on the devices of a mesh."""
 
     network: Network
-    params: Params
+    params: Params  # LoRA merged
     mesh: Mesh
     rules: Rules
 
@@ -79,13 +74,9 @@ class VideoModel:
         sampling: Sampling,
         progress: Callable[[int], None] = lambda evaluations: None,
     ) -> np.ndarray:
-        """Samples clean latents, float32 [1, t, h, w, c].
+        """Samples clean latents, float32 [1, t, h, w, c], from standard normal noise of that shape.
 
-        Args:
-            noise: standard normal, of that shape.
-            conditions: the observed frames and texts.
-            sampling: sets the noise levels.
-            progress: called after each evaluation with the number of finished ones.
+        `progress` is called after each evaluation with the number of finished ones.
         """
         whole = NamedSharding(self.mesh, PartitionSpec())
         here = start(noise, sampling.sigmas)
@@ -268,12 +259,7 @@ def read_embedding(path: Path, length: int, dim: int) -> np.ndarray:
 
 
 def load_video_model(checkpoint: Path, precision: str) -> VideoModel:
-    """Loads a video DiT, its parameters and tokens split over all devices of this process.
-
-    Args:
-        checkpoint: a stage-1 training directory or a converted checkpoint.
-        precision: of the computation, see `mvjax.models.layers`.
-    """
+    """Loads a video DiT, its parameters and tokens split over all devices of this process."""
     config = ConfigDict(read_meta(checkpoint)["config"])
     config.backbone = dict(checkpoint=str(checkpoint), precision=precision)
     # There is only one sample, so the devices share its tokens.

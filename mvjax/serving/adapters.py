@@ -1,6 +1,6 @@
-"""What robots' clients send and want, for each kind of client that `--client` knows.
+"""Adapters between robots' clients and the policy, one for each value of `--client`.
 
-A new client is one more function of a policy's vectors that returns an `Adapter`, and its name in
+To add one, write a function that returns an `Adapter` for a policy's vectors, and add it to
 `CLIENTS`.
 """
 
@@ -15,46 +15,36 @@ from data_pipelines.representations import Part
 from data_pipelines.vectors import bases, parse, restore, streams, vector
 
 
-def unchanged(values: np.ndarray, *_: np.ndarray) -> np.ndarray:
-    """The numbers as they are."""
-    return values
-
-
 @dataclass(frozen=True)
 class Adapter:
-    """How one kind of client words its observations and wants its actions.
+    """How one kind of client encodes its observations and actions.
 
     Attributes:
-        name: as given to `--client`.
-        image: keys from the message to the picture, uint8 [h, w, 3] or [3, h, w].
-        state: keys whose numbers, one after the other, are the robot's state.
-        state_size: how many these are.
-        proprio: states [h, state_size] as the policy's proprioception [h, proprio_dim].
-        actions: the policy's chunk [horizon, action_dim], and the state [state_size] it starts
-            from, as the client's actions [horizon, any].
-        prompt: the instruction as the policy was trained to read it.
-        jump: a robot whose first three numbers (metres) move farther than this between two
-            messages has begun a new episode; None where messages must say so.
+        name: the value of `--client`.
+        image: nested keys of the picture, uint8 [h, w, 3] or [3, h, w].
+        state: keys whose values, concatenated, are the robot's state.
+        state_size: size of the state.
+        proprio: states [h, state_size] -> the policy's proprioception [h, proprio_dim].
+        actions: the policy's chunk [horizon, action_dim] and the state [state_size] it starts from
+            -> the client's actions [horizon, any].
+        prompt: the client's instruction -> the policy's.
+        jump: a new episode begins when the first three numbers of the state (metres) move farther
+            than this between two messages; None: only when the message says so.
     """
 
     name: str
     image: tuple[str, ...]
     state: tuple[str, ...]
     state_size: int
-    proprio: Callable[[np.ndarray], np.ndarray] = unchanged
-    actions: Callable[[np.ndarray, np.ndarray], np.ndarray] = unchanged
+    proprio: Callable[[np.ndarray], np.ndarray] = lambda states: states
+    actions: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda chunk, state: chunk
     prompt: Callable[[str], str] = str
     jump: float | None = None
 
 
 @dataclass(frozen=True)
 class PolicyVectors:
-    """What a policy takes and gives.
-
-    Attributes:
-        action, proprio: what its vectors are made of (`data_pipelines.vectors`).
-        action_dim, proprio_dim: their widths.
-    """
+    """The parts (`data_pipelines.vectors`) and widths of a policy's vectors."""
 
     action: tuple[Part, ...]
     proprio: tuple[Part, ...]
@@ -63,11 +53,7 @@ class PolicyVectors:
 
 
 def policy_vectors(config: Any) -> PolicyVectors:
-    """Of the embodiment that acts: `config.embodiment`, or the only one that was learned from.
-
-    Args:
-        config: the configuration of a stage-2 run.
-    """
+    """Returns the vectors of the robot: `config.embodiment`, or the only one of a stage-2 run."""
     io, wanted = config.policy_io, config.get("embodiment", "")
     acting = [
         dataset
@@ -80,10 +66,7 @@ def policy_vectors(config: Any) -> PolicyVectors:
 
 
 def plain(policy: PolicyVectors) -> Adapter:
-    """This package's own client: one picture, the policy's own numbers.
-
-    `observation/image`, `observation/state` [proprio_dim]; actions [horizon, action_dim].
-    """
+    """This package's own client: one picture, the policy's own vectors."""
     return Adapter(
         name="plain",
         image=("observation/image",),
@@ -92,24 +75,21 @@ def plain(policy: PolicyVectors) -> Adapter:
     )
 
 
-# openpi's LIBERO client turns its pictures by 180 degrees, as mimic-video's training data are
-# turned. It keeps one connection for a whole suite and does not say where an episode begins: at
-# full command the end effector moves 0.125 m in the five steps between two queries, and the next
-# episode begins about 0.3 m from where a solved one ended (docs/serving.md).
+# openpi's LIBERO client turns its pictures by 180 degrees, as in mimic-video's training data. It
+# keeps one connection for a whole suite and does not announce new episodes: at full speed the end
+# effector moves 0.125 m in the five steps between two queries, and the next episode begins about
+# 0.3 m from the end of a solved one (docs/serving.md).
 EPISODE_JUMP_M = 0.2
 
 
 def libero(policy: PolicyVectors) -> Adapter:
     """openpi's LIBERO client: third-person camera, end effector, at 20 Hz.
 
-    Position 3 (m), axis-angle 3 (rad) and two fingers (m) in, OSC_POSE actions of 7 out.
+    It sends position 3 (m), axis-angle 3 (rad) and two fingers (m), and takes 7 OSC_POSE numbers.
 
-    A policy of 10 and 10 numbers is one of `data_pipelines/embodiments/libero_panda.py`, which have
-    one layout whatever files they were trained on; a "black bowl" is then a "bowl", as in
-    mimic-video's instructions. One of 8 and 7 was trained on the client's own numbers.
-
-    Raises:
-        ValueError: the policy has other numbers of dimensions.
+    A policy with 10 proprioceptive and 10 action dimensions has the layout of
+    `data_pipelines/embodiments/libero_panda.py`; a "black bowl" is then a "bowl", as in
+    mimic-video's instructions. One with 8 and 7 was trained in the client's own layout.
     """
     own = Adapter(
         name="libero",
@@ -120,45 +100,31 @@ def libero(policy: PolicyVectors) -> Adapter:
     )
     if (policy.proprio_dim, policy.action_dim) == (10, 10):
         parts = PolicyVectors(parse(HDF5_ACTION, "action"), parse(HDF5_PROPRIO, "proprio"), 10, 10)
-        posed = converted(own, parts, _streams)
-        return replace(
-            posed,
-            actions=lambda chunk, state: _either_gripper(posed.actions(chunk, state)),
-            prompt=lambda prompt: prompt.replace("black bowl", "bowl"),
-        )
+        names = "obs/ee_pos", "obs/ee_ori", "obs/gripper_states"
+        posed = converted(own, parts, lambda s: dict(zip(names, np.split(s, [3, 6], axis=-1))))
+
+        def actions(chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
+            motion, gripper = np.split(posed.actions(chunk, state), [6], axis=1)
+            # As in the release, the gripper either opens (-1) or closes (1).
+            gripper = np.where(gripper > 0, 1, -1)
+            return np.concatenate([motion, gripper], axis=1).astype(np.float32)
+
+        prompt = lambda prompt: prompt.replace("black bowl", "bowl")  # noqa: E731
+        return replace(posed, actions=actions, prompt=prompt)
     check_sizes("libero", state=(8, policy.proprio_dim), action=(7, policy.action_dim))
     return own
-
-
-def _streams(state: np.ndarray) -> dict[str, np.ndarray]:
-    return {
-        "obs/ee_pos": state[..., :3],
-        "obs/ee_ori": state[..., 3:6],
-        "obs/gripper_states": state[..., 6:],
-    }
-
-
-def _either_gripper(actions: np.ndarray) -> np.ndarray:
-    """The gripper opens (-1) or closes (1), nothing between, as the release drives it."""
-    gripper = np.where(actions[:, 6:] > 0, 1, -1)
-    return np.concatenate([actions[:, :6], gripper], axis=1).astype(np.float32)
 
 
 STATE = "observation.state"  # as in the public LeRobot datasets
 
 
 def aloha(policy: PolicyVectors) -> Adapter:
-    """openpi's ALOHA clients, real and simulated: the high camera, fourteen joints, at 50 Hz.
+    """openpi's ALOHA clients, real and simulated: high camera, two arms, at 50 Hz.
 
-    Per arm six joints (rad) and a gripper, in and out, as the robot has them.
-
-    Actions that were learned relative to the present joints are made absolute. The simulated client
-    sends no prompt: the server needs `--prompt`.
-
-    Raises:
-        ValueError: the policy has another number of proprioceptive or action dimensions.
+    Per arm they send and take six joints (rad) and a gripper in the robot's units. Actions that
+    were learned relative to the present joints are made absolute. The simulated client sends no
+    prompt: the server needs `--prompt`.
     """
-    # Actions learned relative to the present joints are made absolute.
     own = Adapter(name="aloha", image=("images", "cam_high"), state=("state",), state_size=14)
     check_sizes("aloha", state=(14, policy.proprio_dim), action=(14, policy.action_dim))
     if is_described_by(policy, {STATE}):
@@ -174,15 +140,11 @@ GRIPPER = "steps/observation/gripper_position"
 def droid(policy: PolicyVectors) -> Adapter:
     """openpi's DROID client: left exterior camera, a Franka arm and its gripper, at 15 Hz.
 
-    Seven joints (rad) and the gripper in, eight action numbers out: the client unchanged.
-
-    It executes joint velocities and a gripper command, so the policy must have been trained on
-    these. A policy of `data_pipelines/embodiments/droid_franka.py` needs a client that sends
-    `observation/cartesian_position` [6] in place of the joints, and that executes poses: it is
-    given position 3 (m), Euler angles 3 (rad) and gripper.
-
-    Raises:
-        ValueError: the policy has another number of proprioceptive or action dimensions.
+    The unchanged client sends seven joints (rad) and the gripper, and executes joint velocities and
+    a gripper command, on which the policy must have been trained. A policy of
+    `data_pipelines/embodiments/droid_franka.py` needs a client that sends
+    `observation/cartesian_position` [6] in place of the joints, and executes poses: position 3 (m),
+    Euler angles 3 (rad) and gripper.
     """
     own = Adapter(
         name="droid",
@@ -202,11 +164,7 @@ CLIENTS = {"plain": plain, "libero": libero, "aloha": aloha, "droid": droid}
 
 
 def make_adapter(client: str, policy: PolicyVectors) -> Adapter:
-    """The adapter of a client, for a policy with this policy.
-
-    Raises:
-        ValueError: for an unknown client, or one that does not fit the policy.
-    """
+    """Returns the adapter of a client; ValueError if it is unknown or does not fit the policy."""
     if client not in CLIENTS:
         raise ValueError(f"The client must be one of {', '.join(CLIENTS)}, got {client!r}.")
     return CLIENTS[client](policy)
@@ -215,11 +173,11 @@ def make_adapter(client: str, policy: PolicyVectors) -> Adapter:
 def converted(
     adapter: Adapter, policy: PolicyVectors, split: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> Adapter:
-    """An adapter whose client speaks in the streams that the policy's vectors are made of.
+    """Returns an adapter that converts between the client's streams and the policy's vectors.
 
     Args:
-        adapter: of the client, in its own numbers.
-        policy: its vectors; their streams and bases must be among those of `split`.
+        adapter: of the client, without conversion.
+        policy: its vectors; `split` must return all their streams and bases.
         split: a client's state [..., state_size] -> streams by name, [..., any].
     """
 
@@ -235,24 +193,16 @@ def converted(
 
 
 def is_described_by(policy: PolicyVectors, names: set[str]) -> bool:
-    """Whether these streams are all that a policy needs of a client's state."""
+    """Returns whether a policy needs no other streams of a client's state than these."""
     needed = {*streams(policy.proprio), *bases(policy.proprio), *bases(policy.action)}
     return bool(policy.action and policy.proprio) and needed <= names
 
 
 def check_sizes(client: str, *, state: tuple[int, int], action: tuple[int, int]) -> None:
-    """Checks that a policy speaks the numbers of a client.
-
-    Args:
-        client: its name.
-        state, action: how many numbers the client has, and how many the policy.
-
-    Raises:
-        ValueError: they differ.
-    """
-    for what, (clients, policys) in {"state": state, "action": action}.items():
-        if clients != policys:
+    """Raises ValueError unless the sizes (the client's, the policy's) are equal."""
+    for what, (sent, trained) in {"state": state, "action": action}.items():
+        if sent != trained:
             raise ValueError(
-                f"--client={client} has {clients} numbers of {what}, but this policy was trained "
-                f"with {policys}: choose the --client that fits it, or plain."
+                f"--client={client} has {sent} numbers of {what}, but this policy was trained "
+                f"with {trained}: choose the --client that fits it, or plain."
             )

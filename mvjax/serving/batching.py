@@ -1,7 +1,7 @@
-"""Queries that come at about the same time become one batch, answered by one thread.
+"""Batches queries that arrive at about the same time.
 
-The policy runs in a thread of its own, so that connections are read and written meanwhile; what
-arrives during a batch makes the next one.
+The policy runs in a thread of its own while connections are read and written; queries that arrive
+during a batch form the next one.
 """
 
 import asyncio
@@ -20,10 +20,10 @@ from mvjax.policy.policy import Policy
 
 @dataclass(frozen=True)
 class Batching:
-    """How queries are put together.
+    """How queries are batched.
 
     Attributes:
-        sizes: of the batches that are compiled; a batch is padded to the smallest that holds it.
+        sizes: batch sizes to compile; a batch is padded to the smallest that holds it.
         window: seconds that a query waits for others while fewer than all clients have asked.
     """
 
@@ -32,7 +32,7 @@ class Batching:
 
     def __post_init__(self):
         if not self.sizes or min(self.sizes) < 1:
-            raise ValueError(f"Batch sizes are at least 1, got {list(self.sizes)}.")
+            raise ValueError(f"Batch sizes must be at least 1, got {list(self.sizes)}.")
 
 
 class PolicyError(RuntimeError):
@@ -41,7 +41,7 @@ class PolicyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Answer:
-    """A chunk [horizon, action_dim], and the seconds it waited for its batch and was computed."""
+    """A chunk [horizon, action_dim], seconds of waiting and of computing, and the batch's size."""
 
     chunk: np.ndarray
     waited: float
@@ -61,9 +61,9 @@ class Batcher:
 
     Args:
         act: the policy.
-        most: queries per batch.
-        window: seconds that a query waits for others to join it.
-        clients: how many could ask now; with as many queries as that, nothing is waited for.
+        most: maximum number of queries per batch.
+        window: seconds that a query waits for others.
+        clients: returns the number of clients; a batch with a query of each does not wait.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Batcher:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, observation: Observation) -> Answer:
-        """Answers one observation; cancelled before its batch began, it is not computed.
+        """Answers an observation, unless it is cancelled before its batch begins.
 
         Raises:
             PolicyError: the policy failed at this observation.
@@ -96,7 +96,7 @@ class Batcher:
         return await query.answer
 
     async def _collect(self) -> list[_Query]:
-        """The next batch; empty if its clients have gone."""
+        """The next batch; empty if its clients have disconnected."""
         while not self._waiting:
             await self._arrival(None)
         deadline = self._waiting[0].arrived + self._window
@@ -119,39 +119,32 @@ class Batcher:
     async def _answer(self, batch: list[_Query]) -> None:
         began = time.monotonic()
         try:
-            chunks = await self._compute([query.observation for query in batch])
+            observations = [query.observation for query in batch]
+            loop = asyncio.get_running_loop()
+            chunks = await loop.run_in_executor(self._thread, self._act, observations)
         except Exception as error:
-            if len(batch) > 1:  # one of them is to blame; the others must not pay for it
+            if len(batch) > 1:  # one observation may have failed the others: answer each alone
                 for query in batch:
                     if not query.answer.done():
                         await self._answer([query])
             elif not batch[0].answer.done():
-                batch[0].answer.set_exception(_failure(error))
+                failure = PolicyError(f"The policy failed: {' '.join(str(error).split())[:300]}")
+                failure.__cause__ = error
+                batch[0].answer.set_exception(failure)
             return
         computed = time.monotonic() - began
         for query, chunk in zip(batch, chunks):
-            if not query.answer.done():  # unless its client has gone meanwhile
+            if not query.answer.done():  # its client may have disconnected meanwhile
                 answer = Answer(chunk, began - query.arrived, computed, len(batch))
                 query.answer.set_result(answer)
 
-    async def _compute(self, observations: list[Observation]) -> np.ndarray:
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, self._act, observations)
-
-
-def _failure(error: Exception) -> PolicyError:
-    failure = PolicyError(f"The policy failed: {' '.join(str(error).split())[:300]}")
-    failure.__cause__ = error
-    return failure
-
 
 def act_in_sizes(policy: Policy, sizes: Sequence[int]) -> Act:
-    """`policy.act` in the smallest of these batch sizes that holds the queries, all compiled.
+    """Compiles `policy.act` for all batch sizes; queries use the smallest that holds them.
 
-    The variants share parameters and remembered instructions. A lone query then costs a batch of
-    one, and nothing is compiled however many come together.
+    The compiled policies share weights and text embeddings.
     """
-    ways = split_ways("batch", policy.mesh, policy.rules)  # a batch is shared by so many devices
+    ways = split_ways("batch", policy.mesh, policy.rules)  # number of devices that share a batch
     sizes = sorted({-(-size // ways) * ways for size in sizes})
     variants = [replace(policy, batch_size=size) for size in sizes]
     for variant in variants:

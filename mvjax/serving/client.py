@@ -1,4 +1,4 @@
-"""Asking a policy server, from a robot: needs numpy, msgpack and websockets, nothing else.
+"""The client of a policy server, for robots: needs only numpy, msgpack and websockets.
 
 with Client("ws://gpu-machine:8000") as policy:
     policy.reset()
@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -21,35 +20,35 @@ from websockets.sync.client import ClientConnection, connect
 
 from mvjax.serving.protocol import decode, encode
 
-LOG = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
 
 class QueryRefused(RuntimeError):
-    """The server cannot answer this message; its sentence says why. The connection stays."""
+    """The server cannot answer this message, for the given reason; the connection stays open."""
 
 
 class ServerUnreachable(ConnectionError):
-    """The server cannot be reached, turns this client away, or does not answer in time."""
+    """The server cannot be reached, refuses this client, or does not answer in time."""
 
 
 class Client:
-    """One connection to a policy server; not to be shared by threads.
+    """One connection to a policy server; not thread-safe.
 
-    A connection that breaks is made again at the next query, and that query is sent again: the
-    server's history of pictures then starts anew, unless the query holds its own.
+    After a lost connection the next query reconnects and is sent again; the server's history of
+    pictures then starts anew, unless the query holds its own.
 
     Args:
         uri: such as ws://localhost:8000.
-        api_key: what the server was started with, if anything.
+        api_key: the server's key, if it has one.
         timeout: seconds to wait for an answer.
         patience: seconds to try to connect, for a server that is still loading.
 
     Attributes:
-        metadata: what the server says of its policy (`observed_frames`, `fps`, ...).
+        metadata: the server's description of its policy (`observed_frames`, `fps`, ...).
 
     Raises:
         ServerUnreachable: there is no server after `patience` seconds, or it refuses.
-        ValueError: `uri` is no address.
+        ValueError: `uri` is not an address.
     """
 
     def __init__(
@@ -59,17 +58,17 @@ class Client:
         self._headers = {"Authorization": f"Api-Key {api_key}"} if api_key else None
         self._timeout, self._patience = timeout, patience
         self._connection: ClientConnection | None = None
-        self._open = ExitStack()  # connections of websockets 17 are context managers
+        self._open = ExitStack()  # websockets 17 closes a connection as a context manager
         self.metadata: dict[str, Any] = {}
         self._connect()
 
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's answer: `actions` float32 [horizon, action_dim], and `server_timing`.
+        """Returns the answer: `actions` float32 [horizon, action_dim], and `server_timing`.
 
         Raises:
             QueryRefused: the server cannot answer this observation.
-            ServerUnreachable: it is gone, or silent for `timeout` seconds; the next call connects
-                again.
+            ServerUnreachable: the connection is lost, or there is no answer after `timeout`
+                seconds; the next call reconnects.
         """
         message = encode(dict(observation))
         if self._connection is not None:
@@ -79,35 +78,32 @@ class Client:
                 self.close()
                 if error.rcvd is not None and error.rcvd.code == 1009:
                     raise QueryRefused(
-                        f"The message has {len(message)} bytes, far more than the server takes."
+                        f"The message has {len(message)} bytes, far more than the server accepts."
                     ) from error
-                LOG.warning("%s was lost (%s); connecting again", self._uri, error)
+                log.warning("%s: connection lost (%s); reconnecting", self._uri, error)
         self._connect()
         try:
             return self._ask(message)
         except ConnectionClosed as error:
             self.close()
-            raise ServerUnreachable(f"{self._uri} was lost twice in a row: {error}.") from error
+            raise ServerUnreachable(
+                f"{self._uri}: connection lost twice in a row: {error}."
+            ) from error
 
     def reset(self) -> None:
-        """Begins a new episode: the server forgets the pictures of this connection."""
+        """Begins a new episode: the server drops the pictures of this connection."""
         self.infer({"reset": True})
 
     def close(self) -> None:
-        """Says goodbye; a later query connects again."""
+        """Closes the connection; a later query reconnects."""
         self._connection = None
         self._open.close()
 
     def __enter__(self) -> "Client":
-        """The client itself, closed at the end of the `with`."""
+        """Returns the client, which the end of the `with` closes."""
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """Closes the connection."""
         self.close()
 
@@ -119,7 +115,7 @@ class Client:
         try:
             reply = self._connection.recv(self._timeout)
         except TimeoutError:
-            self.close()  # an answer that comes late must not be taken for the next one
+            self.close()  # or a late answer would be taken for the next one
             raise ServerUnreachable(
                 f"{self._uri} has not answered for {self._timeout:g} s."
             ) from None
@@ -144,7 +140,7 @@ class Client:
                 return
             except InvalidURI as error:
                 raise ValueError(
-                    f"{self._uri} is no address of a server, such as ws://localhost:8000."
+                    f"{self._uri} is not an address such as ws://localhost:8000."
                 ) from error
             except InvalidStatus as error:
                 body = (error.response.body or b"").decode("utf-8", "replace").strip()
@@ -161,26 +157,25 @@ class Client:
                 time.sleep(0.2)
 
 
-# Acting on one chunk while the next is being computed.
+# Executing one chunk while the next is being computed.
 #
-# A robot that waits for every answer stands still for the policy's latency at every query. Here
-# the question is asked in the background and the robot goes on with the chunk it has. The
-# answer's first actions belong to steps that have passed meanwhile and are skipped, so a chunk
-# must reach over the steps between two queries and those of one latency.
-
+# A robot that waits for every answer stands still for the policy's latency. Here the query runs in
+# the background while the robot executes the chunk it has. The first actions of the answer belong
+# to steps that have passed meanwhile and are skipped: a chunk must cover the steps between two
+# queries plus those of one latency.
 
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # such as Client.infer
 
 
 class Overlap:
-    """Chunks of actions, asked for in the background.
+    """Queries in the background.
 
     Args:
         infer: asks the policy; called from one other thread only.
 
     Attributes:
-        latencies: seconds of every query that has been answered.
-        waited: seconds that the robot stood still because no chunk reached to the present step.
+        latencies: seconds of every answered query.
+        waited: seconds that the robot stood still because no chunk covered the present step.
     """
 
     def __init__(self, infer: Infer) -> None:
@@ -193,23 +188,19 @@ class Overlap:
 
     @property
     def asking(self) -> bool:
-        """Whether an answer is still to come; only one question is asked at a time."""
+        """Whether a query is pending; there is one at a time."""
         return self._asked is not None
 
     def ask(self, step: int, observation: Mapping[str, Any]) -> None:
-        """Asks what to do from control step `step` on, where this was observed.
-
-        Raises:
-            RuntimeError: the answer to another question is still to come.
-        """
+        """Sends a query for the actions from control step `step` on, where this was observed."""
         if self.asking:
             raise RuntimeError(f"The query of step {self._asked[0]} has not been answered yet.")
         self._asked = step, self._thread.submit(self._timed, dict(observation))
 
     def action(self, step: int) -> np.ndarray:
-        """The action [action_dim] of control step `step`, from the newest chunk there is.
+        """Returns the action [action_dim] of control step `step` from the latest chunk.
 
-        Waits only if no chunk that has come reaches to this step.
+        Waits for the pending query only if that chunk does not cover the step.
 
         Raises:
             RuntimeError: nothing was asked, or chunks are too short for the policy's latency.
@@ -221,23 +212,19 @@ class Overlap:
             self.wait()
         if not self._start <= step < self._start + len(self._chunk):
             raise RuntimeError(
-                f"Step {step} has no action: the newest chunk holds {len(self._chunk)} from step "
+                f"Step {step} has no action: the latest chunk holds {len(self._chunk)} from step "
                 f"{self._start} on. Ask more often."
             )
         return self._chunk[step - self._start]
 
     def wait(self) -> None:
-        """Stands still until the answer to the open question has come.
-
-        Raises:
-            Exception: what `infer` raised.
-        """
+        """Waits for the pending query; raises what `infer` raised."""
         began = time.monotonic()
         self._take()
         self.waited += time.monotonic() - began
 
     def close(self) -> None:
-        """Ends the background thread, after the open question."""
+        """Ends the background thread, after the pending query."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _timed(self, observation: Mapping[str, Any]) -> np.ndarray:

@@ -1,9 +1,9 @@
-"""The policy behind openpi's websocket protocol.
+"""Serves a policy in openpi's websocket protocol.
 
-A client connects and is sent a map of what the policy is (`metadata`). Then every binary message is
-an observation and is answered by a binary message with its actions, in turn; what cannot be
-answered gets a text, one sentence, and the connection stays. GET /healthz says OK, GET /health
-tells counts and latencies as JSON.
+A client that connects receives a map that describes the policy (`metadata`). Then every binary
+message is an observation, answered in turn by a binary message with its actions. A message that
+cannot be answered gets a text message with the reason, and the connection stays open. GET /healthz
+answers OK, GET /health counts and latencies as JSON.
 """
 
 import asyncio
@@ -11,141 +11,79 @@ import hmac
 import json
 import logging
 import time
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
 from typing import Any
 
 import numpy as np
-from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
 from mvjax.policy.policy import Policy
 from mvjax.serving.adapters import Adapter
 from mvjax.serving.batching import Batcher, Batching, PolicyError, act_in_sizes
-from mvjax.serving.protocol import MessageLimits, ProtocolError, decode, encode
+from mvjax.serving.protocol import MESSAGE_BYTES, ProtocolError, decode, encode
 from mvjax.serving.session import RequestError, Session, SessionSpec
 
 log = logging.getLogger(__name__)
 
-TRY_AGAIN_LATER = 1013  # of RFC 6455's registry
-RECENT = 1000  # queries that the percentiles are of
-PERCENTILES = (50, 95, 99)
+TRY_AGAIN_LATER = 1013  # websocket close code, registered for RFC 6455
+RECENT = 1000  # queries from which percentiles are computed
 
 
 @dataclass(frozen=True)
 class Serving:
-    """Where and for whom a server is.
+    """Address and limits of a server.
 
     Attributes:
-        host, port: address; port 0 takes a free one.
-        max_clients: connections at the same time.
-        api_key: what clients must show (`Authorization: Api-Key ...`); "" for none.
-        wire: limits of a message. One up to twice as large is refused with a sentence, a larger one
-            closes its connection before it is read.
+        host, port: address; port 0 selects a free one.
+        max_clients: maximum number of connections.
+        api_key: the key that clients must send (`Authorization: Api-Key ...`); "" for none.
+        message_bytes: maximum size of a message. One up to twice as large is answered with an
+            error, a larger one closes its connection before it is read.
         send_timeout: seconds that a client may take to receive an answer.
-        ping: seconds between the pings that find vanished clients, and that a client has to reply.
+        ping: seconds between pings, which detect vanished clients, and that a reply may take.
     """
 
     host: str = "0.0.0.0"
     port: int = 8000
     max_clients: int = 64
     api_key: str = ""
-    wire: MessageLimits = field(default_factory=MessageLimits)
+    message_bytes: int = MESSAGE_BYTES
     send_timeout: float = 10.0
     ping: float = 20.0
 
 
-class Latency:
-    """What a server has done since it started.
-
-    Attributes:
-        counts: of queries, errors, refused connections and vanished clients.
-    """
+class Metrics:
+    """Counts of queries, errors, refused connections and vanished clients; latencies."""
 
     def __init__(self) -> None:
         self.counts = Counter(queries=0, errors=0, refused=0, vanished=0)
         self._began = time.monotonic()
-        self._parts: dict[str, deque[float]] = {}
+        self._parts: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=RECENT))
 
     def add(self, **seconds: float) -> None:
-        """Notes one query's seconds by part."""
+        """Adds a query with its seconds by part."""
         self.counts["queries"] += 1
         for part, value in seconds.items():
-            self._parts.setdefault(part, deque(maxlen=RECENT)).append(value)
+            self._parts[part].append(value)
 
     def report(self) -> dict:
-        """The counts, seconds since the start, and per part percentiles of recent queries in ms."""
+        """Returns counts, seconds since the start, and percentiles of recent queries in ms."""
         return {
             **self.counts,
             "up_s": round(time.monotonic() - self._began, 1),
-            "latency_ms": {part: _percentiles(values) for part, values in self._parts.items()},
+            "latency_ms": {
+                part: {
+                    f"p{p}": round(1e3 * float(np.percentile(seconds, p)), 2) for p in (50, 95, 99)
+                }
+                for part, seconds in self._parts.items()
+            },
         }
-
-
-def _percentiles(seconds: Iterable[float]) -> dict[str, float]:
-    values = np.percentile(np.fromiter(seconds, float) * 1e3, PERCENTILES)
-    return {f"p{p}": round(float(value), 2) for p, value in zip(PERCENTILES, values)}
-
-
-class Gate:
-    """Authentication, the limit of clients and health checks, before a connection is a websocket.
-
-    Args:
-        api_key: what clients must show (`Authorization: Api-Key ...`); "" for none.
-        max_clients: how many may be in.
-        latency: counts those who were refused, and makes the report.
-
-    Attributes:
-        clients: how many are in.
-    """
-
-    def __init__(self, api_key: str, max_clients: int, latency: Latency) -> None:
-        self._api_key, self._max_clients, self._latency = api_key, max_clients, latency
-        self.clients = 0
-
-    @property
-    def full(self) -> bool:
-        """Whether nobody else can come in."""
-        return self.clients >= self._max_clients
-
-    def refuse(self) -> str:
-        """Notes that a client was refused; why, if it was for want of room."""
-        self._latency.counts["refused"] += 1
-        return f"The server has its {self._max_clients} clients already; try again later."
-
-    def answer(self, connection: ServerConnection, request: Request) -> Response | None:
-        """What a request is told; None lets it in."""
-        path = request.path.partition("?")[0]
-        if path == "/healthz":
-            return connection.respond(HTTPStatus.OK, "OK\n")
-        if path == "/health":
-            return self._health(connection)
-        if not self._knows(request):
-            self.refuse()
-            return connection.respond(
-                HTTPStatus.UNAUTHORIZED, "This server needs the header Authorization: Api-Key ...\n"
-            )
-        if self.full:
-            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, self.refuse() + "\n")
-        return None
-
-    def _knows(self, request: Request) -> bool:
-        if not self._api_key:
-            return True
-        wanted = f"Api-Key {self._api_key}".encode()
-        shown = ",".join(request.headers.get_all("Authorization"))
-        return hmac.compare_digest(shown.encode("utf-8", "surrogateescape"), wanted)
-
-    def _health(self, connection: ServerConnection) -> Response:
-        report = {"status": "ok", "clients": self.clients, **self._latency.report()}
-        response = connection.respond(HTTPStatus.OK, json.dumps(report) + "\n")
-        del response.headers["Content-Type"]
-        response.headers["Content-Type"] = "application/json"
-        return response
 
 
 class PolicyServer:
@@ -154,8 +92,8 @@ class PolicyServer:
     Args:
         serving: address and limits.
         adapter: the kind of client.
-        senses: what the policy takes in.
-        make_batcher: the policy behind a batcher, given a function that counts the clients.
+        spec: the policy's input.
+        make_batcher: makes the policy's batcher from a function that counts the clients.
         metadata: sent to every client that connects.
     """
 
@@ -163,63 +101,85 @@ class PolicyServer:
         self,
         serving: Serving,
         adapter: Adapter,
-        senses: SessionSpec,
+        spec: SessionSpec,
         make_batcher: Callable[[Callable[[], int]], Batcher],
         metadata: Mapping[str, Any],
     ) -> None:
-        self._serving, self._adapter, self._senses = serving, adapter, senses
-        self._latency = Latency()
-        self._gate = Gate(serving.api_key, serving.max_clients, self._latency)
-        self._batcher = make_batcher(lambda: self._gate.clients)
+        self._serving, self._adapter, self._spec = serving, adapter, spec
+        self._clients, self._metrics = 0, Metrics()
+        self._batcher = make_batcher(lambda: self._clients)
         self._metadata = encode(metadata)
 
     async def run(self, ready: Callable[[str, int], None] = lambda host, port: None) -> None:
-        """Serves until it is cancelled.
-
-        Args:
-            ready: called with host and port as soon as clients can connect.
-
-        Raises:
-            OSError: the address is taken or not this machine's.
-        """
-        async with self._listen() as server, asyncio.TaskGroup() as tasks:
-            ready(*server.sockets[0].getsockname()[:2])
-            tasks.create_task(self._batcher.run())
-            await server.serve_forever()
-
-    def _listen(self) -> Server:
+        """Serves until it is cancelled; calls `ready(host, port)` once clients can connect."""
         serving = self._serving
-        return serve(
+        # websockets logs a traceback for every failed handshake, most of them of port scanners.
+        quiet = logging.getLogger("mvjax.serving.websockets")
+        quiet.setLevel(logging.CRITICAL)
+        listening = serve(
             self._attend,
             serving.host,
             serving.port,
             compression=None,
-            max_size=2 * serving.wire.message_bytes,
+            max_size=2 * serving.message_bytes,
             max_queue=1,
             ping_interval=serving.ping,
             ping_timeout=serving.ping,
             close_timeout=min(serving.ping, 2.0),
-            process_request=self._gate.answer,
-            logger=_quiet_logger(),
+            process_request=self._answer_request,
+            logger=quiet,
         )
+        async with listening as server, asyncio.TaskGroup() as tasks:
+            ready(*server.sockets[0].getsockname()[:2])
+            tasks.create_task(self._batcher.run())
+            await server.serve_forever()
+
+    def _answer_request(self, connection: ServerConnection, request: Request) -> Response | None:
+        """Answers an HTTP request; None accepts it as a websocket."""
+        path = request.path.partition("?")[0]
+        if path == "/healthz":
+            return connection.respond(HTTPStatus.OK, "OK\n")
+        if path == "/health":
+            report = {"status": "ok", "clients": self._clients, **self._metrics.report()}
+            response = connection.respond(HTTPStatus.OK, json.dumps(report) + "\n")
+            del response.headers["Content-Type"]
+            response.headers["Content-Type"] = "application/json"
+            return response
+        expected = f"Api-Key {self._serving.api_key}".encode()
+        sent = ",".join(request.headers.get_all("Authorization"))
+        sent = sent.encode("utf-8", "surrogateescape")
+        if self._serving.api_key and not hmac.compare_digest(sent, expected):
+            self._metrics.counts["refused"] += 1
+            reason = "This server needs the header Authorization: Api-Key ...\n"
+            return connection.respond(HTTPStatus.UNAUTHORIZED, reason)
+        if reason := self._refusal():
+            return connection.respond(HTTPStatus.SERVICE_UNAVAILABLE, reason + "\n")
+        return None
+
+    def _refusal(self) -> str:
+        """The reason to refuse another client, which is counted; "" if there is room."""
+        if self._clients < self._serving.max_clients:
+            return ""
+        self._metrics.counts["refused"] += 1
+        return f"The server has its {self._clients} clients already; try again later."
 
     async def _attend(self, connection: ServerConnection) -> None:
-        """One client, from its metadata to its end, whatever that is."""
-        if self._gate.full:  # several passed it together
-            return await connection.close(TRY_AGAIN_LATER, self._gate.refuse())
-        self._gate.clients += 1
-        session = Session(self._adapter, self._senses)
+        """Serves one client until it disconnects."""
+        if reason := self._refusal():  # several handshakes were accepted at the same time
+            return await connection.close(TRY_AGAIN_LATER, reason)
+        self._clients += 1
+        session = Session(self._adapter, self._spec)
         try:
             await self._send(connection, self._metadata)
             async for message in connection:
                 await self._send(connection, await self._reply(connection, session, message))
         except ConnectionClosed:
-            self._latency.counts["vanished"] += 1
+            self._metrics.counts["vanished"] += 1
         except TimeoutError:
-            self._latency.counts["vanished"] += 1
-            connection.transport.abort()  # a close frame would wait behind the answer
+            self._metrics.counts["vanished"] += 1
+            connection.transport.abort()  # a close frame would wait behind the unsent answer
         finally:
-            self._gate.clients -= 1
+            self._clients -= 1
 
     async def _send(self, connection: ServerConnection, reply: bytes | str) -> None:
         await asyncio.wait_for(connection.send(reply), self._serving.send_timeout)
@@ -227,31 +187,34 @@ class PolicyServer:
     async def _reply(
         self, connection: ServerConnection, session: Session, message: bytes | str
     ) -> bytes | str:
-        """Actions, or one sentence."""
+        """The actions, or an error message."""
         try:
             answer = asyncio.ensure_future(self._infer(session, message))
             return await _unless_closed(connection, answer)
         except ConnectionClosed:
             raise
         except (ProtocolError, RequestError) as error:
-            sentence = str(error)
+            reason = str(error)
         except PolicyError as error:
             log.error("A query failed", exc_info=error.__cause__)
-            sentence = str(error)
+            reason = str(error)
         except Exception:
-            log.exception("A query could not be answered")
-            sentence = "The server failed at this query; its log says why."
-        self._latency.counts["errors"] += 1
-        return sentence
+            log.exception("A query failed")
+            reason = "The server failed at this query; its log says why."
+        self._metrics.counts["errors"] += 1
+        return reason
 
     async def _infer(self, session: Session, message: bytes | str) -> bytes:
         began = time.monotonic()
         if isinstance(message, str):
             raise RequestError("Text was sent; observations are binary messages of msgpack.")
-        request = decode(message, self._serving.wire)
+        request = decode(message, self._serving.message_bytes)
         if not isinstance(request, dict):
             raise RequestError(f"An observation is a map, not {type(request).__name__}.")
-        if _wants_reset(request):
+        reset = request.get("reset", False)
+        if not isinstance(reset, bool):
+            raise RequestError("'reset' must be true or false.")
+        if reset:
             session.reset()
             if len(request) == 1:
                 return encode({"reset": True})
@@ -267,12 +230,12 @@ class PolicyServer:
             },
         }
         total = time.monotonic() - began
-        self._latency.add(read=read, wait=answer.waited, infer=answer.computed, total=total)
+        self._metrics.add(read=read, wait=answer.waited, infer=answer.computed, total=total)
         return encode(reply)
 
 
 async def _unless_closed(connection: ServerConnection, answer: asyncio.Future) -> bytes:
-    """The answer; as soon as the connection has closed, the query is dropped."""
+    """Waits for the answer; cancels the query if the connection closes first."""
     closed = asyncio.ensure_future(connection.wait_closed())
     try:
         await asyncio.wait({answer, closed}, return_when=asyncio.FIRST_COMPLETED)
@@ -284,20 +247,6 @@ async def _unless_closed(connection: ServerConnection, answer: asyncio.Future) -
         answer.cancel()
 
 
-def _wants_reset(request: dict) -> bool:
-    reset = request.get("reset", False)
-    if not isinstance(reset, bool):
-        raise RequestError("'reset' must be true or false.")
-    return reset
-
-
-def _quiet_logger() -> logging.Logger:
-    """Of handshakes that fail, scanners mostly, the library tells with a traceback each."""
-    logger = logging.getLogger("mvjax.serving.websockets")
-    logger.setLevel(logging.CRITICAL)
-    return logger
-
-
 def make_server(
     policy: Policy,
     config: Any,
@@ -307,15 +256,9 @@ def make_server(
     batching: Batching | None = None,
     prompt: str = "",
 ) -> PolicyServer:
-    """Compiles the policy for every batch size, and puts it behind a server.
+    """Compiles a policy of a stage-2 configuration for every batch size, and makes its server.
 
-    Args:
-        policy: a trained one.
-        config: the stage-2 configuration it was trained with.
-        adapter: the kind of client.
-        serving: address and limits.
-        batching: how queries are put together.
-        prompt: the instruction of clients that send none.
+    `prompt` is the instruction for clients that send none.
     """
     sizes, clip, io = policy.model.decoder.config, policy.model.clip, config.policy_io
     batching = batching or Batching()
@@ -334,5 +277,5 @@ def make_server(
         "action_fps": io.action.fps,
     }
     batcher = partial(Batcher, act, max(batching.sizes), batching.window)
-    senses = SessionSpec(clip.observed_frames, sizes.proprio_horizon, prompt)
-    return PolicyServer(serving, adapter, senses, batcher, metadata)
+    spec = SessionSpec(clip.observed_frames, sizes.proprio_horizon, prompt)
+    return PolicyServer(serving, adapter, spec, batcher, metadata)

@@ -1,11 +1,10 @@
-"""A connection's episode: what it has shown so far, as the observations that a policy takes.
+"""A connection's episode: builds the policy's observations from a client's messages.
 
-`Session` keeps the episode; the functions below it read a client's message and say what is wrong
-with it.
+`Session` keeps the episode; the functions below it read the parts of a message and check them.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -14,51 +13,32 @@ from mvjax.policy.observation import Observation
 from mvjax.serving.adapters import Adapter
 
 IMAGE_HISTORY, STATE_HISTORY = "observation/image_history", "observation/state_history"
+MAX_SIDE = 2048  # height and width of a picture, pixels
+MAX_PROMPT = 1000  # characters
 
 
 class RequestError(ValueError):
-    """A message that cannot be answered; one sentence for the person who sent it."""
-
-
-@dataclass(frozen=True)
-class RequestLimits:
-    """What an observation may be.
-
-    Attributes:
-        side: height and width of a picture, pixels.
-        prompt: letters of an instruction.
-    """
-
-    side: int = 2048
-    prompt: int = 1000
+    """A message that cannot be answered; its text is sent to the client."""
 
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """What a policy takes in.
-
-    Attributes:
-        observed_frames: pictures per observation.
-        proprio_horizon: proprioceptive states per observation.
-        prompt: the instruction of clients that send none; "" if they must.
-        limits: of pictures and prompts.
-    """
+    """The policy's input."""
 
     observed_frames: int
     proprio_horizon: int
-    prompt: str = ""
-    limits: RequestLimits = field(default_factory=RequestLimits)
+    prompt: str = ""  # the instruction for clients that send none; "" if they must
 
 
 class Seen(NamedTuple):
-    """An observation, and the present state in the client's own numbers [state_size]."""
+    """An observation, and the present state in the client's own layout [state_size]."""
 
     observation: Observation
     state: np.ndarray
 
 
 class _Episode(NamedTuple):
-    """The newest pictures and states of single-picture messages, and their instruction."""
+    """The latest pictures and states of single-picture messages, and their instruction."""
 
     pictures: tuple[np.ndarray, ...]
     states: tuple[np.ndarray, ...]
@@ -68,14 +48,14 @@ class _Episode(NamedTuple):
 class Session:
     """Builds one connection's observations.
 
-    A message with `observation/image_history` holds all pictures itself and leaves no trace here.
-    One with a single picture adds it to the pictures of the episode's earlier messages, the first
-    one repeated where there are fewer than the policy takes, as in training: their rate is that of
-    the messages. A new prompt, `"reset": True` or a robot that has jumped begin a new episode.
+    A message with `observation/image_history` is complete in itself and does not change the
+    episode. A single picture is appended to those of the episode's earlier messages (so the
+    messages' rate is the pictures'), and the first one is repeated as in training if there are too
+    few. A new prompt, `"reset": True` or a jump of the robot begins a new episode.
     """
 
-    def __init__(self, adapter: Adapter, senses: SessionSpec) -> None:
-        self._adapter, self._senses = adapter, senses
+    def __init__(self, adapter: Adapter, spec: SessionSpec) -> None:
+        self._adapter, self._spec = adapter, spec
         self.reset()
 
     def reset(self) -> None:
@@ -83,61 +63,55 @@ class Session:
         self._episode = _Episode((), (), None)
 
     def observe(self, message: Mapping[str, Any]) -> Seen:
-        """What a message shows; a refused message leaves the episode as it was.
+        """Reads a message; a refused one does not change the episode.
 
         Raises:
             RequestError: something is missing, of a wrong shape or type, too large, or not finite.
         """
-        adapter, senses = self._adapter, self._senses
-        prompt = read_prompt(message, senses.prompt, senses.limits)
+        adapter, spec = self._adapter, self._spec
+        prompt = read_prompt(message, spec.prompt)
         if IMAGE_HISTORY in message:
-            pictures = read_pictures(
-                message[IMAGE_HISTORY], IMAGE_HISTORY, senses.observed_frames, senses.limits
-            )
+            pictures = read_pictures(message[IMAGE_HISTORY], IMAGE_HISTORY, spec.observed_frames)
             states = self._state_history(message)
             return Seen(self._observation(pictures, states, prompt), states[-1])
-        picture = read_picture(find(message, adapter.image), "/".join(adapter.image), senses.limits)
+        picture = read_picture(find(message, adapter.image), "/".join(adapter.image))
         state = self._state(message)
         pictures, states = (), ()
         if not self._begins(prompt, picture, state):
             pictures, states, _ = self._episode
         # Copies, because a view would keep its whole message in memory.
-        pictures = (*pictures, picture.copy())[-senses.observed_frames :]
-        states = (*states, state.copy())[-senses.proprio_horizon :]
+        pictures = (*pictures, picture.copy())[-spec.observed_frames :]
+        states = (*states, state.copy())[-spec.proprio_horizon :]
         observation = self._observation(
-            _padded(pictures, senses.observed_frames),
-            _padded(states, senses.proprio_horizon),
+            _padded(pictures, spec.observed_frames),
+            _padded(states, spec.proprio_horizon),
             prompt,
         )
         self._episode = _Episode(pictures, states, prompt)
         return Seen(observation, state)
 
     def actions(self, chunk: np.ndarray, seen: Seen) -> np.ndarray:
-        """The policy's chunk in the client's layout, float32 [horizon, any].
-
-        Raises:
-            RequestError: the policy answered with NaN or infinity.
-        """
+        """Returns the policy's chunk in the client's layout, float32 [horizon, any]."""
         if np.isfinite(chunk).all():
             actions = self._adapter.actions(chunk, seen.state)
             if np.isfinite(actions).all():
                 return actions
         raise RequestError(
-            "The policy answered with NaN or infinity; is the state in the units of training?"
+            "The policy's actions are NaN or infinite; is the state in the units of training?"
         )
 
     def _observation(self, pictures: np.ndarray, states: np.ndarray, prompt: str) -> Observation:
         adapter = self._adapter
         try:
             proprio = adapter.proprio(states)
-        except ValueError as error:  # numbers that are no rotation, for example
-            raise RequestError(f"The state makes no sense: {error}.") from error
+        except ValueError as error:  # such as numbers that are no rotation
+            raise RequestError(f"The state is not valid: {error}.") from error
         if not np.isfinite(proprio).all():
-            raise RequestError("The state has numbers beyond all use.")
+            raise RequestError("The state has numbers that are too large.")
         return Observation(pictures, proprio, adapter.prompt(prompt))
 
     def _state(self, message: Mapping[str, Any]) -> np.ndarray:
-        """[state_size] out of one key or several; a lone number is a vector of one."""
+        """[state_size] from one key or several; a single number is a vector of one."""
         adapter = self._adapter
         if len(adapter.state) == 1:
             key = adapter.state[0]
@@ -155,8 +129,8 @@ class Session:
         return np.concatenate(parts)
 
     def _state_history(self, message: Mapping[str, Any]) -> np.ndarray:
-        """[proprio_horizon, state_size]; one state will do where the policy takes one."""
-        horizon = self._senses.proprio_horizon
+        """[proprio_horizon, state_size]; a single state if the policy takes one."""
+        horizon = self._spec.proprio_horizon
         if STATE_HISTORY not in message and horizon == 1:
             return self._state(message)[None]
         value = find(message, [STATE_HISTORY])
@@ -171,44 +145,32 @@ class Session:
 
 
 def _padded(newest: tuple[np.ndarray, ...], count: int) -> np.ndarray:
-    """[count, ...] with the oldest repeated in front."""
+    """[count, ...] with the oldest one repeated in front."""
     return np.stack([newest[0]] * (count - len(newest)) + list(newest))
 
 
 def find(message: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """The value under nested keys.
-
-    Raises:
-        RequestError: there is none.
-    """
+    """Returns the value under nested keys."""
     value: Any = message
     for depth, key in enumerate(keys):
         if not isinstance(value, Mapping) or key not in value:
             raise RequestError(
                 f"The observation has no {'/'.join(keys[: depth + 1])!r}; it has "
-                f"{_names(value)}. Is the server's --client the kind of this client?"
+                f"{_names(value)}. Does the server's --client fit this client?"
             )
         value = value[key]
     return value
 
 
-def read_picture(value: Any, name: str, limits: RequestLimits) -> np.ndarray:
-    """uint8 [h, w, 3] from [h, w, 3] or [3, h, w].
-
-    Raises:
-        RequestError: it is no such picture, or too large.
-    """
-    _check_pictures(value, name, 3, limits)
+def read_picture(value: Any, name: str) -> np.ndarray:
+    """Returns a picture, uint8 [h, w, 3] or [3, h, w], as [h, w, 3]."""
+    _check_pictures(value, name, 3)
     return value if value.shape[-1] == 3 else np.ascontiguousarray(value.transpose(1, 2, 0))
 
 
-def read_pictures(value: Any, name: str, count: int, limits: RequestLimits) -> np.ndarray:
-    """uint8 [count, h, w, 3], oldest first.
-
-    Raises:
-        RequestError: it is not, or too large.
-    """
-    _check_pictures(value, name, 4, limits)
+def read_pictures(value: Any, name: str, count: int) -> np.ndarray:
+    """Checks pictures, uint8 [count, h, w, 3]."""
+    _check_pictures(value, name, 4)
     if len(value) != count or value.shape[-1] != 3:
         raise RequestError(
             f"{name!r} has shape {list(value.shape)}; this policy takes [{count}, h, w, 3], "
@@ -217,30 +179,26 @@ def read_pictures(value: Any, name: str, count: int, limits: RequestLimits) -> n
     return value
 
 
-def _check_pictures(value: Any, name: str, axes: int, limits: RequestLimits) -> None:
+def _check_pictures(value: Any, name: str, axes: int) -> None:
     if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
         raise RequestError(f"{name!r} must be a uint8 array (0 to 255), not {_kind(value)}.")
     if value.ndim != axes or 3 not in (value.shape[-1], value.shape[-3]):
         wanted = "[h, w, 3]" if axes == 3 else "[t, h, w, 3]"
         raise RequestError(f"{name!r} has shape {list(value.shape)}; expected {wanted}.")
     sides = value.shape[-3:-1] if value.shape[-1] == 3 else value.shape[-2:]
-    if min(sides) < 1 or max(sides) > limits.side:
+    if min(sides) < 1 or max(sides) > MAX_SIDE:
         raise RequestError(
-            f"{name!r} is {sides[0]}x{sides[1]} pixels; sides of 1 to {limits.side} are taken."
+            f"{name!r} is {sides[0]}x{sides[1]} pixels; expected sides of 1 to {MAX_SIDE}."
         )
 
 
 def read_numbers(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """float32 of the given shape, from an array, a number or a list of numbers.
-
-    Raises:
-        RequestError: it has another shape, is not of real numbers, or not finite.
-    """
+    """Returns an array, number or list of numbers of the given shape as finite float32."""
     if isinstance(value, list | int | float) and not isinstance(value, bool):
         try:
             value = np.asarray(value, np.float64)
         except (ValueError, TypeError, OverflowError):
-            raise RequestError(f"{name!r} is a list of other things than numbers.") from None
+            raise RequestError(f"{name!r} is not a list of numbers.") from None
     if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind not in "iuf":
         raise RequestError(f"{name!r} must be an array of numbers, not {_kind(value)}.")
     if value.shape != shape:
@@ -252,21 +210,15 @@ def read_numbers(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
     return value
 
 
-def read_prompt(message: Mapping[str, Any], default: str, limits: RequestLimits) -> str:
-    """The instruction.
-
-    Raises:
-        RequestError: there is none, it is no text, or too long.
-    """
+def read_prompt(message: Mapping[str, Any], default: str) -> str:
+    """Returns the instruction of a message, or the default."""
     prompt = message.get("prompt", default)
     if not isinstance(prompt, str):
-        raise RequestError(f"'prompt' must be a text, not {_kind(prompt)}.")
+        raise RequestError(f"'prompt' must be a string, not {_kind(prompt)}.")
     if not prompt.strip():
         raise RequestError("The observation has no 'prompt', and the server has no --prompt.")
-    if len(prompt) > limits.prompt:
-        raise RequestError(
-            f"'prompt' has {len(prompt)} letters; at most {limits.prompt} are taken."
-        )
+    if len(prompt) > MAX_PROMPT:
+        raise RequestError(f"'prompt' has {len(prompt)} characters; at most {MAX_PROMPT} are read.")
     return prompt
 
 
@@ -278,6 +230,6 @@ def _kind(value: Any) -> str:
 
 def _names(value: Any) -> str:
     if not isinstance(value, Mapping):
-        return f"a {_kind(value)} there"
+        return f"a {_kind(value)}"
     names = [str(name)[:40] for name in list(value)[:8]]
     return ", ".join(map(repr, names)) or "nothing"

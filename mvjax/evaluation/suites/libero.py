@@ -89,10 +89,7 @@ class Libero:
 
     def step(self, action: np.ndarray) -> bool:
         """Apply an OSC_POSE action [7] for 50 ms; True when the task is done."""
-        action = np.asarray(action, np.float64)
-        if action.shape != (7,):
-            raise ValueError(f"a LIBERO action has shape [7], got {list(action.shape)}")
-        _, _, done, _ = self._env.step(action)
+        _, _, done, _ = self._env.step(np.asarray(action, np.float64))
         return bool(done)
 
     def render(self, camera: str = CAMERA) -> np.ndarray:
@@ -136,15 +133,13 @@ class Libero:
 
     def expert_action(self) -> np.ndarray:
         """The scripted expert's action: float32 [7]."""
-        self._make_expert()
-        return self._expert.act()
+        return self._ready_expert().act()
 
     def lookahead(self, steps: int, stride: int) -> np.ndarray:
-        """Frames `stride`, `2 * stride`, ... up to `steps` control steps ahead under the expert."""
+        """The future under the expert: uint8 [steps // stride, height, width, 3]."""
         from mvjax.evaluation.suites.libero_physics import Snapshot
 
-        self._make_expert()
-        snapshot = Snapshot(self._env, self._expert)
+        snapshot = Snapshot(self._env, self._ready_expert())
         frames = frames_ahead(self, steps, stride)
         self._expert = snapshot.restore()
         return frames
@@ -191,12 +186,13 @@ class Libero:
             "bddl_file": self.scene.bddl,
         }
 
-    def _make_expert(self) -> None:
+    def _ready_expert(self):
         from mvjax.evaluation.suites.libero_expert import PickAndPlace
 
         if self._expert is None:
             goal = self._env.parsed_problem["goal_state"]
             self._expert = PickAndPlace(self._model, self._data, goal)
+        return self._expert
 
     def _hand(self):
         return self._data.body(self._robot.robot_model.eef_name)

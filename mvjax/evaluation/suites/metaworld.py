@@ -133,10 +133,8 @@ class MetaWorld:
         """Apply (dx, dy, dz, gripper) in [-1, 1] for 12.5 ms; True when the task is done."""
         if self._obs is None:
             raise RuntimeError("call reset(seed) before step(action)")
-        action = np.asarray(action, np.float32)
-        if action.shape != (4,):
-            raise ValueError(f"a Meta-World action has shape [4], got {list(action.shape)}")
-        self._obs, _, _, _, info = self._env.step(np.clip(action, -1.0, 1.0))
+        action = np.clip(np.asarray(action, np.float32), -1.0, 1.0)
+        self._obs, _, _, _, info = self._env.step(action)
         return bool(info["success"])
 
     def render(self) -> np.ndarray:
@@ -147,6 +145,8 @@ class MetaWorld:
     def proprio(self) -> np.ndarray:
         """Hand position (m) and gripper opening (0..1): float32 [4]."""
         return self._obs[:4].astype(np.float32)
+
+    lerobot_state = proprio
 
     def expert_action(self) -> np.ndarray:
         """The scripted policy's action, clipped to [-1, 1]: float32 [4]."""

@@ -81,39 +81,22 @@ actions [h, any]; for example poses relative to the present one made absolute.""
 
 
 @dataclass(frozen=True)
-class Demonstrations:
-    """How the demonstrations of a suite's scripted experts are recorded.
-
-    Attributes:
-        kinds: "robot" (LeRobot), "video" (files), "hdf5" (LIBERO's layout), one or more. Kind video
-            needs a simulator with the argument `camera_jitter_seed`.
-        size: default height and width of the pictures in pixels.
-        embodiment: the robot's name.
-        camera: the name of the pictures in a LeRobot dataset.
-        state: simulator -> "observation.state" of a LeRobot dataset, float32 [d].
-        row: simulator -> a row of an HDF5 file, by name; for kind hdf5 only.
-        scene: simulator -> the metadata of an HDF5 file, JSON-able; for kind hdf5 only.
-    """
-
-    kinds: tuple[str, ...]
-    size: tuple[int, int]
-    embodiment: str
-    camera: str
-    state: Callable[[Any], np.ndarray]
-    row: Callable[[Any], dict[str, np.ndarray]] | None = None
-    scene: Callable[[Any], dict[str, str]] | None = None
-
-
-@dataclass(frozen=True)
 class Suite:
     """A simulator as evaluations and recordings use it.
+
+    A recording of kind "robot" (LeRobot) needs a simulator with `lerobot_state()`, its
+    "observation.state" as float32 [d]; "video" (files) the argument `camera_jitter_seed`; "hdf5"
+    (LIBERO's layout) `hdf5_row()` and `hdf5_scene()`, the rows and the metadata of a file.
 
     Attributes:
         make_simulator: task -> simulator, called in the worker; recordings also pass `height` and
             `width`.
         check_task: raises ValueError for a task that the suite does not have.
         control_hz: control steps per second of simulated time.
-        demonstrations: how they are recorded.
+        kinds: the kinds of recordings, see above.
+        size: default height and width of recorded pictures in pixels.
+        embodiment: the robot's name in a LeRobot dataset.
+        camera: the name of the pictures in a LeRobot dataset.
         convert: makes the policy's actions the simulator's.
         interpreter: returns the Python that has the simulator, or raises if there is none.
     """
@@ -121,7 +104,10 @@ class Suite:
     make_simulator: MakeSimulator
     check_task: Callable[[str], Any]
     control_hz: int
-    demonstrations: Demonstrations
+    kinds: tuple[str, ...]
+    size: tuple[int, int]
+    embodiment: str
+    camera: str
     convert: Convert = lambda chunk, proprio: chunk
     interpreter: Callable[[], Path] = lambda: Path(sys.executable)
 
@@ -131,27 +117,19 @@ SUITES = {
         metaworld.MetaWorld,
         metaworld.check_task,
         control_hz=80,
-        demonstrations=Demonstrations(
-            kinds=("robot", "video"),
-            size=(192, 192),
-            embodiment="metaworld_sawyer",
-            camera="observation.images.corner",
-            state=metaworld.MetaWorld.proprio,
-        ),
+        kinds=("robot", "video"),
+        size=(192, 192),
+        embodiment="metaworld_sawyer",
+        camera="observation.images.corner",
     ),
     "libero": Suite(
         libero.Libero,
         libero_scene.split_task,
         control_hz=20,
-        demonstrations=Demonstrations(
-            kinds=("robot", "hdf5"),
-            size=(480, 640),
-            embodiment="libero_panda",
-            camera="observation.images.agentview",
-            state=libero.Libero.lerobot_state,
-            row=libero.Libero.hdf5_row,
-            scene=libero.Libero.hdf5_scene,
-        ),
+        kinds=("robot", "hdf5"),
+        size=(480, 640),
+        embodiment="libero_panda",
+        camera="observation.images.agentview",
         convert=libero.libero_commands,
         interpreter=libero.libero_python,
     ),
