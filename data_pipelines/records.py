@@ -2,14 +2,14 @@
 
 A records folder holds
 
-    plan.json                 what is being encoded and how (written first)
+    plan.json                 the settings of the encoding job (written first)
     shard_00000.arrayrecord   one record per window, episodes in order
     shard_00000.npz           the shard's numeric columns and episode rows; written when it is done
     texts.npz                 the distinct instructions and their embeddings
-    manifest.json             everything a reader needs to know (written last)
+    manifest.json             everything that a reader needs (written last)
 
 `RecordDataset` reads a finished folder, `RecordWriter` and `write_texts` write its files, and
-`encode_record` makes the bytes of a record. `mvjax/encode.py` is the job that fills a folder.
+`encode_record` makes the bytes of a record. `mvjax/encode.py` is the encoding job.
 """
 
 import bisect
@@ -27,15 +27,15 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 from data_pipelines import episode
 from data_pipelines.atomic import replacing, write_npz
 
-# Records are read one by one, in any order: reading ahead would be wasted.
+# Records are read one by one, in any order, so readahead would be wasted.
 _READER = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
 # A group of one makes every record addressable by its own index.
 _WRITER = "group_size:1,uncompressed"
-_ALIGNMENT = 8  # of the buffers in a record, bytes
+_ALIGNMENT = 8  # bytes, of the buffers in a record
 
 
 class DamagedRecord(ValueError):
-    """A record's bytes are not what was written."""
+    """A record cannot be read as it was written."""
 
 
 @dataclass(frozen=True)
@@ -44,11 +44,11 @@ class EpisodeRow:
 
     Attributes:
         id: the episode's id in its source.
-        instructions: indices into the text table; the first one names the task.
-        first: index of the episode's first record.
-        count: number of records; 0 for an episode that was skipped.
+        instructions: rows of the text table; the first one names the task.
+        first: index of its first record.
+        count: number of records; 0 for a skipped episode.
         split: "train" or "validation".
-        digest: hash of the frames and numbers that were encoded.
+        digest: hash of the encoded frames and numbers.
     """
 
     id: str
@@ -60,20 +60,19 @@ class EpisodeRow:
 
 
 class RecordDataset:
-    """Random access to the windows of one finished records folder, from several threads.
+    """Thread-safe random access to the windows of one finished records folder.
 
-    Every record has a checksum. What is damaged spoils only itself: one record, or one file whose
-    end is missing.
+    Every record has a checksum, so damage affects one record, or one truncated file.
 
     Attributes:
         path: the folder.
         name: the dataset's name.
-        embodiment: the body whose actions these are; its own normalisation goes with it.
+        embodiment: the robot or body; it selects the normalizer.
         fingerprint: identity of the content; changes with the data, the clip and the tokenizer.
-        settings: what was encoded and how (streams, clip, policy_io, identity of the networks).
+        settings: settings of the encoding job (streams, clip, policy_io, identity of the networks).
         shapes: shape of each array in a record.
         episodes: one row per episode of the source, in its order.
-        skipped: episodes left out while encoding: {"id", "reason"}.
+        skipped: episodes skipped while encoding: {"id", "reason"}.
     """
 
     def __init__(self, path: str | Path):
@@ -93,9 +92,9 @@ class RecordDataset:
             for row in manifest["episodes"]
         ]
         self._shards = [self.path / shard for shard in manifest["shards"]]
-        # The .arrayrecord is not asked how many records it has: a damaged one does not know.
+        # Counted in the .npz, because a damaged .arrayrecord has lost its count.
         counts = [len(columns.get("anchor", ())) for columns in self._columns("anchor")]
-        self._firsts = np.cumsum([0, *counts]).tolist()  # record of each shard, and the total
+        self._firsts = np.cumsum([0, *counts]).tolist()  # each shard's first record, and the total
         self._readers: dict[int, ArrayRecordReader] = {}
         self._lock = threading.Lock()
         self.shapes = self._first_shapes()
@@ -104,23 +103,19 @@ class RecordDataset:
         return self._firsts[-1]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        """One window.
-
-        Args:
-            index: 0 <= index < len(self).
+        """One window, as read-only arrays.
 
         Returns:
             latents bfloat16 [t', h', w', 16]; episode (row in `episodes`), anchor (nanoseconds) and
             text (row of the text table), int64 []; where the dataset has them actions float32
             [H, A] and proprio float32 [P, D], raw units, with actions_padded bool [H] and
             proprio_padded bool [P], true where the episode's first or last value was repeated.
-            Arrays are read-only.
 
         Raises:
-            DamagedRecord: if the record cannot be read; the others still can.
+            DamagedRecord: this record cannot be read.
         """
         if not 0 <= index < len(self):
-            raise IndexError(f"record {index} asked for, but there are {len(self)}")
+            raise IndexError(f"record {index} of {len(self)}")
         shard = bisect.bisect_right(self._firsts, index) - 1
         position = index - self._firsts[shard]
         try:
@@ -129,7 +124,7 @@ class RecordDataset:
             first_line = str(error).split("\n")[0] or type(error).__name__
             raise DamagedRecord(
                 f"record {position} of {self._shards[shard]} is damaged ({first_line}); delete "
-                "that file and the .npz beside it, and run the encoding job again"
+                "the file and its .npz, and run the encoding job again"
             ) from error
         record = decode_record(data)
         row = self.episodes[int(record["episode"])]
@@ -142,21 +137,19 @@ class RecordDataset:
                 if not path.exists():
                     raise FileNotFoundError("the file is missing")
                 reader = ArrayRecordReader(str(path), **_READER)
-                if reader.num_records() != count:
-                    raise ValueError(
-                        f"the file holds {reader.num_records()} records instead of {count}"
-                    )
-                self._readers[shard] = reader  # only a sound one: a network drive may recover
+                if (found := reader.num_records()) != count:
+                    raise ValueError(f"the file holds {found} records instead of {count}")
+                self._readers[shard] = reader  # a failed one is not kept: the drive may recover
             return self._readers[shard]
 
     def _first_shapes(self) -> dict[str, tuple[int, ...]]:
         damage = None
-        for index in self._firsts[:-1]:  # of every shard: one may be damaged
+        for index in self._firsts[:-1]:  # one record of every shard, because some may be damaged
             try:
                 return {key: value.shape for key, value in self[index].items()}
             except (DamagedRecord, IndexError) as error:
                 damage = damage or error
-        raise ValueError(f"no file of records in {self.path} can be read; {damage}")
+        raise ValueError(f"no shard in {self.path} can be read; {damage}")
 
     @cached_property
     def _texts(self) -> dict[str, np.ndarray]:
@@ -170,7 +163,7 @@ class RecordDataset:
         return self._texts["instructions"].tolist()
 
     def text(self, index: int) -> np.ndarray:
-        """Embedding of an instruction: float32 [length, dim], zeros past the text's end."""
+        """Embedding of an instruction: float32 [length, dim], zeros after the text's end."""
         table, end = self._texts, self._texts["ends"][index]
         embedding = np.zeros((int(table["padded_length"]), table["rows"].shape[1]), np.float32)
         used = table["lengths"][index]
@@ -178,11 +171,11 @@ class RecordDataset:
         return embedding
 
     def shard_columns(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
-        """Numeric columns, such as actions [n, H, A], shard by shard, without reading latents.
+        """Yields numeric columns, such as actions [n, H, A], shard by shard; no latents are read.
 
         Raises:
-            KeyError: if the records have no such column.
-            ValueError: if a file is damaged.
+            KeyError: the records have no such column.
+            ValueError: a file is damaged.
         """
         missing = [name for name in names if name not in self.shapes or name in ("latents", "text")]
         if missing:
@@ -195,7 +188,7 @@ class RecordDataset:
         return {name: np.concatenate([part[name] for part in parts]) for name in names}
 
     def _columns(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
-        """Of each shard; {} for one whose episodes were all skipped, which has none."""
+        """Columns of each shard; {} for a shard whose episodes were all skipped."""
         return (read_columns(shard, *names) for shard in self._shards)
 
     def record_indices(
@@ -204,16 +197,11 @@ class RecordDataset:
         episodes_per_task: episode.PerTask = None,
         seed: int = 0,
     ) -> np.ndarray:
-        """Which records to use.
+        """Indices of the records to use: int64 [n], ascending.
 
         Args:
             split: "train", "validation", or None for both.
-            episodes_per_task: keep so many episodes of every distinct first instruction, a number
-                or a share by name; with the same seed a smaller choice is contained in a larger.
-            seed: chooses among the episodes.
-
-        Returns:
-            int64 [n], ascending.
+            episodes_per_task, seed: see `episode.kept` and `episode.of_every_task`.
         """
         rows = [r for r in self.episodes if r.count and (split is None or r.split == split)]
         rows = episode.of_every_task(rows, episodes_per_task, seed)
@@ -222,7 +210,7 @@ class RecordDataset:
 
 
 class RecordWriter:
-    """Writes one ArrayRecord file that appears under its name only when it is complete."""
+    """Writes one ArrayRecord file atomically."""
 
     def __init__(self, path: Path):
         self._replacing = replacing(path)
@@ -254,10 +242,10 @@ def write_texts(path: Path, instructions: Sequence[str], embeddings: np.ndarray)
 
 
 def read_columns(shard: Path, *names: str) -> dict[str, np.ndarray]:
-    """Some columns from the .npz beside a shard; those that it has not are left out.
+    """Those of the named columns that the .npz beside a shard has.
 
     Raises:
-        ValueError: if the file is missing or damaged.
+        ValueError: the file is missing or damaged.
     """
     file = shard.with_suffix(".npz")
     try:
@@ -271,10 +259,7 @@ def read_columns(shard: Path, *names: str) -> dict[str, np.ndarray]:
 
 
 def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Packs named numeric arrays into bytes: header length, JSON header, aligned buffers.
-
-    No pickle, no schema files, and decoding copies nothing.
-    """
+    """Packs named numeric arrays into bytes: header length, JSON header, aligned buffers."""
     arrays = {key: np.asarray(value, order="C") for key, value in arrays.items()}
     for key, value in arrays.items():
         if value.dtype.hasobject or value.dtype.kind in "USM" or value.dtype.byteorder == ">":
@@ -290,7 +275,7 @@ def encode_record(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def decode_record(data: bytes) -> dict[str, np.ndarray]:
-    """Unpacks `encode_record`; the arrays are read-only views of `data`."""
+    """The inverse of `encode_record`; the arrays are read-only views of `data`."""
     start = 4 + int.from_bytes(data[:4], "little")
     arrays = {}
     for key, name, shape in json.loads(data[4:start]):

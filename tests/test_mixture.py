@@ -87,7 +87,7 @@ def test_damaged_numbers_are_said_when_the_folder_is_opened(tmp_path):
 def test_nothing_readable_is_an_error(tmp_path):
     dataset = make_records(tmp_path / "a", 1)
     (dataset.path / "shard_0.arrayrecord").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"no file of records in .* can be read"):
+    with pytest.raises(ValueError, match=r"no shard in .* can be read"):
         RecordDataset(dataset.path)
 
 
