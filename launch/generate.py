@@ -127,9 +127,9 @@ def _texts(config: ConfigDict, checkpoint: Path) -> tuple[np.ndarray, np.ndarray
         raise ValueError("give either --prompt or --text_embedding")
     if GUIDANCE.value and NEGATIVE.value is None:
         raise ValueError(f"--guidance={GUIDANCE.value:g} needs --negative_prompt")
-    words = [PROMPT.value] if EMBEDDING.value is None else []
-    words += [NEGATIVE.value] if GUIDANCE.value else []
-    texts = [*embed_texts(config, words, checkpoint)] if words else []
+    prompts = [PROMPT.value] if EMBEDDING.value is None else []
+    prompts += [NEGATIVE.value] if GUIDANCE.value else []
+    texts = [*embed_texts(config, prompts, checkpoint)] if prompts else []
     if EMBEDDING.value is not None:
         size = config.text.length, config.text.dim
         texts.insert(0, read_embedding(Path(EMBEDDING.value), *size))

@@ -1,4 +1,4 @@
-"""Server processes for tests, and what is sent to them."""
+"""Server processes for tests."""
 
 import json
 import time
@@ -41,13 +41,13 @@ class Running:
         return json.loads(self.get("/health"))
 
     def wait_for_clients(self, count: int, seconds: float = 8.0) -> None:
-        """Waits until so many are connected."""
+        """Waits until this number of clients is connected."""
         deadline = time.monotonic() + seconds
         while self.health()["clients"] != count:
             assert time.monotonic() < deadline, self.health()
             time.sleep(0.02)
 
     def stop(self) -> str:
-        """Kills the process and returns what it complained about."""
+        """Kills the process and returns its stderr."""
         self.program.kill()
         return self.program.finish().err

@@ -1,4 +1,4 @@
-"""A server whose policy takes its time and needs no jax: what is tested is the server.
+"""A server with a slow policy that needs no jax: the server itself is tested.
 
 python tests/slow_server.py seconds_per_batch [client=droid] [max_clients=3] [ping=0.5] ...
 

@@ -1,4 +1,4 @@
-"""The client library, and the loop that moves while it asks, against real servers."""
+"""The client library, and queries in the background, against real servers."""
 
 import subprocess
 import sys
@@ -56,7 +56,7 @@ def test_a_server_that_is_started_again_is_found_again(caplog):
         second = Running("slow_server", "0", f"port={first.port}")
         try:
             assert client.infer(query(7, 8))["actions"][0, 0] == 7
-            assert "was lost" in caplog.text and "connecting again" in caplog.text
+            assert "connection lost" in caplog.text and "reconnecting" in caplog.text
         finally:
             second.stop()
 

@@ -19,7 +19,7 @@ from mvjax.evaluation.suites.suite import SUITES, Simulator
         (15, 148, 0.0624, 0.1605),
         (0, 20, 0.0, 0.1611),
         (1, 29, 0.0061, 0.1718),
-        # The formula of Wilson 1927, worked out.
+        # Computed from the formula of Wilson 1927.
         (111, 120, 0.863591, 0.960043),
         (20, 20, 0.838875, 1.0),
     ],

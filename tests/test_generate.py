@@ -118,9 +118,9 @@ def test_guidance_moves_away_from_the_negative_text(model, tokenizer):
         return generate(model, tokenizer, CLIP, observed(), text, Sampling(video_steps=2), **texts)
 
     plain = made(0.0)
-    np.testing.assert_array_equal(plain, made(0.0, None))  # it is not even looked at
+    np.testing.assert_array_equal(plain, made(0.0, None))  # without guidance it is not read
     assert (plain != made(3.0)).any() and (made(1.0) != made(3.0)).any()
-    # The same text on both sides is no guidance.
+    # Guidance away from the prompt itself has no effect.
     difference = plain.astype(int) - made(3.0, text)
     assert np.abs(difference).max() <= 1
     with pytest.raises(ValueError, match=r"needs the embedding of a negative text of the shape"):
@@ -300,9 +300,7 @@ def test_another_tokenizer_than_the_trained_one_is_refused(trained, tmp_path):
         meta.write_text(json.dumps(content))
         with contextlib.nullcontext() if fits else pytest.raises(ValueError, match="another video"):
             load_matching_tokenizer(path, tmp_path / "run")
-    with pytest.raises(
-        FileNotFoundError, match="no video tokenizer at nothing"
-    ):
+    with pytest.raises(FileNotFoundError, match="no video tokenizer at nothing"):
         load_matching_tokenizer("nothing", tmp_path / "run")
 
 

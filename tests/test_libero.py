@@ -1,6 +1,6 @@
-"""LIBERO: skipped, saying so, without its environment (`bash launch/libero.sh`) or its assets.
+"""LIBERO; skipped without its environment (`bash launch/libero.sh`) or its assets.
 
-The simulator runs in its own Python: `libero_probe.py` notes there what is asserted here.
+The simulator runs in its own Python: `libero_probe.py` measures there what is asserted here.
 """
 
 import json
@@ -67,7 +67,7 @@ def recorded(python, tmp_path_factory):
 
 
 def test_an_arm_at_full_command_does_not_look_like_a_new_episode(facts):
-    """The server takes a jump between two queries for one; openpi's client executes five steps."""
+    """The server detects episodes by jumps between queries; openpi's client executes 5 steps."""
     moved = {
         steps: np.linalg.norm(facts["pushed"][:, steps:] - facts["pushed"][:, :-steps], axis=2)
         for steps in (5, 8)

@@ -1,4 +1,4 @@
-"""Needs `metaworld` and a software OpenGL; skipped with the reason where one is missing."""
+"""The Meta-World simulator; skipped without `metaworld` or a software OpenGL."""
 
 import subprocess
 import sys

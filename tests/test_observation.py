@@ -63,7 +63,7 @@ def test_exactly_the_frames_that_queries_read_are_rendered(execute, stride):
 def test_unforeseen_query_and_impossible_rate_are_explained():
     history = History(SPEC, control_hz=80)
     record(history, 4)
-    with pytest.raises(ValueError, match="query at control step 3 .*execute = 8"):
+    with pytest.raises(ValueError, match=r"query at control step 3 .*execute = 8"):
         history.observation("")
     with pytest.raises(ValueError, match=r"80 Hz, which is not a whole multiple of clip\.fps = 30"):
         History(ObservationSpec(5, 30, 1, 80, 8), control_hz=80)

@@ -1,4 +1,4 @@
-"""Offline evaluation: its errors are those of the policy itself, and its pages say them."""
+"""Offline evaluation: its errors are those of the policy itself, and are on its page."""
 
 import dataclasses
 import functools
@@ -141,7 +141,7 @@ def arguments(run, out):
 
 
 def compiled_once(folder):
-    """The processes of a test share what they have compiled."""
+    """Lets the processes of a test share compiled programs."""
     jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 

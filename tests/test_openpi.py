@@ -30,12 +30,12 @@ def openpi():
     uv = shutil.which("uv")
     command = [python] if python else [uv, *UV]
     if not (python or uv):
-        pytest.skip("neither MVJAX_OPENPI_PYTHON nor uv is there to run openpi-client with")
+        pytest.skip("openpi-client needs MVJAX_OPENPI_PYTHON or uv")
     tried = subprocess.run([*command, "-c", "import openpi_client"], capture_output=True, text=True)
     if tried.returncode and not python:
         pytest.skip(f"uv cannot install openpi-client: {tried.stderr.strip()[-200:]}")
     if not python:
-        command.insert(1, "--offline")  # it has all that is needed; nothing is asked again
+        command.insert(1, "--offline")  # the packages are cached now
 
     def run(kind, server):
         said = subprocess.run(
@@ -58,7 +58,7 @@ def simple(request):
 
 
 def test_libero_client_and_a_real_policy(openpi):
-    """Its answers are the policy's own, with the history that its pictures make."""
+    """The answers are the policy's own, with the history of the pictures."""
     running = Running("tiny_policy", "client=libero", "sizes=1", wait=False)
     try:
         with quick_compiles():

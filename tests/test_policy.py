@@ -1,4 +1,4 @@
-"""The policy: what it computes, that a query depends on nothing but itself, and what it costs."""
+"""The policy: its result, the independence of queries, and the cost of a query."""
 
 import dataclasses
 import functools

@@ -1,4 +1,4 @@
-"""The wire: what openpi's packing makes, and that nothing else gets in."""
+"""The protocol: openpi's packing is read and written, and everything else is refused."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_arrays_come_back_as_they_were(dtype):
     values = np.random.default_rng(0).integers(0, 2, (2, 3, 4)).astype(dtype)
     for sent in (values, values[:, ::2], values[0, 0, 0], values[:0], np.asarray(values[1, 1, 1])):
         found = decode(encode({"x": sent}))["x"]
-        if type(sent) is np.float64:  # msgpack takes it for the float that it is
+        if type(sent) is np.float64:  # a subclass of float
             assert type(found) is float and found == sent
             continue
         assert found.dtype == sent.dtype and found.shape == sent.shape

@@ -1,4 +1,4 @@
-"""Records for real: needs `metaworld` and a software OpenGL; skipped with the reason otherwise."""
+"""Real recordings; skipped without `metaworld` or a software OpenGL."""
 
 import hashlib
 import json
@@ -138,7 +138,7 @@ def test_a_killed_recording_goes_on_and_ends_with_the_same_bytes(robot, tmp_path
     out = tmp_path / "killed"
     process = start(tmp_path / "run.py", out)
     finished = wait_for(out, f"unfinished/{TASK}-*[0-9]")
-    process.kill()  # the parent alone: its workers must notice
+    process.kill()  # only the parent: its workers must notice
     process.communicate()
     with pytest.raises(ValueError, match="unfinished recording"):
         open_dataset("lerobot", out, "robot", "metaworld_sawyer")

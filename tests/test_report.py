@@ -1,4 +1,4 @@
-"""The report of a small synthetic run: complete, self-contained, honest about what is missing."""
+"""The report of a small synthetic run: complete, self-contained, naming its missing parts."""
 
 import html.parser
 import json

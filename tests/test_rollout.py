@@ -1,4 +1,4 @@
-"""Closed-loop rollouts in simulator processes: of Meta-World, and of a toy that starts at once."""
+"""Closed-loop rollouts in simulator processes: Meta-World, and a toy that starts at once."""
 
 import functools
 import hashlib
@@ -33,7 +33,7 @@ EPISODES = [("drawer-close-v3", 1), ("window-open-v3", 1), ("drawer-close-v3", 2
 
 @pytest.fixture
 def metaworld():
-    """Skips a test where Meta-World cannot draw."""
+    """Skips a test if Meta-World cannot render."""
     pytest.importorskip("metaworld", reason="Meta-World is not installed")
     try:
         simulator = MetaWorld("drawer-close-v3", 32, 32)
@@ -45,7 +45,7 @@ def metaworld():
 
 
 class JaxFree(MetaWorld):
-    """Fails where the worker has imported jax."""
+    """Fails if the worker has imported jax."""
 
     def reset(self, seed):
         assert "jax" not in sys.modules
@@ -53,7 +53,7 @@ class JaxFree(MetaWorld):
 
 
 class Pusher:
-    """Lowers the hand and pushes, steered a little by the pictures; notes all it is shown."""
+    """Lowers the hand and pushes, steered a little by the pictures; stores its observations."""
 
     def __init__(self):
         self.seen = []
@@ -140,7 +140,7 @@ def test_the_oracle_is_shown_what_the_expert_would_do(metaworld, tmp_path):
     assert len(futures) == 2
     for observation in futures:
         assert observation.future.shape == (8, 32, 32, 3) and observation.future.dtype == np.uint8
-        # The present frame is followed, not repeated: the expert moves.
+        # The future differs from the present frame: the expert moves.
         assert (observation.future[-1] != observation.frames[-1]).any()
 
 

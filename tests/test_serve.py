@@ -1,4 +1,4 @@
-"""`python -m launch.serve` and `python -m launch.robot_loop`, as at the keyboard."""
+"""The commands `launch.serve` and `launch.robot_loop`."""
 
 import numpy as np
 import pytest
@@ -39,7 +39,7 @@ def serve(trained, *flags):
 
 
 def test_a_trained_policy_is_served_and_drives_a_robot(trained, command):
-    """The reply is what the loaded policy plans; the example loop runs; SIGTERM says goodbye."""
+    """The reply is the loaded policy's; the example loop runs; SIGTERM ends the server cleanly."""
     pytest.importorskip("metaworld", reason="Meta-World is not installed")
     running = serve(trained, "--batch_sizes=1", "--prompt=close the drawer")
     try:

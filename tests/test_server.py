@@ -1,4 +1,4 @@
-"""The server as a process of its own, asked through real sockets by real clients."""
+"""The server in a process of its own, with real clients over real sockets."""
 
 import contextlib
 import random
@@ -69,7 +69,7 @@ def assert_close(actions, expected):
 
 
 def test_eight_clients_at_once_each_get_the_answer_to_their_own_query(server, policy):
-    """Every answer is that of the policy asked alone, and no two queries have the same."""
+    """Every answer equals that of the policy asked alone, and no two answers are equal."""
     rounds, clients = 12, 8
     queries = [[random_observation(100 * c + r) for r in range(rounds)] for c in range(clients)]
 
@@ -84,7 +84,7 @@ def test_eight_clients_at_once_each_get_the_answer_to_their_own_query(server, po
     expected = [[policy.act([query])[0] for query in mine] for mine in queries]
     flat = np.stack([chunk for mine in expected for chunk in mine]).reshape(rounds * clients, -1)
     apart = np.abs(flat[:, None] - flat).max(axis=-1) + np.eye(len(flat))
-    assert apart.min() > 1e-3  # or the comparison below would not tell them apart
+    assert apart.min() > 1e-3  # or the comparison below could not distinguish them
     for mine, theirs in zip(expected, answers):
         for chunk, answer in zip(mine, theirs):
             assert_close(answer["actions"], chunk)
@@ -216,7 +216,7 @@ def mutated(rng, good):
 
 
 def test_ten_thousand_broken_messages(server, policy):
-    """Each gets one reply, a sentence or (where nothing that matters was hit) actions."""
+    """Each gets one reply: an error, or actions if the mutation was harmless."""
     good, count = encode(GOOD), 10_000
     expected = policy.act(
         [replace(random_observation(0), frames=np.stack([GOOD["observation/image"]] * 5))]

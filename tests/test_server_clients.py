@@ -1,4 +1,4 @@
-"""Clients that vanish, stop, do not read, break the policy or have no key; and their neighbours."""
+"""Clients that vanish, stop reading, break the policy or have no key, and the other clients."""
 
 import contextlib
 import signal
@@ -61,7 +61,7 @@ def slow(request):
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "stopped"])
 def test_a_client_that_vanishes_mid_query_frees_its_slot(tmp_path, how):
-    """Noticed while the policy still computes its answer, which harms nobody afterwards."""
+    """The server notices while the policy still computes, and other clients are unaffected."""
     computed = tmp_path / "computed"
     slow = Running("slow_server", "0", f"hold={computed}", "max_clients=2", "ping=0.4")
     try:
@@ -97,7 +97,7 @@ def test_a_client_that_does_not_read_holds_nobody_up(slow):
 
 @pytest.mark.parametrize("slow", [["0.1", "window=0.2"]], indirect=True)
 def test_a_query_that_breaks_the_policy_harms_no_other(slow):
-    """The batch is repeated one by one; the reply is one sentence, the log has the traceback."""
+    """The batch is repeated one by one; the reply is one line, the log has the traceback."""
 
     def ask(number):
         with Client(slow.uri) as client:

@@ -35,7 +35,7 @@ SIZE = (48, 32)
 
 
 def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, ConfigDict]:
-    """The policy that a kind of client needs, and its configuration; equal calls, equal ones."""
+    """Returns a policy for a kind of client, and its configuration; equal for equal arguments."""
     config = tiny_config("action")
     config.clip.height, config.clip.width = SIZE
     config.policy_io.proprio.dim, config.policy_io.action.dim = DIMS[client]
@@ -67,7 +67,7 @@ def random_observation(seed: int, client: str = "plain") -> Observation:
 
 
 def save_run(folder: Path) -> None:
-    """What a run of both stages leaves in `video` and `action`, untrained; and its tokenizer."""
+    """Writes an untrained run of both stages: `video`, `action`, and the tokenizer."""
     save_linear_tokenizer(folder / "tokenizer.npz", _random_tokenizer(np.random.default_rng(0)))
     with quick_compiles():
         save_untrained(tiny_config("video"), folder / "video")
@@ -76,7 +76,7 @@ def save_run(folder: Path) -> None:
 
 
 def run_config(folder: Path | str) -> ConfigDict:
-    """The configuration of its stage 2."""
+    """The configuration of the stage 2 of `save_run`."""
     config = tiny_config("action")
     config.tokenizer = f"{folder}/tokenizer.npz"
     config.backbone.checkpoint = f"{folder}/video"
@@ -89,7 +89,7 @@ def _normalizer(batch: dict[str, np.ndarray]) -> Normalizer:
 
 
 def _random_tokenizer(rng: np.random.Generator) -> LinearTokenizer:
-    """In place of a fit, which takes seconds."""
+    """A random tokenizer: fitting one takes seconds."""
 
     def projection(size: int) -> Projection:
         shapes = ((size,), (size, 16), (16, size))

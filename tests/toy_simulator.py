@@ -1,4 +1,4 @@
-"""A simulator that starts in no time: a block on a rail, to be pushed to its right end."""
+"""A simulator that starts at once: a block on a rail, to be pushed to its right end."""
 
 import os
 import time

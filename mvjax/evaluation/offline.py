@@ -119,7 +119,7 @@ class WindowErrors:
 
     Attributes:
         true_video, generated_video: squared error of the normalised actions [s, horizon, dim].
-        raw_true_video, raw_generated_video: absolute error in the actions' units, likewise.
+        raw_true_video, raw_generated_video: the absolute error in the actions' units.
         psnr, ssim: of every future frame of the fully denoised video [future_frames].
     """
 

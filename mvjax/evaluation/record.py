@@ -92,8 +92,6 @@ class Recording:
     suite: str = "metaworld"
 
     def __post_init__(self):
-        if self.suite not in SUITES:
-            raise ValueError(f"suite must be one of {', '.join(SUITES)}, got {self.suite!r}")
         kinds = self.simulator.kinds
         if self.kind not in kinds:
             raise ValueError(f"kind must be {' or '.join(map(repr, kinds))}, got {self.kind!r}")
@@ -101,8 +99,6 @@ class Recording:
             self.simulator.check_task(task)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"tasks must be one or more, each named once; got {self.tasks}")
-        if self.episodes < 1:  # which would write an empty dataset
-            raise ValueError(f"episodes must be at least 1, got {self.episodes}")
 
     def units(self) -> list[Unit]:
         """Returns the units in the order of the finished dataset."""
@@ -447,5 +443,5 @@ def _prepare_worker() -> None:
 
 
 def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns when the parent is gone, however it ended
+    multiprocessing.parent_process().join()  # returns when the parent has exited
     os._exit(1)

@@ -180,7 +180,7 @@ class Libero:
         problem = self.scene.problem
         return {
             "name": self.scene.name,
-            "instruction": self.scene.words,
+            "instruction": self.scene.sentence,
             "env_name": problem,
             "problem_name": problem.lower(),
             "bddl_file": self.scene.bddl,

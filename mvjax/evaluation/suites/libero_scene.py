@@ -63,7 +63,7 @@ class Scene:
 
     Attributes:
         name: LIBERO's name of the task, words joined by underscores.
-        words: the same as a sentence.
+        sentence: the same with spaces, without the scene of LIBERO-100.
         instruction: mimic-video's wording, with "bowl" for "black bowl".
         problem: the class name of its environment.
         bddl: the file of the task's definition, relative to LIBERO's folder of them.
@@ -83,8 +83,8 @@ class Scene:
         libero = _import_libero()
         root = Path(libero.__file__).parent
         self.name = _task_names(root)[suite][number]
-        self.words = _words(self.name)
-        self.instruction = self.words.replace("black bowl", "bowl")
+        self.sentence = _sentence(self.name)
+        self.instruction = self.sentence.replace("black bowl", "bowl")
         self.bddl = f"{suite}/{self.name}.bddl"
         states = root / "init_files" / suite / f"{self.name}.pruned_init"
         self.initial_states = _read_initial_states(states)
@@ -102,7 +102,7 @@ def find_task(name: str) -> str:
     )
 
 
-def _words(name: str) -> str:
+def _sentence(name: str) -> str:
     """A task's name as a sentence; LIBERO-100's names begin with their scene."""
     if name[0].isupper():
         name = name[name.find("_", name.find("SCENE")) + 1 :]
