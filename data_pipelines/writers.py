@@ -1,7 +1,7 @@
-"""Writing datasets: LeRobot v3.0, robomimic's and LIBERO's HDF5, folders of captioned videos.
+"""Writing datasets: LeRobot v3.0, HDF5 of robomimic and LIBERO, folders of captioned videos.
 
-Videos are encoded beforehand (`data_pipelines.video.write_video`) and linked into place. A file
-appears under its name only when it is whole.
+Videos are encoded beforehand (`data_pipelines.video.write_video`) and linked into place. Every file
+is written atomically.
 """
 
 import json
@@ -29,7 +29,7 @@ _CHUNK_FILES = 1000  # files per chunk folder
 _DATA_PATH = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
 _VIDEO_PATH = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
 _EPISODES_PATH = "meta/episodes/chunk-000/file-000.parquet"
-_OWN_COLUMNS = {  # columns LeRobot adds to every dataset
+_OWN_COLUMNS = {  # that LeRobot adds to every dataset
     "timestamp": "float32",
     "frame_index": "int64",
     "episode_index": "int64",
@@ -46,8 +46,8 @@ class VideoPart:
     """The frames of one episode inside an encoded file."""
 
     path: Path  # the .mp4, at the dataset's frame rate
-    first_frame: int  # where the episode starts in it
-    stats: Stats  # of the frames (`frame_stats`)
+    first_frame: int  # the episode's first frame in the file
+    stats: Stats  # from `frame_stats`
 
 
 @dataclass(frozen=True)
@@ -71,18 +71,18 @@ def write_lerobot(
     """Writes a LeRobot v3.0 dataset; the same input gives the same bytes.
 
     Args:
-        path: the dataset's folder; files of the same names are replaced.
-        episodes: all with the same features.
+        path: the dataset's folder; existing files are replaced.
+        episodes: at least one; all have the same features.
         fps: frames and rows per second.
         robot_type: the robot's name, e.g. "metaworld_sawyer".
         frame_size: (height, width) of the videos in pixels.
-        data_file_mb: size at which a new data file is begun.
+        data_file_mb: size in MB at which a new data file begins.
 
     Raises:
-        ValueError: if episodes disagree on features or lengths.
+        ValueError: episodes disagree on features or lengths.
     """
     if not episodes:
-        raise ValueError(f"{path}: no episodes were given to write")
+        raise ValueError(f"{path}: there are no episodes to write")
     tasks = list(dict.fromkeys(episode.instruction for episode in episodes))
     tables = _tables(episodes, tasks, fps)
     data_files = _write_data(path, tables, data_file_mb)
@@ -136,7 +136,7 @@ def write_lerobot(
         "video_path": _VIDEO_PATH if episodes[0].videos else None,
         "features": _features(episodes[0], frame_size, fps),
     }
-    _write_json(path / "meta/info.json", info)  # the last: a folder without it is no dataset
+    _write_json(path / "meta/info.json", info)  # last, because it marks a complete dataset
 
 
 def _tables(episodes: Sequence[RobotEpisode], tasks: list[str], fps: int) -> list[pa.Table]:
@@ -149,8 +149,7 @@ def _tables(episodes: Sequence[RobotEpisode], tasks: list[str], fps: int) -> lis
             raise ValueError(f"episode {number}: its vectors must be equally long, got {lengths}")
         if (own := ([*episode.vectors], [*episode.videos])) != features:
             raise ValueError(
-                f"episode {number} has the vectors and videos {own}, episode 0 has {features}; all "
-                "must have the same features"
+                f"episode {number} has the vectors and videos {own}, but episode 0 has {features}"
             )
         n = next(iter(lengths.values()))
         columns = {
@@ -188,7 +187,7 @@ def _write_data(path: Path, tables: list[pa.Table], data_file_mb: float) -> list
 
 
 def _place_videos(path: Path, episodes: Sequence[RobotEpisode]) -> dict[tuple[str, Path], int]:
-    """Links every video file to its place; returns (feature, given path) -> file number."""
+    """Links every video file into place; returns (feature, given path) -> file number."""
     numbers: dict[tuple[str, Path], int] = {}
     for episode in episodes:
         for key, part in episode.videos.items():
@@ -202,7 +201,7 @@ def _place_videos(path: Path, episodes: Sequence[RobotEpisode]) -> dict[tuple[st
 
 
 def _features(episode: RobotEpisode, frame_size: tuple[int, int], fps: int) -> dict[str, Any]:
-    """What info.json says of each column and video."""
+    """The features in info.json: columns and videos."""
     height, width = frame_size
     features = {
         key: {"dtype": "float32", "shape": [values.shape[1]], "names": None}
@@ -229,9 +228,9 @@ def _features(episode: RobotEpisode, frame_size: tuple[int, int], fps: int) -> d
 
 
 def _tasks_table(tasks: list[str]) -> pa.Table:
-    """Task numbers indexed by the task's text, as pandas stores a data frame with an index."""
+    """Task numbers indexed by the task's text, in the layout of a pandas data frame."""
 
-    def described(name: str | None, kind: str, numpy: str, metadata: dict | None) -> dict:
+    def described(name: str | None, kind: str, numpy: str, metadata: dict | None = None) -> dict:
         about = {"name": name, "field_name": name, "pandas_type": kind, "numpy_type": numpy}
         return {**about, "metadata": metadata}
 
@@ -239,8 +238,8 @@ def _tasks_table(tasks: list[str]) -> pa.Table:
         "index_columns": ["task"],
         "column_indexes": [described(None, "unicode", "object", {"encoding": "UTF-8"})],
         "columns": [
-            described("task_index", "int64", "int64", None),
-            described("task", "unicode", "object", None),
+            described("task_index", "int64", "int64"),
+            described("task", "unicode", "object"),
         ],
         "creator": {"library": "pyarrow", "version": pa.__version__},
         "pandas_version": "2.0.0",
@@ -275,7 +274,7 @@ def frame_stats(frames: Sequence[np.ndarray]) -> Stats:
 
 
 def _combined(parts: Sequence[Stats]) -> Stats:
-    """Statistics of a union from those of its parts; quantiles are averaged, as LeRobot does."""
+    """Statistics of a union from those of its parts; quantiles are averaged, as in LeRobot."""
     counts = np.array([part["count"][0] for part in parts], np.float64)
     weights = counts / counts.sum()
 
@@ -323,11 +322,11 @@ _ROBOSUITE = 1  # the number of this kind of environment in robomimic
 
 @dataclass(frozen=True)
 class Demonstration:
-    """One successful attempt, T steps; a row holds an action and what was observed before it."""
+    """One successful attempt of T steps; a row is an action and the observation before it."""
 
     actions: np.ndarray  # [T, a]
     observations: Mapping[str, np.ndarray]  # LIBERO's names -> [T, ...]; pictures uint8
-    states: np.ndarray  # of the simulator, flattened [T, s]; the first one is where a replay starts
+    states: np.ndarray  # of the simulator, flattened [T, s]; a replay starts from the first one
     robot_states: np.ndarray | None = None  # [T, r]
     model_file: str = ""  # the simulator's XML, for a replay
 
@@ -335,17 +334,17 @@ class Demonstration:
         rows = {"states": self.states, **self.observations}
         if self.robot_states is not None:
             rows["robot_states"] = self.robot_states
-        wrong = {key: len(array) for key, array in rows.items() if len(array) != len(self.actions)}
-        if wrong or not len(self.actions):
+        lengths = {key: len(array) for key, array in rows.items()}
+        if set(lengths.values()) != {len(self.actions)} or not len(self.actions):
             raise ValueError(
-                f"a demonstration needs one value per action, got {len(self.actions)} actions and "
-                f"values {wrong}"
+                f"a demonstration needs one row per action, got {len(self.actions)} actions and "
+                f"the rows {lengths}"
             )
 
 
 @dataclass(frozen=True)
 class Scene:
-    """What all demonstrations of a file have in common."""
+    """The properties that all demonstrations of a file share."""
 
     instruction: str
     env_name: str  # the environment's class
@@ -356,24 +355,15 @@ class Scene:
     env_kwargs: Mapping[str, Any] = field(default_factory=dict)  # JSON values
 
     def __post_init__(self):
-        if self.image_convention not in ("opengl", "opencv"):
-            given = self.image_convention
+        if (given := self.image_convention) not in ("opengl", "opencv"):
             raise ValueError(f"image_convention must be 'opengl' or 'opencv', got {given!r}")
 
 
 def write_hdf5(path: Path, demonstrations: Iterable[Demonstration], scene: Scene) -> int:
-    """Writes a file; one demonstration is held at a time.
+    """Writes demonstrations as demo_0, demo_1, ..., with one in memory at a time.
 
-    Args:
-        path: the file, by LIBERO's custom `<task>_demo.hdf5`; it appears only when complete.
-        demonstrations: in order; become demo_0, demo_1, ...
-        scene: what they have in common.
-
-    Returns:
-        The number of demonstrations.
-
-    Raises:
-        ValueError: for no demonstrations.
+    LIBERO names such a file `<task>_demo.hdf5`. Returns the number of demonstrations; none at all
+    raises ValueError.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         data = file.create_group("data")
@@ -383,7 +373,7 @@ def write_hdf5(path: Path, demonstrations: Iterable[Demonstration], scene: Scene
             _write_demonstration(data.create_group(f"demo_{count}"), demo)
             count, total = count + 1, total + len(demo.actions)
         if count == 0:
-            raise ValueError(f"{path}: no demonstrations were given to write")
+            raise ValueError(f"{path}: there are no demonstrations to write")
         data.attrs["num_demos"], data.attrs["total"] = count, total
     return count
 
@@ -422,15 +412,13 @@ def _write_demonstration(group: h5py.Group, demo: Demonstration) -> None:
     group.attrs["model_file"] = demo.model_file
 
 
-# Folders of captioned videos, as Cosmos reads them.
+# Folders of captioned videos, in Cosmos's layout.
 
 
 def write_video_folder(path: Path, videos: Mapping[str, tuple[Path, str]]) -> None:
-    """Links encoded videos to `video/<id>.mp4` and writes their captions to `metas/<id>.txt`.
+    """Links videos to `video/<id>.mp4` and writes captions to `metas/<id>.txt`.
 
-    Args:
-        path: the dataset's folder; files of the same names are replaced.
-        videos: id -> (the .mp4, its caption).
+    `videos` maps ids to (.mp4, caption). Existing files are replaced.
     """
     for name, (video, caption) in videos.items():
         atomic.write_text(path / "metas" / f"{name}.txt", caption + "\n")
@@ -438,9 +426,9 @@ def write_video_folder(path: Path, videos: Mapping[str, tuple[Path, str]]) -> No
 
 
 def _place_file(source: Path, target: Path) -> None:
-    """Makes `target` the same file as `source`, replacing what is there (a copy across disks)."""
+    """Hard-links `source` to `target`, or copies it to another disk; replaces a file there."""
     if target.exists() and target.samefile(source):
-        return  # renaming one of two names of one file onto the other would do nothing
+        return  # a rename between two links of one file does nothing, and would leave both
     with atomic.replacing(target) as partial:
         try:
             os.link(source, partial)
