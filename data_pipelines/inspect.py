@@ -1,10 +1,10 @@
-"""What is in a dataset, and what is wrong with it.
+"""Inspecting a dataset: what it holds, and what is wrong with it.
 
-`inspect_path` and `inspect_dataset` look at the episodes of any format, `inspect_records` at what
-`launch.encode` wrote; `describe` gives the findings as text, `inspect_page` as a page.
+`inspect_path` and `inspect_dataset` read the episodes of any format, `inspect_records` a folder of
+encoded records. `describe` writes the findings as text, `inspect_page.py` as an HTML page.
 
-An inspection is cheap by default: it reads the lists and numbers of the episodes and decodes a few
-frames of some. An episode that cannot be read is a finding and never stops the inspection.
+By default an inspection reads all metadata and numbers, and decodes a few frames of some episodes.
+An unreadable episode is a finding and never stops the inspection.
 """
 
 import json
@@ -24,6 +24,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.episode import NANOSECONDS, Episode, Stream
+from data_pipelines.pickles import PickleRefused
 from data_pipelines.records import RecordDataset, read_columns
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.sources.rlds import UnknownRate
@@ -31,23 +32,23 @@ from data_pipelines.video import VideoFile
 from data_pipelines.video_index import VideoPlace, open_video
 
 _THREADS = 4
-_SAMPLED_EPISODES = 24  # episodes whose frames are decoded, unless all are
+_SAMPLED_EPISODES = 24  # episodes with decoded frames
 _SHOWN_EPISODES = 12  # of these, on the page
-_SAMPLED_RECORDS = 64  # records that are read, unless all are
+_SAMPLED_RECORDS = 64
 _CURVE_POINTS = 200
-_THUMBNAIL = (240, 180)  # pixels, at most
-_GAP_PERIODS = 1.5  # a longer step between neighbouring samples is a gap
-_SAME_PERIODS = 1.5  # streams may begin or end so many periods of the slower one apart
-_BOX = 8  # pixels; the means of such boxes hide what compression does to single pixels
-_STILL = 4.0  # grey levels by which boxes of a still picture differ after compression
-_BLACK = 4.0  # the mean grey level of a picture that shows nothing
-_DECODED_FRAMES = 16  # held at a time when every frame is decoded
-_ALL = "the dataset"  # stands for the episode where a problem concerns all of them
+_THUMBNAIL = (240, 180)  # maximum size, pixels
+_GAP_PERIODS = 1.5  # a longer step between samples is a gap
+_SAME_PERIODS = 1.5  # streams may begin or end this many periods of the slower one apart
+_BOX = 8  # pixels; averaging boxes removes compression noise
+_STILL = 4.0  # grey levels by which the boxes of a still picture may differ after compression
+_BLACK = 4.0  # mean grey level below which a picture is black
+_DECODED_FRAMES = 16  # in memory at a time
+_ALL = "the dataset"  # in place of an episode, for a problem of the whole dataset
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with an episode, or with all of them."""
+    """A problem of an episode, or of the whole dataset."""
 
     kind: str
     episode: str
@@ -58,43 +59,43 @@ class Problem:
 class StreamSummary:
     """A stream of one episode, or of a whole dataset."""
 
-    shape: tuple[int, ...]  # of one sample; () for a video whose size is not known
+    shape: tuple[int, ...]  # of one sample; () for a video of unknown size
     dtype: str
     rate: float | None = None  # samples per second; None for fewer than two samples
-    low: np.ndarray | None = None  # least finite value per dimension [prod(shape)], of numbers
-    high: np.ndarray | None = None  # the greatest
-    codec: str = ""  # of a video that is a file
+    low: np.ndarray | None = None  # of numbers: smallest finite value per dimension [prod(shape)]
+    high: np.ndarray | None = None  # of numbers: the largest
+    codec: str = ""  # of a video file
     camera: bool = False
 
 
 @dataclass
 class EpisodeSummary:
-    """One episode; without streams if it could not be read."""
+    """One episode; it has no streams if it is unreadable."""
 
     id: str
-    sampled: bool  # whether frames are decoded, and pictures and curves kept for a page
+    sampled: bool  # whether frames are decoded, and pictures and curves kept for the page
     embodiment: str = ""
     instructions: tuple[str, ...] = ()
-    seconds: float = 0.0  # of its longest stream, the last sample included
+    seconds: float = 0.0  # duration of the longest stream, with the last sample's period
     streams: dict[str, StreamSummary] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-    # Of every camera the first, middle and last frame, small: uint8 [h, w, 3].
+    # Camera -> thumbnails of the first, middle and last frame, uint8 [h, w, 3].
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
-    # Of every stream of numbers seconds [k] and values [k, d].
+    # Stream of numbers -> seconds [k] and values [k, d].
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
     def add_problem(self, kind: str, text: str) -> None:
-        """Notes what is wrong."""
+        """Adds a problem of this episode."""
         self.problems.append(Problem(kind, self.id, text))
 
 
 @dataclass
 class Inspection:
-    """What was found."""
+    """The findings."""
 
     title: str  # the dataset's path or name
     length_unit: str = "seconds"  # or "windows"
-    facts: list[tuple[str, str]] = field(default_factory=list)  # in the order to show them
+    facts: list[tuple[str, str]] = field(default_factory=list)  # in display order
     streams: dict[str, StreamSummary] = field(default_factory=dict)  # with ranges over all episodes
     instructions: Counter[str] = field(default_factory=Counter)  # -> number of episodes
     lengths: list[float] = field(default_factory=list)  # of the readable episodes
@@ -103,7 +104,7 @@ class Inspection:
     readable: int = 0  # number of episodes
 
     def add_problem(self, kind: str, episode: str, text: str) -> None:
-        """Notes what is wrong."""
+        """Adds a problem."""
         self.problems.append(Problem(kind, episode, text))
 
     def problems_by_kind(self) -> dict[str, list[Problem]]:
@@ -122,21 +123,17 @@ def inspect_path(
     limit: int = 1000,
     thorough: bool = False,
 ) -> Inspection:
-    """Opens a dataset and inspects it, also where training would refuse it for want of `fps`.
+    """Opens a dataset in a format of `sources.formats.FORMATS` and inspects it.
 
-    Args:
-        path: its folder or file.
-        format: a key of `sources.formats.FORMATS`.
-        options: of this format.
-        limit, thorough: of `inspect_dataset`.
+    See `inspect_dataset` for `limit` and `thorough`.
 
     Raises:
-        ValueError: if it cannot be opened.
+        ValueError: the dataset cannot be opened.
     """
     name, unknown = path.resolve().name, None
     try:
         episodes = open_dataset(format, path, name, "unknown", options)
-    except UnknownRate as error:  # what is seen helps to find it
+    except UnknownRate as error:  # training needs it, and an inspection helps to find it
         episodes = open_dataset(format, path, name, "unknown", {**options, "fps": 1.0})
         unknown = f"{error} (--option=fps=... here)"
     found = inspect_dataset(episodes, str(path), format, limit=limit, thorough=thorough)
@@ -154,13 +151,13 @@ def inspect_dataset(
     limit: int = 1000,
     thorough: bool = False,
 ) -> Inspection:
-    """Inspects a dataset.
+    """Inspects the episodes of a source.
 
     Args:
-        episodes: as a source opened them.
+        episodes: from a source.
         title: path or name of the dataset.
-        format: its format.
-        limit: look at no more episodes than this, spread evenly; 0 for all.
+        format: name of its format.
+        limit: the most episodes to read, spread evenly; 0 for all.
         thorough: decode every frame of them.
     """
     total = len(episodes)
@@ -192,7 +189,7 @@ def inspect_dataset(
         found.streams[name] = replace(found.streams[name], rate=rate)
     _check_constant(found)
     every = len(chosen) == total
-    share = "" if every else f", of which {len(chosen):,} were looked at"
+    share = "" if every else f", of which {len(chosen):,} were inspected"
     about = "" if every else "about "
     seconds = sum(found.lengths) * total / max(len(chosen), 1)
     found.facts = [
@@ -207,7 +204,7 @@ def inspect_dataset(
 
 
 def _spread(total: int, count: int) -> np.ndarray:
-    """`count` of `total` indices, the first and the last among them."""
+    """`count` of `total` indices, evenly spread, with the first and the last."""
     return np.unique(np.linspace(0, total - 1, min(total, count)).round().astype(int))
 
 
@@ -218,18 +215,18 @@ def _summaries(
         return _inspect_episode(episodes, index, index in decoded, thorough)
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        # In portions, so that Ctrl-C does not wait for the whole dataset.
+        # In batches, so that Ctrl-C does not wait for the whole dataset.
         for first in range(0, len(chosen), 4 * _THREADS):
             yield from pool.map(summary, chosen[first : first + 4 * _THREADS].tolist())
 
 
 def _compare(found: Inspection, episode: EpisodeSummary) -> None:
-    """Widens the dataset's ranges by an episode, and says where it differs from the first one."""
+    """Extends the dataset's ranges by an episode, and finds differences from the first one."""
     expected = set(found.streams) if found.readable else set(episode.streams)
     if missing := sorted(expected - episode.streams.keys()):
         found.add_problem("missing stream", episode.id, ", ".join(missing))
     if further := sorted(episode.streams.keys() - expected):
-        found.add_problem("stream of its own", episode.id, ", ".join(further))
+        found.add_problem("extra stream", episode.id, ", ".join(further))
     for name, stream in episode.streams.items():
         first = found.streams.get(name)
         if first is None or (first.camera and not first.shape):
@@ -262,7 +259,7 @@ def _listed(values: Sequence[object], most: int = 8) -> str:
 def _inspect_episode(
     episodes: Sequence[Episode], index: int, sampled: bool, thorough: bool
 ) -> EpisodeSummary:
-    """Inspects one episode; whatever is wrong with it ends up among its problems."""
+    """Inspects one episode; every error becomes one of its problems."""
     summary = EpisodeSummary(f"number {index}", sampled)
     try:
         episode = episodes[index]
@@ -286,24 +283,28 @@ def _inspect_episode(
     return summary
 
 
-# Sources say in words what is wrong; these are the words people count by. The first one counts.
-_KINDS = {
-    "file that was not downloaded": r"git lfs",
-    "missing file": r"(is|are) missing|no such file|not complete",
-    "text in another encoding": r"utf-8|codec can't decode",
-    "unreadable video": r"readable video|no frames between|avcodec|avformat",
-    "refused pickle": r"pickle",
-    "timestamps that do not increase": r"strictly increase",
-    "without any sample": r"at least one, got 0 timestamps",
-}
+# Kinds of errors: the types of an error or of its causes, and words of the sources' own checks,
+# which have no cause. The first match counts.
+_KINDS: tuple[tuple[str, Any, str], ...] = (
+    ("file that was not downloaded", (), r"git lfs"),
+    ("missing file", FileNotFoundError, r"\bmissing\b|no such file|not complete"),
+    ("text in another encoding", UnicodeDecodeError, r"utf-8"),
+    ("unreadable video", av.FFmpegError, r"readable video|no frames between"),
+    ("refused pickle", PickleRefused, r"pickle"),
+    ("timestamps that do not increase", (), r"strictly increase"),
+    ("empty stream", (), r"got 0 timestamps"),
+)
 
 
-def _kind(error: Exception) -> str:
-    if isinstance(error, av.FFmpegError):
-        return "unreadable video"
-    text = str(error).lower()
-    kinds = (kind for kind, words in _KINDS.items() if re.search(words, text))
-    return next(kinds, "unreadable episode")
+def _kind(error: BaseException | None) -> str:
+    text, chain = str(error).lower(), []
+    while error is not None:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for kind, types, words in _KINDS:
+        if any(isinstance(one, types) for one in chain) or re.search(words, text):
+            return kind
+    return "unreadable episode"
 
 
 def _text(error: Exception) -> str:
@@ -314,11 +315,11 @@ def _text(error: Exception) -> str:
 def _check_instructions(episode: str, texts: Sequence[str]) -> Iterator[Problem]:
     empty = sum(not text.strip() for text in texts)
     if empty == len(texts):
-        yield Problem("no instruction", episode, "training gives it the empty text")
+        yield Problem("no instruction", episode, "training uses the empty text")
         return
     if empty:
         yield Problem("empty instruction", episode, f"{empty} of {len(texts)}")
-    if any("\ufffd" in text for text in texts):  # what a decoder puts for a byte it cannot read
+    if any("\ufffd" in text for text in texts):  # a decoder's replacement of an invalid byte
         lost = f"characters were lost: {list(texts)}"
         yield Problem("text in another encoding", episode, lost)
 
@@ -345,7 +346,7 @@ def _inspect_numbers(summary: EpisodeSummary, name: str, stream: Stream) -> Stre
 
 
 def _finite_range(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The least and the greatest finite value of each column, float64."""
+    """The smallest and the largest finite value of each column, float64."""
     wide, finite = flat.astype(np.float64), np.isfinite(flat)
     low = np.min(wide, axis=0, where=finite, initial=np.inf)
     return low, np.max(wide, axis=0, where=finite, initial=-np.inf)
@@ -354,7 +355,6 @@ def _finite_range(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def _inspect_video(
     summary: EpisodeSummary, name: str, stream: Stream, thorough: bool
 ) -> StreamSummary:
-    """Looks at one camera; raises what its decoder raises."""
     values, n = stream.values, len(stream.values)
     is_array = isinstance(values, np.ndarray)
     shape, codec = values.shape[1:] if is_array else (), ""
@@ -401,7 +401,7 @@ def _rate(stream: Stream) -> float | None:
 
 
 def _check_times(summary: EpisodeSummary, episode: Episode) -> None:
-    clocks: dict[bytes, list[str]] = {}  # streams of one clock are named together
+    clocks: dict[bytes, list[str]] = {}  # streams with equal timestamps share their problems
     for name, stream in episode.streams.items():
         clocks.setdefault(stream.timestamps.tobytes(), []).append(name)
     for names in clocks.values():
@@ -444,23 +444,19 @@ def _check_lengths(summary: EpisodeSummary, episode: Episode, names: list[str]) 
             summary.add_problem("video and numbers of different length", text)
 
 
-# A records folder: what the encoding job wrote, and whether it can be read.
+# Records folders.
 
 
 def is_records(path: Path) -> bool:
-    """Whether a folder was made by the encoding job, finished or not."""
+    """Whether a folder was written by the encoding job, finished or not."""
     return (path / "plan.json").is_file() or (path / "manifest.json").is_file()
 
 
 def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
-    """Inspects a records folder.
-
-    Args:
-        path: the folder.
-        thorough: read every record.
+    """Inspects a records folder; `thorough` reads every record.
 
     Raises:
-        ValueError: if not even its lists can be read.
+        ValueError: its manifest or plan.json cannot be read.
     """
     if not (path / "manifest.json").is_file():
         return _inspect_unfinished(path)
@@ -517,7 +513,7 @@ def _inspect_unfinished(path: Path) -> Inspection:
 
 
 def _add_rows(found: Inspection, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Counts encoded episodes: id, with either `reason`, or `count` and `instructions`."""
+    """Counts rows of encoded episodes: `id`, and `reason` or `count` and `instructions`."""
     for row in rows:
         if "reason" in row:
             found.add_problem("skipped while encoding", row["id"], row["reason"])
@@ -535,11 +531,10 @@ def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> None:
-    """Reads records; latents that are not finite would spoil a whole run."""
     total = len(dataset)
     counted = sum(row.count for row in dataset.episodes)
     if counted != total:
-        text = f"the lists name {counted} records, the shards hold {total}"
+        text = f"the manifest lists {counted} records, the shards hold {total}"
         found.add_problem("records missing", _ALL, text)
     chosen = _spread(total, total if thorough else _SAMPLED_RECORDS)
     for index in tqdm(chosen, desc="inspect", unit="record"):
@@ -551,6 +546,7 @@ def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> 
         owner = dataset.episodes[int(record["episode"])].id
         for name, value in record.items():
             found.streams.setdefault(name, StreamSummary(value.shape, value.dtype.name))
+            # A single NaN in the latents would spoil a whole run.
             if not np.isfinite(value.astype(np.float32)).all():
                 found.add_problem("NaN or infinity", owner, f"{name} of record {index}")
     found.facts.append(("records read", f"{len(chosen):,} of {total:,}"))
@@ -570,14 +566,14 @@ def _read_columns(found: Inspection, dataset: RecordDataset) -> None:
         found.streams[name] = StreamSummary(column.shape[1:], column.dtype.name, low=low, high=high)
 
 
-# An inspection as lines of text for a terminal.
+# An inspection as text for a terminal.
 
 _INSTRUCTIONS = 10
-_EXAMPLES = 5  # problems of a kind
+_EXAMPLES = 5  # problems shown of each kind
 
 
 def describe(found: Inspection) -> str:
-    """What is in a dataset and what is wrong with it; the page lists every problem."""
+    """The findings as text, with a few problems of each kind; the page lists more."""
     lines = [found.title, *_columns([("  " + what, value) for what, value in found.facts])]
     cameras = [("  camera", "size", "fps", "codec")]
     numbers = [("  stream", "shape", "dtype", "rate", "min", "max")]
@@ -593,7 +589,7 @@ def describe(found: Inspection) -> str:
     if found.lengths:
         low, middle, high = np.percentile(found.lengths, [0, 50, 100])
         unit = found.length_unit
-        lines += ["", f"  lengths: {low:.4g} to {high:.4g} {unit}, half below {middle:.4g}"]
+        lines += ["", f"  lengths: {low:.4g} to {high:.4g} {unit}, median {middle:.4g}"]
     lines += ["", f"  instructions: {len(found.instructions):,} distinct"]
     frequent = found.instructions.most_common(_INSTRUCTIONS)
     lines += [f"    {count:>6,}  {text!r}" for text, count in frequent]
@@ -604,7 +600,7 @@ def describe(found: Inspection) -> str:
         lines += [f"            {p.episode}: {p.text}" for p in problems[:_EXAMPLES]]
         if len(problems) > _EXAMPLES:
             lines.append(f"            ... and {len(problems) - _EXAMPLES:,} more")
-    # Names and texts that were never UTF-8 cannot be printed as they are.
+    # Names and texts that are not valid UTF-8 would fail to print.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 

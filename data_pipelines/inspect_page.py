@@ -1,6 +1,6 @@
-"""An inspection as one HTML file that needs no other file, no network and no JavaScript.
+"""An inspection as one self-contained HTML file, without network access or JavaScript.
 
-What the page says is in `templates/inspection.html`; here are its pictures and figures.
+`templates/inspection.html` has the page's text; here are its pictures and figures.
 """
 
 import io
@@ -18,19 +18,14 @@ from data_pipelines.inspect import EpisodeSummary, Inspection, rate_text, size_t
 if TYPE_CHECKING:  # loaded when the first figure is drawn
     from matplotlib.axes import Axes
 
-_DIMENSIONS = 32  # of a stream that are shown
+_DIMENSIONS = 32  # shown of each stream
 _COLOUR = "#0b62c4"
-_WIDTH, _HEIGHT = 240, 90  # of a figure in points
+_WIDTH, _HEIGHT = 240, 90  # of a figure, points
 _BINS = 24
 
 
 def write_page(found: Inspection, out: Path) -> None:
-    """Writes the page; it appears complete or not at all.
-
-    Args:
-        found: of `inspect_dataset` or `inspect_records`.
-        out: the HTML file.
-    """
+    """Writes the page atomically."""
     page = html.render(
         "inspection.html",
         title=f"Inspection of {found.title}",
@@ -43,7 +38,7 @@ def write_page(found: Inspection, out: Path) -> None:
         curves=lambda episode: _curves(found, episode),
         lengths=_histogram(found.lengths, found.length_unit) if found.lengths else "",
     )
-    # Names and texts that were never UTF-8 cannot be written as they are.
+    # Names and texts that are not valid UTF-8 would fail to encode.
     atomic.write_text(out, page.encode("utf-8", "backslashreplace").decode())
 
 
@@ -54,7 +49,7 @@ def _jpeg(frame: np.ndarray) -> str:
 
 
 def _curves(found: Inspection, episode: EpisodeSummary) -> dict[str, list[Markup | None]]:
-    """Stream -> a figure of each dimension; None for one without a finite number."""
+    """Stream -> a figure of each dimension; None for a dimension without finite numbers."""
     figures = {}
     for name, (times, values) in episode.curves.items():
         stream, figures[name] = found.streams[name], []
@@ -63,7 +58,7 @@ def _curves(found: Inspection, episode: EpisodeSummary) -> dict[str, list[Markup
             if not finite.size:
                 figures[name].append(None)
                 continue
-            # A dimension has one axis in all episodes; the first episode may lack this one.
+            # All episodes share the axis of a dimension, unless the first one lacks the dimension.
             known = stream.low is not None and i < stream.low.size
             low, high = (stream.low[i], stream.high[i]) if known else (finite.min(), finite.max())
             title = f"{episode.id}, {name} {i}"
@@ -81,7 +76,7 @@ def _curve(times: np.ndarray, values: np.ndarray, low: float, high: float, title
 
 
 def _histogram(values: Sequence[float], unit: str) -> Markup:
-    """How many values lie where."""
+    """A histogram of the episodes' lengths."""
     counts, edges = np.histogram(values, bins=min(_BINS, len(set(values))))
     ends, most = (edges[0], edges[-1]), counts.max()
     axes = _axes(ends, [f"{ends[0]:.4g}", f"{ends[1]:.4g} {unit}"], (0, most), ["0", f"{most:,}"])
@@ -90,7 +85,7 @@ def _histogram(values: Sequence[float], unit: str) -> Markup:
 
 
 def _axes(x: tuple, x_labels: list[str], y: tuple, y_labels: list[str]) -> "Axes":
-    """Empty axes whose ends are labelled."""
+    """Empty axes with labels at the ends."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))

@@ -180,7 +180,7 @@ def test_faults_are_counted_under_the_words_that_people_use(videos):
     found = inspect_dataset(LazyEpisodes(4, lambda i: faults[i]()), "set", "in memory")
     assert _kinds(found) == {
         "timestamps that do not increase": ["number 0"],
-        "without any sample": ["number 1"],
+        "empty stream": ["number 1"],
         "refused pickle": ["number 2"],
         "unreadable episode": ["number 3"],
     }
