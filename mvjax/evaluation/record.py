@@ -46,7 +46,7 @@ from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 from mvjax.evaluation.suites.suite import SUITES, Suite
 
 ABOUT = "about.json"  # the instruction of a unit; for HDF5 its scene, too
-AFTER_SUCCESS = 12  # control steps recorded after the first success
+AFTER_SUCCESS = 12  # control steps recorded after the first success, so that the end is seen
 ATTEMPTS = 20  # per episode; the experts fail 2 % of the time, 30 % on the hardest task
 STATS_FRAMES = 8  # frames per episode from which the dataset's statistics are computed
 VIDEO_STRIDE = 4  # control steps per frame of kind video: 80 Hz -> 20 fps

@@ -114,6 +114,7 @@ def _load(directory: Path, stage: str) -> tuple[Network, Params]:
         )
     network = build(meta["config"])
     device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    # A network that computes in bfloat16 needs no float32 parameters: half the memory.
     lower = "bfloat16" if network.config.precision == "bfloat16" else None
     placed = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, lower or p.dtype, sharding=device),

@@ -267,8 +267,8 @@ class Policy:
     def act_with_video(self, observations: Sequence[Observation]) -> tuple[np.ndarray, np.ndarray]:
         """Returns the chunks of `act`, and the video of `predict_video` they were read from.
 
-        The video that is read at σ_K is denoised to the end: all steps of the schedule are
-        computed, too slow for control. In oracle mode the chunks are read from the true future.
+        The video that is read at σ_K is denoised to the end, which is too slow for control. In
+        oracle mode the chunks are read from the true future.
         """
         program, oracle = self.model.act_and_predict, self.model.sampling.oracle
         chunks, video = self._answer(program, observations, oracle)

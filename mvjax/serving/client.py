@@ -129,7 +129,7 @@ class Client:
             try:
                 opening = connect(
                     self._uri,
-                    compression=None,
+                    compression=None,  # as the server's
                     max_size=None,
                     additional_headers=self._headers,
                     open_timeout=max(1.0, self._patience),

@@ -120,9 +120,9 @@ class PolicyServer:
             self._attend,
             serving.host,
             serving.port,
-            compression=None,
+            compression=None,  # deflating pictures costs milliseconds and gains little
             max_size=2 * serving.message_bytes,
-            max_queue=1,
+            max_queue=1,  # unread messages wait in the client's socket, not in this memory
             ping_interval=serving.ping,
             ping_timeout=serving.ping,
             close_timeout=min(serving.ping, 2.0),

@@ -24,7 +24,7 @@ from mvjax.evaluation.suites.libero_scene import Scene, max_steps
 from mvjax.evaluation.suites.mujoco_camera import MujocoCamera, frames_ahead
 
 CAMERA, WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
-SETTLING_STEPS = 10
+SETTLING_STEPS = 10  # as LIBERO and the release evaluate: objects fall into place first
 STAY = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 _COLLISION_SHAPES = 0  # the geom group that LIBERO does not draw
 
