@@ -16,7 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
-from logging import StreamHandler, getLogger
+from logging import Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import NoReturn
 
@@ -96,10 +96,15 @@ def stop(sentence: str, code: int = 2) -> NoReturn:
     raise SystemExit(code)
 
 
-class _Stderr(StreamHandler):
-    """Writes bare messages to what `sys.stderr` is at that moment."""
+class _Stderr(Handler):
+    """Writes bare messages to what `sys.stderr` is at that moment, above a progress bar."""
 
-    stream = property(lambda self: sys.stderr, lambda self, value: None)
+    def emit(self, record: LogRecord) -> None:
+        line = self.format(record)
+        if "tqdm" in sys.modules:  # a bar may be there; printing would break it
+            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
 
 
 def _log_to_stderr() -> None:
