@@ -1,8 +1,8 @@
-"""Frames and pictures: the base of every reader of stored frames, decoding, resizing.
+"""Frames: the base of every reader of stored frames, image decoding, resizing.
 
-A camera of an `Episode` is a `FrameReader`. Readers derive from `Frames`, those whose frames are
-JPEG or PNG pictures from `Pictures`. They keep names and numbers only, so that they can be pickled;
-open files stay in a pool, which pickling empties.
+A camera of an `Episode` is a `FrameReader`. Readers derive from `Frames`; those that store each
+frame as a JPEG or PNG derive from `ImageFrames`. A reader can be pickled: it holds names and
+numbers, and the pool with the open files is emptied by pickling.
 """
 
 import io
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 
 class Frames(ABC):
-    """Base of the `FrameReader`s: a subclass reads frames in increasing order, each once.
+    """Base of the `FrameReader`s; a subclass reads increasing frame numbers without repeats.
 
     Args:
         where: the file or folder, for messages.
@@ -33,8 +33,8 @@ class Frames(ABC):
         """Frames at `indices` (any order, repeats allowed): uint8 [k, h, w, 3].
 
         Raises:
-            IndexError: for a frame that does not exist.
-            ValueError: for no indices, or frames that are damaged or differ in size.
+            IndexError: if a frame does not exist.
+            ValueError: if no indices are given, or frames are damaged or differ in size.
         """
         indices = np.asarray(indices, np.int64)
         if not len(indices):
@@ -51,54 +51,55 @@ class Frames(ABC):
         """Frames at increasing numbers, all of which exist: uint8 [k, h, w, 3]."""
 
 
-class Pictures(Frames):
-    """Base of the readers of frames that are stored as JPEG or PNG pictures."""
+class ImageFrames(Frames):
+    """Base of the readers whose frames are stored as JPEG or PNG images."""
 
-    upright = False  # whether pictures are turned as their EXIF tag says
+    upright = False  # whether to rotate images as their EXIF tag says
 
     @abstractmethod
     def encoded(self, number: int) -> bytes | Path:
-        """A picture as it is stored, or the file that holds it."""
+        """One image as it is stored, or the file that holds it."""
 
     def name(self, number: int) -> str:
-        """Of a picture, for messages."""
-        return f"{self.where}: picture {number}"
+        """The name of one image, for messages."""
+        return f"{self.where}: image {number}"
 
     def _read(self, numbers: list[int]) -> np.ndarray:
-        frames = [decode_picture(self.encoded(n), self.name(n), self.upright) for n in numbers]
+        frames = [decode_image(self.encoded(n), self.name(n), self.upright) for n in numbers]
         if len(sizes := {frame.shape for frame in frames}) > 1:
-            raise ValueError(f"{self.where}: the pictures have different sizes, {sorted(sizes)}")
+            raise ValueError(f"{self.where}: the images have different sizes, {sorted(sizes)}")
         return np.stack(frames)
 
 
-def decode_picture(picture: bytes | Path, where: object, upright: bool = False) -> np.ndarray:
-    """Decodes a picture of any kind that Pillow knows: uint8 [h, w, 3].
+def decode_image(image: bytes | Path, where: object, upright: bool = False) -> np.ndarray:
+    """Decodes an image of any kind that Pillow knows: uint8 [h, w, 3].
 
     Args:
-        picture: the encoded bytes, or the file.
-        where: for messages.
-        upright: turn it as its EXIF tag says.
+        image: the encoded bytes, or the file.
+        where: the file, for messages.
+        upright: rotate it as its EXIF tag says.
 
     Raises:
-        ValueError: if it is damaged, or has more than 8 bits, which Pillow would cut off.
+        ValueError: if it is damaged, or has more than 8 bits per channel.
     """
     try:
-        with Image.open(picture if isinstance(picture, Path) else io.BytesIO(picture)) as image:
-            if image.mode.startswith(("I", "F")):
-                raise ValueError("it has more than 8 bits; depth is not read")
-            return np.asarray((ImageOps.exif_transpose(image) if upright else image).convert("RGB"))
+        with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
+            if opened.mode.startswith(("I", "F")):  # Pillow would clip the values to 255
+                raise ValueError("it has more than 8 bits per channel; depth is not supported")
+            opened = ImageOps.exif_transpose(opened) if upright else opened
+            return np.asarray(opened.convert("RGB"))
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
-        raise ValueError(f"{where}: not a readable picture ({error}); copy it again") from error
+        raise ValueError(f"{where}: not a readable image ({error}); copy it again") from error
 
 
 def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
-    """Scales frames until they cover the size, without aliasing, and cuts out the centre.
+    """Scales frames until they cover height x width, then crops the centre.
 
-    Source: Cosmos-Predict2, which treats its conditioning pictures so.
+    Cosmos-Predict2 prepares its conditioning images this way.
 
     Args:
         frames: uint8 [t, h, w, 3].
-        height, width: of the output, pixels.
+        height, width: output size, pixels.
 
     Returns:
         uint8 [t, height, width, 3].
@@ -115,36 +116,31 @@ def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
 def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes frames without aliasing.
 
-    Where both sides shrink by whole factors every output pixel is the rounded mean of its box;
-    otherwise Pillow's antialiased bilinear filter is used, which is the release's resize.
+    If both sides shrink by whole factors, every output pixel is the rounded mean of its box;
+    otherwise Pillow's antialiased bilinear filter is used, as in the release.
 
     Args:
         frames: uint8 [t, h, w, 3].
-        height: output height, pixels.
-        width: output width, pixels.
+        height, width: output size, pixels.
 
     Returns:
-        uint8 [t, height, width, 3]; the input itself when it already has that size.
+        uint8 [t, height, width, 3]; the input itself if it already has that size.
     """
     if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[-1] != 3:
         raise ValueError(
             f"Frames are {frames.dtype} {frames.shape}; resize_area expects uint8 [t, h, w, 3]."
         )
-    _, h, w, _ = frames.shape
+    h, w = frames.shape[1:3]
     if (h, w) == (height, width):
         return frames
     if h % height or w % width:
-        images = [
-            Image.fromarray(frame).resize((width, height), Image.Resampling.BILINEAR)
-            for frame in frames
-        ]
-        return np.stack([np.asarray(image) for image in images])
+        size, bilinear = (width, height), Image.Resampling.BILINEAR
+        return np.stack([np.asarray(Image.fromarray(f).resize(size, bilinear)) for f in frames])
     rows, columns = h // height, w // width
     area = rows * columns
+    kind = np.uint32 if area > 256 else np.uint16  # uint16 holds the sum of up to 256 pixels
     # Adding whole strided planes is several times faster than reducing over tiny axes.
-    total = np.full(
-        (len(frames), height, width, 3), area // 2, np.uint32 if area > 256 else np.uint16
-    )
+    total = np.full((len(frames), height, width, 3), area // 2, kind)
     for row in range(rows):
         for column in range(columns):
             total += frames[:, row::rows, column::columns]

@@ -1,7 +1,7 @@
 """Video files through PyAV: exact random access by frame number, deterministic encoding.
 
-`VideoFile` is what the sources give out. It asks a `VideoPool`, which the videos of a dataset
-share, for the list of its file's frames (`video_index`) and for a `Decoder`.
+The sources return a `VideoFile` per video. The videos of a dataset share a `VideoPool`, which holds
+the frame index (`video_index`) of each file and a bounded number of open `Decoder`s.
 """
 
 import threading
@@ -28,30 +28,26 @@ from data_pipelines.video_index import (
     unreadable,
 )
 
-DECODE_ON = 8  # frames that are cheaper to decode and drop than to seek over
-INDICES_KEPT = 256  # files whose frame lists a pool remembers
+DECODE_ON = 8  # up to so many frames are decoded and dropped, which is cheaper than a seek
+INDICES_KEPT = 256  # frame indices that a pool caches
 GOP = 10  # a keyframe every 10 frames: any frame costs at most 10 decodes, at ~1.3x the size
 
 
 class Decoder:
-    """One open file; continues decoding where it stopped when that is cheaper than a seek.
+    """One open file; decodes on from its last frame where that is cheaper than a seek.
 
-    Safe to use from several threads, one at a time.
+    Safe to use from several threads; a lock admits one at a time.
     """
 
     def __init__(self, path: VideoPlace, index: VideoIndex):
         self._path, self._index = path, index
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self._container = None
-        self._to_rgb = VideoReformatter()  # keeps its tables from frame to frame
+        self._to_rgb = VideoReformatter()  # one for all frames: making its tables takes time
         self.seeks = 0
 
     def read(self, pts: list[int]) -> np.ndarray:
-        """Frames at increasing presentation times: uint8 [k, h, w, 3].
-
-        Raises:
-            ValueError: if one cannot be decoded, or they differ in size.
-        """
+        """Frames at increasing presentation times: uint8 [k, h, w, 3]; ValueError for damage."""
         with self._lock:
             try:
                 if self._container is None:
@@ -67,18 +63,15 @@ class Decoder:
                     frames[place] = frame  # the only copy
                 return frames
             except av.FFmpegError as error:
-                self._close()
+                self.close()
                 raise ValueError(unreadable(self._path, error)) from error
 
     def close(self) -> None:
         """Closes the file; the next `read` opens it again."""
         with self._lock:
-            self._close()
-
-    def _close(self) -> None:
-        if self._container is not None:
-            self._container.close()
-            self._container = None
+            if self._container is not None:
+                self._container.close()
+                self._container = None
 
     def _open(self) -> None:
         self._container = open_video(self._path)
@@ -107,20 +100,18 @@ class Decoder:
             self._container.seek(key, stream=self._stream, backward=True)
             self._decoded = self._container.decode(self._stream)
             self.seeks += 1
-        # A frame that the index lists and the file does not give is an error: its neighbour in
-        # its place would shift pictures against actions.
+        # A frame that is in the index but not in the file is an error: returning its neighbour
+        # instead would shift the images against the actions.
         found = next((f for f in self._decoded if f.pts is not None and f.pts >= pts), None)
         if found is None or found.pts != pts:
-            self._close()
-            reason = "it ends before its own frame list does"
-            if found is not None:
-                reason = f"frame at {pts} is missing, next is {found.pts}"
-            raise ValueError(unreadable(self._path, reason))
+            self.close()
+            end = "the file ends" if found is None else f"next is {found.pts}"
+            raise ValueError(unreadable(self._path, f"frame at {pts} is missing, {end}"))
         self._last = found
 
 
 class _IndexOnce:
-    """The frames of one file: threads that need the same file wait for it, others do not."""
+    """The index of one file. Only threads that need the same file wait while it is read."""
 
     def __init__(self, path: VideoPlace):
         self._path = path
@@ -135,9 +126,9 @@ class _IndexOnce:
 
 
 class VideoPool:
-    """What the videos of a dataset share: a bounded number of frame lists and of decoders.
+    """A bounded number of frame indices and open decoders, shared by the videos of a dataset.
 
-    Safe to use from several threads; pickling keeps the limits and drops the rest.
+    Safe to use from several threads; pickling keeps the limits and drops the entries.
     """
 
     def __init__(self, max_open: int = 16):
@@ -145,7 +136,7 @@ class VideoPool:
         self._decoders = LRU[VideoPlace, Decoder](max_open, Decoder.close)
 
     def index(self, path: VideoPlace) -> VideoIndex:
-        """The frames of a file, from its packets (nothing is decoded)."""
+        """The frame index of a file; no frame is decoded for it."""
         return self._indices.get(path, lambda: _IndexOnce(path)).get()
 
     def read(self, path: VideoPlace, pts: list[int]) -> np.ndarray:
@@ -155,18 +146,18 @@ class VideoPool:
 
 
 class VideoFile(Frames):
-    """A `FrameReader` over (a part of) a video file.
+    """A `FrameReader` over a video file, or over a segment of it.
 
     Args:
         path: the file, or a range of bytes in one.
-        start: seconds; the first frame is the one shown at this time.
-        end: seconds, exclusive; None for the file's end.
-        pool: shared by the videos of a dataset; a private one if not given.
-        exact: take the frames with start <= time < end, to the nanosecond. Otherwise the part
-            begins and ends half a frame earlier, for times that are sums of rounded durations.
+        start: of the segment, seconds.
+        end: of the segment, seconds, exclusive; None for the end of the file.
+        pool: shared by the videos of a dataset; by default the video has its own.
+        exact: select the frames with start <= time < end, to the nanosecond. By default both
+            limits are half a frame earlier, which suits times that are sums of rounded durations.
 
     Raises:
-        ValueError: at first use, if the file cannot be read or has no frames in that part.
+        ValueError: at first use, if the file cannot be read or the segment has no frames.
     """
 
     def __init__(
@@ -187,18 +178,14 @@ class VideoFile(Frames):
 
     @property
     def timestamps(self) -> np.ndarray:
-        """int64 [n] nanoseconds since the part's first frame."""
+        """int64 [n], nanoseconds since the first frame of the segment."""
         pts = self._frames()
         base = self._pool.index(self.path).time_base
         scale, half = NANOSECONDS * base.numerator, base.denominator // 2
         return np.array([((p - pts[0]) * scale + half) // base.denominator for p in pts], np.int64)
 
     def stream(self) -> Stream:
-        """The frames with their times.
-
-        Raises:
-            ValueError: as at any first use, or if two frames have the same time.
-        """
+        """The frames with their timestamps."""
         times = self.timestamps
         try:
             return Stream(times, self)
@@ -210,24 +197,23 @@ class VideoFile(Frames):
         return self._pool.read(self.path, [pts[number] for number in numbers])
 
     def _frames(self) -> Sequence[int]:
-        """Presentation times of the part's frames."""
+        """Presentation times of the frames of the segment."""
         if self._pts is None:
             index = self._pool.index(self.path)
             first = self._first_from(index, self._start)
             last = len(index.pts) if self._end is None else self._first_from(index, self._end)
             self._pts = index.pts[first:last]
             if not self._pts:
-                end = "its end" if self._end is None else f"{float(self._end)} s"
-                last_s = float(index.pts[-1] * index.time_base)
+                end = "the end" if self._end is None else f"{float(self._end)} s"
                 raise ValueError(
                     f"{self.path}: no frames between {float(self._start)} s and {end}; the last "
-                    f"one is at {last_s:.3f} s"
+                    f"one is at {float(index.pts[-1] * index.time_base):.3f} s"
                 )
         return self._pts
 
     def _first_from(self, index: VideoIndex, seconds: float | Fraction) -> int:
-        """The number of the file's first frame at or after a time."""
-        if self._exact:  # as integers of nanoseconds, which the timestamps are
+        """The number of the first frame of the file at or after a time."""
+        if self._exact:  # times are compared as timestamps, which are rounded to nanoseconds
             limit = Fraction(2 * round(seconds * NANOSECONDS) - 1, 2 * NANOSECONDS)
             return bisect_left(index.pts, limit / index.time_base)
         half = (index.pts[-1] - index.pts[0]) / max(len(index.pts) - 1, 1) / 2
@@ -235,19 +221,19 @@ class VideoFile(Frames):
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> int:
-    """Encodes frames as H.264 (yuv420p), atomically; equal frames give equal bytes.
+    """Encodes frames as an H.264 MP4 (yuv420p), atomically; equal frames give equal bytes.
 
     Args:
-        path: the .mp4 to make; it appears only when complete.
+        path: the file to write; it appears only when it is complete.
         frames: uint8 [h, w, 3] each, even height and width.
         fps: frames per second.
-        crf: x264's quality, 0 (lossless) to 51; 18-23 is usual.
+        crf: x264's constant rate factor, 0 (lossless) to 51; 18-23 is usual.
 
     Returns:
         The number of frames written.
 
     Raises:
-        ValueError: for no frames, or frames of a wrong type or size.
+        ValueError: if there are no frames, or one has a wrong type or size.
         OSError: if the folder cannot be written or the disk is full.
     """
     count = 0
@@ -278,8 +264,8 @@ def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
     height, width = frame.shape[:2]
     if height % 2 or width % 2:
         raise ValueError(f"H.264 needs an even height and width, got {height}x{width}")
-    # One thread, no scene-cut keyframes, and no macroblock tree, whose vector code reads past what
-    # it wrote when pictures are tiny: the bytes depend on the frames alone.
+    # The bytes must depend on the frames alone: one thread, no keyframes at scene cuts, and no
+    # macroblock tree, whose vector code reads uninitialised memory when frames are tiny.
     params = "scenecut=0:mbtree=0"
     options = {"crf": str(crf), "preset": "veryfast", "threads": "1", "x264-params": params}
     stream = container.add_stream("libx264", rate=fps, options=options)
@@ -290,19 +276,21 @@ def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
 
 
 def read_observed(path: Path, most: int) -> np.ndarray:
-    """A picture, or the last frames of a video: as many of 1 + 4k frames as there are.
+    """Reads an image, or the last frames of a video.
+
+    Consecutive frames are taken, as published, so a video should have the model's frame rate.
 
     Args:
-        path: a picture or a video, recognised by its content.
-        most: frames at most, 1 + 4k; of a video with fewer, the largest 1 + 4k are taken.
+        path: an image or a video, recognised by its content.
+        most: the largest number of frames, 1 + 4k; a shorter video gives as many of 1 + 4k frames
+            as it has.
 
     Returns:
-        uint8 [1 + 4k, h, w, 3]. Frames are taken as they follow each other (as published), so a
-        video should have the frame rate of the model.
+        uint8 [1 + 4k, h, w, 3].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is neither a picture nor a video, or cannot be decoded.
+        ValueError: if it is neither an image nor a video, or cannot be decoded.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no picture or video at {path}.")
@@ -321,6 +309,6 @@ def read_observed(path: Path, most: int) -> np.ndarray:
         return video.read(range(len(video) - count, len(video)))
     except ValueError as error:
         raise ValueError(
-            f"{path} is neither a picture (such as .png, .jpg) nor a video (such as .mp4) that can "
-            "be read; give another file, or convert this one."
+            f"{path} is neither a picture (such as .png, .jpg) nor a readable video (such as "
+            ".mp4); give another file, or convert this one."
         ) from error

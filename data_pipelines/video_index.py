@@ -1,8 +1,8 @@
-"""Where a video lies, and the list of its frames, of which nothing is decoded.
+"""The location of a video, and the index of its frames; no frame is decoded for it.
 
-FFmpeg names the frames packet by packet, for which the whole file is read: hours of film on a
-network disk. An MP4 also lists them in its own tables (ISO/IEC 14496-12), the last megabyte or so
-of the file. Those of long videos are taken from there, where FFmpeg agrees at both ends.
+FFmpeg lists frames packet by packet and reads the whole file for that, which is slow for long
+videos on a network disk. An MP4 also lists them in its own tables (ISO/IEC 14496-12), about the
+last megabyte of the file. For long videos those are used, if FFmpeg agrees at both ends.
 """
 
 import io
@@ -23,32 +23,22 @@ from data_pipelines.episode import reason
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 
 _DURATION = re.compile(r"(\d+):(\d{2}):(\d{2}(?:\.\d+)?)")
-_LONG = 2000  # frames from which it is worth while not to read the whole file
-_COMPARED = 50  # frames at the beginning, more than lie between two that are shown in turn
-_SLACK_FRAMES = 3  # by which a tagged duration may exceed the last frame
+_LONG = 2000  # frames; the tables are used for longer videos
+_COMPARED = 50  # packets at the beginning, more than frames are ever reordered over
+_SLACK_FRAMES = 3  # by which a tagged duration may exceed the end of the last frame
 
 
 @dataclass(frozen=True)
 class FileRange:
-    """A video inside another file, such as a member of a tar; decoded where it lies.
-
-    Attributes:
-        path: the file.
-        offset, size: bytes.
-        name: of the video, for messages.
-    """
+    """A video inside another file, such as a member of a tar; it is decoded in place."""
 
     path: Path
-    offset: int
+    offset: int  # bytes
     size: int
-    name: str
+    name: str  # of the video, for messages
 
     def __str__(self) -> str:
         return f"{self.path}/{self.name}"
-
-    def is_file(self) -> bool:
-        """Whether the file that holds the video is there."""
-        return self.path.is_file()
 
 
 VideoPlace = Path | FileRange
@@ -64,7 +54,7 @@ class VideoIndex:
 
 
 def open_video(place: VideoPlace) -> av.container.InputContainer:
-    """Opens a video file, or a range of bytes through FFmpeg's own `subfile` protocol."""
+    """Opens a video file, or a range of bytes through FFmpeg's `subfile` protocol."""
     if isinstance(place, FileRange):
         end = place.offset + place.size
         return av.open(f"subfile,,start,{place.offset},end,{end},,:{place.path.absolute()}")
@@ -78,14 +68,8 @@ def unreadable(place: VideoPlace, error: object) -> str:
 
 
 def read_index(place: VideoPlace) -> VideoIndex:
-    """Lists the frames of a video.
-
-    Raises:
-        ValueError: if it is missing, no video, or cut off.
-    """
+    """The frame index of a video; ValueError if it is missing, truncated or not a video."""
     try:
-        if not place.is_file():
-            raise ValueError(f"{place}: the video is missing; copy or encode it again")
         with open_video(place) as container:
             if not container.streams.video:
                 raise ValueError(unreadable(place, "it has no video stream"))
@@ -94,18 +78,14 @@ def read_index(place: VideoPlace) -> VideoIndex:
                 return index_of_packets(place, stream)
             if index := index_of_tables(place, stream):
                 return index
-        with open_video(place) as container:  # from the beginning
+        with open_video(place) as container:  # again, to read from the beginning
             return index_of_packets(place, container.streams.video[0])
     except (av.FFmpegError, OSError) as error:
         raise ValueError(unreadable(place, error)) from error
 
 
 def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
-    """The frames as FFmpeg names them one by one; reads the whole file.
-
-    Raises:
-        ValueError: if it is cut off.
-    """
+    """The index by FFmpeg, which reads the whole file; ValueError if it is truncated."""
     container, declared = stream.container, stream.frames
     packets = [
         (p.pts, p.is_keyframe, p.duration or 0)
@@ -113,11 +93,11 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
         if p.pts is not None and p.size
     ]
     if not packets or len(packets) < declared:
-        raise ValueError(unreadable(place, f"{len(packets)} of {declared} frames are there"))
+        raise ValueError(unreadable(place, f"it has {len(packets)} of {declared} frames"))
     pts = array("q", sorted(p for p, _, _ in packets))
     tagged = _DURATION.match(stream.metadata.get("DURATION", ""))
     if "matroska" in container.format.name and tagged:
-        # These files do not say how many frames they should have.
+        # Matroska files do not declare a number of frames, but muxers tag the duration.
         hours, minutes, seconds = tagged.groups()
         should_end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
         ends = float(max(p + duration for p, _, duration in packets) * stream.time_base)
@@ -126,12 +106,12 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
             raise ValueError(unreadable(place, f"it ends at {ends:.2f} s of {should_end:.2f} s"))
     keyframes = array("q", sorted(p for p, key, _ in packets if key))
     if not keyframes:
-        raise ValueError(unreadable(place, "no frame of it can be decoded without others"))
+        raise ValueError(unreadable(place, "it has no keyframe"))
     return VideoIndex(pts, keyframes, stream.time_base)
 
 
 def index_of_tables(place: VideoPlace, stream: av.VideoStream) -> VideoIndex | None:
-    """The frames as an MP4 lists them; None where there are no tables or FFmpeg does not agree."""
+    """The index by the tables of an MP4; None if there are none or FFmpeg does not agree."""
     file, offset = (place.path, place.offset) if isinstance(place, FileRange) else (place, 0)
     size = place.size if isinstance(place, FileRange) else place.stat().st_size
     tables = _read_tables(file, offset, offset + size, stream.frames)
@@ -142,7 +122,7 @@ def index_of_tables(place: VideoPlace, stream: av.VideoStream) -> VideoIndex | N
     pts, keys, time_base = tables
     if time_base != stream.time_base:
         return None
-    pts += first[0] - pts[0]  # an edit list moves all frames by one constant
+    pts += first[0] - pts[0]  # an edit list shifts all frames by one constant
     container.seek(int(pts[keys[-1]]), stream=stream)
     last = [p.pts for p in container.demux(stream) if p.size]
     if not last or first != pts[: len(first)].tolist() or last != pts[-len(last) :].tolist():
@@ -157,10 +137,9 @@ def _read_tables(
     """The `count` frames of the only video track, in the order in which they are stored.
 
     Returns:
-        When each is shown (int64 [n], up to one constant for all), the numbers of those that can
-        be decoded without others, and the seconds per unit. None if there are no such tables:
-        another container, a fragmented MP4, several video tracks, an edit list that does more
-        than move the beginning, or damage.
+        The presentation times (int64 [n], up to one constant), the numbers of the keyframes, and
+        the time base. None for another container, a fragmented MP4, several video tracks, an edit
+        list that does more than move the beginning, or damage.
     """
     with path.open("rb", buffering=0) as file:
         moov = next((box for box in _spans(file, start, end) if box[0] == b"moov"), None)
@@ -170,7 +149,7 @@ def _read_tables(
         boxes = _boxes(file.read(moov[2] - moov[1]))
     tracks = [content for name, content in boxes if name == b"trak"]
     videos = [t for t in tracks if _find(t, b"mdia", b"hdlr")[8:12] == b"vide"]
-    if b"mvex" in dict(boxes) or len(videos) != 1:  # fragmented: the tables are spread out
+    if b"mvex" in dict(boxes) or len(videos) != 1:  # fragments have tables of their own
         return None
     edits = _find(videos[0], b"edts", b"elst")
     wide = 8 if edits[:1] == b"\1" else 4
@@ -179,8 +158,8 @@ def _read_tables(
         return None
     head = _find(videos[0], b"mdia", b"mdhd")  # version 1 has 64-bit dates before the scale
     scale = int.from_bytes(head[20:24] if head[:1] == b"\1" else head[12:16], "big")
-    # Frames are stored as they are decoded: each is shown at the sum of the durations before it,
-    # plus its own delay where frames are shown in another order.
+    # Frames are stored in decoding order. The presentation time of each is the sum of the durations
+    # before it, plus its own delay where frames are reordered.
     tables = dict(_boxes(_find(videos[0], b"mdia", b"minf", b"stbl")))
     durations = _runs(tables.get(b"stts", b""), count)
     delays = _runs(tables[b"ctts"], count) if b"ctts" in tables else np.zeros(count, np.int64)
@@ -194,7 +173,7 @@ def _read_tables(
 
 
 def _find(data: bytes, *names: bytes) -> bytes:
-    """The content of a box inside a box ...; b"" if there is none."""
+    """The content of the box at a path of names; b"" if there is none."""
     for name in names:
         data = dict(_boxes(data)).get(name, b"")
     return data
@@ -202,16 +181,15 @@ def _find(data: bytes, *names: bytes) -> bytes:
 
 def _boxes(data: bytes) -> list[tuple[bytes, bytes]]:
     """Type and content of each box."""
-    spans = _spans(io.BytesIO(data), 0, len(data))
-    return [(name, data[start:end]) for name, start, end in spans]
+    return [(name, data[a:b]) for name, a, b in _spans(io.BytesIO(data), 0, len(data))]
 
 
 def _spans(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """Type of each box, and where its content begins and ends, up to a box that is damaged."""
+    """Type, content start and content end of each box, up to the first damaged one."""
     while at + 8 <= end:
         file.seek(at)
         head = file.read(16)
-        # The size is 32 bits, or 1 and then 64 bits behind the type, or 0: up to the end.
+        # The size has 32 bits; 1 means that 64 bits follow the type, 0 that the box is the last.
         length, start = int.from_bytes(head[:4], "big") or end - at, 8
         if length == 1:
             length, start = int.from_bytes(head[8:16], "big"), 16
@@ -222,7 +200,7 @@ def _spans(file: BinaryIO, at: int, end: int) -> Iterator[tuple[bytes, int, int]
 
 
 def _runs(table: bytes, count: int) -> np.ndarray | None:
-    """The values of a table of (how many, value), written out: int64 [count]."""
+    """A run-length encoded table, decoded: int64 [count]; None if it has another length."""
     runs = _numbers(table, [("count", ">u4"), ("value", ">i4")])
     if int(runs["count"].sum(dtype=np.int64)) != count:
         return None
@@ -230,7 +208,7 @@ def _runs(table: bytes, count: int) -> np.ndarray | None:
 
 
 def _numbers(table: bytes, kind: str | list[tuple[str, str]]) -> np.ndarray:
-    """The entries of a table, which begins with its version and their number."""
+    """The entries of a table, which follow its version (4 bytes) and their number (4 bytes)."""
     kind = np.dtype(kind)
     count = min(int.from_bytes(table[4:8], "big"), (len(table) - 8) // kind.itemsize)
     return np.frombuffer(table[8 : 8 + count * kind.itemsize], kind)

@@ -193,7 +193,7 @@ FAULTS = {
     ),
     "times cut off": (
         lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"time_stamp": [0.0, 0.2]}),
-        "6 states, but not as many times",
+        "6 states, but not as many timestamps",
     ),
     "times stand still": (
         lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"time_stamp": [0.0] * STEPS}),
@@ -201,11 +201,11 @@ FAULTS = {
     ),
     "no array": (
         lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"full_state": [[1.0], [2.0, 3.0]]}),
-        "full_state is no array",
+        "full_state is not an array",
     ),
     "other actions": (
         lambda f: rewrite(f, "policy_out.pkl", lambda steps: 3),
-        "steps with `actions` expected",
+        "expected steps with `actions`",
     ),
     "text in latin-1": (
         lambda f: (f / "lang.txt").write_bytes("öffne".encode("latin-1")),
@@ -239,7 +239,7 @@ def test_a_damaged_picture_is_named_when_it_is_read(tree):
     file.write_bytes(file.read_bytes()[:200])
     frames = open_it(tree)[0].streams["images0"].values
     assert len(frames.read([0, 1])) == 2
-    with pytest.raises(ValueError, match=r"im_3\.jpg: not a readable picture"):
+    with pytest.raises(ValueError, match=r"im_3\.jpg: not a readable image"):
         frames.read([2])
 
 

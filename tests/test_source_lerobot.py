@@ -120,7 +120,7 @@ def test_instructions_are_the_tasks_of_the_frames_as_they_begin(name):
         assert set(tasks[i]) == set(lerobots[first : first + length])
     more = opened(FIXTURES / name, texts=["language_instruction_2"])
     assert more[1].instructions == (OPEN, CLOSE, "another wording 1")
-    with pytest.raises(ValueError, match=r"no features \['words', 'action'\] of texts or of int"):
+    with pytest.raises(ValueError, match=r"no features \['words', 'action'\] of strings or int"):
         opened(FIXTURES / name, texts=["words", "action"])
 
 
@@ -206,9 +206,9 @@ def test_a_missing_or_broken_file_fails_its_episodes_only(copy):
     (root / f"videos/chunk-000/{FRONT}/episode_000001.mp4").unlink()
     episodes = opened(root)
     assert working(episodes) == [2] and len(episodes) == 3
-    with pytest.raises(ValueError, match=r"episode_000000\.parquet: the rows of episode 0 are mis"):
+    with pytest.raises(ValueError, match=r"episode_000000\.parquet: .*No such file"):
         episodes[0]
-    with pytest.raises(ValueError, match=r"episode_000001\.mp4: the video is missing"):
+    with pytest.raises(ValueError, match=r"episode_000001\.mp4: .*No such file"):
         episodes[1]
     data = data_file(FIXTURES / "lerobot_v21", 0).read_bytes()
     (root / "data/chunk-000/episode_000000.parquet").write_bytes(data[: len(data) // 2])
@@ -232,7 +232,7 @@ def test_a_video_that_is_shorter_than_its_rows_is_named_and_a_longer_one_cut(cop
     shutil.copy(videos / "episode_000000.mp4", videos / "episode_000001.mp4")
     shutil.copy(videos / "episode_000000.mp4", videos / "episode_000002.mp4")
     episodes = opened(root)
-    with pytest.raises(ValueError, match=r"001\.mp4: 6 of the 9 frames of episode 1 are there"):
+    with pytest.raises(ValueError, match=r"001\.mp4 has 6 of the 9 frames of episode 1"):
         episodes[1]
     assert len(episodes[0].streams[FRONT].values) == 6
     assert len(episodes[2].streams[FRONT].values) == 5
@@ -291,7 +291,7 @@ def test_columns_that_contradict_the_metadata_are_named(copy):
         opened(root)[2]
     for column, message in {
         "timestamp": "timestamp holds string, not numbers",
-        "episode_index": "episode_index is no whole number",
+        "episode_index": "episode_index is not an integer",
     }.items():
         root = copy("lerobot_v21")
         rewrite(data_file(root, 0), **{column: pa.array(["1"] * LENGTHS[0])})
@@ -302,7 +302,7 @@ def test_columns_that_contradict_the_metadata_are_named(copy):
 def test_times_that_do_not_go_on_are_named_with_their_file(copy):
     root = copy("lerobot_v21")
     for times, message in {
-        (0.0, 1.0, 2.0, 2.0, 3.0): "timestamps must strictly increase, but number 3",
+        (0.0, 1.0, 2.0, 2.0, 3.0): "timestamps must strictly increase",
         (0.0, 1.0, 2.0, np.nan, 3.0): "timestamp holds NaN",
     }.items():
         rewrite(data_file(root, 2), timestamp=pa.array(times, pa.float32()))
@@ -321,36 +321,36 @@ def test_pictures_that_cannot_be_decoded_are_named(copy):
     rewrite(data_file(root, 0), **{WRIST: pa.array(column, kind)})
     pictures = opened(root)[0].streams[WRIST].values
     assert pictures.read([0, 3]).shape == (2, 12, 16, 3)
-    with pytest.raises(ValueError, match=r"000000\.parquet: .*wrist: picture 1: not a readable"):
+    with pytest.raises(ValueError, match=r"000000\.parquet: .*wrist: image 1: not a readable"):
         pictures.read([0, 1])
-    with pytest.raises(ValueError, match=r"000000\.parquet: .*wrist: picture 2 is not in the file"):
+    with pytest.raises(ValueError, match=r"000000\.parquet: .*wrist: image 2 is not in the file"):
         pictures.read([2])
-    with pytest.raises(ValueError, match=r"wrist: picture 4: .* more than 8 bits"):
+    with pytest.raises(ValueError, match=r"wrist: image 4: .* more than 8 bits"):
         pictures.read([4])
     with pytest.raises(IndexError, match="frame 6 asked for, but there are 6"):
         pictures.read([6])
 
 
 def test_what_cannot_be_opened_says_why(copy, tmp_path):
-    with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are read"):
+    with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are sup"):
         opened(copy("lerobot_v21", codebase_version="v1.6"))
-    with pytest.raises(ValueError, match=r"info\.json must say .* video_path where there are"):
+    with pytest.raises(ValueError, match=r"info\.json must have .* video_path if there are"):
         opened(copy("lerobot_v21", video_path=None))
     root = copy("lerobot_v30")
     rows = root / "meta/episodes/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(rows).slice(0, 0), rows)
     assert len(opened(root)) == 3 and working(opened(root)) == []
     rewrite(rows, episode_index=pa.array([], pa.string()))
-    with pytest.raises(ValueError, match="not every episode_index is a whole number"):
+    with pytest.raises(ValueError, match="not every episode_index is an integer"):
         opened(root)
     shutil.rmtree(root / "meta/episodes")
-    with pytest.raises(ValueError, match="is not complete: no parquet files under meta/episodes"):
+    with pytest.raises(ValueError, match="is incomplete: no parquet files under meta/episodes"):
         opened(root)
     (root / "meta/info.json").write_text('{"fps": 15,')
     with pytest.raises(ValueError, match=r"info\.json is damaged \("):
         opened(root)
     (root / "meta/info.json").write_text('{"codebase_version": "v3.0", "fps": 15}')
-    with pytest.raises(ValueError, match=r"info\.json must say fps, data_path, total_episodes"):
+    with pytest.raises(ValueError, match=r"info\.json must have fps, data_path, total_episodes"):
         opened(root)
     (tmp_path / "lerobot_v21/meta/episodes.jsonl").unlink()
     shutil.copy(FIXTURES / "lerobot_v21/meta/info.json", tmp_path / "lerobot_v21/meta")

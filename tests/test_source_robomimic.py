@@ -144,7 +144,7 @@ def test_the_instruction_is_the_files_or_the_names(tmp_path):
 def test_text_in_another_encoding_is_refused(tmp_path):
     raw = '{"language_instruction": "schließe"}'.encode("latin-1")
     path = write_libero(tmp_path, problem_info=np.bytes_(raw))
-    with pytest.raises(ValueError, match=r"_demo\.hdf5.*(UTF-8|no text)"):
+    with pytest.raises(ValueError, match=r"_demo\.hdf5.*UTF-8"):
         open_it(path)[0]
 
 
@@ -188,7 +188,10 @@ def test_a_broken_file_costs_only_its_own_episodes(tmp_path):
         (lambda d: d.__delitem__("actions"), "demo_1 has no array `actions`"),
         (lambda d: d.attrs.__setitem__("num_samples", 50), "should have 50 samples but has 5"),
         (lambda d: d.pop("actions") and d.create_dataset("actions", (0, 7), "f8"), "is empty"),
-        (lambda d: d.file.pop(d.name) and d.file.create_dataset("data/demo_1", 3, "f4"), "no gr"),
+        (
+            lambda d: d.file.pop(d.name) and d.file.create_dataset("data/demo_1", 3, "f4"),
+            "a group",
+        ),
     ],
     ids=["short observation", "no actions", "cut off", "empty", "an array"],
 )
@@ -288,7 +291,7 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
         write_hdf5(path, stopped(), SCENE)
     assert [p.name for p in tmp_path.iterdir()] == ["a_demo.hdf5"]
     assert len(open_it(path)) == 2
-    with pytest.raises(ValueError, match="no demonstrations were given"):
+    with pytest.raises(ValueError, match="no demonstrations"):
         write_hdf5(path, [], SCENE)
     with pytest.raises(ValueError, match=r"6 actions and values \{'ee_pos': 2\}"):
         Demonstration(np.zeros((6, 7)), {"ee_pos": np.zeros((2, 3))}, np.zeros((6, 4)))

@@ -56,7 +56,7 @@ def test_a_broken_episode_leaves_the_others_usable(folder):
     (folder / "video/._d.mp4").touch()
     episodes = open_it(folder)
     assert len(episodes) == 4
-    with pytest.raises(ValueError, match=r"metas/a\.txt: the text is missing"):
+    with pytest.raises(ValueError, match=r"metas/a\.txt: the text cannot be read \(No such file"):
         episodes[0]
     with pytest.raises(ValueError, match=r"b\.txt: not UTF-8 text \(byte 2 is 0xef\)"):
         episodes[1]
@@ -81,7 +81,7 @@ def test_cameras_share_a_caption_without_their_number(folder):
         ("pick0", ("pick it up",)),
         ("pick1", ("pick it up",)),
     ]
-    with pytest.raises(ValueError, match=r"metas/\.txt: the text is missing"):
+    with pytest.raises(ValueError, match=r"metas/\.txt: .*No such file"):
         episodes[0]  # "a" is all number
 
 

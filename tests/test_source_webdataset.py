@@ -115,7 +115,7 @@ def test_a_broken_sample_leaves_the_others_usable(tmp_path, video):
             r"latin\.txt: not UTF-8 text \(byte 2 is 0xef\)",
             r"picture has no video, only \['jpg', 'txt'\]",
             r"half\.mp4: not a readable video",
-            r"field\.json has no text under 'caption' \(it has \['text'\]\); name the field",
+            r"field\.json has no text under 'caption' \(it has \['text'\]\); set the option",
             r"bad\.json: not JSON",
         ]
     ):
@@ -142,8 +142,8 @@ def test_a_tar_that_is_cut_off_keeps_what_it_still_has(tmp_path, video):
     third = whole.index(b"2.mp4\0")
     cuts = {
         third + 512 + 300: (2, "end of data"),
-        third + 100: (1, "cut off"),
-        third: (1, "cut off"),
+        third + 100: (1, "truncated"),
+        third: (1, "truncated"),
     }
     for length, (last, message) in cuts.items():
         (tmp_path / "a.tar").write_bytes(whole[:length])
@@ -167,7 +167,7 @@ def test_a_shard_that_holds_nothing_or_is_none_is_counted_and_named(tmp_path, vi
     episodes = open_it(tmp_path)
     assert (len(episodes), episodes[0].id) == (4, "a/x")
     for index, message in (
-        (1, r"b\.tar: the tar holds no samples"),
+        (1, r"b\.tar: the tar has no samples"),
         (2, r"c\.tar: the tar is empty from byte \d+ on; x and all samples after it are lost"),
         (3, r"d\.tar: the shard cannot be read \(Is a directory\)"),
     ):

@@ -182,9 +182,9 @@ def test_what_cannot_be_opened_says_why(dataset, tmp_path):
         (root / "meta/info.json").write_text(json.dumps({**info, **changes}))
         return str(root)
 
-    with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are read"):
+    with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are sup"):
         open_dataset("lerobot", copy_with("old", codebase_version="v1.6"), "a", "arm")
-    with pytest.raises(ValueError, match="is not complete: no parquet files under meta/episodes"):
+    with pytest.raises(ValueError, match="is incomplete: no parquet files under meta/episodes"):
         open_dataset("lerobot", copy_with("partial"), "a", "arm")
     with pytest.raises(ValueError, match=r"has the format 'zarr'; supported are .*video_folder"):
         open_dataset("zarr", dataset, "a", "arm")

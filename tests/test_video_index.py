@@ -103,7 +103,7 @@ def test_a_file_whose_pictures_are_not_all_there_is_refused(tmp_path, monkeypatc
     path = encode(tmp_path / "a.mp4", EVEN, 2, movflags="faststart")
     content = path.read_bytes()
     path.write_bytes(content[: len(content) - 200])
-    with pytest.raises(ValueError, match=rf"a\.mp4: not a readable video \(\d+ of {COUNT} frames"):
+    with pytest.raises(ValueError, match=rf"a\.mp4: not a readable video .*\d+ of {COUNT} frames"):
         read_index(path)
 
 

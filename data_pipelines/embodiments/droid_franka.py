@@ -1,9 +1,9 @@
 """Franka Panda of DROID, 15 Hz: 10 numbers each.
 
-Action: the commanded poses relative to the present one (position 3, rotation 6), and the commanded
-gripper. Proprioception: the present pose and the gripper. The layout is that of mimic-video's
-Bridge policies; DROID's own is positions with Euler angles about fixed axes, and a gripper that is
-1 closed and 0 open, here 0 and 1.
+Action: the commanded poses relative to the current one (position 3, rotation 6), and the commanded
+gripper (0 closed, 1 open). Proprioception: the current pose and the gripper. The layout is that of
+mimic-video's Bridge policies; DROID itself stores positions with Euler angles about fixed axes, and
+a gripper that is 1 when closed.
 
 Streams of the RLDS release (format "rlds"): steps/action_dict/cartesian_position and
 steps/observation/cartesian_position [n, 6], steps/action_dict/gripper_position and

@@ -11,7 +11,7 @@ eef_rot_lowdim (xyzw), gripper_lowdim. HDF5_ACTION and HDF5_PROPRIO read LIBERO'
 REGENERATED_PROPRIO is for files in which obs/ee_ori is a quaternion (xyzw): those that mimic-video
 regenerates.
 
-A prediction restored by HDF5_ACTION is what the simulator takes, but for the gripper's sign.
+A prediction restored by HDF5_ACTION is the simulator's action, except for the gripper's sign.
 """
 
 ACTION = (
@@ -43,8 +43,8 @@ def _hdf5_proprio(rotation: str) -> tuple[dict, ...]:
 HDF5_PROPRIO = _hdf5_proprio("rotvec")
 REGENERATED_PROPRIO = _hdf5_proprio("quaternion_xyzw")
 
-# Recordings of `launch.record`, and other LeRobot datasets with openpi's numbers: action
-# [n, 7]; observation.state [n, 8], position, rotation vector, two fingers.
+# Recordings of `launch.record`, and other LeRobot datasets in openpi's layout: action [n, 7];
+# observation.state [n, 8]: position, rotation vector, two fingers.
 LEROBOT_ACTION = tuple(dict(part, stream="action") for part in HDF5_ACTION)
 LEROBOT_PROPRIO = (
     dict(stream="observation.state", columns=(0, 1, 2)),

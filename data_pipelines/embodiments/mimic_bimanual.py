@@ -1,16 +1,15 @@
-"""Two Franka arms with 16-joint hands, as the mimic-video paper describes them: 50 and 59 numbers.
+"""Two Franka arms with 16-joint hands, as in the mimic-video paper: 50 and 59 numbers.
 
-Action: the effectors' future poses, each relative to its present one (2 x 9), and absolute joints
+Action: the effectors' future poses, each relative to its current one (2 x 9), and absolute joints
 of the hands (2 x 16). Proprioception: the effectors' poses (2 x 9), the hands' joints (2 x 16), and
-the right effector's pose seen from the left one (9); the paper also gives previous actions, which
-are parts such as dict(stream="left_hand_action", columns=..., shift=-0.1). The control rate is not
-published.
+the right effector's pose relative to the left one (9); the paper's policy also reads previous
+actions, which are parts such as dict(stream="left_hand_action", columns=..., shift=-0.1). The
+control rate is not published.
 
 Streams: left_eef_pose, right_eef_pose [n, 4, 4]; left_hand_action, right_hand_action,
 left_hand_joints, right_hand_joints [n, 16].
 
-RIGHT_ACTION and RIGHT_PROPRIO are for data of a robot that has only the right arm: the same layout,
-with padding for what is missing.
+RIGHT_ACTION and RIGHT_PROPRIO are for a robot with only the right arm: the same layout, padded.
 """
 
 _HAND = tuple(range(16))

@@ -6,16 +6,16 @@
         policy_out.pkl          per step: actions; one fewer than observations
         lang.txt                the instruction, then "confidence: 1"; an eighth have none
 
-The first observation is left out, with its action, as mimic-video does: the robot is idle then.
+The first observation is dropped with its action, as mimic-video does: the robot is idle then.
 `eef_transform` (4x4) has its rotation in another frame than the Euler angles of `full_state`; it is
 the one that SIMPLER reports as proprioception. `gripper_state` and `gripper_action` [n, 1] are the
 last number of `full_state` and of `desired_state`, clipped to [0, 1], as mimic-video takes them.
 
-Pickles are read without being run.
+Pickles are read without being executed.
 """
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,14 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
-from data_pipelines.frames import Pictures
+from data_pipelines.frames import ImageFrames
 from data_pipelines.pickles import read_array_pickle
 from data_pipelines.sources.files import Visit, glance, read_text, walk
 
 HZ = 5.0
 OBSERVED = ("state", "full_state", "desired_state", "eef_transform", "qpos", "qvel", "joint_effort")
 GRIPPERS = {"gripper_state": "full_state", "gripper_action": "desired_state"}
-_IDLE = 1  # observations at the start that are left out
+_IDLE = 1  # observations dropped at the start
 _TRAJECTORY = re.compile(r"traj\d+")
 _CAMERA = re.compile(r"images\d+")
 
@@ -49,12 +49,11 @@ def open_bridge_raw(
     cameras: Sequence[str] | None = None,
     instruction_style: str = "stored",
 ) -> Sequence[Episode]:
-    """Opens a tree of trajectories; a trajectory is read when it is asked for.
+    """Opens a tree of trajectories; a trajectory is read when it is accessed.
 
     Args:
         path: the whole tree, or any folder of it above the trajectories.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: the robot, becomes `Episode.embodiment`.
+        name, embodiment: see `formats`.
         fps: steps per second, evenly spaced; None takes the recorded times (about 5 per second).
         cameras: the image folders to read, e.g. ("images0",) as mimic-video; None for all.
         instruction_style: "stored", or "release" for the labels that mimic-video kept and repaired;
@@ -72,12 +71,12 @@ def open_bridge_raw(
     folders = list(_found(walk(path)))
     if not folders:
         raise ValueError(f"{path} has no folders traj_group<i>/traj<j> of BridgeData V2")
-    chosen = None if cameras is None else tuple(cameras)
-    dataset = _Dataset(path, name, embodiment, fps, chosen, instruction_style, folders)
+    dataset = _Dataset(path, name, embodiment, fps, cameras, LABELS[instruction_style], folders)
     return LazyEpisodes(len(folders), dataset.load)
 
 
 def _found(visits: Iterator[Visit]) -> Iterator[Path]:
+    """The folders of the trajectories."""
     for folder, folders, _ in visits:
         if folder.name.startswith("traj_group"):
             yield from (folder / name for name in folders if _TRAJECTORY.fullmatch(name))
@@ -90,15 +89,15 @@ class _Dataset:
     name: str
     embodiment: str
     fps: float | None
-    cameras: tuple[str, ...] | None
-    style: str
+    cameras: Sequence[str] | None
+    label: Callable[[str], str]
     folders: list[Path]
 
     def load(self, index: int) -> Episode:
         folder = self.folders[index]
         observed = _unpickle(folder / "obs_dict.pkl")
         if not isinstance(observed, dict):
-            raise ValueError(f"{folder / 'obs_dict.pkl'}: a dict is expected")
+            raise ValueError(f"{folder / 'obs_dict.pkl'}: expected a dict")
         arrays = {key: _array(observed[key], folder, key) for key in OBSERVED if key in observed}
         for key in GRIPPERS.values():
             if key not in arrays or arrays[key].shape[1:] != (7,):
@@ -106,7 +105,7 @@ class _Dataset:
         actions = _actions(folder)
         cameras = {camera: JpegFolder(folder / camera) for camera in self._cameras(folder)}
 
-        # Nothing but the lengths shows that a trajectory was copied only in part.
+        # Only the lengths tell whether a trajectory was copied completely.
         count = len(arrays["full_state"])
         lengths = {key: len(array) for key, array in arrays.items()}
         lengths |= {key: _IDLE + len(camera) for key, camera in cameras.items()}
@@ -114,9 +113,7 @@ class _Dataset:
         if not count - 1 <= len(actions) <= count:
             wrong["actions"] = len(actions)
         if wrong:
-            raise ValueError(
-                f"{folder} is not complete: {count} states, but {wrong}; copy it again"
-            )
+            raise ValueError(f"{folder} is incomplete: {count} states, but {wrong}; copy it again")
         if count <= _IDLE + 1:
             raise ValueError(f"{folder} has only {count} states")
 
@@ -134,7 +131,7 @@ class _Dataset:
             id=folder.relative_to(self.path).as_posix(),
             source=self.name,
             embodiment=self.embodiment,
-            instructions=(LABELS[self.style](read_text(label)) if label.is_file() else "",),
+            instructions=(self.label(read_text(label)) if label.is_file() else "",),
             streams=streams,
             cameras=tuple(cameras),
         )
@@ -149,11 +146,11 @@ class _Dataset:
         return list(self.cameras)
 
     def _times(self, folder: Path, observed: dict, count: int) -> np.ndarray:
-        """Nanoseconds since the first observation that is used."""
+        """Nanoseconds since the first observation that is kept."""
         if self.fps is None and "time_stamp" in observed:
             seconds = _array(observed["time_stamp"], folder, "time_stamp").astype(np.float64)
             if seconds.shape != (count,) or not np.isfinite(seconds).all():
-                raise ValueError(f"{folder} has {count} states, but not as many times")
+                raise ValueError(f"{folder} has {count} states, but not as many timestamps")
         else:
             seconds = np.arange(count) / (self.fps or HZ)
         return np.round((seconds - seconds[_IDLE])[_IDLE:] * NANOSECONDS).astype(np.int64)
@@ -164,13 +161,13 @@ def _actions(folder: Path) -> np.ndarray:
     try:
         found = [step["actions"] if isinstance(step, dict) else step for step in steps]
     except (TypeError, KeyError) as error:
-        raise ValueError(f"{folder / 'policy_out.pkl'}: steps with `actions` expected") from error
+        raise ValueError(f"{folder / 'policy_out.pkl'}: expected steps with `actions`") from error
     return _array(found, folder, "actions")
 
 
 def _unpickle(file: Path) -> Any:
     if not file.is_file():
-        raise ValueError(f"{file.parent} is not complete: {file.name} is missing")
+        raise ValueError(f"{file} is missing; copy the trajectory again")
     return read_array_pickle(file.read_bytes(), file)
 
 
@@ -178,18 +175,14 @@ def _array(value: Any, folder: Path, key: str) -> np.ndarray:
     try:
         array = np.asarray(value)
     except ValueError as error:  # rows of several lengths
-        raise ValueError(f"{folder}: {key} is no array ({error})") from error
+        raise ValueError(f"{folder}: {key} is not an array ({error})") from error
     if array.dtype.kind not in "biuf" or not array.ndim:
-        raise ValueError(f"{folder}: {key} is no array of numbers")
+        raise ValueError(f"{folder}: {key} is not an array of numbers")
     return array
 
 
-class JpegFolder(Pictures):
-    """A camera: `im_0.jpg`, `im_1.jpg`, ... of a folder, without the idle ones at the start.
-
-    Raises:
-        ValueError: if one is missing in between.
-    """
+class JpegFolder(ImageFrames):
+    """A camera: `im_0.jpg`, `im_1.jpg`, ... of a folder, without the idle ones at the start."""
 
     def __init__(self, folder: Path):
         names = {file.name for file in folder.glob("im_*.jpg")}
@@ -199,7 +192,7 @@ class JpegFolder(Pictures):
         super().__init__(folder, max(len(names) - _IDLE, 0))
 
     def encoded(self, number: int) -> Path:
-        """The file of a picture."""
+        """The file of an image."""
         return self.where / f"im_{number + _IDLE}.jpg"
 
     def name(self, number: int) -> str:
@@ -207,12 +200,9 @@ class JpegFolder(Pictures):
         return str(self.encoded(number))
 
 
-# The crowd-sourced instructions, as stored and as mimic-video trained on them.
-#
-# About 13 % of the trajectories have none. Of the others the release repairs some and drops 3,046
-# that say nothing about the task. It cannot find those that describe something else than what is
-# seen, and leaves other languages in.
-
+# The crowd-sourced instructions, as stored and as mimic-video trained on them. About 13 % of the
+# trajectories have none. The release repairs some of the others, and drops 3,046 that say nothing
+# about the task; it keeps other languages, and labels that describe something else.
 
 _COMPLAINTS = (
     *("no image", "did not load", "not loaded", "not downloading", "images loaded"),
@@ -220,7 +210,7 @@ _COMPLAINTS = (
 )
 _MARKS = frozenset('"_^~@#$%*+=|?ëěẽēėęćčċ')  # of mistyped or wrongly decoded labels
 _SHOUTED = re.compile(r"(?<![A-Za-z])[A-Z]{2,}(?![A-Za-z])")
-# Four consonants, digits or dots in a row are a hand on the keyboard, unless they are spelling.
+# Four consonants, digits or dots in a row are random keystrokes, unless they contain a digraph.
 _SPELT = "|".join("gh ng th ch sh ph wh ck qu bb cc dd ff gg ll mm nn pp rr ss tt zz".split())
 _MASHED = re.compile(rf"(?:(?!{_SPELT})[bcdfghjklmnpqrstvwxz0-9.]){{4}}", re.IGNORECASE)
 _FENCE, _REMARK = " cardboard fence", " (does not mention the locations of the objects)"
@@ -234,19 +224,20 @@ _REPAIRS = {
 }
 
 
-def stored_label(text: str) -> str:
+def _stored_label(text: str) -> str:
     """The first line of a `lang.txt` that is an instruction; "" if there is none."""
     lines = (line.strip() for line in text.splitlines())
     return next((line for line in lines if line and not line.startswith("confidence:")), "")
 
 
-def released_label(text: str) -> str:
+def _released_label(text: str) -> str:
     """The first line of a `lang.txt` that the release keeps, repaired; "" if there is none."""
     lines = (line.strip() for line in text.splitlines() if "confidence" not in line)
-    return next((kept for line in lines if (kept := _kept(line)) is not None), "")
+    return next((label for line in lines if (label := _repaired(line)) is not None), "")
 
 
-def _kept(line: str) -> str | None:
+def _repaired(line: str) -> str | None:
+    """The label of a line; None if the release drops it."""
     if " " not in line or any(complaint in line for complaint in _COMPLAINTS):
         return None
     line = line.removesuffix(_FENCE).strip().replace(",", ", ").replace(" ,", ",")
@@ -262,4 +253,4 @@ def _kept(line: str) -> str | None:
     return None if _MARKS.intersection(line) else line
 
 
-LABELS = {"stored": stored_label, "release": released_label}
+LABELS = {"stored": _stored_label, "release": _released_label}

@@ -5,60 +5,52 @@
     train.json          Something-Something v2's labels, Ego4D's narrations, or a list of objects
 
 The published lists of EPIC-KITCHENS-100, Something-Something v2 and Ego4D are read as they are. A
-clip is the frames with start <= time < end, and an episode with one stream, "video". A malformed
-line is an episode that cannot be loaded, and says why.
+clip is an episode with one stream, "video": the frames with start <= time < end. A malformed line
+is an episode that raises an error when it is loaded.
 """
 
 import csv
 import json
 import re
 import sys
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from fractions import Fraction
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipelines.episode import Episode, LazyEpisodes
+from data_pipelines.sources.files import repeat_marks
 from data_pipelines.video import VideoFile, VideoPool
 
 STREAM = "video"
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
-_LONGEST_RECORD = 20  # lines; a longer quoted field is a quote that was never closed
+_LONGEST_RECORD = 20  # lines; in a longer record a quote was never closed
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?")
 
 
 @dataclass(frozen=True)
 class Layout:
-    """Where the parts of a clip are found in a row.
+    """The columns of a list, and the folder of its videos."""
 
-    Attributes:
-        file: the column with the video's path, or a pattern of columns, "{part}/{id}.mp4".
-        caption: the column with the text, or (in JSON) with a list of texts.
-        start, end: columns with times: seconds, or [HH:]MM:SS.ff; the end is exclusive. An empty
-            field is the beginning or the end of the video.
-        start_frame, end_frame: columns with frame numbers from 0, for rows without times.
-        fps: the column with the rate that the frame numbers count in.
-        id: the column with a name for the clip; without one it is made of the file and times.
-        videos: where the videos are, seen from the list's folder.
-    """
-
-    file: str = "file"
-    caption: str = "caption"
+    file: str = "file"  # the video's path; or a pattern of columns, "{part}/{id}.mp4"
+    caption: str = "caption"  # a text; in JSON also a list of texts
+    # Seconds, or [HH:]MM:SS.ff; an empty field is the beginning or the end of the video.
     start: str = "start"
-    end: str = "end"
+    end: str = "end"  # exclusive
+    # Frame numbers from 0, for rows without times, and the frame rate they refer to.
     start_frame: str = "start_frame"
     end_frame: str = "end_frame"
     fps: str = "fps"
-    id: str = "id"
-    videos: str = "."
+    id: str = "id"  # of the clip; without one it is made of the file and the times
+    videos: str = "."  # relative to the list's folder
 
 
 LAYOUTS = {
     "plain": Layout(),
-    # EPIC-KITCHENS-100: EPIC_100_train.csv; the videos as its download script puts them.
+    # EPIC-KITCHENS-100: EPIC_100_train.csv; the videos where its download script puts them.
     "epic": Layout(
         file="{participant_id}/videos/{video_id}.MP4",
         caption="narration",
@@ -78,7 +70,7 @@ def recognises(path: Path) -> bool:
     """Whether this is a list of clips with the usual columns."""
     if not path.is_file() or path.suffix.lower() not in LIST_SUFFIXES:
         return False
-    if path.suffix.lower() == ".json":  # these are large, and one document
+    if path.suffix.lower() == ".json":  # one large document: do not parse it all
         with path.open(encoding="utf-8-sig", errors="replace") as file:
             start = file.read(10_000)
         listed = start.lstrip().startswith("[") and (
@@ -93,7 +85,7 @@ def recognises(path: Path) -> bool:
 
 
 def _layout_of(row: dict[str, Any]) -> str:
-    """The name of the layout that a row has; "plain" if it is none of the published ones."""
+    """The name of the layout of a row; "plain" if it is not a published one."""
     columns = row.keys()
     if {"participant_id", "video_id", "narration"} <= columns:
         return "epic"
@@ -113,55 +105,48 @@ def open_clip_list(
     fps: float | None = None,
     narration_seconds: float = 4.0,
 ) -> Sequence[Episode]:
-    """Opens a list of clips; the videos are read when an episode is asked for.
+    """Opens a list of clips; the videos are read when an episode is accessed.
 
     Args:
         path: the list.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: whose body is seen, e.g. "human".
-        layout: "plain", "epic", "ssv2" or "ego4d"; "auto" looks at the columns.
-        columns: other names of columns, such as {"file": "path", "caption": "text"}; the names are
-            those of `Layout`.
-        videos: the folder that the file names are relative to; "" is the layout's, which for a
-            list of one's own is the list's folder.
-        fps: rate that frame numbers count in; None takes the row's own. Times need none.
-        narration_seconds: length of a clip around an Ego4D narration, which is one instant.
+        name, embodiment: see `formats`.
+        layout: "plain", "epic", "ssv2" or "ego4d"; "auto" detects it by the columns.
+        columns: fields of `Layout` and the names their columns have in this list, such as
+            {"file": "path", "caption": "text"}.
+        videos: the folder that the file names are relative to; "" is the layout's ("plain": the
+            list's own folder).
+        fps: frame rate that frame numbers refer to; None takes the row's own.
+        narration_seconds: length of a clip around an Ego4D narration, which has only one time.
 
     Raises:
-        ValueError: if the list cannot be read, has no clips, or no line of it can be used.
+        ValueError: if an option is unknown, the list cannot be read, or no line can be used.
     """
     path = Path(path)
     if layout not in ("auto", *LAYOUTS):
-        raise ValueError(f"{path}: layout {layout!r} is not one of {', '.join(('auto', *LAYOUTS))}")
+        raise ValueError(f"{path}: layout {layout!r} is not one of auto, {', '.join(LAYOUTS)}")
     rows = _rows(path, narration_seconds)
     if layout == "auto":
         first = list(islice(rows, 100))
         layout = _layout_of(next((row for _, row in first if isinstance(row, dict)), {}))
         rows = chain(first, rows)
     columns = dict(columns or {})
-    if unknown := columns.keys() - asdict(LAYOUTS[layout]).keys():
-        raise ValueError(
-            f"{path}: columns has no {sorted(unknown)}; it has {sorted(asdict(LAYOUTS[layout]))}"
-        )
-    chosen = replace(LAYOUTS[layout], **columns)
+    known = asdict(LAYOUTS[layout])
+    if unknown := columns.keys() - known.keys():
+        raise ValueError(f"{path}: columns has no {sorted(unknown)}; it has {sorted(known)}")
+    chosen = Layout(**known | columns)
     clips = [_clip(number, row, chosen) for number, row in rows]
     if all(clip.fault for clip in clips):
         why = f"number {clips[0].number}: {clips[0].fault}" if clips else "it is empty"
         raise ValueError(f"{path} has no usable clip among {len(clips)} lines; {why}")
-    seen: Counter[str] = Counter()
-    repeats = {}
-    for index, clip in enumerate(clips):
-        if seen[clip.name]:
-            repeats[index] = seen[clip.name]
-        seen[clip.name] += 1
+    marks = repeat_marks(clip.name for clip in clips)
     folder = Path(videos) if videos else path.parent / chosen.videos
     rate = None if fps is None else Fraction(str(fps))
-    dataset = _Dataset(path, name, embodiment, clips, repeats, folder, rate)
+    dataset = _Dataset(path, name, embodiment, clips, marks, folder, rate)
     return LazyEpisodes(len(clips), dataset.load)
 
 
 class _Clip(NamedTuple):
-    """A row of the list as it is written there; numbers are understood when it is loaded."""
+    """A row of the list as it is written there; numbers are parsed when it is loaded."""
 
     number: int  # of its line or entry
     fault: str = ""
@@ -176,7 +161,7 @@ class _Clip(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Made of the content, so that lines added elsewhere in the list change no clip's name."""
+        """Depends on the row alone, so that lines added to the list change no other name."""
         part = "-".join((self.start or self.start_frame, self.end or self.end_frame)).strip("-")
         return self.id or (f"{self.file} {part}" if part else self.file)
 
@@ -191,14 +176,14 @@ def _clip(number: int, row: dict[str, Any] | str, layout: Layout) -> _Clip:
         return _Clip(number, fault=f"there is no column {error} (there are {sorted(row)})")
     captions = tuple(captions) if isinstance(captions, list) else (captions,)
     if not file or not all(isinstance(text, str) for text in (file, *captions)) or not captions:
-        return _Clip(number, fault=f"{layout.file!r} and {layout.caption!r} must be texts")
+        return _Clip(number, fault=f"{layout.file!r} and {layout.caption!r} must be strings")
     for text in (file, *captions):
         if wrong := _undecodable(text):
             return _Clip(number, fault=f"{text!a} {wrong}; save the list as UTF-8")
     columns = layout.start, layout.end, layout.start_frame, layout.end_frame, layout.fps, layout.id
     values = [row.get(column) for column in columns]
     texts = ["" if value is None else str(value).strip() for value in values]
-    # Many clips are of one file: its name is kept once.
+    # Many clips share a file; its name is stored once.
     return _Clip(number, "", sys.intern(file), tuple(text.strip() for text in captions), *texts)
 
 
@@ -208,7 +193,7 @@ class _Dataset:
     name: str
     embodiment: str
     clips: list[_Clip]
-    repeats: dict[int, int]  # index of a clip -> how many of the same name come before it
+    marks: dict[int, str]  # see `repeat_marks`
     videos: Path
     fps: Fraction | None
     pool: VideoPool = field(default_factory=VideoPool)
@@ -226,7 +211,7 @@ class _Dataset:
             what = "entry" if self.path.suffix.lower() == ".json" else "line"
             raise ValueError(f"{self.path}, {what} {clip.number}: {error}") from None
         return Episode(
-            id=clip.name + (f" #{self.repeats[index] + 1}" if index in self.repeats else ""),
+            id=clip.name + self.marks.get(index, ""),
             source=self.name,
             embodiment=self.embodiment,
             instructions=clip.captions,
@@ -236,14 +221,14 @@ class _Dataset:
 
 
 def _part(clip: _Clip, fps: Fraction | None) -> tuple[Fraction, Fraction | None]:
-    """Start and end, seconds; exact, as the decimals that were written."""
+    """Start and end, seconds; exactly the decimals of the list."""
     if clip.start or clip.end or not (clip.start_frame or clip.end_frame):
         start = _seconds(clip.start) if clip.start else Fraction(0)
         end = _seconds(clip.end) if clip.end else None
     else:
         fps = fps or (_seconds(clip.fps) if clip.fps else Fraction(0))
         if fps <= 0:
-            raise ValueError("frame numbers need their rate; give the option fps")
+            raise ValueError("frame numbers need a frame rate; set the option fps")
         start = _seconds(clip.start_frame or "0") / fps
         end = _seconds(clip.end_frame) / fps if clip.end_frame else None
     if end is not None and end <= start:
@@ -255,26 +240,20 @@ def _seconds(text: str) -> Fraction:
     """Seconds, or [HH:]MM:SS.ff."""
     parts = text.split(":")
     if len(parts) > 3 or not all(map(_NUMBER.fullmatch, parts)):
-        raise ValueError(f"{text!r} is no time; give seconds or HH:MM:SS.ff")
+        raise ValueError(f"{text!r} is not a time; give seconds or HH:MM:SS.ff")
     return sum((Fraction(part) * 60**i for i, part in enumerate(reversed(parts))), Fraction(0))
 
 
-# The rows of a list, each with the number of its line or entry. A malformed one is a message in
-# its place: out of many thousand lines some are always broken.
-
-_Row = tuple[int, dict[str, Any] | str]
+# In lists of many thousand lines some are always malformed, so an error takes the place of a row.
+_Row = dict[str, Any] | str
 
 
-def _rows(path: Path, narration_seconds: float) -> Iterator[_Row]:
-    """The rows of a list, in its order.
-
-    Raises:
-        ValueError: if the file is of another kind, or cannot be read at all.
-    """
+def _rows(path: Path, narration_seconds: float) -> Iterator[tuple[int, _Row]]:
+    """The rows of a list, each with the number of its line or entry."""
     suffix = path.suffix.lower()
     if suffix not in LIST_SUFFIXES:
         raise ValueError(f"{path}: a list of clips is one of {', '.join(LIST_SUFFIXES)}")
-    # What is not UTF-8 becomes lone surrogates, which `_undecodable` finds: an error of its line.
+    # Bytes that are not UTF-8 become lone surrogates, which `_undecodable` finds row by row.
     with path.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         if suffix == ".json":
             yield from enumerate(_json_rows(path, file.read(), narration_seconds), 1)
@@ -287,7 +266,7 @@ def _rows(path: Path, narration_seconds: float) -> Iterator[_Row]:
 
 
 def _undecodable(text: str) -> str:
-    """What is wrong with a text that is not UTF-8; "" if it is."""
+    """Where a text was not UTF-8; "" if it was."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -296,7 +275,7 @@ def _undecodable(text: str) -> str:
     return ""
 
 
-def _json_rows(path: Path, text: str, narration_seconds: float) -> Iterator[dict[str, Any] | str]:
+def _json_rows(path: Path, text: str, narration_seconds: float) -> Iterator[_Row]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -306,17 +285,14 @@ def _json_rows(path: Path, text: str, narration_seconds: float) -> Iterator[dict
         return _ego4d_rows(videos if isinstance(videos, dict) else content, narration_seconds)
     if not isinstance(content, list):
         raise ValueError(f"{path}: a JSON list of clips is expected, not {type(content).__name__}")
-    fault = "the entry is no object with names"
-    return (row if isinstance(row, dict) else fault for row in content)
+    return (row if isinstance(row, dict) else "not a JSON object" for row in content)
 
 
-def _ego4d_rows(narrations: dict, seconds: float) -> Iterator[dict[str, Any] | str]:
-    """A row per narration of Ego4D, which is one instant: the clip is the time around it.
+def _ego4d_rows(narrations: dict, seconds: float) -> Iterator[_Row]:
+    """A row per narration of Ego4D: a clip of so many seconds around its time.
 
-    Args:
-        narrations: the content of narration.json, {video_uid: {"narration_pass_1":
-            {"narrations": [{"timestamp_sec", "narration_text", ...}]}, ...}}.
-        seconds: length of a clip.
+    narration.json holds {video_uid: {"narration_pass_1": {"narrations": [{"timestamp_sec",
+    "narration_text", ...}]}, ...}}; redacted videos have None in many places.
     """
     for uid, passes in narrations.items():
         for name in ("narration_pass_1", "narration_pass_2"):
@@ -332,7 +308,7 @@ def _ego4d_rows(narrations: dict, seconds: float) -> Iterator[dict[str, Any] | s
                     yield f"a narration of {uid} has no timestamp_sec"
 
 
-def _json_row(line: str) -> dict[str, Any] | str:
+def _json_row(line: str) -> _Row:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -340,15 +316,15 @@ def _json_row(line: str) -> dict[str, Any] | str:
     return row if isinstance(row, dict) else "not a JSON object"
 
 
-def _csv_rows(path: Path, file: Iterator[str]) -> Iterator[_Row]:
+def _csv_rows(path: Path, file: Iterator[str]) -> Iterator[tuple[int, _Row]]:
     header = next(file, "")
     if wrong := _undecodable(header):
         raise ValueError(f"{path}: the first line {wrong}; save the list as UTF-8")
     delimiter = max(",\t;", key=header.count)
     columns = [column.strip() for column in next(csv.reader([header], delimiter=delimiter), [])]
-    number = 2  # of the line at which the present record begins
+    number = 2  # of the line at which the current record begins
     record: list[str] = []  # its lines
-    again: deque[str] = deque()  # lines to be read once more, after an error
+    again: deque[str] = deque()  # lines to parse again, after an error
 
     def lines() -> Iterator[str]:
         nonlocal number
@@ -377,7 +353,7 @@ def _csv_rows(path: Path, file: Iterator[str]) -> Iterator[_Row]:
                 record.clear()
             return
         except csv.Error as error:
-            # Where the record ends is not known: go on with the line after its first.
+            # The end of the record is unknown: continue at the line after its first.
             yield number, f"a malformed line ({error})"
             number += 1
             again.extendleft(reversed(record[1:]))

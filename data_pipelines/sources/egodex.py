@@ -4,13 +4,13 @@
     <path>/<part>/<task>/<n>.hdf5    transforms/<joint> [N, 4, 4], confidences/<joint> [N],
                                      camera/intrinsic [3, 3], descriptions as attributes
 
-A part or a task may be opened by itself. Streams are "video" and the datasets of the HDF5 file
-under their own paths ("transforms/leftHand"); poses are in the frame of the recording's origin, as
-"transforms/camera" is. The intrinsics do not change: one value, at time 0.
+A part or a task may be opened by itself. The streams are "video" and the datasets of the HDF5 file
+under their own paths ("transforms/leftHand"). Poses are in the frame of the recording's origin, as
+"transforms/camera" is. The intrinsics are constant: one value, at time 0.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import h5py
@@ -37,14 +37,9 @@ def recognises(path: Path) -> bool:
 
 
 def open_egodex(path: Path, *, name: str, embodiment: str) -> Sequence[Episode]:
-    """Opens EgoDex, or a part of it; files are read when an episode is asked for.
+    """Opens EgoDex, one part or one task; files are read when an episode is accessed.
 
     A video without poses, or poses without a video, is an error of that episode only.
-
-    Args:
-        path: the folder of the parts, of one part, or of one task.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: becomes `Episode.embodiment`, e.g. "human".
 
     Raises:
         ValueError: if there are no such files.
@@ -55,90 +50,76 @@ def open_egodex(path: Path, *, name: str, embodiment: str) -> Sequence[Episode]:
         stems |= {(folder / n).with_suffix("") for n in names if n.endswith((".mp4", ".hdf5"))}
         if len(folder.relative_to(path).parts) == _DEEPEST:
             folders.clear()
+    # Sorting by length before name puts "2" before "10".
     stems = sorted(stems, key=lambda s: (s.parent.as_posix(), len(s.name), s.name))
     if not any(stem.with_suffix(".hdf5").is_file() for stem in stems):
+        raise ValueError(f"{path} is not an EgoDex folder: it has no pair <n>.hdf5 and <n>.mp4")
+    load = partial(_load, path, name, embodiment, VideoPool(), stems)
+    return LazyEpisodes(len(stems), load)
+
+
+def _load(
+    path: Path, name: str, embodiment: str, pool: VideoPool, stems: list[Path], index: int
+) -> Episode:
+    stem = stems[index]
+    poses, video = stem.with_suffix(".hdf5"), VideoFile(stem.with_suffix(".mp4"), pool=pool)
+    streams = {CAMERA: video.stream()}
+    with named_faults(poses), h5py.File(poses) as file:
+        arrays = _read_arrays(file, poses)
+        instruction = _description(file.attrs, poses)
+    lengths = sorted({len(values) for key, values in arrays.items() if key != INTRINSIC})
+    if len(lengths) != 1 or abs(lengths[0] - len(video)) > TOLERANCE_FRAMES:
         raise ValueError(
-            f"{path} is no EgoDex folder: no <task>/<n>.hdf5 with <n>.mp4 beside it was found"
+            f"{poses} has poses of {lengths} frames, but the video has {len(video)}; they do not "
+            "belong together"
         )
-    dataset = _Dataset(path, name, embodiment, stems)
-    return LazyEpisodes(len(stems), dataset.load)
+    for key, values in arrays.items():
+        times = (np.arange(len(values), dtype=np.int64) * NANOSECONDS + FPS // 2) // FPS
+        streams[key] = Stream(times, values)
+    return Episode(
+        id=stem.relative_to(path).as_posix(),
+        source=name,
+        embodiment=embodiment,
+        instructions=(instruction,),
+        streams=streams,
+        cameras=(CAMERA,),
+    )
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    path: Path
-    name: str
-    embodiment: str
-    stems: list[Path]  # of the files, without a suffix
-    pool: VideoPool = field(default_factory=VideoPool)
-
-    def load(self, index: int) -> Episode:
-        stem = self.stems[index]
-        poses = stem.with_suffix(".hdf5")
-        if not poses.is_file():
-            raise ValueError(f"{poses}: the poses are missing; copy the file again")
-        video = VideoFile(stem.with_suffix(".mp4"), pool=self.pool)
-        streams = {CAMERA: video.stream()}
-        with named_faults(poses), h5py.File(poses) as file:
-            numbers = _read_numbers(file, poses)
-            instruction = _description(file.attrs, poses)
-        lengths = {len(values) for key, values in numbers.items() if key != INTRINSIC}
-        if len(lengths) != 1 or abs(lengths.pop() - len(video)) > TOLERANCE_FRAMES:
-            found = sorted({len(values) for values in numbers.values()} - {1})
-            raise ValueError(
-                f"{poses} has poses of {found} frames and the video {len(video)}; they do not "
-                "belong together"
-            )
-        for key, values in numbers.items():
-            times = (np.arange(len(values), dtype=np.int64) * NANOSECONDS + FPS // 2) // FPS
-            streams[key] = Stream(times, values)
-        return Episode(
-            id=stem.relative_to(self.path).as_posix(),
-            source=self.name,
-            embodiment=self.embodiment,
-            instructions=(instruction,),
-            streams=streams,
-            cameras=(CAMERA,),
-        )
-
-
-def _read_numbers(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
-    numbers = {}
+def _read_arrays(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
+    arrays = {}
     for group, shape in (("transforms", (4, 4)), ("confidences", ())):
         for joint in file.get(group, ()):
-            numbers[f"{group}/{joint}"] = _read_array(file, f"{group}/{joint}", shape, path)
-    if not any(map(len, numbers.values())):
-        raise ValueError(f"{path} holds no transforms; it is no EgoDex file, or cut off")
+            arrays[f"{group}/{joint}"] = _read_array(file, f"{group}/{joint}", shape, path)
+    if not any(map(len, arrays.values())):
+        raise ValueError(f"{path} has no transforms; it is truncated, or not an EgoDex file")
     if INTRINSIC in file:
-        numbers[INTRINSIC] = _read_array(file, INTRINSIC, (3,), path)[None]
-    return numbers
+        arrays[INTRINSIC] = _read_array(file, INTRINSIC, (3,), path)[None]
+    return arrays
 
 
 def _read_array(file: h5py.File, key: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
     array = file[key]
     if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: {key} is no array of numbers; copy the file again")
+        raise ValueError(f"{path}: {key} is not an array of numbers; copy the file again")
     if not array.ndim or array.shape[1:] != shape:
-        raise ValueError(
-            f"{path} has {key} of shape {list(array.shape)}; {['N', *shape]} is expected"
-        )
+        raise ValueError(f"{path}: {key} has shape {list(array.shape)}, expected {['N', *shape]}")
     return array[()]
 
 
 def _description(attributes: h5py.AttributeManager, path: Path) -> str:
-    """The sentence about what is done, in the direction in which it is done here."""
+    """The description of the task. A reversible task has two, one per direction."""
 
     def text(key: str) -> str:
         value = attributes.get(key, "")
         text = decode_text(value, path) if isinstance(value, bytes) else value
         if not isinstance(text, str):
-            raise ValueError(f"{path}: the attribute {key!r} is {value!r}, which is no text")
+            raise ValueError(f"{path}: the attribute {key!r} is {value!r}, expected text")
         return text.strip()
 
+    key = "llm_description" if "llm_description" in attributes else "description"
     if text("llm_type") == "reversible" and text("which_llm_description") == "2":
         key = "llm_description2"
-    else:
-        key = "llm_description" if "llm_description" in attributes else "description"
     if not text(key):
-        raise ValueError(f"{path} has no attribute {key!r}, which says what is done")
+        raise ValueError(f"{path} has no attribute {key!r}, which describes the task")
     return text(key)

@@ -1,8 +1,9 @@
-"""What the formats share: folders, text files, HDF5 files that stay open in a pool."""
+"""Shared by the formats: folders, ids, text files, text embeddings, HDF5 files in a pool."""
 
 import os
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
@@ -15,20 +16,20 @@ from data_pipelines.frames import Frames
 from data_pipelines.lru import LRU
 
 Visit = tuple[Path, list[str], list[str]]
-_NOT_OURS = "lost+found"  # the file system's, at the root of a disk; only root may read it
+_SKIPPED = "lost+found"  # at the root of a file system, readable by root only
 
-# A recording (`launch.record`) has the one from its beginning, the other at its end.
+# `launch.record` writes the one when it starts, and the other when it ends.
 UNFINISHED, MANIFEST = "unfinished", "recording.json"
 
 
 def walk(path: Path) -> Iterator[Visit]:
-    """Each folder with the sorted names of its folders and of its files; hidden ones left out.
+    """Each folder with the sorted names of its folders and files; hidden ones are left out.
 
     As with `os.walk`, folders that the caller removes from the first list are not entered. Links
-    are followed, for datasets spread over disks; a folder that two lead to is entered once.
+    are followed, for datasets spread over disks, but no folder is entered twice.
 
     Raises:
-        OSError: if a folder cannot be read; its episodes would be missing without a word.
+        OSError: if a folder cannot be read, as its episodes would be missing silently.
     """
     entered = set()
     for folder, folders, files in os.walk(path, onerror=_raise, followlinks=True):
@@ -37,12 +38,12 @@ def walk(path: Path) -> Iterator[Visit]:
             folders.clear()
             continue
         entered.add(place)
-        folders[:] = sorted(n for n in folders if not n.startswith(".") and n != _NOT_OURS)
+        folders[:] = sorted(n for n in folders if not n.startswith(".") and n != _SKIPPED)
         yield Path(folder), folders, sorted(name for name in files if not name.startswith("."))
 
 
 def glance(path: Path, most: int = 200) -> Iterator[Visit]:
-    """The first folders of `walk`: enough to recognise a dataset, however large it is."""
+    """The first folders of `walk`: enough to recognise a dataset of any size."""
     return islice(walk(path), most)
 
 
@@ -52,27 +53,26 @@ def _raise(error: OSError) -> None:
 
 
 def check_finished(path: Path) -> None:
-    """Raises ValueError if the folder is a recording that was stopped before its end."""
+    """Raises ValueError if the folder is a recording that was interrupted."""
     if (path / UNFINISHED).exists() and not (path / MANIFEST).exists():
-        raise ValueError(
-            f"{path} is a recording that is not finished; run the command that began it again, "
-            "and it continues where it stopped"
-        )
+        raise ValueError(f"{path} is an unfinished recording; run its command again to resume it")
 
 
-# Text files: UTF-8 or an error, because nobody would see a wrong guess before it is trained on.
+def repeat_marks(names: Iterable[str]) -> dict[int, str]:
+    """What makes ids unique: index of each name that came before -> " #2", " #3", ..."""
+    seen: Counter[str] = Counter()
+    marks = {}
+    for index, name in enumerate(names):
+        seen[name] += 1
+        if seen[name] > 1:
+            marks[index] = f" #{seen[name]}"
+    return marks
 
 
 def read_text(path: Path) -> str:
-    """The stripped text of a file.
-
-    Raises:
-        ValueError: if the file is missing, cannot be read, or is not UTF-8.
-    """
+    """The stripped text of a UTF-8 file; ValueError if it cannot be read or decoded."""
     try:
         return decode_text(path.read_bytes(), path).strip()
-    except FileNotFoundError:
-        raise ValueError(f"{path}: the text is missing; write it, in UTF-8") from None
     except OSError as error:
         raise ValueError(f"{path}: the text cannot be read ({error.strerror})") from error
 
@@ -81,11 +81,12 @@ def decode_text(data: bytes, where: object) -> str:
     """Decodes UTF-8, with or without a byte-order mark.
 
     Args:
-        data: the bytes.
-        where: the file, for the message.
+        data: the encoded text.
+        where: the file, for messages.
 
     Raises:
-        ValueError: if it is another encoding.
+        ValueError: if it has another encoding. No other is tried, because a wrong guess would go
+            unnoticed into training.
     """
     try:
         return data.decode("utf-8").removeprefix("\ufeff")
@@ -96,12 +97,13 @@ def decode_text(data: bytes, where: object) -> str:
         ) from None
 
 
-# How the pictures of a file are turned.
-FLIPS = {
-    "none": np.s_[:],
-    "vertical": np.s_[:, ::-1],
-    "rotate": np.s_[:, ::-1, ::-1],
-}
+def without_padding(embedding: np.ndarray) -> np.ndarray:
+    """A text embedding [n, d] without the zero rows at its end."""
+    filled = np.flatnonzero(embedding.any(axis=1))
+    return embedding[: filled[-1] + 1 if len(filled) else 0]
+
+
+FLIPS = {"none": np.s_[:], "vertical": np.s_[:, ::-1], "rotate": np.s_[:, ::-1, ::-1]}
 
 
 class Hdf5Frames(Frames):
@@ -111,7 +113,7 @@ class Hdf5Frames(Frames):
         path: the file.
         key: the array's path in it.
         shape: of the array.
-        flip: a key of `FLIPS`, done to every frame.
+        flip: a key of `FLIPS`, applied to every frame.
         pool: shared by the files of a dataset.
     """
 
@@ -145,19 +147,16 @@ class Hdf5Pool:
 
     @contextmanager
     def open(self, path: Path) -> Iterator[h5py.File]:
-        """The file, for use inside the `with`.
-
-        Raises:
-            ValueError: if it cannot be read, also where that shows only inside the `with`.
-        """
-        # The cache keeps compressed chunks of several frames, otherwise unpacked for each frame.
+        """The file, for use inside the `with`; a fault there is a ValueError, too."""
+        # A compressed chunk holds several frames. With a large cache it is unpacked once, not for
+        # each of them.
         with self._lock, named_faults(path):
             yield self._files.get(path, lambda: h5py.File(path, "r", rdcc_nbytes=16 * 2**20))
 
 
 @contextmanager
 def named_faults(path: Path) -> Iterator[None]:
-    """What h5py raises where a file is damaged becomes a ValueError that names the file."""
+    """Turns what h5py raises for a missing or damaged file into a ValueError that names it."""
     try:
         yield
     except FileNotFoundError as error:

@@ -1,8 +1,10 @@
-"""Opens a dataset by the name of its format, or finds out which format it has.
+"""Opens a dataset by the name of its format, or detects the format.
 
-A format is one file here with two functions: `recognises(path)`, and `open_<format>(path, *, name,
-embodiment, <options>)`, which returns the episodes (mostly `LazyEpisodes`, read when asked for). A
-fault of one file is a ValueError of its episode only. Another format is a line in `FORMATS`.
+A format is one file here with two functions: `recognises(path)`, which is cheap, and
+`open_<format>(path, *, name, embodiment, <options>)`, which returns the episodes (usually
+`LazyEpisodes`, read on access). `name` becomes `Episode.source` and `embodiment`
+`Episode.embodiment`. A fault of one file is a ValueError of its episode only. To add a format, add
+a line to `FORMATS`.
 """
 
 import math
@@ -27,7 +29,7 @@ from data_pipelines.sources import (
 
 
 class Format(NamedTuple):
-    """How a kind of dataset is opened, and whether a path looks like one (cheap to find out)."""
+    """The two functions of a format."""
 
     open: Callable[..., Sequence[Episode]]
     recognises: Callable[[Path], bool]
@@ -56,60 +58,45 @@ def open_dataset(
         path: the dataset's folder or file.
         name: becomes `Episode.source`.
         embodiment: becomes `Episode.embodiment`.
-        options: further arguments of this format's `open`, by name.
+        options: keyword arguments of this format's `open` function.
 
     Raises:
-        ValueError: for an unknown format or option, a missing dataset, or one of another format.
+        ValueError: if the format or an option is unknown, or the dataset is missing or of another
+            format.
     """
+    where = f"dataset {name!r}"
     if format not in FORMATS:
-        raise ValueError(
-            f"dataset {name!r} has the format {format!r}; supported are {', '.join(FORMATS)}"
-        )
+        raise ValueError(f"{where} has the format {format!r}; supported are {', '.join(FORMATS)}")
     if not Path(path).exists():
-        raise ValueError(
-            f"dataset {name!r}: there is no folder or file {path}; record or download it first"
-        )
+        raise ValueError(f"{where}: there is no folder or file {path}; record or download it first")
     options = dict(options or {})
     opener = FORMATS[format].open
     known = opener.__kwdefaults__ or {}  # name and embodiment have no default
     if unknown := options.keys() - known.keys():
         raise ValueError(
-            f"dataset {name!r}: the format {format!r} has no options {sorted(unknown)}; it has "
+            f"{where}: the format {format!r} has no options {sorted(unknown)}; it has "
             f"{sorted(known) or 'none'}"
         )
     fps = options.get("fps")
     if fps is not None and not (isinstance(fps, int | float) and 0 < fps < math.inf):
-        raise ValueError(
-            f"dataset {name!r}: the option fps is {fps!r}; give a number above 0, per second"
-        )
+        raise ValueError(f"{where}: the option fps is {fps!r}; give a positive number")
     return opener(Path(path), name=name, embodiment=embodiment, **options)
 
 
 def detect(path: Path) -> str:
-    """The format of a dataset.
-
-    Raises:
-        ValueError: if no format, or more than one, recognises the path.
-    """
+    """The format of a dataset; ValueError if no format, or more than one, recognises the path."""
     if not path.exists():
         raise ValueError(f"there is no folder or file {path}; give a dataset's folder or file")
     found = [name for name, format in FORMATS.items() if format.recognises(path)]
     if len(found) != 1:
-        what = f"looks like {' and '.join(found)}" if found else "is of no format known here"
-        raise ValueError(f"{path} {what}; say which it is: {', '.join(FORMATS)}")
+        what = f"looks like {' and '.join(found)}" if found else "has no known format"
+        raise ValueError(f"{path} {what}; give the format, one of {', '.join(FORMATS)}")
     return found[0]
 
 
 def open_config(dataset: ConfigDict) -> Sequence[Episode]:
-    """Opens the dataset that a config section describes.
-
-    Args:
-        dataset: `format`, `path`, `name`, `embodiment`, and if need be `options` of the format.
-    """
+    """Opens a config's dataset: `format`, `path`, `name`, `embodiment` and maybe `options`."""
+    options = dataset.get("options", {})
     return open_dataset(
-        dataset.format,
-        Path(dataset.path),
-        dataset.name,
-        dataset.embodiment,
-        dataset.get("options", {}),
+        dataset.format, Path(dataset.path), dataset.name, dataset.embodiment, options
     )

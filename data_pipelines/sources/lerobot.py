@@ -1,26 +1,27 @@
-"""LeRobot datasets (huggingface/lerobot) of the versions 2.0, 2.1 and 3.0: pyarrow and PyAV only.
+"""LeRobot datasets (huggingface/lerobot), versions 2.0, 2.1 and 3.0, through pyarrow and PyAV.
 
     meta/info.json                            version, frame rate, path templates, features
-    data/...                                  parquet, a row per frame: numbers, texts, pictures
+    data/...                                  parquet, a row per frame: numbers, texts, images
     videos/...                                mp4
 
     v2: meta/episodes.jsonl                   per episode: episode_index, tasks, length
         meta/tasks.jsonl                      task_index, task
         data/chunk-000/episode_000000.parquet
         videos/chunk-000/<key>/episode_000000.mp4
-    v3: meta/episodes/chunk-*/file-*.parquet  the same, and the numbers of its files and where in
-        meta/tasks.parquet                    its videos it begins: a file holds many episodes
+    v3: meta/episodes/chunk-*/file-*.parquet  the same, the numbers of its files and its start in
+        meta/tasks.parquet                    its videos: a file holds many episodes
         data/chunk-000/file-000.parquet
         videos/<key>/chunk-000/file-000.mp4
 
-Streams carry the dataset's own feature names ("action", "observation.state",
-"observation.images.<camera>") and number formats. Cameras are stored as video or as single
-pictures. Left out are texts (but see `texts`), LeRobot 0.6's "language" features, and depth.
-Statistics, in which v2.0 and v2.1 differ, are not read.
+Streams have the dataset's own feature names ("action", "observation.state",
+"observation.images.<camera>") and dtypes. Cameras are stored as videos or as single images. Texts
+(but see `texts`), LeRobot 0.6's "language" features, depth and statistics (in which v2.0 and v2.1
+differ) are not read.
 """
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -30,7 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
-from data_pipelines.frames import Pictures
+from data_pipelines.frames import ImageFrames
 from data_pipelines.lru import LRU
 from data_pipelines.sources.files import check_finished
 from data_pipelines.video import VideoFile, VideoPool
@@ -47,20 +48,19 @@ def recognises(path: Path) -> bool:
 def open_lerobot(
     path: Path, *, name: str, embodiment: str, texts: Sequence[str] = ()
 ) -> Sequence[Episode]:
-    """Open a dataset; rows and videos are read when an episode is asked for.
+    """Opens a dataset; rows and videos are read when an episode is accessed.
 
-    An episode's instructions are the tasks of its frames in the order they begin, then the others
-    that its metadata names, then those of `texts`.
+    The instructions of an episode are the tasks of its frames in order of first appearance, then
+    the others in its metadata, then those of `texts`.
 
     Args:
         path: the folder that holds `meta`, `data` and `videos`.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: the robot, becomes `Episode.embodiment`.
-        texts: features with further instructions, such as DROID's "language_instruction_2": texts,
-            or integers that number the tasks.
+        name, embodiment: see `formats`.
+        texts: features with further instructions, such as DROID's "language_instruction_2": strings
+            or integer task indices.
 
     Raises:
-        ValueError: if it is no LeRobot dataset of these versions, its list of features or of
+        ValueError: if it is not a LeRobot dataset of these versions, its list of features or of
             episodes is missing or damaged, or a feature in `texts` does not exist.
     """
     path = Path(path)
@@ -74,49 +74,43 @@ def open_lerobot(
         episodes, tasks = _episodes_v3(path, faults), _tasks_v3(path, faults)
     else:
         raise ValueError(
-            f"{path} is a LeRobot dataset {version}; v2.0, v2.1 and v3.0 are read (the lerobot "
-            "package has converters)"
+            f"{path} is a LeRobot dataset {version}; v2.0, v2.1 and v3.0 are supported; convert it "
+            "with the lerobot package"
         )
     types = {key: feature["dtype"] for key, feature in info["features"].items()}
     if unfit := [key for key in texts if not types.get(key, "").startswith(("string", "int"))]:
         has = sorted(key for key in types if types[key] == "string")
-        raise ValueError(
-            f"{path} has no features {unfit} of texts or of integers; texts are {has or 'in none'}"
-        )
-    # Of several rows for one episode the last, as LeRobot does. What should be there but is not
-    # listed stays in the sequence, to be counted and named.
+        raise ValueError(f"{path} has no features {unfit} of strings or integers; strings: {has}")
+    # If an episode has several rows, LeRobot takes the last. An episode that should exist but is
+    # not listed stays in the sequence, so that it is counted and reported as unreadable.
     listed = {number: row for row, number in enumerate(episodes["episode_index"].to_pylist())}
     numbers = sorted(listed.keys() | set(range(info["total_episodes"])))
-    features = _Features.of(info["features"], texts)
-    rows = Rows([*features.vectors, *texts, *BOOKKEEPING])
+    vectors, videos, images = _streams(info["features"])
+    rows = Rows([*vectors, *texts, *BOOKKEEPING])
+    streams = vectors, videos, images, tuple(texts)
     dataset = _Dataset(
-        path, name, embodiment, info, numbers, listed, episodes, tasks, faults, features, rows
+        path, name, embodiment, info, numbers, listed, episodes, tasks, faults, *streams, rows
     )
     return LazyEpisodes(len(numbers), dataset.load)
 
 
-# What the metadata says.
-
-
 def _read_info(path: Path) -> dict:
-    """The content of meta/info.json, with all that is needed from it."""
+    """The content of meta/info.json; every entry that is needed from it is checked."""
     file = path / "meta/info.json"
     if not file.is_file():
-        raise ValueError(f"{path} is no LeRobot dataset: it has no meta/info.json")
+        raise ValueError(f"{path} is not a LeRobot dataset: it has no meta/info.json")
     try:
         info = json.loads(file.read_text(encoding="utf-8-sig"))
         features = info.get("features", {}).values()
+        dtypes = {feature["dtype"] for feature in features}
         whole = (
             len(features) > 0
-            and all(isinstance(feature["dtype"], str) for feature in features)
+            and all(isinstance(dtype, str) for dtype in dtypes)
             and all(isinstance(feature["shape"], list) for feature in features)
             and isinstance(info.get("data_path"), str)
             and info.get("fps", 0) > 0
             and isinstance(info.get("total_episodes"), int)
-            and (
-                isinstance(info.get("video_path"), str)
-                or all(feature["dtype"] != "video" for feature in features)
-            )
+            and ("video" not in dtypes or isinstance(info.get("video_path"), str))
         )
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -124,32 +118,26 @@ def _read_info(path: Path) -> dict:
         ) from error
     if not whole:
         raise ValueError(
-            f"{file} must say fps, data_path, total_episodes, video_path where there are videos, "
+            f"{file} must have fps, data_path, total_episodes, video_path if there are videos, "
             "and the dtype and shape of every feature; copy or convert the dataset again"
         )
     return info
 
 
-class _Features(NamedTuple):
-    vectors: Mapping[str, tuple[int, ...]]  # feature -> shape
-    videos: Sequence[str]
-    pictures: Sequence[str]
-    texts: Sequence[str]
-
-    @classmethod
-    def of(cls, features: Mapping[str, dict], texts: Sequence[str]) -> "_Features":
-        vectors, videos, pictures = {}, [], []
-        for key, feature in features.items():
-            dtype = feature["dtype"]
-            if _is_depth(feature) or key in (*BOOKKEEPING, "index"):
-                continue
-            if dtype == "video":
+def _streams(features: Mapping[str, dict]) -> tuple[dict, list[str], list[str]]:
+    """The vectors with their shapes, the videos, and the cameras that are stored as images."""
+    vectors, videos, images = {}, [], []
+    for key, feature in features.items():
+        if _is_depth(feature) or key in (*BOOKKEEPING, "index"):
+            continue
+        match feature["dtype"]:
+            case "video":
                 videos.append(key)
-            elif dtype == "image":
-                pictures.append(key)
-            elif dtype not in ("string", "language"):
+            case "image":
+                images.append(key)
+            case dtype if dtype not in ("string", "language"):
                 vectors[key] = tuple(feature["shape"])
-        return cls(vectors, videos, pictures, tuple(texts))
+    return vectors, videos, images
 
 
 def _is_depth(feature: Mapping) -> bool:
@@ -160,7 +148,7 @@ def _is_depth(feature: Mapping) -> bool:
 
 def _episodes_v2(path: Path, faults: list[str]) -> pa.Table:
     if not (path / "meta/episodes.jsonl").is_file():
-        raise ValueError(f"{path} is not complete: meta/episodes.jsonl is missing; copy it again")
+        raise ValueError(f"{path} is incomplete: meta/episodes.jsonl is missing; copy it again")
 
     def row(line: dict) -> dict:
         tasks = [str(text) for text in line.get("tasks") or ()]
@@ -180,7 +168,7 @@ def _tasks_v2(path: Path, faults: list[str]) -> dict[int, str]:
 
 
 def _read_lines(file: Path, row: Callable[[dict], Any], faults: list[str]) -> list:
-    """The good lines of a JSONL file; notes the bad ones."""
+    """The rows of a JSONL file; the first bad lines are added to `faults`."""
     if not file.is_file():
         faults.append(f"{file} is missing")
         return []
@@ -200,7 +188,7 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     tables = []
     for file in sorted((path / "meta/episodes").glob("chunk-*/file-*.parquet")):
         try:
-            # Statistics are most of these files.
+            # The statistics are most of the file.
             names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
             table = pq.read_table(file, columns=names)
             tables.append(table.cast(table.schema.remove_metadata()))
@@ -208,13 +196,13 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
             faults.append(f"{file} is damaged: {reason(file, error)}")
     if not tables:
         found = "; ".join(faults) or "no parquet files under meta/episodes"
-        raise ValueError(f"{path} is not complete: {found}; copy it again")
+        raise ValueError(f"{path} is incomplete: {found}; copy it again")
     table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
     if missing := {"episode_index", "length"} - set(table.column_names):
         raise ValueError(f"{path}/meta/episodes has no {sorted(missing)}; convert it again")
     index = table["episode_index"]
     if not pa.types.is_integer(index.type) or index.null_count:
-        raise ValueError(f"{path}/meta/episodes: not every episode_index is a whole number")
+        raise ValueError(f"{path}/meta/episodes: not every episode_index is an integer")
     return table
 
 
@@ -222,15 +210,12 @@ def _tasks_v3(path: Path, faults: list[str]) -> dict[int, str]:
     file = path / "meta/tasks.parquet"
     try:
         table = pq.read_table(file)
-        # The text is the data frame's index: "task", or without a name in older files.
+        # The text is the data frame's index, named "task"; older files give it no name.
         text = next(n for n in table.column_names if n != "task_index")
         return dict(zip(table["task_index"].to_pylist(), table[text].to_pylist()))
     except (KeyError, OSError, StopIteration, UnicodeDecodeError, pa.ArrowException) as error:
         faults.append(f"{file} cannot be read: {reason(file, error)}")
         return {}
-
-
-# One episode.
 
 
 @dataclass(frozen=True)
@@ -243,17 +228,20 @@ class _Dataset:
     listed: Mapping[int, int]  # episode_index -> its row in `episodes`
     episodes: pa.Table
     tasks: Mapping[int, str]  # task_index -> text
-    faults: Sequence[str]  # what of the metadata could not be read, for messages
-    features: _Features
+    faults: Sequence[str]  # of the metadata, for messages
+    vectors: Mapping[str, tuple[int, ...]]  # feature -> shape
+    videos: Sequence[str]
+    images: Sequence[str]
+    texts: Sequence[str]
     rows: "Rows"
-    videos: VideoPool = field(default_factory=VideoPool)
-    # The encoded pictures of the last few episodes, read from disk once for many windows.
-    pictures: LRU = field(default_factory=lambda: LRU(4))
+    pool: VideoPool = field(default_factory=VideoPool)
+    # The encoded images of the last few episodes: read from disk once for many windows.
+    held: LRU = field(default_factory=lambda: LRU(4))
 
     def load(self, index: int) -> Episode:
         number = self.numbers[index]
         if number not in self.listed:
-            reasons = "; ".join(self.faults) or "it is not complete"
+            reasons = "; ".join(self.faults) or "it is incomplete"
             raise ValueError(
                 f"{self.path}/meta does not list episode {number} of {len(self.numbers)} "
                 f"({reasons}); copy it again"
@@ -277,17 +265,17 @@ class _Dataset:
             )
         times = _timestamps(table, self.info["fps"], file)
         streams = {
-            key: Stream(times, as_array(table, key, shape, file))
-            for key, shape in self.features.vectors.items()
+            key: Stream(times, _as_array(table, key, shape, file))
+            for key, shape in self.vectors.items()
         }
-        for key in self.features.pictures:
-            streams[key] = Stream(times, StoredPictures(file, key, spans, self.pictures))
-        for key in self.features.videos:
+        for key in self.images:
+            streams[key] = Stream(times, ParquetImages(file, key, spans, self.held))
+        for key in self.videos:
             video = self._video(key, row)
             if len(video) < len(times):
                 raise ValueError(
-                    f"{video.path}: {len(video)} of the {len(times)} frames of episode {number} "
-                    "are there; copy or encode it again"
+                    f"{video.path} has {len(video)} of the {len(times)} frames of episode "
+                    f"{number}; copy or encode it again"
                 )
             streams[key] = video.stream()
         return Episode(
@@ -296,11 +284,11 @@ class _Dataset:
             embodiment=self.embodiment,
             instructions=self._instructions(number, row, table),
             streams=streams,
-            cameras=(*self.features.videos, *self.features.pictures),
+            cameras=(*self.videos, *self.images),
         )
 
     def _file(self, template: str, listed: str, row: dict, **fields: str) -> Path:
-        """A file of an episode: version 2 numbers it by the episode, version 3 lists its number."""
+        """A file of an episode: numbered by the episode in version 2, listed in version 3."""
         number = row["episode_index"]
         fields |= {
             "episode_index": number,
@@ -311,16 +299,16 @@ class _Dataset:
         return self.path / self.info[template].format(**fields)
 
     def _video(self, key: str, row: dict) -> VideoFile:
-        """The part that begins at the first frame and is as long as the rows, as LeRobot reads."""
+        """The segment from the listed start, as long as the rows, as LeRobot reads it."""
         listed = f"videos/{key}/"
         file = self._file("video_path", listed, row, video_key=key)
         start = row[f"{listed}from_timestamp"] if f"{listed}file_index" in row else 0.0
-        return VideoFile(file, start, start + row["length"] / self.info["fps"], self.videos)
+        return VideoFile(file, start, start + row["length"] / self.info["fps"], self.pool)
 
     def _instructions(self, number: int, row: dict, table: pa.Table) -> tuple[str, ...]:
         used = table["task_index"].to_pylist()
         found = [self.tasks.get(n) for n in used] + list(row.get("tasks") or ())
-        for key in self.features.texts:
+        for key in self.texts:
             values = table[key].to_pylist()
             found += [v if isinstance(v, str) else self.tasks.get(v) for v in values]
         texts = tuple(dict.fromkeys(text for text in found if text is not None))
@@ -334,9 +322,9 @@ class _Dataset:
 
 
 def _timestamps(table: pa.Table, fps: float, path: Path) -> np.ndarray:
-    """Nanoseconds; the exact multiples of 1 / fps where the float32 column only rounds them."""
-    stored = as_array(table, "timestamp", (), path)
-    regular = as_array(table, "frame_index", (), path) / fps
+    """Nanoseconds: frame_index / fps, unless the float32 column says something else."""
+    stored = _as_array(table, "timestamp", (), path)
+    regular = _as_array(table, "frame_index", (), path) / fps
     tolerance = max(TOLERANCE_S, float(np.spacing(stored.max())))
     stored = stored.astype(np.float64)
     seconds = regular if np.abs(stored - regular).max() < tolerance else stored
@@ -345,16 +333,13 @@ def _timestamps(table: pa.Table, fps: float, path: Path) -> np.ndarray:
     times = np.round(seconds * NANOSECONDS).astype(np.int64)
     try:
         Stream(times, times)
-    except ValueError as error:  # here it is known of which file
+    except ValueError as error:  # `Stream` does not know the file
         raise ValueError(f"{path}: {error}") from None
     return times
 
 
-# The rows of one episode out of a parquet file that may hold many.
-
-
 class Span(NamedTuple):
-    """Neighbouring rows of a row group: the `count` rows from `first` on."""
+    """Consecutive rows of a row group: the `count` rows from `first` on."""
 
     group: int
     first: int
@@ -364,38 +349,31 @@ class Span(NamedTuple):
 class _File(NamedTuple):
     path: Path
     metadata: pq.FileMetaData
-    least: np.ndarray  # per row group: the first and the last episode that it can hold, as its
-    most: np.ndarray  # statistics say
+    least: np.ndarray  # per row group: the lowest and the highest episode that it can hold, by its
+    most: np.ndarray  # statistics
 
 
 class Rows:
-    """Reads columns of episodes, and keeps the last row group: it may hold the next episode too.
+    """Reads columns of episodes; caches the last row group, which may hold the next episode, too.
 
-    `pyarrow.dataset` could choose the row groups, but needs 5 ms to read one, this 1 ms.
-
-    Safe to use from several threads; pickling drops what is kept.
-
-    Args:
-        columns: to read; `episode_index` among them.
+    `pyarrow.dataset` could choose the row groups, but needs 5 ms to read one, this 1 ms. Safe to
+    use from several threads; pickling drops the cache.
     """
 
     def __init__(self, columns: Sequence[str]):
+        """`columns` must include `episode_index`."""
         self._columns = list(dict.fromkeys(columns))
         self._files = LRU[Path, _File](1)
         self._groups = LRU[tuple[Path, int], pa.Table](1)
 
     def read(self, path: Path, episode: int) -> tuple[pa.Table, list[Span]]:
-        """The rows of an episode, and where in the file they are.
+        """The rows of an episode, and their place in the file.
 
         Raises:
             ValueError: if the file is missing, cannot be read, or has no such rows or columns.
         """
-        if not path.is_file():
-            raise ValueError(f"{path}: the rows of episode {episode} are missing; copy it again")
-        try:
+        with _named(path):
             return self._read(path, episode)
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(path, error) from error
 
     def _read(self, path: Path, episode: int) -> tuple[pa.Table, list[Span]]:
         file = self._files.get(path, lambda: self._describe(path))
@@ -407,8 +385,7 @@ class Rows:
                 continue
             if at[-1] - at[0] + 1 != len(at):
                 raise ValueError(
-                    f"{path}: rows of other episodes lie between those of episode {episode}; "
-                    "convert the dataset again"
+                    f"{path}: the rows of episode {episode} are not consecutive; convert it again"
                 )
             spans.append(Span(group, int(at[0]), len(at)))
             parts.append(table.slice(at[0], len(at)))
@@ -425,11 +402,10 @@ class Rows:
         schema = metadata.schema.to_arrow_schema()
         if missing := [column for column in self._columns if column not in schema.names]:
             raise ValueError(
-                f"{path} has no columns {missing}, which meta/info.json says it has; convert it "
-                "again"
+                f"{path} has no columns {missing}, which meta/info.json lists; convert it again"
             )
         if not pa.types.is_integer(schema.field("episode_index").type):
-            raise ValueError(f"{path}: episode_index is no whole number; convert the dataset again")
+            raise ValueError(f"{path}: episode_index is not an integer; convert the dataset again")
         columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
         place = columns.index("episode_index")
         limits = []  # per row group
@@ -441,16 +417,19 @@ class Rows:
         return _File(path, metadata, least, most)
 
 
-def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path}: not a readable parquet file ({reason(path, error)}); copy it again")
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Turns what pyarrow raises for a damaged file into a ValueError that names it."""
+    try:
+        yield
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(
+            f"{path}: not a readable parquet file ({reason(path, error)}); copy it again"
+        ) from error
 
 
-def as_array(table: pa.Table, key: str, shape: Sequence[int], path: Path) -> np.ndarray:
-    """A column as [n, *shape], in the dataset's own number format.
-
-    Raises:
-        ValueError: if values are missing, no numbers or of another shape; it names the file `path`.
-    """
+def _as_array(table: pa.Table, key: str, shape: Sequence[int], path: Path) -> np.ndarray:
+    """A column as [n, *shape] in its own dtype; ValueError if values are missing."""
     column = table[key].combine_chunks()
     missing = column.null_count
     while isinstance(column, pa.ExtensionArray) or pa.types.is_nested(column.type):
@@ -469,19 +448,17 @@ def as_array(table: pa.Table, key: str, shape: Sequence[int], path: Path) -> np.
     return array
 
 
-# Cameras that are stored as single encoded pictures in the rows of a parquet file.
-
-BATCH = 32  # rows in memory beside those wanted: a row group can hold a million pictures
+BATCH = 32  # rows read at a time: a row group can hold a million images
 
 
-class StoredPictures(Pictures):
-    """Frames of a column of PNG or JPEG files.
+class ParquetImages(ImageFrames):
+    """A camera that is stored as a column of PNG or JPEG images.
 
     Args:
         path: the parquet file.
         key: the column.
         spans: the rows.
-        held: the rows of the last episodes, shared by a dataset.
+        held: cache of the rows of the last episodes, shared by a dataset.
     """
 
     upright = True
@@ -492,7 +469,7 @@ class StoredPictures(Pictures):
         self._places = [(span, at) for span in spans for at in range(span.count)]
 
     def encoded(self, number: int) -> bytes:
-        """One picture as it is stored."""
+        """One image as it is stored."""
         span, at = self._places[number]
         rows = self._held.get((self._path, self._key, span), lambda: self._column(span))
         if not (rows[at] and rows[at]["bytes"]):
@@ -504,16 +481,16 @@ class StoredPictures(Pictures):
     def _column(self, span: Span) -> list[dict]:
         """Rows {bytes, path}."""
         rows, start, stop = [], 0, span.first + span.count
-        try:
-            # Page by page: by default all of the row group's column is read at once.
-            with pq.ParquetFile(self._path, buffer_size=1 << 20, pre_buffer=False) as file:
-                for batch in file.iter_batches(BATCH, row_groups=[span.group], columns=[self._key]):
-                    first, last = max(span.first - start, 0), min(stop - start, batch.num_rows)
-                    if first < last:
-                        rows += batch.slice(first, last - first).column(self._key).to_pylist()
-                    start += batch.num_rows
-                    if start >= stop:
-                        break
-        except (OSError, pa.ArrowException) as error:
-            raise _unreadable(self._path, error) from error
+        # Page by page: by default pyarrow reads the whole column of the row group at once.
+        with (
+            _named(self._path),
+            pq.ParquetFile(self._path, buffer_size=1 << 20, pre_buffer=False) as file,
+        ):
+            for batch in file.iter_batches(BATCH, row_groups=[span.group], columns=[self._key]):
+                first, last = max(span.first - start, 0), min(stop - start, batch.num_rows)
+                if first < last:
+                    rows += batch.slice(first, last - first).column(self._key).to_pylist()
+                start += batch.num_rows
+                if start >= stop:
+                    break
         return rows

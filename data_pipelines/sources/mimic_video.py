@@ -1,4 +1,4 @@
-"""The episodes mimic-video's releases train the action decoder on, a file for each.
+"""The episodes on which mimic-video's releases train the action decoder, one file each.
 
     <any folders>/<episode>.zarr           the first release (format 2; format 3 is read as well)
     <any folders>/<episode>.safetensors    the newer one
@@ -8,16 +8,15 @@ Either holds arrays `<key>` and `<key>_timestamps` (nanoseconds), `language_inst
 episodes rotations are quaternions (xyzw) and 3x3 matrices, in Bridge's poses are 4x4 matrices.
 `paths.pkl` and the statistics beside them are not read.
 
-zarr is told what to read, and not left to find it out: it fills chunks that are not there with
-zeros, runs codecs that run code, and refuses the description that zarr 2 gave to byte strings.
+The metadata of a zarr array is checked before zarr sees it: zarr fills missing chunks with zeros,
+has codecs that execute code, and refuses the metadata that zarr 2 wrote for byte strings.
 """
 
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from functools import cached_property
+from contextlib import contextmanager, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +25,15 @@ from safetensors import SafetensorError, safe_open
 
 from data_pipelines.episode import Episode, LazyEpisodes, Stream, reason
 from data_pipelines.frames import Frames
-from data_pipelines.sources.files import Visit, decode_text, glance, walk
+from data_pipelines.sources.files import Visit, decode_text, glance, walk, without_padding
 
 SUFFIXES = (".zarr", ".safetensors")
 TIMES = "_timestamps"
 INSTRUCTION, EMBEDDING = "language_instruction", "language_embedding"
-_ENCODED = "_embedding"  # text, and latents of windows that the newer release keeps
+_ENCODED = "_embedding"  # text, and latents of windows that the newer release stores
 
-# What may unpack a chunk. numcodecs knows others, and one of them is pickle: using it would be
-# executing the dataset (only the newest versions refuse that themselves).
+# The codecs that may unpack a chunk. numcodecs has others, and one of them is pickle, which would
+# execute code in the dataset (only the newest versions refuse that themselves).
 CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta", "vlen-bytes"}
 CODECS |= {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
 
@@ -42,31 +41,27 @@ CODECS |= {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
 def recognises(path: Path) -> bool:
     """Whether this is such an episode, or a folder with some."""
     found = [path] if path.suffix in SUFFIXES else _episodes(glance(path))
-    return any(_has_timestamps(file) for file in itertools.islice(found, 3))
-
-
-def _has_timestamps(path: Path) -> bool:
-    try:
-        shapes = open_store(path).shapes()
-    except ValueError:
-        return False
-    return any(key + TIMES in shapes for key in shapes)
+    for file in itertools.islice(found, 3):
+        with suppress(ValueError):
+            shapes = open_store(file).shapes()
+            if any(key + TIMES in shapes for key in shapes):
+                return True
+    return False
 
 
 def open_mimic_episodes(
     path: Path, *, name: str, embodiment: str, sparse: bool = False
 ) -> Sequence[Episode]:
-    """Opens a folder of episodes, or one; files are read when an episode is asked for.
+    """Opens a folder of episodes, or one; files are read when an episode is accessed.
 
     Args:
-        path: the folder, which holds them at any depth.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: the robot, becomes `Episode.embodiment`.
-        sparse: whether zarr chunks that are not there are zeros that their writer left out, as
-            zarr 3 does by default; otherwise such an episode is broken. The release's are complete.
+        path: an episode, or a folder that holds some at any depth.
+        name, embodiment: see `formats`.
+        sparse: read missing zarr chunks as zeros, which zarr 3 leaves out by default; otherwise a
+            missing chunk is an error. The release's episodes are complete.
 
     Raises:
-        ValueError: if there are no episodes, or two of one name.
+        ValueError: if there are no episodes, or two with one name.
     """
     path = Path(path)
     single = path.suffix in SUFFIXES
@@ -78,7 +73,7 @@ def open_mimic_episodes(
     if len(set(ids)) < len(ids):
         twice = next(id for id in ids if ids.count(id) > 1)
         raise ValueError(f"{path} has {twice} as .zarr and as .safetensors; move one kind away")
-    return LazyEpisodes(len(files), _Dataset(name, embodiment, sparse, files, ids).load)
+    return LazyEpisodes(len(files), partial(_load, name, embodiment, sparse, files, ids))
 
 
 def _episodes(visits: Iterator[Visit]) -> Iterator[Path]:
@@ -88,42 +83,36 @@ def _episodes(visits: Iterator[Visit]) -> Iterator[Path]:
         folders[:] = [name for name in folders if not name.endswith(".zarr")]
 
 
-@dataclass(frozen=True)
-class _Dataset:
-    name: str
-    embodiment: str
-    sparse: bool
-    files: list[Path]
-    ids: list[str]
-
-    def load(self, index: int) -> Episode:
-        store = open_store(self.files[index], self.sparse)
-        shapes = store.shapes()
-        timed = [key for key in shapes if key + TIMES in shapes]
-        keys = [key for key in timed if key != INSTRUCTION and not key.endswith(_ENCODED)]
-        if not keys:
-            raise ValueError(
-                f"{store.path} is no episode: it has no arrays <key> and <key>{TIMES}, but "
-                f"{sorted(shapes)}"
-            )
-        pictures = [key for key in keys if len(shapes[key]) == 4 and shapes[key][-1] == 3]
-        cameras = [key for key in pictures if store.is_uint8(key)]
-        instructions = _instructions(store) if INSTRUCTION in shapes else ("",)
-        return Episode(
-            id=self.ids[index],
-            source=self.name,
-            embodiment=self.embodiment,
-            instructions=tuple(dict.fromkeys(instructions)) or ("",),
-            streams={key: _stream(store, key, shapes[key][0], key in cameras) for key in keys},
-            cameras=tuple(cameras),
-            embeddings=_embeddings(store, instructions) if EMBEDDING in shapes else {},
+def _load(
+    name: str, embodiment: str, sparse: bool, files: list[Path], ids: list[str], index: int
+) -> Episode:
+    store = open_store(files[index], sparse)
+    shapes = store.shapes()
+    timed = [key for key in shapes if key + TIMES in shapes]
+    keys = [key for key in timed if key != INSTRUCTION and not key.endswith(_ENCODED)]
+    if not keys:
+        raise ValueError(
+            f"{store.path} is not an episode: it has no arrays <key> and <key>{TIMES}, but "
+            f"{sorted(shapes)}"
         )
+    images = [key for key in keys if len(shapes[key]) == 4 and shapes[key][-1] == 3]
+    cameras = [key for key in images if store.is_uint8(key)]
+    instructions = _instructions(store) if INSTRUCTION in shapes else ("",)
+    return Episode(
+        id=ids[index],
+        source=name,
+        embodiment=embodiment,
+        instructions=tuple(dict.fromkeys(instructions)) or ("",),
+        streams={key: _stream(store, key, shapes[key][0], key in cameras) for key in keys},
+        cameras=tuple(cameras),
+        embeddings=_embeddings(store, instructions) if EMBEDDING in shapes else {},
+    )
 
 
 def _stream(store: "ArrayStore", key: str, length: int, camera: bool) -> Stream:
     times = store.read(key + TIMES)
     values = StoredFrames(store, key, length) if camera else store.read(key)
-    if times.dtype.kind == "f":  # the newer release's Bridge: seconds times 1e9
+    if times.dtype.kind == "f":  # in the newer release's Bridge: seconds times 1e9
         times = np.round(times)
     try:
         with np.errstate(invalid="raise"):
@@ -138,24 +127,20 @@ def _instructions(store: "ArrayStore") -> tuple[str, ...]:
     if rows.dtype == np.uint8:
         rows = [row.tobytes().rstrip(b"\0") for row in np.atleast_2d(rows)]
     if not all(isinstance(row, bytes) for row in rows):
-        raise ValueError(f"{where}: {rows.dtype} {list(rows.shape)} is no text")
+        raise ValueError(f"{where}: {rows.dtype} {list(rows.shape)} is not text")
     return tuple(decode_text(row, where) for row in rows)
 
 
 def _embeddings(store: "ArrayStore", instructions: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The rows of the tokens, without the zeros that fill up to 512."""
+    """The embeddings of the instructions, which are stored with 512 rows, without padding."""
     stored = store.read(EMBEDDING)
     if stored.ndim < 2 or stored.dtype.kind != "f":
         raise ValueError(
-            f"{store.path} ({EMBEDDING}): {stored.dtype} {list(stored.shape)} is no embedding; "
-            "[n, tokens, width] is expected"
+            f"{store.path} ({EMBEDDING}): {stored.dtype} {list(stored.shape)} is not an embedding; "
+            "expected [n, tokens, width]"
         )
-    found = {}
-    for instruction, rows in zip(instructions, stored.reshape(-1, *stored.shape[-2:])):
-        used = np.flatnonzero(rows.any(axis=-1))
-        if len(used):
-            found[instruction] = rows[: used[-1] + 1]
-    return found
+    rows = map(without_padding, stored.reshape(-1, *stored.shape[-2:]))
+    return {text: embedding for text, embedding in zip(instructions, rows) if len(embedding)}
 
 
 class StoredFrames(Frames):
@@ -169,11 +154,8 @@ class StoredFrames(Frames):
         return self._store.rows(self._key, np.array(numbers))
 
 
-# Named arrays of one episode.
-#
-# Nothing stays open: each read opens what it needs, so that the stores can be sent to other
-# processes and be used by several threads. What a library says of a fault becomes a ValueError
-# that names the file and the array.
+# The arrays of one episode. Nothing stays open: each read opens what it needs, so that a store can
+# be pickled and used by several threads.
 
 
 def open_store(path: Path, sparse: bool = False) -> "ArrayStore":
@@ -187,6 +169,7 @@ _FAULTS += (ArithmeticError, SafetensorError)
 
 @contextmanager
 def _named(path: Path, key: str = "") -> Iterator[None]:
+    """Turns what a library raises into a ValueError that names the file and the array."""
     try:
         yield
     except _FAULTS as error:
@@ -197,14 +180,10 @@ def _named(path: Path, key: str = "") -> Iterator[None]:
 
 
 class ZarrStore:
-    """A zarr group in a folder.
+    """A zarr group in a folder; see `open_mimic_episodes` for `sparse`.
 
-    Keeps the last chunk that `rows` unpacked of each array, as neighbouring rows share it: a chunk
-    of pictures can be 65 of them, and take longer to unpack than all that is done with a few.
-
-    Args:
-        path: the folder.
-        sparse: whether a chunk that is not there is a chunk of zeros, or a fault.
+    `rows` caches the last chunk of each array, as neighbouring rows share it: a chunk of 65 images
+    takes longer to unpack than all that is done with a few of them.
     """
 
     def __init__(self, path: Path, sparse: bool):
@@ -215,8 +194,8 @@ class ZarrStore:
         return ZarrStore, (self.path, self._sparse)
 
     @cached_property
-    def _described(self) -> dict[str, dict]:
-        """Each array's own description; a consolidated one of the group only repeats them."""
+    def _metadata(self) -> dict[str, dict]:
+        """The metadata of each array; consolidated metadata of the group only repeats it."""
         with _named(self.path):
             files = sorted([*self.path.glob("*/.zarray"), *self.path.glob("*/zarr.json")])
             found = {f.parent.name: json.loads(f.read_text(encoding="utf-8")) for f in files}
@@ -224,12 +203,11 @@ class ZarrStore:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every array."""
-        described = self._described
         with _named(self.path):
-            return {key: tuple(about["shape"]) for key, about in described.items()}
+            return {key: tuple(about["shape"]) for key, about in self._metadata.items()}
 
     def is_uint8(self, key: str) -> bool:
-        """Whether an array, which is checked to be whole, has numbers of that type."""
+        """Whether the dtype of an array is uint8; also checks its chunks."""
         with _named(self.path, key):
             return self._checked(key).dtype == np.uint8
 
@@ -248,7 +226,7 @@ class ZarrStore:
                 kept, block = self._unpacked.get(key, (None, None))
                 if kept != chunk:
                     del block
-                    self._unpacked.pop(key, None)  # not two in memory at a time
+                    self._unpacked.pop(key, None)  # only one in memory at a time
                     block = self._checked(key)[chunk * size : (chunk + 1) * size]
                     self._unpacked[key] = chunk, block
                 wanted = np.flatnonzero(numbers // size == chunk)
@@ -256,12 +234,12 @@ class ZarrStore:
             return out
 
     def _checked(self, key: str) -> Any:
-        """The array, unless a chunk of it is missing or cut off.
+        """The array, if no chunk of it is missing or truncated.
 
-        zarr itself reads zeros for missing chunks, and Blosc reads past the end of cut ones.
+        zarr itself reads missing chunks as zeros, and Blosc reads past the end of truncated ones.
         """
         array = self._array(key)
-        blosc = _codecs(self._described[key])[-1:] == ["blosc"]
+        blosc = _codecs(self._metadata[key])[-1:] == ["blosc"]
         counts = (-(-n // size) for n, size in zip(array.shape, array.shards or array.chunks))
         for place in itertools.product(*map(range, counts)):
             name = array.metadata.encode_chunk_key(place)
@@ -275,25 +253,23 @@ class ZarrStore:
                     continue
                 raise ValueError(
                     f"chunk {name} is missing; copy it again, or set the option sparse=True if "
-                    "its writer left out chunks of zeros, as zarr 3 does"
+                    "chunks of zeros were left out, as zarr 3 does"
                 ) from None
             if size == 0 or (blosc and int.from_bytes(header[12:16], "little") != size):
-                raise ValueError(f"chunk {name} is cut off after {size} bytes; copy it again")
+                raise ValueError(f"chunk {name} is truncated after {size} bytes; copy it again")
         return array
 
     def _array(self, key: str) -> Any:
-        """A `zarr.Array`; of zarr's functions that open one, none takes a description."""
-        about = self._described[key]
+        """A `zarr.Array`; zarr's own functions that open one do not take metadata."""
+        about = self._metadata[key]
         codecs = _codecs(about)
         if unknown := [codec for codec in codecs if codec not in CODECS]:
-            raise ValueError(
-                f"it is packed with {unknown[0]!r}, which is refused; known are {sorted(CODECS)}"
-            )
+            raise ValueError(f"the codec {unknown[0]!r} is refused; allowed are {sorted(CODECS)}")
         if about.get("dtype") == "|O":
             if "vlen-bytes" not in codecs:
                 raise ValueError("it holds objects, not numbers")
-            about = about | {"fill_value": ""}  # zarr 2 gave byte strings a 0
-        import zarr  # half a second, which most commands do without
+            about = about | {"fill_value": ""}  # zarr 2 wrote 0 for byte strings
+        import zarr  # takes half a second, and most commands do not need it
         from zarr.storage import LocalStore, StorePath
 
         place = StorePath(LocalStore(self.path, read_only=True), key)
@@ -301,20 +277,20 @@ class ZarrStore:
 
 
 def _codecs(about: dict) -> list[str]:
-    """The names of what packs a chunk, the last step last."""
+    """The names of the codecs that pack a chunk, in order."""
     if about["zarr_format"] == 2:
         return [codec["id"] for codec in [*(about["filters"] or []), about["compressor"]] if codec]
     names = []
     for codec in about["codecs"]:
         names.append(codec["name"].removeprefix("numcodecs."))
-        inside = codec.get("configuration", {})  # of a shard: its chunks, and its index
+        inside = codec.get("configuration", {})  # a shard has codecs for its chunks and its index
         for part in ("codecs", "index_codecs"):
             names[:0] = _codecs({"zarr_format": 3, "codecs": inside.get(part, [])})
     return names
 
 
 class SafetensorsStore:
-    """A safetensors file, which the library finds whole at opening; rows are read by themselves."""
+    """A safetensors file; the library checks its size when it is opened."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -325,7 +301,7 @@ class SafetensorsStore:
             return {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
 
     def is_uint8(self, key: str) -> bool:
-        """Whether an array's numbers are of that type."""
+        """Whether the dtype of an array is uint8."""
         with _named(self.path, key), safe_open(self.path, "numpy") as file:
             return file.get_slice(key).get_dtype() == "U8"
 

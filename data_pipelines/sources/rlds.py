@@ -5,13 +5,13 @@
                      <name>-<split>.tfrecord-00000-of-00002, or .array_record-...
 
 An episode is one record, a `tf.train.Example`: a map from names to lists of bytes, float32 or
-int64. TFDS reads the two JSON files and brings the protobuf classes of a record, without
-TensorFlow. It needs TensorFlow for TFRecord files, so they are read here: an index of offsets gives
-random access, and checksums are verified.
+int64. TFDS reads the two JSON files and has the protobuf classes of a record, without TensorFlow.
+For TFRecord files it needs TensorFlow, so they are read here: an index of offsets gives random
+access, and checksums are verified.
 
-Streams carry the dataset's own names ("steps/observation/state", "steps/action", or
-"steps/action/<key>" where the action is a dict). RLDS has no place for timestamps or a frame rate,
-so steps are 1 / `fps` apart. Depth, text and values of which a step has any number are no streams.
+Streams have the dataset's own names ("steps/observation/state", "steps/action", or
+"steps/action/<key>" if the action is a dict). RLDS stores neither timestamps nor a frame rate, so
+steps are 1 / `fps` apart. Depth, texts and values of variable length are not streams.
 """
 
 import json
@@ -29,10 +29,10 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
-from data_pipelines.frames import Frames, Pictures
-from data_pipelines.sources.files import decode_text
+from data_pipelines.frames import Frames, ImageFrames
+from data_pipelines.sources.files import decode_text, without_padding
 
-if TYPE_CHECKING:  # importing TFDS takes 0.3 s, which only those who open such a dataset wait for
+if TYPE_CHECKING:  # importing TFDS takes 0.3 s, so only opening a dataset does it
     from tensorflow_datasets.core.dataset_info import DatasetInfo
     from tensorflow_datasets.features import FeatureConnector
     from tensorflow_datasets.proto import tf_feature_pb2
@@ -40,12 +40,12 @@ if TYPE_CHECKING:  # importing TFDS takes 0.3 s, which only those who open such 
 INFO, FEATURES = "dataset_info.json", "features.json"
 FORMATS = ("tfrecord", "array_record")
 STEPS = "steps"
-# Steps per second by the beginning of a dataset's name: BridgeData V2, DROID, RT-1, LIBERO.
+# Steps per second by the prefix of a dataset's name: BridgeData V2, DROID, RT-1, LIBERO.
 KNOWN_FPS = {"bridge": 5.0, "droid": 15.0, "fractal": 3.0, "libero": 20.0}
 
 
 class UnknownRate(ValueError):
-    """Nothing says how many steps a second of this dataset has."""
+    """The steps per second of the dataset are neither given nor known."""
 
 
 def recognises(path: Path) -> bool:
@@ -62,45 +62,47 @@ def open_rlds(
     fps: float | None = None,
     instruction: str = "",
 ) -> Sequence[Episode]:
-    """Open one split of a dataset; a record is read when its episode is asked for.
+    """Opens one split of a dataset; a record is read when its episode is accessed.
 
     Args:
         path: `<dataset>/<version>`, or `<dataset>` if it holds one version.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: the robot, becomes `Episode.embodiment`.
+        name, embodiment: see `formats`.
         split: "train", "val", ...
-        fps: steps per second; may be left out for the datasets of `KNOWN_FPS`.
-        instruction: full name of the text to take; "" takes every text that has "instruction" in
-            its name. An episode can have several; empty ones are left out. An embedding kept
-            beside a text ("language_embedding" beside "language_instruction") goes with it as one
-            row; those of Bridge and Open X-Embodiment are sentence embeddings, not T5's.
+        fps: steps per second; optional for the datasets of `KNOWN_FPS`.
+        instruction: full name of the text to take; "" takes every text with "instruction" in its
+            name. An episode can have several; empty ones are left out. The embedding beside a text
+            ("language_embedding" for "language_instruction") is taken as one row; those of Bridge
+            and Open X-Embodiment are sentence embeddings, not T5's.
 
     Raises:
-        UnknownRate: if `fps` is left out and the dataset's own name is not of `KNOWN_FPS`.
-        ValueError: if it is no such dataset, or has no such split or text.
+        UnknownRate: if `fps` is None and the dataset's own name does not match `KNOWN_FPS`.
+        ValueError: if it is not such a dataset, or has no such split or text.
     """
     folder, info = _read_info(Path(path))
     features = _step_features(folder, info.features)
     texts = tuple(key for key in features if _is_instruction(key, features[key], instruction))
     if instruction and not texts:
+        known = [key for key in features if features[key].kind == "text"]
         raise ValueError(
-            f"{folder} has no text {instruction!r}, but "
-            f"{[key for key in features if features[key].kind == 'text']}; set "
-            "dataset.options.instruction"
+            f"{folder} has no text {instruction!r}, but {known}; set dataset.options.instruction"
         )
     records = _records(folder, info, split)
-    rate = _known_rate(folder, info.name) if fps is None else float(fps)
-    loader = _Split(records, split, name, embodiment, rate, features, texts)
+    rates = (rate for prefix, rate in KNOWN_FPS.items() if info.name.startswith(prefix))
+    fps = next(rates, None) if fps is None else fps
+    if fps is None:
+        known = ", ".join(f"{rate:g} for {prefix}*" for prefix, rate in KNOWN_FPS.items())
+        raise UnknownRate(
+            f"{folder} has no frame rate, and the name {info.name!r} is not a known one ({known}); "
+            "set dataset.options.fps"
+        )
+    loader = _Split(records, split, name, embodiment, fps, features, texts)
     return LazyEpisodes(records.ends[-1], loader.load)
 
 
-# The folder and what TFDS says about it.
-
-
 def _version_folders(path: Path) -> list[Path]:
-    """The path itself if it is a prepared folder, or those directly below it."""
+    """The path itself if it is a prepared folder, or the prepared folders directly below it."""
     found = [path / INFO] if (path / INFO).is_file() else path.glob(f"[0-9]*.[0-9]*.[0-9]*/{INFO}")
-    # Other libraries write a dataset_info.json too.
+    # Other libraries write a dataset_info.json, too.
     return sorted(
         file.parent
         for file in found
@@ -120,15 +122,15 @@ def _read_info(path: Path) -> tuple[Path, "DatasetInfo"]:
             f"is {found}; give <name>/<version>"
         )
     (folder,) = folders
-    if not (folder / FEATURES).is_file():  # TFDS would blame an old version of itself
+    if not (folder / FEATURES).is_file():  # TFDS would say that an old version of it wrote them
         raise ValueError(f"{folder / FEATURES} is missing; copy it again")
     try:
-        # TFDS imports the modules of the classes that the file names; a dataset may not choose any.
+        # TFDS imports the module of every class name in the file, so only its own are allowed.
         names = set(_class_names((folder / FEATURES).read_text("utf-8")))
         if foreign := sorted(n for n in names if not n.startswith("tensorflow_datasets.")):
-            raise ValueError(f"{foreign} are no classes of TFDS")
+            raise ValueError(f"{foreign} are not classes of TFDS")
         return folder, tfds.builder_from_directory(folder).info
-    except Exception as error:  # TFDS lets through what JSON, protobuf and its own classes raise
+    except Exception as error:  # TFDS passes on what JSON, protobuf and its own classes raise
         raise ValueError(
             f"{folder}: {INFO} or {FEATURES} is damaged, or needs another version of TFDS "
             f"({type(error).__name__}: {error})"
@@ -136,7 +138,7 @@ def _read_info(path: Path) -> tuple[Path, "DatasetInfo"]:
 
 
 def _class_names(node: Any) -> Iterator[str]:
-    """All class names in features.json, old and new; it can hold JSON in strings, too."""
+    """All class names in features.json, of old and new versions; strings may hold JSON, too."""
     if isinstance(node, str):
         try:
             node = json.loads(node)
@@ -154,57 +156,39 @@ def _class_names(node: Any) -> Iterator[str]:
 def _records(folder: Path, info: "DatasetInfo", split: str) -> "RecordFiles":
     if (format := info.file_format.file_suffix) not in FORMATS:
         raise ValueError(
-            f"{folder} is kept as {format}; {' and '.join(FORMATS)} can be read, and "
-            "`tfds convert_format` (with TensorFlow) converts to them"
+            f"{folder} is stored as {format}; convert it to {' or '.join(FORMATS)} with "
+            "`tfds convert_format` (which needs TensorFlow)"
         )
     splits = {name: found for name, found in info.splits.items() if found.shard_lengths}
     if split not in splits:
         raise ValueError(
             f"{folder} has no split {split!r}, but {', '.join(splits)}; set dataset.options.split"
         )
-    # In this folder, wherever the dataset was when TFDS wrote where it is.
+    # TFDS stores the folder it wrote to; the dataset may have been moved since.
     files = tuple(folder / Path(name).name for name in splits[split].filenames)
     return RecordFiles(files, tuple(accumulate(splits[split].shard_lengths)))
 
 
-def _known_rate(folder: Path, name: str) -> float:
-    for start, rate in KNOWN_FPS.items():
-        if name.startswith(start):
-            return rate
-    known = ", ".join(f"{rate:g} for {start}*" for start, rate in KNOWN_FPS.items())
-    raise UnknownRate(
-        f"{folder} does not say how many steps a second has, and the name {name!r} is not one of "
-        f"those known ({known}); set dataset.options.fps"
-    )
-
-
 @dataclass(frozen=True)
 class Feature:
-    """One value of a step.
+    """One value of a step."""
 
-    Attributes:
-        kind: "number", "text" or "picture" (encoded, such as JPEG).
-        dtype: numpy's name of it.
-        shape: of one step's value, [h, w, c] for a picture, where None is any size.
-        encoding: of numbers: "none", or "bytes" and "zlib" for those kept as raw buffers.
-    """
-
-    kind: str
-    dtype: str
-    shape: tuple[int | None, ...]
-    encoding: str = "none"
+    kind: str  # "number", "text" or "image" (encoded, such as JPEG)
+    dtype: str  # NumPy's name
+    shape: tuple[int | None, ...]  # of one step; None is any size
+    encoding: str = "none"  # of numbers: "none", or "bytes" or "zlib" for raw buffers
 
     @property
     def is_camera(self) -> bool:
-        """Whether it is a colour or grey picture; depth (uint16, float32) is none."""
-        picture = self.dtype == "uint8" and len(self.shape) == 3
-        return picture and (self.kind == "picture" or self.shape[-1] == 3)
+        """Whether it is a colour or grey image, not depth (uint16, float32)."""
+        image = self.dtype == "uint8" and len(self.shape) == 3
+        return image and (self.kind == "image" or self.shape[-1] == 3)
 
 
 def _step_features(folder: Path, root: "FeatureConnector") -> dict[str, Feature]:
     """The features of a step by their full names, such as "steps/observation/state".
 
-    Values of which a step has any number are left out, and so are sounds, videos and boxes.
+    Values of variable length, sounds, videos and boxes are left out.
     """
     from tensorflow_datasets import features as tfds_features
 
@@ -216,7 +200,7 @@ def _step_features(folder: Path, root: "FeatureConnector") -> dict[str, Feature]
             for child, value in node.items():
                 collect(f"{name}/{child}", value)
         elif kind is tfds_features.Image:
-            found[name] = Feature("picture", np.dtype(node.np_dtype).name, node.shape)
+            found[name] = Feature("image", np.dtype(node.np_dtype).name, node.shape)
         elif kind in (tfds_features.Text, tfds_features.Tensor, tfds_features.Scalar):
             if node.np_dtype == np.object_:
                 if not node.shape:
@@ -232,12 +216,9 @@ def _step_features(folder: Path, root: "FeatureConnector") -> dict[str, Feature]
             collect(STEPS, root[STEPS].feature)
     if not found:
         raise ValueError(
-            f"{folder / FEATURES} describes no RLDS dataset: its examples are not made of {STEPS}"
+            f"{folder / FEATURES} is not of an RLDS dataset: its examples are not made of {STEPS}"
         )
     return dict(sorted(found.items()))
-
-
-# One episode out of its record.
 
 
 @dataclass(frozen=True)
@@ -272,10 +253,10 @@ class _Split:
         if not length:
             raise ValueError("the episode has no steps")
         if short := {key: n for key, n in lengths.items() if n != length}:
-            raise ValueError(f"the episode has {length} steps, but these have others: {short}")
+            raise ValueError(f"the episode has {length} steps, but not of every value: {short}")
         times = np.round(np.arange(length) / self.fps * NANOSECONDS).astype(np.int64)
-        said = _language(values, self.texts)
-        language = {*self.texts, *map(_embedding_key, self.texts)}
+        spoken = _language(values, self.texts)
+        language = {*self.texts, *(t.replace("instruction", "embedding") for t in self.texts)}
         shown = {
             key: feature
             for key, feature in self.features.items()
@@ -285,26 +266,26 @@ class _Split:
             id=id,
             source=self.name,
             embodiment=self.embodiment,
-            instructions=tuple(said) or ("",),
+            instructions=tuple(spoken) or ("",),
             streams={key: Stream(times, values[key]) for key in shown},
             cameras=tuple(key for key, feature in shown.items() if feature.is_camera),
-            embeddings={text: row for text, row in said.items() if row is not None},
+            embeddings={text: row for text, row in spoken.items() if row is not None},
         )
 
 
 def _values(
     feature: Feature, key: str, stored: Mapping[str, "tf_feature_pb2.Feature"], where: str
 ) -> Sequence:
-    """What a record has of a feature: an array [n, *shape], texts as bytes, or frames."""
+    """The values of a feature in a record: an array [n, *shape], texts as bytes, or frames."""
     kind = stored[key].WhichOneof("kind") if key in stored else None
     if kind is None:
-        raise ValueError(f"there is no {key!r} in it, which {FEATURES} promises")
+        raise ValueError(f"it has no {key!r}, which {FEATURES} lists")
     values = getattr(stored[key], kind).value
     if (kind == "bytes_list") != (feature.kind != "number" or feature.encoding != "none"):
-        raise ValueError(f"{key}: {FEATURES} promises {feature}, but it is stored as {kind}")
+        raise ValueError(f"{key}: {FEATURES} says {feature}, but it is stored as {kind}")
     if feature.kind == "text":
         return values
-    if feature.kind == "picture":
+    if feature.kind == "image":
         return EncodedFrames(f"{where}: {key}", values)
     dtype = np.dtype(feature.dtype)
     if kind == "bytes_list":
@@ -312,8 +293,8 @@ def _values(
         flat = np.frombuffer(bytearray().join(map(unpack, values)), dtype)
     else:
         flat = np.array(values, np.float32 if kind == "float_list" else np.int64)
-        # TFDS keeps the bits of a uint64 as an int64, and the value of all others. Of a float64
-        # it keeps what a float32 can hold.
+        # TFDS stores a uint64 as the int64 with the same bits, all other integers by value, and a
+        # float64 rounded to float32.
         flat = flat.view(dtype) if dtype == np.uint64 else flat.astype(dtype)
     try:
         array = flat.reshape(-1, *feature.shape)
@@ -322,23 +303,23 @@ def _values(
     return ArrayFrames(f"{where}: {key}", array) if feature.is_camera else array
 
 
-class EncodedFrames(Pictures):
-    """Frames that are JPEG, PNG or other pictures inside a record."""
+class EncodedFrames(ImageFrames):
+    """Frames that are stored as JPEG, PNG or other images inside a record."""
 
-    def __init__(self, where: str, pictures: Sequence[bytes]):
-        super().__init__(where, len(pictures))
-        self._pictures = pictures
+    def __init__(self, where: str, images: Sequence[bytes]):
+        super().__init__(where, len(images))
+        self._images = images
 
     def __reduce__(self):  # a list inside a protobuf cannot be pickled
-        return EncodedFrames, (self.where, list(self._pictures))
+        return EncodedFrames, (self.where, list(self._images))
 
     def encoded(self, number: int) -> bytes:
-        """One picture as it is stored."""
-        return self._pictures[number]
+        """One image as it is stored."""
+        return self._images[number]
 
 
 class ArrayFrames(Frames):
-    """Frames that are stored as numbers, uint8 [n, h, w, 3]."""
+    """Frames that are stored as an array, uint8 [n, h, w, 3]."""
 
     def __init__(self, where: str, frames: np.ndarray):
         super().__init__(where, len(frames))
@@ -346,9 +327,6 @@ class ArrayFrames(Frames):
 
     def _read(self, numbers: list[int]) -> np.ndarray:
         return self._frames[numbers]
-
-
-# Instructions, and the embeddings beside them.
 
 
 def _is_instruction(key: str, feature: Feature, wanted: str) -> bool:
@@ -360,18 +338,16 @@ def _is_instruction(key: str, feature: Feature, wanted: str) -> bool:
     return coded or (feature.kind == "text" and "instruction" in leaf)
 
 
-def _embedding_key(text: str) -> str:
-    return text.replace("instruction", "embedding")
-
-
 def _language(values: Mapping[str, Sequence], texts: Sequence[str]) -> dict[str, np.ndarray | None]:
-    """The distinct texts of an episode, each with the embedding [1, d] kept beside it, if any."""
+    """The distinct texts of an episode, each with the embedding stored beside it, if any."""
     found: dict[str, np.ndarray | None] = {}
     for key in texts:
-        rows = values.get(_embedding_key(key))
+        rows = values.get(key.replace("instruction", "embedding"))
         for step, text in enumerate(_sentences(key, values[key])):
             if text and text not in found:
-                found[text] = _filled(rows[step]) if isinstance(rows, np.ndarray) else None
+                found[text] = None  # and so if the embedding is zeros
+                if isinstance(rows, np.ndarray) and rows[step].any():
+                    found[text] = without_padding(np.atleast_2d(rows[step]))
     return found
 
 
@@ -381,19 +357,9 @@ def _sentences(key: str, values: Sequence) -> list[str]:
     return [decode_text(value, f"{key} of step {i}").strip() for i, value in enumerate(values)]
 
 
-def _filled(embedding: np.ndarray) -> np.ndarray | None:
-    """As rows, without the zero rows at the end; zeros stand for none."""
-    rows = np.atleast_2d(embedding)
-    filled = np.flatnonzero(rows.any(axis=1))
-    return rows[: filled[-1] + 1] if len(filled) else None
-
-
-# Records by number, out of TFRecord and ArrayRecord files.
-
-
 @dataclass(frozen=True)
 class RecordFiles:
-    """The records of one split; safe to use from several threads."""
+    """The records of one split, in TFRecord or ArrayRecord files; safe to use from threads."""
 
     files: tuple[Path, ...]
     ends: tuple[int, ...]  # the number of records up to the end of each file
@@ -414,8 +380,8 @@ class RecordFiles:
                 self._indices[shard] = read_index(path)
             return read_record(path, self._indices[shard], number)
         try:
-            # Opened for each read (half a millisecond): datasets have more files than may be open.
-            # The buffer holds about an episode; smaller ones take four times as long.
+            # Opened for each read (0.5 ms), as datasets have more files than may be open at once.
+            # The buffer holds about an episode; with a smaller one a read takes four times as long.
             options = "readahead_buffer_size:0,max_parallelism:0"
             reader = ArrayRecordReader(str(path), options, file_reader_buffer_size=16 * 2**20)
             (data,) = reader.read([number])
@@ -433,11 +399,11 @@ _HEADER, _FOOTER = 12, 4
 
 
 def read_index(path: Path) -> tuple[np.ndarray, str]:
-    """Finds the records of a file by going from header to header; payloads are not read.
+    """Finds the records of a TFRecord file by their headers; payloads are not read.
 
     Returns:
-        Offsets of the payloads and their lengths in bytes, int64 [n, 2]; and what stops the file
-        from being read further, "" if nothing does.
+        Offset and length of each payload in bytes, int64 [n, 2]; and why no more records can be
+        found, "" at the regular end.
     """
     places, at, fault = [], 0, ""
     with open(path, "rb", buffering=0) as file:
@@ -447,7 +413,7 @@ def read_index(path: Path) -> tuple[np.ndarray, str]:
             start, size = at + _HEADER, int.from_bytes(header[:8], "little")
             if len(header) == _HEADER and not _intact(header[:8], header[8:]):
                 fault = reason(path, f"the header of record {len(places)} is damaged")
-            elif start + size + _FOOTER > end:  # also where the header itself is cut off
+            elif start + size + _FOOTER > end:  # the header itself may be truncated, too
                 fault = f"the file ends within record {len(places)}"
             else:
                 places.append((start, size))
@@ -471,7 +437,7 @@ def read_record(path: Path, index: tuple[np.ndarray, str], number: int) -> bytes
 
 
 def _intact(data: bytes, checksum: bytes) -> bool:
-    """Compares with a CRC32C that is "masked": rotated, and a constant added."""
+    """Compares with a "masked" CRC32C: rotated, plus a constant."""
     crc = google_crc32c.value(data)
     masked = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
     return masked == int.from_bytes(checksum, "little")

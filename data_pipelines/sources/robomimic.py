@@ -5,20 +5,21 @@
     data/demo_<i>/obs/<key>              observations; uint8 [T, h, w, 3] are cameras
     mask/<key>                           names of demonstrations, e.g. a "train" split
 
-A stream has the array's path below the demonstration as its name: "actions", "obs/agentview_rgb".
+A stream is named by the array's path below the demonstration: "actions", "obs/agentview_rgb".
 
-LIBERO's own files hold its pictures as OpenGL draws them, bottom row first: `flip="vertical"` puts
-them upright. mimic-video and OpenVLA turn them by 180 degrees instead, which leaves left and right
-exchanged; models trained on such pictures need `flip="rotate"`. Their regenerated files are turned
-already, and robomimic's own datasets are upright: both need no flip.
+LIBERO's own files store images as OpenGL draws them, bottom row first; `flip="vertical"` puts them
+upright. mimic-video and OpenVLA rotate them by 180 degrees instead, which swaps left and right;
+models trained on such images need `flip="rotate"`. Their regenerated files are rotated already, and
+robomimic's own datasets are upright; neither needs a flip.
 
-In LIBERO's own files an observation is what followed the action of its row; an action `shift` of
-one step, 0.05 s, pairs it with the next action. In robomimic's it is what preceded the action.
+In LIBERO's own files the observation of a row follows its action; an action `shift` of one step,
+0.05 s, pairs it with the next action. In robomimic's files it precedes the action.
 """
 
 import json
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -31,7 +32,7 @@ from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
 from data_pipelines.sources.files import FLIPS, Hdf5Frames, Hdf5Pool, Visit, glance, walk
 
 SUFFIXES = (".hdf5", ".h5")
-STYLES = ("stored", "release")  # as the file has it; the wording mimic-video was trained with
+STYLES = ("stored", "release")
 LIBERO_HZ = 20.0
 _SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
 
@@ -39,14 +40,11 @@ _SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
 def recognises(path: Path) -> bool:
     """Whether this is such an HDF5 file, or a folder with some."""
     files = [path] if path.is_file() else islice(_files(glance(path)), 3)
-    return any(_has_demonstrations(file) for file in files if file.suffix in SUFFIXES)
-
-
-def _has_demonstrations(path: Path) -> bool:
-    try:
-        return bool(_demonstrations(Hdf5Pool(), path, None))
-    except ValueError:
-        return False
+    for file in files:
+        with suppress(ValueError):
+            if file.suffix in SUFFIXES and _demonstrations(Hdf5Pool(), file, None):
+                return True
+    return False
 
 
 def open_robomimic_hdf5(
@@ -60,17 +58,16 @@ def open_robomimic_hdf5(
     instruction: str | None = None,
     instruction_style: str = "stored",
 ) -> Sequence[Episode]:
-    """Opens one file or a folder of files; arrays are read when an episode is asked for.
+    """Opens one file or a folder of files; arrays are read when an episode is accessed.
 
     Args:
         path: an .hdf5 file, or a folder that holds such files at any depth.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: the robot, becomes `Episode.embodiment`.
-        fps: steps per second; None takes `control_freq` of the file's `env_args`, and 20 (LIBERO)
-            where that is missing too.
-        flip: of every picture: "none", "vertical" (rows reversed) or "rotate" (180 degrees).
+        name, embodiment: see `formats`.
+        fps: steps per second; None takes `control_freq` of the file's `env_args`, or else 20
+            (LIBERO).
+        flip: of every image: "none", "vertical" (rows reversed) or "rotate" (180 degrees).
         mask: read only the demonstrations that `mask/<this>` lists.
-        instruction: one for the whole dataset, where the files have none.
+        instruction: one for the whole dataset, in place of the files'.
         instruction_style: "stored" takes the file's text, or the words of a name such as
             `KITCHEN_SCENE1_open_the_drawer_demo.hdf5` without the scene; "release" is the wording
             mimic-video was trained with: the name's words, "bowl" for "black bowl", a full stop.
@@ -91,7 +88,7 @@ def open_robomimic_hdf5(
         id = file.relative_to(root).with_suffix("").as_posix()
         try:
             demos += [_Demo(file, f"{id}/{key}", key) for key in _demonstrations(pool, file, mask)]
-        except ValueError as error:  # one entry stands for the file, so that it is counted
+        except ValueError as error:  # one entry for the file, so that it is counted
             demos.append(_Demo(file, id, fault=str(error)))
     if all(demo.fault for demo in demos):
         reason = demos[0].fault if demos else f"{path} holds no {' or '.join(SUFFIXES)} file"
@@ -110,7 +107,7 @@ def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
     """Names below data/ in the order of their numbers."""
     with pool.open(path) as file:
         if not isinstance(file.get("data"), h5py.Group):
-            raise ValueError(f"{path} is no file of demonstrations: it has no group `data`")
+            raise ValueError(f"{path} has no demonstrations: it has no group `data`")
         names = [n for n in file["data"] if n.startswith("demo_") and n[5:].isdecimal()]
         if mask is not None:
             if f"mask/{mask}" not in file:
@@ -121,7 +118,7 @@ def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
                 raise ValueError(f"{path}: the mask {mask!r} lists {missing[0]}, which is missing")
             names = [n for n in names if n in chosen]
     if not names:
-        raise ValueError(f"{path} holds no demonstrations (data/demo_<number>)")
+        raise ValueError(f"{path} has no demonstrations (data/demo_<number>)")
     return sorted(names, key=lambda n: (int(n[5:]), n))
 
 
@@ -151,24 +148,24 @@ class _Dataset:
         with self.pool.open(demo.file) as file:
             data, group = file["data"], file["data"][demo.key]
             if not isinstance(group, h5py.Group):
-                raise ValueError(f"{demo.file}: {demo.key} is no group of arrays")
+                raise ValueError(f"{demo.file}: {demo.key} is not a group")
             arrays = _arrays(group)
             length = _length(demo, group, arrays)
             times = np.round(np.arange(length) / self._rate(data) * NANOSECONDS).astype(np.int64)
             streams, cameras = {}, []
             for key, array in arrays.items():
-                if len(array) != length and key.startswith("obs/"):
-                    raise ValueError(
-                        f"{demo.file}: {demo.key} has {length} actions but {len(array)} values of "
-                        f"{key}; write the file again"
-                    )
                 if len(array) != length:
-                    continue  # not one value per step
+                    if key.startswith("obs/"):
+                        raise ValueError(
+                            f"{demo.file}: {demo.key} has {length} actions but {len(array)} values "
+                            f"of {key}; write the file again"
+                        )
+                    continue  # outside obs/ not every array has one value per step
                 if array.ndim == 4 and array.shape[-1] == 3 and array.dtype == np.uint8:
                     cameras.append(key)
                     frames = Hdf5Frames(demo.file, array.name, array.shape, self.flip, self.pool)
                     streams[key] = Stream(times, frames)
-                elif array.ndim < 4:  # others are no cameras but, for example, depth maps
+                elif array.ndim < 4:  # the others are depth maps and the like
                     streams[key] = Stream(times, array[()])
             return Episode(
                 id=demo.id,
@@ -186,13 +183,13 @@ class _Dataset:
         rate = (kwargs if isinstance(kwargs, dict) else {}).get("control_freq") or LIBERO_HZ
         if not isinstance(rate, int | float) or rate <= 0:
             raise ValueError(
-                f"{data.file.filename}: control_freq is {rate!r}, which is no rate; set the option "
-                "fps to the steps per second"
+                f"{data.file.filename}: control_freq is {rate!r}; set the option fps to the steps "
+                "per second"
             )
         return float(rate)
 
     def _instruction(self, data: h5py.Group, demo: h5py.Group, file: Path) -> str:
-        """Of a demonstration; "" where there is none."""
+        """The instruction of a demonstration; "" if there is none."""
         words = file.stem.removesuffix("_demo")
         if self.instruction is not None:
             text = self.instruction
@@ -203,15 +200,15 @@ class _Dataset:
             stored = stored or _json_attribute(demo, "ep_meta").get("lang")  # RoboCasa's
             text = _SCENE.sub("", words).replace("_", " ") if words != file.stem else ""
             if stored and isinstance(stored, str | list):
-                # Some of LIBERO's are lists of characters, some are quoted.
+                # LIBERO has some as lists of characters, and some in quotes.
                 text = "".join(map(str, stored)).strip().strip('"')
-        if not text.isprintable():  # also how h5py marks bytes that are not UTF-8
-            raise ValueError(f"{file}: the instruction {text!r} has characters that are no text")
+        if not text.isprintable():  # h5py turns bytes that are not UTF-8 into surrogates
+            raise ValueError(f"{file}: the instruction {text!r} is not printable UTF-8 text")
         return text
 
 
 def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
-    """Numeric arrays of a demonstration, and of its `obs`, by path."""
+    """Numeric arrays of a demonstration and of its `obs`, by path."""
     found: dict[str, h5py.Dataset] = {}
     for prefix, part in (("", group), ("obs/", group.get("obs"))):
         for key in sorted(part) if isinstance(part, h5py.Group) else ():
@@ -222,24 +219,24 @@ def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
 
 
 def _length(demo: _Demo, group: h5py.Group, arrays: dict[str, h5py.Dataset]) -> int:
-    """Steps of a demonstration: of its actions, and as the file says."""
+    """The number of actions, which must be what the file declares."""
     if "actions" not in arrays:
         raise ValueError(f"{demo.file}: {demo.key} has no array `actions`")
     length = len(arrays["actions"])
     if length == 0:
         raise ValueError(f"{demo.file}: {demo.key} is empty; leave it out")
-    said = group.attrs.get("num_samples")  # LIBERO's are strings or numbers
-    if said is not None and _string(said) != str(length):
+    declared = group.attrs.get("num_samples", length)  # LIBERO has strings and numbers
+    if _string(declared) != str(length):
         raise ValueError(
-            f"{demo.file}: {demo.key} should have {_string(said)} samples but has {length} "
+            f"{demo.file}: {demo.key} should have {_string(declared)} samples but has {length} "
             "actions; copy or write the file again"
         )
     return length
 
 
 def _json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
-    """A JSON attribute; empty where it is missing or something else."""
-    text = _string(group.attrs.get(key, "{}"))  # other encodings are an error
+    """A JSON object in an attribute; empty if it is missing or something else."""
+    text = _string(group.attrs.get(key, "{}"))  # outside `try`: another encoding is an error
     try:
         value = json.loads(text)
     except ValueError:
@@ -248,5 +245,5 @@ def _json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
 
 
 def _string(value: Any) -> str:
-    """An attribute or entry that is text, however it was stored."""
+    """A text that h5py may return as bytes or as str."""
     return value.decode("utf-8") if isinstance(value, bytes) else str(value)

@@ -1,11 +1,11 @@
-"""WebDataset: tar shards of samples, the files of a sample sharing a key.
+"""WebDataset: tar shards of samples; the files of a sample share a key.
 
-    <path>/*.tar holding    <key>.mp4    <key>.txt
-                       or   <key>.mp4    <key>.json    {"caption": "..."}
+    <path>/*.tar with    <key>.mp4    <key>.txt
+                    or   <key>.mp4    <key>.json    {"caption": "..."}
 
-Nothing is unpacked. One pass over the headers of a tar says where its samples are; a video is then
-decoded from its bytes inside the tar. Videos named `<key>.<camera>.mp4` become a stream per camera;
-one named `<key>.mp4` is the stream "video".
+Nothing is unpacked. One pass over the headers of a tar finds its samples; a video is then decoded
+in place. Videos named `<key>.<camera>.mp4` become one stream per camera; `<key>.mp4` is the stream
+"video".
 """
 
 import json
@@ -18,12 +18,13 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from functools import partial
 from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
 from data_pipelines.episode import Episode, LazyEpisodes
-from data_pipelines.sources.files import decode_text
+from data_pipelines.sources.files import decode_text, repeat_marks
 from data_pipelines.video import VideoFile, VideoPool
 from data_pipelines.video_index import VIDEO_SUFFIXES, FileRange
 
@@ -40,18 +41,17 @@ def recognises(path: Path) -> bool:
 def open_webdataset(
     path: Path, *, name: str, embodiment: str, shards: str = "*.tar", caption: str = "caption"
 ) -> Sequence[Episode]:
-    """Open tar shards; videos and texts are read when an episode is asked for.
+    """Opens tar shards; videos and texts are read when an episode is accessed.
 
-    A sample without a text or a video, the sample in which a shard is cut off, and a shard that
+    A sample without a text or a video, the sample at which a shard is truncated, and a shard that
     cannot be read at all are errors of one episode each.
 
     Args:
         path: a tar, or the folder of the shards.
-        name: of the dataset, becomes `Episode.source`.
-        embodiment: whose body is seen, e.g. "human".
-        shards: which files of the folder, such as "train-*.tar".
-        caption: the field of a sample's .json with its caption or list of captions; a .txt is
-            preferred to it.
+        name, embodiment: see `formats`.
+        shards: pattern of the files to read, such as "train-*.tar".
+        caption: the field of a sample's .json with its caption or list of captions; a .txt takes
+            precedence.
 
     Raises:
         ValueError: if there are no shards, no shard can be read, or no sample has a video.
@@ -64,28 +64,26 @@ def open_webdataset(
         if not kinds and 0 in found[0].faults:
             raise ValueError(found[0].faults[0])
         raise ValueError(
-            f"{path} has no samples with videos ({', '.join(VIDEO_SUFFIXES)}); they hold "
-            f"{sorted(kinds) or 'nothing'}"
+            f"{path} has no samples with videos ({', '.join(VIDEO_SUFFIXES)}), only {sorted(kinds)}"
         )
     ends = list(accumulate(len(shard.starts) for shard in found))
-    return LazyEpisodes(ends[-1], _Dataset(name, embodiment, found, ends, caption).load)
+    load = partial(_load, name, embodiment, VideoPool(), found, ends, caption)
+    return LazyEpisodes(ends[-1], load)
 
 
 def _shard_files(path: Path, pattern: str) -> list[Path]:
     files = []
     for name in sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".")):
-        # A compressed shard is taken too, and refused by name; left out, nobody would miss it.
+        # A compressed shard is listed, too, to be refused by name: skipping it would be silent.
         suffix = next((end for end in COMPRESSED if name.lower().endswith(end)), None)
         if fnmatch(f"{name[: -len(suffix)]}.tar" if suffix else name, pattern):
             files.append(path / name)
     if not files:
-        raise ValueError(f"{path} is no folder of tar shards: no file is named {pattern}")
+        raise ValueError(f"{path} is not a folder of tar shards: no file is named {pattern}")
     return files
 
 
-# Where the samples of a shard are.
-
-# WebDataset's rule: the key ends at the first dot of the file's name, folders before it included.
+# WebDataset's rule: the key ends at the first dot of the file's name and includes its folders.
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 _LONGEST_PADDING = 1 << 20  # bytes of zeros at the end; tar writes 10,240 unless told otherwise
 _MAGICS = {
@@ -98,24 +96,16 @@ _MAGICS = {
 
 @dataclass
 class Shard:
-    """The samples of one tar, in its order; their headers are read again when they are asked for.
-
-    Attributes:
-        path: the tar.
-        starts: where each sample begins, bytes.
-        kinds: rest of a name ("mp4", "cam0.mp4") -> how many there are.
-        repeats: number of a sample -> how often its key has come before.
-        faults: number of a sample -> why it cannot be used; the last one of a tar that is cut off.
-    """
+    """The samples of one tar, in its order; their headers are read again on access."""
 
     path: Path
-    starts: array = field(default_factory=lambda: array("q"))
-    kinds: Counter[str] = field(default_factory=Counter)
-    repeats: dict[int, int] = field(default_factory=dict)
-    faults: dict[int, str] = field(default_factory=dict)
+    starts: array = field(default_factory=lambda: array("q"))  # offset of each sample, bytes
+    kinds: Counter[str] = field(default_factory=Counter)  # of suffixes: "mp4", "cam0.mp4"
+    marks: dict[int, str] = field(default_factory=dict)  # see `repeat_marks`
+    faults: dict[int, str] = field(default_factory=dict)  # sample -> why it cannot be read
 
     def sample(self, number: int) -> tuple[str, dict[str, tarfile.TarInfo]]:
-        """A sample's key, and its members by the rest of their names; ValueError for a fault."""
+        """A sample's key, and its members by suffix; ValueError for a fault."""
         if number in self.faults:
             raise ValueError(self.faults[number])
         first, members = "", {}
@@ -128,34 +118,34 @@ class Shard:
 
 
 def _index(path: Path) -> Shard:
-    """Finds the samples of a tar; what is wrong with it is the fault of its last sample."""
-    shard, seen, last = Shard(path), Counter(), None
+    """Finds the samples of a tar; a fault of the tar is attributed to its last sample."""
+    shard, keys = Shard(path), []
     try:
         with path.open("rb") as file:
             start = file.read(8)
             command = next((c for magic, c in _MAGICS.items() if start.startswith(magic)), None)
             for key, kind, member in () if command else _walk(file, 0):
-                if key != last:
-                    if seen[key]:
-                        shard.repeats[len(shard.starts)] = seen[key]
-                    seen[key] += 1
+                if not keys or key != keys[-1]:
+                    keys.append(key)
                     shard.starts.append(member.offset)
-                    last = key
                 shard.kinds[kind] += 1
-        fault = "" if seen else ": the tar holds no samples"
+        fault = "" if keys else ": the tar has no samples"
         if command:
             fault = (
-                " is compressed, so no sample in it can be found without reading all before it; "
-                f"uncompress it once with {command} (videos hardly get smaller by it)"
+                " is compressed, which rules out random access; uncompress it once with "
+                f"{command} (compression hardly makes videos smaller)"
             )
-    except FileNotFoundError:
-        fault = ": the shard is missing"
     except OSError as error:
         fault = f": the shard cannot be read ({error.strerror})"
-    except (tarfile.TarError, ValueError, OverflowError) as error:  # the latter for absurd numbers
+    except (
+        tarfile.TarError,
+        ValueError,
+        OverflowError,
+    ) as error:  # the latter for impossible sizes
         fault = f": not a readable tar ({error}); copy it again"
-        if last is not None:
-            fault = f": {error}; {last} and all samples after it are lost; copy the tar again"
+        if keys:
+            fault = f": {error}; {keys[-1]} and all samples after it are lost; copy the tar again"
+    shard.marks = repeat_marks(keys)
     if fault:
         if not shard.starts:
             shard.starts.append(0)
@@ -164,66 +154,57 @@ def _index(path: Path) -> Shard:
 
 
 def _walk(file: BinaryIO, start: int) -> Iterator[tuple[str, str, tarfile.TarInfo]]:
-    """The members of samples from a byte on: key, rest of the name ("cam0.mp4") and header.
-
-    Raises:
-        tarfile.TarError: where the tar is damaged.
-    """
+    """Key, suffix ("cam0.mp4") and header of the files from a byte on; TarError for damage."""
     file.seek(start)
     with tarfile.open(fileobj=file, mode="r:") as tar:
         while member := tar.next():
-            tar.members = []  # it would keep every header
+            tar.members = []  # otherwise it keeps every header
             parts = _NAME.fullmatch(member.name)
             if member.isreg() and parts and not member.name.startswith("__"):
                 yield parts[1], parts[2].lower(), member
             if member.issparse():
                 raise tarfile.ReadError("the tar was made with --sparse, which is not supported")
-    # `tarfile` takes a damaged header, too, for the end of the archive.
+    # `tarfile` also stops silently at a damaged header.
     file.seek(tar.offset)
     if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-        raise tarfile.ReadError(f"the tar is damaged or cut off at byte {tar.offset}")
+        raise tarfile.ReadError(f"the tar is damaged or truncated at byte {tar.offset}")
     if os.fstat(file.fileno()).st_size - tar.offset > _LONGEST_PADDING:  # an unfinished download
         raise tarfile.ReadError(f"the tar is empty from byte {tar.offset} on")
 
 
-# One episode out of its sample.
-
-
-@dataclass(frozen=True)
-class _Dataset:
-    name: str
-    embodiment: str
-    shards: list[Shard]
-    ends: list[int]  # number of samples up to the end of each shard
-    caption: str
-    pool: VideoPool = field(default_factory=VideoPool)
-
-    def load(self, index: int) -> Episode:
-        number = bisect_right(self.ends, index)
-        shard = self.shards[number]
-        index -= self.ends[number] - len(shard.starts)
-        key, members = shard.sample(index)
-        cameras = {_camera(kind): kind for kind in members if _camera(kind)}
-        if not cameras:
-            raise ValueError(f"{shard.path}/{key} has no video, only {sorted(members)}")
-        streams = {}
-        for camera, kind in cameras.items():
-            offset, size = members[kind].offset_data, members[kind].size
-            place = FileRange(shard.path, offset, size, name=f"{key}.{kind}")
-            streams[camera] = VideoFile(place, pool=self.pool).stream()
-        repeat = f" #{shard.repeats[index] + 1}" if index in shard.repeats else ""
-        return Episode(
-            id=f"{shard.path.stem}/{key}{repeat}",
-            source=self.name,
-            embodiment=self.embodiment,
-            instructions=_captions(shard.path, key, members, self.caption),
-            streams=streams,
-            cameras=tuple(streams),
-        )
+def _load(
+    name: str,
+    embodiment: str,
+    pool: VideoPool,
+    shards: list[Shard],
+    ends: list[int],  # number of samples up to the end of each shard
+    caption: str,
+    index: int,
+) -> Episode:
+    number = bisect_right(ends, index)
+    shard = shards[number]
+    index -= ends[number] - len(shard.starts)
+    key, members = shard.sample(index)
+    cameras = {_camera(kind): kind for kind in members if _camera(kind)}
+    if not cameras:
+        raise ValueError(f"{shard.path}/{key} has no video, only {sorted(members)}")
+    streams = {}
+    for camera, kind in cameras.items():
+        member = members[kind]
+        place = FileRange(shard.path, member.offset_data, member.size, name=f"{key}.{kind}")
+        streams[camera] = VideoFile(place, pool=pool).stream()
+    return Episode(
+        id=f"{shard.path.stem}/{key}{shard.marks.get(index, '')}",
+        source=name,
+        embodiment=embodiment,
+        instructions=_captions(shard.path, key, members, caption),
+        streams=streams,
+        cameras=tuple(streams),
+    )
 
 
 def _camera(kind: str) -> str:
-    """The stream that a member belongs to by the ending of its name; "" if it is no video."""
+    """The stream of a member with this suffix; "" if it is not a video."""
     camera, _, suffix = kind.rpartition(".")
     return (camera or STREAM) if f".{suffix}" in VIDEO_SUFFIXES else ""
 
@@ -249,7 +230,7 @@ def _captions(
     if not captions or not all(isinstance(caption, str) for caption in captions):
         there = sorted(content) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
-            f"{where} has no text under {wanted!r} (it has {there}); name the field with the "
-            "option caption"
+            f"{where} has no text under {wanted!r} (it has {there}); set the option caption to the "
+            "field"
         )
     return tuple(caption.strip() for caption in captions)
