@@ -22,7 +22,7 @@ from ml_collections import ConfigDict
 from data_pipelines.clip import CHANNELS, Clip
 from mvjax.flow import Sampling
 from mvjax.models.action_decoder import ActionDecoderConfig
-from mvjax.models.layers import LoRA
+from mvjax.models.lora import LoRA
 from mvjax.models.network import Network
 from mvjax.models.presets import decoder_network, video_network
 from mvjax.models.video_dit import VideoDiTConfig

@@ -23,7 +23,7 @@ from ml_collections import ConfigDict
 from tiny_stages import build_stage, quick_compiles, tiny_config
 
 from mvjax.experiment import Experiment
-from mvjax.models.layers import merge_lora
+from mvjax.models.lora import merge_lora
 from mvjax.models.network import Params
 from mvjax.parallel import make_mesh
 from mvjax.training.bridge import load_backbone

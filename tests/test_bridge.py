@@ -10,7 +10,7 @@ from test_lora import stored
 from tiny_stages import five_steps, save_untrained, tiny_config
 
 from mvjax.experiment import Experiment
-from mvjax.models.layers import merge_lora
+from mvjax.models.lora import merge_lora
 from mvjax.models.presets import (
     video_network,
 )

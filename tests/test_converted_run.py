@@ -14,7 +14,7 @@ from data_pipelines.normalize import released_normalizer
 from data_pipelines.statistics import compute_statistics
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
-from mvjax.models.layers import merge_lora
+from mvjax.models.lora import merge_lora
 from mvjax.models.network import split
 from mvjax.parallel import make_mesh
 from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokenizer

@@ -8,7 +8,7 @@ from conftest import lora_config
 from tiny_stages import build_stage, tiny_batch, tiny_config, train_tiny
 
 from mvjax.experiment import Experiment
-from mvjax.models.layers import LoRA, learns_with_lora, merge_lora
+from mvjax.models.lora import LoRA, learns_with_lora, merge_lora
 from mvjax.models.network import merge, split
 from mvjax.models.presets import video_network
 from mvjax.training.bridge import abstract_params, restore_params

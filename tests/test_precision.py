@@ -9,9 +9,9 @@ import pytest
 from test_networks import GOLDEN, decoder, dit, last, relative_rms  # noqa: F401
 
 from mvjax import flow
-from mvjax.models.attention import rope_table
 from mvjax.models.network import Network
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
+from mvjax.models.rope import rope_table
 
 pytestmark = pytest.mark.usefixtures("quickly")
 NARROW = ("bfloat16", "published")

@@ -6,7 +6,7 @@ import pytest
 
 from mvjax.models import presets
 from mvjax.models.action_decoder import ActionDecoder
-from mvjax.models.layers import LoRA
+from mvjax.models.lora import LoRA
 from mvjax.models.network import Network
 from mvjax.models.video_dit import VideoDiT
 

@@ -13,7 +13,7 @@ import jax
 
 from data_pipelines.clip import PATCH
 from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
-from mvjax.models.layers import LoRA
+from mvjax.models.lora import LoRA
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import chip
 

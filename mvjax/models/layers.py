@@ -1,12 +1,11 @@
 """What the networks are made of.
 
-In this order: the precisions they are computed in; LoRA and its merging; linear layers, norms,
-activations and the MLP; adaLN modulation; stacks of blocks and what of them is kept for the
-backward pass. Attention has a file of its own.
+In this order: the precisions they are computed in; linear layers, norms, activations and the MLP;
+adaLN modulation; stacks of blocks and what of them is kept for the backward pass. Attention, the
+rotary table and LoRA have files of their own.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from math import pi, sqrt
 from typing import Any
@@ -15,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from mvjax.models.network import Params
+from mvjax.models.lora import LoRA
 
 Array = jax.Array
 Init = Callable[[Array, tuple[int, ...], int], Array]  # (key, shape, fan_in) -> kernel
@@ -63,48 +62,6 @@ def round_to_bfloat16(x: Array) -> Array:
     A cast to bfloat16 and back may be left out by XLA, which is free to compute more precisely.
     """
     return jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)
-
-
-# --- LoRA ---
-
-
-@dataclass(frozen=True)
-class LoRA:
-    """Adapters on the linear layers whose attribute name is in `targets`.
-
-    The published video fine-tuning uses rank 256, alpha 32 (mimic-video release,
-    `configs/experiment/video2world.py`).
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-
-    @property
-    def scale(self) -> float:
-        """What A B is multiplied by."""
-        return self.alpha / self.rank
-
-
-def learns_with_lora(path: tuple[str, ...]) -> bool:
-    """Whether a parameter learns in a LoRA run: adapters, and all adaLN weights, as published."""
-    return path[-1] in ("lora_a", "lora_b") or any(part.startswith("adaln") for part in path)
-
-
-def merge_lora(params: Params, lora: LoRA) -> Params:
-    """Adds (alpha / rank) A B to every adapted kernel and drops the adapters.
-
-    Works on arrays of JAX and NumPy, and on stacked kernels [layers, in, out] as on single ones.
-    """
-    merged = {}
-    for name, value in params.items():
-        if isinstance(value, dict):
-            merged[name] = merge_lora(value, lora)
-        elif name == "kernel" and "lora_a" in params:
-            merged[name] = value + lora.scale * (params["lora_a"] @ params["lora_b"])
-        elif name not in ("lora_a", "lora_b"):
-            merged[name] = value
-    return merged
 
 
 # --- Linear layers ---

@@ -12,12 +12,11 @@ import numpy as np
 from flax import nnx
 
 from data_pipelines.clip import PATCH
-from mvjax.models.attention import Attention, check_context, check_kernel, rope_table
+from mvjax.models.attention import Attention, check_context, check_kernel
 from mvjax.models.layers import (
     MLP,
     FinalLayer,
     Linear,
-    LoRA,
     Modulation,
     RMSNorm,
     by_frame,
@@ -31,6 +30,8 @@ from mvjax.models.layers import (
     stack,
     time_dtype,
 )
+from mvjax.models.lora import LoRA
+from mvjax.models.rope import rope_table
 from mvjax.parallel import constrain
 
 Array = jax.Array

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
-from mvjax.models.layers import merge_lora
+from mvjax.models.lora import merge_lora
 from mvjax.models.network import Network, Params, merge, split
 from mvjax.models.presets import video_network
 from mvjax.models.video_dit import VideoDiTConfig

@@ -24,7 +24,7 @@ from mvjax.flow import (
     video_loss,
 )
 from mvjax.models.flops import step_flops
-from mvjax.models.layers import learns_with_lora
+from mvjax.models.lora import learns_with_lora
 from mvjax.models.network import Params
 from mvjax.models.presets import video_network
 from mvjax.training.bridge import Backbone, load_backbone

@@ -1,8 +1,8 @@
-"""Published names: which tensor is which of our parameters, and how its axes lie.
+"""Published names: which tensor is which of our parameters, and the order of its axes.
 
-A table of rules says everything about one network in one published layout. Conversion in both
-directions, and the check that nothing is missing, are the same code for all tables. In this order:
-rules, video DiT and action decoder, T5, Wan VAE, and the adapters that peft writes beside a layer.
+A table of rules describes one network in one published layout. Conversion in both directions, and
+the check that nothing is missing, are the same code for all tables. In this order: rules, video DiT
+and action decoder, T5, Wan VAE, and the LoRA adapters of peft.
 """
 
 import re
@@ -12,24 +12,19 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mvjax.models.layers import LoRA, merge_lora
+from mvjax.models.lora import LoRA, merge_lora
 from mvjax.models.wan_vae import WanVAEConfig
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
 
 
 class Layout(NamedTuple):
-    """How a PyTorch tensor's axes become ours.
+    """How a PyTorch tensor's axes become ours."""
 
-    Attributes:
-        permute: our axes in terms of the tensor's, after its unit axes are dropped; () keeps them.
-        units: trailing axes of length one that only PyTorch has.
-    """
-
-    permute: tuple[int, ...] = ()
-    units: int = 0
+    permute: tuple[int, ...] = ()  # our axes in terms of the tensor's; () keeps their order
+    units: int = 0  # trailing axes of length one that only PyTorch has, not counted in `permute`
 
     def to_ours(self, tensor: np.ndarray) -> np.ndarray:
-        """Our array, a view where possible."""
+        """Returns our array, a view where possible."""
         array = tensor.reshape(tensor.shape[: tensor.ndim - self.units])
         return array.transpose(self.permute) if self.permute else array
 
@@ -40,11 +35,11 @@ class Layout(NamedTuple):
         return array.reshape(*array.shape, *(1,) * self.units)
 
     def ours_shape(self, tensor: Sequence[int]) -> tuple[int, ...]:
-        """Our array's shape, from the tensor's; raises ValueError if it has other axes."""
-        return self.to_ours(np.broadcast_to(np.int8(0), tensor)).shape  # a view without memory
+        """Returns our array's shape; raises ValueError if the tensor has other axes."""
+        return self.to_ours(np.broadcast_to(np.int8(0), tensor)).shape  # takes no memory
 
     def torch_shape(self, ours: Sequence[int]) -> tuple[int, ...]:
-        """The tensor's shape, from our array's."""
+        """Returns the tensor's shape."""
         return self.to_torch(np.broadcast_to(np.int8(0), ours)).shape
 
 
@@ -59,25 +54,19 @@ GAMMA3D = Layout(units=3)  # [c, 1, 1, 1] -> [c]
 
 
 class Rule(NamedTuple):
-    """One tensor; or one per block, stacked on our leading axis, where `torch` holds "{i}".
+    """One tensor; or one per block, stacked on our leading axis, if `torch` contains "{i}"."""
 
-    Attributes:
-        torch: the published name, e.g. "blocks.{i}.mlp.layer1.weight".
-        ours: the dotted path in our tree, e.g. "blocks.mlp.layer1.kernel".
-        layout: how the axes lie.
-    """
-
-    torch: str
-    ours: str
+    torch: str  # the published name, e.g. "blocks.{i}.mlp.layer1.weight"
+    ours: str  # the dotted path in our tree, e.g. "blocks.mlp.layer1.kernel"
     layout: Layout = SAME
 
     @property
     def stacked(self) -> bool:
-        """Whether the blocks' tensors lie on a leading axis of ours."""
+        """Whether the blocks' tensors are stacked on our leading axis."""
         return "{i}" in self.torch
 
     def name(self, block: int | None) -> str:
-        """The tensor's name, of one block where there are several."""
+        """Returns the tensor's name; `block` matters if stacked."""
         return self.torch.replace("{i}", str(block))
 
 
@@ -100,19 +89,18 @@ def _bias(theirs: str, ours: str) -> Rule:
 
 
 def _blocks() -> Rules:
-    theirs, ours = "blocks.{i}", "blocks"
     rules = []
     for attention in ("self_attn", "cross_attn"):
         for name in ("q_proj", "k_proj", "v_proj", "output_proj"):
-            rules.append(_kernel(f"{theirs}.{attention}.{name}", f"{ours}.{attention}.{name}"))
+            rules.append(_kernel(f"blocks.{{i}}.{attention}.{name}", f"blocks.{attention}.{name}"))
         for name in ("q_norm", "k_norm"):
-            rules.append(_scale(f"{theirs}.{attention}.{name}", f"{ours}.{attention}.{name}"))
+            rules.append(_scale(f"blocks.{{i}}.{attention}.{name}", f"blocks.{attention}.{name}"))
     for name in ("layer1", "layer2"):
-        rules.append(_kernel(f"{theirs}.mlp.{name}", f"{ours}.mlp.{name}"))
+        rules.append(_kernel(f"blocks.{{i}}.mlp.{name}", f"blocks.mlp.{name}"))
     for part in ("self_attn", "cross_attn", "mlp"):
-        published = f"{theirs}.adaln_modulation_{part}"
-        rules.append(_kernel(f"{published}.1", f"{ours}.adaln_{part}.down"))
-        rules.append(_kernel(f"{published}.2", f"{ours}.adaln_{part}.up"))
+        published = f"blocks.{{i}}.adaln_modulation_{part}"
+        rules.append(_kernel(f"{published}.1", f"blocks.adaln_{part}.down"))
+        rules.append(_kernel(f"{published}.2", f"blocks.adaln_{part}.up"))
     return rules
 
 
@@ -125,10 +113,9 @@ _FINAL = [
 
 
 def video_dit(text_projection: bool = False) -> Rules:
-    """The video DiT in NVIDIA's and mimic-video's files, after the prefix `net.`.
+    """Returns the table of NVIDIA's and mimic-video's video DiTs, without the prefix `net.`.
 
-    Args:
-        text_projection: whether text is projected first (Predict2.5, `crossattn_proj`).
+    Predict2.5 has a text projection (`crossattn_proj`).
     """
     projection = "crossattn_proj.0", "text_projection"
     return [
@@ -141,7 +128,7 @@ def video_dit(text_projection: bool = False) -> Rules:
     ]
 
 
-_DIFFUSERS = {  # names of layers in `CosmosTransformer3DModel`, by ours
+_DIFFUSERS = {  # our names of layers -> those in `CosmosTransformer3DModel`
     "x_embedder": "patch_embed.proj",
     "t_embedder.linear_1": "time_embed.t_embedder.linear_1",
     "t_embedder.linear_2": "time_embed.t_embedder.linear_2",
@@ -151,7 +138,7 @@ _DIFFUSERS = {  # names of layers in `CosmosTransformer3DModel`, by ours
     "final_layer.adaln.down": "norm_out.linear_1",
     "final_layer.adaln.up": "norm_out.linear_2",
 }
-_DIFFUSERS_BLOCK = {  # names of parts of a block
+_DIFFUSERS_BLOCK = {  # the same for the parts of a block
     "self_attn": "attn1",
     "cross_attn": "attn2",
     "q_proj": "to_q",
@@ -172,7 +159,7 @@ _DIFFUSERS_BLOCK = {  # names of parts of a block
 
 
 def video_dit_diffusers(text_projection: bool = False) -> Rules:
-    """The video DiT as diffusers' `CosmosTransformer3DModel`."""
+    """Returns the table of diffusers' `CosmosTransformer3DModel`."""
     rules = []
     for rule in video_dit(text_projection):
         layer, leaf = rule.ours.rpartition(".")[0], rule.torch.rpartition(".")[2]
@@ -186,10 +173,9 @@ def video_dit_diffusers(text_projection: bool = False) -> Rules:
 
 
 def action_decoder(proprio_layers: int, action_layers: int) -> Rules:
-    """The action decoder in mimic-video's files, after the prefix `net.`.
+    """Returns the table of mimic-video's action decoders, without the prefix `net.`.
 
-    Args:
-        proprio_layers, action_layers: linear layers of the embedders; 3 in the releases.
+    The arguments are the numbers of linear layers in the embedders; 3 in the releases.
     """
     rules = [
         Rule("ctx_norm.weight", "context_norm.scale"),
@@ -234,25 +220,25 @@ T5: Rules = [
 ]
 # The same tensor under a second name; a file may hold either or both.
 TIED = {"encoder.embed_tokens.weight": "shared.weight"}
-# Checkpoints of the whole T5 also hold what writes text; nothing here uses it.
+# Checkpoints of the whole T5 also hold its decoder, which is not used.
 IGNORED = ("decoder.", "lm_head.")
 
 
 # --- The Wan 2.1 VAE ---
 #
-# Both tables come from one walk over our network: the two layouts hold the same tensors in the same
-# shapes, and differ in how they call a module.
+# One walk over the network makes both tables: the two layouts hold the same tensors in the same
+# shapes and differ only in the names of the modules.
 
 
 class _Names(NamedTuple):
-    """What one module is called: here, in the release, in diffusers."""
+    """The names of one module: here, in the release, in diffusers."""
 
     ours: str
     published: str
     diffusers: str
 
     def child(self, ours: str, published: str, diffusers: str | None = None) -> "_Names":
-        """A module inside this one; `diffusers` is the published name unless it differs."""
+        """Returns the names of a module inside this one; `diffusers` defaults to `published`."""
         names = ours, published, diffusers or published
         return _Names(*(f"{parent}.{name}" for parent, name in zip(self, names)))
 
@@ -260,21 +246,21 @@ class _Names(NamedTuple):
 _Module = tuple[_Names, Layout]  # a module with weights, and the layout of its weight or gamma
 
 
-def wan_vae(config: WanVAEConfig) -> Rules:
-    """The table of the release: `Wan2.1_VAE.pth`, the `tokenizer.pth` of Cosmos-Predict2."""
-    return [rule for module in _modules(config) for rule in _rules(1, *module)]
+def wan_vae(config: WanVAEConfig, column: str = "published") -> Rules:
+    """Returns the table of the release: `Wan2.1_VAE.pth`, `tokenizer.pth` of Cosmos-Predict2."""
+    rules = []
+    for names, layout in _modules(config):
+        ours, torch = names.ours, getattr(names, column)
+        if layout in (GAMMA2D, GAMMA3D):
+            rules.append(Rule(f"{torch}.gamma", f"{ours}.scale", layout))
+        else:
+            rules += [Rule(f"{torch}.weight", f"{ours}.kernel", layout), _bias(torch, ours)]
+    return rules
 
 
 def wan_vae_diffusers(config: WanVAEConfig) -> Rules:
-    """The table of diffusers' `AutoencoderKLWan`."""
-    return [rule for module in _modules(config) for rule in _rules(2, *module)]
-
-
-def _rules(column: int, names: _Names, layout: Layout) -> Rules:
-    ours, torch = names.ours, names[column]
-    if layout in (GAMMA2D, GAMMA3D):
-        return [Rule(f"{torch}.gamma", f"{ours}.scale", layout)]
-    return [Rule(f"{torch}.weight", f"{ours}.kernel", layout), _bias(torch, ours)]
+    """Returns the table of diffusers' `AutoencoderKLWan`."""
+    return wan_vae(config, "diffusers")
 
 
 def _modules(config: WanVAEConfig) -> Iterator[_Module]:
@@ -296,11 +282,9 @@ def _modules(config: WanVAEConfig) -> Iterator[_Module]:
 
 
 def _levels(root: _Names, config: WanVAEConfig) -> Iterator[_Module]:
-    """The four resolutions: residual blocks, and but for the last a change of the resolution.
-
-    The release counts both in one list. So does diffusers in the encoder; in its decoder it counts
-    within levels.
-    """
+    """Yields the levels: residual blocks and, except in the last level, a resampling."""
+    # The release numbers both in one list. So does diffusers in the encoder, whereas in its decoder
+    # it numbers them within each level.
     encoder = root.ours == "encoder"
     widths = config.encoder_widths if encoder else config.decoder_widths
     temporal = config.temporal_downsample if encoder else config.temporal_downsample[::-1]
@@ -331,7 +315,7 @@ def _residual(block: _Names, shortcut: bool) -> Iterator[_Module]:
         yield block.child("shortcut", "shortcut", "conv_shortcut"), POINTWISE3D
 
 
-# --- LoRA adapters as peft stores them beside the layers they adapt ---
+# --- LoRA adapters as peft stores them ---
 #
 # `inject_adapter_in_model` with the adapter name "default" moves `x.weight` to
 # `x.base_layer.weight` and adds `x.lora_A.default.weight` [rank, in] and `x.lora_B.default.weight`
@@ -342,7 +326,7 @@ _BASE, _A, _B = ".base_layer.weight", ".lora_A.default.weight", ".lora_B.default
 
 
 def with_adapters(rules: Rules, targets: tuple[str, ...]) -> Rules:
-    """The rules of a network whose layers in `targets` carry adapters."""
+    """Returns the rules of a network whose layers in `targets` have adapters."""
     adapted = []
     for rule in rules:
         layer, _, leaf = rule.ours.rpartition(".")
@@ -356,37 +340,32 @@ def with_adapters(rules: Rules, targets: tuple[str, ...]) -> Rules:
 
 
 def has_adapters(tensors: Tensors) -> bool:
-    """Whether the tensors are those of a network with adapters."""
+    """Whether any layer has adapters."""
     return any(name.endswith((_A, _B, _BASE)) for name in tensors)
 
 
-def adapter_rank(tensors: Tensors) -> int:
-    """The rank all adapters have.
+def adapters(tensors: Tensors) -> tuple[int, list[str]]:
+    """Returns the adapters' rank and their layers in file order ("q_proj", "x_embedder.proj.1").
 
     Raises:
-        WeightsError: if ranks differ.
+        WeightsError: The adapters have different ranks.
     """
     ranks = {t.shape[0] for name, t in tensors.items() if name.endswith(_A)}
     if len(ranks) != 1:
-        raise WeightsError(f"adapters of one rank are expected, found ranks {sorted(ranks)}.")
-    return ranks.pop()
-
-
-def adapted_layers(tensors: Tensors) -> tuple[str, ...]:
-    """Published names of the adapted layers, e.g. "q_proj", "x_embedder.proj.1", in file order."""
+        raise WeightsError(f"all adapters must have the same rank; found {sorted(ranks)}.")
     layers = (
         re.sub(r"^(blocks\.\d+\.\w+\.|t_embedder\.1\.)", "", name.removesuffix(_BASE))
         for name in tensors
         if name.endswith(_BASE)
     )
-    return tuple(dict.fromkeys(layers))
+    return ranks.pop(), list(dict.fromkeys(layers))
 
 
 def merge_adapters(tensors: Tensors, alpha: float) -> Tensors:
-    """The tensors of the network without adapters; products are made when a tensor is read.
+    """Returns the tensors of the network without adapters, each merged when it is read.
 
     Raises:
-        WeightsError: if parts of adapters are missing; all of them are listed.
+        WeightsError: Parts of adapters are missing; lists all of them.
     """
     merged, missing = {}, set()
     for name, tensor in tensors.items():
