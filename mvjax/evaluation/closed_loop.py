@@ -151,9 +151,6 @@ def wilson_interval(successes: int, trials: int, confidence: float = 0.95) -> tu
 
     Unlike the normal approximation it stays inside [0, 1] and does not shrink to a point at no or
     all successes. Without trials it is (0, 1).
-
-    Raises:
-        ValueError: more successes than trials, or a confidence that is not between 0 and 1.
     """
     from scipy.stats import binomtest  # takes a second to import
 

@@ -38,12 +38,9 @@ class Window:
 def held_out_episodes(
     episodes: Sequence[Episode], dataset: ConfigDict, validation_share: float
 ) -> dict[int, str]:
-    """Returns index and id of the episodes that training holds out.
+    """Returns index and id of the episodes that training holds out; ValueError if there is none.
 
     An episode that cannot be opened is skipped with a warning, as the encoding job skips it.
-
-    Raises:
-        ValueError: if no episode is held out.
     """
     held_out = {}
     for index in range(len(episodes)):

@@ -47,11 +47,7 @@ MODES = ("policy", "oracle", "expert", "none")  # in the order of the report
 
 
 def build_report(run_dir: Path, out: Path) -> None:
-    """Writes the report of a run folder that holds any of the files above.
-
-    Raises:
-        FileNotFoundError: if there is no such folder.
-    """
+    """Writes the report of a run folder that holds any of the files above."""
     if not run_dir.is_dir():
         raise FileNotFoundError(f"There is no run folder {run_dir}.")
     study, command = _read_study(run_dir / "study" / "results.json"), run_dir / "command.txt"

@@ -364,11 +364,7 @@ class WorkerProcess:
         self._send(actions)
 
     def receive(self) -> Query | Outcome:
-        """Waits for the worker's next message.
-
-        Raises:
-            RolloutError: the simulator raised an exception, or the process died.
-        """
+        """Waits for the worker's next message; RolloutError if the simulator failed."""
         try:
             message = self.connection.recv()
         except (EOFError, ConnectionResetError):

@@ -238,9 +238,6 @@ def read_embedding(path: Path, length: int, dim: int) -> np.ndarray:
     """Reads a text embedding [length, dim] from a .npy file of float [l, dim] or [1, l, dim].
 
     A shorter one is padded with zeros, which the video model attends to, as published.
-
-    Raises:
-        ValueError: if the file holds something else.
     """
     try:
         found = np.lib.format.open_memmap(path, mode="r")

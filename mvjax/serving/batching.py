@@ -85,11 +85,7 @@ class Batcher:
             self._thread.shutdown(wait=False, cancel_futures=True)
 
     async def ask(self, observation: Observation) -> Answer:
-        """Answers an observation, unless it is cancelled before its batch begins.
-
-        Raises:
-            PolicyError: the policy failed at this observation.
-        """
+        """Answers an observation; PolicyError if the policy fails. It may be cancelled."""
         query = _Query(observation, asyncio.get_running_loop().create_future())
         self._waiting.append(query)
         self._arrived.set()

@@ -46,11 +46,7 @@ def max_steps(task: str) -> int:
 
 
 def split_task(task: str) -> tuple[str, int]:
-    """Returns LIBERO's suite and index of a task: ("libero_spatial", 3) for "spatial-3".
-
-    Raises:
-        ValueError: if the task is unknown.
-    """
+    """Returns ("libero_spatial", 3) for "spatial-3"; ValueError if the task is unknown."""
     suite, _, number = task.partition("-")
     if suite not in COUNTS or not number.isdecimal() or int(number) >= COUNTS[suite]:
         names = ", ".join(f"{suite}-0 to {suite}-{n - 1}" for suite, n in COUNTS.items())
