@@ -9,19 +9,12 @@ PIXELS_PER_TOKEN = SPATIAL * PATCH  # along height and width
 
 @dataclass(frozen=True)
 class Clip:
-    """The video that a model sees: observed frames up to now, then future frames.
+    """The video that a model sees: observed frames up to now, then future frames."""
 
-    Attributes:
-        height, width: pixels, multiples of 16.
-        observed_frames: frames up to and including now, 1 + 4k.
-        future_frames: frames after now, a multiple of 4.
-        fps: frames per second.
-    """
-
-    height: int
+    height: int  # pixels, a multiple of 16
     width: int
-    observed_frames: int
-    future_frames: int
+    observed_frames: int  # up to and including now, 1 + 4k
+    future_frames: int  # after now, a multiple of 4
     fps: float
 
     def __post_init__(self):

@@ -24,18 +24,13 @@ _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are re
 
 @dataclass(frozen=True)
 class EpisodeWindows:
-    """All windows of one episode.
+    """All windows of one episode."""
 
-    Attributes:
-        frames: the frames in use, resized, several cameras tiled into one, uint8 [n, h, w, 3].
-        clips: indices into `frames` for each window, int64 [k, observed + future].
-        columns: k rows each: anchor int64 (nanoseconds), and where the dataset has them actions
-            float32 [k, H, A] and proprio float32 [k, P, D], not normalised, with actions_padded
-            bool [k, H] and proprio_padded bool [k, P], true where an edge value was repeated.
-    """
-
-    frames: np.ndarray
-    clips: np.ndarray
+    frames: np.ndarray  # uint8 [n, h, w, 3], resized, several cameras tiled into one
+    clips: np.ndarray  # each window's indices into `frames`, int64 [k, observed + future]
+    # anchor int64 [k] (nanoseconds), and where the dataset has them actions float32 [k, H, A] and
+    # proprio float32 [k, P, D], not normalised, with actions_padded bool [k, H] and proprio_padded
+    # bool [k, P], true where an edge value was repeated.
     columns: dict[str, np.ndarray]
 
     def digest(self) -> str:

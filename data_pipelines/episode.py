@@ -39,15 +39,10 @@ class FrameReader(Protocol):
 
 @dataclass(frozen=True)
 class Stream:
-    """One signal over time.
+    """One signal over time."""
 
-    Attributes:
-        timestamps: int64 [n], nanoseconds, strictly increasing.
-        values: [n, ...] array, or a `FrameReader` of n frames for a video.
-    """
-
-    timestamps: np.ndarray
-    values: np.ndarray | FrameReader
+    timestamps: np.ndarray  # int64 [n], nanoseconds, strictly increasing
+    values: np.ndarray | FrameReader  # [n, ...], or n frames of a video
 
     def __post_init__(self):
         times = self.timestamps
@@ -72,24 +67,15 @@ class Stream:
 
 @dataclass(frozen=True)
 class Episode:
-    """One demonstration or one video clip.
+    """One demonstration or one video clip."""
 
-    Attributes:
-        id: unique within its source, and stable between openings.
-        source: the dataset's name.
-        embodiment: the robot or body that acts ("metaworld_sawyer", "human", ...).
-        instructions: one or more descriptions of the task; ("",) where there is none.
-        streams: the dataset's own feature name -> signal; all share one time axis.
-        cameras: names of the streams that are video.
-        embeddings: instruction -> stored text embedding, float [n, d] without trailing zero rows.
-    """
-
-    id: str
-    source: str
-    embodiment: str
-    instructions: tuple[str, ...]
-    streams: Mapping[str, Stream]
-    cameras: tuple[str, ...]
+    id: str  # unique within its source, and stable between openings
+    source: str  # the dataset's name
+    embodiment: str  # the robot or body that acts ("metaworld_sawyer", "human", ...)
+    instructions: tuple[str, ...]  # one or more descriptions of the task; ("",) for none
+    streams: Mapping[str, Stream]  # by the dataset's own feature names, on one time axis
+    cameras: tuple[str, ...]  # the streams that are video
+    # Instruction -> stored text embedding, float [n, d] without trailing zero rows.
     embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     def __post_init__(self):
@@ -187,12 +173,12 @@ class BadShare:
         self._bad: list[str] = []
         self.seen = self.bad = 0
 
-    def good(self) -> None:
+    def count_good(self) -> None:
         """Counts a readable item."""
         with self._lock:
             self.seen += 1
 
-    def is_bad(self, name: str, reason: str) -> None:
+    def count_bad(self, name: str, reason: str) -> None:
         """Counts an unreadable item; raises TooManyBad if the share is now too large."""
         with self._lock:
             self.seen += 1

@@ -8,8 +8,9 @@ An unreadable episode is a finding and never stops the inspection.
 """
 
 import json
+import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -116,16 +117,11 @@ class Inspection:
 
 
 def inspect_path(
-    path: Path,
-    format: str,
-    options: Mapping[str, Any],
-    *,
-    limit: int = 1000,
-    thorough: bool = False,
+    path: Path, format: str, options: Mapping[str, Any], **how: int | bool
 ) -> Inspection:
     """Opens a dataset in a format of `sources.formats.FORMATS` and inspects it.
 
-    See `inspect_dataset` for `limit` and `thorough`.
+    The further arguments are `limit` and `thorough` of `inspect_dataset`.
 
     Raises:
         ValueError: the dataset cannot be opened.
@@ -136,7 +132,7 @@ def inspect_path(
     except UnknownRate as error:  # training needs it, and an inspection helps to find it
         episodes = open_dataset(format, path, name, "unknown", {**options, "fps": 1.0})
         unknown = f"{error} (--option=fps=... here)"
-    found = inspect_dataset(episodes, str(path), format, limit=limit, thorough=thorough)
+    found = inspect_dataset(episodes, str(path), format, **how)
     if unknown:
         found.facts.append(("rate", "unknown; a step is shown as one second"))
         found.add_problem("unknown rate", _ALL, unknown)
@@ -151,22 +147,17 @@ def inspect_dataset(
     limit: int = 1000,
     thorough: bool = False,
 ) -> Inspection:
-    """Inspects the episodes of a source.
+    """Inspects at most `limit` episodes of a source (0: all), spread evenly.
 
-    Args:
-        episodes: from a source.
-        title: path or name of the dataset.
-        format: name of its format.
-        limit: the most episodes to read, spread evenly; 0 for all.
-        thorough: decode every frame of them.
+    `thorough` decodes every frame of them. `title` and `format` are shown in the findings.
     """
     total = len(episodes)
     chosen = _spread(total, limit or total)
     decoded = set(chosen[_spread(len(chosen), _SAMPLED_EPISODES)].tolist())
     found = Inspection(title)
-    ids, embodiments, rates = Counter(), set(), {}
-    looked = _summaries(episodes, chosen, decoded, thorough)
-    for episode in tqdm(looked, desc="inspect", unit="episode", total=len(chosen)):
+    ids, embodiments, rates = Counter(), set(), defaultdict(list)
+    summaries = _summaries(episodes, chosen, decoded, thorough)
+    for episode in tqdm(summaries, desc="inspect", unit="episode", total=len(chosen)):
         found.problems += episode.problems
         if not episode.streams:
             continue
@@ -177,7 +168,8 @@ def inspect_dataset(
         embodiments.add(episode.embodiment)
         ids[episode.id] += 1
         for name, stream in episode.streams.items():
-            rates.setdefault(name, []).extend([stream.rate] if stream.rate else [])
+            if stream.rate:
+                rates[name].append(stream.rate)
         if episode.sampled:
             found.samples.append(episode)
     found.samples = [found.samples[i] for i in _spread(len(found.samples), _SHOWN_EPISODES)]
@@ -185,9 +177,12 @@ def inspect_dataset(
         if count > 1:
             found.add_problem("duplicate id", name, f"{count} episodes have it")
     for name, values in rates.items():
-        rate = float(np.median(values)) if values else None
-        found.streams[name] = replace(found.streams[name], rate=rate)
-    _check_constant(found)
+        found.streams[name] = replace(found.streams[name], rate=float(np.median(values)))
+    for name, stream in found.streams.items():
+        if stream.low is not None and (stream.low == stream.high).any():
+            constant = np.flatnonzero(stream.low == stream.high)
+            values = [f"{i} (always {stream.low[i]:g})" for i in constant]
+            found.add_problem("constant dimension", _ALL, f"{name}: {_listed(values)}")
     every = len(chosen) == total
     share = "" if every else f", of which {len(chosen):,} were inspected"
     about = "" if every else "about "
@@ -238,14 +233,6 @@ def _compare(found: Inspection, episode: EpisodeSummary) -> None:
         elif stream.low is not None:
             first.low[:] = np.minimum(first.low, stream.low)
             first.high[:] = np.maximum(first.high, stream.high)
-
-
-def _check_constant(found: Inspection) -> None:
-    for name, stream in found.streams.items():
-        if stream.low is not None and (stream.low == stream.high).any():
-            constant = np.flatnonzero(stream.low == stream.high)
-            values = [f"{i} (always {stream.low[i]:g})" for i in constant]
-            found.add_problem("constant dimension", _ALL, f"{name}: {_listed(values)}")
 
 
 def _listed(values: Sequence[object], most: int = 8) -> str:
@@ -500,13 +487,12 @@ def _inspect_unfinished(path: Path) -> Inspection:
             found.add_problem("unreadable shard", file.name, str(error))
         else:
             _add_rows(found, rows)
-    each = plan.get("episodes_per_shard")
-    total = f" of {-(-plan['episodes'] // each)}" if each and "episodes" in plan else ""
+    total = math.ceil(plan["episodes"] / plan["episodes_per_shard"])
     found.facts = [
         ("format", "records, not finished: run the encoding job again"),
         ("windows", f"{int(sum(found.lengths)):,}"),
-        ("episodes", f"{found.readable:,} of {plan.get('episodes', 0):,}"),
-        ("shards", f"{len(shards)}{total} finished"),
+        ("episodes", f"{found.readable:,} of {plan['episodes']:,}"),
+        ("shards", f"{len(shards)} of {total} finished"),
         *_settings(plan),
     ]
     return found
@@ -525,9 +511,11 @@ def _add_rows(found: Inspection, rows: Iterable[Mapping[str, Any]]) -> None:
 
 
 def _settings(settings: Mapping[str, Any]) -> list[tuple[str, str]]:
-    shown = [key for key in ("clip", "policy_io", "identity") if settings.get(key)]
-    texts = [json.dumps(settings[key], ensure_ascii=False)[1:-1].replace('"', "") for key in shown]
-    return list(zip(shown, texts))
+    return [
+        (key, json.dumps(settings[key], ensure_ascii=False)[1:-1].replace('"', ""))
+        for key in ("clip", "policy_io", "identity")
+        if settings.get(key)
+    ]
 
 
 def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> None:

@@ -161,7 +161,7 @@ def _reader(
                 record = dataset[index]
             except DamagedRecord as error:
                 if damage is None:  # a sample counts once, however many records it takes
-                    bad.is_bad(f"record {index} of {dataset.name!r}", str(error))
+                    bad.count_bad(f"record {index} of {dataset.name!r}", str(error))
                 damage = error
                 with lock:  # several threads may read it at once
                     is_new = index not in named
@@ -170,7 +170,7 @@ def _reader(
                     log.warning("replaced: %s.", error)
                 continue
             if damage is None:
-                bad.good()
+                bad.count_good()
             return record
         raise ValueError(f"{_TRIES} records in a row could not be read, the last: {damage}")
 

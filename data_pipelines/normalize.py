@@ -71,17 +71,11 @@ def affine_of(statistics: Statistics, mode: Mode) -> Affine:
 
 @dataclass(frozen=True)
 class Normalizer:
-    """Normalises named arrays, each with its own statistics and mode.
+    """Normalises named arrays, each with its own statistics and mode."""
 
-    Attributes:
-        statistics: key -> output of `compute_statistics`.
-        modes: key -> one mode, or one per dimension of the last axis.
-        fingerprint: identity of the data that the statistics were computed from.
-    """
-
-    statistics: Mapping[str, Statistics]
-    modes: Mapping[str, Mode | Sequence[Mode]]
-    fingerprint: str = ""
+    statistics: Mapping[str, Statistics]  # key -> output of `compute_statistics`
+    modes: Mapping[str, Mode | Sequence[Mode]]  # one, or one per dimension of the last axis
+    fingerprint: str = ""  # identity of the data that the statistics were computed from
 
     def __post_init__(self) -> None:
         for key, mode in self.modes.items():
@@ -153,15 +147,10 @@ class Normalizer:
 
 @dataclass(frozen=True)
 class Normalizers:
-    """The normalizers of a run, one per embodiment, because robots differ in scales and units.
+    """The normalizers of a run, one per embodiment, because robots differ in scales and units."""
 
-    Attributes:
-        by_embodiment: embodiment -> normalizer; "" for statistics that name none.
-        fingerprint: identity of the data that all were made from.
-    """
-
-    by_embodiment: Mapping[str, Normalizer]
-    fingerprint: str
+    by_embodiment: Mapping[str, Normalizer]  # "" for statistics that name no embodiment
+    fingerprint: str  # identity of the data that all were made from
 
     def of(self, embodiment: str = "") -> Normalizer:
         """The normalizer of an embodiment; "" stands for the only one.

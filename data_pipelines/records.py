@@ -40,23 +40,14 @@ class DamagedRecord(ValueError):
 
 @dataclass(frozen=True)
 class EpisodeRow:
-    """One episode of a records folder.
+    """One episode of a records folder."""
 
-    Attributes:
-        id: the episode's id in its source.
-        instructions: rows of the text table; the first one names the task.
-        first: index of its first record.
-        count: number of records; 0 for a skipped episode.
-        split: "train" or "validation".
-        digest: hash of the encoded frames and numbers.
-    """
-
-    id: str
-    instructions: tuple[int, ...]
-    first: int
-    count: int
-    split: str
-    digest: str = ""
+    id: str  # as in its source
+    instructions: tuple[int, ...]  # rows of the text table; the first one names the task
+    first: int  # index of its first record
+    count: int  # of its records; 0 for a skipped episode
+    split: str  # "train" or "validation"
+    digest: str = ""  # hash of the encoded frames and numbers
 
 
 class RecordDataset:

@@ -108,9 +108,9 @@ def mark_unfinished(shard: Path) -> None:
 def count(row: Row, bad: BadShare) -> None:
     """Counts an episode as read or as bad."""
     if "reason" in row:
-        bad.is_bad(row["id"], row["reason"])
+        bad.count_bad(row["id"], row["reason"])
     else:
-        bad.good()
+        bad.count_good()
 
 
 class TextEncoder(Protocol):

@@ -24,23 +24,16 @@ Interpolation = Literal["nearest", "previous", "linear", "pose", "quaternion"]
 
 @dataclass(frozen=True)
 class WindowSpec:
-    """A request for part of one stream around an anchor.
+    """A request for part of one stream around an anchor."""
 
-    Attributes:
-        stream: name of the stream in `Episode.streams`.
-        horizon: number of instants.
-        fps: instants per second.
-        shift: seconds added to every instant.
-        interpolation: between two stored values. "pose" interpolates 4x4 matrices (translation
-            linearly, rotation by slerp), "quaternion" xyzw quaternions (slerp).
-        look: "past" windows end at the anchor, "future" windows start there (both plus shift).
-    """
-
-    stream: str
-    horizon: int
-    fps: float
-    shift: float = 0.0
+    stream: str  # its name in `Episode.streams`
+    horizon: int  # number of instants
+    fps: float  # instants per second
+    shift: float = 0.0  # seconds added to every instant
+    # Between two stored values. "pose" interpolates 4x4 matrices (translation linearly, rotation by
+    # slerp), "quaternion" xyzw quaternions (slerp).
     interpolation: Interpolation = "nearest"
+    # "past" windows end at the anchor, "future" windows start there (both plus shift).
     look: Literal["past", "future"] = "future"
 
     def __post_init__(self) -> None:

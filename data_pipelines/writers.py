@@ -43,7 +43,7 @@ Stats = dict[str, np.ndarray]  # min, max, mean, std, count and the quantiles
 
 @dataclass(frozen=True)
 class VideoPart:
-    """The frames of one episode inside an encoded file."""
+    """The frames of one episode in an encoded file."""
 
     path: Path  # the .mp4, at the dataset's frame rate
     first_frame: int  # the episode's first frame in the file
@@ -82,7 +82,7 @@ def write_lerobot(
         ValueError: episodes disagree on features or lengths.
     """
     if not episodes:
-        raise ValueError(f"{path}: there are no episodes to write")
+        raise ValueError(f"{path}: no episodes to write")
     tasks = list(dict.fromkeys(episode.instruction for episode in episodes))
     tables = _tables(episodes, tasks, fps)
     data_files = _write_data(path, tables, data_file_mb)
@@ -334,11 +334,11 @@ class Demonstration:
         rows = {"states": self.states, **self.observations}
         if self.robot_states is not None:
             rows["robot_states"] = self.robot_states
-        lengths = {key: len(array) for key, array in rows.items()}
-        if set(lengths.values()) != {len(self.actions)} or not len(self.actions):
+        wrong = {key: len(array) for key, array in rows.items() if len(array) != len(self.actions)}
+        if wrong or not len(self.actions):
             raise ValueError(
-                f"a demonstration needs one row per action, got {len(self.actions)} actions and "
-                f"the rows {lengths}"
+                f"a demonstration needs one value per action, got {len(self.actions)} actions and "
+                f"values {wrong}"
             )
 
 
@@ -373,7 +373,7 @@ def write_hdf5(path: Path, demonstrations: Iterable[Demonstration], scene: Scene
             _write_demonstration(data.create_group(f"demo_{count}"), demo)
             count, total = count + 1, total + len(demo.actions)
         if count == 0:
-            raise ValueError(f"{path}: there are no demonstrations to write")
+            raise ValueError(f"{path}: no demonstrations to write")
         data.attrs["num_demos"], data.attrs["total"] = count, total
     return count
 

@@ -1,12 +1,12 @@
-"""Says what is in a dataset and what is wrong with it, and draws a page of it.
+"""Inspects a dataset: prints its contents and problems, and writes an HTML page.
 
     python -m launch.inspect DATASET
     python -m launch.inspect DATASET --format=lerobot --option=key=value --out=report.html
     python -m launch.inspect NAME --config=quickstart_video
 
 DATASET is a folder or file of any format, or a records folder of `launch.encode`; with --config it
-is the name of a dataset in it. Looks at lists, numbers and a few frames of up to --episodes
-episodes; --thorough decodes every frame. What cannot be read is listed and stops nothing.
+is the name of a dataset in the configuration. Reads metadata, numbers and a few frames of up to
+--episodes episodes; --thorough decodes every frame. Unreadable episodes are listed.
 """
 
 import json
@@ -28,16 +28,16 @@ from data_pipelines.sources.formats import FORMATS, detect, open_config
 from launch.entry import config_flag, run
 
 CONFIG = config_flag(required=False)
-FORMAT = flags.DEFINE_enum("format", None, sorted(FORMATS), "Of DATASET; found out if left out.")
-OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE for this format; may be repeated.")
-OUT = flags.DEFINE_string("out", None, "An .html file for the page.")
-EPISODES = flags.DEFINE_integer("episodes", 1000, "The most to look at; 0 for all.", lower_bound=0)
+FORMAT = flags.DEFINE_enum("format", None, sorted(FORMATS), "Format of DATASET; default: detected.")
+OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE for the format; may be repeated.")
+OUT = flags.DEFINE_string("out", None, "HTML file to write; default: none.")
+EPISODES = flags.DEFINE_integer("episodes", 1000, "Most episodes to read; 0: all.", lower_bound=0)
 THOROUGH = flags.DEFINE_bool("thorough", False, "Decode every frame.")
 STRICT = flags.DEFINE_bool("strict", False, "Exit with 1 if there is any problem.")
 
 
 def main(dataset: str) -> int:
-    """Prints what was found."""
+    """Inspects DATASET."""
     if OUT.value and Path(OUT.value).is_dir():
         raise ValueError(f"--out must be an .html file, but {OUT.value} is a folder.")
     found = _inspect(dataset)
@@ -74,7 +74,7 @@ def _options() -> dict[str, Any]:
             raise ValueError(f"--option must be KEY=VALUE, got {given!r}.")
         try:
             options[key] = json.loads(value)
-        except json.JSONDecodeError:  # a word without quotes
+        except json.JSONDecodeError:  # an unquoted string
             options[key] = value
     return options
 
