@@ -1,16 +1,15 @@
-"""The one unpickler: it reads pickles of strangers, for data (NumPy arrays) and weights (.pt).
+"""A safe unpickler for untrusted files: NumPy arrays (datasets) and PyTorch's .pt (weights).
 
-A pickle is a program that can call any Python function, so loading one from a stranger is running a
-stranger's code. `load_pickle` imports nothing: a name in the pickle is looked up in a table, and
-what the table holds is inert: a `Function` that returns a description, or something `Described`.
-Any other name is an error. Three weaknesses of `pickle.Unpickler` remain, and a scan beforehand
-(`pickletools`, which executes nothing) takes care of them:
+A pickle is a program that can call any Python function. `load_pickle` imports nothing: it looks up
+the names in the pickle in a table of inert objects: a `Function` that returns a description, or
+something `Described`. Any other name is an error. `pickle.Unpickler` has three more weaknesses,
+which a scan beforehand (`pickletools`, which executes nothing) removes:
 
-- opcodes that no table sees (the extension registry) or that no library writes are refused;
-- a number in the file must not decide how much memory is taken: the memo grows only by entries
-  that are there, and strings are as long as what follows;
-- a key of a dict is hashed, and for tuples of tuples that takes exponential time or overflows the
-  stack of C. Opcodes that make dicts and sets are replaced: they take a `Dict` or `Opaque` of ours.
+- Opcodes that bypass the table (the extension registry) or that no library writes are refused.
+- A number in the file could decide how much memory is allocated: the memo's index must not exceed
+  the number of its entries, and a string's length must not exceed the file.
+- Keys of dicts are hashed, which for nested tuples takes exponential time or overflows the C
+  stack. The opcodes that make dicts and sets are replaced by ones that take our `Dict` or `Opaque`.
 """
 
 import io
@@ -25,11 +24,11 @@ import numpy as np
 
 
 class PickleRefused(ValueError):
-    """A pickle that is damaged, or holds more than the data it may hold."""
+    """The pickle is damaged, or contains something that is not allowed."""
 
 
 class Inert:
-    """Has no attributes that a pickle could set, and nothing happens if it tries (BUILD)."""
+    """An object without attributes that a pickle could set (BUILD)."""
 
     __slots__ = ()
 
@@ -38,7 +37,7 @@ class Inert:
 
 
 class Described(Inert):
-    """Stands for what it describes: a class that is only named, a storage, a tensor."""
+    """A placeholder for what it describes: a class, a storage, a tensor."""
 
     __slots__ = ("value",)
 
@@ -47,7 +46,7 @@ class Described(Inert):
 
 
 class Function(Inert):
-    """What a pickle calls by name; the result describes what the named function would make."""
+    """A placeholder for a function; its result describes what the function would return."""
 
     __slots__ = ("_call",)
 
@@ -60,7 +59,7 @@ class Function(Inert):
 
 
 class Opaque(Inert):
-    """A value that is never looked into, such as a set."""
+    """A value whose content is ignored, such as a set."""
 
     __slots__ = ()
 
@@ -72,13 +71,13 @@ class Opaque(Inert):
 
 
 class Dict(dict, Inert):
-    """A dict whose keys are quickly hashed."""
+    """A dict that accepts only keys that are cheap to hash."""
 
     __slots__ = ()
 
     def __setitem__(self, key: Any, value: Any) -> None:
         if not isinstance(key, str | int | float | bytes | None):
-            raise TypeError(f"a dict has keys that are no names ({type(key).__name__})")
+            raise TypeError(f"a dict has a {type(key).__name__} as a key")
         super().__setitem__(key, value)
 
 
@@ -110,7 +109,7 @@ class _Unpickler(pickle.Unpickler):
 
     def persistent_load(self, pid: Any) -> Any:
         if self._persistent is None:
-            raise ValueError("it refers to something outside")
+            raise ValueError("it has persistent ids")
         return self._persistent(pid)
 
 
@@ -121,19 +120,17 @@ def load_pickle(
     why: str,
     persistent: Callable[[Any], Any] | None = None,
 ) -> Any:
-    """What a pickle describes: lists, tuples, `Dict`s, plain values, and what `names` makes.
-
-    It may hold itself, or one part in many places.
+    """Returns lists, tuples, `Dict`s, plain values, and placeholders; also in cycles.
 
     Args:
-        data: the pickle.
-        where: the file, for messages.
-        names: what each "module.name" stands for; functions must take any arguments without harm.
-        why: what is read instead of any other name, and what to do.
-        persistent: persistent id -> object.
+        data: The pickle.
+        where: The file, for messages.
+        names: "module.name" -> placeholder; functions must be safe for any arguments.
+        why: Ends the message about any other name: what is allowed, and what to do.
+        persistent: Maps a persistent id to an object.
 
     Raises:
-        PickleRefused: the pickle has another name or is damaged, or a function raises it.
+        PickleRefused: The pickle has another name or is damaged, or a function raises it.
     """
     try:
         return _Unpickler(data, names, why, persistent).load()
@@ -141,18 +138,12 @@ def load_pickle(
         raise
     except PickleRefused as error:
         raise PickleRefused(f"{where} {error}") from None
-    except Exception as error:  # there is no end to what a damaged pickle can raise
-        raise PickleRefused(
-            f"{where}: a damaged pickle ({error}); copy or download it again"
-        ) from error
+    except Exception as error:  # a damaged pickle can raise anything
+        raise PickleRefused(f"{where}: a damaged pickle ({error}); copy it again") from error
 
 
 def _scanned(data: bytes) -> tuple[bytes, list[Any]]:
-    """Checks the opcodes; returns the pickle with harmless ones, and the containers it will take.
-
-    NEXT_BUFFER pushes the next object that is given to the unpickler, and so takes the place of the
-    opcodes that make a container. REDUCE calls where NEWOBJ would want a class.
-    """
+    """Checks the opcodes; returns the pickle with safe ones, and the containers it will take."""
     scanned, containers = bytearray(data), []
     for count, (opcode, arg, position) in enumerate(pickletools.genops(data)):
         if opcode.name not in _ALLOWED:
@@ -160,22 +151,22 @@ def _scanned(data: bytes) -> tuple[bytes, list[Any]]:
         match opcode.name:
             case "PUT" | "BINPUT" | "LONG_BINPUT" if not 0 <= arg <= count:
                 raise ValueError(f"entry {arg} of its memo, where at most {count} are possible")
-            case "EMPTY_DICT" | "EMPTY_SET":
+            case "EMPTY_DICT" | "EMPTY_SET":  # NEXT_BUFFER pushes the next of the containers
                 containers.append(Dict() if opcode.name == "EMPTY_DICT" else Opaque())
                 scanned[position] = pickle.NEXT_BUFFER[0]
-            case "NEWOBJ":
+            case "NEWOBJ":  # needs a class, whereas REDUCE calls anything
                 scanned[position] = pickle.REDUCE[0]
     return bytes(scanned), containers
 
 
-# NumPy arrays
+# --- NumPy arrays ---
 
 
 _NUMBER = re.compile(r"[<>=|]?[biufc]\d{1,2}")  # a dtype's code; never objects or structures
 
 
 class _Pending(Described):
-    """An array or type that is made in two steps; what refers to it sees the finished one."""
+    """An array or type that the pickle makes in two steps, and may refer to in between."""
 
     __slots__ = ()
 
@@ -187,28 +178,24 @@ class _Pending(Described):
             case None, (_, shape, _Pending(value=np.dtype() as dtype), fortran, content):
                 self.value = _array(content, dtype, shape, "F" if fortran else "C")
             case _:
-                raise ValueError("an array is described in an unknown way")
+                raise ValueError("the state of an array or type is invalid")
 
 
 def read_array_pickle(data: bytes, where: object) -> Any:
-    """What a pickle describes: lists, tuples, dicts, plain values and NumPy arrays of numbers.
-
-    Args:
-        data: the pickle, of any protocol that NumPy has been pickled with (1 to 5).
-        where: the file, for messages.
+    """Returns lists, tuples, dicts, plain values and NumPy arrays of numbers; protocols 1 to 5.
 
     Raises:
-        PickleRefused: if it refers to anything else, or is damaged.
+        PickleRefused: The pickle refers to anything else, or is damaged; names the file `where`.
     """
     why = (
         "only NumPy arrays and plain values are read, and nothing is executed. Do not load this "
-        "file with pickle unless you trust where it comes from"
+        "file with pickle unless you trust its source"
     )
     described = load_pickle(data, where, _NUMPY, why)
     try:
         return _finished(described, {})
     except (ValueError, RecursionError) as error:
-        raise PickleRefused(f"{where}: a damaged pickle ({error})") from error
+        raise PickleRefused(f"{where}: a damaged pickle ({error}); copy it again") from error
 
 
 def _dtype(code: Any, *_: Any) -> _Pending:
@@ -219,13 +206,13 @@ def _dtype(code: Any, *_: Any) -> _Pending:
 
 def _encode(text: str, encoding: str) -> bytes:
     if encoding != "latin1":
-        raise ValueError(f"bytes are written as {encoding!r}")
+        raise ValueError(f"bytes are encoded as {encoding!r}")
     return text.encode("latin1")
 
 
 def _reconstruct(kind: Any, *_: Any) -> _Pending:
     if kind is not _NDARRAY:
-        raise ValueError("an array is of another class than numpy.ndarray")
+        raise ValueError("an array has another class than numpy.ndarray")
     return _Pending()
 
 
@@ -248,8 +235,8 @@ def _array(content: Any, dtype: np.dtype, shape: tuple[int, ...], order: str) ->
 
 
 def _finished(value: Any, done: dict[int, Any]) -> Any:
-    """The value with arrays in place of what stood for them; shared parts are looked at once."""
-    if id(value) in done:
+    """Returns the value with arrays in place of placeholders."""
+    if id(value) in done:  # shared parts once: nested sharing would take exponential time
         return done[id(value)]
     match value:
         case _Pending(value=np.ndarray() | np.generic() as result):
@@ -259,7 +246,7 @@ def _finished(value: Any, done: dict[int, Any]) -> Any:
         case Dict():
             result = {key: _finished(item, done) for key, item in value.items()}
         case Inert():
-            raise ValueError("it holds something that is no array")
+            raise ValueError("it holds something other than arrays")
         case _:
             result = value
     done[id(value)] = result

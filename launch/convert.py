@@ -3,11 +3,11 @@
     python -m launch.convert SOURCE DEST
     python -m launch.convert SOURCE DEST --to=diffusers|nvidia|mimic-video
 
-SOURCE is recognised by what it holds: NVIDIA's or mimic-video's .pt of a video DiT or an action
-decoder, a VAE or a T5 encoder, a folder of diffusers or Hugging Face, the released statistics of a
-dataset (into DEST/normalizer.json); or, with --to, a training directory or converted checkpoint.
-DEST is what `launch.train`, `launch.evaluate` and `launch.generate` take as a checkpoint. Nothing
-of PyTorch needs to be installed, and no code inside a file is ever run.
+SOURCE is recognised by its content: a .pt of NVIDIA or mimic-video with a video DiT, action decoder
+or VAE, a folder of diffusers or Hugging Face (also T5), or a dataset's released statistics (into
+DEST/normalizer.json). With --to, SOURCE is a training directory or converted checkpoint. DEST is
+what `launch.train`, `launch.evaluate` and `launch.generate` take as a checkpoint. PyTorch need not
+be installed, and no code inside a file is ever run.
 """
 
 from pathlib import Path
@@ -31,19 +31,25 @@ from mvjax.weights.convert import (
 from mvjax.weights.kinds import Hints
 from mvjax.weights.source import open_source
 
-TO = flags.DEFINE_enum("to", None, TARGETS, "Write SOURCE, a checkpoint of ours, for these.")
-LORA = flags.DEFINE_enum("lora", "merge", ("merge", "keep"), "What becomes of LoRA adapters.")
-ALPHA = flags.DEFINE_float("lora_alpha", 32.0, "alpha of the adapters; no file tells it.")
+TO = flags.DEFINE_enum(
+    "to", None, TARGETS, "Layout in which SOURCE, a checkpoint of this project, is exported."
+)
+LORA = flags.DEFINE_enum("lora", "merge", ("merge", "keep"), "Merge LoRA adapters, or keep them.")
+ALPHA = flags.DEFINE_float("lora_alpha", 32.0, "LoRA alpha of the adapters; files do not store it.")
 EMA = flags.DEFINE_bool("ema", False, "Take the moving average of an NVIDIA file (net_ema.*).")
-DTYPE = flags.DEFINE_enum("dtype", "", ("", "float32", "bfloat16"), "Of what is written.")
-ROPE = flags.DEFINE_list("rope_ratio_thw", None, "Rotary ratios t,h,w of a video DiT.")
+DTYPE = flags.DEFINE_enum(
+    "dtype", "", ("", "float32", "bfloat16"), "Type of the written weights; default: as in SOURCE."
+)
+ROPE = flags.DEFINE_list(
+    "rope_ratio_thw", None, "Rotary ratios t,h,w of a video DiT; default: those of a released size."
+)
 PROPRIO = flags.DEFINE_integer("proprio_horizon", 1, "Proprioception steps of an action decoder.")
 PRECISION = flags.DEFINE_enum(
-    "precision", "bfloat16", PRECISIONS, "In which the network computes, unless a run says it."
+    "precision", "bfloat16", PRECISIONS, "Default precision of the network's arithmetic."
 )
-DRY_RUN = flags.DEFINE_bool("dry_run", False, "Say what would happen, and do nothing.")
+DRY_RUN = flags.DEFINE_bool("dry_run", False, "Describe the conversion without writing anything.")
 VERIFY = flags.DEFINE_bool(
-    "verify", False, "Compare outputs with PyTorch's; needs the extra mvjax[torch]."
+    "verify", False, "Compare weights and outputs with PyTorch's; needs the extra mvjax[torch]."
 )
 
 
@@ -53,10 +59,8 @@ def main(source: str, destination: str) -> None:
     if TO.value:
         _export(source, destination)
     elif checkpoint_folder(source).is_dir():
-        raise ValueError(
-            f"{source} is a checkpoint of this project; give --to={'|'.join(TARGETS)} to write it "
-            "for PyTorch."
-        )
+        targets = "|".join(TARGETS)
+        raise ValueError(f"{source} is a checkpoint already; give --to={targets} to export it.")
     elif looks_like_statistics(source):
         _statistics(source, destination)
     else:
@@ -64,7 +68,7 @@ def main(source: str, destination: str) -> None:
 
 
 def _import(source: Path, destination: Path) -> None:
-    opened = open_source(source, Hints(_ratios(), PROPRIO.value, PRECISION.value), ema=EMA.value)
+    opened = open_source(source, _hints(), ema=EMA.value)
     try:
         conversion = prepare(opened, lora=LORA.value, alpha=ALPHA.value, dtype=DTYPE.value)
     except ValueError as error:
@@ -75,17 +79,13 @@ def _import(source: Path, destination: Path) -> None:
     with _bar(conversion.nbytes) as bar:
         write(conversion, destination, bar.update)
     if VERIFY.value:
-        from launch.benchmarks.verify_weights import verify  # the only part that needs torch
+        # Not at the top: only this part needs torch.
+        from launch.benchmarks.verify_weights import verify
 
         print(verify(conversion, destination))
 
 
 def _export(source: Path, destination: Path) -> None:
-    if source.exists() and not checkpoint_folder(source).is_dir():
-        raise ValueError(
-            f"--to={TO.value} writes a checkpoint of this project for PyTorch, but {source} is "
-            "none; leave --to out to make one of it."
-        )
     export = prepare_export(source, TO.value, lora=LORA.value, dtype=DTYPE.value)
     print(describe_export(export, source, destination))
     if DRY_RUN.value:
@@ -105,20 +105,20 @@ def _statistics(source: Path, destination: Path) -> None:
         normalizer.save(path)
 
 
-def _ratios() -> tuple[float, float, float] | None:
+def _hints() -> Hints:
     if ROPE.value is None:
-        return None
+        return Hints(None, PROPRIO.value, PRECISION.value)
     try:
         t, h, w = map(float, ROPE.value)
     except ValueError:
         given = ",".join(ROPE.value)
         raise ValueError(f"--rope_ratio_thw must be t,h,w, e.g. 1,3,3; got {given!r}.") from None
-    return t, h, w
+    return Hints((t, h, w), PROPRIO.value, PRECISION.value)
 
 
 def _bar(nbytes: int) -> tqdm:
-    units = dict(unit="B", unit_scale=True, unit_divisor=1000)
-    return tqdm(total=nbytes, desc="tensors", delay=0.5, **units)  # none before an early error
+    # The delay keeps the bar away from an error at the start.
+    return tqdm(total=nbytes, desc="tensors", delay=0.5, unit="B", unit_scale=True)
 
 
 if __name__ == "__main__":

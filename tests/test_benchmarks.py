@@ -163,13 +163,14 @@ def test_pytorch_encodes_by_the_wan_vae_too():
     import jax
     from published import CONFIGS
 
-    from launch.benchmarks.torch_networks import TorchWanVAE, load_params, vae_rules
+    from launch.benchmarks.torch_networks import TorchWanVAE, load_params
     from mvjax.weights.kinds import VAE
+    from mvjax.weights.names import wan_vae_diffusers
 
     network = VAE.network(CONFIGS["vae"])
     params = network.init(jax.random.key(0))
     theirs = TorchWanVAE(network.config)
-    load_params(theirs.net, params, vae_rules(network.config))
+    load_params(theirs.net, params, wan_vae_diffusers(network.config))
     video = np.random.default_rng(0).uniform(-1, 1, (1, 5, 32, 48, 3)).astype(np.float32)
     with torch.no_grad():
         latents = theirs(torch.from_numpy(video))

@@ -31,7 +31,6 @@ from mvjax.weights.source import Source, open_source, open_weights
 
 GOLDEN = Path(__file__).parent / "golden"
 HINTS = Hints(rope_ratio_thw=(1.0, 3.0, 3.0), precision="float32")
-TARGET = {"nvidia": "nvidia", "mimic-video": "mimic-video", "diffusers": "diffusers"}
 
 
 def convert(path, directory, **options):
@@ -60,7 +59,7 @@ def test_there_and_back_bit_for_bit(kind, layout, tmp_path):
     source = write_published(tmp_path, kind, layout, tensors)
     conversion = convert(source, tmp_path / "ours")
     assert conversion.num_parameters == sum(int(np.prod(t.shape)) for t in tensors.values())
-    export = prepare_export(tmp_path / "ours", TARGET[layout])
+    export = prepare_export(tmp_path / "ours", layout)
     write_export(export, tmp_path / "back")
     back = open_weights(tmp_path / "back")
     same_bits(prefixed(tensors) if layout in kind.prefixed else tensors, back)

@@ -8,15 +8,12 @@ from test_networks import decoder_config, load, relative_rms
 from mvjax.flow import sample_actions, scale_noisy_actions
 from mvjax.models.action_decoder import ActionDecoderConfig
 from mvjax.models.presets import decoder_network
+from mvjax.weights.kinds import decoder_rules
 from mvjax.weights.names import action_decoder as decoder_names
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed")
 
-from launch.benchmarks.torch_networks import (  # noqa: E402
-    TorchActionDecoder,
-    decoder_rules,
-    load_params,
-)
+from launch.benchmarks.torch_networks import TorchActionDecoder, load_params  # noqa: E402
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from data_pipelines.atomic import replacing
 from mvjax.weights.files import TYPE_NAMES, TorchTensor
 from mvjax.weights.pt_files import write_pt
 from mvjax.weights.safetensors_files import write_safetensors, write_safetensors_folder
@@ -45,8 +46,10 @@ def to_pt(folder, tensors):
 
 
 def to_safetensors(folder, tensors):
-    write_safetensors(folder / "a.safetensors", tensors)
+    with replacing(folder / "a.safetensors") as unfinished:
+        write_safetensors(unfinished, tensors)
 
 
 def to_shards(folder, tensors):
-    write_safetensors_folder(folder, tensors, max_shard_bytes=3_000)
+    with replacing(folder / "shards") as unfinished:
+        write_safetensors_folder(unfinished, tensors, max_shard_bytes=3_000)

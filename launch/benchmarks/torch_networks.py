@@ -1,10 +1,11 @@
-"""Our networks in PyTorch, with weights of ours: the measure of ours in tests and benchmarks.
+"""Our networks in PyTorch, as the reference for tests and benchmarks.
 
-The video DiT and the Wan VAE are those of diffusers. No package has the action decoder: it is
-written here, under the names of mimic-video's files.
+The video DiT and the Wan VAE are those of diffusers. No package has the action decoder; it is
+implemented here, under the names of mimic-video's files.
 """
 
 import dataclasses
+from collections import OrderedDict
 from itertools import pairwise
 from typing import Any
 
@@ -28,16 +29,16 @@ from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.models.wan_vae import WanVAEConfig
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.weights.kinds import video_sections
-from mvjax.weights.names import Rules, action_decoder, video_dit_diffusers, wan_vae_diffusers
+from mvjax.weights.names import Rules
 
 
 class TorchVideoDiT(nn.Module):
-    """diffusers' Cosmos transformer with what `mvjax.flow.network_input` does before it.
+    """diffusers' Cosmos transformer after the equivalent of `mvjax.flow.network_input`.
 
     Args:
-        config: of the video DiT.
-        layer: the block after which the hidden states are returned, and later ones left out; None
-            for the velocity of the whole network.
+        config: Configuration of the video DiT.
+        layer: Number of blocks after which the hidden states are returned; None for the velocity
+            of the whole network.
     """
 
     def __init__(self, config: VideoDiTConfig, layer: int | None = None):
@@ -50,14 +51,14 @@ class TorchVideoDiT(nn.Module):
     def forward(
         self, noisy: Tensor, clean: Tensor, sigma: Tensor, observed: Tensor, text: Tensor
     ) -> Tensor:
-        """The velocity [b, t, h, w, c], or hidden states [b, t·h/2·w/2, width].
+        """Returns the velocity [b, t, h, w, c], or hidden states [b, t·h/2·w/2, width].
 
         Args:
-            noisy: x0 + σ ε, [b, t, h, w, c].
-            clean: latents, of which the observed frames are taken, [b, t, h, w, c].
-            sigma: noise level [b, 1].
+            noisy: Noisy latents x0 + σ ε, [b, t, h, w, c].
+            clean: Latents of which the observed frames are taken, [b, t, h, w, c].
+            sigma: Noise level [b, 1].
             observed: 1 for conditioning frames [b, t].
-            text: embeddings [b, l, d].
+            text: Embeddings [b, l, d].
         """
         b, t, h, w, _ = noisy.shape
         tau, mask = sigma / (1 + sigma), observed[..., None, None, None]
@@ -75,7 +76,7 @@ class TorchVideoDiT(nn.Module):
         )
         if self.layer is None:
             return out.movedim(1, -1)
-        # The tokens have been put together to a picture, a quarter of the width at every latent.
+        # diffusers has unpatched the tokens: each latent holds a quarter of the width.
         grid = out.unflatten(4, (w // PATCH, PATCH)).unflatten(3, (h // PATCH, PATCH))
         return grid.permute(0, 2, 3, 5, 4, 6, 1).flatten(4).flatten(1, 3)
 
@@ -86,7 +87,7 @@ class _Unchanged(nn.Module):
 
 
 class TorchWanVAE(nn.Module):
-    """diffusers' Wan VAE with the latents' statistics; encodes as ours, channels last."""
+    """diffusers' Wan VAE with normalised latents, channels last, as ours."""
 
     def __init__(self, config: WanVAEConfig):
         super().__init__()
@@ -94,13 +95,13 @@ class TorchWanVAE(nn.Module):
         self.mean, self.std = config.latent_mean, config.latent_std
 
     def forward(self, video: Tensor) -> Tensor:
-        """Normalised posterior means, float32 [b, 1 + k, h/8, w/8, c], of [b, 1 + 4k, h, w, 3]."""
+        """Encodes [b, 1 + 4k, h, w, 3] as float32 [b, 1 + k, h/8, w/8, c]."""
         latents = self.net.encode(video.movedim(-1, 1)).latent_dist.mode().movedim(1, -1).float()
         return (latents - latents.new_tensor(self.mean)) / latents.new_tensor(self.std)
 
 
 class TorchLinearTokenizer(nn.Module):
-    """The linear tokenizer: a product per frame or group of frames."""
+    """The linear tokenizer: a matrix product per frame or group of frames."""
 
     def __init__(self, tokenizer: Any):
         super().__init__()
@@ -110,7 +111,7 @@ class TorchLinearTokenizer(nn.Module):
                 self.register_buffer(f"{name}_{leaf}", array)
 
     def forward(self, video: Tensor) -> Tensor:
-        """Latents [b, 1 + k, h/8, w/8, 16] of video [b, 1 + 4k, h, w, 3] in [-1, 1]."""
+        """Encodes video [b, 1 + 4k, h, w, 3] in [-1, 1] as [b, 1 + k, h/8, w/8, 16]."""
         first = (_patches(video[:, :1], 1) - self.first_mean) @ self.first_encode
         groups = (_patches(video[:, 1:], 4) - self.group_mean) @ self.group_encode
         return torch.cat([first, groups], dim=1)
@@ -123,12 +124,12 @@ def _patches(video: Tensor, group: int) -> Tensor:
 
 
 def load_params(module: nn.Module, params: Params, rules: Rules) -> None:
-    """Gives a PyTorch network our weights.
+    """Loads our weights into a PyTorch network.
 
     Args:
-        module: whose names the rules know. A video DiT that was cut short takes what it has.
-        params: our tree.
-        rules: names and layouts.
+        module: The network; a video DiT with fewer blocks takes the weights of those.
+        params: Our tree.
+        rules: The table of the module's names.
     """
     leaves, needed = leaf_paths(params), module.state_dict().keys()
     state = {}
@@ -140,57 +141,40 @@ def load_params(module: nn.Module, params: Params, rules: Rules) -> None:
     module.load_state_dict({name: state[name] for name in needed})
 
 
-def video_rules(config: VideoDiTConfig) -> Rules:
-    """Of `TorchVideoDiT.net`."""
-    return video_dit_diffusers(bool(config.text_projection_dim))
-
-
-def decoder_rules(config: ActionDecoderConfig) -> Rules:
-    """Of `TorchActionDecoder`."""
-    dims = config.proprio_dim, config.action_dim
-    return action_decoder(*(len(embedder_widths(dim, config.width)) - 1 for dim in dims))
-
-
-def vae_rules(config: WanVAEConfig) -> Rules:
-    """Of `TorchWanVAE.net`."""
-    return wan_vae_diffusers(config)
-
-
 # --- The action decoder of mimic-video, under the names of its published files ---
 
 
 KeysValues = tuple[Tensor, Tensor]
-EPS = 1e-6
+_EPS = 1e-6
 
 
 class TorchActionDecoder(nn.Module):
-    """As `mvjax.models.action_decoder.ActionDecoder`; loads the release without `net.`.
+    """As `mvjax.models.action_decoder.ActionDecoder`; loads the release's names without `net.`.
 
-    Args:
-        config: sizes; precision, kernel and rematerialisation are the caller's business.
+    Of the configuration, only the sizes are used.
     """
 
     def __init__(self, config: ActionDecoderConfig):
         super().__init__()
         d, tokens = config.width, config.proprio_horizon + config.action_horizon
         self.proprio_horizon = config.proprio_horizon
-        self.ctx_norm = nn.LayerNorm(config.context_dim, EPS)
-        self.obs_embedder = Embedder(config.proprio_dim, d)
-        self.action_embedder = Embedder(config.action_dim, d)
+        self.ctx_norm = nn.LayerNorm(config.context_dim, _EPS)
+        self.obs_embedder = _Embedder(config.proprio_dim, d)
+        self.action_embedder = _Embedder(config.action_dim, d)
         self.obs_mask_token = nn.Parameter(torch.randn(1, 1, d) * d**-0.5)
         self.pos_embedding = nn.Parameter(torch.randn(1, tokens, d) * d**-0.5)
-        self.t_embedder = nn.ModuleDict({"pair": PairTime(d, config.time_rank)})
-        self.t_embedding_norm = nn.RMSNorm(config.time_rank, EPS)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_blocks))
-        self.final_layer = FinalLayer(config)
+        self.t_embedder = nn.ModuleDict({"pair": _PairTime(d, config.time_rank)})
+        self.t_embedding_norm = nn.RMSNorm(config.time_rank, _EPS)
+        self.blocks = nn.ModuleList(_Block(config) for _ in range(config.num_blocks))
+        self.final_layer = _FinalLayer(config)
 
     def compile_parts(self) -> None:
-        """Uses `torch.compile` for both methods."""
+        """Compiles both methods with `torch.compile`."""
         self.compile()
         self.context_keys_values = torch.compile(self.context_keys_values)
 
     def context_keys_values(self, context: Tensor) -> list[KeysValues]:
-        """Every block's keys and values of the context [b, m, context_dim]: once per query."""
+        """Returns every block's keys and values of the context [b, m, context_dim]."""
         context = self.ctx_norm(context)
         return [block.cross_attn.keys_values(context) for block in self.blocks]
 
@@ -203,14 +187,14 @@ class TorchActionDecoder(nn.Module):
         context: list[KeysValues],
         drop_proprio: Tensor | None = None,
     ) -> Tensor:
-        """The velocity [b·r, horizon, action_dim] of r draws per sample; as ours.
+        """Returns the velocity [b·r, horizon, action_dim] of r draws per sample.
 
         Args:
             proprio: [b·r, proprio_horizon, proprio_dim].
-            noisy_actions: scaled, [b·r, horizon, action_dim].
-            action_time: flow time [b·r, 1].
-            video_sigma: noise level of the video [b·r, 1].
-            context: of `context_keys_values`, for b samples.
+            noisy_actions: Scaled actions [b·r, horizon, action_dim].
+            action_time: Flow time [b·r, 1].
+            video_sigma: Noise level of the video [b·r, 1].
+            context: `context_keys_values` of b samples.
             drop_proprio: 1 where proprioception is replaced by the mask token [b·r].
         """
         p = self.proprio_horizon
@@ -222,7 +206,7 @@ class TorchActionDecoder(nn.Module):
     def tokens(
         self, proprio, noisy_actions, token_times, video_sigma, context, drop_proprio=None
     ) -> Tensor:
-        """As `forward`, with a flow time for every token [b·r, n]; the output of all n tokens."""
+        """As `forward`, with a flow time per token [b·r, n], and the output of all n tokens."""
         state, actions = self.obs_embedder(proprio), self.action_embedder(noisy_actions)
         if drop_proprio is not None:
             drop = drop_proprio[:, None, None].to(state.dtype)
@@ -235,8 +219,8 @@ class TorchActionDecoder(nn.Module):
         return self.final_layer(x, embedding, shared)
 
 
-class Embedder(nn.Module):
-    """Linears with GELU between, times 1/√d."""
+class _Embedder(nn.Module):
+    """Linear layers with GELU in between, times 1/√d."""
 
     def __init__(self, d_in: int, d: int):
         super().__init__()
@@ -247,11 +231,10 @@ class Embedder(nn.Module):
         self.scale = d**-0.5
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps [b, n, d_in] to [b, n, d]."""
         return self.layers(x) * self.scale
 
 
-class PairTime(nn.Module):
+class _PairTime(nn.Module):
     """z = B(φ_a) ⊙ C(φ_v) - b_B ⊙ b_C, and the modulation A(z) that all sublayers share."""
 
     def __init__(self, d: int, rank: int):
@@ -261,7 +244,7 @@ class PairTime(nn.Module):
         self.A = nn.Linear(rank, 3 * d, bias=False)
         exponent = np.arange(d // 2) / (d // 2 - 1)
         period = MIN_PERIOD * (MAX_PERIOD / MIN_PERIOD) ** exponent
-        # No buffer, which `module.to(torch.bfloat16)` would round.
+        # Not a buffer, which `module.to(torch.bfloat16)` would round.
         self.frequency = torch.as_tensor(2 * np.pi / period, device=self.A.weight.device)
 
     def forward(self, action_time: Tensor, video_time: Tensor) -> tuple[Tensor, Tensor]:
@@ -272,13 +255,13 @@ class PairTime(nn.Module):
         return z, self.A(z)
 
     def _features(self, t: Tensor) -> Tensor:
-        """Sines and cosines, computed in float64 and rounded to bfloat16 in every precision."""
+        """Returns sines and cosines, computed in float64 and rounded to bfloat16 always."""
         angle = t.double()[..., None] * self.frequency
         features = torch.cat([angle.sin(), angle.cos()], dim=-1)
         return features.bfloat16().to(self.A.weight.dtype)
 
 
-class Attention(nn.Module):
+class _Attention(nn.Module):
     """Multi-head attention with RMS-normalised queries and keys."""
 
     def __init__(self, d: int, d_context: int, heads: int):
@@ -288,77 +271,63 @@ class Attention(nn.Module):
         self.k_proj = nn.Linear(d_context, d, bias=False)
         self.v_proj = nn.Linear(d_context, d, bias=False)
         self.output_proj = nn.Linear(d, d, bias=False)
-        self.q_norm, self.k_norm = (nn.RMSNorm(d // heads, EPS) for _ in range(2))
+        self.q_norm, self.k_norm = (nn.RMSNorm(d // heads, _EPS) for _ in range(2))
 
     def keys_values(self, context: Tensor) -> KeysValues:
-        """Keys and values [b, heads, m, head_dim] of a context [b, m, d_context]."""
+        """Returns keys and values [b, heads, m, head_dim] of a context [b, m, d_context]."""
         keys = self.k_norm(self.k_proj(context).unflatten(-1, (self.heads, -1)))
         values = self.v_proj(context).unflatten(-1, (self.heads, -1))
         return keys.transpose(1, 2), values.transpose(1, 2)
 
     def forward(self, x: Tensor, keys_values: KeysValues) -> Tensor:
-        """Attends from [b·r, n, d]; the r draws of a sample are more queries to its context."""
+        """Maps [b·r, n, d] to the same shape; a sample's r draws are queries to one context."""
         u = x.reshape(len(keys_values[0]), -1, x.shape[-1])
         queries = self.q_norm(self.q_proj(u).unflatten(-1, (self.heads, -1)))
         y = scaled_dot_product_attention(queries.transpose(1, 2), *keys_values)
         return self.output_proj(y.transpose(1, 2).flatten(2)).view_as(x)
 
 
-class MLP(nn.Module):
-    """Linear, GELU, linear."""
-
-    def __init__(self, d: int, hidden: int):
-        super().__init__()
-        self.layer1 = nn.Linear(d, hidden, bias=False)
-        self.layer2 = nn.Linear(hidden, d, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps [b, n, d] to [b, n, d]."""
-        return self.layer2(nn.functional.gelu(self.layer1(x)))
-
-
-class Block(nn.Module):
-    """Cross-attention to the video context, self-attention, MLP; modulated per token."""
+class _Block(nn.Module):
+    """Cross-attention to the video context, self-attention and MLP, modulated per token."""
 
     def __init__(self, config: ActionDecoderConfig):
         super().__init__()
-        d, heads = config.width, config.num_heads
-        self.cross_attn = Attention(d, config.context_dim, heads)
-        self.self_attn = Attention(d, d, heads)
-        self.mlp = MLP(d, config.mlp_ratio * d)
-        self.adaln_modulation_cross_attn = modulation(config, 3)
-        self.adaln_modulation_self_attn = modulation(config, 3)
-        self.adaln_modulation_mlp = modulation(config, 3)
+        d, heads, hidden = config.width, config.num_heads, config.mlp_ratio * config.width
+        self.cross_attn = _Attention(d, config.context_dim, heads)
+        self.self_attn = _Attention(d, d, heads)
+        layers = nn.Linear(d, hidden, bias=False), nn.GELU(), nn.Linear(hidden, d, bias=False)
+        self.mlp = nn.Sequential(OrderedDict(zip(("layer1", "gelu", "layer2"), layers)))
+        self.adaln_modulation_cross_attn = _modulation(config, 3)
+        self.adaln_modulation_self_attn = _modulation(config, 3)
+        self.adaln_modulation_mlp = _modulation(config, 3)
 
     def forward(
         self, x: Tensor, embedding: Tensor, shared: Tensor, keys_values: KeysValues
     ) -> Tensor:
-        """Maps tokens [b·r, n, d] to the same shape."""
-        u, gate = modulated(x, self.adaln_modulation_cross_attn(embedding) + shared)
+        u, gate = _modulated(x, self.adaln_modulation_cross_attn(embedding) + shared)
         x = x + gate * self.cross_attn(u, keys_values)
-        u, gate = modulated(x, self.adaln_modulation_self_attn(embedding) + shared)
+        u, gate = _modulated(x, self.adaln_modulation_self_attn(embedding) + shared)
         x = x + gate * self.self_attn(u, self.self_attn.keys_values(u))
-        u, gate = modulated(x, self.adaln_modulation_mlp(embedding) + shared)
+        u, gate = _modulated(x, self.adaln_modulation_mlp(embedding) + shared)
         return x + gate * self.mlp(u)
 
 
-class FinalLayer(nn.Module):
+class _FinalLayer(nn.Module):
     """Modulated layer norm and the projection to actions."""
 
     def __init__(self, config: ActionDecoderConfig):
         super().__init__()
         self.linear = nn.Linear(config.width, config.action_dim, bias=False)
-        self.adaln_modulation = modulation(config, 2)
+        self.adaln_modulation = _modulation(config, 2)
 
     def forward(self, x: Tensor, embedding: Tensor, shared: Tensor) -> Tensor:
-        """Maps tokens [b, n, d] to [b, n, action_dim]."""
         m = self.adaln_modulation(embedding)
-        u, _ = modulated(x, m + shared[..., : m.shape[-1]])
+        u, _ = _modulated(x, m + shared[..., : m.shape[-1]])
         return self.linear(u)
 
 
-def modulation(config: ActionDecoderConfig, chunks: int) -> nn.Sequential:
-    """SiLU and two linears through `adaln_rank`."""
+def _modulation(config: ActionDecoderConfig, chunks: int) -> nn.Sequential:
+    """SiLU and two linear layers of rank `adaln_rank`."""
     return nn.Sequential(
         nn.SiLU(),
         nn.Linear(config.time_rank, config.adaln_rank, bias=False),
@@ -366,7 +335,7 @@ def modulation(config: ActionDecoderConfig, chunks: int) -> nn.Sequential:
     )
 
 
-def modulated(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor | None]:
-    """LN(x) (1 + scale) + shift, and the gate where there are three chunks."""
+def _modulated(x: Tensor, m: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Returns LN(x) (1 + scale) + shift, and the gate if there are three chunks."""
     shift, scale, *gate = m.split(x.shape[-1], dim=-1)
-    return layer_norm(x, x.shape[-1:], eps=EPS) * (1 + scale) + shift, gate[0] if gate else None
+    return layer_norm(x, x.shape[-1:], eps=_EPS) * (1 + scale) + shift, gate[0] if gate else None

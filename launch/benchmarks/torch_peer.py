@@ -21,10 +21,7 @@ from launch.benchmarks.torch_networks import (
     TorchLinearTokenizer,
     TorchVideoDiT,
     TorchWanVAE,
-    decoder_rules,
     load_params,
-    vae_rules,
-    video_rules,
 )
 from mvjax.experiment import Experiment
 from mvjax.flow import TAIL_SIGMA, Trajectory, advance, published_noise, schedule
@@ -32,6 +29,8 @@ from mvjax.models.stand_ins import LinearTokenizer
 from mvjax.models.wan_vae import WanVAE
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
+from mvjax.weights.kinds import decoder_rules
+from mvjax.weights.names import video_dit_diffusers, wan_vae_diffusers
 
 # --- The objectives of both stages, as modules that return a loss ---
 
@@ -241,7 +240,8 @@ class TorchPolicy:
         if self._model.sampling.stop_step:
             video_dits.append(TorchVideoDiT(backbone))
         for net in video_dits:
-            load_params(net.net, backbone_params, video_rules(backbone))
+            rules = video_dit_diffusers(bool(backbone.text_projection_dim))
+            load_params(net.net, backbone_params, rules)
             self._on_device(net).to(self._dtype)
         self._decoder = TorchActionDecoder(decoder)
         load_params(self._decoder, decoder_params, decoder_rules(decoder))
@@ -342,5 +342,5 @@ def _tokenizer(tokenizer: Any) -> nn.Module:
         return TorchLinearTokenizer(tokenizer)
     module = TorchWanVAE(tokenizer.config)
     params = jax.device_get(nnx.to_pure_dict(nnx.state(tokenizer)))
-    load_params(module.net, params, vae_rules(tokenizer.config))
+    load_params(module.net, params, wan_vae_diffusers(tokenizer.config))
     return module

@@ -1,21 +1,22 @@
-"""Does a converted checkpoint compute what PyTorch computes from the source?
+"""Compares a converted checkpoint with PyTorch: its parameters, and the outputs it computes.
 
-Needs torch, diffusers and transformers (`pip install 'mvjax[torch]'`), which are imported when they
-are used. Two checks: every parameter equals bit for bit the tensor that PyTorch reads from the
-source; and the outputs for random inputs agree in float32.
+Needs torch, diffusers and transformers (`pip install 'mvjax[torch]'`), imported when used. Every
+parameter must equal bit for bit the tensor that PyTorch reads from the source, and the outputs for
+random inputs must agree in float32.
 """
 
 import io
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from mvjax.models.network import Network
 from mvjax.training.bridge import restore_params
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.weights.convert import Conversion
@@ -23,26 +24,26 @@ from mvjax.weights.kinds import TEXT, VAE, VIDEO, Config
 from mvjax.weights.match import Parameter, match
 from mvjax.weights.names import has_adapters
 
-Arrays = dict[str, np.ndarray]
 State = dict[str, Any]  # name -> torch.Tensor, float32
 BOUND = 1e-5  # relative rms of the outputs, float32
 
+# What PyTorch computes, and a function that computes the same with our network.
+Outputs = dict[str, Any]
+Compared = tuple[Outputs, Callable[[Any], Outputs]]
+
 
 def verify(conversion: Conversion, directory: Path) -> str:
-    """Compares a converted checkpoint with its source.
-
-    Returns:
-        One sentence with what was compared.
+    """Compares a converted checkpoint with its source; returns one sentence with the result.
 
     Raises:
-        ImportError: if torch, or for outputs diffusers or transformers, is not installed.
-        ValueError: if something differs, or the memory is too small to compare.
+        ImportError: torch, or for outputs diffusers or transformers, is not installed.
+        ValueError: Something differs, or the memory is too small to compare.
     """
     needed = 9 * conversion.num_parameters
     if psutil.virtual_memory().available < needed:
         raise ValueError(
             f"--verify needs {needed / 1e9:.0f} GB of free memory to run this model in float32; "
-            f"{directory} is written, but not compared. Verify it on a larger machine."
+            f"{directory} is written, but not verified. Verify it on a larger machine."
         )
     source, config = conversion.source, conversion.config
     if config.get("lora", {}).get("rank"):
@@ -56,16 +57,16 @@ def verify(conversion: Conversion, directory: Path) -> str:
             for name, section in config.items()
         }
     )
-    target = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(
-        lambda p: jax.ShapeDtypeStruct(p.shape, "float32", sharding=target), network.abstract
+        lambda p: jax.ShapeDtypeStruct(p.shape, "float32", sharding=device), network.abstract
     )
     _compare_weights(parameters, state, restore_params(directory, abstract))
-    reference = _REFERENCES.get(source.kind.stage)
-    if reference is None:
+    compute = {"video": _video, "vae": _vae, "text": _text}.get(source.kind.stage)
+    if compute is None:
         return (
             f"verified: {len(state)} tensors equal those that torch reads. (No PyTorch package "
-            f"holds the {source.kind.title} itself, so its outputs were not compared.)"
+            f"contains the {source.kind.title}, so its outputs were not compared.)"
         )
     # Under the names of diffusers (of Hugging Face, for T5).
     names = {rule.ours: rule for rule in source.kind.rules("diffusers", config)}
@@ -74,21 +75,23 @@ def verify(conversion: Conversion, directory: Path) -> str:
         for path, parameter in parameters.items()
         for i, name in enumerate(parameter.names)
     }
-    inputs = reference.inputs(config)
-    theirs = reference.theirs(config, state, inputs)
+    theirs, compute_ours = compute(config, state)
     del state  # one model at a time
-    ours = reference.ours(network, restore_params(directory, abstract), inputs)
+    params = restore_params(directory, abstract)
+    ours = jax.jit(lambda params: compute_ours(network.bind(params)))(params)
     errors = {name: _relative_rms(ours[name], theirs[name]) for name in theirs}
-    said = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
+    listed = ", ".join(f"{name} {error:.1e}" for name, error in errors.items())
     if not max(errors.values()) <= BOUND:
-        raise ValueError(f"outputs differ from PyTorch's; relative rms of {said} (bound {BOUND}).")
-    return f"verified against PyTorch in float32; relative rms of {said}."
+        raise ValueError(
+            f"outputs differ from PyTorch's; relative rms of {listed} (bound {BOUND})."
+        )
+    return f"verified against PyTorch in float32; relative rms of {listed}."
 
 
 def _torch_state(conversion: Conversion, parameters: dict[str, Parameter]) -> State:
-    """The tensors that were converted, in the dtype they were written in, then float32.
+    """Reads the converted tensors in the dtype in which they were written, then float32.
 
-    PyTorch and safetensors read them from the source, but for those that adapters were merged into.
+    PyTorch and safetensors read them from the source, unless adapters were merged into them.
     """
     import torch
 
@@ -124,11 +127,11 @@ def _read_by_torch(path: Path) -> State:
 def _compare_weights(parameters: dict[str, Parameter], state: State, params: Any) -> None:
     """Raises ValueError unless every parameter equals its tensor, bit for bit in float32."""
     leaves, different = leaf_paths(params), []
-    for path, parameter in parameters.items():
-        leaf, rule = leaves[path.replace(".", "/")], parameter.rule
+    for path, (rule, names, _) in parameters.items():
+        leaf = leaves[path.replace(".", "/")]
         different += [
             name
-            for name, piece in zip(parameter.names, leaf if rule.stacked else leaf[None])
+            for name, piece in zip(names, leaf if rule.stacked else leaf[None])
             if not np.array_equal(rule.layout.to_torch(np.asarray(piece)), state[name].numpy())
         ]
     if different:
@@ -136,16 +139,16 @@ def _compare_weights(parameters: dict[str, Parameter], state: State, params: Any
 
 
 def _relative_rms(a: np.ndarray, b: np.ndarray) -> float:
-    """‖a - b‖ / ‖b‖."""
+    """Returns ‖a - b‖ / ‖b‖."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
-# PyTorch's implementations, built from a configuration of ours
+# --- PyTorch's networks, built from a configuration of ours ---
 
 
 def cosmos_transformer(config: Config, **settings: Any) -> Any:
-    """diffusers' `CosmosTransformer3DModel`, made to run without torchvision."""
+    """Builds diffusers' `CosmosTransformer3DModel` without torchvision."""
     import torch
     from diffusers import CosmosTransformer3DModel
     from diffusers.models.transformers import transformer_cosmos
@@ -162,7 +165,7 @@ def cosmos_transformer(config: Config, **settings: Any) -> Any:
 
 
 def wan_autoencoder(config: Config) -> Any:
-    """diffusers' `AutoencoderKLWan`."""
+    """Builds diffusers' `AutoencoderKLWan`."""
     from diffusers import AutoencoderKLWan
 
     return AutoencoderKLWan(**_settings(VAE.published(config)))
@@ -172,106 +175,74 @@ def _settings(published: Config) -> Config:
     return {name: value for name, value in published.items() if not name.startswith("_")}
 
 
-# How each kind of network is compared: random inputs, PyTorch's outputs (from tensors under the
-# names of diffusers), and the same outputs of ours.
+# --- Outputs for random inputs, of tensors under the names of diffusers ---
 
 
 def _random(*shape: int) -> np.ndarray:
     return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
 
-class _Video:
-    @staticmethod
-    def inputs(config: Config) -> Arrays:
-        mask = np.zeros((1, 3, 8, 8), np.float32)
-        mask[:, 0] = 1.0
-        return {
-            "latents": _random(1, 3, 8, 8, 16),
-            "timesteps": np.array([[1e-4, 0.7, 0.7]], np.float32),
-            "text": _random(1, 16, config["text"]["dim"]),
-            "condition_mask": mask,
-        }
+def _video(config: Config, state: State) -> Compared:
+    import torch
 
-    @staticmethod
-    def theirs(config: Config, state: State, inputs: Arrays) -> Arrays:
-        import torch
-
-        model = cosmos_transformer(config)
-        model.load_state_dict(state, assign=True)
-        latents, mask = (torch.from_numpy(inputs[n]) for n in ("latents", "condition_mask"))
-        with torch.no_grad():
-            (velocity,) = model.eval()(
-                hidden_states=latents.movedim(-1, 1),
-                timestep=torch.from_numpy(inputs["timesteps"])[:, None, :, None, None],
-                encoder_hidden_states=torch.from_numpy(inputs["text"]),
-                condition_mask=mask[:, None],
-                padding_mask=torch.zeros(1, 1, *mask.shape[-2:]),
-                fps=None,  # a number would scale the rotary positions; NVIDIA's network does not
-                return_dict=False,
-            )
-        return {"velocity": velocity.movedim(1, -1).numpy()}
-
-    @staticmethod
-    def ours(network: Network, params: Any, inputs: Arrays) -> Arrays:
-        velocity = jax.jit(lambda p, i: network.bind(p)(**i))(params, inputs)
-        return {"velocity": np.asarray(velocity)}
-
-
-class _VAE:
-    @staticmethod
-    def inputs(config: Config) -> Arrays:
-        channels = config["tokenizer"]["latent_channels"]
-        video = np.tanh(_random(1, 5, 32, 48, 3))
-        return {"video": video, "latents": _random(1, 2, 4, 6, channels)}
-
-    @staticmethod
-    def theirs(config: Config, state: State, inputs: Arrays) -> Arrays:
-        import torch
-
-        model = wan_autoencoder(config)
-        model.load_state_dict(state, assign=True)
-        model.eval()
-        mean, std = (
-            torch.tensor(config["tokenizer"][f"latent_{n}"])[:, None, None, None]
-            for n in ("mean", "std")
+    latents, text = _random(1, 3, 8, 8, 16), _random(1, 16, config["text"]["dim"])
+    timesteps = np.array([[1e-4, 0.7, 0.7]], np.float32)
+    mask = np.zeros((1, 3, 8, 8), np.float32)
+    mask[:, 0] = 1.0
+    model = cosmos_transformer(config)
+    model.load_state_dict(state, assign=True)
+    with torch.no_grad():
+        (velocity,) = model.eval()(
+            hidden_states=torch.from_numpy(latents).movedim(-1, 1),
+            timestep=torch.from_numpy(timesteps)[:, None, :, None, None],
+            encoder_hidden_states=torch.from_numpy(text),
+            condition_mask=torch.from_numpy(mask)[:, None],
+            padding_mask=torch.zeros(1, 1, *mask.shape[-2:]),
+            fps=None,  # a number would scale the rotary positions; NVIDIA's network does not
+            return_dict=False,
         )
-        video, latents = (torch.from_numpy(inputs[n]).movedim(-1, 1) for n in ("video", "latents"))
-        with torch.no_grad():
-            encoded = (model.encode(video).latent_dist.mode() - mean) / std
-            decoded = model.decode(latents * std + mean).sample
-        return {"latents": encoded.movedim(1, -1).numpy(), "video": decoded.movedim(1, -1).numpy()}
-
-    @staticmethod
-    def ours(network: Network, params: Any, inputs: Arrays) -> Arrays:
-        vae = network.bind(params)
-        video = np.clip(np.asarray(vae.decode(inputs["latents"])), -1, 1)  # as diffusers does
-        return {"latents": np.asarray(vae.encode(inputs["video"])), "video": video}
+    inputs = dict(latents=latents, timesteps=timesteps, text=text, condition_mask=mask)
+    return {"velocity": velocity.movedim(1, -1)}, lambda net: {"velocity": net(**inputs)}
 
 
-class _Text:
-    @staticmethod
-    def inputs(config: Config) -> Arrays:
-        sizes = config["text_encoder"]
-        tokens = np.random.default_rng(0).integers(2, sizes["vocab_size"], (2, 24))
-        mask = np.arange(24)[None] < np.array([[24], [9]])
-        return {"tokens": np.where(mask, tokens, 0).astype(np.int32), "mask": mask}
+def _vae(config: Config, state: State) -> Compared:
+    import torch
 
-    @staticmethod
-    def theirs(config: Config, state: State, inputs: Arrays) -> Arrays:
-        import torch
-        from transformers import T5Config, T5EncoderModel
+    tokenizer = config["tokenizer"]
+    video, latents = (
+        np.tanh(_random(1, 5, 32, 48, 3)),
+        _random(1, 2, 4, 6, tokenizer["latent_channels"]),
+    )
+    model = wan_autoencoder(config)
+    model.load_state_dict(state, assign=True)
+    model.eval()
+    mean, std = (
+        torch.tensor(tokenizer[f"latent_{name}"])[:, None, None, None] for name in ("mean", "std")
+    )
+    x, z = (torch.from_numpy(array).movedim(-1, 1) for array in (video, latents))
+    with torch.no_grad():
+        encoded = (model.encode(x).latent_dist.mode() - mean) / std
+        decoded = model.decode(z * std + mean).sample
+    theirs = {"latents": encoded.movedim(1, -1), "video": decoded.movedim(1, -1)}
 
-        model = T5EncoderModel(T5Config(**TEXT.published(config)))
-        model.load_state_dict({**state, "encoder.embed_tokens.weight": state["shared.weight"]})
-        tokens, mask = (torch.from_numpy(inputs[n]) for n in ("tokens", "mask"))
-        with torch.no_grad():
-            output = model.eval()(input_ids=tokens.long(), attention_mask=mask.long())
-        return {"embedding": (output.last_hidden_state * mask[..., None]).numpy()}
+    def ours(net: Any) -> Outputs:
+        # diffusers clips, too.
+        return {"latents": net.encode(video), "video": jnp.clip(net.decode(latents), -1, 1)}
 
-    @staticmethod
-    def ours(network: Network, params: Any, inputs: Arrays) -> Arrays:
-        embed = jax.jit(lambda p, tokens, mask: network.bind(p)(tokens, mask))
-        return {"embedding": np.asarray(embed(params, **inputs))}
+    return theirs, ours
 
 
-_REFERENCES = {"video": _Video, "vae": _VAE, "text": _Text}
+def _text(config: Config, state: State) -> Compared:
+    import torch
+    from transformers import T5Config, T5EncoderModel
+
+    vocab_size = config["text_encoder"]["vocab_size"]
+    mask = np.arange(24)[None] < np.array([[24], [9]])
+    tokens = np.random.default_rng(0).integers(2, vocab_size, (2, 24))
+    tokens = np.where(mask, tokens, 0).astype(np.int32)
+    model = T5EncoderModel(T5Config(**TEXT.published(config)))
+    model.load_state_dict({**state, "encoder.embed_tokens.weight": state["shared.weight"]})
+    ids, attended = torch.from_numpy(tokens).long(), torch.from_numpy(mask).long()
+    with torch.no_grad():
+        output = model.eval()(input_ids=ids, attention_mask=attended).last_hidden_state
+    return {"embedding": output * attended[..., None]}, lambda net: {"embedding": net(tokens, mask)}

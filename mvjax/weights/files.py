@@ -1,4 +1,4 @@
-"""Tensors that lie in a file: known by name, shape and type, read one at a time."""
+"""Tensors in a file: known by name, shape and type, and read one at a time."""
 
 import math
 from collections.abc import Callable
@@ -19,10 +19,10 @@ class TorchTensor:
     """One tensor of a PyTorch checkpoint, not yet read.
 
     Attributes:
-        shape: as PyTorch has it.
-        dtype: its NumPy type; bfloat16 and the 8-bit floats are those of `ml_dtypes`.
-        read: the values, C-contiguous and possibly read-only; memory-mapped where the file allows,
-            so nothing is held before the call, nor after the array is let go.
+        shape: In PyTorch's order of axes.
+        dtype: NumPy type; bfloat16 and the 8-bit floats are those of `ml_dtypes`.
+        read: Returns the values, C-contiguous and possibly read-only. They are memory-mapped where
+            the file allows it, so no memory is held before the call or after the array is freed.
     """
 
     shape: tuple[int, ...]
@@ -48,10 +48,8 @@ def map_array(
     """Memory-maps an array, read-only; copies it only if it is not contiguous or not aligned.
 
     Args:
-        path: the file.
-        offset: byte of the first element.
-        shape, dtype: of the array.
-        strides: in elements, 0 or more; None is row after row.
+        offset: Byte of the first element.
+        strides: In elements, 0 or more; None for C order.
     """
     if 0 in shape:  # an empty range cannot be mapped
         return np.empty(shape, dtype)
@@ -68,40 +66,24 @@ def map_array(
 
 
 def span(shape: tuple[int, ...], strides: tuple[int, ...]) -> int:
-    """How many elements lie between the first and the last of a view, both included."""
+    """Number of elements from the first to the last one of a view, both included."""
     return 1 + sum((size - 1) * stride for size, stride in zip(shape, strides))
 
 
 def raw_bytes(name: str, tensor: TorchTensor) -> np.ndarray:
-    """Reads a tensor as flat bytes, ready to be written.
-
-    Raises:
-        WeightsError: what was read is not what the tensor declares.
-    """
+    """Reads a tensor as flat bytes; raises WeightsError if they are not what it declares."""
     array = tensor.read()
     if (array.shape, array.dtype) != (tensor.shape, tensor.dtype):
-        raise WeightsError(
-            f"The tensor {name} reads as {array.dtype}{array.shape}, but declares "
-            f"{tensor.dtype}{tensor.shape}."
-        )
+        declared = f"{tensor.dtype}{tensor.shape}"
+        raise WeightsError(f"{name} reads as {array.dtype}{array.shape}, but declares {declared}.")
     return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
 
-# One type, three names: NumPy's, PyTorch's and that of safetensors.
-
-
 class TypeNames(NamedTuple):
-    """How the two formats call a NumPy type.
-
-    Attributes:
-        torch: attribute of the `torch` module, e.g. "bfloat16".
-        storage: the storage class that `torch.save` names in the pickle; None for the types added
-            since PyTorch 2.1, which are saved as untyped bytes beside their torch name.
-        safetensors: code in the header; None if that format lacks the type.
-    """
+    """The names of a NumPy type in the two formats."""
 
     torch: str
-    storage: str | None
+    storage: str | None  # types since PyTorch 2.1 have none: they are saved as untyped bytes
     safetensors: str | None
 
 

@@ -1,4 +1,4 @@
-"""What the converter has to know about a network; one instance per kind of network.
+"""What the converter knows about each kind of network.
 
 VIDEO is the video DiT, ACTION the action decoder, VAE the Wan VAE and TEXT the T5 encoder.
 """
@@ -11,103 +11,74 @@ from typing import Any, ClassVar
 
 from data_pipelines.clip import CHANNELS, PATCH
 from mvjax.experiment import Experiment
+from mvjax.models import presets
 from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
 from mvjax.models.network import Network
-from mvjax.models.presets import (
-    VIDEO_DITS,
-    decoder_network,
-    decoder_section,
-    text_network,
-    vae_config,
-    vae_network,
-    video_section,
-)
 from mvjax.models.t5 import T5EncoderConfig
 from mvjax.models.video_dit import VideoDiTConfig
-from mvjax.models.wan_vae import WanVAEConfig
+from mvjax.weights import names
 from mvjax.weights.files import Tensors, WeightsError
-from mvjax.weights.match import match
-from mvjax.weights.names import (
-    IGNORED,
-    T5,
-    TIED,
-    Rules,
-    action_decoder,
-    adapted_layers,
-    adapter_rank,
-    video_dit,
-    video_dit_diffusers,
-    wan_vae,
-    wan_vae_diffusers,
-    with_adapters,
-)
+from mvjax.weights.match import Match, match
+from mvjax.weights.names import Rules
 
 Config = dict[str, Any]  # sections of a configuration, as stored beside a checkpoint
+NO_LORA: Config = {"rank": 0, "alpha": 0.0, "targets": []}
 
 
 @dataclass(frozen=True)
 class Hints:
-    """What a file of weights does not say, and a person may.
+    """Settings that the weights themselves do not determine."""
 
-    Attributes:
-        rope_ratio_thw: rotary extrapolation ratios of a video DiT; None for what its configuration
-            says, or else a released model of its size has.
-        proprio_horizon: of an action decoder's positions, how many are proprioception.
-        precision: in which the network is computed by default (`mvjax.models.layers`).
-        published: the configuration that came with the weights (`config.json` of a Hugging Face
-            folder), or nothing.
-    """
-
+    # Rotary extrapolation ratios of a video DiT; None takes those of its `config.json`, or else of
+    # the released model of its size.
     rope_ratio_thw: tuple[float, float, float] | None = None
-    proprio_horizon: int = 1
-    precision: str = "bfloat16"
-    published: Mapping[str, Any] | None = None
+    proprio_horizon: int = 1  # positions of an action decoder that are proprioception
+    precision: str = "bfloat16"  # default precision of the network's arithmetic
+    published: Mapping[str, Any] | None = None  # the `config.json` of a Hugging Face folder
 
 
 class Kind:
-    """A kind of network, in every layout it is published in.
+    """A kind of network, in every layout in which it is published."""
 
-    Attributes:
-        stage: what a converted checkpoint calls itself, e.g. "video".
-        title: for messages, e.g. "video DiT".
-        signatures: layout -> pattern of names that only this kind in this layout has.
-        prefixed: layouts whose names start with "net." (and "net_ema." for the moving average).
-        dropped: pattern of names that hold nothing of the network.
-        aliases: name -> the name under which the same tensor is known here.
-        exports: for whom it can be written -> the layout.
-    """
-
-    stage: str
-    title: str
+    stage: str  # of a converted checkpoint, e.g. "video"
+    title: str  # name in messages, e.g. "video DiT"
+    # Layout -> pattern of names that only this kind in this layout has.
     signatures: ClassVar[Mapping[str, str]]
-    prefixed: tuple[str, ...] = ()
-    dropped: str = r"^$"
-    aliases: ClassVar[Mapping[str, str]] = {}
-    exports: ClassVar[Mapping[str, str]] = {
-        "nvidia": "nvidia",
-        "mimic-video": "nvidia",
-        "diffusers": "diffusers",
-    }
+    prefixed: tuple[str, ...] = ()  # layouts whose names start with "net." or "net_ema."
+    dropped: str = r"^$"  # pattern of names that are not part of the network
+    aliases: ClassVar[Mapping[str, str]] = {}  # second names of tensors -> the names used here
+    # Target of an export -> the layout.
+    exports: ClassVar = {"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"}
 
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
-        """The configuration, from names and shapes; raises WeightsError if they do not tell."""
+        """Returns the configuration; raises WeightsError if the tensors do not determine it."""
         raise NotImplementedError
 
     def rules(self, layout: str, config: Config) -> Rules:
-        """The table of names."""
+        """Returns the table of names."""
         raise NotImplementedError
 
     def network(self, config: Config) -> Network:
-        """The network without weights."""
+        """Returns the network without weights."""
         raise NotImplementedError
 
     def published(self, config: Config) -> Config:
-        """The `config.json` of the layout "diffusers", where the kind has that layout."""
+        """Returns the `config.json` of the layout "diffusers", for kinds that have that layout."""
         raise NotImplementedError
 
 
 # State of Transformer Engine, counters and buffers in files of NVIDIA and mimic-video.
 _NO_WEIGHTS = r"(^|\.)_extra_state$|^accum_|^pos_embedder\."
+
+
+def _block_sizes(found: Match, width: int) -> dict[str, int]:
+    return dict(
+        width=width,
+        num_blocks=found.blocks,
+        num_heads=width // found.shape("blocks.self_attn.q_norm.scale")[0],
+        adaln_rank=found.shape("blocks.adaln_mlp.down.kernel")[1],
+        mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
+    )
 
 
 class _Video(Kind):
@@ -119,42 +90,35 @@ class _Video(Kind):
         "diffusers": r"^transformer_blocks\.|^patch_embed\.proj\.",
     }
     prefixed, dropped = ("nvidia",), _NO_WEIGHTS
-    _tables: ClassVar = {"nvidia": video_dit, "diffusers": video_dit_diffusers}
+    _tables: ClassVar = {"nvidia": names.video_dit, "diffusers": names.video_dit_diffusers}
 
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
         projected = "crossattn_proj.0.weight" in tensors
         found = match(tensors, self._tables[layout](projected))
         features, width = found.shape("x_embedder.kernel")
-        masks = 2  # condition and padding mask, beside the latents
-        if features != (CHANNELS + masks) * PATCH**2:
+        expected = (CHANNELS + 2) * PATCH**2  # latents, condition mask and padding mask
+        if features != expected:
             raise WeightsError(
-                f"the patch embedding reads {features} features per patch; a video model of "
-                f"{CHANNELS} latent channels, a condition mask and a padding mask reads "
-                f"{(CHANNELS + masks) * PATCH**2}. Text-to-image models have no condition mask "
-                "and cannot be converted."
+                f"the patch embedding reads {features} features per patch instead of {expected}. "
+                "Text-to-image models have no condition mask and cannot be converted."
             )
         sizes = dict(
-            width=width,
-            num_blocks=found.blocks,
-            num_heads=width // found.shape("blocks.self_attn.q_norm.scale")[0],
+            **_block_sizes(found, width),
             text_dim=found.shape("blocks.cross_attn.k_proj.kernel")[0],
-            adaln_rank=found.shape("blocks.adaln_mlp.down.kernel")[1],
-            mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
             text_projection_dim=found.shape("text_projection.kernel")[0] if projected else 0,
         )
-        # The tensors cannot tell the rotary ratios.
+        # The shapes do not depend on the rotary ratios.
         released = (
             preset.rope_ratio_thw
-            for preset in VIDEO_DITS.values()
+            for preset in presets.VIDEO_DITS.values()
             if all(getattr(preset, name) == value for name, value in sizes.items())
         )
-        said = hints.rope_ratio_thw or tuple((hints.published or {}).get("rope_scale", ()))
-        ratios = said or next(released, None)
+        given = hints.rope_ratio_thw or tuple((hints.published or {}).get("rope_scale", ()))
+        ratios = given or next(released, None)
         if ratios is None:
             raise WeightsError(
-                f"a video DiT of width {width} with {found.blocks} blocks is no released size, "
-                "and its weights do not tell the rotary extrapolation ratios; give "
-                "--rope_ratio_thw, e.g. 1,3,3 (as Cosmos-Predict2 2B)."
+                f"width {width} with {found.blocks} blocks is not a released size, so its rotary "
+                "extrapolation ratios are unknown; give --rope_ratio_thw, e.g. 1,3,3."
             )
         model = VideoDiTConfig(**sizes, rope_ratio_thw=ratios, precision=hints.precision)
         return video_sections(model)
@@ -162,7 +126,7 @@ class _Video(Kind):
     def rules(self, layout: str, config: Config) -> Rules:
         rules = self._tables[layout](bool(config["video_model"].get("text_projection_dim")))
         lora = config["lora"]
-        return with_adapters(rules, tuple(lora["targets"])) if lora["rank"] else rules
+        return names.with_adapters(rules, tuple(lora["targets"])) if lora["rank"] else rules
 
     def network(self, config: Config) -> Network:
         return Experiment.from_config(config).video_network
@@ -195,20 +159,20 @@ class _Video(Kind):
 
 
 def video_sections(model: VideoDiTConfig) -> Config:
-    """The sections of a configuration that describe a video DiT without adapters."""
-    # Training and the policy call the network with τ itself, whatever its release counts to.
+    """Returns the sections of a configuration that describe a video DiT without adapters."""
+    # Training and the policy call the network with τ itself, whatever the release's time scale.
     return {
-        "video_model": video_section(dataclasses.replace(model, timestep_scale=1.0)),
+        "video_model": presets.video_section(dataclasses.replace(model, timestep_scale=1.0)),
         "text": {"dim": model.text_input_dim},
-        "lora": {"rank": 0, "alpha": 0.0, "targets": []},
+        "lora": NO_LORA,
     }
 
 
 def with_adapters_config(config: Config, tensors: Tensors, alpha: float) -> Config:
-    """The configuration of a network that keeps the adapters of `tensors` beside its kernels."""
-    targets = ["x_embedder" if n == "x_embedder.proj.1" else n for n in adapted_layers(tensors)]
-    lora = {"rank": adapter_rank(tensors), "alpha": alpha, "targets": targets}
-    return {**config, "lora": lora}
+    """Returns the configuration of a network that keeps the adapters in `tensors`."""
+    rank, layers = names.adapters(tensors)
+    targets = ["x_embedder" if n == "x_embedder.proj.1" else n for n in layers]
+    return {**config, "lora": {"rank": rank, "alpha": alpha, "targets": targets}}
 
 
 class _Action(Kind):
@@ -220,31 +184,27 @@ class _Action(Kind):
     exports: ClassVar = {"mimic-video": "mimic-video"}
 
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
-        # Linear layers of the embedders; at least one, which is then said to be missing.
+        # Linear layers of the embedders; at least one, which is then reported as missing.
         depths = (
             max(sum(n.startswith(name) and n.endswith(".weight") for n in tensors), 1)
             for name in ("obs_embedder", "action_embedder")
         )
-        found = match(tensors, action_decoder(*depths))
+        found = match(tensors, names.action_decoder(*depths))
         _, positions, width = found.shape("position")
         p = hints.proprio_horizon
         if not 1 <= p < positions:
             raise WeightsError(
-                f"the decoder has {positions} positions, of which --proprio_horizon={p} cannot be "
-                "proprioception; use a number from 1 (the releases) to less than that."
+                f"--proprio_horizon={p} must be at least 1 (the releases) and less than the "
+                f"decoder's {positions} positions."
             )
         decoder = ActionDecoderConfig(
-            width=width,
-            num_blocks=found.blocks,
-            num_heads=width // found.shape("blocks.self_attn.q_norm.scale")[0],
+            **_block_sizes(found, width),
             context_dim=found.shape("context_norm.scale")[0],
-            adaln_rank=found.shape("blocks.adaln_mlp.down.kernel")[1],
             time_rank=found.shape("t_embedding_norm.scale")[0],
             action_dim=found.shape("final_layer.linear.kernel")[1],
             action_horizon=positions - p,
             proprio_dim=found.shape("proprio_embedder.layer0.kernel")[0],
             proprio_horizon=p,
-            mlp_ratio=found.shape("blocks.mlp.layer1.kernel")[1] // width,
             precision=hints.precision,
         )
         return {
@@ -253,16 +213,14 @@ class _Action(Kind):
                 "action": {"horizon": decoder.action_horizon, "dim": decoder.action_dim},
                 "proprio": {"horizon": p, "dim": decoder.proprio_dim},
             },
-            "decoder": decoder_section(decoder),
+            "decoder": presets.decoder_section(decoder),
         }
 
     def rules(self, layout: str, config: Config) -> Rules:
-        decoder = self._sizes(config)
-        dims = decoder.proprio_dim, decoder.action_dim
-        return action_decoder(*(len(embedder_widths(dim, decoder.width)) - 1 for dim in dims))
+        return decoder_rules(self._sizes(config))
 
     def network(self, config: Config) -> Network:
-        return decoder_network(self._sizes(config))
+        return presets.decoder_network(self._sizes(config))
 
     @staticmethod
     def _sizes(config: Config) -> ActionDecoderConfig:
@@ -278,15 +236,21 @@ class _Action(Kind):
         )
 
 
+def decoder_rules(config: ActionDecoderConfig) -> Rules:
+    """Returns the table of names of an action decoder of these sizes."""
+    dims = config.proprio_dim, config.action_dim
+    return names.action_decoder(*(len(embedder_widths(dim, config.width)) - 1 for dim in dims))
+
+
 class _VAE(Kind):
-    """The Wan 2.1 VAE, tokenizer of Cosmos-Predict2."""
+    """The Wan 2.1 VAE, the tokenizer of Cosmos-Predict2."""
 
     stage, title = "vae", "Wan VAE"
     signatures: ClassVar = {
         "nvidia": r"^encoder\.downsamples\.",
         "diffusers": r"^encoder\.down_blocks\.",
     }
-    # diffusers' names of what the configuration holds.
+    # Our names of the settings -> those of diffusers.
     _fields: ClassVar = {
         "dim": "base_dim",
         "channel_multipliers": "dim_mult",
@@ -299,32 +263,28 @@ class _VAE(Kind):
 
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
         if layout == "diffusers":
-            sizes = self._from_published(hints.published or {})
+            published = hints.published or {}
+            absent = [name for name in self._fields.values() if name not in published]
+            if absent:
+                raise WeightsError(
+                    "the sizes of a diffusers VAE are in the config.json beside its weights, which "
+                    f"lacks {', '.join(absent)}; copy the whole folder."
+                )
+            sizes = {ours: published[name] for ours, name in self._fields.items()}
         else:
             sizes = self._from_names(tensors)
-        # Latent frames at a time: 16 frames, as the release streams them. Decoding 61 frames of
-        # 480x640 takes a third of the memory that the whole clip would.
-        config = vae_config({**sizes, "precision": hints.precision, "chunk": 4})
+        # The chunk is in latent frames: 16 frames, as the release streams them. Decoding 61 frames
+        # of 480x640 takes a third of the memory of the whole clip.
+        config = presets.vae_config({**sizes, "precision": hints.precision, "chunk": 4})
         return {"tokenizer": dataclasses.asdict(config)}
-
-    def _from_published(self, published: Mapping[str, Any]) -> dict:
-        absent = [name for name in self._fields.values() if name not in published]
-        if absent:
-            problem = f"which lacks {', '.join(absent)}" if published else "which is not there"
-            raise WeightsError(
-                "a diffusers VAE is described by the config.json beside its weights, "
-                f"{problem}; copy the whole folder."
-            )
-        return {ours: published[name] for ours, name in self._fields.items()}
 
     @staticmethod
     def _from_names(tensors: Tensors) -> dict:
-        """Sizes from the encoder's list of residual blocks and downsamplings."""
+        """Determines the sizes from the encoder's list of residual blocks and downsamplings."""
 
         def channels(name: str) -> int:
             if name not in tensors:
-                problem = f"the tensor {name}, which tells the sizes of the VAE, is missing."
-                raise WeightsError(problem)
+                raise WeightsError(f"the tensor {name}, which sets the VAE's sizes, is missing.")
             return tensors[name].shape[0]
 
         blocks: dict[int, set[str]] = {}
@@ -350,32 +310,28 @@ class _VAE(Kind):
         }
 
     def rules(self, layout: str, config: Config) -> Rules:
-        table = wan_vae if layout == "nvidia" else wan_vae_diffusers
-        return table(self._sizes(config))
+        table = names.wan_vae if layout == "nvidia" else names.wan_vae_diffusers
+        return table(presets.vae_config(config["tokenizer"]))
 
     def network(self, config: Config) -> Network:
-        return vae_network(self._sizes(config))
+        return presets.vae_network(presets.vae_config(config["tokenizer"]))
 
     def published(self, config: Config) -> Config:
-        sizes = dataclasses.asdict(self._sizes(config))
+        sizes = dataclasses.asdict(presets.vae_config(config["tokenizer"]))
         fields = {
             theirs: list(sizes[ours]) if isinstance(sizes[ours], tuple) else sizes[ours]
             for ours, theirs in self._fields.items()
         }
         return {"_class_name": "AutoencoderKLWan", "attn_scales": [], "dropout": 0.0, **fields}
 
-    @staticmethod
-    def _sizes(config: Config) -> WanVAEConfig:
-        return vae_config(config["tokenizer"])
-
 
 class _Text(Kind):
-    """T5's encoder, text encoder of Cosmos-Predict2, in the layout of Hugging Face."""
+    """The encoder of T5, which encodes text for Cosmos-Predict2, in Hugging Face's layout."""
 
     stage, title = "text", "T5 encoder"
     signatures: ClassVar = {"diffusers": r"^encoder\.block\.|^shared\."}
-    dropped = "|".join("^" + re.escape(prefix) for prefix in IGNORED)
-    aliases: ClassVar = TIED
+    dropped = "|".join("^" + re.escape(prefix) for prefix in names.IGNORED)
+    aliases: ClassVar = names.TIED
     exports: ClassVar = dict.fromkeys(("nvidia", "mimic-video", "diffusers"), "diffusers")
 
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
@@ -383,10 +339,10 @@ class _Text(Kind):
         activation = published.get("feed_forward_proj", "relu")
         if activation != "relu":
             raise WeightsError(
-                f"this T5 has feed_forward_proj={activation!r}; the encoder of Cosmos-Predict2 "
-                "(t5-11b) has 'relu', and no other is known here."
+                f"feed_forward_proj={activation!r} is not supported; t5-11b, the text encoder of "
+                "Cosmos-Predict2, has 'relu'."
             )
-        found = match(tensors, T5)
+        found = match(tensors, names.T5)
         vocab_size, width = found.shape("token_embedding")
         buckets, heads = found.shape("relative_bias")
         encoder = T5EncoderConfig(
@@ -403,10 +359,10 @@ class _Text(Kind):
         return {"text": {"dim": width}, "text_encoder": dataclasses.asdict(encoder)}
 
     def rules(self, layout: str, config: Config) -> Rules:
-        return T5
+        return names.T5
 
     def network(self, config: Config) -> Network:
-        return text_network(T5EncoderConfig(**config["text_encoder"]))
+        return presets.text_network(T5EncoderConfig(**config["text_encoder"]))
 
     def published(self, config: Config) -> Config:
         sizes = T5EncoderConfig(**config["text_encoder"])

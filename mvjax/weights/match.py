@@ -1,10 +1,9 @@
-"""Which of a file's tensors is which of our parameters, and everything that does not fit."""
+"""Matching a file's tensors with our parameters, and reporting everything that does not fit."""
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
@@ -13,15 +12,8 @@ from mvjax.weights.names import Rule, Rules
 _BLOCK = re.compile(r"\.(\d+)\.")
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One of our parameters and the tensors it is made of.
-
-    Attributes:
-        rule: how.
-        names: the tensors' names, one per block for stacked parameters.
-        tensors: the tensors.
-    """
+class Parameter(NamedTuple):
+    """One of our parameters and the tensors it is made of: one per block if stacked."""
 
     rule: Rule
     names: tuple[str, ...]
@@ -33,28 +25,19 @@ class Parameter:
         return self.rule.layout.ours_shape(self.tensors[0].shape)
 
 
-@dataclass(frozen=True)
-class Match:
-    """What `match` found.
+class Match(NamedTuple):
+    """The result of `match`."""
 
-    Attributes:
-        parameters: by dotted path; those of which at least one tensor is there.
-        blocks: the number of blocks.
-        missing: names that the rules ask for and the file lacks.
-        unknown: names that the file holds and no rule knows.
-    """
-
-    parameters: dict[str, Parameter]
+    parameters: dict[str, Parameter]  # by dotted path, if the file has at least one tensor of it
     blocks: int
-    missing: list[str] = field(default_factory=list)
-    unknown: list[str] = field(default_factory=list)
+    missing: list[str]  # names that the rules ask for and the file lacks
+    unknown: list[str]  # names in the file that no rule knows
 
     def shape(self, path: str) -> tuple[int, ...]:
-        """Our shape of a parameter, of one block if stacked.
+        """Returns our shape of a parameter, of one block if stacked.
 
         Raises:
-            WeightsError: if the file has no tensor of it, or one with other axes; with all that is
-                missing.
+            WeightsError: The file lacks it, or has it with other axes; lists all missing tensors.
         """
         if path not in self.parameters:
             raise _misfit(self, [])
@@ -67,7 +50,7 @@ class Match:
 
 
 def match(tensors: Tensors, rules: Rules) -> Match:
-    """Assigns tensors to parameters by name; shapes are checked by `check_shapes`."""
+    """Assigns tensors to parameters by name; `check_shapes` checks the shapes."""
     by_name = {rule.torch: rule for rule in rules}
     pieces: dict[str, dict[int, str]] = {}  # our path -> block -> name
     unknown, blocks = [], 0
@@ -101,22 +84,17 @@ def _rule_of(name: str, by_name: Mapping[str, Rule]) -> tuple[Rule | None, int]:
 
 
 def check_shapes(found: Match, abstract: Mapping[str, Any]) -> None:
-    """Raises unless the match is complete and every tensor has the network's shape.
+    """Raises WeightsError unless the match is complete and has the shapes of the tree `abstract`.
 
-    Args:
-        found: the match.
-        abstract: the network's tree of shapes.
-
-    Raises:
-        WeightsError: names all that is missing, unknown or misshapen.
+    The error lists all missing, unknown and misshapen tensors.
     """
     shapes, misshapen = leaf_paths(abstract), []
-    for path, parameter in found.parameters.items():
-        shape, rule = shapes[path.replace(".", "/")].shape, parameter.rule
+    for path, (rule, names, tensors) in found.parameters.items():
+        shape = shapes[path.replace(".", "/")].shape
         expected = rule.layout.torch_shape(shape[1:] if rule.stacked else shape)
         misshapen += [
             f"{name} is {list(tensor.shape)} instead of {list(expected)}"
-            for name, tensor in zip(parameter.names, parameter.tensors)
+            for name, tensor in zip(names, tensors)
             if tensor.shape != expected
         ]
     if found.missing or found.unknown or misshapen:
@@ -129,12 +107,12 @@ def _misfit(found: Match, misshapen: list[str]) -> WeightsError:
         "unknown": collapse(found.unknown),
         "misshapen": misshapen,
     }
-    said = "; ".join(f"{part}: {', '.join(names)}" for part, names in parts.items() if names)
-    return WeightsError(f"the tensors do not fit; {said}.")
+    listed = "; ".join(f"{part}: {', '.join(names)}" for part, names in parts.items() if names)
+    return WeightsError(f"the tensors do not fit; {listed}.")
 
 
 def collapse(names: Iterable[str]) -> list[str]:
-    """Names with runs of block numbers put together: "blocks.{0-27}.mlp.layer1.weight"."""
+    """Joins names that differ in the block's number: "blocks.{0-27}.mlp.layer1.weight"."""
     numbered: dict[str, list[int]] = {}
     for name in names:
         found = _BLOCK.search(name)
@@ -142,7 +120,7 @@ def collapse(names: Iterable[str]) -> list[str]:
         numbered.setdefault(key, []).append(int(found[1]) if found else 0)
     result = []
     for key, numbers in numbered.items():
-        # Numbers that follow each other have the same distance from their place in the order.
+        # Consecutive numbers have the same difference to their position.
         runs = groupby(enumerate(sorted(numbers)), lambda pair: pair[1] - pair[0])
         ends = [(run[0][1], run[-1][1]) for run in (list(run) for _, run in runs)]
         spans = ",".join(f"{a}" if a == b else f"{a}-{b}" for a, b in ends)

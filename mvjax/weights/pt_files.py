@@ -1,9 +1,9 @@
 """Reading and writing .pt files (also .pth and .bin) of PyTorch since 1.6, without PyTorch.
 
-The file is a zip archive whose entries are stored uncompressed: `<root>/data.pkl` describes the
-tensors, `<root>/data/<key>` is one storage, the bytes one or more tensors are views of. So a tensor
-is memory-mapped straight from its place in the archive. As with PyTorch's own `mmap=True`, the
-checksums of the storages are not verified, since that would read every byte twice.
+The file is a zip archive whose entries are not compressed: `<root>/data.pkl` describes the tensors,
+and `<root>/data/<key>` is one storage, the bytes that one or more tensors are views of. A tensor is
+memory-mapped directly from the archive. As with PyTorch's own `mmap=True`, the checksums of the
+storages are not verified, since that would read every byte twice.
 """
 
 import math
@@ -29,32 +29,33 @@ from mvjax.weights.files import (
     span,
 )
 
-# A real checkpoint nests a few dicts; a file made to exhaust the reader would nest without end.
+# A real checkpoint nests a few dicts; a malicious one could nest them without end.
 _DEEPEST = 32
 _MOST_ENTRIES = 1_000_000
 _ONLY_TENSORS = (
-    "a weights file must hold only tensors. If you trust where it comes from, load it in PyTorch "
-    "and save its state_dict() again."
+    "a weights file must hold only tensors. If you trust its source, load it in PyTorch and save "
+    "its state_dict() again."
 )
 
-# What `zipfile` raises for broken archives; OSError is a seek to before the file.
+# What `zipfile` raises for damaged archives; OSError is a seek to a negative offset.
 _ZIP_DAMAGE = (zipfile.BadZipFile, OSError, EOFError, ValueError, RuntimeError, struct.error)
 _LOCAL_HEADER = 30  # bytes before an entry's name; the data follow the name and the extra field
 
 
 def read_pt(path: Path) -> Tensors:
-    """The tensors of a .pt, .pth or .bin file, named by their dict keys joined with dots.
+    """Returns the tensors of a .pt, .pth or .bin file, named by their dict keys joined with dots.
 
-    Whatever else the file holds (step counts, byte blobs, lists) is left out.
+    Everything else in the file (step counts, byte blobs, lists) is ignored.
 
     Raises:
-        WeightsError: the file is cut off, damaged, of another kind, or would run code.
+        WeightsError: The file is cut off, damaged, of another kind, or would run code.
     """
     try:
         if not zipfile.is_zipfile(path):
+            size = f"{path.stat().st_size / 1e6:,.1f} MB on disk"
             raise WeightsError(
-                f"{path} is cut off: the directory at the end of its zip archive is missing "
-                f"({path.stat().st_size / 1e6:,.1f} MB on disk); download it again."
+                f"{path} is cut off: the end of the zip archive is missing ({size}); download it "
+                "again."
             )
         with path.open("rb") as file, zipfile.ZipFile(file) as archive:
             root = _root(path, archive)
@@ -72,13 +73,11 @@ def read_pt(path: Path) -> Tensors:
     except _ZIP_DAMAGE as error:
         raise WeightsError(f"{path} is a damaged zip file ({error}); download it again.") from error
     if not isinstance(tree, dict):
-        raise WeightsError(
-            f"{path} holds no tensors by name; save a dict of tensors, such as a state_dict()."
-        )
+        raise WeightsError(f"{path} holds no tensors by name; save a state_dict() instead.")
     tensors: Tensors = {}
     for count, (name, value) in enumerate(_entries(path, tree)):
         if count == _MOST_ENTRIES:
-            raise WeightsError(f"{path} holds more than a million entries; it is no checkpoint.")
+            raise WeightsError(f"{path} holds more than a million entries; it is not a checkpoint.")
         if name in tensors:
             raise WeightsError(f"{path} holds two entries called {name}; rename one of them.")
         if isinstance(value, Described) and isinstance(value.value, _Stored):
@@ -87,7 +86,7 @@ def read_pt(path: Path) -> Tensors:
 
 
 def _root(path: Path, archive: zipfile.ZipFile) -> str:
-    """The folder that holds `data.pkl`, with a slash; checks that `torch.save` wrote the file."""
+    """Returns the folder of `data.pkl` with a slash; checks that `torch.save` wrote the file."""
     entries = {entry.filename: entry for entry in archive.infolist()}
     roots = [n.removesuffix("data.pkl") for n in entries if n[n.find("/") :] == "/data.pkl"]
     root = roots[0] if len(roots) == 1 else None
@@ -96,8 +95,7 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
         found = f"it has {len(roots) or 'no'} data.pkl; save the weights with torch.save."
         problem = f"is a zip file, but not one that torch.save wrote: {found}"
     elif f"{root}constants.pkl" in entries:
-        resave = "load it in PyTorch with torch.jit.load and torch.save its state_dict()."
-        problem = f"is a TorchScript program; {resave}"
+        problem = "is a TorchScript program; torch.jit.load it and torch.save its state_dict()."
     elif compressed:
         problem = f"is compressed ({compressed[0]}); pack it again without compression."
     elif f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
@@ -108,7 +106,8 @@ def _root(path: Path, archive: zipfile.ZipFile) -> str:
 
 
 def _first_byte(file: BinaryIO, entry: zipfile.ZipInfo) -> int:
-    """Where an entry's data begin; only its own header knows, PyTorch pads it for alignment."""
+    """Returns the position of an entry's data in the file."""
+    # The archive's directory does not hold it: PyTorch pads each entry's own header for alignment.
     file.seek(entry.header_offset)
     header = file.read(_LOCAL_HEADER)
     if len(header) < _LOCAL_HEADER or header[:4] != b"PK\3\4":
@@ -124,18 +123,18 @@ def _entries(
     path: Path, tree: dict[Any, Any], prefix: str = "", depth: int = 0
 ) -> Iterator[tuple[str, Any]]:
     if depth == _DEEPEST:
-        raise WeightsError(f"{path} nests dicts more than {_DEEPEST} deep; it is no checkpoint.")
+        raise WeightsError(f"{path} nests dicts more than {_DEEPEST} deep; it is not a checkpoint.")
     for key, value in tree.items():
         yield f"{prefix}{key}", value
         if isinstance(value, dict):
             yield from _entries(path, value, f"{prefix}{key}.", depth + 1)
 
 
-# What PyTorch's names in the pickle stand for (see `data_pipelines.pickles`).
+# --- What PyTorch's names in the pickle stand for (see `data_pipelines.pickles`) ---
 
 
 class _Stored(NamedTuple):
-    """A strided view of a storage; offset and strides count elements, as PyTorch does."""
+    """A strided view of a storage; offset and strides count elements, as in PyTorch."""
 
     storage: str
     dtype: np.dtype
@@ -145,7 +144,7 @@ class _Stored(NamedTuple):
 
 
 def _storage(reference: Any) -> Described:
-    """A persistent id: ("storage", class, key, device, number of elements)."""
+    """Describes a persistent id: ("storage", class, key, device, number of elements)."""
     kind, storage, key, _, _ = reference
     if kind != "storage" or not isinstance(storage, Described) or not isinstance(key, str):
         raise ValueError("a storage is described in an unknown way")
@@ -157,10 +156,8 @@ def _tensor(view: tuple, dtype: Any = None, metadata: tuple = ()) -> Described:
     key, stored_dtype = storage.value
     dtype = stored_dtype if dtype is None else dtype
     sound = all(type(n) is int and 0 <= n < 2**63 for n in (offset, *shape, *strides))
-    if not isinstance(dtype, np.dtype) or not sound:
-        raise ValueError("a tensor has no type, or sizes that are no sizes")
-    if len(shape) != len(strides):
-        raise ValueError("a tensor has more sizes than strides, or fewer")
+    if not isinstance(dtype, np.dtype) or not sound or len(shape) != len(strides):
+        raise ValueError("a tensor has an invalid type, shape or strides")
     if any(metadata):
         raise PickleRefused(
             "holds a conjugated or negated view of a tensor; save a clone() of it instead."
@@ -187,9 +184,9 @@ _NAMES = {
     "torch._utils._rebuild_parameter_with_state": Function(_parameter),
     "collections.OrderedDict": Function(lambda: Dict()),  # takes its content by `SETITEMS` only
 }
-# Values that are no tensors. `_io.BytesIO` is what Transformer Engine leaves in releases as
-# `_extra_state`; protocol 2 writes bytes as `_codecs.encode`, and the names of Python 2; the NumPy
-# names are scalars such as a best loss.
+# Values other than tensors. `_io.BytesIO` is Transformer Engine's `_extra_state` in releases;
+# protocol 2 writes bytes as `_codecs.encode`, and the names of Python 2; the NumPy names are
+# scalars such as a best loss.
 _NAMES |= dict.fromkeys(
     (
         *("_io.BytesIO", "_codecs.encode", "torch.Size", "torch.device", "numpy.dtype"),
@@ -204,7 +201,7 @@ _NAMES |= dict.fromkeys(
 def _mapped(
     path: Path, storages: Mapping[str, tuple[int, zipfile.ZipInfo]], name: str, stored: _Stored
 ) -> TorchTensor:
-    """The tensor, mapped when it is read; checks that it lies inside its storage."""
+    """Returns the tensor, which is mapped when it is read; checks that its storage holds it."""
     key, dtype, offset, shape, strides = stored
     if key not in storages:
         raise WeightsError(f"{path} lacks the values of {name} (data/{key}); download it again.")
@@ -219,27 +216,23 @@ def _mapped(
     return TorchTensor(shape, dtype, partial(map_array, path, start, shape, dtype, strides))
 
 
-# Writing
+# --- Writing ---
 
 
 _ALIGNMENT = 64  # bytes; PyTorch's own choice, so that the file can be memory-mapped
 _ZIP64_SIZES = 20  # bytes that `force_zip64` adds to an entry's header
-_PADDING = 4  # bytes of the field that pads a header: its kind and length
-_FIRST_YEAR = (1980, 1, 1, 0, 0, 0)  # no clock in the file: equal weights give equal bytes
+_PADDING = 4  # bytes of kind and length before the padding in a header
+_FIRST_YEAR = (1980, 1, 1, 0, 0, 0)  # a fixed date, so that equal weights give equal bytes
 
 
 def write_pt(path: Path, tensors: Mapping[str, TorchTensor]) -> None:
     """Writes a file that `torch.load(path, weights_only=True)` opens, one tensor at a time.
 
-    Every tensor gets its own storage, also where several were views of one.
-
-    Args:
-        path: appears when the file is whole; folders on the way are made.
-        tensors: by name, in the order they shall have.
+    Every tensor gets its own storage, also where several were views of one. The file is replaced
+    atomically.
 
     Raises:
         WeightsError: PyTorch lacks a tensor's type, or its values are not what it declares.
-        OSError: the disk is full or read-only; nothing is left behind.
     """
     description = _describe(tensors)
     with (
@@ -264,17 +257,14 @@ def write_pt(path: Path, tensors: Mapping[str, TorchTensor]) -> None:
 
 
 def _describe(tensors: Mapping[str, TorchTensor]) -> bytes:
-    """The pickle: a dict of calls that rebuild tensors from storages.
-
-    Written opcode by opcode, because Python's pickler would have to import the functions it names.
-    """
+    """Returns the pickle: a dict of calls that rebuild tensors from storages."""
+    # Opcode by opcode, because Python's pickler would have to import the functions it names.
     entries = b""
     for key, (name, tensor) in enumerate(tensors.items()):
         names, count = TYPE_NAMES.get(tensor.dtype), math.prod(tensor.shape)
         if names is None:
             raise WeightsError(
-                f"PyTorch has no type for {name}, which is {tensor.dtype}; convert it first, e.g. "
-                "to float32."
+                f"PyTorch has no type for {name}, which is {tensor.dtype}; convert it first."
             )
         if names.storage:
             function, kind, dtype = "_rebuild_tensor_v2", _name("torch", names.storage), ()
@@ -307,7 +297,7 @@ def _tuple(items: Iterable[bytes]) -> bytes:
 
 
 def _value(value: str | int) -> bytes:
-    """A string or a number of 0 or more."""
+    """Encodes a string, or a number of 0 or more."""
     if isinstance(value, str):
         text = value.encode()
         return pickle.BINUNICODE + struct.pack("<I", len(text)) + text

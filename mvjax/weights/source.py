@@ -1,4 +1,4 @@
-"""Opening published weights, whatever they come as, and recognising whose they are."""
+"""Opening published weights of any format, and recognising which network they belong to."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ from mvjax.weights.match import collapse
 from mvjax.weights.pt_files import read_pt
 from mvjax.weights.safetensors_files import read_safetensors
 
-# What a folder may hold, the preferred first; Hugging Face often publishes the same weights twice.
+# What a folder may hold, in order of preference; Hugging Face often publishes weights twice.
 _IN_FOLDERS = (
     ("*.safetensors.index.json",),
     ("*.safetensors",),
@@ -22,19 +22,16 @@ _IN_FOLDERS = (
     ("*.pt", "*.pth", "*.bin"),
 )
 _LEGACY_TORCH = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # its magic number, pickled
-_HEAD = 512  # bytes that tell the kind of a file
 
 
 def open_weights(path: Path) -> Tensors:
-    """The tensors of a published checkpoint, none of them read yet.
+    """Returns the tensors of a published checkpoint, none of them read yet.
+
+    Raises WeightsError if there are none.
 
     Args:
-        path: a file of `torch.save` (.pt, .pth, .bin) or safetensors, known by its content; or a
-            folder with one such file, or with shards and their index, as Hugging Face lays them
-            out. Safetensors are preferred where a folder has both.
-
-    Raises:
-        WeightsError: says what was found instead, and what to do.
+        path: A file of `torch.save` (.pt, .pth, .bin) or safetensors, recognised by its content; or
+            a folder with one such file, or with shards and an index, as in Hugging Face's layout.
     """
     path = Path(path)
     if not path.exists():
@@ -47,7 +44,7 @@ def open_weights(path: Path) -> Tensors:
 
 def _open_file(path: Path) -> Tensors:
     with path.open("rb") as file:
-        head = file.read(_HEAD)
+        head = file.read(512)
     if head[:4] == b"PK\3\4":
         return read_pt(path)
     if head[8:9] == b"{":  # after the header's length
@@ -75,8 +72,8 @@ def _open_folder(folder: Path) -> Tensors:
         found = sorted(p for pattern in patterns for p in folder.glob(pattern))
         if len(found) > 1:
             raise WeightsError(
-                f"{folder} holds several weights files and no single index of them: "
-                f"{_listed(found)}; give one of them."
+                f"{folder} holds several weights files without an index: {_listed(found)}; give "
+                "one of them."
             )
         if found:
             (path,) = found
@@ -87,10 +84,8 @@ def _open_folder(folder: Path) -> Tensors:
             "torch.distributed.checkpoint.format_utils dcp_to_torch <folder> <file>."
         )
     inside = sorted(p for p in folder.iterdir() if p.is_dir())
-    raise WeightsError(
-        f"{folder} holds no weights file (*.safetensors, *.pt, *.pth, *.bin)"
-        + (f"; give one of its folders: {_listed(inside)}." if inside else ".")
-    )
+    hint = f"; give one of its folders: {_listed(inside)}." if inside else "."
+    raise WeightsError(f"{folder} holds no weights file (*.safetensors, *.pt, *.pth, *.bin){hint}")
 
 
 def _open_shards(index: Path) -> Tensors:
@@ -99,9 +94,7 @@ def _open_shards(index: Path) -> Tensors:
         shards = sorted(set(files.values()))
         outside = [shard for shard in shards if Path(shard).name != shard]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise WeightsError(
-            f"{index} is no index of weights ({error}); download it again."
-        ) from error
+        raise WeightsError(f"{index} is damaged ({error}); download it again.") from error
     if outside:
         raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}.")
     missing = [index.with_name(shard) for shard in shards if not index.with_name(shard).is_file()]
@@ -113,54 +106,37 @@ def _open_shards(index: Path) -> Tensors:
     absent = [name for name, shard in files.items() if name not in by_shard[shard]]
     if absent:
         raise WeightsError(
-            f"{index} says that {absent[0]} is in {files[absent[0]]}, which lacks it (of "
-            f"{len(absent)} such names); download both again."
+            f"{index} says that {absent[0]} is in {files[absent[0]]}, which lacks it (and "
+            f"{len(absent) - 1} more); download both again."
         )
     return {name: by_shard[shard][name] for name, shard in files.items()}
 
 
-def _listed(paths: Iterable[Path]) -> str:
-    names = [path.name for path in paths]
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-_PREFIX, _EMA_PREFIX = "net.", "net_ema."
-_WRAPPER = "_checkpoint_wrapped_module."  # activation checkpointing in PyTorch adds it to names
+def _listed(paths: list[Path]) -> str:
+    more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    return ", ".join(path.name for path in paths[:5]) + more
 
 
 @dataclass(frozen=True)
 class Source:
-    """Recognised weights.
-
-    Attributes:
-        path: the file or folder.
-        kind: the network.
-        layout: how it is published, e.g. "nvidia" or "diffusers".
-        tensors: its tensors, under the names of that layout without prefix.
-        names: the same names -> those in the file.
-        dropped: names of entries that are not converted.
-        hints: what was said or found beside the tensors.
-    """
+    """Recognised weights."""
 
     path: Path
     kind: Kind
-    layout: str
-    tensors: Tensors
-    names: dict[str, str]
-    dropped: list[str]
-    hints: Hints
+    layout: str  # e.g. "nvidia" or "diffusers"
+    tensors: Tensors  # under the names of that layout without prefix
+    names: dict[str, str]  # the same names -> those in the file
+    dropped: list[str]  # names of entries that are not converted
+    hints: Hints  # given by the user or found beside the tensors
 
 
 def open_source(path: Path, hints: Hints, *, ema: bool = False) -> Source:
-    """Opens and recognises weights; nothing but names, shapes and types is read.
+    """Opens and recognises a file or folder of weights; reads only names, shapes and types.
 
-    Args:
-        path: a file, or a folder of Hugging Face.
-        hints: what a person said about them.
-        ema: whether to take the moving average (`net_ema.*`) instead of `net.*`.
+    With `ema`, the moving average (`net_ema.*`) is taken instead of `net.*`.
 
     Raises:
-        WeightsError: if the path is no file of weights or of a network that is not known here.
+        WeightsError: The path does not hold weights, or not those of a known network.
     """
     tensors = open_weights(path)
     below, unused = _without_prefix(path, tensors, ema)
@@ -177,9 +153,7 @@ def open_source(path: Path, hints: Hints, *, ema: bool = False) -> Source:
         try:
             hints = dataclasses.replace(hints, published=json.loads(published.read_text()))
         except ValueError as error:
-            raise WeightsError(
-                f"{published} is damaged ({error}); copy or download it again."
-            ) from error
+            raise WeightsError(f"{published} is damaged ({error}); copy it again.") from error
     kept = {known: tensors[name] for known, name in names.items()}
     return Source(path, kind, layout, kept, names, unused, hints)
 
@@ -187,18 +161,17 @@ def open_source(path: Path, hints: Hints, *, ema: bool = False) -> Source:
 def _without_prefix(
     path: Path, tensors: Iterable[str], ema: bool
 ) -> tuple[dict[str, str], list[str]]:
-    """Names below `net.` or `net_ema.` without it -> in the file; and the other names."""
-    names = {name: name.replace(_WRAPPER, "") for name in tensors}
-    prefixes = {p for p in (_PREFIX, _EMA_PREFIX) if any(n.startswith(p) for n in names.values())}
+    """Returns names without `net.` or `net_ema.` -> those in the file; and all other names."""
+    # PyTorch's activation checkpointing adds this word to names.
+    names = {name: name.replace("_checkpoint_wrapped_module.", "") for name in tensors}
+    prefixes = {p for p in ("net.", "net_ema.") if any(n.startswith(p) for n in names.values())}
     if not prefixes and not ema:
         return {short: name for name, short in names.items()}, []
-    wanted = _EMA_PREFIX if ema else _PREFIX
+    wanted = "net_ema." if ema else "net."
     if wanted not in prefixes:
         found = ", ".join(sorted(prefixes)) or "names without a prefix"
-        raise WeightsError(
-            f"{path} has no tensors below {wanted!r}, but {found}; "
-            + ("leave --ema out." if ema else "give --ema to take the moving average.")
-        )
+        todo = "leave --ema out." if ema else "give --ema to take the moving average."
+        raise WeightsError(f"{path} has no tensors below {wanted!r}, but {found}; {todo}")
     taken = {s.removeprefix(wanted): name for name, s in names.items() if s.startswith(wanted)}
     return taken, [name for name, short in names.items() if not short.startswith(wanted)]
 
@@ -209,9 +182,8 @@ def _recognise(path: Path, tensors: Iterable[str]) -> tuple[Kind, str]:
             if any(re.search(signature, name) for name in tensors):
                 return kind, layout
     shown = collapse(tensors)
+    more = f" and {len(shown) - 5} other names" if len(shown) > 5 else ""
     raise WeightsError(
-        f"{path} holds none of the networks that are known here ("
-        + ", ".join(kind.title for kind in KINDS)
-        + f"); its tensors are {', '.join(shown[:5])}"
-        + (f" and {len(shown) - 5} other names." if len(shown) > 5 else ".")
+        f"{path} holds no known network ({', '.join(kind.title for kind in KINDS)}); its tensors "
+        f"are {', '.join(shown[:5])}{more}."
     )

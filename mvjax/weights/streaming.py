@@ -1,10 +1,8 @@
-"""Reading and writing checkpoints of ours without ever holding a model in memory.
+"""Reading and writing checkpoints of this project without holding a whole model in memory.
 
-The arrays of a converted model are made piece by piece, one block's tensor at a time, and each
-piece becomes a chunk of an uncompressed Zarr array: a model larger than the memory is written at
-the disk's speed, and a reader that wants some blocks reads only those. The result is an ordinary
-checkpoint, read by `bridge.restore_params` onto any mesh; `ParameterReader` reads any checkpoint
-one parameter, or one block, at a time.
+The arrays of a converted model are computed one block's tensor at a time, and each becomes a chunk
+of an uncompressed Zarr array. So a model larger than the memory is written at the disk's speed, and
+a reader of some blocks reads only those. The result is an ordinary checkpoint.
 """
 
 import errno
@@ -26,34 +24,24 @@ from mvjax.models.network import Params
 from mvjax.training.bridge import step_folder
 from mvjax.training.checkpoint import SPARE_BYTES, checkpoint_folder, leaf_paths, stored_tree
 
-STEP = 0  # a converted checkpoint has made no steps
-
 
 @dataclass(frozen=True)
 class StreamedArray:
-    """An array that is made when it is written.
-
-    Attributes:
-        shape: of the whole array.
-        dtype: of every piece.
-        pieces: called one after the other. Each returns a slice [shape[1:]] of a stacked array;
-            an array that is not stacked has a single piece, the whole.
-        stacked: whether the pieces lie on a leading axis.
-    """
+    """An array that is computed when it is written: whole, or in slices of a leading axis."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    pieces: tuple[Callable[[], np.ndarray], ...]
+    pieces: tuple[Callable[[], np.ndarray], ...]  # a single one if not stacked; [shape[1:]] if so
     stacked: bool
 
     @property
     def nbytes(self) -> int:
-        """Size of the whole array."""
+        """Size of the whole array in bytes."""
         return int(np.prod(self.shape)) * np.dtype(self.dtype).itemsize
 
 
 class _StreamHandler(ocp.type_handlers.NumpyHandler):
-    """Stores streamed arrays as NumPy arrays are stored, but one piece after the other."""
+    """Stores streamed arrays as Orbax stores NumPy arrays, but one piece after the other."""
 
     def __init__(self, wrote: Callable[[int], None]):
         super().__init__()
@@ -70,12 +58,12 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         writing = None
         try:
             for i, piece in enumerate(value.pieces):
-                array = piece()  # while the one before is being written
+                array = piece()  # while the previous one is being written
                 if writing is not None:
                     await writing
                 writing = (store[i] if value.stacked else store).write(array)
                 self._wrote(array.nbytes)
-        finally:  # a write that goes on would bring back a folder that is taken away
+        finally:  # a write still in progress would recreate a folder that is removed on failure
             if writing is not None:
                 await writing
 
@@ -100,23 +88,24 @@ def write_streamed(
     meta: Mapping[str, Any],
     wrote: Callable[[int], None] = lambda size: None,
 ) -> None:
-    """Writes a checkpoint of streamed parameters; all of it or nothing.
+    """Writes `StreamedArray`s as a new training directory; leaves nothing behind if it fails.
 
     Args:
-        directory: the training directory to make; it must not exist, or be empty.
-        params: nested dict of `StreamedArray`.
-        meta: what the checkpoint is; JSON.
-        wrote: called with the number of bytes after every piece.
+        directory: Must not exist, or be empty.
+        params: Nested dict of `StreamedArray`.
+        meta: Description of the checkpoint; JSON.
+        wrote: Called with the number of bytes after every piece.
 
     Raises:
-        FileExistsError: if the directory holds something.
-        OSError: if the disk has no room (ENOSPC), before anything is written or while.
+        FileExistsError: The directory is not empty.
+        OSError: The disk has not enough room (ENOSPC), checked before anything is written.
     """
     directory = Path(directory).absolute()
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedArray, _StreamHandler(wrote))
     )
-    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    with _quiet_orbax():
+        state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with _new_folder(directory):
         free = shutil.disk_usage(directory).free
         size = sum(array.nbytes for array in leaf_paths(params).values())
@@ -132,7 +121,7 @@ def write_streamed(
             ) as manager,
         ):
             manager.save(
-                STEP,
+                0,  # step: nothing has been trained
                 args=ocp.args.Composite(
                     state=ocp.args.PyTreeSave({"params": params}),
                     meta=ocp.args.JsonSave(dict(meta)),
@@ -142,7 +131,7 @@ def write_streamed(
 
 @contextmanager
 def _new_folder(directory: Path) -> Iterator[None]:
-    """Makes a folder, and takes away again what it made if what follows fails."""
+    """Creates a folder, and removes whatever it created if the block fails."""
     # Not `atomic.replacing`: the manager finishes a checkpoint by renaming, and must see the folder
     # under its own name.
     folder = checkpoint_folder(directory)
@@ -151,7 +140,7 @@ def _new_folder(directory: Path) -> Iterator[None]:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} holds something already; choose a new directory.")
+        raise FileExistsError(f"{directory} is not empty; choose a new directory.")
     made = [p for p in (folder, directory, *directory.parents) if not p.exists()]
     directory.mkdir(parents=True, exist_ok=True)
     try:
@@ -163,7 +152,7 @@ def _new_folder(directory: Path) -> Iterator[None]:
 
 @contextmanager
 def _quiet_orbax() -> Iterator[None]:
-    """Orbax warns that handlers for devices and for OCDBT are absent, which is intended here."""
+    """Silences Orbax's warning that handlers for devices and OCDBT are absent, as intended."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -174,17 +163,16 @@ def _quiet_orbax() -> Iterator[None]:
 
 
 class ParameterReader:
-    """The parameters of a training directory, as NumPy arrays; moving averages where there are any.
+    """Reads the newest parameters of a training directory one by one, as NumPy arrays.
 
-    `bridge.restore_params` reads whole trees onto devices; this reads what does not fit at once.
+    It prefers moving averages where they are stored. `bridge.restore_params` reads whole trees.
 
     Attributes:
-        tree: nested dict of what is stored: shapes and dtypes.
+        tree: Nested dict of the stored shapes and dtypes.
     """
 
-    def __init__(self, directory: Path, *, step: int | None = None):
-        """Opens the newest checkpoint, or that of `step`."""
-        where = step_folder(directory, step)
+    def __init__(self, directory: Path):
+        where = step_folder(directory, None)
         self._state = (where / "state").absolute()
         stored = stored_tree(where)
         self.tree: Params = stored["params"]
@@ -192,12 +180,12 @@ class ParameterReader:
         self._array = lru_cache(maxsize=4)(self._open)  # a kernel and its adapters
 
     def read(self, path: str, block: int | None = None) -> np.ndarray:
-        """The parameter at a path such as "blocks/mlp/layer1/kernel", or one block of it."""
+        """Returns the parameter at a path such as "blocks/mlp/layer1/kernel", or one block."""
         array = self._array(path)
         return (array if block is None else array[block]).read().result()
 
     def _open(self, path: str) -> ts.TensorStore:
-        """The Zarr array in which Orbax keeps a leaf: a folder, or a part of an OCDBT."""
+        """Opens the Zarr array in which Orbax keeps a leaf: a folder, or a part of an OCDBT."""
         item = "ema" if path in self._averaged else "params"
         name = ".".join([item, *path.split("/")])
         kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._state}/{name}/"}
