@@ -1,5 +1,6 @@
 """The search for a mesh and a batch, and the tables of docs/pods.md; nothing is compiled here."""
 
+from dataclasses import replace
 from unittest import mock
 
 import pytest
@@ -8,7 +9,8 @@ from configs import quickstart_video
 from launch.benchmarks.pod_tables import DOCS, TABLES, changes, file_of, with_tables
 from mvjax.experiment import Experiment
 from mvjax.parallel import GB
-from mvjax.pods.compile import DoesNotFit, Estimate
+from mvjax.pods.collectives import Collective
+from mvjax.pods.compile import DoesNotFit, Estimate, report
 from mvjax.pods.search import log, search
 
 DEVICES = 8
@@ -157,3 +159,16 @@ def test_a_figure_that_changed_is_named(monkeypatch):
     changed = {line.partition(":")[0] for line in changes(name, wider)}
     assert {"parameters", "trainable", "array_bytes", "flops", "step_seconds"} <= changed
     assert not changed & {"device", "mesh", "batch_size", "hbm_bytes", "remat", "frozen"}
+
+
+def test_the_report_lists_every_exchange():
+    config = quickstart_video.get_config("smoke")
+    estimate, experiment = made(config, GB // 2, 0.5), Experiment.from_config(config)
+    assert "exchange    none" in report(experiment, "v5e:2x4", estimate)
+    exchanges = (Collective("all-gather", False, 3, GB), Collective("all-reduce", True, 1, GB))
+    lines = report(experiment, "v5e:2x4", replace(estimate, collectives=exchanges)).splitlines()
+    (first,) = (i for i, line in enumerate(lines) if line.startswith("exchange"))
+    assert "3 x all-gather, 1.00 GB" in lines[first]
+    assert "1 x all-reduce between slices, 1.00 GB" in lines[first + 1]
+    assert "0.5 s if all links are busy" in lines[first + 2]
+    assert any("peak 0.50 GB of 1.00 GB per chip (50%): fits" in line for line in lines)
