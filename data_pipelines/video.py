@@ -84,11 +84,10 @@ class Decoder:
         """A view of one frame, valid until the next."""
         if self._last is None or self._last.pts != pts:
             self._advance(pts)
-        picture = self._to_rgb.reformat(self._last, format="rgb24")
-        plane, width = picture.planes[0], picture.width
+        rgb = self._to_rgb.reformat(self._last, format="rgb24")
         # FFmpeg pads rows to a multiple of its vector width.
-        rows = np.frombuffer(plane, np.uint8).reshape(picture.height, plane.line_size)
-        return rows[:, : 3 * width].reshape(picture.height, width, 3)
+        rows = np.frombuffer(rgb.planes[0], np.uint8).reshape(rgb.height, rgb.planes[0].line_size)
+        return rows[:, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
 
     def _advance(self, pts: int) -> None:
         """Decodes up to the frame at `pts`, which must be one of the index."""
@@ -248,9 +247,9 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 2
                     raise ValueError(
                         f"video frames must be uint8 {size}, got {frame.dtype} {list(frame.shape)}"
                     )
-                picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
-                picture.pts, picture.time_base = count, Fraction(1, fps)
-                container.mux(stream.encode(picture))
+                rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
+                rgb.pts, rgb.time_base = count, Fraction(1, fps)
+                container.mux(stream.encode(rgb))
                 count += 1
             if stream is None:
                 raise ValueError(f"{path}: no frames were given to write")

@@ -1,6 +1,5 @@
-"""Readers of stored frames, open HDF5 files, and what is said of files that cannot be read."""
+"""Open HDF5 files, and the messages about files that cannot be read."""
 
-import io
 import pickle
 import shutil
 from pathlib import Path
@@ -8,10 +7,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
-from PIL import Image
 
-from data_pipelines.episode import FrameReader, reason
-from data_pipelines.frames import ImageFrames, decode_image
+from data_pipelines.episode import reason
 from data_pipelines.sources.files import Hdf5Frames, Hdf5Pool
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import VideoFile
@@ -54,62 +51,6 @@ def test_what_libraries_say_becomes_one_line(tmp_path):
     assert reason(tmp_path / "a", ValueError("bad\n  thrift\n")) == "bad thrift"
     with pytest.raises(ValueError, match=r"not a readable video \(File name too long\); copy"):
         VideoFile(tmp_path / f"{'a' * 300}.mp4").stream()
-
-
-def encode(array: np.ndarray, **options) -> bytes:
-    file = io.BytesIO()
-    Image.fromarray(array).save(file, "png", **options)
-    return file.getvalue()
-
-
-class Stored(ImageFrames):
-    """Images in memory that count how often they are decoded."""
-
-    def __init__(self, pictures: list[bytes]):
-        super().__init__("/data/set", len(pictures))
-        self.pictures, self.asked = pictures, []
-
-    def encoded(self, number: int) -> bytes:
-        self.asked.append(number)
-        return self.pictures[number]
-
-
-def test_each_picture_is_decoded_once_whatever_the_order():
-    frames = np.random.default_rng(0).integers(0, 256, (6, 3, 5, 3), np.uint8)
-    reader = Stored([encode(frame) for frame in frames])
-    assert isinstance(reader, FrameReader) and len(reader) == 6
-    for indices in ([4, 0, 4, 2], [1, 2], np.array([5]), range(6)):
-        np.testing.assert_array_equal(reader.read(indices), frames[indices])
-    assert reader.asked == [0, 2, 4, 1, 2, 5, *range(6)]
-    for wrong in ([0, 6], [-1]):
-        with pytest.raises(IndexError, match=rf"/data/set: frame {wrong[-1]} .* there are 6"):
-            reader.read(wrong)
-    with pytest.raises(ValueError, match="/data/set: no frame indices"):
-        reader.read([])
-
-
-def test_pictures_that_are_no_frames_are_named():
-    grey = np.random.default_rng(0).integers(0, 256, (24, 26), np.uint8)
-    whole, deep = encode(grey), encode(grey.astype(np.uint16))
-    reader = Stored([whole, encode(grey[:9]), whole[:300], b"", deep])
-    assert reader.read([0]).shape == (1, 24, 26, 3)
-    with pytest.raises(ValueError, match=r"/data/set: .*different sizes"):
-        reader.read([0, 1])
-    for number, what in ((2, ""), (3, ""), (4, "more than 8 bits")):
-        with pytest.raises(ValueError, match=f"/data/set: image {number}: not a .*{what}"):
-            reader.read([0, number])
-
-
-def test_pictures_are_turned_where_it_is_asked_for(tmp_path):
-    sideways = Image.Exif()
-    sideways[0x0112] = 6
-    picture = encode(np.zeros((4, 6, 3), np.uint8), exif=sideways)
-    (tmp_path / "a.png").write_bytes(picture)
-    for stored in (picture, tmp_path / "a.png"):
-        assert decode_image(stored, "a").shape == (4, 6, 3)
-        assert decode_image(stored, "a", upright=True).shape == (6, 4, 3)
-    with pytest.raises(ValueError, match=r"b\.png: not a readable image"):
-        decode_image(tmp_path / "b.png", tmp_path / "b.png")
 
 
 def test_few_hdf5_files_stay_open(tmp_path):

@@ -303,7 +303,7 @@ def test_code_in_a_chunk_is_not_run(tmp_path, monkeypatch, key, dtype, place):
     codecs |= {"compressor": {"id": "pickle"}} if place == "compressor" else {"compressor": None}
     about = json.loads((path / key / ".zarray").read_text()) | {"dtype": dtype} | codecs
     (path / key / ".zarray").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=rf"copy\.zarr \({key}\): (the codec|it holds objects)"):
+    with pytest.raises(ValueError, match=rf"copy\.zarr \({key}\): (the codec|it has objects)"):
         open_it(path)[0]
     assert not (tmp_path / "ran").exists()
 
@@ -338,7 +338,7 @@ def test_other_files_of_these_kinds_are_not_taken_for_episodes(tmp_path):
     with pytest.raises(ValueError, match=r"a\.safetensors is not an episode: .*encoded_text"):
         open_it(tmp_path)[0]
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match=r"holds no \.zarr or \.safetensors episodes"):
+    with pytest.raises(ValueError, match=r"has no \.zarr or \.safetensors episodes"):
         open_it(tmp_path / "empty")
 
 

@@ -213,7 +213,7 @@ def test_other_hdf5_files_are_not_taken_for_demonstrations(tmp_path):
         open_it(tmp_path)
     (tmp_path / "empty").mkdir()
     assert not recognises(tmp_path / "empty")
-    with pytest.raises(ValueError, match=r"holds no \.hdf5 or \.h5 file"):
+    with pytest.raises(ValueError, match=r"has no \.hdf5 or \.h5 file"):
         open_it(tmp_path / "empty")
 
 
@@ -293,7 +293,7 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
     assert len(open_it(path)) == 2
     with pytest.raises(ValueError, match="no demonstrations"):
         write_hdf5(path, [], SCENE)
-    with pytest.raises(ValueError, match=r"6 actions and values \{'ee_pos': 2\}"):
+    with pytest.raises(ValueError, match="6 actions and .*'ee_pos': 2"):
         Demonstration(np.zeros((6, 7)), {"ee_pos": np.zeros((2, 3))}, np.zeros((6, 4)))
     with pytest.raises(ValueError, match=r"image_convention.*'upright'"):
         Scene("a", "b", image_convention="upright")

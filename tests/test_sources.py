@@ -175,17 +175,6 @@ def test_files_as_lerobot_itself_writes_them_are_read(dataset, tmp_path, vectors
 
 
 def test_what_cannot_be_opened_says_why(dataset, tmp_path):
-    def copy_with(name: str, **changes) -> str:
-        root = tmp_path / name
-        (root / "meta").mkdir(parents=True)
-        info = json.loads((dataset / "meta/info.json").read_text())
-        (root / "meta/info.json").write_text(json.dumps({**info, **changes}))
-        return str(root)
-
-    with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are sup"):
-        open_dataset("lerobot", copy_with("old", codebase_version="v1.6"), "a", "arm")
-    with pytest.raises(ValueError, match="is incomplete: no parquet files under meta/episodes"):
-        open_dataset("lerobot", copy_with("partial"), "a", "arm")
     with pytest.raises(ValueError, match=r"has the format 'zarr'; supported are .*video_folder"):
         open_dataset("zarr", dataset, "a", "arm")
     with pytest.raises(ValueError, match="there is no folder"):

@@ -5,7 +5,6 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines.frames import resize_area
 from data_pipelines.video import VideoFile, VideoPool, write_video
 
 FPS = 80
@@ -170,36 +169,3 @@ def test_pickled_and_threaded_readers_agree(path, decoded):
         thread.join()
     assert not wrong
     assert len(pool._decoders._entries) == 1
-
-
-@pytest.mark.parametrize("size", [(192, 192, 64, 64), (96, 60, 24, 20), (480, 640, 12, 16)])
-def test_whole_factors_are_exact_box_means(size):
-    h, w, height, width = size
-    frames = np.random.default_rng(0).integers(0, 256, (2, h, w, 3), dtype=np.uint8)
-    boxes = frames.reshape(2, height, h // height, width, w // width, 3).mean((2, 4))
-    assert np.abs(resize_area(frames, height, width) - boxes).max() <= 0.5
-
-
-@pytest.mark.parametrize("size", [(64, 64), (72, 50), (250, 333)])
-def test_constant_frames_stay_constant(size):
-    frames = np.full((1, 192, 192, 3), 201, np.uint8)
-    resized = resize_area(frames, *size)
-    assert resized.shape == (1, *size, 3)
-    assert np.all(resized == 201)
-
-
-def test_fractional_factors_do_not_alias():
-    checkers = (np.indices((200, 200)).sum(0) % 2 * 255).astype(np.uint8)
-    frames = np.repeat(checkers[None, ..., None], 3, axis=-1)
-    inner = resize_area(frames, 64, 72)[0, 2:-2, 2:-2].astype(int)
-    assert np.abs(inner - 127.5).max() < 16  # picking every third pixel would give 0 and 255
-
-
-def test_same_size_is_not_copied():
-    frames = np.zeros((1, 8, 8, 3), np.uint8)
-    assert resize_area(frames, 8, 8) is frames
-
-
-def test_float_frames_are_refused():
-    with pytest.raises(ValueError, match="float64"):
-        resize_area(np.zeros((1, 8, 8, 3)), 4, 4)

@@ -36,7 +36,7 @@ _CAMERA = re.compile(r"images\d+")
 
 
 def recognises(path: Path) -> bool:
-    """Whether this is (a part of) such a tree of folders."""
+    """Whether this is BridgeData V2 as recorded, or a part of it."""
     return any((trajectory / "obs_dict.pkl").is_file() for trajectory in _found(glance(path)))
 
 
@@ -52,12 +52,12 @@ def open_bridge_raw(
     """Opens a tree of trajectories; a trajectory is read when it is accessed.
 
     Args:
-        path: the whole tree, or any folder of it above the trajectories.
+        path: the whole tree, or any folder in it above the trajectories.
         name, embodiment: see `formats`.
         fps: steps per second, evenly spaced; None takes the recorded times (about 5 per second).
         cameras: the image folders to read, e.g. ("images0",) as mimic-video; None for all.
-        instruction_style: "stored", or "release" for the labels that mimic-video kept and repaired;
-            a trajectory without a label, or whose label it dropped, has the instruction "".
+        instruction_style: "stored", or "release" for the labels that mimic-video kept and repaired.
+            Without a label, or if it was dropped, the instruction is "".
 
     Raises:
         ValueError: if an option is unknown, or there are no trajectories.

@@ -28,6 +28,7 @@ from data_pipelines.video import VideoFile, VideoPool
 STREAM = "video"
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 _LONGEST_RECORD = 20  # lines; in a longer record a quote was never closed
+_Row = dict[str, Any] | str  # or why it is malformed: in long lists some lines always are
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?")
 
 
@@ -111,8 +112,8 @@ def open_clip_list(
         path: the list.
         name, embodiment: see `formats`.
         layout: "plain", "epic", "ssv2" or "ego4d"; "auto" detects it by the columns.
-        columns: fields of `Layout` and the names their columns have in this list, such as
-            {"file": "path", "caption": "text"}.
+        columns: replaces fields of the layout, e.g. {"file": "path", "caption": "text"} for a list
+            with the columns "path" and "text".
         videos: the folder that the file names are relative to; "" is the layout's ("plain": the
             list's own folder).
         fps: frame rate that frame numbers refer to; None takes the row's own.
@@ -161,12 +162,12 @@ class _Clip(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Depends on the row alone, so that lines added to the list change no other name."""
+        """Made of this row alone, so that adding lines to the list changes no other name."""
         part = "-".join((self.start or self.start_frame, self.end or self.end_frame)).strip("-")
         return self.id or (f"{self.file} {part}" if part else self.file)
 
 
-def _clip(number: int, row: dict[str, Any] | str, layout: Layout) -> _Clip:
+def _clip(number: int, row: _Row, layout: Layout) -> _Clip:
     if isinstance(row, str):
         return _Clip(number, fault=row)
     try:
@@ -244,10 +245,6 @@ def _seconds(text: str) -> Fraction:
     return sum((Fraction(part) * 60**i for i, part in enumerate(reversed(parts))), Fraction(0))
 
 
-# In lists of many thousand lines some are always malformed, so an error takes the place of a row.
-_Row = dict[str, Any] | str
-
-
 def _rows(path: Path, narration_seconds: float) -> Iterator[tuple[int, _Row]]:
     """The rows of a list, each with the number of its line or entry."""
     suffix = path.suffix.lower()
@@ -292,7 +289,7 @@ def _ego4d_rows(narrations: dict, seconds: float) -> Iterator[_Row]:
     """A row per narration of Ego4D: a clip of so many seconds around its time.
 
     narration.json holds {video_uid: {"narration_pass_1": {"narrations": [{"timestamp_sec",
-    "narration_text", ...}]}, ...}}; redacted videos have None in many places.
+    "narration_text", ...}]}, ...}}; redacted videos have None instead.
     """
     for uid, passes in narrations.items():
         for name in ("narration_pass_1", "narration_pass_2"):

@@ -27,7 +27,7 @@ _DEEPEST = 2  # folders between the dataset's and the files: part and task
 
 
 def recognises(path: Path) -> bool:
-    """Whether HDF5 files lie beside videos of the same names."""
+    """Whether there are HDF5 files beside videos of the same names."""
     if not path.is_dir():
         return False
     for pattern in ("*.hdf5", "*/*.hdf5", "*/*/*.hdf5"):

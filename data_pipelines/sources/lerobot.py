@@ -103,7 +103,7 @@ def _read_info(path: Path) -> dict:
         info = json.loads(file.read_text(encoding="utf-8-sig"))
         features = info.get("features", {}).values()
         dtypes = {feature["dtype"] for feature in features}
-        whole = (
+        complete = (
             len(features) > 0
             and all(isinstance(dtype, str) for dtype in dtypes)
             and all(isinstance(feature["shape"], list) for feature in features)
@@ -116,7 +116,7 @@ def _read_info(path: Path) -> dict:
         raise ValueError(
             f"{file} is damaged ({type(error).__name__}: {error}); copy it again"
         ) from error
-    if not whole:
+    if not complete:
         raise ValueError(
             f"{file} must have fps, data_path, total_episodes, video_path if there are videos, "
             "and the dtype and shape of every feature; copy or convert the dataset again"
@@ -236,7 +236,7 @@ class _Dataset:
     rows: "Rows"
     pool: VideoPool = field(default_factory=VideoPool)
     # The encoded images of the last few episodes: read from disk once for many windows.
-    held: LRU = field(default_factory=lambda: LRU(4))
+    cache: LRU = field(default_factory=lambda: LRU(4))
 
     def load(self, index: int) -> Episode:
         number = self.numbers[index]
@@ -269,7 +269,7 @@ class _Dataset:
             for key, shape in self.vectors.items()
         }
         for key in self.images:
-            streams[key] = Stream(times, ParquetImages(file, key, spans, self.held))
+            streams[key] = Stream(times, ParquetImages(file, key, spans, self.cache))
         for key in self.videos:
             video = self._video(key, row)
             if len(video) < len(times):
@@ -346,13 +346,6 @@ class Span(NamedTuple):
     count: int
 
 
-class _File(NamedTuple):
-    path: Path
-    metadata: pq.FileMetaData
-    least: np.ndarray  # per row group: the lowest and the highest episode that it can hold, by its
-    most: np.ndarray  # statistics
-
-
 class Rows:
     """Reads columns of episodes; caches the last row group, which may hold the next episode, too.
 
@@ -363,7 +356,7 @@ class Rows:
     def __init__(self, columns: Sequence[str]):
         """`columns` must include `episode_index`."""
         self._columns = list(dict.fromkeys(columns))
-        self._files = LRU[Path, _File](1)
+        self._files = LRU[Path, tuple[pq.FileMetaData, np.ndarray]](1)
         self._groups = LRU[tuple[Path, int], pa.Table](1)
 
     def read(self, path: Path, episode: int) -> tuple[pa.Table, list[Span]]:
@@ -376,10 +369,15 @@ class Rows:
             return self._read(path, episode)
 
     def _read(self, path: Path, episode: int) -> tuple[pa.Table, list[Span]]:
-        file = self._files.get(path, lambda: self._describe(path))
+        metadata, (least, most) = self._files.get(path, lambda: self._describe(path))
+
+        def read_group() -> pa.Table:
+            with pq.ParquetFile(path, metadata=metadata) as file:
+                return file.read_row_group(group, columns=self._columns)
+
         parts, spans = [], []
-        for group in np.flatnonzero((file.least <= episode) & (episode <= file.most)).tolist():
-            table = self._groups.get((path, group), lambda group=group: self._group(file, group))
+        for group in np.flatnonzero((least <= episode) & (episode <= most)).tolist():
+            table = self._groups.get((path, group), read_group)
             at = np.flatnonzero(table["episode_index"].to_numpy() == episode)
             if len(at) == 0:
                 continue
@@ -393,11 +391,8 @@ class Rows:
             raise ValueError(f"{path} does not match meta/episodes: it has no episode {episode}")
         return pa.concat_tables(parts), spans
 
-    def _group(self, file: _File, group: int) -> pa.Table:
-        with pq.ParquetFile(file.path, metadata=file.metadata) as opened:
-            return opened.read_row_group(group, columns=self._columns)
-
-    def _describe(self, path: Path) -> _File:
+    def _describe(self, path: Path) -> tuple[pq.FileMetaData, np.ndarray]:
+        """The metadata, and the lowest and highest episode of each row group [2, groups]."""
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
         if missing := [column for column in self._columns if column not in schema.names]:
@@ -408,13 +403,12 @@ class Rows:
             raise ValueError(f"{path}: episode_index is not an integer; convert the dataset again")
         columns = [metadata.schema.column(i).path for i in range(metadata.num_columns)]
         place = columns.index("episode_index")
-        limits = []  # per row group
+        limits = []
         for group in range(metadata.num_row_groups):
             found = metadata.row_group(group).column(place).statistics
             known = found is not None and found.has_min_max
             limits.append((found.min, found.max) if known else (-np.inf, np.inf))
-        least, most = np.array(limits).reshape(-1, 2).T
-        return _File(path, metadata, least, most)
+        return metadata, np.array(limits).reshape(-1, 2).T
 
 
 @contextmanager
@@ -458,20 +452,20 @@ class ParquetImages(ImageFrames):
         path: the parquet file.
         key: the column.
         spans: the rows.
-        held: cache of the rows of the last episodes, shared by a dataset.
+        cache: of the rows of the last episodes, shared by a dataset.
     """
 
     upright = True
 
-    def __init__(self, path: Path, key: str, spans: Sequence[Span], held: LRU):
+    def __init__(self, path: Path, key: str, spans: Sequence[Span], cache: LRU):
         super().__init__(f"{path}: {key}", sum(span.count for span in spans))
-        self._path, self._key, self._held = path, key, held
+        self._path, self._key, self._cache = path, key, cache
         self._places = [(span, at) for span in spans for at in range(span.count)]
 
     def encoded(self, number: int) -> bytes:
         """One image as it is stored."""
         span, at = self._places[number]
-        rows = self._held.get((self._path, self._key, span), lambda: self._column(span))
+        rows = self._cache.get((self._path, self._key, span), lambda: self._column(span))
         if not (rows[at] and rows[at]["bytes"]):
             raise ValueError(
                 f"{self.name(number)} is not in the file; write the dataset again with its images"

@@ -39,7 +39,7 @@ CODECS |= {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
 
 
 def recognises(path: Path) -> bool:
-    """Whether this is such an episode, or a folder with some."""
+    """Whether this is an episode of mimic-video, or a folder with some."""
     found = [path] if path.suffix in SUFFIXES else _episodes(glance(path))
     for file in itertools.islice(found, 3):
         with suppress(ValueError):
@@ -68,7 +68,7 @@ def open_mimic_episodes(
     root = path.parent if single else path
     files = [path] if single else sorted(_episodes(walk(path)))
     if not files:
-        raise ValueError(f"{path} holds no {' or '.join(SUFFIXES)} episodes")
+        raise ValueError(f"{path} has no {' or '.join(SUFFIXES)} episodes")
     ids = [file.relative_to(root).with_suffix("").as_posix() for file in files]
     if len(set(ids)) < len(ids):
         twice = next(id for id in ids if ids.count(id) > 1)
@@ -188,7 +188,7 @@ class ZarrStore:
 
     def __init__(self, path: Path, sparse: bool):
         self.path, self._sparse = path, sparse
-        self._unpacked: dict[str, tuple[int, np.ndarray]] = {}
+        self._cached: dict[str, tuple[int, np.ndarray]] = {}
 
     def __reduce__(self):
         return ZarrStore, (self.path, self._sparse)
@@ -223,12 +223,12 @@ class ZarrStore:
             out = np.empty((len(numbers), *array.shape[1:]), array.dtype)
             size = array.chunks[0]
             for chunk in np.unique(numbers // size).tolist():
-                kept, block = self._unpacked.get(key, (None, None))
+                kept, block = self._cached.get(key, (None, None))
                 if kept != chunk:
                     del block
-                    self._unpacked.pop(key, None)  # only one in memory at a time
+                    self._cached.pop(key, None)  # only one in memory at a time
                     block = self._checked(key)[chunk * size : (chunk + 1) * size]
-                    self._unpacked[key] = chunk, block
+                    self._cached[key] = chunk, block
                 wanted = np.flatnonzero(numbers // size == chunk)
                 out[wanted] = block[numbers[wanted] - chunk * size]
             return out
@@ -267,7 +267,7 @@ class ZarrStore:
             raise ValueError(f"the codec {unknown[0]!r} is refused; allowed are {sorted(CODECS)}")
         if about.get("dtype") == "|O":
             if "vlen-bytes" not in codecs:
-                raise ValueError("it holds objects, not numbers")
+                raise ValueError("it has objects, not numbers")
             about = about | {"fill_value": ""}  # zarr 2 wrote 0 for byte strings
         import zarr  # takes half a second, and most commands do not need it
         from zarr.storage import LocalStore, StorePath

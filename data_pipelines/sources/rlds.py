@@ -76,7 +76,7 @@ def open_rlds(
 
     Raises:
         UnknownRate: if `fps` is None and the dataset's own name does not match `KNOWN_FPS`.
-        ValueError: if it is not such a dataset, or has no such split or text.
+        ValueError: if TFDS did not prepare it, or it has no such split or text.
     """
     folder, info = _read_info(Path(path))
     features = _step_features(folder, info.features)

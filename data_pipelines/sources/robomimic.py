@@ -38,7 +38,7 @@ _SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
 
 
 def recognises(path: Path) -> bool:
-    """Whether this is such an HDF5 file, or a folder with some."""
+    """Whether this is an HDF5 file of demonstrations, or a folder with some."""
     files = [path] if path.is_file() else islice(_files(glance(path)), 3)
     for file in files:
         with suppress(ValueError):
@@ -73,7 +73,7 @@ def open_robomimic_hdf5(
             mimic-video was trained with: the name's words, "bowl" for "black bowl", a full stop.
 
     Raises:
-        ValueError: if an option is unknown, or no file holds demonstrations.
+        ValueError: if an option is unknown, or no file has demonstrations.
     """
     if flip not in FLIPS or instruction_style not in STYLES:
         raise ValueError(
@@ -91,7 +91,7 @@ def open_robomimic_hdf5(
         except ValueError as error:  # one entry for the file, so that it is counted
             demos.append(_Demo(file, id, fault=str(error)))
     if all(demo.fault for demo in demos):
-        reason = demos[0].fault if demos else f"{path} holds no {' or '.join(SUFFIXES)} file"
+        reason = demos[0].fault if demos else f"{path} has no {' or '.join(SUFFIXES)} file"
         raise ValueError(f"no demonstrations in {path}: {reason}")
     if len({demo.id for demo in demos}) < len(demos):
         raise ValueError(f"{path} has files that differ only in the suffix; move one of them away")

@@ -74,7 +74,7 @@ def open_webdataset(
 def _shard_files(path: Path, pattern: str) -> list[Path]:
     files = []
     for name in sorted(entry.name for entry in path.iterdir() if not entry.name.startswith(".")):
-        # A compressed shard is listed, too, to be refused by name: skipping it would be silent.
+        # A compressed shard is listed, too, so that it is refused by name, not skipped silently.
         suffix = next((end for end in COMPRESSED if name.lower().endswith(end)), None)
         if fnmatch(f"{name[: -len(suffix)]}.tar" if suffix else name, pattern):
             files.append(path / name)
@@ -86,12 +86,8 @@ def _shard_files(path: Path, pattern: str) -> list[Path]:
 # WebDataset's rule: the key ends at the first dot of the file's name and includes its folders.
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
 _LONGEST_PADDING = 1 << 20  # bytes of zeros at the end; tar writes 10,240 unless told otherwise
-_MAGICS = {
-    b"\x1f\x8b": "gunzip",
-    b"\x28\xb5\x2f\xfd": "unzstd",
-    b"\xfd7zXZ": "unxz",
-    b"BZh": "bunzip2",
-}
+# How a compressed file begins, and what uncompresses it.
+_MAGICS = {b"\x1f\x8b": "gunzip", b"(\xb5/\xfd": "unzstd", b"\xfd7zXZ": "unxz", b"BZh": "bunzip2"}
 
 
 @dataclass
@@ -137,11 +133,8 @@ def _index(path: Path) -> Shard:
             )
     except OSError as error:
         fault = f": the shard cannot be read ({error.strerror})"
-    except (
-        tarfile.TarError,
-        ValueError,
-        OverflowError,
-    ) as error:  # the latter for impossible sizes
+    except (tarfile.TarError, ValueError, OverflowError) as error:
+        # ValueError and OverflowError come from impossible sizes and dates in a header.
         fault = f": not a readable tar ({error}); copy it again"
         if keys:
             fault = f": {error}; {keys[-1]} and all samples after it are lost; copy the tar again"
