@@ -58,8 +58,8 @@ def cut_episode(
         anchor_fps: windows per second of video; None makes one per frame.
 
     Raises:
-        StreamMismatch: the config names streams or dimensions that the episode lacks.
-        ValueError: the episode is too short, or has invalid rotations.
+        StreamMismatch: the config does not fit the dataset, which stops a job.
+        ValueError: the episode cannot be cut, and is skipped.
     """
     columns = cut_numbers(episode, dataset, policy_io, anchor_fps)
     rows, at = camera_rows(dataset.video), columns["anchor"]
@@ -81,10 +81,7 @@ def cut_episode(
 
 
 def cut_numbers(
-    episode: Episode,
-    dataset: ConfigDict,
-    policy_io: ConfigDict,
-    anchor_fps: float | None = None,
+    episode: Episode, dataset: ConfigDict, policy_io: ConfigDict, anchor_fps: float | None = None
 ) -> dict[str, np.ndarray]:
     """The `columns` of `cut_episode` from the same arguments; no frame is decoded."""
     try:  # a fault of the config is the same for every episode, so it must stop the job

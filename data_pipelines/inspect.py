@@ -117,14 +117,11 @@ class Inspection:
 
 
 def inspect_path(
-    path: Path, format: str, options: Mapping[str, Any], **how: int | bool
+    path: Path, format: str, options: Mapping[str, Any], **settings: int | bool
 ) -> Inspection:
     """Opens a dataset in a format of `sources.formats.FORMATS` and inspects it.
 
     The further arguments are `limit` and `thorough` of `inspect_dataset`.
-
-    Raises:
-        ValueError: the dataset cannot be opened.
     """
     name, unknown = path.resolve().name, None
     try:
@@ -132,7 +129,7 @@ def inspect_path(
     except UnknownRate as error:  # training needs it, and an inspection helps to find it
         episodes = open_dataset(format, path, name, "unknown", {**options, "fps": 1.0})
         unknown = f"{error} (--option=fps=... here)"
-    found = inspect_dataset(episodes, str(path), format, **how)
+    found = inspect_dataset(episodes, str(path), format, **settings)
     if unknown:
         found.facts.append(("rate", "unknown; a step is shown as one second"))
         found.add_problem("unknown rate", _ALL, unknown)
@@ -440,11 +437,7 @@ def is_records(path: Path) -> bool:
 
 
 def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
-    """Inspects a records folder; `thorough` reads every record.
-
-    Raises:
-        ValueError: its manifest or plan.json cannot be read.
-    """
+    """Inspects a records folder; `thorough` reads every record."""
     if not (path / "manifest.json").is_file():
         return _inspect_unfinished(path)
     try:

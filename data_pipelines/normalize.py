@@ -153,11 +153,7 @@ class Normalizers:
     fingerprint: str  # identity of the data that all were made from
 
     def of(self, embodiment: str = "") -> Normalizer:
-        """The normalizer of an embodiment; "" stands for the only one.
-
-        Raises:
-            ValueError: there is none, or "" is ambiguous.
-        """
+        """The normalizer of an embodiment; "" stands for the only one."""
         known = self.by_embodiment
         if len(known) == 1 and (not embodiment or "" in known):
             return next(iter(known.values()))
@@ -312,11 +308,7 @@ def looks_like_statistics(path: Path) -> bool:
 
 
 def released_normalizer(path: Path) -> Normalizer:
-    """Reads released statistics as the normalizer of "actions" and "proprio".
-
-    Raises:
-        ValueError: the file is damaged or has other entries than the releases.
-    """
+    """Reads released statistics as the normalizer of "actions" and "proprio"."""
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
@@ -327,12 +319,8 @@ def released_normalizer(path: Path) -> Normalizer:
     statistics, modes = {}, {}
     for name, prefix in _RELEASED_PREFIXES.items():
         found = [key for key in content if key.startswith(prefix)]
-        keys = [
-            key
-            for stream in _RELEASED_MODES
-            for key in found
-            if f"_{stream}_" in f"_{key.removeprefix(prefix)}_"
-        ]
+        words = {key: key.removeprefix(prefix).split("_") for key in found}
+        keys = [key for stream in _RELEASED_MODES for key in found if stream in words[key]]
         if not len(keys) == len(found) == len(_RELEASED_MODES):
             raise ValueError(
                 f"{path} must have one position, rotation and gripper entry below {prefix!r}; "

@@ -162,12 +162,7 @@ class RecordDataset:
         return embedding
 
     def shard_columns(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
-        """Yields numeric columns, such as actions [n, H, A], shard by shard; no latents are read.
-
-        Raises:
-            KeyError: the records have no such column.
-            ValueError: a file is damaged.
-        """
+        """Yields numeric columns, such as actions [n, H, A], by shard; no latents are read."""
         missing = [name for name in names if name not in self.shapes or name in ("latents", "text")]
         if missing:
             raise KeyError(f"Records of {self.name!r} have no column {missing} (in {self.path}).")
@@ -183,10 +178,7 @@ class RecordDataset:
         return (read_columns(shard, *names) for shard in self._shards)
 
     def record_indices(
-        self,
-        split: str | None = None,
-        episodes_per_task: episode.PerTask = None,
-        seed: int = 0,
+        self, split: str | None = None, episodes_per_task: episode.PerTask = None, seed: int = 0
     ) -> np.ndarray:
         """Indices of the records to use: int64 [n], ascending.
 
@@ -233,11 +225,7 @@ def write_texts(path: Path, instructions: Sequence[str], embeddings: np.ndarray)
 
 
 def read_columns(shard: Path, *names: str) -> dict[str, np.ndarray]:
-    """Those of the named columns that the .npz beside a shard has.
-
-    Raises:
-        ValueError: the file is missing or damaged.
-    """
+    """Those of the named columns that the .npz beside a shard has."""
     file = shard.with_suffix(".npz")
     try:
         with np.load(file) as columns:

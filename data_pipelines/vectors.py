@@ -57,11 +57,7 @@ class StreamMismatch(ValueError):
 
 
 def parse(description: str | Sequence[Mapping[str, Any]], what: str = "vector") -> tuple[Part, ...]:
-    """Parses a config's `action` or `proprio` (named by `what` in errors) into parts.
-
-    Raises:
-        ValueError: the description is invalid; the message names the part and the key.
-    """
+    """Parses a config's `action` or `proprio` (named by `what` in errors) into parts."""
     if isinstance(description, str):
         return (Part((description,)),) if description else ()
     # Lists come from JSON; a ConfigDict is no Mapping but has `items`.
@@ -87,11 +83,7 @@ def bases(parts: Sequence[Part]) -> tuple[str, ...]:
 
 
 def dims(parts: Sequence[Part], dim: int) -> tuple[int, ...]:
-    """The width of each part in a vector of `dim` numbers; one may be inferred from the rest.
-
-    Raises:
-        ValueError: the parts do not add up to `dim`.
-    """
+    """The width of each part in a vector of `dim` numbers; one may be inferred from the rest."""
     widths = [_width(part) for part in parts]  # None: only the data can tell
     unknown = [i for i, width in enumerate(widths) if width is None]
     rest = dim - sum(width for width in widths if width is not None)
@@ -214,9 +206,6 @@ def restore(
         For each of `streams(parts)` float64 [h, 4, 4] (poses), [h, 3, 3] (matrices) or [h, w]. If
         parts take columns of a stream, w ends at the last one taken, and columns that no part takes
         are NaN.
-
-    Raises:
-        ValueError: two parts hold the same number of a stream.
     """
     chunk = np.asarray(chunk, np.float64)
     widths = dims(parts, chunk.shape[-1])
@@ -345,11 +334,10 @@ def _parse_part(given: dict[str, Any], where: str) -> Part:
 
     part = Part(
         streams=_names(given["stream"]),
-        represent=represent,
         bases=_names(given.get("base", ())),
         base_columns=given.get("base_columns", given.get("columns")),
         normalize=Mode(given.get("normalize", Mode.VARIANCE)),
-        **{key: given[key] for key in _AS_GIVEN if key in given},
+        **{key: value for key, value in given.items() if key not in _CHANGED},
     )
     ways = REPRESENTATIONS[represent].interpolations
     known = ", ".join(ways)
@@ -389,7 +377,7 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-_AS_GIVEN = ("columns", "rotation", "closed", "open", "binary", "interpolation", "shift")
+_CHANGED = ("stream", "base", "base_columns", "normalize")  # the others are fields of `Part`
 _COMMON = ("represent", "columns", "interpolation", "shift")
 # Required and optional keys of each representation.
 _KEYS = {

@@ -77,9 +77,6 @@ def write_lerobot(
         robot_type: the robot's name, e.g. "metaworld_sawyer".
         frame_size: (height, width) of the videos in pixels.
         data_file_mb: size in MB at which a new data file begins.
-
-    Raises:
-        ValueError: episodes disagree on features or lengths.
     """
     if not episodes:
         raise ValueError(f"{path}: no episodes to write")
@@ -360,10 +357,9 @@ class Scene:
 
 
 def write_hdf5(path: Path, demonstrations: Iterable[Demonstration], scene: Scene) -> int:
-    """Writes demonstrations as demo_0, demo_1, ..., with one in memory at a time.
+    """Writes demonstrations as demo_0, ..., with one in memory at a time; returns their number.
 
-    LIBERO names such a file `<task>_demo.hdf5`. Returns the number of demonstrations; none at all
-    raises ValueError.
+    LIBERO names such a file `<task>_demo.hdf5`.
     """
     with atomic.replacing(path) as partial, h5py.File(partial, "w") as file:
         data = file.create_group("data")

@@ -8,6 +8,7 @@ import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import av
 import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
@@ -162,7 +163,7 @@ def test_missing_files_leave_the_rest_readable(robot):
 
 
 def test_faults_are_counted_under_the_words_that_people_use(videos):
-    """The kinds follow from what the sources say: their messages and these must not part."""
+    """By the type of the error or of its cause; where a source checks by itself, by its words."""
     (videos / "video/good.mp4").unlink()
     (videos / "video/good.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid x")
     (videos / "metas/frozen.txt").write_bytes("Tür".encode("latin1"))
@@ -170,19 +171,32 @@ def test_faults_are_counted_under_the_words_that_people_use(videos):
     assert len(kinds["file that was not downloaded"]) == 1
     assert len(kinds["text in another encoding"]) == 1
 
+    def wrapped(cause):
+        try:
+            raise cause
+        except type(cause):
+            raise ValueError("in a source's own words") from None
+
     hostile = pickle.dumps(print)
     faults = [
         lambda: Stream(np.zeros(2, np.int64), np.zeros(2)),
         lambda: Stream(np.zeros(0, np.int64), np.zeros(0)),
         lambda: read_array_pickle(hostile, "poses.pkl"),
         lambda: {}["poses"],
+        lambda: wrapped(FileNotFoundError("a")),
+        lambda: wrapped(UnicodeDecodeError("utf-8", b"a", 0, 1, "b")),
+        lambda: wrapped(av.InvalidDataError(1, "a")),
+        lambda: wrapped(KeyError("a")),
     ]
-    found = inspect_dataset(LazyEpisodes(4, lambda i: faults[i]()), "set", "in memory")
+    found = inspect_dataset(LazyEpisodes(8, lambda i: faults[i]()), "set", "in memory")
     assert _kinds(found) == {
         "timestamps that do not increase": ["number 0"],
         "empty stream": ["number 1"],
         "refused pickle": ["number 2"],
-        "unreadable episode": ["number 3"],
+        "unreadable episode": ["number 3", "number 7"],
+        "missing file": ["number 4"],
+        "text in another encoding": ["number 5"],
+        "unreadable video": ["number 6"],
     }
     assert found.problems[3].text == "KeyError: 'poses'" and found.readable == 0
 
