@@ -17,6 +17,6 @@ convention. To add a robot:
 
 3. Add a line to `EMBODIMENTS` in `tests/test_embodiments.py`, which checks the widths of the
    vectors and that predicted actions convert back to the robot's own.
-4. Set `config.dataset.action = <robot>.ACTION` and `proprio` likewise in a configuration, and
+4. Set `config.datasets.NAME.action = <robot>.ACTION` and `proprio` likewise in a configuration, and
    `dataset.embodiment` to the robot's name; statistics and action masks are per embodiment.
 """
