@@ -74,53 +74,46 @@ def evaluate(
     tasks = [task.strip() for task in ",".join(protocol.tasks).split(",") if task.strip()]
     for task in tasks:  # before the policy is loaded and compiled, which takes minutes
         suite.check_task(task)
+    seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
+    proprio = config.policy_io.proprio
+    spec = ObservationSpec(
+        observed_frames=experiment.clip.observed_frames,
+        fps=experiment.clip.fps,
+        proprio_horizon=proprio.horizon,
+        proprio_fps=proprio.fps,
+        execute=protocol.execute,
+    )
     policy = None
     for name, setting in settings.items():
-        identity, controller = "", setting.mode
+        identity, controller, oracle = "", setting.mode, setting.mode == "oracle"
         if setting.mode in ("policy", "oracle"):
-            sampling = experiment.sampling(
-                stop_step=setting.stop_step, oracle=setting.mode == "oracle"
-            )
+            sampling = experiment.sampling(stop_step=setting.stop_step, oracle=oracle)
             if policy is None:
                 policy = load_policy(experiment, checkpoint, sampling, protocol.workers)
             policy = policy.sampled(sampling)
             policy.warm_up()
             controller = partial(_act_in_simulator, policy.act, suite.convert)
             identity = policy_identity(config, checkpoint) + str(sampling)
+        identity += "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
         if jax.process_index() == 0:
             write_setting(folder / name, setting)
-        for key in ("execute", "max_steps", "first_seed"):
-            identity += str(protocol[key])
-        clip, proprio = experiment.clip, config.policy_io.proprio
-        yield (
-            setting,
-            run_rollouts(
-                suite=protocol.suite,
-                make_simulator=suite.make_simulator,
-                episodes=[
-                    (task, protocol.first_seed + i)
-                    for task in tasks
-                    for i in range(protocol.episodes_per_task)
-                ],
-                controller=controller,
-                spec=ObservationSpec(
-                    observed_frames=clip.observed_frames,
-                    fps=clip.fps,
-                    proprio_horizon=proprio.horizon,
-                    proprio_fps=proprio.fps,
-                    execute=protocol.execute,
-                ),
-                folder=folder / name,
-                config_hash=hashlib.sha256(identity.encode()).hexdigest()[:16],
-                oracle_frames=clip.future_frames if setting.mode == "oracle" else 0,
-                max_steps=protocol.max_steps,
-                workers=protocol.workers,
-                videos_per_task=protocol.videos_per_task,
-                interpreter=suite.interpreter(),
-                process=jax.process_index(),
-                processes=jax.process_count(),
-            ),
+        results = run_rollouts(
+            suite=protocol.suite,
+            make_simulator=suite.make_simulator,
+            episodes=[(task, seed) for task in tasks for seed in seeds],
+            controller=controller,
+            spec=spec,
+            folder=folder / name,
+            config_hash=hashlib.sha256(identity.encode()).hexdigest()[:16],
+            oracle_frames=experiment.clip.future_frames if oracle else 0,
+            max_steps=protocol.max_steps,
+            workers=protocol.workers,
+            videos_per_task=protocol.videos_per_task,
+            interpreter=suite.interpreter(),
+            process=jax.process_index(),
+            processes=jax.process_count(),
         )
+        yield setting, results
 
 
 def _act_in_simulator(

@@ -146,7 +146,7 @@ class MetaWorld:
         """Hand position (m) and gripper opening (0..1): float32 [4]."""
         return self._obs[:4].astype(np.float32)
 
-    lerobot_state = proprio
+    lerobot_state = proprio  # "observation.state" of a recording
 
     def expert_action(self) -> np.ndarray:
         """The scripted policy's action, clipped to [-1, 1]: float32 [4]."""
