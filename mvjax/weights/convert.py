@@ -297,7 +297,7 @@ def describe_conversion(conversion: Conversion, destination: Path) -> str:
     if source.dropped:
         names = collapse(source.dropped)
         more = f" and {len(names) - 8} other names" if len(names) > 8 else ""
-        lines.insert(2, f"not converted: {', '.join(names[:8])}{more}")
+        lines.insert(-1, f"not converted: {', '.join(names[:8])}{more}")
     return "\n".join(lines)
 
 

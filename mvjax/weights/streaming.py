@@ -82,6 +82,19 @@ def _zarr(path: Any, value: StreamedArray) -> dict[str, Any]:
     }
 
 
+@contextmanager
+def _quiet_orbax() -> Iterator[None]:
+    """Silences Orbax's warning that handlers for devices and OCDBT are absent, as intended."""
+    logger = logging.getLogger("absl")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@_quiet_orbax()
 def write_streamed(
     directory: Path,
     params: Params,
@@ -104,22 +117,18 @@ def write_streamed(
     registry = ocp.type_handlers.create_type_handler_registry(
         (StreamedArray, _StreamHandler(wrote))
     )
-    with _quiet_orbax():
-        state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
+    state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with _new_folder(directory):
         free = shutil.disk_usage(directory).free
         size = sum(array.nbytes for array in leaf_paths(params).values())
         if free < size + SPARE_BYTES:
             needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed, {free >> 20} MB free"
             raise OSError(errno.ENOSPC, needed, str(directory))
-        with (
-            _quiet_orbax(),
-            ocp.CheckpointManager(
-                checkpoint_folder(directory),
-                item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
-                options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
-            ) as manager,
-        ):
+        with ocp.CheckpointManager(
+            checkpoint_folder(directory),
+            item_handlers={"state": state, "meta": ocp.JsonCheckpointHandler()},
+            options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+        ) as manager:
             manager.save(
                 0,  # step: nothing has been trained
                 args=ocp.args.Composite(
@@ -148,18 +157,6 @@ def _new_folder(directory: Path) -> Iterator[None]:
     except BaseException:
         shutil.rmtree(made[-1], ignore_errors=True)
         raise
-
-
-@contextmanager
-def _quiet_orbax() -> Iterator[None]:
-    """Silences Orbax's warning that handlers for devices and OCDBT are absent, as intended."""
-    logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 class ParameterReader:
