@@ -55,10 +55,11 @@ class VideoIndex:
 
 def open_video(place: VideoPlace) -> av.container.InputContainer:
     """Opens a video file, or a range of bytes through FFmpeg's `subfile` protocol."""
+    # Absolute, as FFmpeg takes a relative name like "http:x" in a list of clips for a protocol.
     if isinstance(place, FileRange):
         end = place.offset + place.size
         return av.open(f"subfile,,start,{place.offset},end,{end},,:{place.path.absolute()}")
-    return av.open(str(place))
+    return av.open(str(place.absolute()))
 
 
 def unreadable(place: VideoPlace, error: object) -> str:

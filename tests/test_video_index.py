@@ -107,6 +107,15 @@ def test_a_file_whose_pictures_are_not_all_there_is_refused(tmp_path, monkeypatc
         read_index(path)
 
 
+def test_a_name_is_never_taken_for_a_protocol(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    encode(Path("a.mp4"), EVEN).rename("concat:a.mp4")
+    encode(Path("a.mp4"), range(7))
+    assert len(read_index(Path("concat:a.mp4")).pts) == COUNT
+    with pytest.raises(ValueError, match=r"file:a\.mp4: .*No such file"):
+        read_index(Path("file:a.mp4"))
+
+
 def test_damaged_tables_are_no_other_error(tmp_path):
     """Whatever they say then, it is what FFmpeg says, or the packets are read."""
     content = encode(tmp_path / "a.mp4", EVEN, 2).read_bytes()

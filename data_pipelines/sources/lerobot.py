@@ -161,10 +161,8 @@ def _episodes_v2(path: Path, faults: list[str]) -> pa.Table:
 
 
 def _tasks_v2(path: Path, faults: list[str]) -> dict[int, str]:
-    def row(line: dict) -> tuple[int, str]:
-        return int(line["task_index"]), str(line["task"])
-
-    return dict(_read_lines(path / "meta/tasks.jsonl", row, faults))
+    file = path / "meta/tasks.jsonl"
+    return dict(_read_lines(file, lambda t: (int(t["task_index"]), str(t["task"])), faults))
 
 
 def _read_lines(file: Path, row: Callable[[dict], Any], faults: list[str]) -> list:

@@ -147,18 +147,18 @@ class _Dataset:
             raise ValueError(demo.fault)
         with self.pool.open(demo.file) as file:
             data, group = file["data"], file["data"][demo.key]
+            where = f"{demo.file}: {demo.key}"
             if not isinstance(group, h5py.Group):
-                raise ValueError(f"{demo.file}: {demo.key} is not a group")
+                raise ValueError(f"{where} is not a group")
             arrays = _arrays(group)
-            length = _length(demo, group, arrays)
+            length = _length(where, group, arrays)
             times = np.round(np.arange(length) / self._rate(data) * NANOSECONDS).astype(np.int64)
             streams, cameras = {}, []
             for key, array in arrays.items():
                 if len(array) != length:
                     if key.startswith("obs/"):
                         raise ValueError(
-                            f"{demo.file}: {demo.key} has {length} actions but {len(array)} values "
-                            f"of {key}; write the file again"
+                            f"{where} has {length} actions but {len(array)} values of {key}"
                         )
                     continue  # outside obs/ not every array has one value per step
                 if array.ndim == 4 and array.shape[-1] == 3 and array.dtype == np.uint8:
@@ -218,18 +218,18 @@ def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
     return found
 
 
-def _length(demo: _Demo, group: h5py.Group, arrays: dict[str, h5py.Dataset]) -> int:
+def _length(where: str, group: h5py.Group, arrays: dict[str, h5py.Dataset]) -> int:
     """The number of actions, which must be what the file declares."""
     if "actions" not in arrays:
-        raise ValueError(f"{demo.file}: {demo.key} has no array `actions`")
+        raise ValueError(f"{where} has no array `actions`")
     length = len(arrays["actions"])
     if length == 0:
-        raise ValueError(f"{demo.file}: {demo.key} is empty; leave it out")
+        raise ValueError(f"{where} is empty; leave it out")
     declared = group.attrs.get("num_samples", length)  # LIBERO has strings and numbers
     if _string(declared) != str(length):
         raise ValueError(
-            f"{demo.file}: {demo.key} should have {_string(declared)} samples but has {length} "
-            "actions; copy or write the file again"
+            f"{where} should have {_string(declared)} samples but has {length} actions; copy or "
+            "write the file again"
         )
     return length
 
