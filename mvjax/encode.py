@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_npz
 from data_pipelines.clip import Clip
-from data_pipelines.clips import EpisodeWindows, StreamMismatch, cut_episode
+from data_pipelines.cutting import EpisodeWindows, StreamMismatch, cut_episode
 from data_pipelines.episode import BadShare, Episode, split_of
 from data_pipelines.records import RecordDataset, RecordWriter
 from data_pipelines.shards import (

@@ -28,7 +28,7 @@ from mvjax.models.network import Params
 from mvjax.parallel import make_mesh
 from mvjax.training.bridge import load_backbone
 from mvjax.training.checkpoint import Store, leaf_paths
-from mvjax.training.restore import describe
+from mvjax.training.resume import describe
 from mvjax.training.step import TrainState, assemble, create_state
 
 

@@ -117,7 +117,7 @@ def test_an_unknown_size_is_explained():
     [
         ("clip.observed_frames", 6, r"observed_frames must be 1 \+ 4k .* got 6"),
         ("clip.future_frames", 6, r"future_frames must be a positive multiple of 4, got 6"),
-        ("clip.height", 40, r"clip.height must be a multiple of 16 .* got 40"),
+        ("clip.height", 40, r"clip.height must be a multiple of 16 pixels, got 40"),
         ("policy_io.action.horizon", 0, r"action_horizon must be at least 1, got 0"),
         ("policy_io.proprio.horizon", 0, r"proprio_horizon must be at least 1, got 0"),
         ("context_layer", 5, r"context_layer is 5, but the video model has blocks 1 to 2"),

@@ -21,7 +21,7 @@ from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokeniz
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import load_backbone, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch, Store
-from mvjax.training.restore import describe, first_state
+from mvjax.training.resume import describe, first_state
 from mvjax.training.step import abstract_state, make_optimizer
 from mvjax.weights.convert import prepare, write
 from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints

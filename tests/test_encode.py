@@ -24,7 +24,7 @@ from encode_toys import (
 from forked import Program
 from ml_collections import ConfigDict
 
-from data_pipelines.clips import StreamMismatch, cut_episode
+from data_pipelines.cutting import StreamMismatch, cut_episode
 from data_pipelines.episode import TooManyBad, split_of
 from data_pipelines.normalize import make_normalizers
 from data_pipelines.records import RecordDataset

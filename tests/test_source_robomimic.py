@@ -293,7 +293,7 @@ def test_an_interrupted_writer_leaves_the_old_file(tmp_path):
     assert len(open_it(path)) == 2
     with pytest.raises(ValueError, match="no demonstrations"):
         write_hdf5(path, [], SCENE)
-    with pytest.raises(ValueError, match="6 actions and .*'ee_pos': 2"):
+    with pytest.raises(ValueError, match=r"6 actions and .*'ee_pos': 2"):
         Demonstration(np.zeros((6, 7)), {"ee_pos": np.zeros((2, 3))}, np.zeros((6, 4)))
     with pytest.raises(ValueError, match=r"image_convention.*'upright'"):
         Scene("a", "b", image_convention="upright")

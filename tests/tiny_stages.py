@@ -23,7 +23,7 @@ from mvjax.parallel import Rules, make_mesh, make_rules
 from mvjax.training.checkpoint import Store
 from mvjax.training.metrics import Record
 from mvjax.training.objectives import Stage, make_stage
-from mvjax.training.restore import describe
+from mvjax.training.resume import describe
 from mvjax.training.step import assemble, create_state
 from mvjax.training.train import train
 

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from data_pipelines.episode import Episode
 from data_pipelines.sources import (
     bridge,
-    clips,
+    clip_lists,
     egodex,
     lerobot,
     mimic_video,
@@ -37,7 +37,7 @@ class Format(NamedTuple):
 
 FORMATS = {
     "bridge_raw": Format(bridge.open_bridge_raw, bridge.recognises),
-    "clip_list": Format(clips.open_clip_list, clips.recognises),
+    "clip_list": Format(clip_lists.open_clip_list, clip_lists.recognises),
     "egodex": Format(egodex.open_egodex, egodex.recognises),
     "lerobot": Format(lerobot.open_lerobot, lerobot.recognises),
     "mimic_episodes": Format(mimic_video.open_mimic_episodes, mimic_video.recognises),

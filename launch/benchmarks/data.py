@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.atomic import write_npz
 from data_pipelines.clip import Clip
-from data_pipelines.clips import cut_episode
+from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
 from data_pipelines.loader import make_loader
 from data_pipelines.records import RecordDataset

@@ -9,7 +9,7 @@ from fractions import Fraction
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.clips import cut_episode
+from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode, split_of
 from mvjax.policy.observation import Observation
 

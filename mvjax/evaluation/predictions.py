@@ -7,7 +7,7 @@ import numpy as np
 import scipy
 from ml_collections import ConfigDict
 
-from data_pipelines.clips import cut_episode
+from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode
 from data_pipelines.video import write_video
 from mvjax.evaluation.held_out import held_out_episodes

@@ -17,7 +17,7 @@ from mvjax.training.metrics import MetricsWriter, Record, Throughput, read_recor
 from mvjax.training.objectives import Stage
 from mvjax.training.preemption import Interrupt
 from mvjax.training.prefetch import device_batches
-from mvjax.training.restore import check_finished, describe, first_state, log_once
+from mvjax.training.resume import check_finished, describe, first_state, log_once
 from mvjax.training.step import assemble, compile_step
 from mvjax.training.validation import Validation
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines.clips import (
+from data_pipelines.cutting import (
     StreamMismatch,
     camera_rows,
     cameras,

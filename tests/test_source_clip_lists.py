@@ -7,7 +7,7 @@ import av
 import numpy as np
 import pytest
 
-from data_pipelines.sources.clips import open_clip_list
+from data_pipelines.sources.clip_lists import open_clip_list
 from data_pipelines.sources.formats import detect, open_dataset
 from data_pipelines.video import VideoFile, write_video
 
