@@ -6,6 +6,7 @@ path at the same time, at least one fails. Nothing is flushed to the disk: jobs 
 after a power failure.
 """
 
+import fcntl
 import json
 import os
 import shutil
@@ -56,6 +57,33 @@ def write_npz(path: Path, **arrays: np.ndarray) -> None:
     """Writes an uncompressed .npz."""
     with replacing(path) as partial, partial.open("wb") as file:
         np.savez(file, **arrays)
+
+
+@contextmanager
+def run_lock(folder: Path) -> Iterator[None]:
+    """Keeps a folder to this process: two runs that write there would spoil each other's files.
+
+    The system releases the lock when the process ends, however it ends. File systems without locks
+    (object storage, some network drives) are not protected.
+
+    Raises:
+        OSError: another process holds the folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise OSError(
+                f"another process is writing to {folder}; wait for it, stop it, or name another "
+                "folder."
+            ) from None
+        except OSError:
+            pass  # this file system has no locks
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

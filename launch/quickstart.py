@@ -25,7 +25,7 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import quickstart, quickstart_action, quickstart_video
-from data_pipelines.atomic import write_json, write_text
+from data_pipelines.atomic import run_lock, write_json, write_text
 from data_pipelines.settings import differences
 from launch import cli
 from launch.entry import run
@@ -67,6 +67,11 @@ def main() -> None:
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
     require(folder)
+    with run_lock(folder):
+        _run(run_dir, folder, size)
+
+
+def _run(run_dir: str, folder: Path, size: str) -> None:
     config = quickstart.get_config(size)
     check_settings(folder, stage_settings(size))
     if STUDY.value:

@@ -11,7 +11,14 @@ import time
 import numpy as np
 import pytest
 
-from data_pipelines.atomic import replacing, wait_until, write_json, write_npz, write_text
+from data_pipelines.atomic import (
+    replacing,
+    run_lock,
+    wait_until,
+    write_json,
+    write_npz,
+    write_text,
+)
 
 WRITER = """
 import sys, time
@@ -119,3 +126,27 @@ def test_a_process_waits_for_what_another_one_writes(tmp_path):
     wait_until(path.exists)
     assert path.read_text() == "whole"
     writer.join()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from data_pipelines.atomic import run_lock
+with run_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_folder_belongs_to_one_run_and_a_killed_run_leaves_no_lock(tmp_path):
+    folder = tmp_path / "run"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, folder], stdout=subprocess.PIPE) as holder:
+        assert holder.stdout.readline() == b"held\n"
+        with pytest.raises(OSError, match="another process is writing"), run_lock(folder):
+            pass
+        holder.kill()
+    with run_lock(folder):
+        pass
+    with run_lock(folder):  # and it is released at the end of the block
+        pass
+    assert list(folder.iterdir()) == []

@@ -9,6 +9,7 @@ import pytest
 from run_records import without_times
 from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
+from data_pipelines.atomic import run_lock
 from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch
 from mvjax.training.metrics import read_records
@@ -233,6 +234,12 @@ def test_a_profile_has_its_steps(tmp_path, steps):
     content = trace.read_bytes()
     assert b"train" in content and b"step_num" in content
     assert read_records(tmp_path)[-1]["step"] == steps
+
+
+def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
+    with run_lock(tmp_path), pytest.raises(OSError, match="another process is writing"):
+        train_toy(tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_diverged_run_stops_with_the_reason(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
+from data_pipelines.atomic import run_lock
 from mvjax.experiment import Experiment
 from mvjax.models.network import merge
 from mvjax.parallel import sharding_tree
@@ -63,12 +64,15 @@ def train(
         SystemExit: After SIGTERM (0) or Ctrl-C (130), once the current step is saved.
         TrainingDiverged: If too many steps in a row had a gradient that was not finite.
         CheckpointMismatch: If a finished run had other data or other networks.
+        OSError: If another process trains in `workdir`, or the disk is full.
     """
     config, settings, workdir = experiment.config, experiment.config.training, Path(workdir)
     mesh = experiment.mesh()
     optimizer, abstract, train_step = assemble(experiment, stage, mesh)
     description = describe(experiment, stage, meta or {})
     with (
+        # Process 0 writes for all. Before the store, which clears half-written checkpoints away.
+        run_lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext(),
         jax.set_mesh(mesh),
         Store(workdir, keep=settings.keep, keep_every=settings.keep_every) as store,
         Interrupt() as interrupt,
