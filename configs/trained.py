@@ -9,6 +9,7 @@ to the folder in which the run was trained.
 """
 
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -16,13 +17,10 @@ from mvjax.training.bridge import read_meta
 
 
 def get_config(workdir: str) -> ConfigDict:
-    """Reads it.
-
-    Args:
-        workdir: a training directory.
+    """Reads the configuration of a training directory.
 
     Raises:
-        ValueError: if that is none, or holds converted weights.
+        ValueError: if it is not one, or holds converted weights.
     """
     try:
         config = read_meta(Path(workdir)).get("config", {})
@@ -33,4 +31,11 @@ def get_config(workdir: str) -> ConfigDict:
             f"{workdir} holds converted weights, which know nothing but their network; give "
             "--config=FILE.py, e.g. configs/bridge_action.py."
         )
-    return ConfigDict(config)
+    return ConfigDict(_with_tuples(config))
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON made lists of the tuples; only tuples can be changed on a command line."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(entry) for key, entry in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

@@ -118,6 +118,8 @@ def test_a_run_brings_its_own_configuration(complains, video_run):
     for checkpoint in ([f"--checkpoint={video_run}"], ["--checkpoint", video_run]):
         misspelt = "--config.sampler.video_step=1"
         complains("did you mean 'video_steps'?", "launch.evaluate", *checkpoint, misspelt)
+    # JSON keeps tuples as lists, which no command line could change.
+    assert config.lora.targets == tuple(read_meta(video_run)["config"]["lora"]["targets"])
     complains("nothing is not a training directory", "launch.evaluate", "--checkpoint=nothing")
 
 
