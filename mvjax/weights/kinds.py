@@ -5,6 +5,7 @@ VIDEO is the video DiT, ACTION the action decoder, VAE the Wan VAE and TEXT the 
 
 import dataclasses
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -37,7 +38,7 @@ class Hints:
     published: Mapping[str, Any] | None = None  # the `config.json` of a Hugging Face folder
 
 
-class Kind:
+class Kind(ABC):
     """A kind of network, in every layout in which it is published."""
 
     stage: str  # of a converted checkpoint, e.g. "video"
@@ -50,17 +51,17 @@ class Kind:
     # Target of an export -> the layout.
     exports: ClassVar = {"nvidia": "nvidia", "mimic-video": "nvidia", "diffusers": "diffusers"}
 
+    @abstractmethod
     def infer(self, layout: str, tensors: Tensors, hints: Hints) -> Config:
         """Returns the configuration; raises WeightsError if the tensors do not determine it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def rules(self, layout: str, config: Config) -> Rules:
         """Returns the table of names."""
-        raise NotImplementedError
 
+    @abstractmethod
     def network(self, config: Config) -> Network:
         """Returns the network without weights."""
-        raise NotImplementedError
 
     def published(self, config: Config) -> Config:
         """Returns the `config.json` of the layout "diffusers", for kinds that have that layout."""
