@@ -66,6 +66,14 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Section:
+    """A part of an episode with a task of its own; it ends where the next one starts."""
+
+    start: int  # nanoseconds, on the time axis of the streams
+    instructions: tuple[str, ...]  # one or more descriptions of this task
+
+
+@dataclass(frozen=True)
 class Episode:
     """One demonstration or one video clip."""
 
@@ -77,6 +85,15 @@ class Episode:
     cameras: tuple[str, ...]  # the streams that are video
     # Instruction -> stored text embedding, float [n, d] without trailing zero rows.
     embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
+    # Where the task changes during the episode: its sections in order of time. Empty if
+    # `instructions` describe the whole episode; otherwise `instructions` are the texts of all.
+    sections: tuple["Section", ...] = ()
+    # Streams that the data name but that cannot be used -> why. They cost nothing unless the
+    # configuration asks for them.
+    left_out: Mapping[str, str] = field(default_factory=dict)
+    # Disagreements between two sources of one fact that were settled, in sentences that say which
+    # one was taken; equal for the same finding in another episode, so that they can be counted.
+    findings: tuple[str, ...] = ()
 
     def __post_init__(self):
         missing = [name for name in self.cameras if name not in self.streams]
@@ -85,6 +102,16 @@ class Episode:
                 f"episode {self.id} of {self.source} names the cameras {missing}, but its "
                 f"streams are {sorted(self.streams)}"
             )
+        starts = [section.start for section in self.sections]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"the sections of an episode must be in order of time, got {starts}")
+
+    def instructions_at(self, time: int) -> tuple[str, ...]:
+        """The descriptions of the task at a moment (nanoseconds): one, or several paraphrases."""
+        if not self.sections:
+            return self.instructions
+        started = [section for section in self.sections if section.start <= time]
+        return (started[-1] if started else self.sections[0]).instructions
 
 
 class LazyEpisodes(Sequence[Episode]):
