@@ -33,10 +33,15 @@ class EpisodeWindows:
     # bool [k, P], true where an edge value was repeated.
     columns: dict[str, np.ndarray]
 
+    # Each window's instruction, an index into those of the episode, int64 [k].
+    texts: np.ndarray
+    sectioned: bool = False  # whether the task changes during the episode
+
     def digest(self) -> str:
-        """Hash of the content."""
+        """Hash of the content; of the texts only where they are not the episode's own in turn."""
         state = hashlib.blake2b(digest_size=16)
-        for array in (self.frames, self.clips, *self.columns.values()):
+        texts = (self.texts,) if self.sectioned else ()
+        for array in (self.frames, self.clips, *self.columns.values(), *texts):
             state.update(np.ascontiguousarray(array))
         return state.hexdigest()
 
@@ -77,7 +82,23 @@ def cut_episode(
         part = used[start : start + _DECODE_FRAMES]
         pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
-    return EpisodeWindows(frames, clips.reshape(times.shape), columns)
+    texts = texts_at(episode, at)
+    return EpisodeWindows(
+        frames, clips.reshape(times.shape), columns, texts, bool(episode.sections)
+    )
+
+
+def texts_at(episode: Episode, anchor: np.ndarray) -> np.ndarray:
+    """The instruction of each window, int64 [k]: an index into `episode.instructions`.
+
+    It is one of those that belong to the window's anchor; several take turns.
+    """
+    if not episode.sections:
+        return np.arange(len(anchor), dtype=np.int64) % max(len(episode.instructions), 1)
+    number = {text: i for i, text in enumerate(episode.instructions)}
+    choices = [episode.instructions_at(int(time)) for time in anchor]
+    chosen = [number[texts[i % len(texts)]] for i, texts in enumerate(choices)]
+    return np.asarray(chosen, np.int64)
 
 
 def cut_numbers(
@@ -95,6 +116,9 @@ def cut_numbers(
     used = dict.fromkeys(
         [*names, *streams(action), *streams(proprio), *bases(action), *bases(proprio)]
     )
+    # What the source could not use concerns this episode alone, and only if it is asked for.
+    if broken := [f"{n} ({why})" for n, why in episode.left_out.items() if n in used]:
+        raise ValueError(f"the config asks for streams that cannot be used: {'; '.join(broken)}")
     if missing := [n for n in used if n not in episode.streams and n not in names]:
         raise StreamMismatch(
             f"dataset {dataset.name!r}: the config names the streams {missing}, but episode "

@@ -87,7 +87,7 @@ class Episode:
     embeddings: Mapping[str, np.ndarray] = field(default_factory=dict)
     # Where the task changes during the episode: its sections in order of time. Empty if
     # `instructions` describe the whole episode; otherwise `instructions` are the texts of all.
-    sections: tuple["Section", ...] = ()
+    sections: tuple[Section, ...] = ()
     # Streams that the data name but that cannot be used -> why. They cost nothing unless the
     # configuration asks for them.
     left_out: Mapping[str, str] = field(default_factory=dict)
@@ -105,6 +105,12 @@ class Episode:
         starts = [section.start for section in self.sections]
         if starts != sorted(set(starts)):
             raise ValueError(f"the sections of an episode must be in order of time, got {starts}")
+        for section in self.sections:
+            if not section.instructions or not {*section.instructions} <= {*self.instructions}:
+                raise ValueError(
+                    "a section needs instructions, which are also among the episode's: got "
+                    f"{section.instructions}, but the episode has {self.instructions}"
+                )
 
     def instructions_at(self, time: int) -> tuple[str, ...]:
         """The descriptions of the task at a moment (nanoseconds): one, or several paraphrases."""

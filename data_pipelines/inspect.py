@@ -79,6 +79,8 @@ class EpisodeSummary:
     instructions: tuple[str, ...] = ()
     seconds: float = 0.0  # duration of the longest stream, with the last sample's period
     streams: dict[str, StreamSummary] = field(default_factory=dict)
+    left_out: Mapping[str, str] = field(default_factory=dict)  # see `Episode`
+    findings: tuple[str, ...] = ()
     problems: list[Problem] = field(default_factory=list)
     # Camera -> thumbnails of the first, middle and last frame, uint8 [h, w, 3].
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -98,6 +100,8 @@ class Inspection:
     length_unit: str = "seconds"  # or "windows"
     facts: list[tuple[str, str]] = field(default_factory=list)  # in display order
     streams: dict[str, StreamSummary] = field(default_factory=dict)  # with ranges over all episodes
+    # (stream, why an encoding job could not use it) -> number of episodes
+    left_out: Counter[tuple[str, str]] = field(default_factory=Counter)
     instructions: Counter[str] = field(default_factory=Counter)  # -> number of episodes
     lengths: list[float] = field(default_factory=list)  # of the readable episodes
     problems: list[Problem] = field(default_factory=list)  # in the order of the episodes
@@ -107,6 +111,12 @@ class Inspection:
     def add_problem(self, kind: str, episode: str, text: str) -> None:
         """Adds a problem."""
         self.problems.append(Problem(kind, episode, text))
+
+    def add_findings(self, findings: Mapping[str, Sequence[str]]) -> None:
+        """Adds each distinct finding of the source once, with the episodes that have it."""
+        for text, episodes in findings.items():
+            more = f" and {len(episodes) - 1:,} more" if len(episodes) > 1 else ""
+            self.add_problem("sources that disagree", f"{episodes[0]}{more}", text)
 
     def problems_by_kind(self) -> dict[str, list[Problem]]:
         """The problems, the most frequent kind first."""
@@ -153,9 +163,13 @@ def inspect_dataset(
     decoded = set(chosen[_spread(len(chosen), _SAMPLED_EPISODES)].tolist())
     found = Inspection(title)
     ids, embodiments, rates = Counter(), set(), defaultdict(list)
+    findings: dict[str, list[str]] = defaultdict(list)
     summaries = _summaries(episodes, chosen, decoded, thorough)
     for episode in tqdm(summaries, desc="inspect", unit="episode", total=len(chosen)):
         found.problems += episode.problems
+        found.left_out.update(episode.left_out.items())
+        for text in episode.findings:
+            findings[text].append(episode.id)
         if not episode.streams:
             continue
         _compare(found, episode)
@@ -170,6 +184,7 @@ def inspect_dataset(
         if episode.sampled:
             found.samples.append(episode)
     found.samples = [found.samples[i] for i in _spread(len(found.samples), _SHOWN_EPISODES)]
+    found.add_findings(findings)
     for name, count in ids.items():
         if count > 1:
             found.add_problem("duplicate id", name, f"{count} episodes have it")
@@ -252,6 +267,7 @@ def _inspect_episode(
         return summary
     summary.id, summary.embodiment = episode.id, episode.embodiment
     summary.instructions = tuple(episode.instructions)
+    summary.left_out, summary.findings = episode.left_out, episode.findings
     summary.problems += _check_instructions(summary.id, summary.instructions)
     for name, stream in episode.streams.items():
         try:
@@ -461,6 +477,8 @@ def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
         *_settings(dataset.settings),
         ("fingerprint", dataset.fingerprint),
     ]
+    names = [row.id for row in dataset.episodes]
+    found.add_findings({text: [names[i] for i in at] for text, at in dataset.findings.items()})
     _read_records(found, dataset, thorough)
     _read_columns(found, dataset)
     return found
@@ -472,7 +490,7 @@ def _inspect_unfinished(path: Path) -> Inspection:
     except ValueError as error:
         raise ValueError(f"{path}/plan.json is damaged ({error}); encode it again") from error
     found = Inspection(str(path), length_unit="windows")
-    shards = sorted(path.glob("shard_*.npz"))
+    shards, findings = sorted(path.glob("shard_*.npz")), defaultdict(list)
     for file in shards:
         try:
             rows = json.loads(str(read_columns(file, "rows")["rows"]))
@@ -480,6 +498,9 @@ def _inspect_unfinished(path: Path) -> Inspection:
             found.add_problem("unreadable shard", file.name, str(error))
         else:
             _add_rows(found, rows)
+            for row, finding in ((r, f) for r in rows for f in r.get("findings", ())):
+                findings[finding].append(row["id"])
+    found.add_findings(findings)
     total = math.ceil(plan["episodes"] / plan["episodes_per_shard"])
     found.facts = [
         ("format", "records, not finished: run the encoding job again"),
@@ -567,6 +588,9 @@ def describe(found: Inspection) -> str:
             numbers.append((f"  {name}", str(list(s.shape)), s.dtype, rate_text(s), *ends))
     for table in (cameras, numbers):
         lines += ["", *_columns(table)] if len(table) > 1 else []
+    if found.left_out:
+        lines += ["", "  not used by an encoding job"]
+        lines += [f"    {line}" for line in left_out_text(found)]
     if found.lengths:
         low, middle, high = np.percentile(found.lengths, [0, 50, 100])
         unit = found.length_unit
@@ -583,6 +607,14 @@ def describe(found: Inspection) -> str:
             lines.append(f"            ... and {len(problems) - _EXAMPLES:,} more")
     # Names and texts that are not valid UTF-8 would fail to print.
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
+
+
+def left_out_text(found: Inspection) -> list[str]:
+    """A line per stream that an encoding job could not use, and why."""
+    return [
+        f"{name}: {why} ({count:,} episode{'s' if count > 1 else ''})"
+        for (name, why), count in found.left_out.items()
+    ]
 
 
 def size_text(stream: StreamSummary) -> str:

@@ -13,7 +13,13 @@ from markupsafe import Markup
 from PIL import Image
 
 from data_pipelines import atomic, html
-from data_pipelines.inspect import EpisodeSummary, Inspection, rate_text, size_text
+from data_pipelines.inspect import (
+    EpisodeSummary,
+    Inspection,
+    left_out_text,
+    rate_text,
+    size_text,
+)
 
 if TYPE_CHECKING:  # loaded when the first figure is drawn
     from matplotlib.axes import Axes
@@ -34,6 +40,7 @@ def write_page(found: Inspection, out: Path) -> None:
         dimensions=_DIMENSIONS,
         rate=rate_text,
         size=size_text,
+        left_out=left_out_text(found),
         jpeg=_jpeg,
         curves=lambda episode: _curves(found, episode),
         lengths=_histogram(found.lengths, found.length_unit) if found.lengths else "",

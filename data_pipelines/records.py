@@ -64,6 +64,7 @@ class RecordDataset:
         shapes: shape of each array in a record.
         episodes: one row per episode of the source, in its order.
         skipped: episodes skipped while encoding: {"id", "reason"}.
+        findings: what the source found and settled -> numbers of the episodes; see `Episode`.
     """
 
     def __init__(self, path: str | Path):
@@ -78,6 +79,7 @@ class RecordDataset:
         self.embodiment: str = self.settings["dataset"].get("embodiment", self.name)
         self.fingerprint: str = manifest["fingerprint"]
         self.skipped: list[dict[str, str]] = manifest["skipped"]
+        self.findings: dict[str, list[int]] = manifest.get("findings", {})
         self.episodes = [
             EpisodeRow(**{**row, "instructions": tuple(row["instructions"])})
             for row in manifest["episodes"]

@@ -19,7 +19,8 @@ from data_pipelines.episode import BadShare, Episode
 from data_pipelines.records import RecordDataset, read_columns, write_texts
 from data_pipelines.settings import differences, plain
 
-# An episode: id, instructions, count (of windows), digest, and "reason" if it cannot be read.
+# An episode: id, instructions, count (of windows), digest, "reason" if it cannot be read, and its
+# "findings" if it has any.
 Row = dict[str, Any]
 
 REMEDY = "Repair them and encode with --retry_skipped"
@@ -179,11 +180,14 @@ def finish(
     bad = BadShare(max_bad_share, f"episodes of {name!r}", settings["episodes"] + 1, REMEDY)
     rows, skipped, first = [], [], 0
     texts: dict[str, int] = {}  # distinct instruction -> an episode that has it
+    findings: dict[str, list[int]] = {}  # distinct finding -> the episodes that have it
     shards = list_shards(path, settings)
     for shard in shards:
         rows += finished_rows(shard)
     for index, row in enumerate(rows):
         count(row, bad)
+        for finding in row.pop("findings", ()):
+            findings.setdefault(finding, []).append(index)
         if "reason" in row:
             skipped.append({"id": row["id"], "reason": row.pop("reason")})
         row["first"], first = first, first + row["count"]
@@ -207,6 +211,8 @@ def finish(
         content += table.tobytes()
     manifest = {"settings": settings, "fingerprint": hashlib.sha256(content).hexdigest()}
     manifest |= {"shards": [shard.name for shard in shards], "skipped": skipped, "episodes": rows}
+    if findings:
+        manifest["findings"] = findings
     write_json(path / "manifest.json", manifest)
     return RecordDataset(path)
 

@@ -127,9 +127,12 @@ def _text_encoder(config: ConfigDict) -> tuple[TextEncoder | StoredTexts, str]:
 
 def _tell(name: str, records: RecordDataset) -> None:
     if jax.process_index() == 0:
-        skipped = f", {len(records.skipped)} skipped" if records.skipped else ""
         texts, count = len(records.instructions), len(records.episodes)
-        print(f"{name}: {len(records)} windows of {count} episodes{skipped}, {texts} instructions.")
+        skipped, share = len(records.skipped), len(records.skipped) / count
+        more = f", {skipped} skipped ({100 * share:.3g} %)" if skipped else ""
+        print(f"{name}: {len(records)} windows of {count} episodes{more}, {texts} instructions.")
+        for finding, episodes in records.findings.items():
+            print(f"{name}: {finding} ({len(episodes)} of {count} episodes)")
 
 
 if __name__ == "__main__":

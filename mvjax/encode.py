@@ -303,6 +303,8 @@ class EpisodeCutter:
         try:
             episode = self.episodes[index]
             row["id"], row["instructions"] = episode.id, list(episode.instructions) or [""]
+            if episode.findings:
+                row["findings"] = list(episode.findings)
             cuts = self._cut(episode, row["instructions"])
         except Exception as error:  # decoders raise types of their own
             if isinstance(error, StreamMismatch) and not self.config_fits:
@@ -313,7 +315,7 @@ class EpisodeCutter:
             return row, iter(())
         self.config_fits = True
         row |= {"count": len(cuts.clips), "digest": cuts.digest()}
-        return row, _windows(index, cuts, len(row["instructions"]))
+        return row, _windows(index, cuts)
 
     def _cut(self, episode: Episode, instructions: Sequence[str]) -> EpisodeWindows:
         if isinstance(self.text_encoder, StoredTexts):
@@ -326,11 +328,10 @@ class EpisodeCutter:
         return cuts
 
 
-def _windows(index: int, cuts: EpisodeWindows, texts: int) -> Iterator[Window]:
+def _windows(index: int, cuts: EpisodeWindows) -> Iterator[Window]:
     for i, shown in enumerate(cuts.clips):
         numbers = {name: column[i] for name, column in cuts.columns.items()}
-        # Windows of an episode with several instructions take them in turn.
-        numbers |= {"episode": np.int64(index), "text": np.int64(i % texts)}
+        numbers |= {"episode": np.int64(index), "text": cuts.texts[i]}
         yield cuts.frames[shown], numbers
 
 

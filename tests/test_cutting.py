@@ -1,5 +1,7 @@
 """Episodes cut into clips: several cameras in one frame, padding masks, and who is at fault."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -12,7 +14,7 @@ from data_pipelines.cutting import (
     cut_numbers,
     tile,
 )
-from data_pipelines.episode import Episode, Stream
+from data_pipelines.episode import Episode, Section, Stream
 from data_pipelines.frames import resize_area
 
 RNG = np.random.default_rng(0)
@@ -93,6 +95,39 @@ def test_anchors_lie_where_all_parts_of_the_action_are():
     action = (dict(stream="action", columns=(0, 1, 2)), dict(stream="late"))
     columns = cut_numbers(_episode(late=late), _dataset(action=action), IO)
     np.testing.assert_array_equal(columns["anchor"], np.arange(10, 20) * 50_000_000)
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        ({}, "abc" * 10),  # paraphrases of one task take turns
+        ({0: "ab", 10: "c"}, "ab" * 5 + "c" * 20),
+        ({0: "a", 5: "c", 9: "b", 20: "c"}, "aaaaacccc" + "b" * 11 + "c" * 10),
+        ({4: "b", 20: "ac"}, "b" * 20 + "ac" * 5),  # before the first one starts: its text
+    ],
+)
+def test_a_window_has_a_text_of_its_moment(sections, expected):
+    parts = tuple(Section(frame * 50_000_000, tuple(t)) for frame, t in sections.items())
+    episode = replace(_episode(), instructions=("a", "b", "c"), sections=parts)
+    cuts = cut_episode(episode, _dataset(), CLIP, IO)
+    assert "".join("abc"[i] for i in cuts.texts) == expected
+    # The hash sees another division into sections, and nothing else about the texts.
+    flat = cut_episode(replace(episode, sections=()), _dataset(), CLIP, IO)
+    assert (cuts.digest() == flat.digest()) == (not sections)
+
+
+def test_a_stream_that_was_left_out_costs_nothing_unless_it_is_asked_for():
+    left = {"wrist": "not downloaded", "force": "row 3 is null"}
+    episode = replace(_episode(), left_out=left)
+    cut_numbers(episode, _dataset(), IO)
+    for change, message in (
+        (dict(video=("front", "wrist")), r"wrist \(not downloaded\)$"),
+        (dict(action=(dict(stream="action", columns=(0,)), dict(stream="force"))), "row 3 is null"),
+        (dict(action=(dict(stream="action", represent="delta", base="force"),)), "row 3 is null"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            cut_numbers(episode, _dataset(**change), IO)
+        assert not isinstance(error.value, StreamMismatch)
 
 
 def test_several_cameras_fill_one_frame():

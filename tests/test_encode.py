@@ -3,6 +3,7 @@
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import ml_dtypes
 import numpy as np
@@ -25,7 +26,8 @@ from forked import Program
 from ml_collections import ConfigDict
 
 from data_pipelines.cutting import StreamMismatch, cut_episode
-from data_pipelines.episode import TooManyBad, split_of
+from data_pipelines.episode import Section, TooManyBad, split_of
+from data_pipelines.inspect import inspect_records
 from data_pipelines.normalize import make_normalizers
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode
@@ -77,6 +79,29 @@ def test_video_only_episodes_and_fewer_anchors(tmp_path):
 def test_several_instructions_take_turns(tmp_path):
     dataset = encode([episode(0, instructions=("push it", "push"))], tmp_path)
     assert [int(dataset[i]["text"]) for i in range(4)] == [0, 1, 0, 1]
+
+
+def test_what_the_source_found_is_in_the_manifest(tmp_path):
+    """Findings are counted and cost nothing: the windows and the fingerprint stay the same."""
+    plain = [episode(i) for i in range(3)]
+    found = [replace(plain[0], findings=("a", "b")), plain[1], replace(plain[2], findings=("b",))]
+    records = encode(found, tmp_path / "found")
+    assert records.findings == {"a": [0], "b": [0, 2]}
+    before = encode(plain, tmp_path / "plain")
+    assert before.findings == {} and before.fingerprint == records.fingerprint
+    problems = inspect_records(tmp_path / "found").problems_by_kind()["sources that disagree"]
+    assert {(p.episode, p.text) for p in problems} == {
+        ("episode 0", "a"),
+        ("episode 0 and 1 more", "b"),
+    }
+
+
+def test_the_texts_of_sections_are_stored_with_their_windows(tmp_path):
+    parts = (Section(0, ("reach",)), Section(10**9 // 4, ("lift", "raise")))
+    one = replace(episode(0, instructions=("reach", "lift", "raise")), sections=parts)
+    dataset = encode([one], tmp_path)
+    texts = [dataset.instructions[int(dataset[i]["text"])] for i in range(30)]
+    assert texts == ["reach"] * 10 + ["lift", "raise"] * 10
 
 
 def test_split_is_stable_under_added_data(tmp_path):

@@ -5,6 +5,7 @@ import pickle
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -238,6 +239,19 @@ def test_episodes_that_differ_from_the_first_are_named():
     assert kinds["duplicate timestamps"] == ["d"]
     assert kinds["duplicate id"] == ["a"]
     assert found.readable == 5
+
+
+def test_what_an_encoding_job_would_not_use_is_listed(tmp_path):
+    times = np.arange(10, dtype=np.int64) * 10**8
+    episodes = [_episode(name, times) for name in "abc"]
+    episodes[0] = replace(episodes[0], left_out={"wrist": "not downloaded", "<b>": "of bytes"})
+    episodes[2] = replace(episodes[2], left_out={"wrist": "not downloaded"}, findings=("x",))
+    found = inspect_dataset(episodes, "set", "in memory")
+    assert "wrist: not downloaded (2 episodes)" in describe(found)
+    assert "<b>: of bytes (1 episode)" in describe(found)
+    assert _kinds(found)["sources that disagree"] == ["c"]
+    write_page(found, tmp_path / "page.html")
+    assert "&lt;b&gt;: of bytes (1 episode)" in (tmp_path / "page.html").read_text()
 
 
 def test_a_part_of_a_large_dataset_is_looked_at():
