@@ -256,7 +256,8 @@ def data_fingerprint(
     mask_padding: bool = False,
 ) -> str:
     """Identity of the result of `make_normalizers`, without computing it."""
-    identity = [*(dataset.fingerprint for dataset in datasets), f"{episodes_per_task} {seed}"]
+    identity = [dataset.fingerprint + dataset.normalization for dataset in datasets]
+    identity += [f"{episodes_per_task} {seed}"]
     identity += ["mask_padding"] * mask_padding
     return hashlib.sha256("/".join(identity).encode()).hexdigest()
 

@@ -60,6 +60,8 @@ class RecordDataset:
         name: the dataset's name.
         embodiment: the robot or body; it selects the normalizer.
         fingerprint: identity of the content; changes with the data, the clip and the tokenizer.
+        normalization: how numbers are normalised, where a configuration says it otherwise than the
+            encoding job; see `provenance.open_records`.
         settings: settings of the encoding job (streams, clip, policy_io, identity of the networks).
         shapes: shape of each array in a record.
         episodes: one row per episode of the source, in its order.
@@ -76,6 +78,7 @@ class RecordDataset:
         manifest = json.loads(file.read_text())
         self.settings: dict = manifest["settings"]
         self.name: str = self.settings["dataset"]["name"]
+        self.normalization = ""
         self.embodiment: str = self.settings["dataset"].get("embodiment", self.name)
         self.fingerprint: str = manifest["fingerprint"]
         self.skipped: list[dict[str, str]] = manifest["skipped"]

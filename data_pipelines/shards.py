@@ -12,51 +12,26 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from data_pipelines.atomic import wait_until, write_json
 from data_pipelines.episode import BadShare, Episode
+from data_pipelines.provenance import changes
 from data_pipelines.records import RecordDataset, read_columns, write_texts
-from data_pipelines.settings import differences, plain
 
 # An episode: id, instructions, count (of windows), digest, "reason" if it cannot be read, and its
 # "findings" if it has any.
 Row = dict[str, Any]
 
 REMEDY = "Repair them and encode with --retry_skipped"
-_TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that records do not depend on
 _BATCH = 64  # texts embedded at a time
 
 
-def encoding_settings(
-    dataset: ConfigDict,
-    clip: ConfigDict,
-    policy_io: ConfigDict,
-    identity: Mapping[str, str],
-    **rest: Any,
-) -> dict[str, Any]:
-    """Every setting that the records depend on; arguments as of `mvjax.encode.encode_dataset`."""
-    names = ("name", "video", "action", "proprio", "embodiment")
-    windows = policy_io if dataset.action or dataset.proprio else {}
-    settings = {
-        "dataset": {name: dataset[name] for name in names if name in dataset},
-        "clip": clip,
-        "policy_io": recorded_policy_io(windows),
-        "identity": identity,
-    }
-    return plain(settings | rest)
+def begin(path: Path, settings: dict[str, Any], process: int) -> dict[str, Any]:
+    """Writes `plan.json`, or returns the settings of the one that is there.
 
-
-def recorded_policy_io(policy_io: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The windows of actions and proprioception without the settings that only training reads."""
-    return {
-        name: {key: value for key, value in window.items() if key not in _TRAINING_ONLY}
-        for name, window in plain(policy_io).items()
-    }
-
-
-def begin(path: Path, settings: dict[str, Any], process: int) -> None:
-    """Writes `plan.json`; ValueError if the folder has records made with other settings."""
+    Raises:
+        ValueError: the folder has records made with other settings.
+    """
     plan = path / "plan.json"
     # While no shard is finished, the settings may still be corrected in the same folder.
     if process == 0 and not any(path.glob("shard_*.npz")):
@@ -64,15 +39,13 @@ def begin(path: Path, settings: dict[str, Any], process: int) -> None:
         write_json(plan, settings)
     wait_until(plan.exists)
     found = json.loads(plan.read_text())
-    if found == settings:
-        return
-    keys = sorted(key for key in {*found, *settings} if found.get(key) != settings.get(key))
+    different = [] if found == settings else changes(found, settings)
+    if not different:
+        return found
     advice = "Choose another folder, or delete this one to encode again"
-    tokenizers = {s.get("identity", {}).get("tokenizer") for s in (found, settings)}
-    if keys == ["identity"] and len(tokenizers) == 1:
+    if all(sentence.startswith("identity.text_encoder ") for sentence in different):
         advice += "; --only=text changes the text embeddings alone"
-    changed = "; ".join(differences(found, settings))
-    raise ValueError(f"{path} was begun with other settings ({changed}). {advice}.")
+    raise ValueError(f"{path} was begun with other settings ({'; '.join(different)}). {advice}.")
 
 
 def list_shards(path: Path, settings: Mapping[str, int]) -> dict[Path, range]:
@@ -206,7 +179,9 @@ def finish(
         row["instructions"] = [numbers[text] for text in row["instructions"] if text in numbers]
     table = embed(texts, text_encoder, episodes)
     write_texts(path / "texts.npz", list(texts), table)
-    content = json.dumps([settings, list(texts), rows], sort_keys=True).encode()
+    # The same data read from another place are the same data.
+    known = {name: value for name, value in settings.items() if name != "source"}
+    content = json.dumps([known, list(texts), rows], sort_keys=True).encode()
     if isinstance(text_encoder, StoredTexts):  # whose identity does not depend on its content
         content += table.tobytes()
     manifest = {"settings": settings, "fingerprint": hashlib.sha256(content).hexdigest()}

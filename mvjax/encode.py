@@ -27,6 +27,7 @@ from data_pipelines.atomic import wait_until, write_npz
 from data_pipelines.clip import Clip
 from data_pipelines.cutting import EpisodeWindows, StreamMismatch, cut_episode
 from data_pipelines.episode import BadShare, Episode, split_of
+from data_pipelines.provenance import encoding_settings, first_difference
 from data_pipelines.records import RecordDataset, RecordWriter
 from data_pipelines.shards import (
     REMEDY,
@@ -35,7 +36,6 @@ from data_pipelines.shards import (
     TextEncoder,
     begin,
     count,
-    encoding_settings,
     finish,
     finished_rows,
     is_complete,
@@ -121,7 +121,7 @@ def encode_dataset(
         episodes_per_shard=episodes_per_shard,
         episodes=len(episodes),
     )
-    begin(path, settings, process)
+    settings = begin(path, settings, process)
     shards = list_shards(path, settings)
     ours = dict(list(shards.items())[process::processes])
     finished = [row for shard in filter(is_finished, ours) for row in finished_rows(shard)]
@@ -130,7 +130,7 @@ def encode_dataset(
         episodes, dataset, clip, policy_io, anchor_fps, text_encoder, validation_share, fits
     )
     if process == 0:
-        _check_same_data(path, shards, cut)
+        _check_same_data(path, shards, episodes, cut)
     if retry_skipped:
         _forget_repaired(ours, cut)
         # Without this, a process with nothing to do would take the old manifest for the new one.
@@ -169,18 +169,19 @@ def _encode(
                 _encode_shard(shard, cut, span, tokenizer, batch_size, bad, progress)
 
 
-def _check_same_data(path: Path, shards: Mapping[Path, range], cut: Cut) -> None:
-    # One episode is enough to notice data that was recorded or converted again under the same path.
-    for shard in filter(is_finished, shards):
-        for index, row in zip(shards[shard], finished_rows(shard)):
-            if row["count"]:
-                now, _ = cut(index)
-                if (now["id"], now.get("digest")) != (row["id"], row["digest"]):
-                    raise ValueError(
-                        f"{path} was made from other data: episode {row['id']!r} is no longer what "
-                        "it was. Choose another folder, or delete this one to encode again."
-                    )
-                return
+def _check_same_data(
+    path: Path, shards: Mapping[Path, range], episodes: Sequence[Episode], cut: "EpisodeCutter"
+) -> None:
+    rows = (
+        numbered
+        for shard in filter(is_finished, shards)
+        for numbered in zip(shards[shard], finished_rows(shard))
+    )
+    if what := first_difference(rows, episodes, lambda episode: cut.windows(episode).digest()):
+        raise ValueError(
+            f"{path} was made from other data: {what}. Choose another folder, or delete this one "
+            "to encode again."
+        )
 
 
 def _forget_repaired(shards: Mapping[Path, range], cut: Cut) -> None:
@@ -305,7 +306,7 @@ class EpisodeCutter:
             row["id"], row["instructions"] = episode.id, list(episode.instructions) or [""]
             if episode.findings:
                 row["findings"] = list(episode.findings)
-            cuts = self._cut(episode, row["instructions"])
+            cuts = self.windows(episode)
         except Exception as error:  # decoders raise types of their own
             if isinstance(error, StreamMismatch) and not self.config_fits:
                 raise
@@ -317,9 +318,10 @@ class EpisodeCutter:
         row |= {"count": len(cuts.clips), "digest": cuts.digest()}
         return row, _windows(index, cuts)
 
-    def _cut(self, episode: Episode, instructions: Sequence[str]) -> EpisodeWindows:
+    def windows(self, episode: Episode) -> EpisodeWindows:
+        """The windows of an episode; ValueError if it cannot be used."""
         if isinstance(self.text_encoder, StoredTexts):
-            for text in instructions:  # raises here and not at the end of the job
+            for text in episode.instructions or ("",):  # raises here and not at the end of the job
                 self.text_encoder.embedding(episode, text)
         cuts = cut_episode(episode, self.dataset, self.clip, self.policy_io, self.anchor_fps)
         for name, column in cuts.columns.items():

@@ -17,9 +17,9 @@ from data_pipelines.normalize import (
     load_normalizers,
     make_normalizers,
 )
+from data_pipelines.provenance import open_records
 from data_pipelines.records import RecordDataset
 from data_pipelines.settings import differences
-from data_pipelines.shards import recorded_policy_io
 from mvjax.experiment import Experiment
 from mvjax.parallel import spec
 from mvjax.training.bridge import read_meta
@@ -41,8 +41,7 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
     acting, chosen = experiment.stage == "action", experiment.datasets
     if config.wandb and jax.process_index() == 0:  # the only process that writes there
         require_wandb(config.wandb)
-    datasets = [RecordDataset(d.records) for d in chosen]
-    _check_records(datasets, config, ("clip", "policy_io") if acting else ("clip",))
+    datasets = [open_records(config, d, acting=acting) for d in chosen]
     identity = _identity(datasets)
     if acting:
         _check_backbone(config, identity)
@@ -81,19 +80,6 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
         validation=make_validation(experiment, stage, mesh, batches, identity, workdir),
         profile=profile,
     )
-
-
-def _check_records(datasets: Sequence[RecordDataset], config: Any, sections: Sequence[str]) -> None:
-    wanted = {"clip": config.clip, "policy_io": recorded_policy_io(config.policy_io)}
-    for dataset in datasets:
-        different = [d for s in sections for d in differences(dataset.settings[s], wanted[s], s)]
-        length, dim = dataset.text(0).shape
-        different += differences(dict(length=length, dim=dim), config.text, "text")
-        if different:
-            raise ValueError(
-                f"The records of {dataset.name!r} were encoded with other settings: "
-                f"{'; '.join(different)}. Use those, or encode them again into another folder."
-            )
 
 
 def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
@@ -136,6 +122,7 @@ def _normalizers(
     if normalizers.fingerprint != data_fingerprint(datasets, *choice):
         raise ValueError(
             f"{path} was made from other data, or with another training.episodes_per_task, "
-            "training.seed or policy_io.action.mask_padding; use those, or a new --workdir."
+            "training.seed, policy_io.action.mask_padding or normalize; use those, or a new "
+            "--workdir."
         )
     return normalizers

@@ -1,0 +1,201 @@
+"""What records were made from, and whether a configuration still says the same.
+
+The encoding job stores every setting that its records depend on. Whoever reads them for a
+configuration opens them here (`open_records`): a dataset that has other streams, cameras, parts or
+options by now would be learned under the wrong name.
+"""
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from data_pipelines.cutting import camera_rows, cut_episode
+from data_pipelines.episode import Episode
+from data_pipelines.records import RecordDataset
+from data_pipelines.representations import Mode, Part
+from data_pipelines.settings import differences, plain
+from data_pipelines.sources.formats import open_config
+from data_pipelines.vectors import parse
+
+# Settings of a dataset that say what its windows hold; they are part of the fingerprint.
+_CONTENT = ("name", "video", "action", "proprio", "embodiment")
+# Those that say nothing about it; the others (format, path, options, ...) say where it comes from.
+_ELSEWHERE = ("records", "weight", "anchor_fps")
+_TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that records do not depend on
+
+log = logging.getLogger(__name__)
+
+
+def encoding_settings(
+    dataset: ConfigDict,
+    clip: ConfigDict,
+    policy_io: ConfigDict,
+    identity: Mapping[str, str],
+    **rest: Any,
+) -> dict[str, Any]:
+    """Every setting that the records depend on; arguments as of `mvjax.encode.encode_dataset`."""
+    windows = policy_io if dataset.action or dataset.proprio else {}
+    source = {k: v for k, v in dataset.items() if k not in (*_CONTENT, *_ELSEWHERE)}
+    settings = {
+        "dataset": {name: dataset[name] for name in _CONTENT if name in dataset},
+        "source": source,
+        "clip": clip,
+        "policy_io": _recorded(windows),
+        "identity": identity,
+    }
+    return plain(settings | rest)
+
+
+def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What differs between the settings of records and others, in sentences.
+
+    Another way to write the same is no difference, nor is another `normalize`, which training
+    applies, nor another path: `check_moved` compares what is there.
+    """
+    before, after = plain(stored), plain(wanted)
+    described, asked = before["dataset"], after["dataset"]
+    for key, form in _FORMS.items():
+        if key in described and key in asked and _same(form, described[key], asked[key]):
+            asked[key] = described[key]
+    for settings in (before, after):
+        source = settings.get("source", {}).items()
+        settings["source"] = {
+            k: v for k, v in source if k != "path" and v not in (None, {}, [], "")
+        }
+    if "source" not in stored:  # records of earlier versions
+        after["source"] = {}
+        log.warning(
+            "the records of %r do not say which format and options they were read with, so these "
+            "cannot be compared with the configuration.",
+            stored["dataset"]["name"],
+        )
+    return differences(before, after)
+
+
+def open_records(config: ConfigDict, dataset: ConfigDict, *, acting: bool) -> RecordDataset:
+    """Opens the records of a dataset of a configuration.
+
+    Args:
+        config: clip, policy_io, text and validation_share.
+        dataset: its section of the dataset.
+        acting: whether actions and proprioception are read; otherwise they need not agree.
+
+    Raises:
+        FileNotFoundError: there are no finished records.
+        ValueError: they were encoded with other settings, or from other data.
+    """
+    records = RecordDataset(dataset.records)
+    stored = records.settings
+    rest = dict(anchor_fps=dataset.get("anchor_fps"), validation_share=config.validation_share)
+    wanted = encoding_settings(dataset, config.clip, config.policy_io, {}, **rest)
+    compared = ("dataset", "source", "clip", "anchor_fps", "validation_share")
+    compared += ("policy_io",) * acting
+    unread = () if acting else ("action", "proprio")
+    different = changes(*(_chosen(settings, compared, unread) for settings in (stored, wanted)))
+    length, dim = records.text(0).shape
+    different += differences(dict(length=length, dim=dim), config.text, "text")
+    if different:
+        raise ValueError(
+            f"The records of {records.name!r} in {records.path} were encoded with other settings: "
+            f"{'; '.join(different)}. Use those, or encode them again into another folder."
+        )
+    check_moved(records, dataset, config.policy_io)
+    if acting:
+        # `normalize` takes effect here and not in the records: what the configuration says holds.
+        described = [parse(stored["dataset"][key], key) for key in ("action", "proprio")]
+        asked = [parse(dataset[key], key) for key in ("action", "proprio")]
+        if described != asked:
+            modes = [[part.normalize.value for part in parts] for parts in asked]
+            records.settings["dataset"] |= {k: wanted["dataset"][k] for k in ("action", "proprio")}
+            records.normalization = str(modes)
+    return records
+
+
+def check_moved(records: RecordDataset, dataset: ConfigDict, policy_io: ConfigDict) -> None:
+    """ValueError if `dataset.path` is not where the records come from and holds other data."""
+    stored = records.settings
+    before, now = stored.get("source", {}).get("path"), dataset.get("path")
+    if before is None or now is None or Path(before).resolve() == Path(now).resolve():
+        return
+    moved = f"the records of {records.name!r} were made from {before}"
+    if not Path(now).exists():
+        log.warning(
+            "%s; the configuration says %s, which is not on this machine, so whether that is the "
+            "same data cannot be checked.",
+            *(moved, now),
+        )
+        return
+
+    def digest(episode: Episode) -> str:
+        described, anchor_fps = ConfigDict(stored["dataset"]), stored.get("anchor_fps")
+        windows = ConfigDict(stored.get("policy_io") or policy_io)
+        clip = ConfigDict(stored["clip"])
+        return cut_episode(episode, described, clip, windows, anchor_fps).digest()
+
+    episodes = open_config(dataset)
+    rows = [vars(row) for row in records.episodes]
+    what = f"it has {len(episodes)} episodes instead of {len(rows)}"
+    if len(episodes) == len(rows):
+        what = first_difference(enumerate(rows), episodes, digest)
+    if what:
+        raise ValueError(
+            f"{moved[0].upper()}{moved[1:]}, but {now} (config.datasets...path) holds other data, "
+            f"or is read in another way: {what}. Set the path back, which training does not read, "
+            "or encode again into another folder."
+        )
+
+
+def first_difference(
+    rows: Iterable[tuple[int, Mapping[str, Any]]],
+    episodes: Sequence[Episode],
+    digest: Callable[[Episode], str],
+) -> str:
+    """How the first encoded episode of records differs from the source's own; "" if it does not.
+
+    One is enough to notice data that were recorded or converted again. `rows` are numbered.
+    """
+    index, row = next(((i, row) for i, row in rows if row["count"]), (0, None))
+    if row is None:
+        return ""
+    try:
+        episode = episodes[index]
+        if episode.id != row["id"]:
+            return f"episode number {index} is {episode.id!r} instead of {row['id']!r}"
+        same = row["digest"] in ("", digest(episode))
+    except Exception as error:  # readers and decoders raise types of their own
+        return f"episode {row['id']!r} cannot be read ({type(error).__name__}: {error})"
+    return "" if same else f"episode {row['id']!r} is no longer what it was"
+
+
+def _recorded(policy_io: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The windows of actions and proprioception without the settings that only training reads."""
+    return {
+        name: {key: value for key, value in window.items() if key not in _TRAINING_ONLY}
+        for name, window in plain(policy_io).items()
+    }
+
+
+def _chosen(
+    settings: Mapping[str, Any], names: Sequence[str], unread: Sequence[str]
+) -> dict[str, Any]:
+    chosen = {name: settings[name] for name in names if name in settings}
+    return chosen | {"dataset": {k: v for k, v in settings["dataset"].items() if k not in unread}}
+
+
+def _same(form: Callable[[Any], Any], before: Any, after: Any) -> bool:
+    with suppress(ValueError):  # a description that is wrong is explained where it is used
+        return form(before) == form(after)
+    return False
+
+
+def _vector(description: Any) -> list[Part]:
+    return [replace(part, normalize=Mode.VARIANCE) for part in parse(description)]
+
+
+# Settings that can be written in several ways -> what they mean.
+_FORMS = {"video": camera_rows, "action": _vector, "proprio": _vector}
