@@ -327,8 +327,9 @@ class Sampling:
         sigma_min: noise level of the last, clean prediction (published: 0.002).
         oracle: take the true future video, noised at σ_K, instead of generating one.
         seed: of the video and action noise (published: 0).
-        fresh_noise: draw new noise at every query, from the seed and the observation; the published
-            policy takes the same noise at every query, so the error that noise brings repeats.
+        fresh_noise: draw new noise at every query, from the seed and the query's name
+            (`Observation.noise_key`); the published policy takes the same noise at every query, so
+            the error that noise brings repeats.
         draws: action chunks sampled per query; the one nearest to all others (the medoid) is
             executed. They share one context, so a draw costs ten small Euler steps (published: 1).
     """

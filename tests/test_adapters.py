@@ -1,5 +1,7 @@
 """Existing clients' observations as the policy sees them, and their actions back."""
 
+from itertools import count
+
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
@@ -21,7 +23,7 @@ def config_of(proprio, action, proprio_dim, action_dim):
 
 
 def session_of(client, *config):
-    return Session(make_adapter(client, policy_vectors(config_of(*config))), SENSES)
+    return Session(make_adapter(client, policy_vectors(config_of(*config))), SENSES, count())
 
 
 def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -0.03), **more):
@@ -37,7 +39,7 @@ def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -
 def test_libero_as_the_release_sees_it():
     """The published layout: position, two rows of the rotation, first finger."""
     adapter = make_adapter("libero", policy_vectors(libero_action.get_config("goal")))
-    session = Session(adapter, SENSES)
+    session = Session(adapter, SENSES, count())
     message = libero_message()
     seen = session.observe(message)
     rotation = Rotation.from_rotvec([3.0, 0.2, 0.1]).as_matrix()

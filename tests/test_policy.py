@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_policy import tiny_policy
+from toy_simulator import Rail
 
+from mvjax.evaluation.rollout import run_rollouts
 from mvjax.flow import (
     condition_mask,
     denoise,
@@ -19,7 +21,7 @@ from mvjax.flow import (
     scale_noisy_actions,
     start,
 )
-from mvjax.policy.observation import Observation
+from mvjax.policy.observation import Observation, ObservationSpec
 from mvjax.policy.policy import VideoActionModel
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -47,6 +49,7 @@ def observations(count, future=True):
             proprio=rng.normal(size=(1, 4)).astype(np.float32),
             instruction=texts[i % 3],
             future=rng.integers(0, 256, (8, 48, 32, 3), np.uint8) if future else None,
+            noise_key=("push/7", i),
         )
         for i in range(count)
     ]
@@ -130,7 +133,7 @@ def test_a_chunk_does_not_depend_on_its_batch(policy):
     np.testing.assert_allclose(three.act(queries), together, rtol=1e-5, atol=1e-5)
 
 
-def test_fresh_noise_differs_between_observations_and_seeds(policy):
+def test_fresh_noise_differs_between_queries_and_seeds(policy):
     queries = observations(2)
     fixed, fresh, other = (
         variant(policy, **s)
@@ -142,6 +145,68 @@ def test_fresh_noise_differs_between_observations_and_seeds(policy):
     np.testing.assert_array_equal(noise[0][0], noise[0][1])
     samples = [n[i] for n in noise for i in range(2)][1:]
     assert all(not np.array_equal(a, b) for i, a in enumerate(samples) for b in samples[:i])
+
+
+def test_fresh_noise_follows_a_querys_name_and_not_its_bits(policy):
+    """What is observed differs by roundings between batch sizes and machines; the name does not."""
+    fresh, (query, other) = variant(policy, fresh_noise=True), observations(2)
+    nudged = dataclasses.replace(query, proprio=np.nextafter(query.proprio, np.float32(9)))
+    noise = fresh.inputs([query, nudged], with_future=False)
+    for part in (noise.video_noise, noise.action_noise):
+        np.testing.assert_array_equal(part[0], part[1])
+    names = [("push/7", 1), ("push/71", 0), ("push/8", 0), ("7 push", 0)]
+    for name in names:
+        pair = [query, dataclasses.replace(query, noise_key=name)]
+        noise = fresh.inputs(pair, with_future=False).action_noise
+        assert not np.array_equal(noise[0], noise[1]), name
+    unnamed = dataclasses.replace(other, noise_key=None)
+    with pytest.raises(ValueError, match="noise_key"):
+        fresh.act([unnamed])
+    policy.act([unnamed])  # the published noise needs no name
+
+
+def test_an_episode_does_not_depend_on_workers_batches_or_a_resume(policy, tmp_path):
+    """Every query's noise is the same, and so is every result, with fresh noise and four draws."""
+    episodes = [(task, seed) for task in ("push", "shove") for seed in (1, 2, 3)]
+    spec = ObservationSpec(observed_frames=5, fps=20, proprio_horizon=1, proprio_fps=80, execute=4)
+    drawn = {}
+
+    def play(folder, workers):
+        one = variant(policy, batch_size=workers, fresh_noise=True, draws=4)
+        noise = drawn.setdefault(folder, {})
+
+        def act(queries):
+            for batch in one.batches(queries):
+                inputs = one.inputs(batch, with_future=False)
+                for i, query in enumerate(batch):
+                    parts = inputs.video_noise[i], inputs.action_noise[i]
+                    noise[query.noise_key] = [np.asarray(part).tobytes() for part in parts]
+            return one.act(queries)
+
+        results = run_rollouts(
+            suite="toy",
+            make_simulator=Rail,
+            episodes=episodes,
+            controller=act,
+            spec=spec,
+            folder=tmp_path / folder,
+            config_hash="abc",
+            max_steps=24,
+            workers=workers,
+        )
+        return [(r.task, r.seed, r.success, r.steps, r.queries) for r in results]
+
+    alone = play("one", 1)
+    assert len(drawn["one"]) == sum(result[-1] for result in alone)
+    assert len({video for video, _ in drawn["one"].values()}) == len(drawn["one"])
+    for workers in (2, 5):
+        assert play(str(workers), workers) == alone
+        assert drawn[str(workers)] == drawn["one"]
+    lines = (tmp_path / "5" / "results.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "killed").mkdir()
+    (tmp_path / "killed" / "results.jsonl").write_text("".join(lines[:2]) + lines[2][:20])
+    assert play("killed", 2) == alone
+    assert drawn["killed"].items() < drawn["one"].items()
 
 
 def test_of_several_draws_the_most_central_is_taken(policy):

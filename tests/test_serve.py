@@ -50,7 +50,9 @@ def test_a_trained_policy_is_served_and_drives_a_robot(trained, command):
             )
             frame = np.random.default_rng(1).integers(0, 256, (32, 32, 3), np.uint8)
             proprio = np.array([[0.1, 0.6, 0.2, 0.5]], np.float32)
-            asked = Observation(np.stack([frame] * 5), proprio, "close the drawer")
+            asked = Observation(
+                np.stack([frame] * 5), proprio, "close the drawer", noise_key=("session 0", 0)
+            )
             expected = policy.act([asked])[0]
         running.wait()
         with Client(running.uri) as client:

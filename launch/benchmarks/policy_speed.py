@@ -239,6 +239,7 @@ def random_observations(policy: Policy, count: int) -> list[Observation]:
             frames=rng.integers(0, 256, frames, np.uint8),
             proprio=rng.standard_normal(proprio, np.float32),
             instruction=f"put object {i} on the shelf",
+            noise_key=("benchmark", i),
         )
         for i in range(count)
     ]

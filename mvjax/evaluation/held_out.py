@@ -83,6 +83,8 @@ def windows_at(
         index = int(moment.at * len(cuts.clips))
         past, future = np.split(cuts.frames[cuts.clips[index]], [config.clip.observed_frames])
         proprio = cuts.columns["proprio"][index]
-        observation = Observation(past, proprio, episode.instructions[0], future)
+        anchor = int(cuts.columns["anchor"][index])
+        text, name = episode.instructions_at(anchor)[0], (f"{moment.dataset}/{moment.id}", anchor)
+        observation = Observation(past, proprio, text, future, name)
         windows.append(Window(moment, observation, cuts.columns["actions"][index]))
     return windows

@@ -81,10 +81,13 @@ def write_predictions(
     io = config.policy_io.proprio
     for episode in (episodes[held_out[i]] for i in chosen):
         cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
-        true = cuts.frames[cuts.clips[len(cuts.clips) // 3]]
-        observed, instruction = true[: config.clip.observed_frames], episode.instructions[0]
+        third = len(cuts.clips) // 3
+        true = cuts.frames[cuts.clips[third]]
+        observed = true[: config.clip.observed_frames]
+        instruction = episode.instructions_at(int(cuts.columns["anchor"][third]))[0]
         proprio = np.zeros((io.horizon, io.dim), np.float32)  # the video model does not read it
-        predicted = policy.predict_video([Observation(observed, proprio, instruction)])[0]
+        seen = Observation(observed, proprio, instruction, noise_key=(episode.id, 0))
+        predicted = policy.predict_video([seen])[0]
         for kind, frames in (("predicted", predicted), ("true", true)):
             large = frames.repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)
             name = f"{instruction.replace(' ', '_')}_{episode.id}_{kind}.mp4"

@@ -94,6 +94,7 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
     stride = control_stride(simulator.control_hz, job.spec.fps)
     asks = job.mode in ("policy", "oracle")
     recorded: list[np.ndarray] = []
+    queries = itertools.count()
     success, steps, max_steps = False, 0, job.max_steps or simulator.max_steps
 
     def observe() -> None:
@@ -105,7 +106,9 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
         future = None
         if job.mode == "oracle":  # the future under the expert
             future = simulator.lookahead(job.oracle_frames * stride, stride)
-        connection.send(Query(history.observation(simulator.instruction, future)))
+        # By the episode alone: its noise is the same in any worker, and after a resume.
+        name = f"{order.task}/{order.seed}", next(queries)
+        connection.send(Query(history.observation(simulator.instruction, future, name)))
         return connection.recv()
 
     observe()

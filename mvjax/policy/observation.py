@@ -16,12 +16,15 @@ class Observation:
         instruction: the task in words.
         future: uint8 [future_frames, h, w, 3], the true frames that follow, `clip.fps` apart; only
             in oracle mode, otherwise None.
+        noise_key: names the query, as (episode, number of the query in it): what fresh noise
+            (`sampler.fresh_noise`) is seeded by. Two queries of one name get equal noise.
     """
 
     frames: np.ndarray
     proprio: np.ndarray
     instruction: str
     future: np.ndarray | None = None
+    noise_key: tuple[str, int] | None = None
 
 
 Act = Callable[[Sequence[Observation]], np.ndarray]
@@ -111,7 +114,12 @@ class History:
                 del kept[step]
         return frame
 
-    def observation(self, instruction: str, future: np.ndarray | None = None) -> Observation:
+    def observation(
+        self,
+        instruction: str,
+        future: np.ndarray | None = None,
+        noise_key: tuple[str, int] | None = None,
+    ) -> Observation:
         """Returns the observation at the present control step, a multiple of `execute`."""
         if self._step < 0 or self._step % self._spec.execute:
             raise ValueError(
@@ -120,7 +128,7 @@ class History:
             )
         frames = self._last(self._frames, self._spec.observed_frames, self._stride)
         proprio = self._last(self._proprio, self._spec.proprio_horizon, self._proprio_stride)
-        return Observation(frames, proprio, instruction, future)
+        return Observation(frames, proprio, instruction, future, noise_key)
 
     def _last(self, kept: dict[int, np.ndarray], count: int, stride: int) -> np.ndarray:
         steps = [max(0, self._step - back * stride) for back in reversed(range(count))]

@@ -228,7 +228,8 @@ _TEXTS_KEPT = 256  # embeddings of 512 x 1024 numbers are 2 MB each
 class Policy:
     """A trained video-action model. `act` answers a batch of observations.
 
-    It is deterministic: equal observations give equal chunks, in any batch.
+    It is deterministic: equal observations (of equal `noise_key`, where noise is fresh) give equal
+    chunks, in any batch.
 
     Attributes:
         model: the networks and how they are sampled.
@@ -292,7 +293,7 @@ class Policy:
         frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
         proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
         observed, future = np.split(frames, [clip.observed_frames])
-        return Observation(observed, proprio, "", future)
+        return Observation(observed, proprio, "", future, noise_key=("blank", 0))
 
     def batches(self, observations: Sequence[Observation]) -> Iterator[list[Observation]]:
         """Yields batches of `batch_size`; the last one is padded with its last query."""
@@ -360,12 +361,10 @@ class Policy:
 
     def _noise(self, batch: Sequence[Observation]) -> tuple[jax.Array, jax.Array]:
         """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim] of a full batch."""
-        # It depends on the sample's own observation only, so that a chunk does not depend on the
-        # rest of its batch.
         if not self.model.sampling.fresh_noise:
             return self._fixed_noise
-        seed = self.model.sampling.seed
-        drawn = [self._draw(_observation_seed(seed, o)) for o in batch]
+        # By name: neither the rest of the batch nor the last bit of an observation changes it.
+        drawn = [self._draw(_query_seed(self.model.sampling.seed, o.noise_key)) for o in batch]
         return tuple(self._split(np.stack(noise)) for noise in zip(*drawn))
 
     @cached_property
@@ -382,8 +381,12 @@ class Policy:
         )
 
 
-def _observation_seed(seed: int, observation: Observation) -> int:
-    digest = blake2b(observation.instruction.encode(), digest_size=4, salt=seed.to_bytes(8, "big"))
-    digest.update(np.ascontiguousarray(observation.frames))
-    digest.update(np.ascontiguousarray(observation.proprio))
-    return int.from_bytes(digest.digest(), "big")
+def _query_seed(seed: int, noise_key: tuple[str, int] | None) -> int:
+    if noise_key is None:  # any default would repeat its noise
+        raise ValueError(
+            "With sampler.fresh_noise every observation needs its noise_key, (episode, number of "
+            "the query in it), but this one has none."
+        )
+    episode, number = noise_key
+    name = f"{seed} {number} {episode}".encode("utf-8", "surrogatepass")
+    return int.from_bytes(blake2b(name, digest_size=4).digest(), "big")

@@ -8,6 +8,7 @@ answers OK, GET /health counts and latencies as JSON.
 
 import asyncio
 import hmac
+import itertools
 import json
 import logging
 import time
@@ -106,7 +107,7 @@ class PolicyServer:
         metadata: Mapping[str, Any],
     ) -> None:
         self._serving, self._adapter, self._spec = serving, adapter, spec
-        self._clients, self._metrics = 0, Metrics()
+        self._clients, self._metrics, self._episodes = 0, Metrics(), itertools.count()
         self._batcher = make_batcher(lambda: self._clients)
         self._metadata = encode(metadata)
 
@@ -168,7 +169,7 @@ class PolicyServer:
         if reason := self._refusal():  # several handshakes were accepted at the same time
             return await connection.close(TRY_AGAIN_LATER, reason)
         self._clients += 1
-        session = Session(self._adapter, self._spec)
+        session = Session(self._adapter, self._spec, self._episodes)
         try:
             await self._send(connection, self._metadata)
             async for message in connection:

@@ -3,8 +3,9 @@
 `Session` keeps the episode; the functions below it read the parts of a message and check them.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -52,15 +53,22 @@ class Session:
     episode. A single picture is appended to those of the episode's earlier messages (so the
     messages' rate is the pictures'), and the first one is repeated as in training if there are too
     few. A new prompt, `"reset": True` or a jump of the robot begins a new episode.
+
+    Args:
+        adapter: of the client.
+        spec: the policy's input.
+        numbers: numbers the episodes of all sessions of a server, in the order of their first
+            queries; the noise of a query is named by the episode's and its own.
     """
 
-    def __init__(self, adapter: Adapter, spec: SessionSpec) -> None:
-        self._adapter, self._spec = adapter, spec
+    def __init__(self, adapter: Adapter, spec: SessionSpec, numbers: Iterator[int]) -> None:
+        self._adapter, self._spec, self._numbers = adapter, spec, numbers
         self.reset()
 
     def reset(self) -> None:
         """Begins a new episode."""
         self._episode = _Episode((), (), None)
+        self._names: Iterator[tuple[str, int]] | None = None  # of the queries of this episode
 
     def observe(self, message: Mapping[str, Any]) -> Seen:
         """Reads a message; a refused one does not change the episode.
@@ -73,11 +81,12 @@ class Session:
         if IMAGE_HISTORY in message:
             pictures = read_pictures(message[IMAGE_HISTORY], IMAGE_HISTORY, spec.observed_frames)
             states = self._state_history(message)
-            return Seen(self._observation(pictures, states, prompt), states[-1])
+            return Seen(self._named(self._observation(pictures, states, prompt)), states[-1])
         picture = read_picture(find(message, adapter.image), "/".join(adapter.image))
         state = self._state(message)
         pictures, states = (), ()
-        if not self._begins(prompt, picture, state):
+        begins = self._begins(prompt, picture, state)
+        if not begins:
             pictures, states, _ = self._episode
         # Copies, because a view would keep its whole message in memory.
         pictures = (*pictures, picture.copy())[-spec.observed_frames :]
@@ -87,8 +96,10 @@ class Session:
             _padded(states, spec.proprio_horizon),
             prompt,
         )
+        if begins:
+            self.reset()
         self._episode = _Episode(pictures, states, prompt)
-        return Seen(observation, state)
+        return Seen(self._named(observation), state)
 
     def actions(self, chunk: np.ndarray, seen: Seen) -> np.ndarray:
         """Returns the policy's chunk in the client's layout, float32 [horizon, any]."""
@@ -99,6 +110,11 @@ class Session:
         raise RequestError(
             "The policy's actions are NaN or infinite; is the state in the units of training?"
         )
+
+    def _named(self, observation: Observation) -> Observation:
+        if self._names is None:
+            self._names = zip(itertools.repeat(f"session {next(self._numbers)}"), itertools.count())
+        return replace(observation, noise_key=next(self._names))
 
     def _observation(self, pictures: np.ndarray, states: np.ndarray, prompt: str) -> Observation:
         adapter = self._adapter
