@@ -31,6 +31,24 @@ def pushed(simulator: Libero, direction: tuple[int, int, int]) -> np.ndarray:
     return np.stack(positions)
 
 
+def turned(simulator: Libero) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The hand turned by half a radian to both sides: quaternions, recorded, by robosuite."""
+    from robosuite.utils.transform_utils import quat2axisangle
+
+    quaternions, recorded, theirs = [], [], []
+    for axis in (3, 4):
+        for sign in (1, -1):
+            simulator.reset(0)
+            action = STAY.copy()
+            action[axis] = sign * 0.3
+            for _ in range(20):
+                simulator.step(action)
+                quaternions.append(simulator.effector_quaternion())
+                recorded.append(simulator.lerobot_state()[3:6])
+                theirs.append(quat2axisangle(simulator.effector_quaternion()))
+    return tuple(np.stack(each).reshape(4, 20, -1) for each in (quaternions, recorded, theirs))
+
+
 def official(task: str, seed: int) -> dict[str, np.ndarray]:
     """The same start through LIBERO's own evaluation environment, with its hard resets."""
     scene = Libero(task).scene
@@ -66,6 +84,7 @@ def main(out: str) -> None:
         "rotation": simulator.effector_rotation(),
         "instruction": simulator.instruction,
         "max_steps": simulator.max_steps,
+        **dict(zip(("turned", "turned_recorded", "turned_theirs"), turned(simulator))),
         "first": episode(simulator, 3, 40),
         "other_seed": episode(simulator, 4, 40),
         "drawn": episode(simulator, 12345, 1),

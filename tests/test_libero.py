@@ -4,6 +4,7 @@ The simulator runs in its own Python: `libero_probe.py` measures there what is a
 """
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -19,8 +20,9 @@ from data_pipelines.sources.formats import open_dataset
 from data_pipelines.vectors import dims, parse, vector
 from mvjax.evaluation.libero_demos import moving_actions
 from mvjax.evaluation.rollout import run_rollouts
-from mvjax.evaluation.suites.libero import Libero, libero_commands, libero_python
+from mvjax.evaluation.suites.libero import Libero, axis_angle, libero_commands, libero_python
 from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE, max_steps, split_task, suite_tasks
+from mvjax.evaluation.suites.suite import worker_versions
 from mvjax.policy.observation import ObservationSpec
 from mvjax.serving.adapters import EPISODE_JUMP_M
 
@@ -97,6 +99,53 @@ def test_a_policy_that_repeats_a_demonstration_sends_its_very_actions():
     np.testing.assert_array_equal(libero_commands(chunk, np.zeros(10))[:, 6], actions[:, 6])
 
 
+def quat2axisangle(quat):
+    """robosuite 1.4, `utils/transform_utils.py`; openpi's LIBERO client has the same."""
+    quat = np.array(quat)
+    if quat[3] > 1.0:
+        quat[3] = 1.0
+    elif quat[3] < -1.0:
+        quat[3] = -1.0
+    den = np.sqrt(1.0 - quat[3] * quat[3])
+    if math.isclose(den, 0.0):
+        return np.zeros(3)
+    return (quat[:3] * 2.0 * math.acos(quat[3])) / den
+
+
+def test_recorded_rotations_go_on_beyond_pi_as_robosuites_do():
+    axis = np.array([1, 0.05, 0.02]) / np.linalg.norm([1, 0.05, 0.02])
+    angles = np.linspace(0.1, 2 * np.pi - 0.1, 500)
+    path = [np.append(np.sin(a / 2) * axis, np.cos(a / 2)) for a in angles]
+    path += [[0, 0, 0, 1], [0, 0, 0, -1], [0, 0, 0, 1 + 1e-9], [1, 0, 0, 0]]
+    ours = np.array([axis_angle(np.array(q, float)) for q in path])
+    np.testing.assert_array_equal(ours, [quat2axisangle(np.array(q, float)) for q in path])
+    np.testing.assert_allclose(ours[:500], angles[:, None] * axis, atol=1e-7)
+    # A policy with six numbers of rotation does not see the difference.
+    six, folded = (
+        vector(parse(libero_panda.LEROBOT_PROPRIO), {"observation.state": state}, {}, 10)
+        for state in (
+            np.concatenate([np.zeros((500, 3)), rotation, np.zeros((500, 2))], axis=1)
+            for rotation in (ours[:500], Rotation.from_rotvec(ours[:500]).as_rotvec())
+        )
+    )
+    np.testing.assert_allclose(six, folded, atol=1e-6)
+
+
+def test_the_hand_turns_past_pi_without_a_jump(facts):
+    """In the simulator itself, whose hand points down: half a turn is where it usually is."""
+    quaternions, recorded = facts["turned"], facts["turned_recorded"]
+    assert quaternions[..., 3].min() < -0.02 and quaternions[..., 3].max() > 0.02
+    np.testing.assert_allclose(recorded, facts["turned_theirs"], atol=1e-6)
+    assert np.abs(np.diff(recorded, axis=1)).max() < 0.2
+
+
+def test_the_simulators_versions_are_those_of_its_own_python(python, monkeypatch):
+    monkeypatch.setenv("MVJAX_LIBERO_PYTHON", python)
+    found = worker_versions("libero")
+    assert (found["robosuite"], found["hf-libero"]) == ("1.4.0", "0.1.4")
+    assert found["numpy"].startswith("1.") and found["gl_renderer"]
+
+
 def test_actions_that_do_nothing_are_dropped_as_the_release_does():
     still, move = np.zeros(6), np.full(6, 0.1)
     rows = [(still, -1), (move, -1), (still, -1), (still, 1), (still, 1), (move, 1), (still, 1)]
@@ -126,8 +175,8 @@ def test_states_are_those_of_liberos_own_environment(facts):
     np.testing.assert_allclose(facts["quaternion"], facts["official_quaternion"], atol=1e-5)
     rotation = Rotation.from_quat(facts["official_quaternion"])
     np.testing.assert_allclose(facts["proprio"][3:9], rotation.as_matrix()[:2].ravel(), atol=1e-4)
-    difference = Rotation.from_rotvec(facts["rotation"]) * rotation.inv()
-    assert difference.magnitude() < 1e-4
+    theirs = quat2axisangle(facts["official_quaternion"])
+    np.testing.assert_allclose(facts["rotation"], theirs, atol=1e-4)
     np.testing.assert_allclose(facts["proprio"][9], facts["official_fingers"][0], atol=1e-4)
     assert str(facts["instruction"]) == "pick up the salad dressing and place it in the basket"
     assert int(facts["max_steps"]) == 280

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mvjax.evaluation.suites.metaworld import TASKS, MetaWorld
+from mvjax.evaluation.suites.suite import versions, worker_versions
 
 TASK = "drawer-open-v3"
 SIZE = (64, 96)
@@ -46,6 +47,16 @@ def test_there_are_fifty_tasks_with_an_instruction_each(simulator):
     assert simulator.instruction == "open the drawer"
     with pytest.raises(ValueError, match="unknown Meta-World task 'drawer-open'"):
         MetaWorld("drawer-open")
+
+
+def test_versions_name_the_simulator_and_what_draws(simulator):
+    import mujoco
+
+    here, worker = versions("metaworld"), worker_versions("metaworld")
+    assert here["mujoco"] == worker["mujoco"] == mujoco.__version__
+    assert here["gl_renderer"] == worker["gl_renderer"] != ""
+    assert not here["gl_renderer"].startswith("none")
+    assert {"python", "metaworld", "gymnasium", "numpy", "gl_backend"} <= worker.keys()
 
 
 def test_equal_seeds_give_equal_episodes_also_after_other_episodes(simulator):

@@ -12,6 +12,7 @@ import this file. Tasks and scenes are in `libero_scene.py`, the expert in `libe
 """
 
 import importlib.util
+import math
 import os
 import sys
 from pathlib import Path
@@ -120,12 +121,8 @@ class Libero:
         return self._data.qpos[self._robot._ref_joint_pos_indexes].copy()
 
     def effector_rotation(self) -> np.ndarray:
-        """Of the hand, as a rotation vector in radians: float64 [3]."""
-        import mujoco
-
-        rotation = np.zeros(3)
-        mujoco.mju_quat2Vel(rotation, self._hand().xquat, 1.0)
-        return rotation
+        """Of the hand, as LIBERO's files have it: `axis_angle`, float64 [3]."""
+        return axis_angle(np.roll(self._hand().xquat, -1))
 
     def state(self) -> np.ndarray:
         """The flattened simulator state, as LIBERO stores it: time, positions, velocities."""
@@ -152,7 +149,7 @@ class Libero:
     # What recordings store, in LIBERO's names and conventions.
 
     def lerobot_state(self) -> np.ndarray:
-        """Position 3 (m), rotation vector 3 (rad), fingers 2 (m): float32 [8]."""
+        """Position 3 (m), axis-angle 3 (rad), fingers 2 (m): float32 [8]."""
         parts = (self.effector_position(), self.effector_rotation(), self.fingers())
         return np.concatenate(parts).astype(np.float32)
 
@@ -196,6 +193,20 @@ class Libero:
 
     def _hand(self):
         return self._data.body(self._robot.robot_model.eef_name)
+
+
+def axis_angle(quaternion: np.ndarray) -> np.ndarray:
+    """The axis times the angle (0 to 2π) of a quaternion xyzw, by robosuite's `quat2axisangle`.
+
+    LIBERO's demonstrations and openpi's clients use it, too. Since the hand points down, its angle
+    passes through π all the time. A rotation vector, which is at most π long, jumps there to its
+    opposite; this one goes on.
+    """
+    w = float(np.clip(quaternion[3], -1.0, 1.0))
+    length = np.sqrt(1.0 - w * w)
+    if math.isclose(length, 0.0):
+        return np.zeros(3)
+    return np.asarray(quaternion[:3], np.float64) * 2.0 * math.acos(w) / length
 
 
 # A policy's actions as LIBERO's simulator takes them.

@@ -19,6 +19,30 @@ def draw_off_screen(environment: MutableMapping[str, str] = os.environ) -> None:
         environment.setdefault("MUJOCO_GL", "egl")
 
 
+def renderer() -> dict[str, str]:
+    """The OpenGL that draws in this process: "gl_backend" (egl, osmesa, ...) and "gl_renderer".
+
+    Pictures differ between renderers, and between versions of the same one.
+    """
+    draw_off_screen()
+    backend = os.environ.get("MUJOCO_GL", "") or "default"
+    try:
+        import mujoco
+
+        context = mujoco.GLContext(16, 16)
+        try:
+            context.make_current()
+            from OpenGL import GL  # after the context: it then takes the functions of that backend
+
+            words = [GL.glGetString(name) for name in (GL.GL_RENDERER, GL.GL_VERSION)]
+        finally:
+            context.free()
+        drawn_by = ", ".join(word.decode() for word in words if word) or "unknown"
+    except Exception as error:  # every GL backend raises types of its own
+        drawn_by = f"none ({error})"
+    return {"gl_backend": backend, "gl_renderer": drawn_by}
+
+
 class MujocoCamera:
     """Draws a `mujoco.MjModel` at one size, in pixels; changes the model's rendering quality."""
 

@@ -9,6 +9,11 @@ To add one:
    configuration and `launch.record --suite`.
 """
 
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from mvjax.evaluation.suites import libero, libero_scene, metaworld
+from mvjax.evaluation.suites.mujoco_camera import draw_off_screen, renderer
 
 
 class Simulator(Protocol):
@@ -97,6 +103,7 @@ class Suite:
         size: default height and width of recorded pictures in pixels.
         embodiment: the robot's name in a LeRobot dataset.
         camera: the name of the pictures in a LeRobot dataset.
+        packages: those whose versions may change an episode.
         convert: makes the policy's actions the simulator's.
         interpreter: returns the Python that has the simulator, or raises if there is none.
     """
@@ -108,6 +115,7 @@ class Suite:
     size: tuple[int, int]
     embodiment: str
     camera: str
+    packages: tuple[str, ...] = ("mujoco", "numpy")
     convert: Convert = lambda chunk, proprio: chunk
     interpreter: Callable[[], Path] = lambda: Path(sys.executable)
 
@@ -121,6 +129,7 @@ SUITES = {
         size=(192, 192),
         embodiment="metaworld_sawyer",
         camera="observation.images.corner",
+        packages=("metaworld", "mujoco", "gymnasium", "numpy"),
     ),
     "libero": Suite(
         libero.Libero,
@@ -130,7 +139,46 @@ SUITES = {
         size=(480, 640),
         embodiment="libero_panda",
         camera="observation.images.agentview",
+        packages=("hf-libero", "robosuite", "bddl", "mujoco", "gymnasium", "numpy"),
         convert=libero.libero_commands,
         interpreter=libero.libero_python,
     ),
 }
+
+
+def versions(name: str) -> dict[str, str]:
+    """What an episode of a suite depends on beside the policy, in the Python that calls this.
+
+    Returns:
+        "python", each of the suite's packages ("none" where it is not installed), "gl_backend" and
+        "gl_renderer".
+    """
+    found = {"python": platform.python_version()}
+    for package in SUITES[name].packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "none"
+    return found | renderer()
+
+
+def worker_versions(name: str) -> dict[str, str]:
+    """`versions` in the Python that simulates, in a process of its own.
+
+    Raises:
+        FileNotFoundError: there is no such Python yet.
+        RuntimeError: it could not tell; the message is its own.
+    """
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    draw_off_screen(environment)
+    program = f"import json; from {__name__} import versions; print(json.dumps(versions({name!r})))"
+    done = subprocess.run(
+        [str(SUITES[name].interpreter()), "-c", program],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the simulator's Python says no versions: {done.stderr.strip()[-500:]}")
+    return json.loads(done.stdout.splitlines()[-1])
