@@ -5,19 +5,24 @@ read, straight onto the reader's own mesh and dtype: each device reads its part,
 state is never touched.
 """
 
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
+from mvjax.identity import different, digest, digest_of_sums, piece_sums
 from mvjax.models.lora import merge_lora
 from mvjax.models.network import Network, Params, merge, split
 from mvjax.models.presets import video_network
@@ -32,6 +37,8 @@ from mvjax.training.checkpoint import (
     read_arrays,
     stored_tree,
 )
+
+log = logging.getLogger(__name__)
 
 # Settings of how a network is computed, which its weights do not depend on.
 COMPUTE_SETTINGS = ("precision", "attention", "remat")
@@ -58,7 +65,7 @@ def restore_params(
     Raises:
         FileNotFoundError: If there is no such checkpoint.
         CheckpointMismatch: If parameters are absent, extra or of another shape, naming both sides.
-        OSError: If it is damaged.
+        OSError: If it is damaged, or does not hold the numbers that were saved.
     """
     where = step_folder(directory, step)
     with damage_reported(where):
@@ -68,7 +75,27 @@ def restore_params(
         averaged, raw = split(abstract, lambda path: path in stored_averages)
         wanted = {name: tree for name, tree in (("params", raw), ("ema", averaged)) if tree}
         restored = read_arrays(where, wanted, partial=True)
-    return merge(restored.get("params", {}), restored.get("ema", {}))
+        params = merge(restored.get("params", {}), restored.get("ema", {}))
+        if use_ema:
+            _check_digest(where, leaf_paths(params), leaf_paths(_as_read(stored)))
+    return params
+
+
+def _as_read(stored: Params) -> Params:
+    """The parameters that other programs read: averaged where there is an average."""
+    return merge(stored["params"], stored.get("ema", {}))
+
+
+def _check_digest(where: Path, restored: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+    # Of arrays in another dtype than stored, the digest is another one.
+    if any(leaf.dtype != stored[name].dtype for name, leaf in restored.items()):
+        return
+    saved = ocp.JsonCheckpointHandler().restore(where / "meta").get("digest")
+    if saved and saved != (found := digest(restored)):
+        raise ValueError(
+            f"its parameters have the digest {found}, but {saved} when they were saved: a file was "
+            "changed, or belongs to another checkpoint"
+        )
 
 
 def abstract_params(directory: Path, *, step: int | None = None) -> Params:
@@ -104,14 +131,162 @@ def step_folder(directory: Path, step: int | None) -> Path:
             f"{directory} is not a training directory: it has no folder 'checkpoints'; weights for "
             "PyTorch are converted first (python -m launch.convert)."
         )
-    steps = sorted(ocp.utils.checkpoint_steps(folder))
+    steps = checkpoint_steps(directory)
     if not steps or (step is not None and step not in steps):
         wanted = "complete checkpoint" if step is None else f"checkpoint {step}"
         raise FileNotFoundError(f"{directory} has no {wanted}; it has the steps {steps}.")
     return folder / str(steps[-1] if step is None else step)
 
 
+def checkpoint_steps(directory: Path) -> list[int]:
+    """The steps of the complete checkpoints of a training directory, in order; [] if none."""
+    folder = checkpoint_folder(directory)
+    return sorted(ocp.utils.checkpoint_steps(folder)) if folder.is_dir() else []
+
+
+# --- A checkpoint that is chosen once ---
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One checkpoint of a training directory and its description.
+
+    A program chooses it once and reads everything from it: a training that goes on meanwhile writes
+    newer ones and deletes older ones.
+    """
+
+    directory: Path
+    step: int
+    meta: Mapping[str, Any]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Step and digest of the parameters that other programs read, and how adapters merge."""
+        lora = self.meta["config"].get("lora", {})
+        adapters = {"lora": {k: lora[k] for k in ("rank", "alpha")}} if lora.get("rank") else {}
+        return {"step": self.step, "digest": self.meta.get("digest") or self._digest(), **adapters}
+
+    def _digest(self) -> str:
+        log.warning(
+            "%s does not name the digest of its weights, as checkpoints of earlier versions: it is "
+            "computed from the files.",
+            step_folder(self.directory, self.step),
+        )
+        return stored_digest(self.directory, self.step)
+
+
+def find_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
+    """A checkpoint of a training directory; the newest if `step` is None."""
+    where = step_folder(directory, step)
+    return Checkpoint(Path(directory), int(where.name), read_meta(directory, step=int(where.name)))
+
+
+def stored_digest(directory: Path, step: int) -> str:
+    """The digest of a checkpoint's parameters, read leaf by leaf into the host's memory."""
+    where = step_folder(directory, step)
+    with damage_reported(where):
+        stored = stored_tree(where)
+        host = jax.sharding.SingleDeviceSharding(_host_device())
+        averages, sums = flatten_dict(stored.get("ema", {})), {}
+        for path, leaf in flatten_dict(stored["params"]).items():
+            item = "ema" if path in averages else "params"
+            leaf = averages.get(path, leaf)
+            wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
+            read = read_arrays(where, {item: unflatten_dict({path: wanted})}, partial=True)
+            (array,) = jax.tree.leaves(read)
+            sums["/".join(path)] = (array.shape, array.dtype, piece_sums(array))
+    return digest_of_sums(sums)
+
+
+def _host_device() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS names the accelerator alone
+        return jax.local_devices()[0]
+
+
 # --- The networks of the two stages ---
+
+
+def backbone_checkpoint(
+    experiment: Experiment, trained: Mapping[str, Any] | None = None, by: str = ""
+) -> Checkpoint | None:
+    """Chooses the stage-1 checkpoint that stage 2 reads; None for an untrained backbone.
+
+    Args:
+        experiment: `config.backbone.checkpoint` is a stage-1 training directory, or "".
+        trained: The `backbone_identity` that a decoder was trained on: that step is taken, or
+            another one with the same weights. None for a new training, which takes the newest
+            step. {} if an earlier version did not store it: the newest step is taken with a
+            warning.
+        by: The decoder, for messages.
+
+    Raises:
+        CheckpointMismatch: If the directory no longer holds the weights the decoder was trained on.
+    """
+    config = experiment.config
+    directory, seed = config.backbone.checkpoint, (trained or {}).get("untrained")
+    if trained and (seed is not None or not directory) and seed != _untrained_seed(config):
+        raise CheckpointMismatch(
+            f"{by} was trained on {_described(trained)}, but this configuration has "
+            f"backbone.checkpoint={directory!r} and training.seed={config.training.seed}: use "
+            "those of before, or train stage 2 again in a new --workdir."
+        )
+    if not directory:
+        return None
+    newest = find_checkpoint(directory)
+    if not trained:
+        if trained is not None:
+            log.warning(
+                "%s does not say on which step of its backbone it was trained, as runs of earlier "
+                "versions: step %d of %s is taken.",
+                by,
+                newest.step,
+                directory,
+            )
+        return newest
+    steps = checkpoint_steps(directory)
+    wanted = {key: value for key, value in trained.items() if key in ("digest", "lora")}
+    unlike = ""
+    for step in sorted(steps, key=lambda step: (step != trained["step"], -step)):
+        found = find_checkpoint(directory, step)
+        if step != trained["step"] and "digest" not in found.meta:
+            continue  # computing the digests of all steps would take too long
+        unlike = different(wanted, {k: v for k, v in found.identity.items() if k != "step"})
+        if not unlike:
+            return found
+        if step == trained["step"]:
+            break
+    held = (
+        f"that step now holds other weights ({unlike})"
+        if trained["step"] in steps
+        else (f"{directory} now holds the steps {steps}")
+    )
+    raise CheckpointMismatch(
+        f"{by} was trained on {_described(trained)}, but {held}: bring that step back, name a copy "
+        "of it as backbone.checkpoint, or train stage 2 again in a new --workdir."
+    )
+
+
+def backbone_identity(experiment: Experiment, checkpoint: Checkpoint | None) -> dict[str, Any]:
+    """What stage 2 stores of the backbone it reads, of `backbone_checkpoint`."""
+    if checkpoint is None:
+        return {"untrained": experiment.config.training.seed}
+    return {"directory": str(checkpoint.directory), **checkpoint.identity}
+
+
+def trained_backbone(workdir: Path) -> dict[str, Any] | None:
+    """What a stage-2 run has stored of its backbone; None for a new run, {} for an old one."""
+    for step in reversed(checkpoint_steps(workdir)):
+        with contextlib.suppress(OSError):  # a damaged one is reported when the run resumes
+            return read_meta(workdir, step=step).get("backbone", {})
+    return None
+
+
+def _described(trained: Mapping[str, Any]) -> str:
+    if "untrained" in trained:
+        return f"an untrained backbone of seed {trained['untrained']}"
+    return f"step {trained['step']} of {trained['directory']} (digest {trained['digest']})"
 
 
 def abstract_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, Params]:
@@ -120,7 +295,9 @@ def abstract_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfi
     return model, _abstract(video_network(model), mesh, experiment.rules, model.dtype)
 
 
-def load_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, Params]:
+def load_backbone(
+    experiment: Experiment, mesh: Mesh, *, step: int | None = None
+) -> tuple[VideoDiTConfig, Params]:
     """Restores a stage-1 backbone onto this mesh, every device reading only its part.
 
     Args:
@@ -128,6 +305,7 @@ def load_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, P
             untrained backbone drawn from `training.seed` (the baseline of sample-efficiency
             studies). The settings of the video model must agree with what was trained, except
             those of how it is computed.
+        step: Which checkpoint, of `backbone_checkpoint`; the newest when None.
 
     Returns:
         The backbone's configuration without LoRA, and its parameters: float32 where it
@@ -146,13 +324,16 @@ def load_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, P
         )
         return model, make(jax.random.key(config.training.seed))
     directory = Path(config.backbone.checkpoint)
-    stored = _checked_config(directory, config, "video", ("clip", "video_model", "text"))
+    found = find_checkpoint(directory, step)
+    stored = _checked_config(found, config, "video", ("clip", "video_model", "text"))
     trained = Experiment.from_config(stored).video
     model = _frozen(trained, experiment)
     dtype = model.dtype
     if trained.lora is None:
-        return model, restore_params(directory, _abstract(video_network(model), mesh, rules, dtype))
-    adapted = restore_params(directory, _abstract(video_network(trained), mesh, rules))
+        abstract = _abstract(video_network(model), mesh, rules, dtype)
+        return model, restore_params(directory, abstract, step=found.step)
+    abstract = _abstract(video_network(trained), mesh, rules)
+    adapted = restore_params(directory, abstract, step=found.step)
     # Merged in float32 and then cast: a small update would be lost in bfloat16.
     merged = jax.jit(
         lambda p: _cast(merge_lora(p, trained.lora), dtype),
@@ -161,8 +342,10 @@ def load_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfig, P
     return model, merged(adapted)
 
 
-def load_decoder(experiment: Experiment, directory: Path, mesh: Mesh) -> Params:
-    """Restores the action decoder of a stage-2 run onto this mesh.
+def load_decoder(
+    experiment: Experiment, directory: Path, mesh: Mesh, *, step: int | None = None
+) -> Params:
+    """Restores the action decoder of a stage-2 run onto this mesh; the newest if `step` is None.
 
     Raises:
         CheckpointMismatch: If the directory holds another stage, or the experiment has other
@@ -170,7 +353,8 @@ def load_decoder(experiment: Experiment, directory: Path, mesh: Mesh) -> Params:
     """
     config = experiment.config
     sections = ("clip", "video_model", "text", "context_layer", "policy_io", "decoder")
-    stored = _checked_config(directory, config, "action", sections)
+    found = find_checkpoint(directory, step)
+    stored = _checked_config(found, config, "action", sections)
     if "backbone" in stored and _untrained_seed(stored) != _untrained_seed(config):
         raise CheckpointMismatch(
             f"{directory} was trained with backbone.checkpoint={stored.backbone.checkpoint!r} and "
@@ -178,7 +362,8 @@ def load_decoder(experiment: Experiment, directory: Path, mesh: Mesh) -> Params:
             f"{config.backbone.checkpoint!r} and {config.training.seed}; an untrained backbone is "
             "the same only with the same seed."
         )
-    return restore_params(directory, _abstract(experiment.decoder_network, mesh, experiment.rules))
+    abstract = _abstract(experiment.decoder_network, mesh, experiment.rules)
+    return restore_params(directory, abstract, step=found.step)
 
 
 def _untrained_seed(config: Any) -> int | None:
@@ -187,10 +372,10 @@ def _untrained_seed(config: Any) -> int | None:
 
 
 def _checked_config(
-    directory: Path, config: Any, stage: str, sections: Sequence[str]
+    checkpoint: Checkpoint, config: Any, stage: str, sections: Sequence[str]
 ) -> ConfigDict:
     """The stored configuration, if its sections agree with `config` in all that weights need."""
-    meta = read_meta(directory)
+    meta, directory = checkpoint.meta, checkpoint.directory
     if meta["stage"] != stage:
         raise CheckpointMismatch(
             f"{directory} is a run of stage {meta['stage']!r}, but a run of stage {stage!r} is "

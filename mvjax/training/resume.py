@@ -133,6 +133,12 @@ def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
             f"the run was trained on data with the fingerprint {before}, but the data now has "
             f"{after}; bring the data back, or start a new directory with config.init_from."
         )
+    statistics = stored.get("normalizer_digest")  # absent in runs of earlier versions
+    if statistics and statistics != now.get("normalizer_digest"):
+        raise CheckpointMismatch(
+            "normalizer.json has been changed since the run was trained with it: bring the file "
+            "back, or start a new directory."
+        )
 
 
 def _identifying_settings(meta: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

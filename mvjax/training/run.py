@@ -1,8 +1,8 @@
 """One training run from its configuration: records, normalizer, stage and loop put together."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import grain
 import jax
@@ -21,8 +21,15 @@ from data_pipelines.provenance import open_records
 from data_pipelines.records import RecordDataset
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
+from mvjax.identity import digest_of_json
 from mvjax.parallel import spec
-from mvjax.training.bridge import read_meta
+from mvjax.training.bridge import (
+    Checkpoint,
+    backbone_checkpoint,
+    backbone_identity,
+    load_backbone,
+    trained_backbone,
+)
 from mvjax.training.metrics import Record, require_wandb
 from mvjax.training.objectives import make_stage
 from mvjax.training.prefetch import local_rows
@@ -43,8 +50,10 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
         require_wandb(config.wandb)
     datasets = [open_records(config, d, acting=acting) for d in chosen]
     identity = _identity(datasets)
-    if acting:
-        _check_backbone(config, identity)
+    trained = trained_backbone(workdir)
+    backbone = backbone_checkpoint(experiment, trained, str(workdir)) if acting else None
+    if backbone is not None:
+        _check_backbone(backbone, identity)
     mesh, rules = experiment.mesh(), experiment.rules
     experiment.check_batch(mesh)  # before any data is read
     mask_padding = acting and config.policy_io.action.get("mask_padding", False)
@@ -67,10 +76,14 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
         )
 
     with jax.set_mesh(mesh):
-        stage = make_stage(experiment, mesh)
+        # The step is fixed here: stage 1 may write newer checkpoints meanwhile.
+        step = None if backbone is None else backbone.step
+        stage = make_stage(experiment, mesh, partial(load_backbone, step=step))
     meta = {"data_fingerprint": [d.fingerprint for d in datasets], "identity": identity}
     if normalizers is not None:
         meta["normalizer_fingerprint"] = normalizers.fingerprint
+        meta["normalizer_digest"] = digest_of_json(workdir / "normalizer.json")
+        meta["backbone"] = backbone_identity(experiment, backbone)
     return train(
         experiment,
         stage,
@@ -95,15 +108,14 @@ def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
     return first.settings["identity"]
 
 
-def _check_backbone(config: Any, identity: dict[str, str]) -> None:
-    directory = config.backbone.checkpoint
-    trained = read_meta(Path(directory)).get("identity") if directory else None
+def _check_backbone(backbone: Checkpoint, identity: dict[str, str]) -> None:
+    trained = backbone.meta.get("identity")
     different = differences(trained, identity, "identity") if trained else ()  # weights lack it
     if different:
         raise ValueError(
-            f"The backbone in {directory} was trained on other latents or text than these records "
-            f"hold: {'; '.join(different)}. Encode with the tokenizer it was trained with, or "
-            "train stage 1 again."
+            f"The backbone in {backbone.directory} was trained on other latents or text than these "
+            f"records hold: {'; '.join(different)}. Encode with the tokenizer it was trained with, "
+            "or train stage 1 again."
         )
 
 

@@ -11,12 +11,13 @@ from tqdm import tqdm
 
 from data_pipelines.atomic import run_lock
 from mvjax.experiment import Experiment
+from mvjax.identity import digest
 from mvjax.models.network import merge
 from mvjax.parallel import sharding_tree
-from mvjax.training.checkpoint import Store
+from mvjax.training.checkpoint import Store, leaf_paths
 from mvjax.training.metrics import MetricsWriter, Record, Throughput, read_records, traced_steps
 from mvjax.training.objectives import Stage
-from mvjax.training.preemption import Interrupt
+from mvjax.training.preemption import GRACE, Interrupt, Overdue
 from mvjax.training.prefetch import device_batches
 from mvjax.training.resume import check_finished, describe, first_state, log_once
 from mvjax.training.step import assemble, compile_step
@@ -74,8 +75,8 @@ def train(
         # Process 0 writes for all. Before the store, which clears half-written checkpoints away.
         run_lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext(),
         jax.set_mesh(mesh),
+        Interrupt() as interrupt,  # also while the store waits for the last checkpoint
         Store(workdir, keep=settings.keep, keep_every=settings.keep_every) as store,
-        Interrupt() as interrupt,
     ):
         newest = store.latest_step()
         # A finished run whose newest checkpoint is damaged is not finished: it repeats those steps.
@@ -87,10 +88,10 @@ def train(
         loader = iter(loader)
         state = first_state(experiment, stage, optimizer, abstract, store, loader, description)
         batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, experiment.rules))
-        first = int(state.step)
+        first = saved = int(state.step)
         timer = Throughput(stage, settings.batch_size, first)
         traces = workdir / "profile" if profile else None
-        compiled, previous, levels = None, None, []
+        compiled, previous, levels, position = None, None, [], None
         with (
             contextlib.closing(
                 MetricsWriter(workdir, first, config.wandb, description["config"])
@@ -98,14 +99,32 @@ def train(
             contextlib.closing(traced_steps(first + 1, settings.steps, traces)) as steps,
             _progress_bar(stage.name, first, settings.steps) as bar,
         ):
+
+            def save(step: int) -> None:
+                with timer("save"):
+                    # A record must be on disk before the checkpoint that makes its step final.
+                    writer.flush()
+                    weights = digest(leaf_paths(merge(state.params, state.ema)))
+                    store.save(step, state, position, {**description, "digest": weights})
+
             for step in steps:
-                with timer("data"):
-                    batch, position = next(batches, (None, None))
+                try:
+                    with timer("data"), interrupt.waiting():
+                        batch, following = next(batches, (None, None))
+                except Overdue:
+                    if step - 1 > saved:
+                        save(step - 1)
+                    log_once(
+                        f"stopping at step {step - 1}, saved: no data came for {GRACE:.0f} s after "
+                        "the signal; run the same command to continue."
+                    )
+                    raise SystemExit(interrupt.exit_code(step)) from None
                 if batch is None:
                     raise ValueError(
                         f"the loader ended after {step - 1} of {settings.steps} steps; it must "
                         "repeat."
                     )
+                position = following
                 if compiled is None:
                     with timer("compile"):
                         compiled = compile_step(train_step, state, stage.frozen, batch)
@@ -123,8 +142,10 @@ def train(
                     levels.append(metrics.pop("by_level"))
                 last = step == settings.steps
                 exit_code = None if last else interrupt.exit_code(step)
-                saving = last or exit_code is not None or step % settings.checkpoint_every == 0
-                validating = validation is not None and step % settings.sample_every == 0
+                stopping = exit_code is not None
+                saving = last or stopping or step % settings.checkpoint_every == 0
+                # A run that is to stop has no time for it.
+                validating = validation and step % settings.sample_every == 0 and not stopping
                 if saving or validating:  # both wait for this step, so its time is not theirs
                     with timer("step"):
                         jax.block_until_ready(previous)
@@ -139,12 +160,10 @@ def train(
                     levels = []
                     _show(bar, writer.latest)
                 if saving:
-                    with timer("save"):
-                        # A record must be on disk before the checkpoint that makes its step final.
-                        writer.flush()
-                        store.save(step, state, position, description)
+                    save(step)
+                    saved = step
                 bar.update()
-                if exit_code is not None:
+                if stopping:
                     log_once(f"stopping at step {step}, saved; run the same command to continue.")
                     raise SystemExit(exit_code)
     # Only after the store is closed, which waits for the last checkpoint to be on disk.
