@@ -6,6 +6,7 @@ Nothing here makes the devices wait for the disk, or the host for the devices.
 import contextlib
 import importlib
 import json
+import logging
 import math
 import time
 import uuid
@@ -18,11 +19,13 @@ from typing import Any
 import jax
 import numpy as np
 import psutil
-from tensorboardX import SummaryWriter
 
 from data_pipelines.atomic import write_text
 from mvjax.models.flops import peak_flops
+from mvjax.training.channels import BestEffort, Channel, Sink, TensorBoard, WandB
 from mvjax.training.objectives import Stage, named_levels
+
+log = logging.getLogger(__name__)
 
 Record = dict[str, float]
 MB = 2**20
@@ -33,7 +36,8 @@ class MetricsWriter:
 
     A record is fetched from the devices when the next one is given (or on `flush`), so the loop
     never waits for a step it has only just started. JSON has no NaN: a value that is not finite is
-    written as null.
+    written as null. Nothing that cannot be written stops the run: `metrics.jsonl` is completed when
+    it can be written again, the others leave out what they could not take.
     """
 
     def __init__(self, workdir: Path, resume_step: int, wandb: str = "", config: Any = None):
@@ -47,29 +51,40 @@ class MetricsWriter:
         """
         self.latest: Record | None = None
         self._pending: tuple[Any, ...] | None = None
-        self._file = self._board = self._wandb = self._wandb_run = None
+        self._journal: _Journal | None = None
+        self._channels: list[Channel] = []
         if jax.process_index() != 0:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         kept = [record for record in read_records(workdir) if record["step"] <= resume_step]
-        path = workdir / "metrics.jsonl"
-        write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=resume_step + 1)
+        self._journal = _Journal(workdir / "metrics.jsonl", kept)
+        purge = [resume_step + 1]  # once
+
+        def open_board() -> Sink:
+            board = TensorBoard(workdir / "tensorboard", *purge or [None])
+            purge.clear()
+            return board
+
+        self._channels.append(Channel("TensorBoard", open_board))
         if wandb:
-            id_file = workdir / "wandb_id"  # an interrupted run continues under its own id
-            if not id_file.exists():
-                id_file.write_text(uuid.uuid4().hex[:12])
-            self._wandb = require_wandb(wandb)
-            self._wandb_run = self._wandb.init(
-                project=wandb,
-                name=workdir.name,
-                id=id_file.read_text().strip(),
-                dir=str(workdir),
-                resume="allow",
-                config=config,
-            )
+            package = require_wandb(wandb)
+
+            def open_wandb() -> Sink:
+                id_file = workdir / "wandb_id"  # an interrupted run continues under its own id
+                if not id_file.exists():
+                    write_text(id_file, uuid.uuid4().hex[:12])
+                return WandB(
+                    package,
+                    project=wandb,
+                    name=workdir.name,
+                    id=id_file.read_text().strip(),
+                    dir=str(workdir),
+                    resume="allow",
+                    config=config,
+                )
+
+            self._channels.append(Channel("Weights & Biases", open_wandb))
 
     def log(
         self,
@@ -99,33 +114,61 @@ class MetricsWriter:
         values = {name: float(value) for name, value in on_device.items()}
         values |= {**named_levels(levels), **on_host}
         self.latest = {"step": step, "time": time.time(), **values}
-        if self._file is None or self._board is None:
+        if self._journal is None:
             return
-        record = {k: v if math.isfinite(v) else None for k, v in self.latest.items()}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
-        if self._wandb_run:
-            self._wandb_run.log(values, step=step)
+        self._journal.write(self.latest)
+        for channel in self._channels:
+            channel.put(lambda sink: sink.numbers(step, values))
 
     def show(self, step: int, pictures: Mapping[str, np.ndarray]) -> None:
         """Adds pictures, uint8 [h, w, 3], to TensorBoard and Weights & Biases."""
-        if self._board is not None:
-            for name, picture in pictures.items():
-                self._board.add_image(name, picture, step, dataformats="HWC")
-        if self._wandb_run and pictures:
-            images = {name: self._wandb.Image(picture) for name, picture in pictures.items()}
-            self._wandb_run.log(images, step=step)
+        for channel in self._channels if pictures else ():
+            channel.put(lambda sink: sink.pictures(step, pictures))
 
     def close(self) -> None:
         """Writes what is left and closes the files."""
         self.flush()
-        if self._file is not None and self._board is not None:
-            self._file.close()
-            self._board.close()
-        if self._wandb_run:
-            self._wandb_run.finish()
+        if self._journal is not None:
+            self._journal.close()
+        for channel in self._channels:
+            channel.close()
+
+
+class _Journal:
+    """The file `metrics.jsonl`: records that cannot be written yet wait for the next one."""
+
+    def __init__(self, path: Path, kept: Sequence[Record]):
+        """Replaces the file by the records that are kept."""
+        self._path, self._kept = path, "".join(json.dumps(record) + "\n" for record in kept)
+        self._size: int | None = None  # of what is whole; None before the first write
+        self._waiting: list[str] = []
+        self._effort = BestEffort(str(path), "its records wait for room", "it has them all")
+        self._write()
+
+    def write(self, record: Record) -> None:
+        """Adds a record."""
+        finite = {k: v if math.isfinite(v) else None for k, v in record.items()}
+        self._waiting.append(json.dumps(finite) + "\n")
+        self._write()
+
+    def close(self) -> None:
+        """Tries once more to write what waits, and says what is lost."""
+        if self._waiting:
+            self._write()
+        if self._waiting:
+            log.warning(f"{self._path} lacks its last {len(self._waiting)} records.")
+
+    def _write(self) -> None:
+        with self._effort:
+            if self._size is None:
+                write_text(self._path, self._kept)
+                self._size = len(self._kept)
+            # Opened each time: on a network a file that stays open may become stale.
+            with self._path.open("ab") as file:
+                if file.tell() > self._size:  # what an attempt that failed has left
+                    file.truncate(self._size)
+                file.write("".join(self._waiting).encode())
+            self._size, self._waiting = self._path.stat().st_size, []
 
 
 def require_wandb(project: str) -> ModuleType:
@@ -208,18 +251,21 @@ def traced_steps(first: int, last: int, folder: Path | None) -> Iterator[int]:
     Every step runs inside a `StepTraceAnnotation`, which costs nothing unless something traces.
     """
     start = max(first, min(first + WARM_UP, last - TRACED + 1)) if folder else last + 1
-    tracing = False
+    tracing, effort = False, BestEffort("the profiler", "there is no trace", "it traces")
     try:
         for step in range(first, last + 1):
             if step == start:
-                jax.profiler.start_trace(str(folder))
-                tracing = True
+                with effort:
+                    jax.profiler.start_trace(str(folder))
+                    tracing = True
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 yield step
             # One step late: the loop waits for a step only after it has queued the next.
             if tracing and step == start + TRACED:
-                jax.profiler.stop_trace()
                 tracing = False
+                with effort:
+                    jax.profiler.stop_trace()
     finally:
         if tracing:
-            jax.profiler.stop_trace()
+            with effort:
+                jax.profiler.stop_trace()
