@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipelines.episode import reason
-from data_pipelines.sources.files import Hdf5Frames, Hdf5Pool
+from data_pipelines.sources.hdf5 import Hdf5Frames, Hdf5Pool
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import VideoFile
 
@@ -61,7 +61,7 @@ def test_few_hdf5_files_stay_open(tmp_path):
             file["a"] = np.full((4, 2, 2, 3), number, np.uint8)
         with pool.open(path) as file:
             opened.append(file)
-        readers.append(Hdf5Frames(path, "a", (4, 2, 2, 3), "none", pool))
+        readers.append(Hdf5Frames(path, "a", 4, pool))
     assert [bool(file) for file in opened] == [False, True, True]
     for reader in (*readers, *pickle.loads(pickle.dumps(readers))):
         assert (reader.read([3, 0]) == int(Path(reader.where).stem)).all()

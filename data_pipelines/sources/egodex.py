@@ -17,7 +17,8 @@ import h5py
 import numpy as np
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
-from data_pipelines.sources.files import decode_text, named_faults, walk
+from data_pipelines.sources.files import decode_text, walk
+from data_pipelines.sources.hdf5 import named_faults
 from data_pipelines.video import VideoFile, VideoPool
 
 FPS = 30

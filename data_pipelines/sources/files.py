@@ -1,19 +1,17 @@
-"""Shared by the formats: folders, ids, text files, text embeddings, HDF5 files in a pool."""
+"""Shared by the formats: folders, ids, texts and their times, text embeddings."""
 
 import os
-import threading
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 
-import h5py
 import numpy as np
 
-from data_pipelines.episode import reason
-from data_pipelines.frames import Frames
-from data_pipelines.lru import LRU
+from data_pipelines.episode import NANOSECONDS, Section, reason
+
+# Periods of a camera, nanoseconds; others show that times are in another unit.
+_SHORTEST, _LONGEST = NANOSECONDS // 1000, 60 * NANOSECONDS
 
 Visit = tuple[Path, list[str], list[str]]
 _SKIPPED = "lost+found"  # at the root of a file system, readable by root only
@@ -72,9 +70,12 @@ def repeat_marks(names: Iterable[str]) -> dict[int, str]:
 def read_text(path: Path) -> str:
     """The stripped text of a UTF-8 file; ValueError if it cannot be read or decoded."""
     try:
-        return decode_text(path.read_bytes(), path).strip()
+        text = decode_text(path.read_bytes(), path).strip()
     except OSError as error:
         raise ValueError(f"{path}: the text cannot be read ({error.strerror})") from error
+    if placeholder := reason(path, ""):  # its text would be taken for the file's
+        raise ValueError(f"{path}: {placeholder}")
+    return text
 
 
 def decode_text(data: bytes, where: object) -> str:
@@ -103,67 +104,47 @@ def without_padding(embedding: np.ndarray) -> np.ndarray:
     return embedding[: filled[-1] + 1 if len(filled) else 0]
 
 
-FLIPS = {"none": np.s_[:], "vertical": np.s_[:, ::-1], "rotate": np.s_[:, ::-1, ::-1]}
+class UnknownRate(ValueError):
+    """The steps per second of the dataset are neither given nor known."""
 
 
-class Hdf5Frames(Frames):
-    """Frames of an array in an HDF5 file, uint8 [n, h, w, 3].
+def step_times(steps: int, rate: float) -> np.ndarray:
+    """Timestamps of evenly spaced steps: int64 [steps], nanoseconds."""
+    return np.round(np.arange(steps) / rate * NANOSECONDS).astype(np.int64)
+
+
+def check_period(times: np.ndarray, where: object, unit: str) -> None:
+    """Raises ValueError if frames at these times (nanoseconds) show that the file's unit differs.
 
     Args:
-        path: the file.
-        key: the array's path in it.
-        shape: of the array.
-        flip: a key of `FLIPS`, applied to every frame.
-        pool: shared by the files of a dataset.
+        times: of a camera.
+        where: the file, for messages.
+        unit: the unit that the file's times should have.
     """
-
-    def __init__(self, path: Path, key: str, shape: tuple[int, ...], flip: str, pool: "Hdf5Pool"):
-        super().__init__(path, shape[0])
-        self._key, self._shape = key, shape
-        self._flip, self._pool = flip, pool
-
-    def _read(self, numbers: list[int]) -> np.ndarray:
-        frames = np.empty((len(numbers), *self._shape[1:]), np.uint8)
-        with self._pool.open(self.where) as file:
-            array = file[self._key]
-            for place, number in enumerate(numbers):
-                array.read_direct(frames, np.s_[number], np.s_[place])
-        return np.ascontiguousarray(frames[FLIPS[self._flip]])
-
-
-class Hdf5Pool:
-    """A bounded number of open files, used by one thread at a time (HDF5 itself allows no more).
-
-    Pickling keeps the limit and drops the files.
-    """
-
-    def __init__(self, max_open: int = 16):
-        self._max_open = max_open
-        self._lock = threading.RLock()
-        self._files = LRU[Path, h5py.File](max_open, h5py.File.close)
-
-    def __reduce__(self):
-        return Hdf5Pool, (self._max_open,)
-
-    @contextmanager
-    def open(self, path: Path) -> Iterator[h5py.File]:
-        """The file, for use inside the `with`; a fault there is a ValueError, too."""
-        # A compressed chunk holds several frames. With a large cache it is unpacked once, not for
-        # each of them.
-        with self._lock, named_faults(path):
-            yield self._files.get(path, lambda: h5py.File(path, "r", rdcc_nbytes=16 * 2**20))
-
-
-@contextmanager
-def named_faults(path: Path) -> Iterator[None]:
-    """Turns what h5py raises for a missing or damaged file into a ValueError that names it."""
-    try:
-        yield
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: the file is missing; copy it again") from error
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} holds text that is not UTF-8 ({error})") from error
-    except (OSError, KeyError, RuntimeError) as error:
+    period = float(np.median(np.diff(times))) if len(times) > 1 else _SHORTEST
+    if not _SHORTEST <= period <= _LONGEST:
         raise ValueError(
-            f"{path}: not a readable HDF5 file ({reason(path, error)}); copy or write it again"
-        ) from error
+            f"{where}: the frames would be {period / NANOSECONDS:.3g} s apart; are the times in "
+            f"another unit than {unit}? Convert them."
+        )
+
+
+def sections(
+    times: np.ndarray, texts: Sequence[tuple[str, ...]]
+) -> tuple[tuple[str, ...], tuple[Section, ...]]:
+    """The instructions of an episode whose steps each have texts, and its sections.
+
+    Args:
+        times: of the steps, nanoseconds.
+        texts: of each step, without empty ones: a text, paraphrases of it, or none.
+
+    Returns:
+        The distinct texts, and a section for each run of steps with the same ones; none if all
+        steps that have a text have the same. In a section without a text it is "".
+    """
+    stated = dict.fromkeys(filter(None, texts))
+    if len(stated) < 2:
+        return next(iter(stated), ("",)), ()
+    starts = [i for i, text in enumerate(texts) if i == 0 or text != texts[i - 1]]
+    found = tuple(Section(int(times[i]), texts[i] or ("",)) for i in starts)
+    return tuple(dict.fromkeys(text for part in found for text in part.instructions)), found

@@ -30,7 +30,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
 from data_pipelines.frames import Frames, ImageFrames
-from data_pipelines.sources.files import decode_text, without_padding
+from data_pipelines.sources.files import UnknownRate, decode_text, without_padding
 
 if TYPE_CHECKING:  # importing TFDS takes 0.3 s, so only opening a dataset does it
     from tensorflow_datasets.core.dataset_info import DatasetInfo
@@ -42,10 +42,6 @@ FORMATS = ("tfrecord", "array_record")
 STEPS = "steps"
 # Steps per second by the prefix of a dataset's name: BridgeData V2, DROID, RT-1, LIBERO.
 KNOWN_FPS = {"bridge": 5.0, "droid": 15.0, "fractal": 3.0, "libero": 20.0}
-
-
-class UnknownRate(ValueError):
-    """The steps per second of the dataset are neither given nor known."""
 
 
 def recognises(path: Path) -> bool:

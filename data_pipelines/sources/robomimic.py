@@ -1,11 +1,16 @@
-"""Demonstrations in HDF5 as robomimic lays them out: LIBERO, robosuite, MimicGen, RoboCasa.
+"""Demonstrations in HDF5: robomimic's layout, and files of one episode as ALOHA and RoboTwin write.
 
     data/                                attributes env_args, problem_info, ... (JSON)
     data/demo_<i>/actions, states, ...   an array per signal, one row per step
-    data/demo_<i>/obs/<key>              observations; uint8 [T, h, w, 3] are cameras
+    data/demo_<i>/obs/<key>              observations, cameras among them
     mask/<key>                           names of demonstrations, e.g. a "train" split
 
-A stream is named by the array's path below the demonstration: "actions", "obs/agentview_rgb".
+LIBERO, robosuite, MimicGen, RoboCasa and IsaacLab write this layout. A file with an array of
+`EPISODE_ACTIONS` instead of `data` is one episode. A stream is named by the array's path below the
+demonstration: "actions", "obs/agentview_rgb", "observations/images/cam_high".
+
+Cameras are uint8 arrays, [T, h, w, 3] and the like (`pictures.py`), or JPEG and PNG files. What
+neither is nor holds one number or vector per action is in `Episode.left_out`.
 
 LIBERO's own files store images as OpenGL draws them, bottom row first; `flip="vertical"` puts them
 upright. mimic-video and OpenVLA rotate them by 180 degrees instead, which swaps left and right;
@@ -18,9 +23,10 @@ In LIBERO's own files the observation of a row follows its action; an action `sh
 
 import json
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -28,13 +34,32 @@ from typing import Any
 import h5py
 import numpy as np
 
-from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
-from data_pipelines.sources.files import FLIPS, Hdf5Frames, Hdf5Pool, Visit, glance, walk
+from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
+from data_pipelines.frames import Frames
+from data_pipelines.sources import hdf5
+from data_pipelines.sources.files import UnknownRate, Visit, glance, sections, step_times, walk
+from data_pipelines.sources.hdf5 import FLIPS, Hdf5Pool
 
 SUFFIXES = (".hdf5", ".h5")
 STYLES = ("stored", "release")
-LIBERO_HZ = 20.0
+# The arrays that say that a whole file is one episode: ALOHA's, RoboTwin's.
+EPISODE_ACTIONS = ("action", "joint_action/vector")
+# robosuite's own rate, which holds where a file is robosuite's and does not say another one.
+ROBOSUITE_HZ = 20.0
+_ROBOSUITE = 1  # the number of this kind of environment in robomimic
+_LIBEROS = ("problem_info", "bddl_file_name", "macros_image_convention")  # attributes of its files
 _SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
+_NUMBER = re.compile(r"\d+")
+_TEXTS = (
+    "language_instruction",
+    "language_raw",
+    "instruction",
+)  # names of texts in a demonstration
+_NEXT = "next_obs/"
+_TWICE = (
+    "two names of demonstrations lead to the same group of one file; both are episodes, so the "
+    "validation split may hold what is trained on"
+)
 
 
 def recognises(path: Path) -> bool:
@@ -42,9 +67,19 @@ def recognises(path: Path) -> bool:
     files = [path] if path.is_file() else islice(_files(glance(path)), 3)
     for file in files:
         with suppress(ValueError):
-            if file.suffix in SUFFIXES and _demonstrations(Hdf5Pool(), file, None):
+            if file.suffix in SUFFIXES and _demonstrations(Hdf5Pool(), file, "", None):
                 return True
     return False
+
+
+def explain(path: Path) -> str:
+    """Why an HDF5 file is not one of demonstrations; "" if this is no HDF5 file, or is one."""
+    if path.suffix in SUFFIXES and path.is_file():
+        try:
+            _demonstrations(Hdf5Pool(), path, "", None)
+        except ValueError as error:
+            return str(error)
+    return ""
 
 
 def open_robomimic_hdf5(
@@ -54,6 +89,7 @@ def open_robomimic_hdf5(
     embodiment: str,
     fps: float | None = None,
     flip: str = "none",
+    channels: str = "rgb",
     mask: str | None = None,
     instruction: str | None = None,
     instruction_style: str = "stored",
@@ -63,9 +99,12 @@ def open_robomimic_hdf5(
     Args:
         path: an .hdf5 file, or a folder that holds such files at any depth.
         name, embodiment: see `formats`.
-        fps: steps per second; None takes `control_freq` of the file's `env_args`, or else 20
-            (LIBERO).
+        fps: steps per second; None takes what the file's `env_args` say: `control_freq`, or the
+            `dt` and `decimation` of IsaacLab's `sim_args`. robosuite's and LIBERO's files that say
+            nothing have robosuite's 20.
         flip: of every image: "none", "vertical" (rows reversed) or "rotate" (180 degrees).
+        channels: "bgr" if blue is stored first, which no file says. OpenCV's `imencode` takes
+            pictures for BGR, so JPEGs that were made of RGB with it need it too.
         mask: read only the demonstrations that `mask/<this>` lists.
         instruction: one for the whole dataset, in place of the files'.
         instruction_style: "stored" takes the file's text, or the words of a name such as
@@ -73,12 +112,15 @@ def open_robomimic_hdf5(
             mimic-video was trained with: the name's words, "bowl" for "black bowl", a full stop.
 
     Raises:
+        UnknownRate: if `fps` is None and the first file does not say its rate.
         ValueError: if an option is unknown, or no file has demonstrations.
     """
-    if flip not in FLIPS or instruction_style not in STYLES:
+    given = (flip, FLIPS), (instruction_style, STYLES), (channels, ("rgb", "bgr"))
+    if any(value not in known for value, known in given):
         raise ValueError(
-            f"dataset {name!r}: flip is {flip!r} and instruction_style {instruction_style!r}; "
-            f"choose from {', '.join(FLIPS)} and from {', '.join(STYLES)}"
+            f"dataset {name!r}: flip is {flip!r}, instruction_style {instruction_style!r} and "
+            f"channels {channels!r}; choose from {', '.join(FLIPS)}, from {', '.join(STYLES)} and "
+            "from rgb, bgr"
         )
     path = Path(path)
     root, files = (path.parent, [path]) if path.is_file() else (path, sorted(_files(walk(path))))
@@ -87,15 +129,20 @@ def open_robomimic_hdf5(
     for file in files:
         id = file.relative_to(root).with_suffix("").as_posix()
         try:
-            demos += [_Demo(file, f"{id}/{key}", key) for key in _demonstrations(pool, file, mask)]
+            demos += _demonstrations(pool, file, id, mask)
         except ValueError as error:  # one entry for the file, so that it is counted
-            demos.append(_Demo(file, id, fault=str(error)))
+            demos.append(_Demo(id, file, file, fault=str(error)))
     if all(demo.fault for demo in demos):
         reason = demos[0].fault if demos else f"{path} has no {' or '.join(SUFFIXES)} file"
         raise ValueError(f"no demonstrations in {path}: {reason}")
     if len({demo.id for demo in demos}) < len(demos):
         raise ValueError(f"{path} has files that differ only in the suffix; move one of them away")
-    dataset = _Dataset(name, embodiment, fps, flip, instruction, instruction_style, demos, pool)
+    places = Counter(demo.place for demo in demos if demo.place)
+    demos = [replace(demo, twice=places[demo.place] > 1) for demo in demos]
+    dataset = _Dataset(
+        name, embodiment, fps, flip, channels == "bgr", instruction, instruction_style, demos, pool
+    )
+    dataset.check_rate()
     return LazyEpisodes(len(demos), dataset.load)
 
 
@@ -103,12 +150,36 @@ def _files(visits: Iterator[Visit]) -> Iterator[Path]:
     return (folder / n for folder, _, names in visits for n in names if n.endswith(SUFFIXES))
 
 
-def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
-    """Names below data/ in the order of their numbers."""
+@dataclass(frozen=True)
+class _Demo:
+    id: str
+    listed: Path  # the file that lists it
+    file: Path  # the file in which it really is, and its path there
+    key: str = ""
+    actions: str = "actions"
+    fault: str = ""
+    place: tuple[str, int] | None = None  # see `hdf5.place`
+    twice: bool = False  # whether another one has the same place
+
+    @property
+    def where(self) -> str:
+        """The file and the demonstration, for messages."""
+        return f"{self.file}: {self.key.rpartition('/')[2]}" if self.key != "/" else f"{self.file}"
+
+
+def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> list[_Demo]:
+    """The demonstrations of a file in the order of their numbers; links are followed."""
     with pool.open(path) as file:
-        if not isinstance(file.get("data"), h5py.Group):
-            raise ValueError(f"{path} has no demonstrations: it has no group `data`")
-        names = [n for n in file["data"] if n.startswith("demo_") and n[5:].isdecimal()]
+        data = file.get("data") if "data" in file else None
+        if not isinstance(data, h5py.Group):
+            for actions in EPISODE_ACTIONS:
+                if isinstance(file.get(actions), h5py.Dataset) and mask is None:
+                    return [_Demo(id, path, path, "/", actions, place=hdf5.place(file))]
+            raise ValueError(
+                f"{path} has no demonstrations: it has no group `data`, but {_members(file)}"
+                f"{_hint(file)}"
+            )
+        names = [name for name in data if _is_demonstration(data, name)]
         if mask is not None:
             if f"mask/{mask}" not in file:
                 known = sorted(file["mask"]) if "mask" in file else "none"
@@ -117,17 +188,55 @@ def _demonstrations(pool: Hdf5Pool, path: Path, mask: str | None) -> list[str]:
             if missing := sorted(chosen.difference(names)):
                 raise ValueError(f"{path}: the mask {mask!r} lists {missing[0]}, which is missing")
             names = [n for n in names if n in chosen]
-    if not names:
-        raise ValueError(f"{path} has no demonstrations (data/demo_<number>)")
-    return sorted(names, key=lambda n: (int(n[5:]), n))
+        if not names:
+            raise ValueError(
+                f"{path} has no demonstrations (data/demo_<number>), but {_members(data)} in data"
+            )
+        names.sort(key=lambda n: ([int(number) for number in _NUMBER.findall(n)], n))
+        return [_followed(path, data, name, f"{id}/{name}") for name in names]
 
 
-@dataclass(frozen=True)
-class _Demo:
-    file: Path
-    id: str
-    key: str = ""  # below data/
-    fault: str = ""
+def _is_demonstration(data: h5py.Group, name: str) -> bool:
+    """Whether it is one by its name, or by its content as a group with other names."""
+    if name.startswith("demo_") and name[5:].isdecimal():
+        return True
+    with suppress(ValueError):
+        node = hdf5.follow(data, name)
+        return isinstance(node, h5py.Group) and "actions" in node
+    return False
+
+
+def _followed(path: Path, data: h5py.Group, name: str, id: str) -> _Demo:
+    try:
+        node = hdf5.follow(data, name)
+    except ValueError as error:
+        return _Demo(id, path, path, fault=f"{path}: {name}: {error}")
+    if not isinstance(node, h5py.Group):
+        return _Demo(id, path, path, fault=f"{path}: {name} is not a group")
+    at = hdf5.place(node)
+    if not isinstance(data.get(name, getlink=True), h5py.ExternalLink):
+        return _Demo(id, path, path, f"{data.name}/{name}", place=at)
+    return _Demo(id, path, Path(node.file.filename), node.name, place=at)
+
+
+def _members(group: h5py.Group, most: int = 8) -> str:
+    names = sorted(group)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}" if names else "nothing"
+
+
+def _hint(file: h5py.File) -> str:
+    """What a file in another layout is, and what can be done with it."""
+    if "traj_0/actions" in file:
+        return (
+            ". It is a trajectory file of ManiSkill, whose rate and cameras are described in a "
+            "JSON file beside it; convert it to LeRobot"
+        )
+    if "observation/timestamp" in file and "action/cartesian_position" in file:
+        return ". It is a raw trajectory of DROID; use DROID's RLDS or LeRobot release"
+    if "transforms/camera" in file:
+        return ". It is a pose file of EgoDex; give the folder with the videos"
+    return ""
 
 
 @dataclass(frozen=True)
@@ -136,101 +245,203 @@ class _Dataset:
     embodiment: str
     fps: float | None
     flip: str
+    bgr: bool
     instruction: str | None
     style: str
     demos: list[_Demo]
     pool: Hdf5Pool = field(repr=False)
 
+    def check_rate(self) -> None:
+        """Raises UnknownRate if the first demonstration does not say its rate."""
+        demo = next(demo for demo in self.demos if not demo.fault)
+        try:
+            with self._opened(demo) as (group, described):
+                self._rate(demo, group, described)
+        except UnknownRate:
+            raise
+        except ValueError:  # a fault of this demonstration, raised again when it is loaded
+            return
+
     def load(self, index: int) -> Episode:
         demo = self.demos[index]
         if demo.fault:
             raise ValueError(demo.fault)
-        with self.pool.open(demo.file) as file:
-            data, group = file["data"], file["data"][demo.key]
-            where = f"{demo.file}: {demo.key}"
-            if not isinstance(group, h5py.Group):
-                raise ValueError(f"{where} is not a group")
-            arrays = _arrays(group)
-            length = _length(where, group, arrays)
-            times = np.round(np.arange(length) / self._rate(data) * NANOSECONDS).astype(np.int64)
-            streams, cameras = {}, []
+        with self._opened(demo) as (group, described):
+            arrays, left_out = hdf5.arrays(group)
+            findings = [_TWICE] if demo.twice else []
+            length = _length(demo, group, arrays, findings)
+            times = step_times(length, self._rate(demo, group, described))
+            texts, parts = self._texts(demo, group, described, arrays, times, findings)
+            streams = {}
             for key, array in arrays.items():
-                if len(array) != length:
-                    if key.startswith("obs/"):
-                        raise ValueError(
-                            f"{where} has {length} actions but {len(array)} values of {key}"
-                        )
-                    continue  # outside obs/ not every array has one value per step
-                if array.ndim == 4 and array.shape[-1] == 3 and array.dtype == np.uint8:
-                    cameras.append(key)
-                    frames = Hdf5Frames(demo.file, array.name, array.shape, self.flip, self.pool)
-                    streams[key] = Stream(times, frames)
-                elif array.ndim < 4:  # the others are depth maps and the like
-                    streams[key] = Stream(times, array[()])
+                try:
+                    if key.startswith(_NEXT):
+                        raise ValueError("the observation after each action; obs has it, too")
+                    values = hdf5.values(array, length, self.pool, self.flip, self.bgr)
+                except ValueError as error:
+                    left_out[key] = str(error)
+                else:
+                    streams[key] = Stream(times, values)
             return Episode(
                 id=demo.id,
                 source=self.name,
                 embodiment=self.embodiment,
-                instructions=(self._instruction(data, group, demo.file),),
+                instructions=texts,
                 streams=streams,
-                cameras=tuple(cameras),
+                cameras=tuple(key for key, s in streams.items() if isinstance(s.values, Frames)),
+                sections=parts,
+                left_out=left_out,
+                findings=tuple(findings),
             )
 
-    def _rate(self, data: h5py.Group) -> float:
+    @contextmanager
+    def _opened(self, demo: _Demo) -> Iterator[tuple[h5py.Group, list[h5py.Group]]]:
+        """A demonstration's group, and the groups that describe it, the nearest first."""
+        with ExitStack() as files:
+            file = files.enter_context(self.pool.open(demo.file))
+            group = file[demo.key]
+            described = [] if demo.key == "/" else [group.parent]
+            if demo.listed != demo.file:
+                described.append(files.enter_context(self.pool.open(demo.listed))["data"])
+            yield group, described or [group]
+
+    def _rate(self, demo: _Demo, group: h5py.Group, described: list[h5py.Group]) -> float:
         if self.fps is not None:
             return self.fps
-        kwargs = _json_attribute(data, "env_args").get("env_kwargs")
-        rate = (kwargs if isinstance(kwargs, dict) else {}).get("control_freq") or LIBERO_HZ
-        if not isinstance(rate, int | float) or rate <= 0:
-            raise ValueError(
-                f"{data.file.filename}: control_freq is {rate!r}; set the option fps to the steps "
-                "per second"
-            )
-        return float(rate)
-
-    def _instruction(self, data: h5py.Group, demo: h5py.Group, file: Path) -> str:
-        """The instruction of a demonstration; "" if there is none."""
-        words = file.stem.removesuffix("_demo")
-        if self.instruction is not None:
-            text = self.instruction
-        elif self.style == "release":
-            text = words.replace("_", " ").replace("black bowl", "bowl") + "."
-        else:
-            stored = _json_attribute(data, "problem_info").get("language_instruction")  # LIBERO's
-            stored = stored or _json_attribute(demo, "ep_meta").get("lang")  # RoboCasa's
-            text = _SCENE.sub("", words).replace("_", " ") if words != file.stem else ""
-            if stored and isinstance(stored, str | list):
-                # LIBERO has some as lists of characters, and some in quotes.
-                text = "".join(map(str, stored)).strip().strip('"')
-        if not text.isprintable():  # h5py turns bytes that are not UTF-8 into surrogates
-            raise ValueError(f"{file}: the instruction {text!r} is not printable UTF-8 text")
-        return text
-
-
-def _arrays(group: h5py.Group) -> dict[str, h5py.Dataset]:
-    """Numeric arrays of a demonstration and of its `obs`, by path."""
-    found: dict[str, h5py.Dataset] = {}
-    for prefix, part in (("", group), ("obs/", group.get("obs"))):
-        for key in sorted(part) if isinstance(part, h5py.Group) else ():
-            array = part[key]
-            if isinstance(array, h5py.Dataset) and array.ndim and array.dtype.kind in "biuf":
-                found[prefix + key] = array
-    return found
-
-
-def _length(where: str, group: h5py.Group, arrays: dict[str, h5py.Dataset]) -> int:
-    """The number of actions, which must be what the file declares."""
-    if "actions" not in arrays:
-        raise ValueError(f"{where} has no array `actions`")
-    length = len(arrays["actions"])
-    if length == 0:
-        raise ValueError(f"{where} is empty; leave it out")
-    declared = group.attrs.get("num_samples", length)  # LIBERO has strings and numbers
-    if _string(declared) != str(length):
-        raise ValueError(
-            f"{where} should have {_string(declared)} samples but has {length} actions; copy or "
-            "write the file again"
+        stated: dict[str, float] = {}
+        for node in described:
+            stated |= {f"{name} of {node.file.filename}": r for name, r in _stated_rates(node)}
+        if len({round(rate, 6) for rate in stated.values()}) > 1:
+            raise ValueError(f"{demo.where}: the rates disagree, {stated}; set the option fps")
+        if stated:
+            return next(iter(stated.values()))
+        if any(_is_robosuites(node) for node in described):
+            return ROBOSUITE_HZ
+        raise UnknownRate(
+            f"{demo.file} does not say how many steps a second has; set dataset.options.fps"
         )
+
+    def _texts(
+        self,
+        demo: _Demo,
+        group: h5py.Group,
+        described: list[h5py.Group],
+        arrays: dict[str, h5py.Dataset],
+        times: np.ndarray,
+        findings: list[str],
+    ) -> tuple[tuple[str, ...], tuple[Section, ...]]:
+        """The instructions of a demonstration, ("",) if there are none, and its sections."""
+        words, parts = demo.file.stem.removesuffix("_demo"), ()
+        if self.instruction is not None:
+            texts = (self.instruction,)
+        elif self.style == "release":
+            texts = (words.replace("_", " ").replace("black bowl", "bowl") + ".",)
+        else:
+            named = words != demo.file.stem
+            texts = (_SCENE.sub("", words).replace("_", " ") if named else "",)
+            stated = _stated_texts(group, described)
+            if steps := _texts_of_steps(arrays, len(times)):
+                texts, parts = sections(times, steps)
+            elif stated:
+                source, texts = next(iter(stated.items()))
+                if other := [name for name, found in stated.items() if found != texts]:
+                    findings.append(
+                        f"the instructions in {source} and in {other[0]} differ; {source} is taken"
+                    )
+        for text in texts:
+            if not text.isprintable():  # h5py turns bytes that are not UTF-8 into surrogates
+                raise ValueError(
+                    f"{demo.file}: the instruction {text!r} is not printable UTF-8 text"
+                )
+        return texts, parts
+
+
+def _stated_rates(group: h5py.Group) -> Iterator[tuple[str, float]]:
+    """The rates that a group's attributes state."""
+    about = _json_attribute(group, "env_args")
+    kwargs, physics = about.get("env_kwargs"), about.get("sim_args")
+    if isinstance(kwargs, dict) and kwargs.get("control_freq") is not None:
+        yield "control_freq", _positive(group, "control_freq", kwargs["control_freq"])
+    if isinstance(physics, dict) and {"dt", "decimation"} <= physics.keys():
+        seconds = [_positive(group, name, physics[name]) for name in ("dt", "decimation")]
+        # In floating point 1 / (0.01 * 5) is not exactly 20.
+        yield "sim_args", round(1 / (seconds[0] * seconds[1]), 6)
+
+
+def _positive(group: h5py.Group, name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise ValueError(
+            f"{group.file.filename}: {name} is {value!r}; set the option fps to the steps per "
+            "second"
+        )
+    return float(value)
+
+
+def _is_robosuites(group: h5py.Group) -> bool:
+    """Whether attributes say that robosuite wrote this: LIBERO's, robomimic's, its own."""
+    kind = _json_attribute(group, "env_args").get("type")
+    own = {"env", "repository_version"} <= group.attrs.keys()
+    return own or kind == _ROBOSUITE or any(name in group.attrs for name in _LIBEROS)
+
+
+def _stated_texts(group: h5py.Group, described: list[h5py.Group]) -> dict[str, tuple[str, ...]]:
+    """Instructions by where they are stated, the nearest to the demonstration first."""
+    found = {"ep_meta": _json_attribute(group, "ep_meta").get("lang")}  # RoboCasa's
+    for name in _TEXTS:
+        found[name] = _string(group.attrs[name]) if name in group.attrs else None
+        array = group.get(name) if name in group else None
+        if isinstance(array, h5py.Dataset) and h5py.check_string_dtype(array.dtype):
+            found[name] = [_string(text) for text in np.ravel(array[()])] if array.size == 1 else ()
+    for place, node in zip(("problem_info", "problem_info of the listing file"), described):
+        found[place] = _json_attribute(node, "problem_info").get("language_instruction")  # LIBERO's
+        found |= {f"env_args of {place}": _json_attribute(node, "env_args").get("prompt")}
+    return {name: texts for name, value in found.items() if (texts := _sentences(value))}
+
+
+def _sentences(value: Any) -> tuple[str, ...]:
+    """The texts of a JSON value: one, or a list; LIBERO has some as lists of characters."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) for text in texts):
+        return ()
+    if all(len(text) == 1 for text in texts):
+        texts = ["".join(texts)]
+    texts = [text.strip().strip('"').strip() for text in texts]  # LIBERO has some in quotes
+    return tuple(dict.fromkeys(filter(None, texts)))
+
+
+def _texts_of_steps(arrays: Mapping[str, h5py.Dataset], steps: int) -> list[tuple[str, ...]]:
+    """The texts of every step, if the demonstration has an array of them."""
+    columns = []
+    for key, array in arrays.items():
+        text = h5py.check_string_dtype(array.dtype)
+        if text and array.shape == (steps,) and key.rpartition("/")[2] in _TEXTS and steps > 1:
+            columns.append([_string(value).strip() for value in array[()]])
+    rows = zip(*columns)
+    return [tuple(dict.fromkeys(filter(None, row))) for row in rows]
+
+
+def _length(
+    demo: _Demo, group: h5py.Group, arrays: dict[str, h5py.Dataset], findings: list[str]
+) -> int:
+    """The number of actions, which must be what the file declares."""
+    actions = arrays.get(demo.actions)
+    if actions is None or not actions.shape:
+        raise ValueError(f"{demo.where} has no array `{demo.actions}`")
+    length = len(actions)
+    if length == 0:
+        raise ValueError(f"{demo.where} is empty; leave it out")
+    if "num_samples" in group.attrs:  # LIBERO has strings and numbers
+        try:
+            (declared,) = np.ravel(group.attrs["num_samples"])
+            declared = float(_string(declared))
+        except ValueError:
+            findings.append("num_samples is not a number; the number of actions is taken")
+        else:
+            if declared != length:
+                raise ValueError(
+                    f"{demo.where} should have {declared:g} samples but has {length} actions; copy "
+                    "or write the file again"
+                )
     return length
 
 

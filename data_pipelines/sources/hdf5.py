@@ -1,0 +1,298 @@
+"""HDF5 files of episodes: open files in a pool, their arrays, and the streams these make.
+
+Arrays and groups may be links into other files. An array is read from the file and the path where
+it really is, because the path of the link may be another array there.
+"""
+
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data_pipelines.episode import reason
+from data_pipelines.frames import Frames, ImageFrames
+from data_pipelines.lru import LRU
+from data_pipelines.sources import pictures
+
+FLIPS = {"none": np.s_[:], "vertical": np.s_[:, ::-1], "rotate": np.s_[:, ::-1, ::-1]}
+_FAULTS = (OSError, KeyError, RuntimeError)  # what h5py raises for damage and for broken links
+_DEEPEST = 12  # groups within groups
+
+
+class Hdf5Pool:
+    """A bounded number of open files, used by one thread at a time (HDF5 itself allows no more).
+
+    Pickling keeps the limit and drops the files.
+    """
+
+    def __init__(self, max_open: int = 16):
+        self._max_open = max_open
+        self._lock = threading.RLock()
+        self._files = LRU[Path, h5py.File](max_open, h5py.File.close)
+
+    def __reduce__(self):
+        return Hdf5Pool, (self._max_open,)
+
+    @contextmanager
+    def open(self, path: Path) -> Iterator[h5py.File]:
+        """The file, for use inside the `with`; a fault there is a ValueError, too."""
+        # A compressed chunk holds several frames. With a large cache it is unpacked once, not for
+        # each of them.
+        with self._lock, named_faults(path):
+            yield self._files.get(path, lambda: h5py.File(path, "r", rdcc_nbytes=16 * 2**20))
+
+
+@contextmanager
+def named_faults(path: Path) -> Iterator[None]:
+    """Turns what h5py raises for a missing or damaged file into a ValueError that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: the file is missing; copy it again") from error
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} holds text that is not UTF-8 ({error})") from error
+    except _FAULTS as error:
+        raise ValueError(
+            f"{path}: not a readable HDF5 file ({reason(path, error)}); copy or write it again"
+        ) from error
+
+
+class Hdf5Frames(Frames):
+    """Frames of an array of pictures in an HDF5 file.
+
+    Args:
+        path: the file.
+        key: the array's path in it.
+        length: the number of pictures.
+        pool: shared by the files of a dataset.
+        order: the array's `pictures.axes`.
+        flip: a key of `FLIPS`, applied to every frame.
+        bgr: whether blue is stored first.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        length: int,
+        pool: Hdf5Pool,
+        order: str = "hwc",
+        flip: str = "none",
+        bgr: bool = False,
+    ):
+        super().__init__(path, length)
+        self._key, self._pool = key, pool
+        self._order, self._flip, self._bgr = order, flip, bgr
+
+    def _read(self, numbers: list[int]) -> np.ndarray:
+        with self._pool.open(self.where) as file:
+            array = file[self._key]
+            frames = np.empty((len(numbers), *array.shape[1:]), np.uint8)
+            for place, number in enumerate(numbers):
+                array.read_direct(frames, np.s_[number], np.s_[place])
+        return _turned(pictures.rgb(frames, self._order), self._flip, self._bgr)
+
+
+class Hdf5Images(ImageFrames):
+    """Frames of an array of JPEG or PNG files; the arguments are those of `Hdf5Frames`."""
+
+    def __init__(
+        self,
+        path: Path,
+        key: str,
+        length: int,
+        pool: Hdf5Pool,
+        flip: str = "none",
+        bgr: bool = False,
+    ):
+        super().__init__(path, length)
+        self._key, self._pool = key, pool
+        self._flip, self._bgr = flip, bgr
+
+    def encoded(self, number: int) -> bytes:
+        """One image as it is stored, perhaps with padding behind it."""
+        with self._pool.open(self.where) as file:
+            return _bytes(file[self._key][number])
+
+    def name(self, number: int) -> str:
+        """The file and the image in it."""
+        return f"{self.where}: image {number} of {self._key}"
+
+    def _read(self, numbers: list[int]) -> np.ndarray:
+        return _turned(super()._read(numbers), self._flip, self._bgr)
+
+
+def _turned(frames: np.ndarray, flip: str, bgr: bool) -> np.ndarray:
+    frames = frames[FLIPS[flip]]
+    return np.ascontiguousarray(frames[..., ::-1] if bgr else frames)
+
+
+def _bytes(value: np.ndarray | np.void | bytes) -> bytes:
+    return value if isinstance(value, bytes) else value.tobytes()
+
+
+def place(node: h5py.Group | h5py.Dataset) -> tuple[str, int]:
+    """What is equal for two names of one group or array: the real file, and the address in it."""
+    return os.path.realpath(node.file.filename), h5py.h5o.get_info(node.id).addr
+
+
+def follow(group: h5py.Group, name: str) -> h5py.Group | h5py.Dataset:
+    """A member of a group; ValueError if its link leads nowhere."""
+    try:
+        return group[name]
+    except _FAULTS as error:
+        link = group.get(name, getlink=True)
+        if isinstance(link, h5py.ExternalLink):
+            where = f"to {link.path} in the file {link.filename}"
+        else:
+            where = f"to {link.path}" if isinstance(link, h5py.SoftLink) else "to a damaged place"
+        raise ValueError(
+            f"its link, {where}, leads nowhere; fetch the file or link again"
+        ) from error
+
+
+def arrays(group: h5py.Group) -> tuple[dict[str, h5py.Dataset], dict[str, str]]:
+    """All arrays below a group by their paths, and why the others cannot be reached."""
+    found: dict[str, h5py.Dataset] = {}
+    left_out: dict[str, str] = {}
+    for path, node in _members(group, "", [place(group)]):
+        if isinstance(node, str):
+            left_out[path] = node
+        else:
+            found[path] = node
+    return found, left_out
+
+
+def _members(
+    group: h5py.Group, prefix: str, around: list[tuple[str, int]]
+) -> Iterator[tuple[str, h5py.Dataset | str]]:
+    """The arrays below a group, or why there is none; `around` are the groups that hold it."""
+    for name in sorted(group):
+        path = prefix + name
+        try:
+            node = follow(group, name)
+        except ValueError as error:
+            yield path, str(error)
+            continue
+        if isinstance(node, h5py.Dataset):
+            yield path, node
+        elif isinstance(node, h5py.Group):
+            if (here := place(node)) in around or len(around) > _DEEPEST:
+                yield path, "its link leads back to a group around it"
+            else:
+                yield from _members(node, f"{path}/", [*around, here])
+
+
+def values(
+    array: h5py.Dataset, steps: int, pool: Hdf5Pool, flip: str = "none", bgr: bool = False
+) -> np.ndarray | Frames:
+    """The values of a stream with one per step: numbers, or the frames of a camera.
+
+    Raises:
+        ValueError: if it is no stream; the text says why.
+    """
+    if array.shape is None or not array.shape:
+        raise ValueError("a single value, not one per step")
+    _check_length(len(array), steps)
+    if why := _unreadable(array):
+        raise ValueError(why)
+    place = Path(array.file.filename), array.name, len(array), pool
+    inner = h5py.check_vlen_dtype(array.dtype)
+    one_byte = inner is not None and inner.kind in "iu" and inner.itemsize == 1
+    if array.ndim == 1 and (one_byte or array.dtype.kind == "S" or array.dtype.type is np.void):
+        first = _bytes(array[0])
+        if array.dtype.kind == "S" and not first.startswith((pictures.JPEG, pictures.PNG)):
+            raise ValueError("text, which is not a stream")
+        if why := pictures.encoded_fault(first):
+            raise ValueError(why)
+        return Hdf5Images(*place, flip, bgr)
+    if array.dtype.names or array.dtype.kind not in "biuf":
+        raise ValueError(_not_numbers(array.dtype))
+    if array.ndim == 2 and array.dtype == np.uint8 and array.shape[1] > len(pictures.PNG):
+        start = array[0, :32].tobytes()
+        if start.startswith((pictures.JPEG, pictures.PNG)):  # padded to the longest one
+            if why := pictures.encoded_fault(start):
+                raise ValueError(why)
+            return Hdf5Images(*place, flip, bgr)
+    if order := pictures.axes(array.dtype, array.shape):
+        return Hdf5Frames(*place, order, flip, bgr)
+    try:
+        return array[()]
+    except _FAULTS as error:
+        raise ValueError(f"it cannot be read ({reason(place[0], error)})") from error
+
+
+def _check_length(length: int, steps: int) -> None:
+    if length == steps:
+        return
+    if length == steps + 1:
+        raise ValueError(
+            "it has one value more than there are actions; whether the first or the last one "
+            "belongs to no action is not said"
+        )
+    raise ValueError(
+        "it has one value, not one per action"
+        if length == 1
+        else f"it has {length} values for {steps} actions"
+    )
+
+
+def _not_numbers(dtype: np.dtype) -> str:
+    if h5py.check_string_dtype(dtype):
+        return "text, which is not a stream"
+    if h5py.check_vlen_dtype(dtype):
+        return "rows of varying length"
+    if h5py.check_ref_dtype(dtype):
+        return "references to other parts of the file"
+    return "compound values" if dtype.names else f"{dtype.name}, not numbers"
+
+
+def _unreadable(array: h5py.Dataset) -> str:
+    """Why HDF5 could not read the values, or would read zeros in their place; "" if it can."""
+    if array.external:
+        return (
+            f"its values are outside of the HDF5 file, in {array.external[0][0]}; such files are "
+            "not read, copy the array into the HDF5 file"
+        )
+    properties = array.id.get_create_plist()
+    for number in range(properties.get_nfilters()):
+        code, _, _, name = properties.get_filter(number)
+        if not h5py.h5z.filter_avail(code):
+            return (
+                f"it is compressed with a filter that is not installed ({name.decode()}, {code}); "
+                "write it with gzip, for example with h5repack -f GZIP=4"
+            )
+    return _virtual_fault(array) if array.is_virtual else ""
+
+
+def _virtual_fault(array: h5py.Dataset) -> str:
+    """Why parts of a virtual dataset are missing, for which HDF5 reads the fill value."""
+    filled = 0
+    for part in array.virtual_sources():
+        own = part.file_name == "."
+        path = Path(array.file.filename)
+        path = path if own else path.parent / part.file_name
+        filled += part.vspace.get_select_npoints()
+        try:
+            with h5py.File(path, "r") as file:
+                source = file[part.dset_name]
+                if why := _unreadable(source):
+                    return why
+                taken = part.src_space
+                if taken.get_select_type() == h5py.h5s.SEL_ALL or not taken.shape:
+                    short = source.size < part.vspace.get_select_npoints()
+                else:
+                    last = taken.get_select_bounds()[1]
+                    short = any(int(end) >= n for end, n in zip(last, source.shape))
+        except (*_FAULTS, AttributeError) as error:
+            return (
+                f"its part {part.dset_name} in the file {part.file_name} cannot be read "
+                f"({reason(path, error)}); fetch that file"
+            )
+        if short:
+            return f"its part {part.dset_name} in the file {part.file_name} is too short"
+    return "" if filled == array.size else "it is a virtual dataset whose parts do not fill it"
