@@ -62,18 +62,17 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     for key, form in _FORMS.items():
         if key in described and key in asked and _same(form, described[key], asked[key]):
             asked[key] = described[key]
-    for settings in (before, after):
-        source = settings.get("source", {}).items()
-        settings["source"] = {
-            k: v for k, v in source if k != "path" and v not in (None, {}, [], "")
-        }
-    if "source" not in stored:  # records of earlier versions
-        after["source"] = {}
+    sources = [settings.pop("source", None) for settings in (before, after)]
+    if sources[0] is None:  # records of earlier versions
         log.warning(
-            "the records of %r do not say which format and options they were read with, so these "
-            "cannot be compared with the configuration.",
-            stored["dataset"]["name"],
+            "the records of %r do not say from which path, format and options they were made, so "
+            "these are not compared with the configuration.",
+            described["name"],
         )
+    else:
+        for section, source in zip((described, asked), sources):
+            given = {k: v for k, v in (source or {}).items() if v not in (None, {}, [], "")}
+            section |= {k: v for k, v in given.items() if k != "path"}
     return differences(before, after)
 
 

@@ -25,7 +25,7 @@ def get_config(argument):
     config.clip.update(height=32, width=32)
     return config
 """
-SAID = "video: 276 windows of 70 episodes, 1 skipped, 3 instructions.\n"
+SAID = "video: 276 windows of 70 episodes, 1 skipped (1.43 %), 3 instructions.\n"
 EPISODES = 70  # two shards
 BROKEN, REPAIRED = 7, 68  # in one of them each
 
@@ -95,7 +95,7 @@ def contents(folder):
 def test_two_processes_leave_the_same_bytes_as_one_and_try_repaired_episodes_again(folder):
     cut_off(video(folder, REPAIRED))
     said = encode(folder, "repaired")
-    assert said.out == "video: 272 windows of 70 episodes, 2 skipped, 3 instructions.\n"
+    assert said.out == "video: 272 windows of 70 episodes, 2 skipped (2.86 %), 3 instructions.\n"
     for i in (BROKEN, REPAIRED):
         assert f"skipped episode number {i}: ValueError: " in said.err
         assert f"{i:03d}.mp4" in said.err
