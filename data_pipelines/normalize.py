@@ -1,16 +1,17 @@
 """Normalisation of actions and proprioception: modes, and one normalizer per embodiment.
 
-From top to bottom: `affine_of` (what each mode does), `Normalizer` (applies and inverts it),
-`Normalizers` (those of a run, stored as `normalizer.json`), `make_normalizers` (from the training
-records), `released_normalizer` (from the published `dataset_statistics/*.json`). `statistics.py`
-computes the statistics.
+From top to bottom: `Normalizer` (applies and inverts the modes), `Normalizers` (those of a run,
+stored as `normalizer.json`), `make_normalizers` (from the training records), `released_normalizer`
+(from the published `dataset_statistics/*.json`). `statistics.py` computes the statistics and says
+what each mode makes of them.
 """
 
 import hashlib
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cached_property
 from pathlib import Path
@@ -21,52 +22,20 @@ import numpy as np
 from data_pipelines.atomic import write_text
 from data_pipelines.episode import PerTask
 from data_pipelines.records import RecordDataset
-from data_pipelines.representations import Mode
+from data_pipelines.representations import Mode, Part
 from data_pipelines.statistics import (
     NAMES,
-    P2,
-    P98,
+    Affine,
     Statistics,
+    affine_of,
+    collapsed,
     column_statistics,
     concat_statistics,
 )
-from data_pipelines.vectors import modes, parse
+from data_pipelines.vectors import dims, modes, parse
 
 VECTORS = {"actions": "action", "proprio": "proprio"}  # key of a record -> of the config
-
-_FLAT = 1e-5  # a dimension with a smaller spread counts as constant and is not scaled
-
-
-@dataclass(frozen=True)
-class Affine:
-    """`normalized = clip((x - shift) * scale, clamp_min, clamp_max)`; all float32 [...]."""
-
-    shift: np.ndarray
-    scale: np.ndarray
-    clamp_min: np.ndarray
-    clamp_max: np.ndarray
-
-
-def affine_of(statistics: Statistics, mode: Mode) -> Affine:
-    """The affine map of a mode, from the output of `compute_statistics`."""
-    mean, low, high = statistics["mean"], *np.asarray(statistics["percentiles"])[[P2, P98]]
-    if mode is Mode.VARIANCE:
-        shift, spread = statistics["mean_clamped"], np.asarray(statistics["std_clamped"])
-    elif mode in (Mode.SQUASH, Mode.SQUASH_HARD):
-        if mode is Mode.SQUASH_HARD:
-            margin = 0.25 * (high - low)
-            low = np.maximum(low - margin, statistics["min"])
-            high = np.minimum(high + margin, statistics["max"])
-        shift, spread = 0.5 * (low + high), 0.5 * (high - low)
-    else:
-        shift, spread = np.zeros_like(mean), np.ones_like(mean)
-    scale = 1.0 / np.where(np.abs(spread) < _FLAT, 1.0, spread)
-    if mode is Mode.VARIANCE:
-        bounds = ((statistics[name] - shift) * scale for name in ("clamp_min", "clamp_max"))
-    else:
-        limit = {Mode.SQUASH: 1.5, Mode.SQUASH_HARD: 1.0}.get(mode, np.inf)
-        bounds = (np.full_like(mean, -limit), np.full_like(mean, limit))
-    return Affine(*(np.asarray(part, np.float32) for part in (shift, scale, *bounds)))
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -245,6 +214,8 @@ def make_normalizers(
             "proprio": column_statistics(sources, "proprio", folder),
         }
         result[name] = Normalizer(statistics, _modes(ours), data_fingerprint(ours, *choice))
+        for sentence in _losses(ours, result[name]):
+            log.warning(sentence)
     shutil.rmtree(scratch)
     return Normalizers(result, fingerprint)
 
@@ -287,6 +258,55 @@ def _modes(datasets: Sequence[RecordDataset]) -> dict[str, Mode | tuple[Mode, ..
                 )
     # A single mode for all dimensions keeps the file readable.
     return {key: own[0] if len(set(own)) == 1 else own for key, own in chosen.items()}
+
+
+def _losses(datasets: Sequence[RecordDataset], normalizer: Normalizer) -> Iterator[str]:
+    """What the normalizer of one embodiment loses: a sentence for each dimension."""
+    whose = ", ".join(dataset.name for dataset in datasets)
+    for key, setting in VECTORS.items():
+        statistics = normalizer.statistics[key]
+        dim = np.shape(statistics["mean"])[-1]
+        names = dimension_names(parse(datasets[0].settings["dataset"][setting], setting), dim)
+        for i, what in collapsed(statistics, normalizer.modes[key]):
+            yield f"{whose}: dimension {i} of the {setting} ({names[i]}) {what}"
+        low, high = (statistics[end].reshape(-1, dim) for end in ("min", "max"))
+        constant = np.flatnonzero((low.min(0) == high.max(0)) & [name != "pad" for name in names])
+        for i, (least, most) in _held_out_ranges(datasets, key, constant).items():
+            if max(low[0, i] - least, most - low[0, i]) > 1e-5:
+                yield (
+                    f"{whose}: dimension {i} of the {setting} ({names[i]}) is always {low[0, i]:g} "
+                    f"in the training episodes, but {least:g} to {most:g} in those held out: "
+                    "it is learned as a constant"
+                )
+
+
+def _held_out_ranges(
+    datasets: Sequence[RecordDataset], key: str, dimensions: np.ndarray
+) -> dict[int, tuple[float, float]]:
+    """The smallest and largest value of some dimensions in the validation records."""
+    ranges: dict[int, tuple[float, float]] = {}
+    for dataset in datasets if len(dimensions) else ():
+        chosen = dataset.record_indices("validation")
+        values = dataset.columns(key)[key][chosen][..., dimensions].reshape(-1, len(dimensions))
+        for i, column in zip(dimensions.tolist(), values.T if len(values) else ()):
+            known = ranges.get(i, (np.inf, -np.inf))
+            ranges[i] = min(known[0], column.min()), max(known[1], column.max())
+    return ranges
+
+
+def dimension_names(parts: Sequence[Part], dim: int) -> list[str]:
+    """Where each number of a vector comes from: "action[6]", "eef (pose) 2" or "pad"."""
+    names = []
+    for part, width in zip(parts, dims(parts, dim)):
+        stream = "/".join(part.streams)
+        for i in range(width):
+            if part.pad:
+                names.append("pad")
+            elif part.represent in ("values", "delta", "gripper"):
+                names.append(f"{stream}[{part.columns[i] if part.columns else i}]")
+            else:
+                names.append(f"{stream} ({part.represent}) {i}")
+    return names
 
 
 # The released `dataset_statistics/*.json`, as a normalizer for the released decoders.

@@ -5,9 +5,12 @@ import pytest
 from record_folders import make_records
 
 from data_pipelines import statistics as module
-from data_pipelines.normalize import make_normalizers
+from data_pipelines.atomic import write_npz
+from data_pipelines.normalize import Normalizer, make_normalizers
 from data_pipelines.records import RecordDataset
-from data_pipelines.statistics import column_statistics, compute_statistics
+from data_pipelines.statistics import collapsed, column_statistics, compute_statistics
+
+ACTION = [dict(stream="hand", columns=[0]), dict(stream="hand", columns=[6])]
 
 
 @pytest.fixture
@@ -114,3 +117,87 @@ def test_nothing_but_padding_is_an_error(tmp_path):
     dataset = make_records(tmp_path / "a", 1, records=40, actions_padded=padded)
     with pytest.raises(ValueError, match="all actions are padding"):
         make_normalizers([dataset], mask_padding=True)
+
+
+# What a mode loses, or blows up.
+
+N = 4000
+STEP, NOISE = np.arange(N), np.random.default_rng(0).normal(size=N)
+RARE = (STEP % 80 == 0) * 1.0  # 1.25 %
+LOST = {  # name -> values, the modes that lose them, a word of what is said
+    "a suction command": (RARE, "VARIANCE", "is 0 except in 1.3 %"),
+    "the same, negative": (-RARE, "VARIANCE", "reach -1"),
+    "rarely open": (1 - RARE, "VARIANCE", "is 1 except"),
+    "both ways": (RARE - (STEP % 80 == 1), "VARIANCE", "except"),
+    "pressed once": ((STEP == 7) * 1.0, "VARIANCE", "reach 1"),
+    "in per cent": (100 * RARE, "VARIANCE SQUASH SQUASH_HARD", "reach 100"),
+    "on noise": (RARE + 1e-3 * NOISE, "VARIANCE SQUASH SQUASH_HARD", "leaves only"),
+    "mostly still": (NOISE * (STEP % 40 == 0), "VARIANCE", "is 0 except"),
+    "one huge value": (np.where(STEP == 7, 1e6, NOISE), "VARIANCE", "reach 1e+06"),
+    "noise": (3e-5 * NOISE, "VARIANCE SQUASH SQUASH_HARD", "is noise"),
+    "rounding": (1000 + 1e-4 * NOISE, "VARIANCE SQUASH SQUASH_HARD", "is noise"),
+    "kilometres": (4e-6 * np.sin(STEP), "VARIANCE SQUASH SQUASH_HARD", "smaller unit"),
+}
+KEPT = {
+    "normal": NOISE,
+    "constant": np.full(N, 0.25),
+    "rounding that is not scaled": 1 + 2e-8 * NOISE,
+    "every second": STEP % 2 * 1.0,
+    "3 % and 97 %": (STEP % 100 < 3) * 1.0,
+    "long tails": np.random.default_rng(1).laplace(size=N),
+    "skewed": np.random.default_rng(1).lognormal(size=N),
+    "small motions": 5e-4 * NOISE,
+}
+
+
+@pytest.mark.parametrize("mode", ["VARIANCE", "SQUASH", "SQUASH_HARD", "IDENTITY"])
+def test_what_a_mode_loses_is_named(mode):
+    values = [column for column, *_ in LOST.values()] + list(KEPT.values())
+    data = np.stack(values, 1).astype(np.float32)[:, None]
+    statistics = compute_statistics(data)
+    found = dict(collapsed(statistics, mode))
+    expected = [i for i, (_, modes, _) in enumerate(LOST.values()) if mode in modes.split()]
+    assert list(found) == expected
+    for i, what in found.items():
+        assert list(LOST.values())[i][2] in what
+    # What is not named does come back, but for the ends of a distribution.
+    normalizer = Normalizer({"a": statistics}, {"a": mode})
+    back = normalizer.unnormalize("a", normalizer.normalize("a", data))
+    far = np.abs(back - data) > 0.5 * np.ptp(data, axis=0)
+    for i in {*range(len(values))} - {8}:  # the huge value itself is clamped
+        assert (far[:, 0, i].mean() > 2e-3) <= (i in found)
+
+
+def test_the_mode_that_keeps_a_rare_command_is_named():
+    data = np.stack([NOISE, RARE], 1)[:, None]
+    ((dimension, what),) = collapsed(compute_statistics(data), "VARIANCE")
+    assert dimension == 1
+    assert "VARIANCE leaves only -0.00625" in what and "normalize='SQUASH'" in what
+    assert collapsed(compute_statistics(data), ["VARIANCE", "SQUASH"]) == []
+    assert collapsed(compute_statistics(data), "NONE") == []
+
+
+def test_training_statistics_say_by_name_what_they_lose(tmp_path, caplog):
+    dataset = make_records(tmp_path / "suction_arm", 1, action=ACTION)
+    (tmp_path / "suction_arm" / "shard_0.npz").unlink()
+    columns = {"actions": np.zeros((120, 4, 2)), "proprio": NOISE[:360].reshape(120, 1, 3).copy()}
+    columns["actions"][..., 0] = NOISE[:480].reshape(120, 4)
+    columns["actions"][5, :, 1] = 1  # in one training window of 90
+    held_out = dataset.record_indices("validation")
+    columns["proprio"][:, :, 1] = 0.5
+    columns["proprio"][held_out, :, 1] = 0.75
+    write_npz(tmp_path / "suction_arm" / "shard_0.npz", **columns)
+    make_normalizers([dataset])
+    said = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(said) == 2
+    assert "suction_arm: dimension 1 of the action (hand[6]) is 0 except" in said[0]
+    assert "suction_arm: dimension 1 of the proprio (state[1]) is always 0.5" in said[1]
+
+
+def test_records_with_nan_have_no_statistics(tmp_path):
+    dataset = make_records(tmp_path / "a", 1, records=40)
+    columns = dataset.columns("actions", "proprio")
+    columns["actions"][3] = np.nan
+    write_npz(tmp_path / "a" / "shard_0.npz", **columns)
+    with pytest.raises(ValueError, match="actions of 'a' hold NaN"):
+        make_normalizers([dataset])
