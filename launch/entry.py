@@ -16,6 +16,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from logging import Handler, LogRecord, getLogger
 from pathlib import Path
 from typing import NoReturn
@@ -101,10 +102,12 @@ class _Stderr(Handler):
 
     def emit(self, record: LogRecord) -> None:
         line = self.format(record)
-        if "tqdm" in sys.modules:  # a bar may be there; printing would break it
-            sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
-        else:
-            print(line, file=sys.stderr, flush=True)
+        # A log on a full disk, or of a terminal that is gone, must not end the work.
+        with suppress(OSError, ValueError):
+            if "tqdm" in sys.modules:  # a bar may be there; printing would break it
+                sys.modules["tqdm"].tqdm.write(line, file=sys.stderr)
+            else:
+                print(line, file=sys.stderr, flush=True)
 
 
 def _log_to_stderr() -> None:

@@ -31,15 +31,14 @@ class BestEffort:
         lost: How many blocks have failed.
     """
 
-    def __init__(self, what: str, failing: str, working: str):
+    def __init__(self, what: str, meanwhile: str):
         """Takes the words for the messages.
 
         Args:
-            what: What is attempted, as the subject of a sentence: "TensorBoard".
-            failing: What follows from a failure: "its records are left out".
-            working: The same when it works again, after the number of failures.
+            what: What may fail, as the subject of a sentence: "TensorBoard".
+            meanwhile: What follows from a failure: "its records are left out".
         """
-        self._what, self._failing, self._working = what, failing, working
+        self._what, self._meanwhile = what, meanwhile
         self._lock, self.lost, self._in_a_row = threading.Lock(), 0, 0
 
     def __enter__(self) -> None:
@@ -64,14 +63,14 @@ class BestEffort:
         if first:
             kind = f"{type(reason).__name__}: " if isinstance(reason, Exception) else ""
             text = " ".join(str(reason).split())[:300]
-            log.warning(f"{self._what} failed ({kind}{text}); {self._failing}.")
+            log.warning(f"{self._what} failed ({kind}{text}); {self._meanwhile}.")
 
     def works(self) -> None:
         """Says that the trouble is over, if there was any."""
         with self._lock:
             count, self._in_a_row = self._in_a_row, 0
         if count:
-            log.warning(f"{self._what} works again; {self._working} ({count} failed).")
+            log.warning(f"{self._what} works again, after {count} failure{'s' * (count > 1)}.")
 
 
 class Channel:
@@ -88,8 +87,9 @@ class Channel:
             open_sink: Called in the thread.
             room: What waits beyond this number is left out.
         """
-        left_out = "the training goes on, and what it cannot take is left out there"
-        self._effort = BestEffort(name, left_out, "what came meanwhile is missing there")
+        self._effort = BestEffort(
+            name, "the run goes on, and what comes meanwhile is missing there"
+        )
         self._name, self._open, self._sink = name, open_sink, None
         self._not_before = 0.0
         self._queue: queue.Queue[Callable[[Sink], None] | None] = queue.Queue(room)
@@ -222,3 +222,30 @@ class WandB:
     def close(self) -> None:
         """Waits until everything is sent."""
         self._run.finish()
+
+
+class Unfailing:
+    """A text stream whose writes do not fail: the log of a run may be on a full disk."""
+
+    def __init__(self, stream: Any):
+        """Takes the stream."""
+        self._stream = stream
+
+    def write(self, text: str) -> None:
+        """Writes what can be written."""
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
+            self._stream.write(text)
+
+    def flush(self) -> None:
+        """Flushes what can be flushed."""
+        with contextlib.suppress(OSError, ValueError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def __eq__(self, other: object) -> bool:  # tqdm compares streams
+        return other is self or other == self._stream
+
+    def __hash__(self) -> int:
+        return hash(self._stream)

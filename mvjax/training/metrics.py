@@ -142,7 +142,7 @@ class _Journal:
         self._path, self._kept = path, "".join(json.dumps(record) + "\n" for record in kept)
         self._size: int | None = None  # of what is whole; None before the first write
         self._waiting: list[str] = []
-        self._effort = BestEffort(str(path), "its records wait for room", "it has them all")
+        self._effort = BestEffort(f"writing {path}", "the run goes on, and its records wait")
         self._write()
 
     def write(self, record: Record) -> None:
@@ -251,7 +251,7 @@ def traced_steps(first: int, last: int, folder: Path | None) -> Iterator[int]:
     Every step runs inside a `StepTraceAnnotation`, which costs nothing unless something traces.
     """
     start = max(first, min(first + WARM_UP, last - TRACED + 1)) if folder else last + 1
-    tracing, effort = False, BestEffort("the profiler", "there is no trace", "it traces")
+    tracing, effort = False, BestEffort("the profiler", "the run goes on without a trace")
     try:
         for step in range(first, last + 1):
             if step == start:

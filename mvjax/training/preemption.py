@@ -12,8 +12,11 @@ from jax.experimental import multihost_utils
 GRACE = 5.0  # seconds after a signal in which what the loop waits for may still come
 
 
-class Overdue(Exception):
-    """What the loop waited for has not come in time after a signal."""
+class Overdue(BaseException):
+    """What the loop waited for has not come in time after a signal.
+
+    No `Exception`, so that nothing on its way takes it for a failure that it can recover from.
+    """
 
 
 class Interrupt:

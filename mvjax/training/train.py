@@ -1,8 +1,8 @@
 """The training loop, the same for both stages."""
 
-import contextlib
 import sys
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from mvjax.experiment import Experiment
 from mvjax.identity import digest
 from mvjax.models.network import merge
 from mvjax.parallel import sharding_tree
+from mvjax.training.channels import BestEffort, Unfailing
 from mvjax.training.checkpoint import Store, leaf_paths
 from mvjax.training.metrics import MetricsWriter, Record, Throughput, read_records, traced_steps
 from mvjax.training.objectives import Stage
@@ -73,7 +74,7 @@ def train(
     description = describe(experiment, stage, meta or {})
     with (
         # Process 0 writes for all. Before the store, which clears half-written checkpoints away.
-        run_lock(workdir) if jax.process_index() == 0 else contextlib.nullcontext(),
+        run_lock(workdir) if jax.process_index() == 0 else nullcontext(),
         jax.set_mesh(mesh),
         Interrupt() as interrupt,  # also while the store waits for the last checkpoint
         Store(workdir, keep=settings.keep, keep_every=settings.keep_every) as store,
@@ -91,12 +92,13 @@ def train(
         first = saved = int(state.step)
         timer = Throughput(stage, settings.batch_size, first)
         traces = workdir / "profile" if profile else None
+        measuring: AbstractContextManager = BestEffort("validation", "the run goes on without it")
+        if jax.process_count() > 1:
+            measuring = nullcontext()  # the others would wait for what one leaves out
         compiled, previous, levels, position = None, None, [], None
         with (
-            contextlib.closing(
-                MetricsWriter(workdir, first, config.wandb, description["config"])
-            ) as writer,
-            contextlib.closing(traced_steps(first + 1, settings.steps, traces)) as steps,
+            closing(MetricsWriter(workdir, first, config.wandb, description["config"])) as writer,
+            closing(traced_steps(first + 1, settings.steps, traces)) as steps,
             _progress_bar(stage.name, first, settings.steps) as bar,
         ):
 
@@ -152,7 +154,8 @@ def train(
                     timer.finished(step)
                 measured: Mapping[str, float] = {}
                 if validating:
-                    with timer("eval"):
+                    # Broken off, it is left out, and the wait for the next batch ends, too.
+                    with timer("eval"), measuring, suppress(Overdue), interrupt.waiting():
                         measured, pictures = validation(step, merge(state.params, state.ema))
                         writer.show(step, pictures)
                 if last or validating or step % settings.log_every == 0:
@@ -189,6 +192,7 @@ def _progress_bar(name: str, first: int, steps: int) -> tqdm:
         desc=name,
         unit="step",
         mininterval=0.5 if sys.stderr.isatty() else 30,
+        file=Unfailing(sys.stderr),
         disable=jax.process_index() != 0,
     )
 

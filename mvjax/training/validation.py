@@ -20,6 +20,7 @@ from mvjax.flow import condition_mask, denoise, sample_video, start
 from mvjax.models.network import Params
 from mvjax.parallel import sharding_tree, split_ways, use_rules
 from mvjax.policy.load import load_video_tokenizer
+from mvjax.training.channels import BestEffort
 from mvjax.training.objectives import Batch, Stage, named_levels
 from mvjax.training.prefetch import device_batches
 
@@ -121,6 +122,7 @@ class ValidationVideos:
         self._rules, self._batch, self._count = experiment.rules, batch, count
         self._tokenizer, self._folder = tokenizer, Path(workdir) / "samples"
         self._recorded: list[np.ndarray] = []  # decoded once
+        self._effort = BestEffort("making sample videos", "the run goes on without them")
         # The few that are written, whole on every device.
         self._generate = jax.jit(
             self._generated, out_shardings=NamedSharding(mesh, PartitionSpec())
@@ -129,19 +131,24 @@ class ValidationVideos:
     def __call__(self, step: int, params: Params) -> Pictures:
         """Writes the videos, named by the step; returns pictures uint8 [h, w, 3] on process 0."""
         recorded, generated = self._generate(params, self._batch)
-        if jax.process_index() != 0:
-            return {}
+        pictures: dict[str, np.ndarray] = {}
+        if jax.process_index() == 0:
+            with self._effort:  # the other processes have gone on, and the run will
+                self._write(step, recorded, generated, pictures)
+        return pictures
+
+    def _write(
+        self, step: int, recorded: jax.Array, generated: jax.Array, pictures: dict[str, np.ndarray]
+    ) -> None:
         self._recorded = self._recorded or self._decode(recorded)
         folder = self._folder / f"step_{step:08d}"
         folder.mkdir(parents=True, exist_ok=True)
-        pictures = {}
         for number, pair in enumerate(zip(self._recorded, self._decode(generated))):
             video = np.concatenate(pair, axis=2)
             write_video(folder / f"{number}.mp4", video, max(round(self._clip.fps), 1), crf=18)
             shown = np.linspace(0, len(video) - 1, min(STRIP, len(video))).astype(int)
             rows = [np.concatenate(list(frames[shown]), axis=1) for frames in pair]
             pictures[f"samples/{number}"] = np.concatenate(rows)
-        return pictures
 
     def _generated(self, params: Params, batch: Batch) -> tuple[jax.Array, jax.Array]:
         """Latents of the first windows, and generated ones with the same observed frames."""
