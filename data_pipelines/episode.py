@@ -102,6 +102,9 @@ class Episode:
                 f"episode {self.id} of {self.source} names the cameras {missing}, but its "
                 f"streams are {sorted(self.streams)}"
             )
+        readers = (stream.values for stream in self.streams.values())
+        found = (text for reader in readers for text in getattr(reader, "findings", ()))
+        object.__setattr__(self, "findings", tuple(dict.fromkeys((*self.findings, *found))))
         starts = [section.start for section in self.sections]
         if starts != sorted(set(starts)):
             raise ValueError(f"the sections of an episode must be in order of time, got {starts}")

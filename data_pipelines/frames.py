@@ -22,6 +22,8 @@ class Frames(ABC):
         length: the number of frames.
     """
 
+    findings: tuple[str, ...] = ()  # become those of the `Episode`
+
     def __init__(self, where: object, length: int):
         self.where = where
         self._length = length

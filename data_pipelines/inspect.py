@@ -14,7 +14,6 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,6 @@ from data_pipelines.records import RecordDataset, read_columns
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.sources.rlds import UnknownRate
 from data_pipelines.video import VideoFile
-from data_pipelines.video_index import VideoPlace, open_video
 
 _THREADS = 4
 _SAMPLED_EPISODES = 24  # episodes with decoded frames
@@ -359,7 +357,7 @@ def _inspect_video(
     is_array = isinstance(values, np.ndarray)
     shape, codec = values.shape[1:] if is_array else (), ""
     if isinstance(values, VideoFile):
-        shape, codec = _size_and_codec(values.path)
+        shape, codec = (*values.size, 3), values.codec
     shown = sorted({0, n // 2, n - 1})
     wanted = range(n) if thorough else shown if summary.sampled else []
     pictures, first, difference, brightness = [], None, 0.0, 0.0
@@ -384,13 +382,6 @@ def _inspect_video(
     if summary.sampled:
         summary.pictures[name] = pictures
     return StreamSummary(shape, "uint8", _rate(stream), codec=codec, camera=True)
-
-
-@lru_cache(maxsize=256)  # files that hold many episodes are opened once
-def _size_and_codec(place: VideoPlace) -> tuple[tuple[int, ...], str]:
-    with open_video(place) as container:
-        context = container.streams.video[0].codec_context
-        return (context.height, context.width, 3), context.name
 
 
 def _rate(stream: Stream) -> float | None:

@@ -16,6 +16,7 @@ from av.video.reformatter import VideoReformatter
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from data_pipelines.atomic import replacing
+from data_pipelines.display import orientation
 from data_pipelines.episode import NANOSECONDS, Stream
 from data_pipelines.frames import Frames
 from data_pipelines.lru import LRU
@@ -81,13 +82,17 @@ class Decoder:
         self._last: av.VideoFrame | None = None
 
     def _frame(self, pts: int) -> np.ndarray:
-        """A view of one frame, valid until the next."""
+        """A view of one frame as it is to be shown, valid until the next."""
         if self._last is None or self._last.pts != pts:
             self._advance(pts)
         rgb = self._to_rgb.reformat(self._last, format="rgb24")
         # FFmpeg pads rows to a multiple of its vector width.
         rows = np.frombuffer(rgb.planes[0], np.uint8).reshape(rgb.height, rgb.planes[0].line_size)
-        return rows[:, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
+        stored = rows[:, : 3 * rgb.width].reshape(rgb.height, rgb.width, 3)
+        try:
+            return orientation(self._last).apply(stored)
+        except ValueError as error:
+            raise ValueError(f"{self._path}: {error}") from error
 
     def _advance(self, pts: int) -> None:
         """Decodes up to the frame at `pts`, which must be one of the index."""
@@ -101,10 +106,17 @@ class Decoder:
             self.seeks += 1
         # A frame that is in the index but not in the file is an error: returning its neighbour
         # instead would shift the images against the actions.
-        found = next((f for f in self._decoded if f.pts is not None and f.pts >= pts), None)
-        if found is None or found.pts != pts:
+        latest = None
+        for found in self._decoded:
+            if found.pts is None or (latest is not None and found.pts <= latest):
+                self.close()
+                raise ValueError(unreadable(self._path, "its frames are not in the order of time"))
+            latest = found.pts
+            if latest >= pts:
+                break
+        if latest != pts:
             self.close()
-            end = "the file ends" if found is None else f"next is {found.pts}"
+            end = "the file ends" if latest is None or latest < pts else f"next is {latest}"
             raise ValueError(unreadable(self._path, f"frame at {pts} is missing, {end}"))
         self._last = found
 
@@ -149,11 +161,13 @@ class VideoFile(Frames):
 
     Args:
         path: the file, or a range of bytes in one.
-        start: of the segment, seconds.
+        start: of the segment, seconds of the file's clock; None for the first frame, which is often
+            later than 0.
         end: of the segment, seconds, exclusive; None for the end of the file.
         pool: shared by the videos of a dataset; by default the video has its own.
-        exact: select the frames with start <= time < end, to the nanosecond. By default both
-            limits are half a frame earlier, which suits times that are sums of rounded durations.
+        exact: select the frames with start <= time < end, to the nanosecond. By default a frame
+            belongs to limits up to half of its shorter gap to a neighbour later, which suits times
+            that are sums of rounded durations.
 
     Raises:
         ValueError: at first use, if the file cannot be read or the segment has no frames.
@@ -162,7 +176,7 @@ class VideoFile(Frames):
     def __init__(
         self,
         path: VideoPlace | str,
-        start: float | Fraction = 0.0,
+        start: float | Fraction | None = None,
         end: float | Fraction | None = None,
         pool: VideoPool | None = None,
         exact: bool = False,
@@ -183,6 +197,22 @@ class VideoFile(Frames):
         scale, half = NANOSECONDS * base.numerator, base.denominator // 2
         return np.array([((p - pts[0]) * scale + half) // base.denominator for p in pts], np.int64)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width as shown, pixels."""
+        index = self._pool.index(self.path)
+        return index.height, index.width
+
+    @property
+    def codec(self) -> str:
+        """FFmpeg's name of the codec."""
+        return self._pool.index(self.path).codec
+
+    @property
+    def findings(self) -> tuple[str, ...]:
+        """See `Episode.findings`."""
+        return self._pool.index(self.path).findings
+
     def stream(self) -> Stream:
         """The frames with their timestamps."""
         times = self.timestamps
@@ -199,24 +229,31 @@ class VideoFile(Frames):
         """Presentation times of the frames of the segment."""
         if self._pts is None:
             index = self._pool.index(self.path)
-            first = self._first_from(index, self._start)
+            first = 0 if self._start is None else self._first_from(index, self._start)
             last = len(index.pts) if self._end is None else self._first_from(index, self._end)
             self._pts = index.pts[first:last]
             if not self._pts:
+                start = "the start" if self._start is None else f"{float(self._start)} s"
                 end = "the end" if self._end is None else f"{float(self._end)} s"
                 raise ValueError(
-                    f"{self.path}: no frames between {float(self._start)} s and {end}; the last "
-                    f"one is at {float(index.pts[-1] * index.time_base):.3f} s"
+                    f"{self.path}: no frames between {start} and {end}; the last one is at "
+                    f"{float(index.pts[-1] * index.time_base):.3f} s"
                 )
         return self._pts
 
     def _first_from(self, index: VideoIndex, seconds: float | Fraction) -> int:
         """The number of the first frame of the file at or after a time."""
+        pts = index.pts
         if self._exact:  # times are compared as timestamps, which are rounded to nanoseconds
             limit = Fraction(2 * round(seconds * NANOSECONDS) - 1, 2 * NANOSECONDS)
-            return bisect_left(index.pts, limit / index.time_base)
-        half = (index.pts[-1] - index.pts[0]) / max(len(index.pts) - 1, 1) / 2
-        return bisect_left(index.pts, seconds / index.time_base - half)
+            return bisect_left(pts, limit / index.time_base)
+        limit = seconds / index.time_base
+        number = bisect_left(pts, limit)
+        if number:
+            # The gaps around a frame, not the mean gap of the file, which a pause makes longer.
+            gap = min(np.diff(pts[max(number - 2, 0) : number + 1]), default=0)
+            number -= bool(limit - pts[number - 1] <= gap / 2)
+        return number
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> int:

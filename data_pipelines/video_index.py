@@ -1,4 +1,4 @@
-"""The location of a video, and the index of its frames; no frame is decoded for it.
+"""The location of a video, and the index of its frames, for which only the first is decoded.
 
 FFmpeg lists frames packet by packet and reads the whole file for that, which is slow for long
 videos on a network disk. An MP4 also lists them in its own tables (ISO/IEC 14496-12), about the
@@ -8,8 +8,9 @@ last megabyte of the file. For long videos those are used, if FFmpeg agrees at b
 import io
 import re
 from array import array
+from bisect import bisect_left
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
@@ -18,13 +19,15 @@ from typing import BinaryIO
 import av
 import numpy as np
 
+from data_pipelines.display import display
 from data_pipelines.episode import reason
 
 VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
 
 _DURATION = re.compile(r"(\d+):(\d{2}):(\d{2}(?:\.\d+)?)")
 _LONG = 2000  # frames; the tables are used for longer videos
-_COMPARED = 50  # packets at the beginning, more than frames are ever reordered over
+_COMPARED = 50  # packets at the beginning
+_REORDERED = 16  # frames; no codec moves one over more others
 _SLACK_FRAMES = 3  # by which a tagged duration may exceed the end of the last frame
 
 
@@ -46,20 +49,24 @@ VideoPlace = Path | FileRange
 
 @dataclass(frozen=True)
 class VideoIndex:
-    """Every frame of a file, in display order, in the stream's time base."""
+    """Every frame of a file that is shown, in display order, in the stream's time base."""
 
     pts: array  # int64; a long video has 100,000s of frames
-    keyframes: array  # their pts
+    keyframes: array  # their pts, also of those that an edit list hides
     time_base: Fraction
+    height: int = 0  # as shown, pixels
+    width: int = 0
+    codec: str = ""
+    findings: tuple[str, ...] = ()  # see `Episode.findings`
 
 
-def open_video(place: VideoPlace) -> av.container.InputContainer:
+def open_video(place: VideoPlace, **options: str) -> av.container.InputContainer:
     """Opens a video file, or a range of bytes through FFmpeg's `subfile` protocol."""
     # Absolute, as FFmpeg takes a relative name like "http:x" in a list of clips for a protocol.
+    name = str(place.absolute() if isinstance(place, Path) else place.path.absolute())
     if isinstance(place, FileRange):
-        end = place.offset + place.size
-        return av.open(f"subfile,,start,{place.offset},end,{end},,:{place.path.absolute()}")
-    return av.open(str(place.absolute()))
+        name = f"subfile,,start,{place.offset},end,{place.offset + place.size},,:{name}"
+    return av.open(name, options=options)
 
 
 def unreadable(place: VideoPlace, error: object) -> str:
@@ -69,46 +76,121 @@ def unreadable(place: VideoPlace, error: object) -> str:
 
 
 def read_index(place: VideoPlace) -> VideoIndex:
-    """The frame index of a video; ValueError if it is missing, truncated or not a video."""
+    """The frame index of a video.
+
+    Raises:
+        ValueError: if it is missing, truncated or not a video, or cannot be shown rightly.
+    """
     try:
         with open_video(place) as container:
             if not container.streams.video:
                 raise ValueError(unreadable(place, "it has no video stream"))
             stream = container.streams.video[0]
-            if stream.frames <= _LONG:
-                return index_of_packets(place, stream)
-            if index := index_of_tables(place, stream):
-                return index
+            index = index_of_tables(place, stream) if stream.frames > _LONG else None
+            if index:
+                return _with_display(place, index, stream)
         with open_video(place) as container:  # again, to read from the beginning
-            return index_of_packets(place, container.streams.video[0])
+            stream = container.streams.video[0]
+            return _with_display(place, index_of_packets(place, stream), stream)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(unreadable(place, error)) from error
 
 
+def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) -> VideoIndex:
+    """The index with what the first frame says about showing the video."""
+    context = stream.codec_context
+    context.thread_count = 1
+    stream.container.seek(index.keyframes[0], stream=stream)
+    first = next(stream.container.decode(stream), None)
+    if first is None:
+        raise ValueError(unreadable(place, "no frame can be decoded"))
+    late = np.flatnonzero(np.diff(index.pts) <= 0)
+    if len(late):
+        seconds = float(index.pts[late[0]] * index.time_base)
+        raise ValueError(unreadable(place, f"it has two frames at {seconds:.3f} s"))
+    if _is("avi", stream) and context.name in _UNORDERED and context.has_b_frames:
+        raise ValueError(
+            f"{place}: an AVI does not store the order in which B-frames of {context.name} are "
+            "shown, and this one has some; encode it again as an MP4"
+        )
+    try:
+        height, width, findings = display(first, stream)
+    except ValueError as error:
+        raise ValueError(f"{place}: {error}") from error
+    return replace(index, height=height, width=width, codec=context.name, findings=findings)
+
+
+_UNORDERED = ("h264", "hevc")  # FFmpeg works out the order of older codecs
+
+
+def _is(container: str, stream: av.VideoStream) -> bool:
+    return container in stream.container.format.name.split(",")
+
+
 def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
     """The index by FFmpeg, which reads the whole file; ValueError if it is truncated."""
-    container, declared = stream.container, stream.frames
     packets = [
-        (p.pts, p.is_keyframe, p.duration or 0)
-        for p in container.demux(stream)
+        (p.pts, p.is_keyframe, p.is_discard, p.duration or 0)
+        for p in stream.container.demux(stream)
         if p.pts is not None and p.size
     ]
-    if not packets or len(packets) < declared:
-        raise ValueError(unreadable(place, f"it has {len(packets)} of {declared} frames"))
-    pts = array("q", sorted(p for p, _, _ in packets))
+    shown = array("q", sorted(pts for pts, _, hidden, _ in packets if not hidden))
+    ends = max((pts + duration for pts, _, _, duration in packets), default=0)
+    _check_whole(place, stream, len(packets), shown, ends)
+    keyframes = array("q", sorted(pts for pts, key, _, _ in packets if key))
+    if not keyframes:
+        raise ValueError(unreadable(place, "it has no keyframe"))
+    first = next(pts for pts, key, _, _ in packets if key)
+    if shown[0] < first:  # a cut may have removed the frames that these depend on
+        with open_video(place) as container:
+            times = (frame.pts for frame in container.decode(container.streams.video[0]))
+            start = next((time for time in times if time is not None), first)
+        shown = shown[bisect_left(shown, min(start, first)) :]
+    return VideoIndex(shown, keyframes, stream.time_base)
+
+
+def _check_whole(
+    place: VideoPlace, stream: av.VideoStream, found: int, shown: array, ends: int
+) -> None:
+    """ValueError if a file is truncated, which the containers tell in different ways.
+
+    `found` is the number of packets, and `ends` the time at which the last of them ends.
+    """
+    declared = stream.frames
+    if _is("avi", stream):  # it counts empty chunks, too, which repeat the last frame
+        if _is_short_riff(place):
+            raise ValueError(unreadable(place, f"it is truncated after {found} frames"))
+    elif found < declared:  # or an edit list ends before the last of them
+        with open_video(place, ignore_editlist="1") as container:
+            found = sum(p.size > 0 for p in container.demux(container.streams.video[0]))
+        if found < declared:
+            raise ValueError(unreadable(place, f"it has {found} of {declared} frames"))
+    if not shown:
+        raise ValueError(unreadable(place, "it has no frames"))
     tagged = _DURATION.match(stream.metadata.get("DURATION", ""))
-    if "matroska" in container.format.name and tagged:
+    if _is("matroska", stream) and tagged:
         # Matroska files do not declare a number of frames, but muxers tag the duration.
         hours, minutes, seconds = tagged.groups()
         should_end = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
-        ends = float(max(p + duration for p, _, duration in packets) * stream.time_base)
-        gap = float((pts[-1] - pts[0]) * stream.time_base) / max(len(pts) - 1, 1)
-        if ends + _SLACK_FRAMES * gap < should_end:
-            raise ValueError(unreadable(place, f"it ends at {ends:.2f} s of {should_end:.2f} s"))
-    keyframes = array("q", sorted(p for p, key, _ in packets if key))
-    if not keyframes:
-        raise ValueError(unreadable(place, "it has no keyframe"))
-    return VideoIndex(pts, keyframes, stream.time_base)
+        slack = _SLACK_FRAMES * float(np.median(np.diff(shown))) if len(shown) > 1 else 0.0
+        if float((ends + slack) * stream.time_base) < should_end:
+            there = float(ends * stream.time_base)
+            raise ValueError(unreadable(place, f"it ends at {there:.2f} s of {should_end:.2f} s"))
+
+
+def _is_short_riff(place: VideoPlace) -> bool:
+    """Whether an AVI ends before its last RIFF chunk does."""
+    inside = isinstance(place, FileRange)
+    path, at, size = (place.path, place.offset, place.size) if inside else (place, 0, None)
+    with path.open("rb") as file:
+        end = at + (path.stat().st_size if size is None else size)
+        while at + 8 <= end:
+            file.seek(at)
+            head = file.read(8)
+            if head[:4] != b"RIFF":
+                break
+            at += 8 + int.from_bytes(head[4:], "little")
+    return at > end
 
 
 def index_of_tables(place: VideoPlace, stream: av.VideoStream) -> VideoIndex | None:
@@ -117,19 +199,28 @@ def index_of_tables(place: VideoPlace, stream: av.VideoStream) -> VideoIndex | N
     size = place.size if isinstance(place, FileRange) else place.stat().st_size
     tables = _read_tables(file, offset, offset + size, stream.frames)
     container = stream.container
-    first = [p.pts for p in islice(container.demux(stream), _COMPARED) if p.size]
+    packets = [p for p in islice(container.demux(stream), _COMPARED) if p.size]
+    first = [p.pts for p in packets]
     if tables is None or None in first or not first:
+        return None
+    shown = [p.pts for p in packets if not p.is_discard]
+    # Only the packets know which frames at the end are hidden, and whether those that are shown
+    # before the first keyframe can be decoded.
+    if len(shown) <= _REORDERED or min(shown) < first[0]:
         return None
     pts, keys, time_base = tables
     if time_base != stream.time_base:
         return None
     pts += first[0] - pts[0]  # an edit list shifts all frames by one constant
     container.seek(int(pts[keys[-1]]), stream=stream)
-    last = [p.pts for p in container.demux(stream) if p.size]
+    packets = [p for p in container.demux(stream) if p.size]
+    last = [p.pts for p in packets]
     if not last or first != pts[: len(first)].tolist() or last != pts[-len(last) :].tolist():
         return None
-    shown, keyframes = np.sort(pts).tobytes(), np.sort(pts[keys]).tobytes()
-    return VideoIndex(array("q", shown), array("q", keyframes), time_base)
+    if pts.max() != max(p.pts for p in packets if not p.is_discard):  # later ones are hidden
+        return None
+    frames = np.sort(pts[pts >= min(shown)]).tobytes()
+    return VideoIndex(array("q", frames), array("q", np.sort(pts[keys]).tobytes()), time_base)
 
 
 def _read_tables(
