@@ -7,8 +7,10 @@ plays the tasks of config.evaluation (of the run's own configuration, unless --c
 and writes the success to a folder. Modes: policy (its own predicted video, partially denoised for
 --stop_steps evaluations), oracle (the expert's true future video in its place), expert (the
 scripted expert), none (zero actions). A stopped evaluation goes on where it was when the same
-command is given again. With --variant=WORD other checkpoints, layers or shares of the data are
-evaluated into the same folder; its report.html holds all that is there.
+command is given again. Beside its results lies identity.json: the weights, settings and simulator
+versions that they belong to, and where they were computed. An evaluation of anything else into the
+same folder is refused; with --variant=WORD other checkpoints, layers or shares of the data are
+evaluated into it, and its report.html holds all that is there.
 
     python -m launch.evaluate --suite=offline --checkpoint=runs/quickstart/action \
         --out=runs/quickstart/offline
@@ -29,16 +31,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, path_flag, run
 from mvjax import parallel
 from mvjax.evaluation.closed_loop import evaluate, mean_success, settings_for, success_table
 from mvjax.evaluation.offline import evaluate_offline
-from mvjax.evaluation.predictions import write_predictions
+from mvjax.evaluation.predictions import predict
 from mvjax.evaluation.report import build_evaluation_report
 from mvjax.evaluation.rollout import Setting
 from mvjax.experiment import Experiment
-from mvjax.policy.load import load_policy
 
 CONFIG = config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
@@ -137,11 +137,7 @@ def predictions(config: ConfigDict) -> None:
     if jax.process_count() > 1:
         raise ValueError("--suite=predictions takes one process.")
     experiment = Experiment.from_config(config)
-    policy = load_policy(experiment, Path(CHECKPOINT.value), experiment.sampling(), batch_size=1)
-    for dataset in config.datasets.values():
-        write_predictions(
-            policy, open_config(dataset), dataset, config, Path(OUT.value), MOMENTS.value or 4
-        )
+    predict(experiment, Path(CHECKPOINT.value), Path(OUT.value), MOMENTS.value or 4)
 
 
 def _require_checkpoint() -> None:

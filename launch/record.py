@@ -31,6 +31,7 @@ from pathlib import Path
 
 from absl import flags
 
+from data_pipelines.atomic import run_lock
 from launch.entry import path_flag, run
 from mvjax.evaluation.libero_demos import regenerate
 from mvjax.evaluation.record import Recording, record_dataset
@@ -71,12 +72,14 @@ def main() -> None:
     )
     if SUITE.value == "libero":
         in_libero_python("launch.record")  # from here on in a Python that has the simulator
-    if recording:
-        result = record_dataset(Path(OUT.value), recording, WORKERS.value)
-        print("{episodes} episodes, {frames} frames, {seconds:.0f} s".format(**result))
-    else:
-        result = regenerate(Path(REGENERATE.value), Path(OUT.value), WORKERS.value, size)
-        print("{kept} demonstrations kept, {failed} failed when replayed".format(**result))
+    out = Path(OUT.value)
+    with run_lock(out):  # two recordings would assemble each other's episodes
+        if recording:
+            result = record_dataset(out, recording, WORKERS.value)
+            print("{episodes} episodes, {frames} frames, {seconds:.0f} s".format(**result))
+        else:
+            result = regenerate(Path(REGENERATE.value), out, WORKERS.value, size)
+            print("{kept} demonstrations kept, {failed} failed when replayed".format(**result))
 
 
 def _size(text: str | None) -> tuple[int, int] | None:

@@ -130,7 +130,12 @@ def _terms(bits: Any, index: Any) -> tuple[Any, Any]:
 
 def digest_of_json(path: Path) -> str:
     """The digest of the values in a JSON file, whatever their order and layout."""
-    text = json.dumps(json.loads(path.read_text()), sort_keys=True)
+    return digest_of(json.loads(path.read_text()))
+
+
+def digest_of(values: Any) -> str:
+    """The digest of JSON values and configurations, whatever the order of their names."""
+    text = json.dumps(plain(values), sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -229,3 +234,41 @@ def different(before: Any, after: Any) -> str:
     found = differences(before, after)
     more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
     return "; ".join(found[:SHOWN]) + more
+
+
+# An identity for readers.
+
+
+def described(identity: Mapping[str, Any] | None) -> dict[str, str]:
+    """What was evaluated and where, as short texts by title; for `read_identity`."""
+    if identity is None:
+        return dict.fromkeys(("Decoder", "Backbone", "Simulator", "Computed on"), "not recorded")
+    what, places = identity["what"], identity["where"]
+    policy = what.get("policy", what)
+    simulator = [what["suite"], *_words(what["simulator"])] if "suite" in what else []
+    return {
+        "Decoder": _weights(policy.get("decoder")),
+        "Backbone": _weights(policy.get("backbone")),
+        "Simulator": ", ".join(simulator) or "–",
+        "Computed on": "; then ".join(
+            map(_place, places if isinstance(places, list) else [places])
+        ),
+    }
+
+
+def _weights(network: Mapping[str, Any] | None) -> str:
+    if network is None:
+        return "–"
+    if "untrained" in network:
+        return f"untrained, seed {network['untrained']}"
+    return f"step {network['step']}, {network['digest']}"
+
+
+def _place(where: Mapping[str, Any]) -> str:
+    versions = {name: where["packages"].get(name) for name in ("jax", "jaxlib")}
+    parts = [where["devices"], f"mvjax {where['mvjax']}", *_words(versions)]
+    return ", ".join([*parts, *_words({"": where.get("simulator", {}).get("gl_renderer")})])
+
+
+def _words(versions: Mapping[str, str | None]) -> list[str]:
+    return [f"{name} {version}".strip() for name, version in versions.items() if version]

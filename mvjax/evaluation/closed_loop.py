@@ -1,8 +1,8 @@
 """Success rates of a trained policy in a simulator, for each setting: a mode and a stop step."""
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -10,10 +10,18 @@ from statistics import fmean
 import jax
 import numpy as np
 
-from mvjax.evaluation.rollout import EpisodeResult, Setting, run_rollouts, write_setting
-from mvjax.evaluation.suites.suite import SUITES, Convert
+from data_pipelines.atomic import run_lock
+from mvjax.evaluation.rollout import (
+    EpisodeResult,
+    Setting,
+    has_results,
+    run_rollouts,
+    write_setting,
+)
+from mvjax.evaluation.suites.suite import SUITES, Convert, worker_versions
 from mvjax.experiment import Experiment
-from mvjax.policy.load import load_policy, policy_identity
+from mvjax.identity import claim, digest_of, here
+from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Act, Observation, ObservationSpec
 
 
@@ -50,16 +58,22 @@ def evaluate(
     """Plays every episode of `config.evaluation` under each setting, unless its result is on file.
 
     The processes of a job share the episodes; each holds the whole policy on its own devices. The
-    policy is loaded once for all settings.
+    policy is loaded once for all settings. The folder of a setting holds the results of one
+    identity (`mvjax.identity`: weights, settings, simulator), and one job writes there at a time.
 
     Args:
         experiment, checkpoint: a stage-2 run and its training directory, which "expert" and "none"
             do not read.
-        folder: receives a folder per setting, with its description, results and recordings.
+        folder: receives a folder per setting, with its description, identity, results and
+            recordings.
         settings: by the names of their folders.
 
     Yields:
         Each setting with its results as soon as they are complete.
+
+    Raises:
+        ValueError: the folder of a setting holds the results of another identity.
+        OSError: another process evaluates into one of the folders.
     """
     config, protocol = experiment.config, experiment.config.evaluation
     if protocol.suite not in SUITES:
@@ -83,37 +97,56 @@ def evaluate(
         proprio_fps=proprio.fps,
         execute=protocol.execute,
     )
+    process = jax.process_index()
+    # What draws is recorded only: many pictures differ by roundings, from one machine to the next.
+    simulator, drawn = {}, {}
+    for name, version in worker_versions(protocol.suite).items():
+        (drawn if name == "python" or name.startswith("gl_") else simulator)[name] = version
     policy = None
-    for name, setting in settings.items():
-        identity, controller, oracle = "", setting.mode, setting.mode == "oracle"
-        if setting.mode in ("policy", "oracle"):
-            sampling = experiment.sampling(stop_step=setting.stop_step, oracle=oracle)
-            if policy is None:
-                policy = load_policy(experiment, checkpoint, sampling, protocol.workers)
-            policy = policy.sampled(sampling)
-            policy.warm_up()
-            controller = partial(_act_in_simulator, policy.act, suite.convert)
-            identity = policy_identity(config, checkpoint) + str(sampling)
-        identity += "".join(str(protocol[k]) for k in ("execute", "max_steps", "first_seed"))
-        if jax.process_index() == 0:
-            write_setting(folder / name, setting)
-        results = run_rollouts(
-            suite=protocol.suite,
-            make_simulator=suite.make_simulator,
-            episodes=[(task, seed) for task in tasks for seed in seeds],
-            controller=controller,
-            spec=spec,
-            folder=folder / name,
-            config_hash=hashlib.sha256(identity.encode()).hexdigest()[:16],
-            oracle_frames=experiment.clip.future_frames if oracle else 0,
-            max_steps=protocol.max_steps,
-            workers=protocol.workers,
-            videos_per_task=protocol.videos_per_task,
-            interpreter=suite.interpreter(),
-            process=jax.process_index(),
-            processes=jax.process_count(),
-        )
-        yield setting, results
+    with ExitStack() as locks:
+        if process == 0:  # for all settings, before the policy is loaded
+            for name in settings:
+                locks.enter_context(run_lock(folder / name))
+        for name, setting in settings.items():
+            what = {
+                "mode": setting.mode,
+                "suite": protocol.suite,
+                "simulator": simulator,
+                "protocol": {k: protocol[k] for k in ("execute", "max_steps", "first_seed")},
+            }
+            where = here() | {"simulator": drawn}
+            controller, oracle = setting.mode, setting.mode == "oracle"
+            if setting.mode in ("policy", "oracle"):
+                sampling = experiment.sampling(stop_step=setting.stop_step, oracle=oracle)
+                if policy is None:
+                    policy = load_policy(experiment, checkpoint, sampling, protocol.workers)
+                policy = policy.sampled(sampling)
+                what["policy"] = {**policy.identity["what"], "sampling": asdict(sampling)}
+                where |= policy.identity["where"]
+                controller = partial(_act_in_simulator, policy.act, suite.convert)
+            begun = has_results(folder / name)
+            claim(folder / name, what, where, begun=begun, process=process)
+            if callable(controller):
+                policy.warm_up()
+            if process == 0:
+                write_setting(folder / name, setting)
+            results = run_rollouts(
+                suite=protocol.suite,
+                make_simulator=suite.make_simulator,
+                episodes=[(task, seed) for task in tasks for seed in seeds],
+                controller=controller,
+                spec=spec,
+                folder=folder / name,
+                config_hash=digest_of(what),
+                oracle_frames=experiment.clip.future_frames if oracle else 0,
+                max_steps=protocol.max_steps,
+                workers=protocol.workers,
+                videos_per_task=protocol.videos_per_task,
+                interpreter=suite.interpreter(),
+                process=process,
+                processes=jax.process_count(),
+            )
+            yield setting, results
 
 
 def _act_in_simulator(

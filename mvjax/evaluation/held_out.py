@@ -1,5 +1,6 @@
 """Moments of held-out episodes: an observation, its true future, and the demonstrated actions."""
 
+import hashlib
 import logging
 from collections import Counter
 from collections.abc import Sequence
@@ -71,6 +72,18 @@ def held_out_moments(
         for index, moments in chosen.items()
         for n in range(moments)
     ]
+
+
+def content_of(episode: Episode) -> str:
+    """A digest of an episode's numbers, timestamps and texts: data that changed are other data."""
+    digest = hashlib.sha256(repr((episode.instructions, episode.sections)).encode())
+    for name, stream in sorted(episode.streams.items()):
+        digest.update(f"{name} {len(stream.values)} ".encode())
+        digest.update(stream.timestamps.tobytes())
+        if isinstance(stream.values, np.ndarray):
+            digest.update(f"{stream.values.dtype} {stream.values.shape} ".encode())
+            digest.update(np.ascontiguousarray(stream.values).tobytes())
+    return digest.hexdigest()
 
 
 def windows_at(

@@ -13,6 +13,7 @@ whichever process wrote it, and a stopped evaluation resumes from the missing on
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby, islice
@@ -24,15 +25,17 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.atomic import wait_until, write_json, write_npz, write_text
+from data_pipelines.atomic import run_lock, wait_until, write_json, write_npz, write_text
 from data_pipelines.html import render
+from data_pipelines.settings import plain
 from data_pipelines.sources.formats import open_config
 from mvjax.evaluation.figures import curves_figure
-from mvjax.evaluation.held_out import Moment, Window, held_out_moments, windows_at
+from mvjax.evaluation.held_out import Moment, Window, content_of, held_out_moments, windows_at
 from mvjax.evaluation.predictions import psnr, ssim
 from mvjax.experiment import Experiment
 from mvjax.flow import Trajectory, advance, schedule, start
-from mvjax.policy.load import load_policy, policy_identity
+from mvjax.identity import FILE, claim, described
+from mvjax.policy.load import load_policy
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, Weights, medoid, to_pixels
 
 _UNREADABLE = "unreadable"  # key of the reason in the file of a moment that could not be read
@@ -49,7 +52,8 @@ def evaluate_offline(
     """Evaluates a policy on the held-out episodes of every dataset with actions.
 
     The processes of a job share the episodes and the folder; each holds the whole policy on its own
-    devices. An episode that cannot be read is left out and named in the results.
+    devices. An episode that cannot be read is left out and named in the results. The folder holds
+    the results of one policy (`mvjax.identity`), and one job writes there at a time.
 
     Args:
         experiment, checkpoint: a stage-2 run and its training directory.
@@ -59,17 +63,43 @@ def evaluate_offline(
         batch: moments computed at once.
 
     Returns:
-        The summary of `summarise`, in every process.
+        The summary of `summarise` and the "identity", in every process.
+
+    Raises:
+        ValueError: the folder holds the results of another policy; names what differs.
+        OSError: another process evaluates into the folder.
     """
+    # Process 0 writes for all.
+    with run_lock(folder) if jax.process_index() == 0 else nullcontext():
+        return _evaluate(experiment, checkpoint, folder, stop_steps, count, batch)
+
+
+def _evaluate(
+    experiment: Experiment,
+    checkpoint: Path,
+    folder: Path,
+    stop_steps: Sequence[int],
+    count: int,
+    batch: int,
+) -> dict[str, Any]:
     config, sampling = experiment.config, experiment.sampling()
     sections = {d.name: d for d in config.datasets.values() if d.action}
     episodes = {name: open_config(dataset) for name, dataset in sections.items()}
-    measured = [policy_identity(config, checkpoint), str(sampling), list(stop_steps)]
+    policy = load_policy(experiment, checkpoint, sampling, batch)
+    identity = {
+        "what": plain({**policy.identity["what"], "sampling": asdict(sampling)}),
+        "where": policy.identity["where"],
+    }
+    begun = (folder / FILE).exists() and any((folder / "moments").glob("*.npz"))
+    claim(folder, **identity, begun=begun, process=jax.process_index())
+    measured = [identity["what"], list(stop_steps)]
     files: dict[Moment, Path] = {}
     for name, dataset in sections.items():
         read_with = [part.to_dict() for part in (dataset, config.clip, config.policy_io)]
-        for moment in held_out_moments(episodes[name], dataset, config.validation_share, count):
-            files[moment] = _file(folder / "moments", moment, [*measured, *read_with])
+        moments = held_out_moments(episodes[name], dataset, config.validation_share, count)
+        for (_, index), of_one in groupby(moments, _episode):
+            depends_on = [*measured, *read_with, content_of(episodes[name][index])]
+            files |= {moment: _file(folder / "moments", moment, depends_on) for moment in of_one}
 
     def windows(moments: Iterable[Moment]) -> Iterator[Window]:
         for (name, index), of_one in groupby(moments, _episode):
@@ -89,7 +119,6 @@ def evaluate_offline(
     share = [moment for of_one in ours for moment in of_one]
     left = [moment for moment in share if not files[moment].exists()]
     if left:
-        policy = load_policy(experiment, checkpoint, sampling, batch)
         found = window_errors(policy, windows(left), stop_steps)
         bar = dict(total=len(share), initial=len(share) - len(left), unit="moment")
         for window, errors in tqdm(found, **bar, disable=jax.process_index() > 0):
@@ -98,6 +127,7 @@ def evaluate_offline(
 
     label = f"{checkpoint} on {', '.join(sections)}"
     summary = summarise(*_read(files), stop_steps, sampling.sigmas, label)
+    summary |= {"identity": identity}
     if jax.process_index() == 0:
         write_offline(folder, summary)
     return summary
@@ -295,6 +325,7 @@ def write_offline(folder: Path, summary: dict[str, Any]) -> Path:
         "mvjax.evaluation",
         title=f"Offline evaluation of {summary['label']}",
         **summary,
+        evaluated={k: v for k, v in described(summary.get("identity")).items() if v != "–"},
         error_by_stop_step=curves_figure(
             by_stop_step, "stop step K of the video", "action error", "Error by stop step"
         ),

@@ -1,16 +1,22 @@
 """Predicted video against the true future: PSNR, SSIM, and pairs of videos to look at."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import scipy
 from ml_collections import ConfigDict
 
+from data_pipelines.atomic import run_lock
 from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode
+from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
 from mvjax.evaluation.held_out import held_out_episodes
+from mvjax.experiment import Experiment
+from mvjax.identity import claim
+from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
 
@@ -60,6 +66,30 @@ def _ssim(x: np.ndarray, y: np.ndarray) -> float:
     similarity = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similarity /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
     return float(similarity[5:-5, 5:-5].mean())
+
+
+def predict(experiment: Experiment, checkpoint: Path, folder: Path, count: int) -> None:
+    """Writes the predictions of `count` held-out episodes of every dataset into a folder.
+
+    The folder holds those of one video model, and one process writes there at a time.
+
+    Raises:
+        ValueError: the folder holds predictions of another one; names what differs.
+        OSError: another process writes into the folder.
+    """
+    config = experiment.config
+    with run_lock(folder):
+        policy = load_policy(experiment, checkpoint, experiment.sampling(), batch_size=1)
+        what = dict(policy.identity["what"], sampling=asdict(policy.model.sampling))
+        settings = {name: what["settings"][name] for name in ("clip", "text", "backbone")}
+        # The decoder is not used.
+        what = {
+            name: what[name] for name in ("backbone", "tokenizer", "text_encoder", "sampling")
+        } | {"settings": settings}
+        begun = any(folder.glob("*_predicted.mp4"))
+        claim(folder, what, policy.identity["where"], begun=begun)
+        for dataset in config.datasets.values():
+            write_predictions(policy, open_config(dataset), dataset, config, folder, count)
 
 
 def write_predictions(

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.atomic import replacing, write_json
+from data_pipelines.atomic import LOCK, replacing, write_json
 from data_pipelines.settings import differences
 from data_pipelines.sources.files import MANIFEST, UNFINISHED
 from data_pipelines.video import VideoFile, write_video
@@ -166,7 +166,7 @@ def _open_folder(out: Path, recording: Recording) -> Path:
                     "it with the same settings, or choose another folder"
                 )
             return staging
-    if out.exists() and any(path.name != UNFINISHED for path in out.iterdir()):
+    if out.exists() and any(path.name not in (UNFINISHED, LOCK) for path in out.iterdir()):
         raise ValueError(f"{out} holds other files: choose a new or an empty folder")
     write_json(staging / MANIFEST, {"recording": settings})
     return staging

@@ -4,8 +4,8 @@ It needs no network, no JavaScript and no other file. It can be built at any tim
 run has not produced yet is replaced by a line that says so. The template is
 `templates/report.html`; the data come from the run folder:
 
-- `evaluation/<setting>/results.jsonl`, `setting.json`, `videos/*.mp4`: written by
-  `mvjax.evaluation.rollout`;
+- `evaluation/<setting>/results.jsonl`, `setting.json`, `identity.json`, `videos/*.mp4`: written by
+  `mvjax.evaluation.rollout` and `mvjax.identity`;
 - `<stage>/metrics.jsonl` of the stages `video` and `action`: one JSON object per logged step with
   "step" and any number of names ending in "loss", which are drawn;
 - `predictions/<name>_predicted.mp4` and `<name>_true.mp4`: pairs of videos (H.264);
@@ -14,16 +14,12 @@ run has not produced yet is replaced by a line that says so. The template is
 - `study/results.json`: [{"label": "trained on video", "demonstrations": 10, "successes": 103,
   "trials": 120}, ...], optional;
 - `command.txt`: the exact command that reproduces the run;
-- `environment.json`: software and machine, see `write_environment`.
+- `environment.json`: software and machine, `mvjax.identity.environment`.
 """
 
 import json
-import os
-import platform
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +36,7 @@ from mvjax.evaluation.rollout import (
     read_setting,
     whole_lines,
 )
+from mvjax.identity import described, different, environment, read_identity
 
 STAGES = {"Stage 1: video model": "video", "Stage 2: action decoder": "action"}
 ROLLOUTS_PER_TASK = 3
@@ -92,6 +89,8 @@ def _write(out: Path, title: str, results: Path, run: dict[str, Any] | None = No
         columns=columns,
         tasks=[(task, [column.get(task) for column in rates]) for task in tasks],
         sweep=_sweep(evaluations),
+        identities=_identities(evaluations),
+        mixed=_mixed(evaluations),
         run=run,
         percent=percent,
         interval=interval,
@@ -113,6 +112,7 @@ class Evaluated:
     results: list[EpisodeResult]
     tasks: list[SuccessRate]
     mean: SuccessRate
+    identity: dict[str, Any] | None  # of `read_identity`; None for results of earlier versions
 
     @property
     def query_ms(self) -> float | None:
@@ -131,7 +131,8 @@ def read_evaluations(folder: Path) -> list[Evaluated]:
             results.sort(key=lambda result: (result.task, result.seed))
             tasks = success_table((result.task, result.success) for result in results)
             setting = read_setting(path.parent)
-            evaluations.append(Evaluated(path.parent, setting, results, tasks, mean_success(tasks)))
+            mean, identity = mean_success(tasks), read_identity(path.parent)
+            evaluations.append(Evaluated(path.parent, setting, results, tasks, mean, identity))
     return sorted(
         evaluations, key=lambda e: (MODES.index(e.setting.mode), e.setting.stop_step or 0)
     )
@@ -174,6 +175,37 @@ def _sweep(evaluations: list[Evaluated]) -> str | None:
     lines = [replace(e.mean, name=e.setting.label) for e in others]
     steps = "video denoising steps before the context is read"
     return success_figure(curves, steps, "How far to denoise the video", lines)
+
+
+def _identities(evaluations: Sequence[Evaluated]) -> list[tuple[str, dict[str, str]]]:
+    """Settings with an identity in common, and that identity in short."""
+    groups: dict[tuple, list[str]] = {}
+    for e in evaluations:
+        groups.setdefault(tuple(described(e.identity).items()), []).append(e.setting.label)
+    return [("; ".join(labels), dict(identity)) for identity, labels in groups.items()]
+
+
+def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
+    """Sentences on settings that this page compares although they have not one policy in common,
+    or not one simulator.
+    """
+    said, first = [], {}
+    for e in evaluations:
+        if e.identity is None:
+            continue
+        what = dict(e.identity["what"])
+        policy = {k: v for k, v in what.get("policy", {}).items() if k != "sampling"}
+        # A variant is another policy on purpose.
+        parts = {"simulator": {"suite": what["suite"], "simulator": what["simulator"]}}
+        parts |= {"protocol": what["protocol"]}
+        parts |= {"policy": policy} if policy and not e.setting.variant else {}
+        for name, part in parts.items():
+            label, before = first.setdefault(name, (e.setting.label, part))
+            if found := different(before, part):
+                said.append(
+                    f"“{e.setting.label}” (here) has not the {name} of “{label}” (there): {found}."
+                )
+    return said
 
 
 # The rest of a run folder.
@@ -247,34 +279,7 @@ def memory(megabytes: float | None) -> str:
 
 # Software and machine of a run, kept with its results.
 
-PACKAGES = (
-    "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco", "metaworld",
-    "av",
-)  # fmt: skip
-
 
 def write_environment(run_dir: Path) -> None:
-    """Writes `environment.json`: Python, package versions, system, CPU, cores, memory in MB."""
-    packages = {}
-    for name in PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            packages[name] = metadata.version(name)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    affinity = getattr(os, "sched_getaffinity", None)  # the cores that this process may use
-    environment = {
-        "python": platform.python_version(),
-        "packages": packages,
-        "system": platform.platform(terse=True),
-        "cpu": _cpu_name(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
-        "memory_mb": memory // 2**20,
-    }
-    write_json(run_dir / "environment.json", environment)
-
-
-def _cpu_name() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    for line in cpuinfo.read_text().splitlines() if cpuinfo.exists() else []:
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+    """Writes `environment.json`."""
+    write_json(run_dir / "environment.json", environment())

@@ -11,6 +11,7 @@ the evaluating process sees them, and the schedule of episodes. What runs in a w
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +19,7 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import partial
+from functools import cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -33,10 +34,13 @@ from mvjax.evaluation.suites.suite import MakeSimulator
 from mvjax.evaluation.worker import Job, Order, Outcome, Query
 from mvjax.policy.observation import Act, Observation, ObservationSpec
 
+log = logging.getLogger(__name__)
+
 # Results on file. A setting is one way of running the policy (or no policy). Its folder holds
 #
 # - `results.jsonl`: an `EpisodeResult` per line, in the order the episodes ended;
 # - `setting.json`: a `Setting`;
+# - `identity.json`: what the results are results of (`mvjax.identity`);
 # - `videos/`: the recorded episodes.
 
 
@@ -51,7 +55,7 @@ class EpisodeResult:
         queries: calls of the policy.
         plan_seconds: inference time; a batched call is shared equally by its observations.
         mode: "policy", "oracle", "expert" or "none".
-        config_hash: identifies policy and protocol.
+        config_hash: digest of the identity in the setting's `identity.json`.
         video: the recording, relative to the setting's folder, or None.
     """
 
@@ -98,17 +102,42 @@ def read_setting(folder: Path) -> Setting:
     return Setting(**json.loads((folder / "setting.json").read_text()))
 
 
+def has_results(folder: Path) -> bool:
+    """Whether a setting's folder holds the result of an episode."""
+    return any(whole_lines(path) for path in folder.glob("results*.jsonl"))
+
+
 def read_results(path: Path) -> list[EpisodeResult]:
-    """Reads a `results.jsonl`, except for a last line torn by a killed evaluation."""
-    results = []
+    """Reads a `results.jsonl`, except for a last line torn by a killed evaluation.
+
+    An episode counts once. Where two evaluations have written it at the same time (as earlier
+    versions let them), its first result is taken and a warning says so.
+    """
+    results, repeated, other = {}, 0, 0
     for number, line in enumerate(whole_lines(path).splitlines(), start=1):
         try:
-            results.append(EpisodeResult(**json.loads(line)))
+            result = EpisodeResult(**json.loads(line))
         except (ValueError, TypeError) as error:
             raise ValueError(
                 f"Line {number} of {path} is not an episode result ({error}): delete that line."
             ) from error
-    return results
+        first = results.setdefault((result.suite, result.task, result.seed), result)
+        repeated += first is not result
+        other += first.success != result.success
+    if repeated:
+        _say_repeated(path, repeated, other)
+    return list(results.values())
+
+
+@cache  # files are read again and again while a job waits for its processes
+def _say_repeated(path: Path, repeated: int, other: int) -> None:
+    log.warning(
+        "%s holds %d episodes a second time (%d of them with another outcome), as two evaluations "
+        "at the same time leave it: the first result of each counts.",
+        path,
+        repeated,
+        other,
+    )
 
 
 def append_result(path: Path, result: EpisodeResult) -> None:
@@ -153,7 +182,7 @@ def run_rollouts(
         controller: a policy, "expert" (the simulator's scripted expert) or "none" (zero actions).
         spec: how observations are made and how many actions are executed per query.
         folder: receives `results.jsonl` and `videos`.
-        config_hash: identifies policy and protocol; results of another hash are refused.
+        config_hash: digest of the identity; results of another one are refused.
         oracle_frames: true future frames per observation; 0 without the oracle.
         max_steps: control steps after which an episode has failed; None: the simulator's limit.
         workers: simulator processes; None: one per core.

@@ -1,6 +1,8 @@
 """Loads a policy, or its video tokenizer and text encoder, from the files of a run."""
 
 import hashlib
+import logging
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -8,26 +10,34 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.normalize import Normalizer, load_normalizers
-from data_pipelines.settings import differences
+from data_pipelines.normalize import VECTORS, Normalizer, load_normalizers, strange_streams
+from data_pipelines.settings import differences, plain
+from data_pipelines.vectors import parse, streams
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
+from mvjax.identity import digest_of_json, here
 from mvjax.models.network import Network, Params
 from mvjax.models.presets import text_network, vae_config, vae_network, video_network
 from mvjax.models.stand_ins import LinearTokenizer, NgramTextEncoder, load_linear_tokenizer
+from mvjax.models.t5 import FILES as TOKENIZER_FILES
 from mvjax.models.t5 import T5EncoderConfig, T5TextEncoder, load_t5_tokenizer
 from mvjax.models.wan_vae import WanVAE
 from mvjax.parallel import split_ways
 from mvjax.policy.policy import Policy, VideoActionModel
 from mvjax.training.bridge import (
+    Checkpoint,
     abstract_params,
-    latest_step,
+    backbone_checkpoint,
+    backbone_identity,
+    checkpoint_steps,
+    find_checkpoint,
     load_backbone,
     load_decoder,
-    read_meta,
     restore_params,
 )
 from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
+
+log = logging.getLogger(__name__)
 
 # The video tokenizer and the text encoder of a configuration, with their identities.
 #
@@ -46,11 +56,7 @@ def load_video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str]:
         FileNotFoundError: if there is no such file or checkpoint.
         CheckpointMismatch: if the directory holds another network.
     """
-    path = Path(path)
-    if not path.is_dir():
-        return load_linear_tokenizer(path), hashlib.sha256(path.read_bytes()).hexdigest()
-    network, params = _load(path, "vae")
-    return network.bind(params), f"wan vae {_fingerprint(params)}"
+    return _video_tokenizer(path)[:2]
 
 
 def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str]:
@@ -60,23 +66,41 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
         FileNotFoundError: if `config.text_encoder` holds no checkpoint or no tokenizer.
         CheckpointMismatch: if it holds another network, or one of another width.
     """
+    return _text_encoder(config)[:2]
+
+
+def _video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str, dict[str, Any]]:
+    """The tokenizer, its identity in records, and all of its identity for results."""
+    path = Path(path)
+    if not path.is_dir():
+        identity = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
+        return load_linear_tokenizer(path), identity, {"digest": identity[:16]}
+    network, params, weights = _load(path, "vae")
+    return network.bind(params), f"wan vae {_fingerprint(params)}", weights
+
+
+def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, dict[str, Any]]:
+    """The text encoder, its identity in records, and all of its identity for results."""
     length, dim = config.text.length, config.text.dim
     if not config.text_encoder:
-        return NgramTextEncoder(length, dim), f"ngram {length}x{dim}"
+        name = f"ngram {length}x{dim}"
+        return NgramTextEncoder(length, dim), name, {"name": name}
     if config.text_encoder == "stored":
         raise ValueError(
             "config.text_encoder is 'stored': the data hold the embeddings of their own "
             "instructions. For others, name the network that made them (docs/weights.md)."
         )
     directory = Path(config.text_encoder)
-    network, params = _load(directory, "text")
+    network, params, weights = _load(directory, "text")
     if network.config.width != dim:
         raise CheckpointMismatch(
             f"{directory} embeds texts in {network.config.width} dimensions, but text.dim is {dim}."
         )
-    tokenizer = load_t5_tokenizer(directory, length)
-    encoder = T5TextEncoder(network, params, tokenizer)
-    return encoder, f"t5 {length}x{dim} {_fingerprint(params)}"
+    encoder = T5TextEncoder(network, params, load_t5_tokenizer(directory, length))
+    files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
+    vocabulary = hashlib.sha256(files[0].read_bytes()).hexdigest()[:16]
+    name = f"t5 {length}x{dim} {_fingerprint(params)}"
+    return encoder, name, {**weights, "vocabulary": vocabulary}
 
 
 def check_identity(identity: dict[str, str], directory: Path) -> None:
@@ -86,14 +110,18 @@ def check_identity(identity: dict[str, str], directory: Path) -> None:
         identity: "tokenizer" or "text_encoder", or both -> the identity in use.
         directory: a training directory; converted weights have no identity and pass.
     """
-    trained = read_meta(directory).get("identity", {})
+    _check_identity(identity, find_checkpoint(directory))
+
+
+def _check_identity(identity: dict[str, str], checkpoint: Checkpoint) -> None:
+    trained = checkpoint.meta.get("identity", {})
     # It is unknown which network made the embeddings that a dataset stores.
     known = {name for name, what in trained.items() if not what.startswith("stored ")}
     expected = {name: trained[name] for name in identity if name in known}
     different = differences(expected, identity, "identity") if expected else ()
     if different:
         raise CheckpointMismatch(
-            f"{directory} was trained with another video tokenizer or text encoder: "
+            f"{checkpoint.directory} was trained with another video tokenizer or text encoder: "
             f"{'; '.join(different)}. Restore that one, or train again."
         )
 
@@ -105,8 +133,9 @@ _ENCODERS = {
 }
 
 
-def _load(directory: Path, stage: str) -> tuple[Network, Params]:
-    meta, (title, build) = read_meta(directory), _ENCODERS[stage]
+def _load(directory: Path, stage: str) -> tuple[Network, Params, dict[str, Any]]:
+    found, (title, build) = find_checkpoint(directory), _ENCODERS[stage]
+    meta = found.meta
     if meta["stage"] != stage:
         raise CheckpointMismatch(
             f"{directory} holds a checkpoint of stage {meta['stage']!r}, expected a converted "
@@ -118,9 +147,10 @@ def _load(directory: Path, stage: str) -> tuple[Network, Params]:
     lower = "bfloat16" if network.config.precision == "bfloat16" else None
     placed = jax.tree.map(
         lambda p: jax.ShapeDtypeStruct(p.shape, lower or p.dtype, sharding=device),
-        abstract_params(directory),
+        abstract_params(directory, step=found.step),
     )
-    return network, restore_params(directory, placed)
+    params = restore_params(directory, placed, step=found.step)
+    return network, params, {**found.identity, "settings": plain(asdict(network.config))}
 
 
 def _fingerprint(params: Params) -> str:
@@ -134,28 +164,88 @@ def _fingerprint(params: Params) -> str:
 def load_policy(
     experiment: Experiment, decoder_directory: Path, sampling: Sampling, batch_size: int
 ) -> Policy:
-    """Loads the policy of a stage-2 run.
+    """Loads the policy of a stage-2 run, and fixes what it is (`Policy.identity`).
+
+    The decoder's newest step is chosen once, and of the backbone the step that it was trained on.
 
     Args:
         experiment: of the run; `config.embodiment` selects the robot if it was trained on several.
         decoder_directory: its training directory.
         sampling: how queries are answered.
         batch_size: queries per compiled batch; rounded up to what the devices can share.
+
+    Raises:
+        CheckpointMismatch: something does not belong to the decoder; the message names it.
+        OSError: a file is missing or damaged.
     """
-    config, rules, decoder_directory = experiment.config, experiment.rules, Path(decoder_directory)
-    latest_step(decoder_directory)  # names a wrong directory before anything large is read
-    normalizer = _normalizer(decoder_directory, config.get("embodiment", ""))
-    tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
-    text_encoder, text_identity = load_text_encoder(config)
+    for again in (False, True):
+        chosen: list[Checkpoint] = []
+        try:
+            return _load_policy(experiment, Path(decoder_directory), sampling, batch_size, chosen)
+        except OSError:
+            gone = [c for c in chosen if c.step not in checkpoint_steps(c.directory)]
+            if again or not gone:
+                raise
+            log.warning(
+                "step %d of %s was deleted while it was read, as a training that goes on deletes "
+                "old checkpoints: its newest is read.",
+                gone[0].step,
+                gone[0].directory,
+            )
+    raise AssertionError("unreachable")
+
+
+def _load_policy(
+    experiment: Experiment,
+    decoder_directory: Path,
+    sampling: Sampling,
+    batch_size: int,
+    chosen: list[Checkpoint],
+) -> Policy:
+    """Appends what it reads to `chosen`."""
+    config, rules = experiment.config, experiment.rules
+    # Chosen before anything large is read, which also names a wrong directory.
+    decoder = find_checkpoint(decoder_directory)
+    chosen.append(decoder)
+    # Converted weights do not know their backbone: any will do.
+    trained = None if "converted" in decoder.meta else decoder.meta.get("backbone", {})
+    backbone = backbone_checkpoint(experiment, trained, str(decoder_directory))
+    chosen += [backbone] if backbone else []
+    normalizer = _normalizer(decoder, config)
+    tokenizer, tokenizer_identity, tokenizer_is = _video_tokenizer(config.tokenizer)
+    text_encoder, text_identity, text_encoder_is = _text_encoder(config)
     identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
-    check_identity(identity, decoder_directory)
+    _check_identity(identity, decoder)
     # Every process answers its own queries on its own devices.
     mesh = experiment.mesh(jax.local_devices())
     with jax.set_mesh(mesh):
-        video_dit, backbone_params = load_backbone(experiment, mesh)
-        decoder_params = load_decoder(experiment, decoder_directory, mesh)
+        step = None if backbone is None else backbone.step
+        video_dit, backbone_params = load_backbone(experiment, mesh, step=step)
+        decoder_params = load_decoder(experiment, decoder_directory, mesh, step=decoder.step)
         tokenizer = jax.device_put(tokenizer, NamedSharding(mesh, PartitionSpec()))
     ways = split_ways("batch", mesh, rules)
+    weights = backbone_identity(experiment, backbone)
+    what = {
+        "decoder": decoder.identity,
+        "backbone": {k: v for k, v in weights.items() if k != "directory"},
+        "tokenizer": tokenizer_is,
+        "text_encoder": text_encoder_is,
+        "normalizer": {
+            "digest": digest_of_json(decoder_directory / "normalizer.json"),
+            "embodiment": config.get("embodiment", ""),
+        },
+        "settings": {
+            **{name: config[name] for name in ("clip", "policy_io", "text", "context_layer")},
+            "backbone": _decisive(video_dit),
+            "decoder": _decisive(experiment.decoder),
+        },
+    }
+    read = {
+        "decoder": str(decoder_directory),
+        "backbone": config.backbone.checkpoint,
+        "tokenizer": str(config.tokenizer),
+        "text_encoder": str(config.text_encoder),
+    }
     return Policy(
         model=VideoActionModel(
             experiment.clip,
@@ -170,27 +260,71 @@ def load_policy(
         batch_size=-(-batch_size // ways) * ways,
         mesh=mesh,
         rules=rules,
+        identity={"what": plain(what), "where": {**here(), "read": read}},
     )
 
 
-def policy_identity(config: Any, decoder_directory: Path) -> str:
-    """Returns a text that identifies a trained policy, and its step if training continues."""
-    parts = [decoder_directory, *filter(None, [config.backbone.checkpoint])]
-    return "".join(f"{latest_step(Path(p))} {read_meta(Path(p))}" for p in parts)
+def _decisive(network: Any) -> dict[str, Any]:
+    """The settings of a network that change what it answers by more than a rounding."""
+    return {k: v for k, v in asdict(network).items() if k not in ("attention", "remat")}
 
 
-def _normalizer(decoder_directory: Path, embodiment: str) -> Normalizer:
-    path = decoder_directory / "normalizer.json"
+def _normalizer(decoder: Checkpoint, config: Any) -> Normalizer:
+    path = decoder.directory / "normalizer.json"
     if not path.exists():
         raise FileNotFoundError(
             f"{path} is missing: training writes it; for a converted decoder run `python -m "
-            f"launch.convert STATISTICS.json {decoder_directory}`."
+            f"launch.convert STATISTICS.json {decoder.directory}`."
         )
     normalizers = load_normalizers(path)
-    trained = read_meta(decoder_directory).get("normalizer_fingerprint")  # converted: any
+    trained = decoder.meta.get("normalizer_fingerprint")  # converted: any
     if trained not in (None, normalizers.fingerprint):
         raise CheckpointMismatch(
             f"{path} has fingerprint {normalizers.fingerprint[:12]}, but its decoder was trained "
             f"with statistics {trained[:12]}: restore the file of that run."
         )
-    return normalizers.of(embodiment)
+    if decoder.meta.get("normalizer_digest") not in (None, digest_of_json(path)):
+        raise CheckpointMismatch(
+            f"{path} has been changed since its decoder was trained with it: restore the file of "
+            "that run."
+        )
+    normalizer = normalizers.of(config.get("embodiment", ""))
+    for key, io in (("actions", config.policy_io.action), ("proprio", config.policy_io.proprio)):
+        try:
+            normalizer.normalize(key, np.zeros((io.horizon, io.dim), np.float32))
+        except (KeyError, ValueError) as error:
+            raise CheckpointMismatch(
+                f"{path} does not fit policy_io of this configuration: {error.args[0]} Take the "
+                "statistics of the robot that the decoder was trained on."
+            ) from error
+    if "converted" in decoder.meta:
+        _check_given(normalizer, path, decoder, config)
+    return normalizer
+
+
+def _check_given(normalizer: Normalizer, path: Path, decoder: Checkpoint, config: Any) -> None:
+    """Raises CheckpointMismatch for statistics of another decoder than this converted one."""
+    again = f"`python -m launch.convert STATISTICS.json {decoder.directory}`"
+    if not normalizer.decoder:
+        log.warning(
+            "%s does not say which decoder it was given to, as those of earlier versions: whether "
+            "it is of this robot is not known. Remove it and run %s.",
+            path,
+            again,
+        )
+    elif normalizer.decoder != decoder.identity["digest"]:
+        raise CheckpointMismatch(
+            f"{path} was given to another decoder than that beside it: remove it and run {again}."
+        )
+    for dataset in config.datasets.values():
+        asked = config.get("embodiment", "") in ("", dataset.embodiment)
+        # Only in the release's own format do names of streams and of statistics compare.
+        if not asked or not dataset.action or dataset.format != "mimic_episodes":
+            continue
+        for key, setting in VECTORS.items():
+            names = streams(parse(dataset[setting], setting))
+            if strange := strange_streams(normalizer, key, names):
+                raise CheckpointMismatch(
+                    f"{path} holds statistics of {', '.join(strange)}, but the {setting} of this "
+                    f"configuration is {', '.join(names)}: they are of another robot."
+                )

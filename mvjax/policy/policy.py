@@ -1,6 +1,6 @@
 """The policy: frames, proprioception and an instruction in, an action chunk out."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
@@ -238,6 +238,8 @@ class Policy:
         normalizer: of "proprio" and "actions".
         batch_size: queries per compiled batch, a multiple of the devices that share a batch.
         mesh, rules: the devices, and how batch and networks are split over them.
+        identity: what was loaded ("what": digests and settings) and "where", as JSON values
+            (`mvjax.identity`); without the sampling, which is `model.sampling`.
     """
 
     model: VideoActionModel
@@ -247,6 +249,7 @@ class Policy:
     batch_size: int = 8
     mesh: Mesh = field(default_factory=lambda: make_mesh({}, jax.local_devices()[:1]))
     rules: Rules = field(default_factory=make_rules)
+    identity: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _texts: LRU = field(default_factory=lambda: LRU(_TEXTS_KEPT), repr=False)
 
     def __post_init__(self):
