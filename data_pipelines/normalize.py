@@ -12,7 +12,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,6 +45,10 @@ class Normalizer:
     statistics: Mapping[str, Statistics]  # key -> output of `compute_statistics`
     modes: Mapping[str, Mode | Sequence[Mode]]  # one, or one per dimension of the last axis
     fingerprint: str = ""  # identity of the data that the statistics were computed from
+    # Of released statistics: their entries' names of each key, and the digest of the converted
+    # decoder that they were given to.
+    streams: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    decoder: str = ""
 
     def __post_init__(self) -> None:
         for key, mode in self.modes.items():
@@ -79,8 +83,8 @@ class Normalizer:
         dim = np.shape(statistics["mean"])[-1]
         if len(mode) != dim:
             raise ValueError(f"Key {key!r} has {dim} dimensions but {len(mode)} modes.")
-        whole = {one: vars(affine_of(statistics, Mode(one))) for one in set(mode)}
-        parts = (field.name for field in fields(Affine))
+        whole = {m: vars(affine_of(statistics, Mode(m))) for m in set(mode)}
+        parts = (one.name for one in fields(Affine))
         return Affine(
             *(np.stack([whole[m][part][..., i] for i, m in enumerate(mode)], -1) for part in parts)
         )
@@ -111,7 +115,10 @@ class Normalizer:
         modes = {
             k: str(m) if isinstance(m, str) else list(map(str, m)) for k, m in self.modes.items()
         }
-        return content | {"meta": {"modes": modes, "fingerprint": self.fingerprint}}
+        meta = {"modes": modes, "fingerprint": self.fingerprint}
+        if self.streams:
+            meta |= {"streams": dict(self.streams), "decoder": self.decoder}
+        return content | {"meta": meta}
 
 
 @dataclass(frozen=True)
@@ -161,7 +168,9 @@ def load_normalizers(path: Path) -> Normalizers:
             for key, entry in one.items()
             if key != "meta"
         }
-        normalizers[name] = Normalizer(statistics, one["meta"]["modes"], one["meta"]["fingerprint"])
+        about = one["meta"]
+        given = about.get("streams", {}), about.get("decoder", "")
+        normalizers[name] = Normalizer(statistics, about["modes"], about["fingerprint"], *given)
     return Normalizers(normalizers, meta.get("fingerprint", ""))
 
 
@@ -317,6 +326,7 @@ def dimension_names(parts: Sequence[Part], dim: int) -> list[str]:
 # `configs/dataloading/policy_io`).
 
 _RELEASED_MODES = {"pos": Mode.VARIANCE, "rot": Mode.IDENTITY, "gripper": Mode.VARIANCE}  # in order
+_ROLES = {*_RELEASED_MODES, "pose", "quat", "mat", "6d", "action", "state", "lowdim"}
 _RELEASED_PREFIXES = {"actions": "action/", "proprio": "obs/"}
 
 
@@ -329,15 +339,54 @@ def looks_like_statistics(path: Path) -> bool:
 
 
 def released_normalizer(path: Path) -> Normalizer:
-    """Reads released statistics as the normalizer of "actions" and "proprio"."""
+    """Reads released statistics as the normalizer of "actions" and "proprio".
+
+    Raises:
+        ValueError: they are damaged, or not of one position, rotation and gripper each.
+    """
+    text = path.read_bytes()
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(text)
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
+    if "meta" in content:
+        raise ValueError(
+            f"{path} is a normalizer of this project, not released statistics; it belongs to the "
+            "training beside it."
+        )
     incomplete = [k for k, v in content.items() if not isinstance(v, dict) or "mean" not in v]
-    if incomplete:
-        raise ValueError(f"{path} is not a file of statistics: {', '.join(incomplete)} lack mean")
-    statistics, modes = {}, {}
+    if incomplete or not content:
+        lacking = f"{', '.join(incomplete[:5])} lack mean" if incomplete else "it is empty"
+        raise ValueError(f"{path} is not a file of statistics: {lacking}")
+    statistics, modes, streams = {}, {}, _released_streams(path, content)
+    for name, keys in streams.items():
+        try:
+            statistics[name] = concat_statistics(content, keys)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: the entries {', '.join(keys)} lack {error}.") from error
+        dims = [np.shape(content[key]["mean"])[-1] for key in keys]
+        modes[name] = [m for m, dim in zip(_RELEASED_MODES.values(), dims) for _ in range(dim)]
+    fingerprint = f"released {hashlib.sha256(text).hexdigest()[:16]}"
+    return Normalizer(statistics, modes, fingerprint, streams)
+
+
+def strange_streams(normalizer: Normalizer, key: str, names: Sequence[str]) -> list[str]:
+    """The entries of released statistics that are not of these streams of the release's format.
+
+    A pose `eef_pose_lowdim` is normalised as `eef_pos_lowdim` and `eef_rot_lowdim`, so what is
+    compared are the words that say which part of which robot it is.
+    """
+
+    def robot(name: str) -> frozenset[str]:
+        return frozenset(name.rpartition("/")[2].split("_")) - _ROLES
+
+    known = {robot(name) for name in names}
+    return [name for name in normalizer.streams.get(key, ()) if robot(name) not in known]
+
+
+def _released_streams(path: Path, content: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The entries of each vector: position, rotation, gripper."""
+    result = {}
     for name, prefix in _RELEASED_PREFIXES.items():
         found = [key for key in content if key.startswith(prefix)]
         words = {key: key.removeprefix(prefix).split("_") for key in found}
@@ -347,10 +396,5 @@ def released_normalizer(path: Path) -> Normalizer:
                 f"{path} must have one position, rotation and gripper entry below {prefix!r}; "
                 f"it has {', '.join(found) or 'none'}."
             )
-        try:
-            statistics[name] = concat_statistics(content, keys)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: the entries {', '.join(keys)} lack {error}.") from error
-        dims = [np.shape(content[key]["mean"])[-1] for key in keys]
-        modes[name] = [m for m, dim in zip(_RELEASED_MODES.values(), dims) for _ in range(dim)]
-    return Normalizer(statistics, modes, f"released {path.name}")
+        result[name] = keys
+    return result

@@ -12,6 +12,7 @@ be installed, and no code inside a file is ever run.
 
 from pathlib import Path
 
+import numpy as np
 from absl import flags
 from tqdm import tqdm
 
@@ -23,6 +24,7 @@ from mvjax.weights.convert import (
     TARGETS,
     describe_conversion,
     describe_export,
+    give_statistics,
     prepare,
     prepare_export,
     write,
@@ -96,13 +98,12 @@ def _export(source: Path, destination: Path) -> None:
 
 def _statistics(source: Path, destination: Path) -> None:
     normalizer = released_normalizer(source)
-    path = destination / "normalizer.json"
-    dims = {name: len(modes) for name, modes in normalizer.modes.items()}
-    print(f"{source}: statistics of {dims}, into {path}.")
-    if path.exists():
-        raise FileExistsError(f"{path} exists already; remove it first.")
+    for key, names in normalizer.streams.items():
+        steps, dim = np.shape(normalizer.statistics[key]["mean"])
+        print(f"{source}: {key} of {steps} steps and {dim} numbers ({', '.join(names)})")
+    print(f"into {destination / 'normalizer.json'}")
     if not DRY_RUN.value:
-        normalizer.save(path)
+        give_statistics(normalizer, destination)
 
 
 def _hints() -> Hints:

@@ -1,6 +1,7 @@
 """Converted weights are taken directly: by training, by the encoding, and by the policy."""
 
 import copy
+import dataclasses
 import json
 import shutil
 
@@ -10,20 +11,27 @@ import pytest
 from published import CONFIGS, random_tensors, write_published
 from tiny_stages import build_stage, tiny_config
 
-from data_pipelines.normalize import released_normalizer
+from data_pipelines.embodiments import widowx
+from data_pipelines.normalize import load_normalizers, released_normalizer
 from data_pipelines.statistics import compute_statistics
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.lora import merge_lora
 from mvjax.models.network import split
 from mvjax.parallel import make_mesh
-from mvjax.policy.load import load_policy, load_text_encoder, load_video_tokenizer
+from mvjax.policy.load import (
+    _check_given,
+    load_policy,
+    load_text_encoder,
+    load_video_tokenizer,
+)
 from mvjax.policy.observation import Observation
-from mvjax.training.bridge import load_backbone, restore_params
+from mvjax.training.bridge import find_checkpoint, load_backbone, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch, Store
 from mvjax.training.resume import describe, first_state
 from mvjax.training.step import abstract_state, make_optimizer
-from mvjax.weights.convert import prepare, write
+from mvjax.weights.convert import give_statistics, prepare, write
+from mvjax.weights.files import WeightsError
 from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints
 from mvjax.weights.source import open_source
 
@@ -46,16 +54,21 @@ def released(tmp_path_factory, spiece):
         if kind is TEXT:
             shutil.copyfile(spiece / "spiece.model", path / "spiece.model")
         write(prepare(open_source(path, HINTS)), folder / kind.stage)
+    give_statistics(statistics_file(folder / "bridge.json"), folder / "action")
+    return folder
+
+
+def statistics_file(path, horizon=4, robot="eef"):
+    """Writes statistics as the release does, and returns them as a normalizer."""
     rng = np.random.default_rng(0)
     statistics = {
-        f"{prefix}eef_{stream}_lowdim": compute_statistics(rng.normal(size=(50, horizon, dim)))
-        for prefix, horizon in (("action/", 4), ("obs/", 1))
+        f"{prefix}{robot}_{stream}_lowdim": compute_statistics(rng.normal(size=(50, steps, dim)))
+        for prefix, steps in (("action/", horizon), ("obs/", 1))
         for stream, dim in (("pos", 3), ("rot", 6), ("gripper", 1))
     }
     text = json.dumps({k: {n: v.tolist() for n, v in s.items()} for k, s in statistics.items()})
-    (folder / "bridge.json").write_text(text)
-    released_normalizer(folder / "bridge.json").save(folder / "action" / "normalizer.json")
-    return folder
+    path.write_text(text)
+    return released_normalizer(path)
 
 
 def config_of(released, stage):
@@ -85,6 +98,48 @@ def test_the_policy_runs_on_a_converted_release(released):
     assert actions.shape == (2, 4, 10) and np.isfinite(actions).all()
     assert not np.allclose(actions[0], actions[1])
     assert policy.predict_video([observation]).shape == (1, 13, 32, 32, 3)
+
+
+def test_statistics_of_another_robot_are_not_given_to_a_decoder(released, tmp_path):
+    longer = statistics_file(tmp_path / "libero.json", horizon=60)
+    with pytest.raises(WeightsError, match=r"another robot.* actions are \[60, 10\].*\[4, 10\]"):
+        give_statistics(longer, released / "action")
+    fitting = statistics_file(tmp_path / "bridge.json")
+    with pytest.raises(FileExistsError, match="has its statistics"):
+        give_statistics(fitting, released / "action")
+    for holds, words in (("video", "stage 'video'"), ("nothing", "holds none: convert that first")):
+        with pytest.raises(WeightsError, match=words):
+            give_statistics(fitting, released / holds)
+    assert not (released / "video" / "normalizer.json").exists()
+
+
+def test_a_converted_decoder_takes_its_own_statistics_alone(released, tmp_path, caplog):
+    config = config_of(released, "action")
+    config.datasets.robot.format = "mimic_episodes"
+    for setting in ("action", "proprio"):
+        config.datasets.robot[setting] = getattr(widowx, setting.upper())
+    shutil.copytree(released / "action", tmp_path / "action")
+    path = tmp_path / "action" / "normalizer.json"
+    normalizer = load_normalizers(path).of()
+
+    def load():
+        given = load_normalizers(path).of()
+        _check_given(given, path, find_checkpoint(tmp_path / "action"), config)
+
+    load()
+    for change, words in (
+        ({"decoder": "0123456789abcdef"}, "was given to another decoder"),
+        ({"streams": {"actions": ["action/xarm_pos_lowdim"]}}, "xarm_pos_lowdim.*another robot"),
+        ({"streams": {"actions": ["action/eef_pos_ref_delta_lowdim"]}}, "ref_delta.*another robot"),
+        ({"streams": {"proprio": ["obs/left_eef_rot_lowdim"]}}, "left_eef.*another robot"),
+    ):
+        dataclasses.replace(normalizer, **change).save(path)
+        with pytest.raises(CheckpointMismatch, match=words):
+            load()
+    assert not [r for r in caplog.records if "does not say which decoder" in r.message]
+    dataclasses.replace(normalizer, streams={}, decoder="").save(path)  # as of earlier versions
+    load()
+    assert [r for r in caplog.records if "does not say which decoder" in r.message]
 
 
 def start(config, workdir):

@@ -22,13 +22,14 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from data_pipelines.atomic import replacing
+from data_pipelines.normalize import VECTORS, Normalizer
 from mvjax.models.lora import LoRA, merge_lora
 from mvjax.models.network import Params
 from mvjax.models.t5 import FILES as TOKENIZER_FILES
-from mvjax.training.bridge import read_meta
+from mvjax.training.bridge import find_checkpoint, read_meta
 from mvjax.training.checkpoint import check_match, leaf_paths, library_versions
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
-from mvjax.weights.kinds import KINDS, NO_LORA, Config, Kind, with_adapters_config
+from mvjax.weights.kinds import ACTION, KINDS, NO_LORA, Config, Kind, with_adapters_config
 from mvjax.weights.match import Parameter, check_shapes, collapse, match
 from mvjax.weights.names import Layout, Rule, has_adapters, merge_adapters
 from mvjax.weights.pt_files import write_pt
@@ -116,6 +117,44 @@ def write(
     for name in TOKENIZER_FILES:
         if source.path.is_dir() and (source.path / name).is_file():
             shutil.copyfile(source.path / name, directory / name)
+
+
+def give_statistics(normalizer: Normalizer, directory: Path) -> None:
+    """Writes released statistics beside the converted decoder that they belong to.
+
+    The file names the decoder by its digest, so that it fits no other.
+
+    Raises:
+        WeightsError: the decoder has other vectors, or the directory holds no converted decoder.
+        FileExistsError: it has statistics already.
+    """
+    try:
+        decoder = find_checkpoint(directory)
+    except FileNotFoundError as error:
+        raise WeightsError(
+            f"statistics belong to a decoder, and {directory} holds none: convert that first."
+        ) from error
+    if decoder.meta["stage"] != ACTION.stage or "converted" not in decoder.meta:
+        raise WeightsError(
+            f"{directory} holds a checkpoint of stage {decoder.meta['stage']!r} that was "
+            f"{'converted' if 'converted' in decoder.meta else 'trained here'}; released "
+            "statistics belong to a converted action decoder."
+        )
+    for key, section in VECTORS.items():
+        io = decoder.meta["config"]["policy_io"][section]
+        shape = np.shape(normalizer.statistics[key]["mean"])
+        if shape != (io["horizon"], io["dim"]):
+            raise WeightsError(
+                f"these statistics are of another robot or another length: their {key} are "
+                f"{list(shape)} (steps, numbers), those of the decoder in {directory} "
+                f"{[io['horizon'], io['dim']]}."
+            )
+    path = directory / "normalizer.json"
+    if path.exists():
+        raise FileExistsError(
+            f"{path} exists already: the decoder has its statistics. To give it others, remove it."
+        )
+    dataclasses.replace(normalizer, decoder=decoder.identity["digest"]).save(path)
 
 
 def _streamed(parameter: Parameter, dtype: str) -> StreamedArray:
