@@ -56,8 +56,6 @@ class Frames(ABC):
 class ImageFrames(Frames):
     """Base of the readers whose frames are stored as JPEG or PNG images."""
 
-    upright = False  # whether to rotate images as their EXIF tag says
-
     @abstractmethod
     def encoded(self, number: int) -> bytes | Path:
         """One image as it is stored, or the file that holds it."""
@@ -67,31 +65,67 @@ class ImageFrames(Frames):
         return f"{self.where}: image {number}"
 
     def _read(self, numbers: list[int]) -> np.ndarray:
-        frames = [decode_image(self.encoded(n), self.name(n), self.upright) for n in numbers]
+        frames = [decode_image(self.encoded(n), self.name(n)) for n in numbers]
         if len(sizes := {frame.shape for frame in frames}) > 1:
             raise ValueError(f"{self.where}: the images have different sizes, {sorted(sizes)}")
         return np.stack(frames)
 
 
-def decode_image(image: bytes | Path, where: object, upright: bool = False) -> np.ndarray:
-    """Decodes an image of any kind that Pillow knows: uint8 [h, w, 3].
+def decode_image(image: bytes | Path, where: object) -> np.ndarray:
+    """Decodes an image of any kind that Pillow knows: uint8 [h, w, 3], see `to_rgb`.
 
     Args:
         image: the encoded bytes, or the file.
         where: the file, for messages.
-        upright: rotate it as its EXIF tag says.
 
     Raises:
-        ValueError: if it is damaged, or has more than 8 bits per channel.
+        ValueError: if it is damaged, an animation, or not an opaque picture of 8 bits.
     """
     try:
         with Image.open(image if isinstance(image, Path) else io.BytesIO(image)) as opened:
-            if opened.mode.startswith(("I", "F")):  # Pillow would clip the values to 255
-                raise ValueError("it has more than 8 bits per channel; depth is not supported")
-            opened = ImageOps.exif_transpose(opened) if upright else opened
-            return np.asarray(opened.convert("RGB"))
+            count = moments(opened)
+            frame = to_rgb(opened) if count == 1 else None
+    except NotOpaqueColour as error:
+        raise ValueError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
         raise ValueError(f"{where}: not a readable image ({error}); copy it again") from error
+    if frame is None:
+        raise ValueError(f"{where}: an animation of {count} frames; store one image per frame")
+    return frame
+
+
+_ANIMATED = ("GIF", "WEBP", "PNG")  # formats whose further pictures are later, not alternatives
+
+
+def moments(picture: Image.Image) -> int:
+    """The number of frames of an animation, 1 for any other picture."""
+    return getattr(picture, "n_frames", 1) if picture.format in _ANIMATED else 1
+
+
+class NotOpaqueColour(ValueError):
+    """A picture whose values are not opaque colours of 8 bits."""
+
+
+def to_rgb(picture: Image.Image) -> np.ndarray:
+    """A picture as viewers show it, upright by its EXIF tag: uint8 [h, w, 3].
+
+    Colours of 16 bits are rounded down to 8.
+
+    Raises:
+        NotOpaqueColour: for one channel of more than 8 bits, which Pillow would clip to white, and
+            for parts that are transparent, as nothing says what is to be seen behind them.
+        OSError: or another error of Pillow, if it is damaged.
+    """
+    if picture.mode.startswith(("I", "F")):
+        raise NotOpaqueColour(
+            f"one channel of more than 8 bits (Pillow's mode {picture.mode}), such as depth; "
+            "8-bit grey or colours are expected"
+        )
+    if "A" in picture.getbands() or "transparency" in picture.info:
+        least, most = picture.convert("RGBA").getchannel("A").getextrema()
+        if least != most:  # one value for all says nothing
+            raise NotOpaqueColour("parts are transparent; save it with a background")
+    return np.asarray(ImageOps.exif_transpose(picture).convert("RGB"))
 
 
 def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:

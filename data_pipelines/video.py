@@ -4,6 +4,7 @@ The sources return a `VideoFile` per video. The videos of a dataset share a `Vid
 the frame index (`video_index`) of each file and a bounded number of open `Decoder`s.
 """
 
+import logging
 import threading
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
@@ -13,12 +14,12 @@ from pathlib import Path
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from data_pipelines.atomic import replacing
 from data_pipelines.display import orientation
 from data_pipelines.episode import NANOSECONDS, Stream
-from data_pipelines.frames import Frames
+from data_pipelines.frames import Frames, NotOpaqueColour, moments, to_rgb
 from data_pipelines.lru import LRU
 from data_pipelines.video_index import (
     FileRange,
@@ -28,6 +29,8 @@ from data_pipelines.video_index import (
     read_index,
     unreadable,
 )
+
+log = logging.getLogger(__name__)
 
 DECODE_ON = 8  # up to so many frames are decoded and dropped, which is cheaper than a seek
 INDICES_KEPT = 256  # frame indices that a pool caches
@@ -311,8 +314,11 @@ def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):
     return stream
 
 
-def read_observed(path: Path, most: int) -> np.ndarray:
-    """Reads an image, or the last frames of a video.
+_HEIF = (b"ftypheic", b"ftypheix", b"ftypmif1", b"ftypmsf1", b"ftypavif")  # in bytes 4 to 12
+
+
+def read_observed(path: Path, most: int, fps: float | None = None) -> np.ndarray:
+    """Reads an image, or the last frames of a video or an animation.
 
     Consecutive frames are taken, as published, so a video should have the model's frame rate.
 
@@ -320,31 +326,54 @@ def read_observed(path: Path, most: int) -> np.ndarray:
         path: an image or a video, recognised by its content.
         most: the largest number of frames, 1 + 4k; a shorter video gives as many of 1 + 4k frames
             as it has.
+        fps: the model's frame rate; a video with another one is reported.
 
     Returns:
         uint8 [1 + 4k, h, w, 3].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is neither an image nor a video, or cannot be decoded.
+        ValueError: if it is neither an image nor a video, or cannot be decoded or shown rightly.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no picture or video at {path}.")
     try:
         with Image.open(path) as picture:
-            upright = ImageOps.exif_transpose(picture)  # cameras store how they were held
-            return np.asarray(upright.convert("RGB"))[None]
+            frames = []
+            for number in _last(moments(picture), most):
+                picture.seek(number)
+                frames.append(to_rgb(picture))
+            return np.stack(frames)
     except UnidentifiedImageError:
         pass
-    except OSError as error:
+    except NotOpaqueColour as error:
+        raise ValueError(f"{path}: {error}") from None
+    except (OSError, SyntaxError) as error:
         raise ValueError(f"{path} is a damaged picture ({error}); copy it again.") from error
+    with path.open("rb") as file:
+        if file.read(12)[4:] in _HEIF:  # FFmpeg would take one tile of it for a video
+            raise ValueError(f"{path} is a HEIF picture; convert it to a JPEG or PNG.")
     video = VideoFile(path)
     try:
-        count = min(len(video), most)
-        count -= (count - 1) % 4
-        return video.read(range(len(video) - count, len(video)))
+        times = video.timestamps
     except ValueError as error:
         raise ValueError(
             f"{path} is neither a picture (such as .png, .jpg) nor a readable video (such as "
-            ".mp4); give another file, or convert this one."
+            f".mp4): {error}"
         ) from error
+    for finding in video.findings:
+        log.warning("%s: %s", path, finding)
+    rate = (len(times) - 1) * NANOSECONDS / max(int(times[-1] - times[0]), 1)
+    if fps and len(times) > 1 and not 0.9 < rate / fps < 1.1:
+        log.warning(
+            "%s has %.4g frames per second, but the model works at %.4g: it will see its motion at "
+            "another speed. Change the rate, for example with ffmpeg -i %s -r %g.",
+            *(path, rate, fps, path, fps),
+        )
+    return video.read(_last(len(video), most))
+
+
+def _last(count: int, most: int) -> range:
+    """The last 1 + 4k of `count` frames, at most `most`."""
+    first = count - min(count, most)
+    return range(first + (count - first - 1) % 4, count)

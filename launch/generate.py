@@ -76,7 +76,7 @@ def main() -> None:
     }
     config.update_from_flattened_dict({k: v for k, v in given.items() if v is not None})
     sampling = Sampling(**config.sampler)
-    observed = read_observed(Path(IMAGE.value), config.clip.observed_frames)
+    observed = read_observed(Path(IMAGE.value), config.clip.observed_frames, config.clip.fps)
     clip = _clip(config, len(observed))
     tokenizer = load_matching_tokenizer(config.tokenizer, checkpoint)
     text, negative = _texts(config, checkpoint)
