@@ -17,7 +17,8 @@ from PIL import Image
 
 from data_pipelines.episode import FrameReader
 from data_pipelines.sources.formats import detect, open_dataset
-from data_pipelines.sources.rlds import RecordFiles, UnknownRate, read_index, read_record
+from data_pipelines.sources.record_files import RecordFiles, read_index, read_record
+from data_pipelines.sources.rlds import UnknownRate
 
 FIXTURES = Path(__file__).parent / "fixtures/rlds"
 ARM, ARM_ARRAY, CELL = (FIXTURES / n for n in ("arm/1.0.0", "arm_array/1.0.0", "cell/0.1.0"))
@@ -187,7 +188,12 @@ def test_steps_are_as_far_apart_as_the_name_or_the_config_says(tmp_path):
         return int(np.diff(episode.streams["steps/action"].timestamps)[0])
 
     assert period(ARM, fps=10) == 100_000_000
-    for name, expected in {"droid_100": 66_666_667, "bridge_dataset": 200_000_000}.items():
+    known = {
+        "droid_100": 66_666_667,
+        "bridge_dataset": 200_000_000,
+        "libero_10_no_noops": 50_000_000,
+    }
+    for name, expected in known.items():
         folder = copy(ARM_ARRAY, tmp_path / name, name=name)
         (file,) = folder.glob("*.array_record-*")
         file.rename(folder / file.name.replace("arm_array", name))
@@ -195,11 +201,13 @@ def test_steps_are_as_far_apart_as_the_name_or_the_config_says(tmp_path):
         assert period(folder, fps=4) == 250_000_000
 
 
-def test_a_rate_that_nothing_tells_is_not_guessed():
-    with pytest.raises(UnknownRate) as caught:
-        open_dataset("rlds", ARM, "robots", "arm")
-    assert "name 'arm' is not a known one (5 for bridge*, 15 for droid*" in str(caught.value)
-    assert str(caught.value).endswith("set dataset.options.fps")
+def test_a_rate_that_nothing_tells_is_not_guessed(tmp_path):
+    for name in ("arm", "bridge_assembly", "libero_of_my_own", "droidlet", "fractal"):
+        folder = copy(ARM_ARRAY, tmp_path / name, name=name)
+        (file,) = folder.glob("*.array_record-*")
+        file.rename(folder / file.name.replace("arm_array", name))
+        with pytest.raises(UnknownRate, match=rf"{name}' is not the name of .*options\.fps"):
+            open_dataset("rlds", folder, "robots", "arm")
     for wrong in (0, -5, "5 Hz", float("nan")):
         with pytest.raises(ValueError, match=r"the option fps is .*; give a positive number"):
             open_dataset("rlds", ARM, "robots", "arm", {"fps": wrong})
@@ -376,23 +384,111 @@ def test_text_in_another_encoding_is_refused(tmp_path):
         open_rlds(folder)[0]
 
 
-def test_an_episode_without_steps_and_one_without_a_promised_value_are_refused(tmp_path):
+def with_changed(change):
+    """A change of the features of a record, for `rewrite`; they are lists by name."""
     from tensorflow_datasets.proto import tf_example_pb2
 
-    def without_steps(data: bytes) -> bytes:
+    def changed(data: bytes) -> bytes:
         example = tf_example_pb2.Example.FromString(data)
         for name, feature in example.features.feature.items():
             if name.startswith("steps/"):
-                del getattr(feature, feature.WhichOneof("kind")).value[:]
+                values = getattr(feature, feature.WhichOneof("kind")).value
+                values[:] = change(name.removeprefix("steps/"), list(values))
         return example.SerializeToString()
 
+    return changed
+
+
+def test_an_episode_without_steps_or_of_unclear_length_is_refused(tmp_path):
     folder = copy(ARM, tmp_path)
-    rewrite(shards(folder)[0], without_steps)
+    rewrite(shards(folder)[0], with_changed(lambda name, values: []))
     with pytest.raises(ValueError, match="record 0: the episode has no steps"):
         open_rlds(folder)[0]
-    rewrite(shards(folder)[1], lambda data: data.replace(b"steps/reward", b"steps/rewerd"))
-    with pytest.raises(ValueError, match="it has no 'steps/reward'"):
+    half = with_changed(lambda name, values: values[: len(values) // 2] if name > "l" else values)
+    rewrite(shards(folder)[1], half)
+    with pytest.raises(ValueError, match="how many steps the episode has is not clear"):
         open_rlds(folder)[2]
+
+
+def test_a_part_that_is_broken_or_not_read_is_named_and_costs_nothing(tmp_path):
+    broken = {
+        "reward": lambda values: values[:-1],
+        "action_dict/gripper": lambda values: values * 2,  # [2 n, 1]
+        "action_dict/joint_position": lambda values: values[:-2],  # [n - 1, 7] and five numbers
+        "observation/wrist_image": lambda values: [b"", *values[1:]],
+    }
+    unchanged = lambda values: values  # noqa: E731
+    folder = copy(ARM, tmp_path)
+    change = with_changed(lambda name, values: broken.get(name, unchanged)(values))
+    rewrite(shards(folder)[1], change)
+    rewrite(shards(folder)[1], lambda data: data.replace(b"steps/is_last", b"steps/is_lost"))
+    whole, episode = open_rlds(folder)[0], open_rlds(folder)[2]
+    assert whole.left_out.keys() == {"steps/observation/depth"}
+    assert "uint16" in whole.left_out["steps/observation/depth"]
+    reasons = {
+        "steps/reward": "it has 2 values for 3 steps",
+        "steps/action_dict/gripper": "it has 6 values for 3 steps",
+        "steps/action_dict/joint_position": "19 numbers, which is no multiple of 7",
+        "steps/observation/wrist_image": "1 of its 3 pictures are empty",
+        "steps/is_last": "the record has no 'steps/is_last'",
+    }
+    for key, said in reasons.items():
+        assert said in episode.left_out[key] and key not in episode.streams
+    expected = truth("arm", "train", 2)
+    for key in ("steps/action", "steps/observation/state"):
+        np.testing.assert_array_equal(episode.streams[key].values, expected[key])
+    assert episode.cameras == (IMAGE,)
+    (episode, *_) = open_rlds(CELL)
+    assert "Sequence" in episode.left_out["steps/observation/ragged"]
+
+
+def test_a_text_that_changes_belongs_to_its_steps(tmp_path):
+    episode = open_rlds(CELL, fps=4)[0]  # "push" in its first two steps
+    first, later = episode.instructions
+    assert [(part.start, part.instructions) for part in episode.sections] == [
+        (0, (first,)),
+        (500_000_000, (later,)),
+    ]
+    assert episode.instructions_at(499_999_999) == (first,)
+    assert not open_rlds(ARM)[0].sections  # paraphrases, the same in each step
+
+    texts = {"language_instruction": [b"open", b"", b"shut"], "language_instruction_2": []}
+    folder = copy(ARM, tmp_path)
+    change = lambda name, values: texts.get(name, values)  # noqa: E731
+    rewrite(shards(folder)[1], with_changed(change))
+    episode = open_rlds(folder, instruction="steps/language_instruction")[2]
+    assert episode.instructions == ("open", "", "shut")
+    assert [part.instructions for part in episode.sections] == [("open",), ("",), ("shut",)]
+    texts["language_instruction"] = [b"open", b"", b""]  # written once: of the whole episode
+    rewrite(shards(folder)[1], with_changed(change))
+    episode = open_rlds(folder, instruction="steps/language_instruction")[2]
+    assert episode.instructions == ("open",) and not episode.sections
+    texts["language_instruction"] = [b"open"]  # of which steps?
+    rewrite(shards(folder)[1], with_changed(change))
+    with pytest.raises(ValueError, match="language_instruction: it has 1 values for 3 steps"):
+        open_rlds(folder)[2]
+
+
+def test_the_list_of_files_and_the_files_may_disagree(tmp_path):
+    splits = json.loads((ARM / "dataset_info.json").read_text())["splits"]
+    splits[0]["shardLengths"][0] = "1"  # of two
+    episodes = open_rlds(copy(ARM, tmp_path, splits=splits))
+    assert len(episodes) == 3
+    said = "00000-of-00002 holds 2 records, but dataset_info.json lists 1; the first 1 are taken"
+    assert episodes[0].findings[0].endswith(said) and not episodes[1].findings
+    folder = copy(ARM, tmp_path / "b")
+    for file in shards(folder):
+        file.rename(str(file).replace("-of-00002", "-of-00004"))
+    with pytest.raises(ValueError, match=r"none of the 2 files .* it has arm-train.*-of-00004"):
+        open_rlds(folder)
+
+
+@pytest.mark.parametrize("name", ["dataset_info.json", "features.json"])
+def test_descriptions_that_were_not_fetched_are_named(tmp_path, name):
+    folder = copy(ARM, tmp_path)
+    (folder / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    with pytest.raises(ValueError, match=rf"{name}: it is a placeholder of Git LFS"):
+        open_rlds(folder)
 
 
 def test_broken_messages_are_errors_and_nothing_worse(monkeypatch):
@@ -405,7 +501,7 @@ def test_broken_messages_are_errors_and_nothing_worse(monkeypatch):
         broken[rng.integers(len(broken))] ^= 1 << int(rng.integers(8))
         monkeypatch.setattr(RecordFiles, "read", lambda *_, content=bytes(broken): content)
         try:
-            whole += bool(episodes[0].streams)
+            whole += episodes[0].left_out.keys() == {"steps/observation/ragged"}
         except ValueError as error:
             assert str(shards(CELL)[0]) in str(error)
     assert 0 < whole < 150  # where a number or a picture is another one, nothing can tell

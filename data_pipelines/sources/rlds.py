@@ -11,26 +11,35 @@ access, and checksums are verified.
 
 Streams have the dataset's own names ("steps/observation/state", "steps/action", or
 "steps/action/<key>" if the action is a dict). RLDS stores neither timestamps nor a frame rate, so
-steps are 1 / `fps` apart. Depth, texts and values of variable length are not streams.
+steps are 1 / `fps` apart. Depth, texts and values of variable length are not streams, and are named
+in `Episode.left_out`. A text that changes within an episode makes its `sections`.
 """
 
 import json
-import os
+import math
+import re
 import zlib
-from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import google_crc32c
 import numpy as np
-from array_record.python.array_record_module import ArrayRecordReader
 
-from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
-from data_pipelines.frames import Frames, ImageFrames
-from data_pipelines.sources.files import UnknownRate, decode_text, without_padding
+from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream, reason
+from data_pipelines.frames import ImageFrames
+from data_pipelines.sources import pictures
+from data_pipelines.sources.files import (
+    UnknownRate,
+    decode_text,
+    sections,
+    step_times,
+    without_padding,
+)
+from data_pipelines.sources.pictures import ArrayFrames
+from data_pipelines.sources.record_files import RecordFiles
 
 if TYPE_CHECKING:  # importing TFDS takes 0.3 s, so only opening a dataset does it
     from tensorflow_datasets.core.dataset_info import DatasetInfo
@@ -40,8 +49,14 @@ if TYPE_CHECKING:  # importing TFDS takes 0.3 s, so only opening a dataset does 
 INFO, FEATURES = "dataset_info.json", "features.json"
 FORMATS = ("tfrecord", "array_record")
 STEPS = "steps"
-# Steps per second by the prefix of a dataset's name: BridgeData V2, DROID, RT-1, LIBERO.
-KNOWN_FPS = {"bridge": 5.0, "droid": 15.0, "fractal": 3.0, "libero": 20.0}
+# Steps per second of published datasets: BridgeData V2, DROID, RT-1, LIBERO. Their whole names, as
+# another dataset may begin with the same word and have another rate.
+KNOWN_FPS = {
+    r"bridge(_dataset|_orig|_oxe|_data_v2)?": 5.0,
+    r"droid(_100)?": 15.0,
+    r"fractal20220817_data": 3.0,
+    r"libero_(spatial|object|goal|10|90|100)(_no_noops)?": 20.0,
+}
 
 
 def recognises(path: Path) -> bool:
@@ -83,13 +98,12 @@ def open_rlds(
             f"{folder} has no text {instruction!r}, but {known}; set dataset.options.instruction"
         )
     records = _records(folder, info, split)
-    rates = (rate for prefix, rate in KNOWN_FPS.items() if info.name.startswith(prefix))
+    rates = (rate for known, rate in KNOWN_FPS.items() if re.fullmatch(known, info.name))
     fps = next(rates, None) if fps is None else fps
     if fps is None:
-        known = ", ".join(f"{rate:g} for {prefix}*" for prefix, rate in KNOWN_FPS.items())
         raise UnknownRate(
-            f"{folder} has no frame rate, and the name {info.name!r} is not a known one ({known}); "
-            "set dataset.options.fps"
+            f"{folder} has no frame rate, and {info.name!r} is not the name of BridgeData V2, "
+            "DROID, RT-1 or LIBERO, whose rates are known; set dataset.options.fps"
         )
     loader = _Split(records, split, name, embodiment, fps, features, texts)
     return LazyEpisodes(records.ends[-1], loader.load)
@@ -127,6 +141,9 @@ def _read_info(path: Path) -> tuple[Path, "DatasetInfo"]:
             raise ValueError(f"{foreign} are not classes of TFDS")
         return folder, tfds.builder_from_directory(folder).info
     except Exception as error:  # TFDS passes on what JSON, protobuf and its own classes raise
+        for file in (folder / INFO, folder / FEATURES):
+            if placeholder := reason(file, ""):
+                raise ValueError(f"{file}: {placeholder}") from error
         raise ValueError(
             f"{folder}: {INFO} or {FEATURES} is damaged, or needs another version of TFDS "
             f"({type(error).__name__}: {error})"
@@ -149,7 +166,7 @@ def _class_names(node: Any) -> Iterator[str]:
         yield from _class_names(child)
 
 
-def _records(folder: Path, info: "DatasetInfo", split: str) -> "RecordFiles":
+def _records(folder: Path, info: "DatasetInfo", split: str) -> RecordFiles:
     if (format := info.file_format.file_suffix) not in FORMATS:
         raise ValueError(
             f"{folder} is stored as {format}; convert it to {' or '.join(FORMATS)} with "
@@ -162,6 +179,13 @@ def _records(folder: Path, info: "DatasetInfo", split: str) -> "RecordFiles":
         )
     # TFDS stores the folder it wrote to; the dataset may have been moved since.
     files = tuple(folder / Path(name).name for name in splits[split].filenames)
+    if not any(file.is_file() for file in files):
+        there = sorted(file.name for file in folder.glob(f"*{split}*-of-*"))
+        raise ValueError(
+            f"{folder} has none of the {len(files)} files that {INFO} lists for the split "
+            f"{split!r}, such as {files[0].name}; "
+            + (f"it has {there[0]}" if there else "fetch them")
+        )
     return RecordFiles(files, tuple(accumulate(splits[split].shard_lengths)))
 
 
@@ -169,57 +193,75 @@ def _records(folder: Path, info: "DatasetInfo", split: str) -> "RecordFiles":
 class Feature:
     """One value of a step."""
 
-    kind: str  # "number", "text" or "image" (encoded, such as JPEG)
-    dtype: str  # NumPy's name
-    shape: tuple[int | None, ...]  # of one step; None is any size
+    kind: str  # "number", "text", "image" (encoded, such as JPEG), or "" if it is not read
+    dtype: str = ""  # NumPy's name
+    shape: tuple[int | None, ...] = ()  # of one step; None is any size
     encoding: str = "none"  # of numbers: "none", or "bytes" or "zlib" for raw buffers
+    order: str = ""  # of numbers that are pictures: `pictures.axes`
+    why: str = ""  # it is not read
 
     @property
     def is_camera(self) -> bool:
         """Whether it is a colour or grey image, not depth (uint16, float32)."""
-        image = self.dtype == "uint8" and len(self.shape) == 3
-        return image and (self.kind == "image" or self.shape[-1] == 3)
+        return self.kind == "image" or bool(self.order)
 
 
 def _step_features(folder: Path, root: "FeatureConnector") -> dict[str, Feature]:
-    """The features of a step by their full names, such as "steps/observation/state".
-
-    Values of variable length, sounds, videos and boxes are left out.
-    """
+    """The features of a step by their full names, such as "steps/observation/state"."""
     from tensorflow_datasets import features as tfds_features
 
     found: dict[str, Feature] = {}
 
     def collect(name: str, node: "FeatureConnector") -> None:
-        kind = type(node)  # exactly: a box, for example, is a kind of Tensor
-        if kind is tfds_features.FeaturesDict:
+        if type(node) is tfds_features.FeaturesDict:
             for child, value in node.items():
                 collect(f"{name}/{child}", value)
-        elif kind is tfds_features.Image:
-            found[name] = Feature("image", np.dtype(node.np_dtype).name, node.shape)
-        elif kind in (tfds_features.Text, tfds_features.Tensor, tfds_features.Scalar):
-            if node.np_dtype == np.object_:
-                if not node.shape:
-                    found[name] = Feature("text", "object", ())
-            elif all(node.shape):
-                encoding = node.to_json_content().encoding
-                found[name] = Feature("number", np.dtype(node.np_dtype).name, node.shape, encoding)
-        elif kind is tfds_features.ClassLabel:
-            found[name] = Feature("number", "int64", ())
+        else:
+            found[name] = _feature(node)
 
     if isinstance(root, tfds_features.FeaturesDict) and STEPS in root.keys():
         if isinstance(root[STEPS], tfds_features.Sequence):
             collect(STEPS, root[STEPS].feature)
-    if not found:
+    if not any(feature.kind for feature in found.values()):
         raise ValueError(
             f"{folder / FEATURES} is not of an RLDS dataset: its examples are not made of {STEPS}"
         )
     return dict(sorted(found.items()))
 
 
+def _feature(node: "FeatureConnector") -> Feature:
+    from tensorflow_datasets import features as tfds_features
+
+    kind = type(node)  # exactly: a box, for example, is a kind of Tensor
+    if kind is tfds_features.Image:
+        dtype = np.dtype(node.np_dtype).name
+        if dtype == "uint8":
+            return Feature("image", dtype, node.shape)
+        return Feature("", why=f"{dtype} pictures, such as depth; a camera is uint8")
+    if kind is tfds_features.ClassLabel:
+        return Feature("number", "int64", ())
+    if kind in (tfds_features.Text, tfds_features.Tensor, tfds_features.Scalar):
+        if node.np_dtype == np.object_:
+            if node.shape:
+                return Feature("", why="several texts in each step")
+            return Feature("text", "object", ())
+        if not all(node.shape):
+            return Feature("", why=f"values of shape {list(node.shape)}, whose size may vary")
+        dtype, shape = np.dtype(node.np_dtype), tuple(node.shape)
+        order = ""
+        if dtype == np.uint8:
+            try:
+                order = pictures.axes(dtype, (1, *shape))
+            except ValueError as error:
+                return Feature("", why=str(error))
+        encoding = node.to_json_content().encoding
+        return Feature("number", dtype.name, shape, encoding, order)
+    return Feature("", why=f"a feature of the kind {kind.__name__}, which is not read")
+
+
 @dataclass(frozen=True)
 class _Split:
-    records: "RecordFiles"
+    records: RecordFiles
     split: str
     name: str
     embodiment: str
@@ -234,38 +276,60 @@ class _Split:
         shard, number = self.records.place(index)
         data = self.records.read(shard, number)
         where = f"{self.records.files[shard]}, record {number}"
+        values, left_out = {}, {}
         try:
             stored = tf_example_pb2.Example.FromString(data).features.feature
-            values = {
-                key: _values(feature, key, stored, where) for key, feature in self.features.items()
-            }
-            return self._episode(f"{self.split}/{shard:05d}/{number:05d}", values)
-        except (ValueError, DecodeError, zlib.error) as error:
+        except DecodeError as error:
+            raise ValueError(f"{where}: {error}") from error
+        for key, feature in self.features.items():
+            try:
+                values[key] = _values(feature, key, stored, where)
+            except (ValueError, zlib.error) as error:
+                left_out[key] = str(error)
+        try:
+            id = f"{self.split}/{shard:05d}/{number:05d}"
+            return self._episode(id, values, left_out, self.records.finding(shard))
+        except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
-    def _episode(self, id: str, values: Mapping[str, Sequence]) -> Episode:
-        lengths = {key: len(value) for key, value in values.items()}
-        length = max(lengths.values())
+    def _episode(
+        self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], finding: str
+    ) -> Episode:
+        # A value that is cut off, or of another shape than the features say, has another length.
+        (length, most), *others = Counter(map(len, values.values())).most_common(2)
+        if others and others[0][1] == most:
+            lengths = {key: len(value) for key, value in values.items()}
+            raise ValueError(f"how many steps the episode has is not clear: {lengths}")
         if not length:
             raise ValueError("the episode has no steps")
-        if short := {key: n for key, n in lengths.items() if n != length}:
-            raise ValueError(f"the episode has {length} steps, but not of every value: {short}")
-        times = np.round(np.arange(length) / self.fps * NANOSECONDS).astype(np.int64)
-        spoken = _language(values, self.texts)
+        for key, value in values.items():
+            if len(value) != length:
+                left_out[key] = f"it has {len(value)} values for {length} steps"
+        if unread := [key for key in self.texts if key in left_out]:
+            raise ValueError(f"{unread[0]}: {left_out[unread[0]]}")
+        times = step_times(length, self.fps)
         language = {*self.texts, *(t.replace("instruction", "embedding") for t in self.texts)}
-        shown = {
-            key: feature
-            for key, feature in self.features.items()
-            if feature.is_camera or (feature.kind == "number" and key not in language)
-        }
+        streams = {}
+        for key, feature in self.features.items():
+            if key in left_out or key in language:
+                continue
+            if feature.kind == "text":
+                left_out[key] = "text, which is not a stream"
+            else:
+                streams[key] = Stream(times, values[key])
+        texts = {key: values[key] for key in self.texts}
+        spoken, instructions, parts = _language(times, values, texts)
         return Episode(
             id=id,
             source=self.name,
             embodiment=self.embodiment,
-            instructions=tuple(spoken) or ("",),
-            streams={key: Stream(times, values[key]) for key in shown},
-            cameras=tuple(key for key, feature in shown.items() if feature.is_camera),
+            instructions=instructions,
+            streams=streams,
+            cameras=tuple(key for key in streams if self.features[key].is_camera),
             embeddings={text: row for text, row in spoken.items() if row is not None},
+            sections=parts,
+            left_out=left_out,
+            findings=(finding,) if finding else (),
         )
 
 
@@ -273,15 +337,19 @@ def _values(
     feature: Feature, key: str, stored: Mapping[str, "tf_feature_pb2.Feature"], where: str
 ) -> Sequence:
     """The values of a feature in a record: an array [n, *shape], texts as bytes, or frames."""
+    if not feature.kind:
+        raise ValueError(feature.why)
     kind = stored[key].WhichOneof("kind") if key in stored else None
     if kind is None:
-        raise ValueError(f"it has no {key!r}, which {FEATURES} lists")
+        raise ValueError(f"the record has no {key!r}, which {FEATURES} lists")
     values = getattr(stored[key], kind).value
     if (kind == "bytes_list") != (feature.kind != "number" or feature.encoding != "none"):
-        raise ValueError(f"{key}: {FEATURES} says {feature}, but it is stored as {kind}")
+        raise ValueError(f"{FEATURES} says {feature}, but it is stored as {kind}")
     if feature.kind == "text":
         return values
     if feature.kind == "image":
+        if empty := sum(not image for image in values):
+            raise ValueError(f"{empty} of its {len(values)} pictures are empty")
         return EncodedFrames(f"{where}: {key}", values)
     dtype = np.dtype(feature.dtype)
     if kind == "bytes_list":
@@ -292,11 +360,14 @@ def _values(
         # TFDS stores a uint64 as the int64 with the same bits, all other integers by value, and a
         # float64 rounded to float32.
         flat = flat.view(dtype) if dtype == np.uint64 else flat.astype(dtype)
-    try:
-        array = flat.reshape(-1, *feature.shape)
-    except ValueError as error:
-        raise ValueError(f"{key}: {error}") from error
-    return ArrayFrames(f"{where}: {key}", array) if feature.is_camera else array
+    size = math.prod(feature.shape)
+    if len(flat) % size:
+        raise ValueError(
+            f"{FEATURES} says {list(feature.shape)}, but there are {len(flat)} numbers, which is "
+            f"no multiple of {size}"
+        )
+    array = flat.reshape(-1, *feature.shape)
+    return ArrayFrames(f"{where}: {key}", array, feature.order) if feature.order else array
 
 
 class EncodedFrames(ImageFrames):
@@ -314,17 +385,6 @@ class EncodedFrames(ImageFrames):
         return self._images[number]
 
 
-class ArrayFrames(Frames):
-    """Frames that are stored as an array, uint8 [n, h, w, 3]."""
-
-    def __init__(self, where: str, frames: np.ndarray):
-        super().__init__(where, len(frames))
-        self._frames = frames
-
-    def _read(self, numbers: list[int]) -> np.ndarray:
-        return self._frames[numbers]
-
-
 def _is_instruction(key: str, feature: Feature, wanted: str) -> bool:
     if wanted:
         return key == wanted and feature.kind == "text"
@@ -334,106 +394,28 @@ def _is_instruction(key: str, feature: Feature, wanted: str) -> bool:
     return coded or (feature.kind == "text" and "instruction" in leaf)
 
 
-def _language(values: Mapping[str, Sequence], texts: Sequence[str]) -> dict[str, np.ndarray | None]:
-    """The distinct texts of an episode, each with the embedding stored beside it, if any."""
+def _language(
+    times: np.ndarray, values: Mapping[str, Sequence], texts: Mapping[str, Sequence]
+) -> tuple[dict[str, np.ndarray | None], tuple[str, ...], tuple[Section, ...]]:
+    """The distinct texts of an episode, each with the embedding stored beside it, if any.
+
+    Also the episode's instructions and sections; `texts` are those of `values` that count.
+    """
     found: dict[str, np.ndarray | None] = {}
-    for key in texts:
+    columns = {key: _sentences(key, column) for key, column in texts.items()}
+    for key, column in columns.items():
         rows = values.get(key.replace("instruction", "embedding"))
-        for step, text in enumerate(_sentences(key, values[key])):
+        rows = rows if isinstance(rows, np.ndarray) and len(rows) == len(times) else None
+        for step, text in enumerate(column):
             if text and text not in found:
                 found[text] = None  # and so if the embedding is zeros
-                if isinstance(rows, np.ndarray) and rows[step].any():
+                if rows is not None and rows[step].any():
                     found[text] = without_padding(np.atleast_2d(rows[step]))
-    return found
+    steps = [tuple(dict.fromkeys(filter(None, row))) for row in zip(*columns.values())]
+    return found, *sections(times, steps)
 
 
 def _sentences(key: str, values: Sequence) -> list[str]:
     if isinstance(values, np.ndarray):  # code points, padded with zeros
         return ["".join(map(chr, row)).split("\0")[0].strip() for row in values.tolist()]
     return [decode_text(value, f"{key} of step {i}").strip() for i, value in enumerate(values)]
-
-
-@dataclass(frozen=True)
-class RecordFiles:
-    """The records of one split, in TFRecord or ArrayRecord files; safe to use from threads."""
-
-    files: tuple[Path, ...]
-    ends: tuple[int, ...]  # the number of records up to the end of each file
-    _indices: dict[int, tuple[np.ndarray, str]] = field(default_factory=dict)
-
-    def place(self, number: int) -> tuple[int, int]:
-        """The file of a record, and the record's number within it."""
-        shard = bisect_right(self.ends, number)
-        return shard, number - (self.ends[shard - 1] if shard else 0)
-
-    def read(self, shard: int, number: int) -> bytes:
-        """A record of a file; ValueError if the file is missing or damaged there."""
-        path = self.files[shard]
-        if not path.is_file():
-            raise ValueError(f"{path} is missing; copy it again")
-        if ".tfrecord" in path.name:
-            if shard not in self._indices:
-                self._indices[shard] = read_index(path)
-            return read_record(path, self._indices[shard], number)
-        try:
-            # Opened for each read (0.5 ms), as datasets have more files than may be open at once.
-            # The buffer holds about an episode; with a smaller one a read takes four times as long.
-            options = "readahead_buffer_size:0,max_parallelism:0"
-            reader = ArrayRecordReader(str(path), options, file_reader_buffer_size=16 * 2**20)
-            (data,) = reader.read([number])
-            reader.close()
-        except (RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"{path}: record {number} cannot be read ({error}); copy the file again"
-            ) from error
-        return data
-
-
-# A record of a TFRecord file is its length (uint64), the length's checksum, the payload, and the
-# payload's checksum, all little-endian (tensorflow/core/lib/io/record_writer.h).
-_HEADER, _FOOTER = 12, 4
-
-
-def read_index(path: Path) -> tuple[np.ndarray, str]:
-    """Finds the records of a TFRecord file by their headers; payloads are not read.
-
-    Returns:
-        Offset and length of each payload in bytes, int64 [n, 2]; and why no more records can be
-        found, "" at the regular end.
-    """
-    places, at, fault = [], 0, ""
-    with open(path, "rb", buffering=0) as file:
-        end = os.fstat(file.fileno()).st_size
-        while at < end and not fault:
-            header = os.pread(file.fileno(), _HEADER, at)
-            start, size = at + _HEADER, int.from_bytes(header[:8], "little")
-            if len(header) == _HEADER and not _intact(header[:8], header[8:]):
-                fault = reason(path, f"the header of record {len(places)} is damaged")
-            elif start + size + _FOOTER > end:  # the header itself may be truncated, too
-                fault = f"the file ends within record {len(places)}"
-            else:
-                places.append((start, size))
-                at = start + size + _FOOTER
-    return np.array(places, np.int64).reshape(-1, 2), fault
-
-
-def read_record(path: Path, index: tuple[np.ndarray, str], number: int) -> bytes:
-    """One payload; ValueError if the file has no such record or its checksum is wrong."""
-    places, fault = index
-    if number >= len(places):
-        fault = fault or f"the file has {len(places)} records"
-        raise ValueError(f"{path}: no record {number}, {fault}; copy the file again")
-    start, size = places[number].tolist()
-    with open(path, "rb", buffering=0) as file:
-        file.seek(start)
-        payload, checksum = file.read(size), file.read(_FOOTER)
-    if len(payload) < size or not _intact(payload, checksum):
-        raise ValueError(f"{path}: record {number} is damaged (checksum); copy the file again")
-    return payload
-
-
-def _intact(data: bytes, checksum: bytes) -> bool:
-    """Compares with a "masked" CRC32C: rotated, plus a constant."""
-    crc = google_crc32c.value(data)
-    masked = (((crc >> 15) | (crc << 17)) + 0xA282EAD8) & 0xFFFFFFFF
-    return masked == int.from_bytes(checksum, "little")
