@@ -1,0 +1,218 @@
+"""When the rows of a LeRobot episode were recorded, and which frames of a video belong to them.
+
+Each fact has several sources in a dataset: times the column `timestamp`, `frame_index` and `fps`;
+frames the ranges in the list of episodes, the frames of the file and the rows. They are compared.
+What rounding explains is settled silently, what the other sources settle is a finding, and
+anything else an error of the episode.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from data_pipelines.episode import NANOSECONDS
+from data_pipelines.windows import nearest_indices
+
+_TOLERANCE_S = 1e-4  # LeRobot's own, between a row's timestamp and frame_index / fps
+_JITTER = 0.1  # by which the median gap of the rows may differ from 1 / fps
+_UNITS = {1e3: "milliseconds", 1e6: "microseconds", 1e9: "nanoseconds"}
+
+
+@dataclass(frozen=True)
+class RowTimes:
+    """The times of an episode's rows."""
+
+    times: np.ndarray  # int64 nanoseconds [n], increasing, from about 0
+    offset: float  # seconds of the first row before half a frame or more was taken off
+    findings: tuple[str, ...]
+
+
+def row_times(
+    stored: np.ndarray | None, index: np.ndarray | None, rows: int, fps: float
+) -> RowTimes:
+    """The times of the rows: frame_index / fps, unless the timestamps say something else.
+
+    Args:
+        stored: the column `timestamp` [n] in its own dtype.
+        index: the column `frame_index` [n].
+        rows: n.
+        fps: of meta/info.json.
+
+    Raises:
+        ValueError: if the timestamps are not finite, do not increase, or do not fit `fps`.
+    """
+    numbered = index is not None and bool((np.diff(index) > 0).all())
+    if not numbered and stored is None:
+        raise ValueError("its rows have neither timestamp nor an increasing frame_index")
+    regular = (index if numbered else np.arange(rows)) / fps
+    if stored is None:
+        findings = ("the rows have no timestamp; frame_index / fps was taken",)
+        seconds = regular
+    else:
+        seconds, findings = _compare(stored, regular, fps)
+    if not numbered:
+        findings += ("frame_index is missing or does not increase; timestamp was taken",)
+    offset = float(seconds[0])
+    if abs(offset) < 0.5 / fps:
+        offset = 0.0
+    times = np.round((seconds - offset) * NANOSECONDS).astype(np.int64)
+    return RowTimes(times, offset, findings)
+
+
+def _compare(
+    stored: np.ndarray, regular: np.ndarray, fps: float
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Seconds, and findings."""
+    values, period = stored.astype(np.float64), 1 / fps
+    if not np.isfinite(values).all():
+        raise ValueError("timestamp holds NaN or infinity; record the episode again")
+    # The distance between two numbers of this size: 128 s for seconds since 1970 in float32.
+    digit = float(np.spacing(np.abs(stored).max())) if stored.dtype.kind == "f" else 1.0
+    if np.abs(values - regular).max() < max(_TOLERANCE_S, digit) and digit < period / 2:
+        return regular, ()
+    passed, even, steps = values - values[0], regular - regular[0], np.diff(values)
+    for unit in (1.0, *_UNITS):
+        allowed = max(_TOLERANCE_S, 2 * digit / unit)
+        if np.abs(passed / unit - even).max() >= allowed:
+            continue
+        if digit / unit >= period / 2:
+            coarse = f"timestamp is too coarse in {stored.dtype} to tell the rows apart"
+            return even, (f"{coarse}; frame_index / fps was taken",)
+        if unit == 1 and abs(values[0]) < period / 2:
+            return values, ()
+        return even + values[0] / unit, _in_unit(unit)
+    if (late := np.flatnonzero(steps <= 0)).size:
+        i = int(late[0])
+        raise ValueError(
+            f"timestamps must strictly increase, but row {i} has {values[i]:.9g} and the next one "
+            f"{values[i + 1]:.9g}; record the episode again"
+        )
+    gap = float(np.median(steps)) if len(steps) else period
+    for unit in (1.0, *_UNITS):
+        if abs(gap / unit - period) <= max(_JITTER * period, digit / unit):
+            return values / unit, _in_unit(unit)
+    raise ValueError(
+        f"the timestamps of its rows are {gap:.6g} s apart, but fps of meta/info.json is {fps:g}, "
+        f"which is {period:.6g} s; correct one of them"
+    )
+
+
+def _in_unit(unit: float) -> tuple[str, ...]:
+    if unit == 1:
+        return ()
+    return (f"timestamp is in {_UNITS[unit]}, as fps of meta/info.json shows; it was divided",)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The frames of a video file from an episode's first one up to the next episode's."""
+
+    first: int
+    stop: int
+    moved: bool  # they were counted, because the listed ranges do not fit the file
+    fault: str = ""
+
+
+def locate(
+    times: np.ndarray, starts: np.ndarray, ends: np.ndarray, lengths: np.ndarray, fps: float
+) -> list[Part]:
+    """The frames of every episode in one video file of version 3.
+
+    Each starts at the frame that is nearest to its `from_timestamp`. This fits if every frame is
+    within half a frame, and no episode reaches into the next or beyond the end. If the ranges do
+    not fit, but there are as many frames as rows and the order is certain, the frames are counted
+    off. Otherwise those episodes are right for which counting and the list agree.
+
+    Args:
+        times: seconds of the file's frames, increasing.
+        starts, ends: `from_timestamp` and `to_timestamp` of its episodes; `ends` may be NaN.
+        lengths: their rows.
+        fps: of the rows.
+    """
+    order = np.argsort(starts, kind="stable")
+    starts, ends, lengths = starts[order], ends[order], lengths[order]
+    period, count = 1 / fps, len(times)
+    first = nearest_indices(times, starts)
+    counted = np.cumsum(lengths) - lengths
+    stop = np.append(first[1:], count)
+    short = stop - first < lengths
+    if count > 1 and np.median(np.diff(times)) < 0.75 * period:  # more frames than rows
+        needed = times[first] + (lengths - 0.5) * period
+        short |= np.append(times[first[1:]], times[-1] + period) < needed
+    misfits = short.copy()
+    misfits[1:] |= short[:-1]  # of two that overlap, either may be the wrong one
+    misfits |= np.abs(times[first] - starts) > period / 2
+    moved = np.zeros(len(order), bool)
+    if misfits.any():
+        moved = first != counted
+        certain = (
+            count == lengths.sum()
+            and (np.diff(starts) > period / 2).all()
+            and not (np.abs(ends - starts - lengths * period) > period / 2).any()
+            and (np.abs(first - counted) < lengths / 2).all()
+        )
+        if certain:
+            first, stop, misfits = counted, counted + lengths, np.zeros(len(order), bool)
+        else:
+            misfits |= moved
+    parts: list[Part] = [Part(0, 0, False)] * len(order)
+    for place, at in enumerate(order):
+        fault = ""
+        if misfits[place]:
+            fault = "overlap, or do not fit its frames"
+            if place == len(order) - 1 and count - first[place] < lengths[place]:
+                fault = "end beyond its last frame"
+        parts[at] = Part(int(first[place]), int(stop[place]), bool(moved[place]), fault)
+    return parts
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The frames of one episode."""
+
+    first: int
+    stop: int
+    by_number: bool  # their times are those of the rows, not their own
+    findings: tuple[str, ...] = ()
+
+
+def choose(times: np.ndarray, rows: RowTimes, fps: float) -> Choice:
+    """The frames that were recorded with the rows; a LeRobot dataset has one per row.
+
+    Args:
+        times: seconds of the frames that may belong to the episode, increasing.
+        rows: their rows.
+        fps: of the rows.
+
+    Raises:
+        ValueError: if there are too few frames, or they cannot be assigned.
+    """
+    count, period = len(rows.times), 1 / fps
+    if len(times) < count:
+        raise ValueError(f"it has {len(times)} of the {count} frames; copy or encode it again")
+    passed = times - times[0]
+    expected = (rows.times - rows.times[0]) / NANOSECONDS
+    together = bool(np.abs(passed[:count] - expected).max() < period / 2)
+    # A wall clock and a constant rate drift apart, but frame k was stored with row k.
+    drifts = "the times of the video differ from those of the rows; frames were matched by number"
+    if len(times) == count:
+        return Choice(0, count, not together, () if together else (drifts,))
+    expected = expected + rows.offset
+    near = nearest_indices(passed, expected)
+    more = ("the video has more frames than rows; those before or after the rows were left out",)
+    if np.abs(passed[near] - expected).max() < period / 2 and (np.diff(near) > 0).all():
+        # The video may have a higher rate than the rows: up to the end of the last row.
+        gap = passed[-1] / (len(times) - 1)
+        stop = int(np.searchsorted(passed, expected[-1] + period - gap / 2))
+        stop = max(stop, int(near[-1]) + 1)
+        surplus = near[0] > 0 or stop < len(times)
+        return Choice(int(near[0]), stop, False, more if surplus else ())
+    steady = np.abs(
+        np.concatenate([np.diff(times), np.diff(rows.times) / NANOSECONDS]) / period - 1
+    )
+    if rows.offset or steady.max(initial=0) > _JITTER:
+        raise ValueError(
+            f"it has {len(times)} frames for {count} rows, and their times do not agree; encode it "
+            "again"
+        )
+    return Choice(0, count, True, (*more, drifts))

@@ -1,0 +1,340 @@
+"""The metadata of LeRobot datasets, versions 2 and 3: features, episodes, tasks, names of files.
+
+What a file lacks or contradicts is kept in `faults` and `findings`, so that it costs the episodes
+that need it, and no others.
+"""
+
+import glob
+import json
+import string
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data_pipelines.episode import reason
+
+BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index", "index")
+_PLACEHOLDERS = ("episode_chunk", "episode_index", "chunk_index", "file_index", "video_key")
+_UNNAMED = "__index_level_0__"  # what pandas calls an index without a name
+
+
+@dataclass(frozen=True)
+class Features:
+    """The features of a dataset by how they are stored; `unused` ones with the reason."""
+
+    vectors: Mapping[str, tuple[int, ...] | None]  # with their shape; None if it is not given
+    videos: Sequence[str]
+    images: Sequence[str]
+    unused: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Meta:
+    """What meta/ says."""
+
+    path: Path  # the dataset's folder
+    version: str
+    fps: float
+    chunks_size: int
+    templates: Mapping[str, str]  # "data_path", "video_path"
+    features: Mapping[str, dict]  # of info.json
+    episodes: pa.Table  # a row per line of the list of episodes
+    listed: Mapping[int, int]  # episode_index -> its row in `episodes`
+    repeated: frozenset[int]  # episodes with several rows
+    numbers: Sequence[int]  # episode_index of each episode
+    tasks: Mapping[int, tuple[str, ...]]  # task_index -> its text; several if they contradict
+    faults: Sequence[str]  # for messages
+    findings: tuple[str, ...]  # that concern every episode
+
+    @property
+    def list_name(self) -> str:
+        """The list of episodes, for messages."""
+        return "meta/episodes.jsonl" if self.version.startswith("v2.") else "meta/episodes"
+
+    def file(self, template: str, listed: str, row: dict, **fields: str) -> tuple[Path, list[str]]:
+        """A file of an episode, and findings.
+
+        Args:
+            template: "data_path" or "video_path".
+            listed: the beginning of the columns of `episodes` that number the file in version 3.
+            row: the episode's.
+            **fields: further placeholders.
+
+        Raises:
+            ValueError: if the list of episodes lacks a number that the template needs.
+        """
+        number = row["episode_index"]
+        fields |= {
+            "episode_index": number,
+            "episode_chunk": number // self.chunks_size,
+            "chunk_index": row.get(f"{listed}chunk_index"),
+            "file_index": row.get(f"{listed}file_index"),
+        }
+        text = self.templates[template]
+        if missing := [name for name in _placeholders(text) if fields[name] is None]:
+            names = [f"{listed}{name}" for name in missing]
+            raise ValueError(
+                f"{self.path}: {template} of meta/info.json is {text!r}, but {self.list_name} has "
+                f"no {names} for episode {number}; correct one of them"
+            )
+        try:
+            file = self.path / text.format(**fields)
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"{self.path}: {template} of meta/info.json, {text!r}, cannot be filled in for "
+                f"episode {number} ({error}); correct it"
+            ) from error
+        if file.exists() or "episode_chunk" not in _placeholders(text):
+            return file, []
+        # The name holds the episode, so it is the same file in any folder.
+        pattern = "".join(
+            glob.escape(literal) + ("" if name is None else _part(name, spec, fields))
+            for literal, name, spec, _ in string.Formatter().parse(text)
+        )
+        found = list(self.path.glob(pattern))
+        if len(found) != 1:
+            return file, []
+        return found[0], [
+            "chunks_size of meta/info.json does not fit the folders; the file was found by its name"
+        ]
+
+
+def _part(name: str, spec: str, fields: Mapping[str, Any]) -> str:
+    return "*" if name == "episode_chunk" else glob.escape(format(fields[name], spec))
+
+
+def _placeholders(template: str) -> list[str]:
+    return [name for _, name, _, _ in string.Formatter().parse(template) if name is not None]
+
+
+def read_meta(path: Path) -> Meta:
+    """Reads meta/ of a dataset; see `lerobot.open_lerobot` for what it raises."""
+    info = _read_info(path)
+    version = str(info.get("codebase_version", "without a version"))
+    faults: list[str] = []
+    if version.startswith("v2."):
+        episodes, tasks = _episodes_v2(path, faults), _tasks_v2(path, faults)
+    elif version.startswith("v3."):
+        episodes, tasks = _episodes_v3(path, faults), _tasks_v3(path, faults)
+    else:
+        raise ValueError(
+            f"{path} is a LeRobot dataset {version}; v2.0, v2.1 and v3.0 are supported; convert it "
+            "with the lerobot package"
+        )
+    # If an episode has several rows, LeRobot takes the last. An episode that should exist but is
+    # not listed stays in the sequence, so that it is counted and reported as unreadable.
+    listed, repeated = {}, set()
+    for row, number in enumerate(episodes["episode_index"].to_pylist()):
+        if number in listed:
+            repeated.add(number)
+        listed[number] = row
+    total = int(info["total_episodes"])
+    findings = []
+    if len(listed) > total:
+        findings.append(
+            f"total_episodes of meta/info.json is {total}, but the list of episodes has "
+            f"{len(listed)}; the list was taken"
+        )
+    texts: dict[int, dict[str, None]] = {}
+    for index, text in tasks:
+        texts.setdefault(index, {})[text] = None
+    return Meta(
+        path=path,
+        version=version,
+        fps=info["fps"],
+        chunks_size=int(info.get("chunks_size") or 1000),
+        templates={key: info[key] for key in ("data_path", "video_path") if info.get(key)},
+        features=info["features"],
+        episodes=episodes,
+        listed=listed,
+        repeated=frozenset(repeated),
+        numbers=sorted(listed.keys() | set(range(total))),
+        tasks={index: tuple(found) for index, found in texts.items()},
+        faults=faults,
+        findings=tuple(findings),
+    )
+
+
+def _read_info(path: Path) -> dict:
+    """The content of meta/info.json; every entry that is needed from it is checked."""
+    file = path / "meta/info.json"
+    if not file.is_file():
+        raise ValueError(f"{path} is not a LeRobot dataset: it has no meta/info.json")
+    try:
+        info = json.loads(file.read_text(encoding="utf-8-sig"))
+        features = info["features"] if isinstance(info.get("features"), dict) else {}
+        dtypes = [f.get("dtype") for f in features.values() if isinstance(f, dict)]
+        complete = (
+            len(features) > 0
+            and isinstance(info.get("data_path"), str)
+            and info.get("fps", 0) > 0
+            and info.get("total_episodes", -1) == int(info.get("total_episodes", 0))
+            and ("video" not in dtypes or isinstance(info.get("video_path"), str))
+        )
+    except (AttributeError, OSError, TypeError, ValueError) as error:
+        why = reason(file, f"{type(error).__name__}: {error}")
+        raise ValueError(f"{file} cannot be read ({why}); copy it again") from error
+    if not complete:
+        raise ValueError(
+            f"{file} must have fps, data_path, total_episodes, features, and video_path if there "
+            "are videos; copy or convert the dataset again"
+        )
+    for key in ("data_path", "video_path"):
+        try:
+            unknown = set(_placeholders(info.get(key) or "")) - set(_PLACEHOLDERS)
+        except ValueError as error:  # such as a single brace
+            raise ValueError(f"{file}: {key} is {info[key]!r} ({error}); correct it") from error
+        if unknown:
+            raise ValueError(
+                f"{file}: {key} is {info[key]!r}, and nothing says what {sorted(unknown)} stands "
+                f"for; the placeholders are {list(_PLACEHOLDERS)}"
+            )
+    return info
+
+
+def sort_features(features: Mapping[str, Any]) -> Features:
+    """The features but the bookkeeping, by how they are stored."""
+    vectors, videos, images, unused = {}, [], [], {}
+    for key, feature in features.items():
+        dtype = feature.get("dtype") if isinstance(feature, dict) else None
+        if key in BOOKKEEPING:
+            continue
+        if not isinstance(dtype, str):
+            unused[key] = "meta/info.json gives it no dtype"
+        elif _is_depth(feature):
+            unused[key] = "meta/info.json says that it is depth, which is not read"
+        elif dtype in ("string", "language"):
+            unused[key] = "it holds text, which is read if the option texts names it"
+        elif dtype == "video":
+            videos.append(key)
+        elif dtype == "image":
+            images.append(key)
+        else:
+            vectors[key] = _shape(feature.get("shape"))
+    return Features(vectors, videos, images, unused)
+
+
+def _shape(given: Any) -> tuple[int, ...] | None:
+    sizes = given if isinstance(given, list) else [given]
+    whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
+    return tuple(sizes) if whole else None
+
+
+def _is_depth(feature: Mapping) -> bool:
+    found = [feature, *(feature.get(key) for key in ("info", "video_info"))]
+    infos = [info for info in found if isinstance(info, dict)]
+    marked = any(info.get("is_depth_map") or info.get("video.is_depth_map") for info in infos)
+    formats = [str(info.get("video.pix_fmt") or info.get("pix_fmt") or "") for info in infos]
+    return marked or any(name.startswith("gray1") for name in formats)  # gray10le, ...
+
+
+def _episodes_v2(path: Path, faults: list[str]) -> pa.Table:
+    file = path / "meta/episodes.jsonl"
+    if not file.is_file():
+        raise ValueError(f"{path} is incomplete: meta/episodes.jsonl is missing; copy it again")
+
+    def row(line: dict) -> dict:
+        tasks = [str(text) for text in line.get("tasks") or ()]
+        index, length = int(line["episode_index"]), int(line["length"])
+        return {"episode_index": index, "length": length, "tasks": tasks}
+
+    kinds = {"episode_index": pa.int64(), "length": pa.int64(), "tasks": pa.list_(pa.string())}
+    rows = _read_lines(file, row, faults)
+    if not rows and faults:
+        raise ValueError(f"{path} has no readable list of episodes ({faults[0]})")
+    return pa.Table.from_pylist(rows, pa.schema(kinds))  # far smaller than a list of dicts
+
+
+def _tasks_v2(path: Path, faults: list[str]) -> list[tuple[int, str]]:
+    def row(line: dict) -> tuple[int, str]:
+        if not isinstance(line["task"], str):
+            raise ValueError(f"task is {line['task']!r}, not a text")
+        return int(line["task_index"]), line["task"]
+
+    return _read_lines(path / "meta/tasks.jsonl", row, faults)
+
+
+def _read_lines(file: Path, row: Callable[[dict], Any], faults: list[str]) -> list:
+    """The rows of a JSONL file; the first bad lines are added to `faults`."""
+    if not file.is_file():
+        faults.append(f"{file} is missing")
+        return []
+    lines = file.read_bytes().removeprefix(b"\xef\xbb\xbf").splitlines()
+    if (why := reason(file, "")) and lines:  # a placeholder has lines, too
+        faults.append(f"{file}: {why}")
+        return []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            rows.append(row(json.loads(line.decode("utf-8"))))
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            if len(faults) < 5:
+                faults.append(f"{file} line {number}: {type(error).__name__}: {error}")
+    return rows
+
+
+def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
+    tables = []
+    for file in sorted((path / "meta/episodes").glob("chunk-*/file-*.parquet")):
+        try:
+            # The statistics are most of the file.
+            names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
+            table = pq.read_table(file, columns=names)
+            tables.append(table.cast(table.schema.remove_metadata()))
+        except (OSError, pa.ArrowException) as error:
+            faults.append(f"{file} is damaged: {reason(file, error)}")
+    if not tables:
+        found = "; ".join(faults) or "no parquet files under meta/episodes"
+        raise ValueError(f"{path} is incomplete: {found}; copy it again")
+    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    if missing := {"episode_index", "length"} - set(table.column_names):
+        raise ValueError(f"{path}/meta/episodes has no {sorted(missing)}; convert it again")
+    for key in ("episode_index", "length"):
+        if not pa.types.is_integer(table[key].type) or table[key].null_count:
+            raise ValueError(f"{path}/meta/episodes: not every {key} is an integer")
+    return table
+
+
+def _tasks_v3(path: Path, faults: list[str]) -> list[tuple[int, str]]:
+    """(task_index, text) from tasks.parquet, a data frame of pandas.
+
+    The text is the column "task" or the index, which may have another name or none. Other columns
+    hold other things, such as categories or short names.
+    """
+    file = path / "meta/tasks.parquet"
+    try:
+        table = pq.read_table(file)
+    except (OSError, pa.ArrowException) as error:
+        faults.append(f"{file} cannot be read: {reason(file, error)}")
+        return []
+    named = [n for n in _pandas_index(table) if n in table.column_names and n != "task"]
+    texts = [n for n in ("task", *named) if n in table.column_names and _is_text(table[n].type)]
+    if "task_index" not in table.column_names or not texts or (texts[0] != "task" and texts[1:]):
+        faults.append(
+            f"{file} has the columns {table.column_names}, but must have task_index and the text "
+            "as the column task or as the index of pandas"
+        )
+        return []
+    rows = zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())
+    return [(int(index), text) for index, text in rows if index is not None and text is not None]
+
+
+def _pandas_index(table: pa.Table) -> list[str]:
+    """The columns that were the index of the data frame."""
+    try:
+        described = json.loads((table.schema.metadata or {})[b"pandas"])
+        return [name for name in described["index_columns"] if isinstance(name, str)]
+    except (KeyError, TypeError, ValueError):
+        return [_UNNAMED]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):  # pandas' categories
+        kind = kind.value_type
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
