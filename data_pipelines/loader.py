@@ -7,8 +7,10 @@
 import hashlib
 import itertools
 import logging
+import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import grain
 import numpy as np
@@ -26,6 +28,109 @@ Window = dict[str, np.ndarray]
 log = logging.getLogger(__name__)
 
 
+class Batches(Iterator[Window]):
+    """Endless batches of a mixture, for one process; see `make_loader`.
+
+    Its position (`get_state`, `set_state`) counts samples, whatever was prefetched. Batch size,
+    processes, devices and threads can change with a resume, and each sample is still seen once in
+    every epoch of its dataset. With other weights each dataset goes on where it was.
+    """
+
+    def __init__(
+        self,
+        mixture: Callable[[Mapping[str, int]], grain.MapDataset],
+        order: Mapping[str, Any],
+        batch_size: int,
+        rows: Sequence[int],
+        options: grain.ReadOptions,
+    ):
+        """Begins with the first sample.
+
+        Args:
+            mixture: from the place at which each dataset begins to the samples from there on.
+            order: what decides the order of the samples: `seed`, `episodes_per_task`, and
+                `weights` by the names of the datasets.
+            batch_size, rows: as of `make_loader`.
+            options: threads and prefetched batches.
+        """
+        self._mixture, self._order, self._options = mixture, dict(order), options
+        self._batch_size, self._rows = batch_size, rows
+        self._names = list(order["weights"])
+        self._first: dict[str, int] = {}
+        self._begin(dict.fromkeys(self._names, 0), 0)
+
+    def _begin(self, first: dict[str, int], samples: int) -> None:
+        if first != self._first:
+            self._first, self._source = first, self._mixture(first)
+        self._samples, self._iterator = samples, None
+
+    def __next__(self) -> Window:
+        if self._iterator is None:  # not before, since the position may be moved first
+            self._iterator = self._read_from(self._samples)
+        batch = next(self._iterator)
+        self._samples += self._batch_size
+        return batch
+
+    def _read_from(self, start: int) -> Iterator[Window]:
+        mixture = self._source
+
+        def read(number: int) -> Window:
+            batch: Window = {}
+            for place, row in enumerate(self._rows):
+                for key, value in mixture[start + number * self._batch_size + row].items():
+                    if place == 0:  # not `np.stack`: a second copy would cost as much again
+                        batch[key] = np.empty((len(self._rows), *np.shape(value)), np.float32)
+                    batch[key][place] = value
+            return batch
+
+        batches = grain.MapDataset.range((len(mixture) - start) // self._batch_size).map(read)
+        # Threads suffice: reading releases the interpreter lock, and decoding copies nothing.
+        return iter(batches.to_iter_dataset(self._options))
+
+    def get_state(self) -> dict[str, Any]:
+        """The position after the last batch, the same in all processes."""
+        return {"samples": self._samples, "first": self._first, **self._order}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Moves to a position.
+
+        Raises:
+            ValueError: it belongs to another order of the data.
+        """
+        if "next_index" in state:  # of an earlier version, in batches
+            start = self._batch_size * state["next_index"]
+            self._begin(dict.fromkeys(self._names, 0), start)
+            return
+        before = {**state, "weights": sorted(state["weights"])}
+        now = {**self._order, "weights": sorted(self._names)}
+        changed = [
+            f"{setting} is {before[name]!r} there, {now[name]!r} here"
+            for name, setting in _ORDER.items()
+            if before[name] != now[name]
+        ]
+        if changed:
+            raise ValueError(
+                f"this run would read its data in another order than its checkpoint did: "
+                f"{'; '.join(changed)}. Set that back, or begin another run with config.init_from."
+            )
+        first, samples = {name: state["first"][name] for name in self._names}, state["samples"]
+        if state["weights"] != self._order["weights"]:
+            # From here on another mixture, of what is left of each dataset.
+            weights = [state["weights"][name] for name in self._names]
+            taken = samples_of_each(weights, samples)
+            first = {name: first[name] + n for name, n in zip(self._names, taken)}
+            samples = 0
+        self._begin(first, samples)
+
+
+# What decides the order of the samples -> the setting.
+_ORDER = {
+    "seed": "training.seed",
+    "episodes_per_task": "training.episodes_per_task",
+    "weights": "the list of datasets",
+}
+
+
 def make_loader(
     datasets: Sequence[RecordDataset],
     weights: Sequence[float],
@@ -40,12 +145,10 @@ def make_loader(
     rows: Sequence[int] | None = None,
     num_threads: int = 4,
     prefetch_batches: int = 8,
-) -> grain.DatasetIterator:
+) -> Batches:
     """Endless batches for one process.
 
-    Global batch n is elements n * batch_size, ... of the mixture. The only state (`get_state`,
-    `set_state`) is the number of the next batch, whatever was prefetched, so a run resumes with the
-    same samples on any number of processes.
+    Global batch n is elements n * batch_size, ... of the mixture, whatever the number of processes.
 
     Args:
         datasets, weights, seed, split, normalizers, episodes_per_task, mask_padding: see
@@ -60,24 +163,16 @@ def make_loader(
         An iterator over the dicts of `record_mixture`, batched, all float32.
     """
     further = dict(mask_padding=mask_padding, max_bad_share=max_bad_share)
-    mixture = record_mixture(
-        datasets, weights, seed, split, normalizers, episodes_per_task, **further
-    )
+
+    def mixture(first: Mapping[str, int]) -> grain.MapDataset:
+        chosen = normalizers, episodes_per_task, [first.get(d.name, 0) for d in datasets]
+        return record_mixture(datasets, weights, seed, split, *chosen, **further)
+
+    order = dict(seed=seed, episodes_per_task=episodes_per_task)
+    order["weights"] = {d.name: float(weight) for d, weight in zip(datasets, weights)}
     chosen = range(batch_size) if rows is None else [int(row) for row in rows]
-
-    def read(number: int) -> dict[str, np.ndarray]:
-        batch: dict[str, np.ndarray] = {}
-        for place, row in enumerate(chosen):
-            for key, value in mixture[number * batch_size + row].items():
-                if place == 0:  # not `np.stack`: a second copy would cost as much again
-                    batch[key] = np.empty((len(chosen), *np.shape(value)), np.float32)
-                batch[key][place] = value
-        return batch
-
-    batches = grain.MapDataset.range(len(mixture) // batch_size).map(read)
-    # Threads suffice: reading releases the interpreter lock, and decoding copies nothing.
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
-    return iter(batches.to_iter_dataset(options))
+    return Batches(mixture, order, batch_size, chosen, options)
 
 
 def record_mixture(
@@ -87,6 +182,7 @@ def record_mixture(
     split: str,
     normalizers: Normalizers | None = None,
     episodes_per_task: PerTask = None,
+    first: Sequence[int] | None = None,
     *,
     mask_padding: bool = False,
     max_bad_share: float = 0.05,
@@ -104,6 +200,7 @@ def record_mixture(
         split: "train" or "validation".
         normalizers: also yield actions and proprio, normalised; None for video alone.
         episodes_per_task: number of episodes per distinct instruction; see `episode.kept`.
+        first: the place at which each dataset begins; None for the beginning.
         mask_padding: also mask the time steps past an episode's end (the release learns them).
         max_bad_share: the share of damaged records above which the stream raises an error.
 
@@ -120,7 +217,7 @@ def record_mixture(
     samples, remedy = f"samples of the {split} split", "Encode those files again"
     bad = BadShare(max_bad_share, samples, LEAST_SAMPLES, remedy)
 
-    def stream(dataset: RecordDataset) -> grain.MapDataset:
+    def stream(dataset: RecordDataset, start: int) -> grain.MapDataset:
         indices = dataset.record_indices(split, episodes_per_task, seed)
         if len(indices) == 0:
             raise ValueError(
@@ -140,10 +237,31 @@ def record_mixture(
             text = dataset.text(int(record["text"]))
             return {"latents": record["latents"], "text": text} | vectors(record)
 
-        return grain.MapDataset.range(len(order)).map(window)
+        return grain.MapDataset.range(start, len(order)).map(window)
 
-    streams = [stream(dataset) for dataset in datasets]
+    streams = [
+        stream(dataset, start) for dataset, start in zip(datasets, first or [0] * len(datasets))
+    ]
+    return _mix(streams, weights)
+
+
+def _mix(streams: Sequence[grain.MapDataset], weights: Sequence[float]) -> grain.MapDataset:
     return grain.MapDataset.mix(streams, list(weights)) if len(streams) > 1 else streams[0]
+
+
+def samples_of_each(weights: Sequence[float], samples: int) -> list[int]:
+    """How many of the first samples of a mixture came from each dataset."""
+    places = [
+        grain.MapDataset.range(sys.maxsize).map(lambda place, i=i: (i, place))
+        for i in range(len(weights))
+    ]
+    mixture, taken = _mix(places, weights), {}
+    for number in reversed(range(samples)):  # the last sample of each tells its number
+        i, place = mixture[number]
+        taken.setdefault(i, place + 1)
+        if len(taken) == len(weights):
+            break
+    return [taken.get(i, 0) for i in range(len(weights))]
 
 
 def _reader(

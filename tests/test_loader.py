@@ -1,5 +1,6 @@
 """The loader: determinism, exact restart, parts of a batch, mixing, the order of samples."""
 
+import json
 from collections import Counter
 
 import numpy as np
@@ -91,6 +92,57 @@ def test_a_state_survives_a_change_of_process_count(datasets):
     half = {key: value[4:] for key, value in next(whole).items()}
     _assert_equal([next(second)], [half])
     assert second.get_state() == whole.get_state()
+
+
+def test_a_state_survives_a_change_of_batch_size(datasets):
+    """Also of one that is no multiple: what comes next is what would have come."""
+    straight = ids(take(_loader(datasets, weights=[3.0, 1.0]), 60))
+    seen, state = [], None
+    for size, batches in ((8, 5), (16, 3), (4, 7), (6, 4), (16, 4)):
+        loader = _loader(datasets, weights=[3.0, 1.0], batch_size=size)
+        if state is not None:
+            loader.set_state(json.loads(json.dumps(state, sort_keys=True)))
+        seen += ids(take(loader, batches))
+        state = loader.get_state()
+    assert seen == straight[: len(seen)] and len(seen) == 204
+
+
+def test_other_weights_go_on_with_what_is_left_of_each_dataset(datasets):
+    seen, state = [], None
+    for weights, batches in (([3.0, 1.0], 9), ([1.0, 5.0], 4), ([1.0, 5.0], 3), ([1.0, 1.0], 20)):
+        loader = _loader(datasets, weights=weights)
+        if state is not None:
+            loader.set_state(state)
+        seen += ids(take(loader, batches))
+        state = loader.get_state()
+    assert sum(number == 1 for number, _ in seen[:72]) == 54
+    assert sum(number == 1 for number, _ in seen[72 : 72 + 56]) == pytest.approx(56 / 6, abs=1)
+    for number, dataset in enumerate(datasets, start=1):
+        own = [index for which, index in seen if which == number]
+        alone = ids(take(_loader([dataset], batch_size=1), len(own)))
+        assert own == [index for _, index in alone]
+
+
+def test_a_state_of_another_order_is_refused(datasets):
+    state = _loader(datasets).get_state()
+    for change, setting in (
+        (dict(seed=4), "training.seed is 3 there, 4 here"),
+        (dict(episodes_per_task=2), "training.episodes_per_task is None there, 2 here"),
+    ):
+        with pytest.raises(ValueError, match="in another order") as error:
+            _loader(datasets, **change).set_state(state)
+        assert setting in str(error.value)
+    with pytest.raises(ValueError, match="the list of datasets is"):
+        _loader(datasets[:1]).set_state(state)
+
+
+def test_a_state_of_an_earlier_version_is_read(datasets):
+    """It counted batches."""
+    loader, fresh = _loader(datasets), _loader(datasets)
+    take(loader, 7)
+    fresh.set_state({"next_index": 7})
+    assert fresh.get_state() == loader.get_state()
+    _assert_equal([next(fresh)], [next(loader)])
 
 
 def test_weights_are_frequencies_not_sizes(datasets):

@@ -6,18 +6,29 @@ a description of the run (`describe`), which is compared when the run continues.
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
 from mvjax.training.bridge import COMPUTE_SETTINGS, abstract_params, restore_params
-from mvjax.training.checkpoint import CheckpointMismatch, Store, library_versions
+from mvjax.training.checkpoint import (
+    Arrays,
+    CheckpointMismatch,
+    Store,
+    check_match,
+    leaf_paths,
+    library_versions,
+    read_json,
+)
 from mvjax.training.objectives import Stage
 from mvjax.training.step import TrainState, create_state
 
@@ -28,6 +39,8 @@ _NETWORKS = ("clip", "video_model", "lora", "text", "context_layer", "decoder", 
 # ... and how they were trained.
 _RECIPE = ("flow", "optimizer", "init_from", "backbone")
 _TRAINING = ("batch_size", "seed", "ema_decay", "episodes_per_task")
+# What decides which samples a batch holds.
+_ORDER = ("batch_size", "seed", "episodes_per_task")
 
 
 def first_state(
@@ -56,13 +69,17 @@ def first_state(
         loader: Grain iterator, moved to the stored position when continuing.
         meta: Of `describe`, compared with what is stored.
     """
-    restored = store.restore(abstract)
+    carried: list[str] = []
+    restored = store.restore(abstract, partial(_carry_over, meta["config"], carried))
     if restored is not None:
         _check_same_data(restored.meta, meta)
         changes = differences(restored.meta.get("config", {}), meta["config"])
         log_once(f"continuing {store.folder.parent} at step {int(restored.state.step)}.")
         if changes:
             log_once(f"settings changed since that checkpoint: {'; '.join(changes)}.")
+        _check_position(restored.position, restored.meta.get("config", {}), meta["config"])
+        for line in dict.fromkeys(carried):
+            log_once(line)
         loader.set_state(restored.position)
         return restored.state
     config, seed, params = experiment.config, int(experiment.config.training.seed), None
@@ -70,6 +87,71 @@ def first_state(
         log_once(f"starting from the parameters of {config.init_from}.")
         params = _initial_params(Path(config.init_from), abstract.params)
     return create_state(stage, optimizer, abstract, seed, params)
+
+
+def _carry_over(
+    config: Mapping[str, Any], said: list[str], where: Path, stored: Arrays, abstract: Arrays
+) -> tuple[Arrays, Callable[[Arrays], Arrays]]:
+    """How a checkpoint becomes the state of a run whose settings may be others.
+
+    The parameters and those that learn must be the same. A moving average that is new begins with
+    the parameters; one that is not wanted any more is left out.
+
+    Args:
+        config: Of this run.
+        said: Receives a sentence about what is begun or left out.
+        where, stored, abstract: See `checkpoint.Adapt`.
+    """
+
+    def part(item: str) -> Arrays:
+        return {name: leaf for name, leaf in stored.items() if name.partition("/")[0] == item}
+
+    try:
+        check_match(part("params"), leaf_paths({"params": abstract["params"]}), where)
+    except CheckpointMismatch as error:
+        raise CheckpointMismatch(f"{error}{_others(where, config, _NETWORKS)}") from None
+    wanted, optimizer = dict(abstract), abstract["opt_state"]
+    # Earlier versions had no state of the clipping where optimizer.clip_norm was 0.
+    if unclipped := "opt_state/inner/0/count" in stored:
+        wanted["opt_state"] = optimizer._replace(inner=optimizer.inner[1:])
+    if part("opt_state").keys() != leaf_paths({"opt_state": wanted["opt_state"]}).keys():
+        raise CheckpointMismatch(
+            f"the optimizer of {where} is another one than here, or trains other parameters"
+            f"{_others(where, config, ('optimizer', 'lora'))}; use the settings it was made with, "
+            "or start in a new directory with config.init_from."
+        )
+    averaged = bool(part("ema"))
+    if averaged != bool(abstract["ema"]):
+        del wanted["ema"]
+        said.append(
+            "training.ema_decay is 0: the moving average of before is left out."
+            if averaged
+            else "training.ema_decay was 0: a moving average begins with these parameters."
+        )
+
+    def complete(arrays: Arrays) -> Arrays:
+        made = {"ema": {}, **arrays}
+        if unclipped:
+            state = arrays["opt_state"]
+            made["opt_state"] = state._replace(inner=(optimizer.inner[0], *state.inner))
+        if abstract["ema"] and not averaged:
+            learning = flatten_dict(abstract["ema"])
+            params, _ = split(arrays["params"], lambda path: path in learning)
+            made["ema"] = jax.tree.map(jnp.copy, params)  # both are donated to the step
+        return made
+
+    return wanted, complete
+
+
+def _others(where: Path, config: Mapping[str, Any], sections: Sequence[str]) -> str:
+    """The settings of these sections that differ from those of a checkpoint, for a message."""
+    before = read_json(where / "meta").get("config", {})
+    found = [
+        sentence
+        for name in sections
+        for sentence in differences(before.get(name), config.get(name), name)
+    ]
+    return f" ({'; '.join(found)})" if found else ""
 
 
 def check_finished(
@@ -138,6 +220,27 @@ def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
         raise CheckpointMismatch(
             "normalizer.json has been changed since the run was trained with it: bring the file "
             "back, or start a new directory."
+        )
+
+
+def _check_position(position: Any, stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Refuses a position of earlier versions, in batches, if these hold other samples now."""
+    if not (isinstance(position, dict) and "next_index" in position):
+        return
+    before, after = (
+        {
+            "training": {k: v for k, v in config.get("training", {}).items() if k in _ORDER},
+            "datasets": {
+                k: {"weight": d.get("weight")} for k, d in config.get("datasets", {}).items()
+            },
+        }
+        for config in (stored, now)
+    )
+    if different := differences(before, after):
+        raise CheckpointMismatch(
+            f"this checkpoint counts its data in batches, which hold other samples now: "
+            f"{'; '.join(different)}. Set that back, at least until the next checkpoint, which "
+            "counts samples."
         )
 
 

@@ -4,13 +4,12 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-import grain
 import jax
 from jax.sharding import NamedSharding
 
 from data_pipelines.atomic import wait_until
 from data_pipelines.episode import PerTask
-from data_pipelines.loader import make_loader
+from data_pipelines.loader import Batches, make_loader
 from data_pipelines.normalize import (
     Normalizers,
     data_fingerprint,
@@ -60,7 +59,7 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
     choice = (settings.episodes_per_task, settings.seed, mask_padding)
     normalizers = _normalizers(datasets, choice, workdir) if acting else None
 
-    def batches(split: str, batch_size: int, **reading: int) -> grain.DatasetIterator:
+    def batches(split: str, batch_size: int, **reading: int) -> Batches:
         return make_loader(
             datasets,
             [d.weight for d in chosen],
