@@ -1,4 +1,5 @@
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -174,6 +175,16 @@ def test_other_data_is_refused_and_changed_settings_are_logged(straight, tmp_pat
     config.optimizer.weight_decay = 0.0
     train_toy(tmp_path, config, meta={"data_fingerprint": "a"})
     assert "optimizer.weight_decay is 0.1 there, 0.0 here" in caplog.text
+
+
+@pytest.mark.parametrize(("setting", "value"), [("batch_size", 16), ("batch_size", 4), ("seed", 4)])
+def test_a_position_in_batches_does_not_fit_other_batches(straight, tmp_path, setting, value):
+    """As checkpoints of earlier versions store it; the loader's own position counts samples."""
+    shutil.copytree(straight, tmp_path / "copy")
+    config = toy_config(steps=6, **{setting: value})
+    loader = toy_loader(config.training.batch_size)
+    with pytest.raises(CheckpointMismatch, match=f"training.{setting} is . there, {value} here"):
+        train_toy(tmp_path / "copy", config, loader=loader)
 
 
 def test_a_finished_run_with_other_settings_is_not_trained_again(tmp_path, caplog):

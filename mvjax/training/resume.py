@@ -73,6 +73,7 @@ def first_state(
     restored = store.restore(abstract, partial(_carry_over, meta["config"], carried))
     if restored is not None:
         _check_same_data(restored.meta, meta)
+        _check_same_networks(restored.meta, meta, f"the run in {store.folder.parent}")
         changes = differences(restored.meta.get("config", {}), meta["config"])
         log_once(f"continuing {store.folder.parent} at step {int(restored.state.step)}.")
         if changes:
@@ -168,13 +169,8 @@ def check_finished(
         CheckpointMismatch: If data, stage or networks are not those of the finished run.
     """
     _check_same_data(stored, now)
+    _check_same_networks(stored, now, f"{workdir} is trained to step {step}, but it")
     before, after = _identifying_settings(stored), _identifying_settings(now)
-    networks = differences(before["networks"], after["networks"])
-    if networks:
-        raise CheckpointMismatch(
-            f"{workdir} is trained to step {step}, but with other settings: "
-            f"{'; '.join(networks)}; use those, or a new --workdir."
-        )
     recipe = differences(before["recipe"], after["recipe"])
     other = f", with other settings ({'; '.join(recipe)}): not trained again" if recipe else ""
     log_once(f"{workdir} is already trained to step {step}{other}.")
@@ -239,8 +235,18 @@ def _check_position(position: Any, stored: Mapping[str, Any], now: Mapping[str, 
     if different := differences(before, after):
         raise CheckpointMismatch(
             f"this checkpoint counts its data in batches, which hold other samples now: "
-            f"{'; '.join(different)}. Set that back, at least until the next checkpoint, which "
-            "counts samples."
+            f"{'; '.join(different)}. Set that back; the next checkpoint counts samples, for which "
+            "the batch size and the weights may change."
+        )
+
+
+def _check_same_networks(stored: Mapping[str, Any], now: Mapping[str, Any], run: str) -> None:
+    """Networks of equal widths may still be others: a layer, an offset in time, a LoRA scale."""
+    before, after = (_identifying_settings(meta)["networks"] for meta in (stored, now))
+    if networks := differences(before, after):
+        raise CheckpointMismatch(
+            f"{run} has other settings: {'; '.join(networks)}; use those, or a new directory "
+            "(config.init_from begins with the parameters of another run)."
         )
 
 
