@@ -69,15 +69,15 @@ def display(frame: av.VideoFrame, stream: av.VideoStream) -> Display:
     deep = max((component.bits for component in colours), default=8)
     if (len(colours) == 1 and deep > 8) or deep > 16:
         raise ValueError(
-            f"its pictures are {kind.name}, {len(colours)} channel(s) of {deep} bits, such as "
-            "depth; 8-bit colours are expected"
+            f"its frames are {kind.name}, {len(colours)} channel(s) of {deep} bits, such as depth, "
+            "where 8-bit grey or colours are expected; convert it"
         )
     try:
         rgb = frame.reformat(format="rgb24")
     except av.FFmpegError as error:
         raise ValueError(
             f"its colours cannot be converted to RGB ({kind.name}, colour matrix "
-            f"{int(frame.colorspace)} of H.273: {error.strerror})"
+            f"{int(frame.colorspace)} of H.273: {error.strerror}); encode it again with BT.709"
         ) from error
     height, width = rgb.height, rgb.width
     if orientation(frame).transposed:

@@ -118,8 +118,8 @@ def to_rgb(picture: Image.Image) -> np.ndarray:
     """
     if picture.mode.startswith(("I", "F")):
         raise NotOpaqueColour(
-            f"one channel of more than 8 bits (Pillow's mode {picture.mode}), such as depth; "
-            "8-bit grey or colours are expected"
+            f"one channel of more than 8 bits (Pillow's mode {picture.mode}), such as depth, where "
+            "8-bit grey or colours are expected; convert it"
         )
     if "A" in picture.getbands() or "transparency" in picture.info:
         least, most = picture.convert("RGBA").getchannel("A").getextrema()
