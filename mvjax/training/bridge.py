@@ -29,12 +29,14 @@ from mvjax.models.presets import video_network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, sharding_tree
 from mvjax.training.checkpoint import (
+    CheckpointDamaged,
     CheckpointMismatch,
     check_match,
     checkpoint_folder,
     damage_reported,
     leaf_paths,
     read_arrays,
+    read_json,
     stored_tree,
 )
 
@@ -90,9 +92,9 @@ def _check_digest(where: Path, restored: Mapping[str, Any], stored: Mapping[str,
     # Of arrays in another dtype than stored, the digest is another one.
     if any(leaf.dtype != stored[name].dtype for name, leaf in restored.items()):
         return
-    saved = ocp.JsonCheckpointHandler().restore(where / "meta").get("digest")
+    saved = read_json(where / "meta").get("digest")
     if saved and saved != (found := digest(restored)):
-        raise ValueError(
+        raise CheckpointDamaged(
             f"its parameters have the digest {found}, but {saved} when they were saved: a file was "
             "changed, or belongs to another checkpoint"
         )
@@ -115,8 +117,7 @@ def read_meta(directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """The description stored with a checkpoint: configuration, versions, data, normalizer."""
     where = step_folder(directory, step)
     with damage_reported(where):
-        # Not a Checkpointer: it asks for devices, and processes may not have met yet.
-        return ocp.JsonCheckpointHandler().restore(where / "meta")
+        return read_json(where / "meta")
 
 
 def step_folder(directory: Path, step: int | None) -> Path:

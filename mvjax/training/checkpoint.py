@@ -10,20 +10,27 @@ import dataclasses
 import errno
 import importlib.metadata
 import json
+import logging
 import os
+import re
 import shutil
+import time
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
+from mvjax.identity import digest
 from mvjax.parallel import everywhere
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 SPARE_BYTES = 8 << 20  # metadata and the loader's position, beside the arrays
@@ -34,8 +41,12 @@ class CheckpointMismatch(ValueError):
     """A readable checkpoint that does not fit the run; the message says what to change."""
 
 
-# Errors that do not mean that a checkpoint is damaged.
-_NOT_DAMAGE = (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError)
+class CheckpointDamaged(ValueError):
+    """What is read is not what was saved."""
+
+
+class CheckpointDeleted(FileNotFoundError):
+    """A checkpoint was deleted while it was read."""
 
 
 class Restored(NamedTuple):
@@ -44,6 +55,21 @@ class Restored(NamedTuple):
     state: Any
     position: Any
     meta: dict[str, Any]
+
+
+Arrays = Mapping[str, Any]
+
+# (a checkpoint's folder, its leaves by path, the items of the abstract state) -> (the items that
+# are read, and how those of the state are made from them). Raises CheckpointMismatch.
+Adapt = Callable[[Path, Arrays, Arrays], tuple[Arrays, Callable[[Arrays], Arrays]]]
+
+
+def as_stored(
+    where: Path, stored: Arrays, abstract: Arrays
+) -> tuple[Arrays, Callable[[Arrays], Arrays]]:
+    """Adapts nothing: the checkpoint must have exactly the leaves of the abstract state."""
+    check_match(stored, leaf_paths(abstract), where)
+    return abstract, lambda arrays: arrays
 
 
 class Store:
@@ -78,12 +104,9 @@ class Store:
         return self._manager.latest_step()
 
     def meta(self, step: int) -> dict[str, Any] | None:
-        """The description of the run stored at a step; None if that cannot be read."""
-        try:
-            found = ocp.JsonCheckpointHandler().restore(self.folder / str(step) / "meta")
-        except Exception:  # `restore` reports what is wrong, and goes back a step
-            found = None
-        return found if everywhere(found is not None) else None
+        """The description of the run stored at a step; None if that is damaged."""
+        # `restore` reports what is damaged, and goes back a step.
+        return self._attempt(step, lambda where: read_json(where / "meta"))[0]
 
     def save(self, step: int, state: Any, position: Any, meta: Mapping[str, Any]) -> None:
         """Starts writing a checkpoint; returns once the arrays are copied off the devices.
@@ -99,6 +122,7 @@ class Store:
             OSError: If the disk has no room for it (ENOSPC), before anything is written.
         """
         arrays = vars(state)
+        meta = {**meta, "digests": {n: digest(leaf_paths(tree)) for n, tree in arrays.items()}}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
         # Orbax writes in background threads, whose errors are many and come late.
         if not everywhere(shutil.disk_usage(self.folder).free >= size + SPARE_BYTES):
@@ -111,15 +135,20 @@ class Store:
             args=ocp.args.Composite(
                 state=ocp.args.PyTreeSave(arrays),
                 data=ocp.args.JsonSave(stored),
-                meta=ocp.args.JsonSave(dict(meta)),
+                meta=ocp.args.JsonSave(meta),
             ),
         )
 
-    def restore(self, abstract: Any) -> Restored | None:
-        """Reads the newest readable checkpoint onto the shardings and dtypes of `abstract`.
+    def restore(self, abstract: Any, adapt: Adapt = as_stored) -> Restored | None:
+        """Reads the newest sound checkpoint onto the shardings and dtypes of `abstract`.
 
-        A step that cannot be read (cut off or damaged) is set aside as `damaged_<step>` with a
-        warning, and the one before is used.
+        A step that is proven to be damaged (cut off, or other bytes than were saved) is set aside
+        as `damaged_<step>` with a warning, and the one before is used. Whatever else keeps it from
+        being read, such as the network, permissions or memory, is an error that changes nothing.
+
+        Args:
+            abstract: The state as shapes.
+            adapt: For a state whose layout may be another one than the checkpoint's.
 
         Returns:
             The checkpoint, or None if the directory has none.
@@ -130,17 +159,14 @@ class Store:
         """
         damaged: dict[int, Exception] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
-            failure = restored = None
-            try:
-                restored = self._restore_step(step, abstract)
-            except _NOT_DAMAGE:
-                raise
-            except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
-                failure = error
-            if everywhere(failure is None):  # each process reads its own part
+            read, failure = self._attempt(step, lambda where: _read(where, vars(abstract), adapt))
+            if read is not None:
+                failure = _other_arrays(read)  # all processes together
+            if read is not None and failure is None:
                 self._set_aside(damaged)
-                return restored
-            damaged[step] = failure or OSError("another process cannot read its part")
+                state = dataclasses.replace(abstract, **read.complete(read.arrays))
+                return Restored(state, read.position, read.meta)
+            damaged[step] = failure
         if damaged:
             error = next(iter(damaged.values()))
             raise OSError(
@@ -149,19 +175,22 @@ class Store:
             ) from error
         return None
 
-    def _restore_step(self, step: int, abstract: Any) -> Restored:
-        where, wanted = self.folder / str(step), vars(abstract)
-        check_match(leaf_paths(stored_tree(where)), leaf_paths(wanted), where)
-        arrays = read_arrays(where, wanted)
-        data = where / "data"
-        # Earlier versions wrote one file per process, all with the same content.
-        if earlier := next(data.glob("process_0-of-*.json"), None):
-            stored = json.loads(earlier.read_text())
-        else:
-            stored = ocp.JsonCheckpointHandler().restore(data)
-        position = stored["bytes"].encode("latin-1") if "bytes" in stored else stored["json"]
-        meta = ocp.JsonCheckpointHandler().restore(where / "meta")
-        return Restored(dataclasses.replace(abstract, **arrays), position, meta)
+    def _attempt(
+        self, step: int, read: Callable[[Path], T]
+    ) -> tuple[T, None] | tuple[None, Exception]:
+        """Reads in every process its own part: what was read, or the damage that one has found."""
+        where, found, failure = self.folder / str(step), None, None
+        try:
+            found = read(where)
+        except Exception as error:
+            failure = error
+        if not everywhere(failure is None or is_damage(failure)):
+            if failure is None or is_damage(failure):
+                raise OSError(f"another process cannot read its part of {where}.")
+            raise unreadable(where, failure) from failure
+        if everywhere(failure is None):
+            return found, None
+        return None, failure or OSError("another process has found damage in its part")
 
     def _set_aside(self, damaged: Mapping[int, Exception]) -> None:
         for step, error in damaged.items():
@@ -204,7 +233,13 @@ def library_versions() -> dict[str, str]:
 
 def stored_tree(where: Path) -> dict[str, Any]:
     """Shapes and dtypes in `<step>/state`, as a nested dict; no array is read."""
-    return ocp.PyTreeCheckpointHandler().metadata(where / "state").tree
+    return patiently(lambda: ocp.PyTreeCheckpointHandler().metadata(where / "state").tree)
+
+
+def read_json(item: Path) -> Any:
+    """The JSON of an item such as `<step>/meta`."""
+    # Not a Checkpointer: it asks for devices, and processes may not have met yet.
+    return patiently(lambda: ocp.JsonCheckpointHandler().restore(item))
 
 
 def read_arrays(where: Path, wanted: Any, partial: bool = False) -> Any:
@@ -220,13 +255,15 @@ def read_arrays(where: Path, wanted: Any, partial: bool = False) -> Any:
     """
     # The handler itself: unlike Orbax's manager it does not wait for other processes, which may
     # have found their part damaged.
-    restored = ocp.PyTreeCheckpointHandler().restore(
-        where / "state",
-        args=ocp.args.PyTreeRestore(
-            item=wanted,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
-            partial_restore=partial,
-        ),
+    restored = patiently(
+        lambda: ocp.PyTreeCheckpointHandler().restore(
+            where / "state",
+            args=ocp.args.PyTreeRestore(
+                item=wanted,
+                restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+                partial_restore=partial,
+            ),
+        )
     )
     # For a leaf that it does not find, Orbax returns a placeholder and no error.
     absent = [
@@ -235,6 +272,47 @@ def read_arrays(where: Path, wanted: Any, partial: bool = False) -> Any:
     if absent:
         raise CheckpointMismatch(f"{where} holds no array for {', '.join(absent[:SHOWN])}.")
     return restored
+
+
+class _Read(NamedTuple):
+    """What was read of a checkpoint, and how it becomes a state."""
+
+    arrays: Arrays
+    complete: Callable[[Arrays], Arrays]
+    position: Any
+    meta: dict[str, Any]
+    digests: dict[str, str]  # of those items that were read as they were saved
+
+
+def _read(where: Path, abstract: Arrays, adapt: Adapt) -> _Read:
+    stored = leaf_paths(stored_tree(where))
+    asked, complete = adapt(where, stored, abstract)
+    arrays = read_arrays(where, asked, partial=leaf_paths(asked).keys() != stored.keys())
+    data = where / "data"
+    # Earlier versions wrote one file per process, all with the same content.
+    if earlier := next(data.glob("process_0-of-*.json"), None):
+        position = patiently(lambda: json.loads(earlier.read_text()))
+    else:
+        position = read_json(data)
+    if not isinstance(position, dict) or not {"bytes", "json"} & set(position):
+        raise CheckpointDamaged(f"{data} holds no position of a loader")
+    text = position.get("bytes")
+    position = position["json"] if text is None else text.encode("latin-1")
+    meta = read_json(where / "meta")
+    # What is asked for in another dtype, or in part, has another digest than what was saved.
+    dtypes = {name: leaf.dtype for name, leaf in leaf_paths(asked).items()}
+    other = {n.partition("/")[0] for n, leaf in stored.items() if dtypes.get(n) != leaf.dtype}
+    digests = {name: text for name, text in meta.get("digests", {}).items() if name not in other}
+    return _Read(arrays, complete, position, meta, digests)
+
+
+def _other_arrays(read: _Read) -> CheckpointDamaged | None:
+    """Whether arrays are not those that were saved: their files have no checksums of their own."""
+    for name, saved in read.digests.items():
+        found = digest(leaf_paths(read.arrays.get(name, {})))
+        if found != saved:
+            return CheckpointDamaged(f"{name} has the digest {found}, but {saved} was saved")
+    return None
 
 
 def check_match(stored: Mapping[str, Any], wanted: Mapping[str, Any], where: Path) -> None:
@@ -286,22 +364,135 @@ def leaf_paths(tree: Any) -> dict[str, Any]:
     return {"/".join(part(key) for key in path): leaf for path, leaf in leaves}
 
 
-@contextmanager
-def damage_reported(where: Path) -> Iterator[None]:
-    """Turns whatever a damaged checkpoint at `where` raises inside the block into one OSError.
+# --- What it means that a checkpoint cannot be read ---
+
+PAUSES = (0.5, 5.0, 20.0)  # seconds before another attempt, where the reason may pass
+
+# What networks and their file systems report, and recover from.
+_PASSING = {
+    getattr(errno, name)
+    for name in (
+        *("ESTALE", "EIO", "ETIMEDOUT", "EAGAIN", "EBUSY", "EINTR", "EREMOTEIO", "ENOLINK"),
+        *("ECONNRESET", "ECONNREFUSED", "ECONNABORTED", "ENOTCONN", "ENETDOWN", "ENETUNREACH"),
+        *("EHOSTDOWN", "EHOSTUNREACH", "ECOMM", "EPROTO", "ENETRESET", "ESHUTDOWN"),
+    )
+    if hasattr(errno, name)
+}
+_PASSING_STATUS = ("UNAVAILABLE", "ABORTED", "DEADLINE_EXCEEDED")  # of tensorstore
+_DAMAGE_STATUS = ("DATA_LOSS", "NOT_FOUND", "OUT_OF_RANGE", "FAILED_PRECONDITION")
+
+
+def patiently(read: Callable[[], T]) -> T:
+    """Calls `read`, and again after a pause if it fails for a reason that may pass.
+
+    Damage is looked at twice, too: it must still be there.
+    """
+    for number, pause in enumerate(PAUSES):
+        try:
+            return read()
+        except Exception as error:
+            if not (_may_pass(error) or (number == 0 and is_damage(error))):
+                raise
+            if _may_pass(error):
+                log.warning(f"{_one_line(error)}; trying again in {pause:g} s.")
+        time.sleep(pause)
+    return read()
+
+
+def is_damage(error: BaseException) -> bool:
+    """Whether an error proves that files are missing, cut off or changed.
+
+    Errors of the system other than a missing file prove nothing, nor does an error of unknown kind.
+    """
+    reasons = _reasons(error)
+    numbers = {_number(e) for e in reasons} - {None, errno.ENOENT}
+    if numbers or any(isinstance(e, _NOT_DAMAGE) for e in reasons):
+        return False
+    parsing = (CheckpointDamaged, FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError)
+    return any(isinstance(e, parsing) or str(e).startswith(_DAMAGE_STATUS) for e in reasons)
+
+
+# Errors that are not about the files at all.
+_NOT_DAMAGE = (CheckpointMismatch, jax.errors.JaxRuntimeError, MemoryError, ImportError)
+
+
+def _may_pass(error: BaseException) -> bool:
+    return any(
+        _number(e) in _PASSING
+        or isinstance(e, TimeoutError)
+        or (isinstance(e, ValueError) and str(e).startswith(_PASSING_STATUS))
+        for e in _reasons(error)
+    )
+
+
+def _reasons(error: BaseException | None) -> list[BaseException]:
+    """An error and what it came from: Orbax hides the reason behind an error of its own."""
+    found: list[BaseException] = []
+    while error is not None and error not in found:
+        found.append(error)
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return found
+
+
+def _number(error: BaseException) -> int | None:
+    """The number of an error of the system, also where tensorstore tells it in words."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    told = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(told[1]) if told else None
+
+
+def unreadable(where: Path, error: Exception) -> Exception:
+    """What to raise for an error that came while the checkpoint at `where` was read.
 
     Orbax and tensorstore raise many kinds of errors, few of which name the checkpoint.
     """
+    if isinstance(error, (*_NOT_DAMAGE, CheckpointDeleted)):
+        return error
+    damage = is_damage(error)
+    if damage and _is_deleted(where):
+        steps = ocp.utils.checkpoint_steps(where.parent) if where.parent.is_dir() else []
+        newest = f"the newest is now {max(steps)}" if steps else "none is left"
+        return CheckpointDeleted(
+            f"the checkpoint {where} was deleted while it was read, as a training deletes its "
+            f"older ones (training.keep); {newest}: run the same command again."
+        )
+    advice = (
+        "bring back a copy, or move it away: then the one before it is used."
+        if damage
+        else "nothing shows that it is damaged: run the same command again."
+    )
+    return OSError(f"the checkpoint {where} cannot be read ({_one_line(error)}); {advice}")
+
+
+def _is_deleted(where: Path) -> bool:
+    """Whether a checkpoint is gone, or is going at this moment."""
+
+    def count() -> int:
+        return sum(len(files) for _, _, files in os.walk(where))
+
+    left = count()
+    while where.is_dir():
+        time.sleep(PAUSES[0])
+        before, left = left, count()
+        if left == before:
+            return False
+    return True
+
+
+@contextmanager
+def damage_reported(where: Path) -> Iterator[None]:
+    """Around what reads the checkpoint at `where`: raises the error of `unreadable` instead."""
     try:
         yield
-    except _NOT_DAMAGE:
-        raise
     except Exception as error:
-        raise OSError(
-            f"the checkpoint {where} cannot be read ({_one_line(error)}); bring back a copy, or "
-            "move it away: then the one before it is used."
-        ) from error
+        reason = unreadable(where, error)
+        if reason is error:
+            raise
+        raise reason from error
 
 
-def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _one_line(error: BaseException) -> str:
+    # The last reason says what happened; Orbax's own words, where.
+    reason = _reasons(error)[-1]
+    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"

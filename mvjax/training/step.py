@@ -352,10 +352,12 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
     """
     if config.mu_dtype not in ("", "bfloat16"):
         raise ValueError(f"optimizer.mu_dtype is {config.mu_dtype!r}; expected '' or 'bfloat16'.")
-    clip = [optax.clip_by_global_norm(config.clip_norm)] if config.clip_norm else []
+    # A place of its own also where nothing is clipped: the state must not depend on settings.
+    norm = config.clip_norm
+    clip = optax.clip_by_global_norm(norm) if norm else optax.identity()
     return _skip_nonfinite(
         optax.chain(
-            *clip,
+            clip,
             optax.scale_by_adam(
                 b1=config.b1, b2=config.b2, eps=config.eps, mu_dtype=config.mu_dtype or None
             ),
