@@ -21,7 +21,7 @@ from published import (
 from data_pipelines.normalize import load_normalizers, released_normalizer
 from data_pipelines.statistics import compute_statistics
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
-from mvjax.training.bridge import abstract_params, read_meta, restore_params
+from mvjax.training.bridge import abstract_params, read_meta, restore_params, stored_digest
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.weights.convert import prepare, prepare_export, write, write_export
 from mvjax.weights.files import TorchTensor
@@ -59,6 +59,7 @@ def test_there_and_back_bit_for_bit(kind, layout, tmp_path):
     source = write_published(tmp_path, kind, layout, tensors)
     conversion = convert(source, tmp_path / "ours")
     assert conversion.num_parameters == sum(int(np.prod(t.shape)) for t in tensors.values())
+    assert read_meta(tmp_path / "ours")["digest"] == stored_digest(tmp_path / "ours", 0)
     export = prepare_export(tmp_path / "ours", layout)
     write_export(export, tmp_path / "back")
     back = open_weights(tmp_path / "back")

@@ -6,6 +6,7 @@ a reader of some blocks reads only those. The result is an ordinary checkpoint.
 """
 
 import errno
+import json
 import logging
 import os
 import shutil
@@ -20,6 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
+from data_pipelines.atomic import write_json
+from mvjax.identity import digest_of_sums, piece_sums
 from mvjax.models.network import Params
 from mvjax.training.bridge import step_folder
 from mvjax.training.checkpoint import SPARE_BYTES, checkpoint_folder, leaf_paths, stored_tree
@@ -46,6 +49,7 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
     def __init__(self, wrote: Callable[[int], None]):
         super().__init__()
         self._wrote = wrote
+        self.sums: dict[int, np.ndarray] = {}  # id of an array -> its `piece_sums`
 
     async def serialize(self, values, infos, args=None):
         for value, info in zip(values, infos):
@@ -55,14 +59,16 @@ class _StreamHandler(ocp.type_handlers.NumpyHandler):
         return []
 
     async def _write(self, store: ts.TensorStore, value: StreamedArray) -> None:
-        writing = None
+        writing, sums = None, np.zeros(2, np.uint32)
         try:
             for i, piece in enumerate(value.pieces):
                 array = piece()  # while the previous one is being written
+                sums += piece_sums(array, i * array.size)
                 if writing is not None:
                     await writing
                 writing = (store[i] if value.stacked else store).write(array)
                 self._wrote(array.nbytes)
+            self.sums[id(value)] = sums
         finally:  # a write still in progress would recreate a folder that is removed on failure
             if writing is not None:
                 await writing
@@ -106,7 +112,7 @@ def write_streamed(
     Args:
         directory: Must not exist, or be empty.
         params: Nested dict of `StreamedArray`.
-        meta: Description of the checkpoint; JSON.
+        meta: Description of the checkpoint; JSON. The digest of the parameters is added.
         wrote: Called with the number of bytes after every piece.
 
     Raises:
@@ -114,13 +120,12 @@ def write_streamed(
         OSError: The disk has not enough room (ENOSPC), checked before anything is written.
     """
     directory = Path(directory).absolute()
-    registry = ocp.type_handlers.create_type_handler_registry(
-        (StreamedArray, _StreamHandler(wrote))
-    )
+    handler, leaves = _StreamHandler(wrote), leaf_paths(params)
+    registry = ocp.type_handlers.create_type_handler_registry((StreamedArray, handler))
     state = ocp.PyTreeCheckpointHandler(use_ocdbt=False, type_handler_registry=registry)
     with _new_folder(directory):
         free = shutil.disk_usage(directory).free
-        size = sum(array.nbytes for array in leaf_paths(params).values())
+        size = sum(array.nbytes for array in leaves.values())
         if free < size + SPARE_BYTES:
             needed = f"{os.strerror(errno.ENOSPC)}, {size >> 20} MB needed, {free >> 20} MB free"
             raise OSError(errno.ENOSPC, needed, str(directory))
@@ -136,6 +141,12 @@ def write_streamed(
                     meta=ocp.args.JsonSave(dict(meta)),
                 ),
             )
+        # Known only now: the arrays were computed while they were written.
+        digest = digest_of_sums(
+            {n: (a.shape, a.dtype, handler.sums[id(a)]) for n, a in leaves.items()}
+        )
+        path = step_folder(directory, 0) / "meta" / "metadata"
+        write_json(path, json.loads(path.read_text()) | {"digest": digest})
 
 
 @contextmanager
