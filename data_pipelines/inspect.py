@@ -24,10 +24,14 @@ from PIL import Image
 from tqdm import tqdm
 
 from data_pipelines.episode import NANOSECONDS, Episode, Stream
+from data_pipelines.normalize import VECTORS, dimension_names
 from data_pipelines.pickles import PickleRefused
 from data_pipelines.records import RecordDataset, read_columns
+from data_pipelines.representations import Mode
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.sources.rlds import UnknownRate
+from data_pipelines.statistics import collapsed, compute_statistics
+from data_pipelines.vectors import modes, parse
 from data_pipelines.video import VideoFile
 
 _THREADS = 4
@@ -42,6 +46,10 @@ _BOX = 8  # pixels; averaging boxes removes compression noise
 _STILL = 4.0  # grey levels by which the boxes of a still picture may differ after compression
 _BLACK = 4.0  # mean grey level below which a picture is black
 _DECODED_FRAMES = 16  # in memory at a time
+_NORMALISED_ROWS = 200_000  # samples of a stream from which it is told what normalisation loses
+_WIDEST = 64  # dimensions of a stream that may be an action or a state
+# Streams that no policy takes, and that are rarely other than 0.
+_BOOKKEEPING = re.compile(r"\b(next|reward|discount|done|success|is_\w+|\w*index|timestamp)\b")
 _ALL = "the dataset"  # in place of an episode, for a problem of the whole dataset
 
 
@@ -84,6 +92,8 @@ class EpisodeSummary:
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
     # Stream of numbers -> seconds [k] and values [k, d].
     curves: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
+    # Stream of numbers -> all of its values, float32 [n, d].
+    numbers: dict[str, np.ndarray] = field(default_factory=dict)
 
     def add_problem(self, kind: str, text: str) -> None:
         """Adds a problem of this episode."""
@@ -162,6 +172,7 @@ def inspect_dataset(
     found = Inspection(title)
     ids, embodiments, rates = Counter(), set(), defaultdict(list)
     findings: dict[str, list[str]] = defaultdict(list)
+    numbers: dict[str, list[np.ndarray]] = defaultdict(list)
     summaries = _summaries(episodes, chosen, decoded, thorough)
     for episode in tqdm(summaries, desc="inspect", unit="episode", total=len(chosen)):
         found.problems += episode.problems
@@ -171,6 +182,10 @@ def inspect_dataset(
         if not episode.streams:
             continue
         _compare(found, episode)
+        for name, values in episode.numbers.items():
+            if sum(map(len, numbers[name])) < _NORMALISED_ROWS:
+                numbers[name].append(values)
+        episode.numbers = {}
         found.readable += 1
         found.lengths.append(episode.seconds)
         found.instructions.update(dict.fromkeys(episode.instructions, 1))
@@ -193,6 +208,11 @@ def inspect_dataset(
             constant = np.flatnonzero(stream.low == stream.high)
             values = [f"{i} (always {stream.low[i]:g})" for i in constant]
             found.add_problem("constant dimension", _ALL, f"{name}: {_listed(values)}")
+    for name, parts in numbers.items():
+        same = [values for values in parts if values.shape[1:] == parts[0].shape[1:]]
+        for i, what in _lost(np.concatenate(same), Mode.VARIANCE):
+            text = f"{name}: dimension {i} {what}"
+            found.add_problem("lost when VARIANCE, the default, normalises it", _ALL, text)
     every = len(chosen) == total
     share = "" if every else f", of which {len(chosen):,} were inspected"
     about = "" if every else "about "
@@ -340,7 +360,15 @@ def _inspect_numbers(summary: EpisodeSummary, name: str, stream: Stream) -> Stre
         keep = _spread(len(flat), _CURVE_POINTS)
         times = (stream.timestamps[keep] - stream.timestamps[0]) / NANOSECONDS
         summary.curves[name] = (times, flat[keep].astype(np.float64))
+    if 0 < flat.shape[1] <= _WIDEST and not _BOOKKEEPING.search(name):
+        summary.numbers[name] = flat.astype(np.float32)
     return StreamSummary(shape, dtype, rate, *_finite_range(flat))
+
+
+def _lost(values: np.ndarray, modes: Mode | Sequence[Mode]) -> list[tuple[int, str]]:
+    """`statistics.collapsed` of the finite rows of values [n, ..., d]."""
+    finite = values[np.isfinite(values).reshape(len(values), -1).all(axis=1)]
+    return collapsed(compute_statistics(finite), modes) if len(finite) else []
 
 
 def _finite_range(flat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -547,7 +575,7 @@ def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> 
 
 def _read_columns(found: Inspection, dataset: RecordDataset) -> None:
     """Ranges of the numeric columns over all windows, per dimension of the last axis."""
-    for name in ("actions", "proprio"):
+    for name in VECTORS:
         if name not in dataset.shapes:
             continue
         try:
@@ -557,6 +585,14 @@ def _read_columns(found: Inspection, dataset: RecordDataset) -> None:
             continue
         low, high = _finite_range(column.reshape(-1, column.shape[-1]))
         found.streams[name] = StreamSummary(column.shape[1:], column.dtype.name, low=low, high=high)
+        parts, dim = parse(dataset.settings["dataset"].get(VECTORS[name], "")), column.shape[-1]
+        if not parts:
+            continue
+        names = dimension_names(parts, dim)
+        few = column[_spread(len(column), _NORMALISED_ROWS), :: -(-column.shape[1] // 4)]
+        for i, what in _lost(few, modes(parts, dim)):
+            text = f"{name}: dimension {i} ({names[i]}) {what}"
+            found.add_problem("lost by normalisation", _ALL, text)
 
 
 # An inspection as text for a terminal.

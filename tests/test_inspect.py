@@ -411,3 +411,17 @@ def test_the_command(videos, tmp_path):
     result = _command(videos)
     assert result.returncode == 2
     assert "could be read" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_what_normalisation_would_lose_is_named(tmp_path):
+    """A suction command in one step of 80; bookkeeping, which is as rare, is nobody's action."""
+    times = np.arange(400, dtype=np.int64) * 10**8
+    rare = (np.arange(400) % 80 == 40) * 1.0
+    action = Stream(times, np.stack([np.sin(times / 1e9), rare], 1).astype(np.float32))
+    streams = {"action": action, "next.reward": Stream(times, rare[:, None])}
+    episodes = [Episode(str(i), "desk", "arm", ("press",), streams, ()) for i in range(3)]
+    found = inspect_dataset(episodes, "", "")
+    ((kind, (problem,)),) = found.problems_by_kind().items()
+    assert "VARIANCE, the default" in kind
+    assert "action: dimension 1 is 0 except in 1.3 %" in problem.text
+    assert "normalize='SQUASH'" in problem.text
