@@ -1,6 +1,7 @@
 import json
 import os
 import pickle
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -12,6 +13,7 @@ import zarr
 from safetensors.numpy import save_file
 
 from data_pipelines.episode import FrameReader
+from data_pipelines.sources.formats import detect
 from data_pipelines.sources.mimic_video import open_mimic_episodes, recognises
 
 FIXTURES = Path(__file__).parent / "fixtures"
@@ -70,6 +72,12 @@ def open_it(path, **options):
     return open_mimic_episodes(path, name="libero", embodiment="panda", **options)
 
 
+def lost(episode, key: str) -> str:
+    """Why a stream cannot be used; the others can."""
+    check(episode, {name: values for name, values in stored().items() if name != key})
+    return episode.left_out[key]
+
+
 def check(episode, expected, times=TIMES):
     """Every stream, whole, and pictures across the border of two chunks."""
     assert set(episode.streams) == set(expected)
@@ -126,6 +134,8 @@ def test_safetensors_hold_the_same_and_latents_are_left_out(tmp_path):
     save_file({"encoded_text": np.ones((3, 4))}, tmp_path / "unrelated.bin")
     assert recognises(tmp_path) and recognises(tmp_path / "a/b/traj0.safetensors")
     (episode,) = open_it(tmp_path)
+    assert "latents" in episode.left_out["workspace_rgb_embedding"]
+    assert "_timestamps" in episode.left_out["num_conditional_frames"]
     assert (episode.id, episode.instructions) == ("a/b/traj0", (TEXT,))
     assert episode.cameras == ("workspace_rgb",)
     np.testing.assert_array_equal(episode.embeddings[TEXT], embedding()[0, :TOKENS])
@@ -161,27 +171,43 @@ def test_times_of_the_newer_bridge_episodes_are_floats(tmp_path):
 ZARR_FAULTS = {
     "missing chunk of pictures": (
         lambda p: (p / "workspace_rgb/1.0.0.0").unlink(),
-        r"a\.zarr \(workspace_rgb\): chunk 1.0.0.0 is missing",
+        r"\(workspace_rgb\): chunk 1.0.0.0 is missing",
     ),
     "missing chunk of numbers": (
         lambda p: (p / "eef_rot_lowdim/0.0").unlink(),
-        r"a\.zarr \(eef_rot_lowdim\): chunk 0.0 is missing",
+        r"\(eef_rot_lowdim\): chunk 0.0 is missing",
     ),
     "missing times": (
         lambda p: (p / "gripper_lowdim_timestamps/0").unlink(),
-        r"a\.zarr \(gripper_lowdim_timestamps\): chunk 0 is missing",
+        r"\(gripper_lowdim\): \(gripper_lowdim_timestamps\): chunk 0 is missing",
     ),
     "empty chunk": (
         lambda p: (p / "eef_rot_lowdim/0.0").write_bytes(b""),
-        r"a\.zarr \(eef_rot_lowdim\): chunk 0.0 is truncated after 0 bytes",
+        r"\(eef_rot_lowdim\): chunk 0.0 is truncated after 0 bytes",
     ),
     "cut chunk": (
         lambda p: os.truncate(p / "workspace_rgb/1.0.0.0", 100),
-        r"a\.zarr \(workspace_rgb\): chunk 1.0.0.0 is truncated after 100 bytes",
+        r"\(workspace_rgb\): chunk 1.0.0.0 is truncated after 100 bytes",
     ),
-    "no description": (lambda p: (p / "gripper_lowdim/.zarray").write_text("{"), r"a\.zarr"),
-    "nothing": (lambda p: shutil.rmtree(p) or p.mkdir(), r"a\.zarr is not an episode"),
+    "chunk that was not fetched": (
+        lambda p: (p / "workspace_rgb/1.0.0.0").write_text(POINTER),
+        r"\(workspace_rgb\): chunk 1.0.0.0: it is a placeholder of Git LFS",
+    ),
+    "no times": (
+        lambda p: shutil.rmtree(p / "gripper_lowdim_timestamps"),
+        r"\(gripper_lowdim\): there is no array gripper_lowdim_timestamps",
+    ),
+    "description that was not fetched": (
+        lambda p: (p / "gripper_lowdim/.zarray").write_text(POINTER),
+        r"\(gripper_lowdim\): .*gripper_lowdim/\.zarray: it is a placeholder of Git LFS",
+    ),
+    "no description": (
+        lambda p: (p / "gripper_lowdim/.zarray").write_text("{"),
+        r"\(gripper_lowdim\): .*/\.zarray: E",
+    ),
+    "nothing": (lambda p: shutil.rmtree(p) or p.mkdir(), r"a\.zarr is not an episode.* no arrays"),
 }
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
 
 
 @pytest.mark.parametrize("fault", ZARR_FAULTS)
@@ -193,8 +219,12 @@ def test_what_zarr_would_read_as_zeros_or_cannot_read_is_named(tmp_path, fault):
     episodes = open_it(tmp_path)
     assert len(episodes) == 2
     check(episodes[1], stored())
-    with pytest.raises(ValueError, match=message):
-        episodes[0]
+    if found := re.search(r"\\\((\w+?)(_timestamps)?\\\)", message):
+        said = f"({found[1]}): {lost(episodes[0], found[1])}"
+        assert re.search(message, said)
+    else:
+        with pytest.raises(ValueError, match=message):
+            episodes[0]
 
 
 def test_a_chunk_with_other_bytes_is_named_when_it_is_read(tmp_path):
@@ -211,8 +241,8 @@ def test_a_chunk_with_other_bytes_is_named_when_it_is_read(tmp_path):
 def test_chunks_of_zeros_that_zarr_3_leaves_out_need_the_option(tmp_path):
     arrays = stored() | {"gripper_lowdim": np.zeros(STEPS)}
     path = write_zarr(tmp_path / "a.zarr", arrays, config=None)
-    with pytest.raises(ValueError, match=r"gripper_lowdim\): chunk 0 is missing.*sparse=True"):
-        open_it(path)[0]
+    said = lost(open_it(path)[0], "gripper_lowdim")
+    assert re.search("^chunk 0 is missing.*sparse=True", said)
     check(open_it(path, sparse=True)[0], arrays)
 
 
@@ -221,8 +251,7 @@ def test_chunks_in_folders_are_found_and_missed(tmp_path):
     path = write_zarr(tmp_path / "a.zarr", **nested)
     check(open_it(path)[0], stored())
     (path / "workspace_rgb/1/0/0/0").unlink()
-    with pytest.raises(ValueError, match=r"workspace_rgb\): chunk 1/0/0/0 is missing"):
-        open_it(path)[0]
+    assert "chunk 1/0/0/0 is missing" in lost(open_it(path)[0], "workspace_rgb")
 
 
 def test_wrong_times_are_named(tmp_path):
@@ -259,13 +288,13 @@ def test_episodes_of_zarr_format_3_are_read_whole_or_named(tmp_path, shards, pac
     content = chunk.read_bytes()
     os.truncate(chunk, len(content) - 9)
     if packed == "blosc" and not shards:
-        with pytest.raises(ValueError, match=r"a\.zarr \(workspace_rgb\): .*truncated"):
-            open_it(tmp_path)[0]
-    with pytest.raises(ValueError, match=r"a\.zarr \(workspace_rgb\)"):
-        open_it(tmp_path)[0].streams["workspace_rgb"].values.read([STEPS - 1])
+        assert "truncated" in open_it(tmp_path)[0].left_out["workspace_rgb"]
+    else:
+        with pytest.raises(ValueError, match=r"a\.zarr \(workspace_rgb\)"):
+            open_it(tmp_path)[0].streams["workspace_rgb"].values.read([STEPS - 1])
     chunk.unlink()
-    with pytest.raises(ValueError, match=r"\(workspace_rgb\): chunk c/\d+/0/0/0 is missing"):
-        open_it(tmp_path)[0]
+    said = open_it(tmp_path)[0].left_out["workspace_rgb"]
+    assert re.search(r"^chunk c/\d+/0/0/0 is missing", said)
 
 
 class Tell:
@@ -303,8 +332,12 @@ def test_code_in_a_chunk_is_not_run(tmp_path, monkeypatch, key, dtype, place):
     codecs |= {"compressor": {"id": "pickle"}} if place == "compressor" else {"compressor": None}
     about = json.loads((path / key / ".zarray").read_text()) | {"dtype": dtype} | codecs
     (path / key / ".zarray").write_text(json.dumps(about))
-    with pytest.raises(ValueError, match=rf"copy\.zarr \({key}\): (the codec|it has objects)"):
-        open_it(path)[0]
+    message = "(the codec|it has objects)"
+    if key == "gripper_lowdim":
+        assert re.match(message, open_it(path)[0].left_out[key])
+    else:
+        with pytest.raises(ValueError, match=rf"copy\.zarr \({key}\): {message}"):
+            open_it(path)[0]
     assert not (tmp_path / "ran").exists()
 
 
@@ -314,13 +347,18 @@ def test_broken_safetensors_and_text_are_named(tmp_path):
     episodes = open_it(tmp_path)
     with pytest.raises(ValueError, match=r"a\.safetensors.* not UTF-8 text \(byte 6 is 0xdf\)"):
         episodes[0]
+    write_safetensors(path, language_instruction=np.zeros((1, 5), np.float32))
+    message = rf"^{path} \(language_instruction\): float32 \[1, 5\] is not text"
+    with pytest.raises(ValueError, match=message):
+        episodes[0]
     for wrong, message in (
-        ({"language_instruction": np.zeros((1, 5), np.float32)}, r"float32 \[1, 5\] is not text"),
-        ({"language_embedding": np.ones(5, np.float16)}, r"float16 \[5\] is not an embedding"),
+        (np.ones(5, np.float16), "float16 [5] is not an embedding"),
+        (np.ones((2, 6, 4), np.float16), "2 embeddings of 1 texts"),
+        (np.ones((1, 2, 3, 4), np.float16), "float16 [1, 2, 3, 4] is not an embedding"),
     ):
-        write_safetensors(path, **wrong)
-        with pytest.raises(ValueError, match=rf"^{path} \(language_\w+\): {message}"):
-            episodes[0]
+        write_safetensors(path, language_embedding=wrong)
+        assert message in episodes[0].left_out["language_embedding"]
+        assert not episodes[0].embeddings and episodes[0].instructions == (TEXT,)
     write_safetensors(path)
     path.write_bytes(path.read_bytes()[:-50])
     with pytest.raises(ValueError, match=r"a\.safetensors: "):
@@ -335,7 +373,7 @@ def test_other_files_of_these_kinds_are_not_taken_for_episodes(tmp_path):
     save_file({"encoded_text": np.ones((3, 4))}, tmp_path / "a.safetensors")
     zarr.open_group(tmp_path / "b.zarr", mode="w", zarr_format=2).create_array("x", data=np.ones(3))
     assert not recognises(tmp_path)
-    with pytest.raises(ValueError, match=r"a\.safetensors is not an episode: .*encoded_text"):
+    with pytest.raises(ValueError, match=r"a\.safetensors is not an episode.*encoded_text"):
         open_it(tmp_path)[0]
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"has no \.zarr or \.safetensors episodes"):
@@ -356,3 +394,88 @@ def test_an_opened_dataset_can_be_sent_away_and_shared_by_threads(tmp_path, writ
 
     with ThreadPoolExecutor(6) as threads:
         assert all(threads.map(same, range(30)))
+
+
+def test_instructions_with_times_belong_to_them(tmp_path):
+    def written(texts, times):
+        rows = np.stack([np.frombuffer(text.ljust(9).encode(), np.uint8) for text in texts])
+        rows[rows == ord(" ")] = 0
+        changes = {"language_instruction": rows, "language_instruction_timestamps": times}
+        changes["language_embedding"] = np.repeat(embedding(), len(texts), 0)
+        return open_it(write_safetensors(tmp_path / "a.safetensors", **changes))[0]
+
+    half = int(TIMES[STEPS // 2])
+    episode = written(["open", "shut", "open"], np.array([0, half, 2 * half]))
+    assert episode.instructions == ("open", "shut")
+    assert [(part.start, part.instructions[0]) for part in episode.sections] == [
+        (0, "open"),
+        (half, "shut"),
+        (2 * half, "open"),
+    ]
+    assert set(episode.embeddings) == {"open", "shut"}
+    episode = written(["open", "shut"], np.zeros(2, np.int64))  # paraphrases
+    assert episode.instructions == ("open", "shut") and not episode.sections
+    with pytest.raises(ValueError, match="3 texts, but the times"):
+        written(["open", "shut", "open"], np.array([0, half]))
+    with pytest.raises(ValueError, match="2 texts, but the times"):
+        written(["open", "shut"], np.array([half, 0]))
+
+
+@pytest.mark.filterwarnings("ignore:.*Zarr V3 spec", "ignore:Consolidated metadata")
+@pytest.mark.parametrize("format", [2, 3])
+def test_consolidated_metadata_that_disagree_are_a_finding(tmp_path, format):
+    root = zarr.open_group(tmp_path / "a.zarr", mode="w", zarr_format=format)
+    for key in ("x", "x_timestamps", "gone", "gone_timestamps"):
+        root.create_array(key, data=np.arange(1, 9), chunks=(8,))
+    zarr.consolidate_metadata(tmp_path / "a.zarr")
+    assert not open_it(tmp_path)[0].findings
+    root.create_array(
+        "x", data=np.arange(1, 5), chunks=(4,), overwrite=True
+    )  # appended or cut later
+    root.create_array("x_timestamps", data=np.arange(1, 5), chunks=(4,), overwrite=True)
+    for key in ("gone", "gone_timestamps"):
+        shutil.rmtree(tmp_path / "a.zarr" / key)
+    (episode,) = open_it(tmp_path)
+    assert episode.streams["x"].values.tolist() == [1, 2, 3, 4]
+    assert ["array x " in text for text in episode.findings] == [True, False]
+    assert list(episode.left_out) == ["gone"] and "missing" in episode.left_out["gone"]
+
+
+def test_cameras_of_every_shape_are_read_and_other_units_of_time_are_not(tmp_path):
+    rng = np.random.default_rng(3)
+    arrays = {
+        "grey": rng.integers(1, 256, (STEPS, 9, 12)).astype(np.uint8),
+        "chw": rng.integers(1, 256, (STEPS, 3, 9, 12)).astype(np.uint8),
+        "rgba": rng.integers(1, 256, (STEPS, 9, 12, 4)).astype(np.uint8),
+    }
+    seen = {
+        "grey": np.repeat(arrays["grey"][..., None], 3, -1),
+        "chw": arrays["chw"].transpose(0, 2, 3, 1),
+        "rgba": arrays["rgba"][..., :3],
+    }
+    episode = open_it(
+        write_zarr(tmp_path / "a.zarr", arrays | {"mixed": arrays["chw"][:, :, :3, :3]})
+    )[0]
+    assert set(episode.cameras) == {*seen, "mixed"}
+    for key, expected in seen.items():
+        found = episode.streams[key].values.read([66, 3, 66])
+        np.testing.assert_array_equal(found, expected[[66, 3, 66]])
+    for unit in (1000, 1_000_000):  # microseconds, milliseconds
+        path = write_zarr(tmp_path / "b.zarr", times=TIMES // unit)
+        assert "another unit than nanoseconds" in open_it(path)[0].left_out["workspace_rgb"]
+
+
+def test_other_stores_say_what_they_are(tmp_path):
+    root = zarr.open_group(tmp_path / "replay.zarr", mode="w", zarr_format=2)
+    root.create_array("data/action", shape=(20, 7), dtype="f4")
+    root.create_array("meta/episode_ends", shape=(2,), dtype="i8")
+    (tmp_path / "a.zarr.zip").write_bytes(b"PK")
+    zarr.open_group(tmp_path / "empty.zarr", mode="w", zarr_format=3)
+    for name, said in {
+        "replay.zarr": "it is a replay buffer, as diffusion policy and UMI",
+        "a.zarr.zip": "zipped zarr store; unpack it into a folder a.zarr",
+        "empty.zarr": "it has no arrays, but ['zarr.json']",
+    }.items():
+        with pytest.raises(ValueError) as caught:
+            detect(tmp_path / name)
+        assert said in str(caught.value) and str(tmp_path / name) in str(caught.value)

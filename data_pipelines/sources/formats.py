@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import Episode, reason
 from data_pipelines.sources import (
     bridge,
     clip_lists,
@@ -69,6 +69,8 @@ def open_dataset(
         raise ValueError(f"{where} has the format {format!r}; supported are {', '.join(FORMATS)}")
     if not Path(path).exists():
         raise ValueError(f"{where}: there is no folder or file {path}; record or download it first")
+    if why := _placeholder(Path(path)):
+        raise ValueError(f"{where}: {why}")
     options = dict(options or {})
     opener = FORMATS[format].open
     known = opener.__kwdefaults__ or {}  # name and embodiment have no default
@@ -88,10 +90,19 @@ def detect(path: Path) -> str:
     if not path.exists():
         raise ValueError(f"there is no folder or file {path}; give a dataset's folder or file")
     found = [name for name, format in FORMATS.items() if format.recognises(path)]
+    if not found:
+        whys = (explain(path) for explain in (_placeholder, robomimic.explain, mimic_video.explain))
+        if why := next(filter(None, whys), ""):
+            raise ValueError(why)
     if len(found) != 1:
         what = f"looks like {' and '.join(found)}" if found else "has no known format"
         raise ValueError(f"{path} {what}; give the format, one of {', '.join(FORMATS)}")
     return found[0]
+
+
+def _placeholder(path: Path) -> str:
+    why = reason(path, "")
+    return f"{path}: {why}" if why else ""
 
 
 def open_config(dataset: ConfigDict) -> Sequence[Episode]:

@@ -6,36 +6,35 @@
 Either holds arrays `<key>` and `<key>_timestamps` (nanoseconds), `language_instruction` and
 `language_embedding`. A stream has the array's name and values as they are stored: in LIBERO's
 episodes rotations are quaternions (xyzw) and 3x3 matrices, in Bridge's poses are 4x4 matrices.
-`paths.pkl` and the statistics beside them are not read.
-
-The metadata of a zarr array is checked before zarr sees it: zarr fills missing chunks with zeros,
-has codecs that execute code, and refuses the metadata that zarr 2 wrote for byte strings.
+Instructions with times of their own make the episode's sections. An array that is broken or has no
+times is in `Episode.left_out`; `paths.pkl` and the statistics beside them are not read.
 """
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from functools import cached_property, partial
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from safetensors import SafetensorError, safe_open
 
-from data_pipelines.episode import Episode, LazyEpisodes, Stream, reason
+from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
 from data_pipelines.frames import Frames
-from data_pipelines.sources.files import Visit, decode_text, glance, walk, without_padding
+from data_pipelines.sources import pictures
+from data_pipelines.sources.array_stores import TIMES, ArrayStore, ZarrStore, open_store
+from data_pipelines.sources.files import (
+    Visit,
+    check_period,
+    decode_text,
+    glance,
+    sections,
+    walk,
+    without_padding,
+)
 
 SUFFIXES = (".zarr", ".safetensors")
-TIMES = "_timestamps"
 INSTRUCTION, EMBEDDING = "language_instruction", "language_embedding"
 _ENCODED = "_embedding"  # text, and latents of windows that the newer release stores
-
-# The codecs that may unpack a chunk. numcodecs has others, and one of them is pickle, which would
-# execute code in the dataset (only the newest versions refuse that themselves).
-CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta", "vlen-bytes"}
-CODECS |= {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
 
 
 def recognises(path: Path) -> bool:
@@ -47,6 +46,19 @@ def recognises(path: Path) -> bool:
             if any(key + TIMES in shapes for key in shapes):
                 return True
     return False
+
+
+def explain(path: Path) -> str:
+    """Why this is no episode of mimic-video, or folder of some; "" if it has no such files."""
+    if path.name.endswith(".zarr.zip"):
+        return f"{path} is a zipped zarr store; unpack it into a folder {path.stem}"
+    found = path if path.suffix in SUFFIXES else next(_episodes(glance(path)), None)
+    if found is None or recognises(path):
+        return ""
+    try:
+        return _no_episode(open_store(found))
+    except ValueError as error:
+        return str(error)
 
 
 def open_mimic_episodes(
@@ -87,234 +99,130 @@ def _load(
     name: str, embodiment: str, sparse: bool, files: list[Path], ids: list[str], index: int
 ) -> Episode:
     store = open_store(files[index], sparse)
-    shapes = store.shapes()
+    shapes, left_out = store.shapes(), store.missing()
     timed = [key for key in shapes if key + TIMES in shapes]
-    keys = [key for key in timed if key != INSTRUCTION and not key.endswith(_ENCODED)]
-    if not keys:
-        raise ValueError(
-            f"{store.path} is not an episode: it has no arrays <key> and <key>{TIMES}, but "
-            f"{sorted(shapes)}"
-        )
-    images = [key for key in keys if len(shapes[key]) == 4 and shapes[key][-1] == 3]
-    cameras = [key for key in images if store.is_uint8(key)]
-    instructions = _instructions(store) if INSTRUCTION in shapes else ("",)
+    if not timed:
+        raise ValueError(_no_episode(store))
+    streams: dict[str, Stream] = {}
+    read = {INSTRUCTION, EMBEDDING, *(key + TIMES for key in timed)}
+    for key in sorted(shapes.keys() - read):
+        try:
+            if key not in timed:
+                raise ValueError(f"there is no array {key}{TIMES}")
+            if key.endswith(_ENCODED):
+                raise ValueError(
+                    "latents of windows, which are made anew when the data are encoded"
+                )
+            streams[key] = _stream(store, key, shapes[key])
+        except ValueError as error:
+            left_out[key] = _why(store, key, error)
+    if not streams:
+        raise ValueError(f"{store.path} has no stream that can be used: {left_out}")
+    texts, parts = _instructions(store, shapes)
+    embeddings: dict[str, np.ndarray] = {}
+    if EMBEDDING in shapes:
+        try:
+            embeddings = _embeddings(store, texts)
+        except ValueError as error:
+            left_out[EMBEDDING] = _why(store, EMBEDDING, error)
     return Episode(
         id=ids[index],
         source=name,
         embodiment=embodiment,
-        instructions=tuple(dict.fromkeys(instructions)) or ("",),
-        streams={key: _stream(store, key, shapes[key][0], key in cameras) for key in keys},
-        cameras=tuple(cameras),
-        embeddings=_embeddings(store, instructions) if EMBEDDING in shapes else {},
+        instructions=parts[0],
+        streams=streams,
+        cameras=tuple(key for key, s in streams.items() if isinstance(s.values, Frames)),
+        embeddings=embeddings,
+        sections=parts[1],
+        left_out=left_out,
+        findings=store.findings(),
     )
 
 
-def _stream(store: "ArrayStore", key: str, length: int, camera: bool) -> Stream:
+def _why(store: ArrayStore, key: str, error: ValueError) -> str:
+    """An error without the names of the file and of the array, as others may have the same."""
+    text = str(error)
+    return text.removeprefix(f"{store.path} ({key}): ").removeprefix(f"{store.path} ")
+
+
+def _no_episode(store: ArrayStore) -> str:
+    """What a store is, if it has no arrays with times."""
+    shapes, text = store.shapes(), f"{store.path} is not an episode of mimic-video: "
+    if isinstance(store, ZarrStore) and not shapes:
+        if (store.path / "meta/episode_ends").is_dir():
+            return (
+                f"{text}it is a replay buffer, as diffusion policy and UMI write them, with all "
+                "episodes in data/<key>, and neither times nor a rate; convert it to LeRobot"
+            )
+        found = sorted(p.name for p in store.path.iterdir() if not p.name.startswith("."))
+        return f"{text}it has no arrays, but {found[:8]}"
+    return f"{text}it has no arrays <key> and <key>{TIMES}, but {sorted(shapes)}"
+
+
+def _stream(store: ArrayStore, key: str, shape: tuple[int, ...]) -> Stream:
     times = store.read(key + TIMES)
-    values = StoredFrames(store, key, length) if camera else store.read(key)
+    dtype = store.dtype(key)
+    order = pictures.axes(dtype, shape) if dtype == np.uint8 else ""
+    values = StoredFrames(store, key, shape[0], order) if order else store.read(key)
+    if values is not None and not order and values.dtype.kind not in "biuf":
+        raise ValueError(f"{store.path} ({key}): {values.dtype}, not numbers")
     if times.dtype.kind == "f":  # in the newer release's Bridge: seconds times 1e9
         times = np.round(times)
     try:
         with np.errstate(invalid="raise"):
-            return Stream(times.astype(np.int64), values)
+            stream = Stream(times.astype(np.int64), values)
     except (ValueError, FloatingPointError) as error:
         raise ValueError(f"{store.path} ({key}): {error}") from error
+    if order:
+        check_period(stream.timestamps, f"{store.path} ({key})", "nanoseconds")
+    return stream
 
 
-def _instructions(store: "ArrayStore") -> tuple[str, ...]:
-    """One per row: byte strings, or the newer release's rows of bytes."""
+def _instructions(
+    store: ArrayStore, shapes: dict[str, tuple[int, ...]]
+) -> tuple[tuple[str, ...], tuple[tuple[str, ...], tuple[Section, ...]]]:
+    """The text of each row (byte strings, or the newer release's rows of bytes).
+
+    Also the episode's instructions, and its sections if the texts have different times.
+    """
+    if INSTRUCTION not in shapes:
+        return (), (("",), ())
     rows, where = store.read(INSTRUCTION), f"{store.path} ({INSTRUCTION})"
     if rows.dtype == np.uint8:
         rows = [row.tobytes().rstrip(b"\0") for row in np.atleast_2d(rows)]
     if not all(isinstance(row, bytes) for row in rows):
         raise ValueError(f"{where}: {rows.dtype} {list(rows.shape)} is not text")
-    return tuple(decode_text(row, where) for row in rows)
+    texts = tuple(decode_text(row, where) for row in rows)
+    times = store.read(INSTRUCTION + TIMES) if INSTRUCTION + TIMES in shapes else np.zeros(1)
+    if len(set(texts)) > 1 and len(np.unique(times)) > 1:
+        if len(times) != len(texts) or (np.diff(times.astype(np.float64)) <= 0).any():
+            raise ValueError(f"{where}: {len(texts)} texts, but the times {times.tolist()}")
+        steps = [(text,) if text else () for text in texts]
+        return texts, sections(np.round(times).astype(np.int64), steps)
+    return texts, (tuple(dict.fromkeys(texts)) or ("",), ())
 
 
-def _embeddings(store: "ArrayStore", instructions: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The embeddings of the instructions, which are stored with 512 rows, without padding."""
-    stored = store.read(EMBEDDING)
-    if stored.ndim < 2 or stored.dtype.kind != "f":
+def _embeddings(store: ArrayStore, texts: tuple[str, ...]) -> dict[str, np.ndarray]:
+    """The embeddings of the rows' texts, which are stored with 512 rows, without padding."""
+    stored, where = store.read(EMBEDDING), f"{store.path} ({EMBEDDING})"
+    if stored.ndim not in (2, 3) or stored.dtype.kind != "f":
         raise ValueError(
-            f"{store.path} ({EMBEDDING}): {stored.dtype} {list(stored.shape)} is not an embedding; "
-            "expected [n, tokens, width]"
+            f"{where}: {stored.dtype} {list(stored.shape)} is not an embedding; expected [n, "
+            "tokens, width]"
         )
-    rows = map(without_padding, stored.reshape(-1, *stored.shape[-2:]))
-    return {text: embedding for text, embedding in zip(instructions, rows) if len(embedding)}
+    rows = stored if stored.ndim == 3 else stored[None]
+    if len(rows) != len(texts):
+        raise ValueError(f"{where}: {len(rows)} embeddings of {len(texts)} texts")
+    found = zip(texts, map(without_padding, rows))
+    return {text: embedding for text, embedding in found if len(embedding)}
 
 
 class StoredFrames(Frames):
-    """A camera: an array of a store, uint8 [n, h, w, 3]."""
+    """A camera: an array of a store with these `pictures.axes`."""
 
-    def __init__(self, store: "ArrayStore", key: str, length: int):
+    def __init__(self, store: ArrayStore, key: str, length: int, order: str):
         super().__init__(store.path, length)
-        self._store, self._key = store, key
+        self._store, self._key, self._order = store, key, order
 
     def _read(self, numbers: list[int]) -> np.ndarray:
-        return self._store.rows(self._key, np.array(numbers))
-
-
-# The arrays of one episode. Nothing stays open: each read opens what it needs, so that a store can
-# be pickled and used by several threads.
-
-
-def open_store(path: Path, sparse: bool = False) -> "ArrayStore":
-    """The arrays of a `<name>.zarr` or `<name>.safetensors`."""
-    return ZarrStore(path, sparse) if path.suffix == ".zarr" else SafetensorsStore(path)
-
-
-_FAULTS = (OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError)
-_FAULTS += (ArithmeticError, SafetensorError)
-
-
-@contextmanager
-def _named(path: Path, key: str = "") -> Iterator[None]:
-    """Turns what a library raises into a ValueError that names the file and the array."""
-    try:
-        yield
-    except _FAULTS as error:
-        if str(error).startswith(str(path)):
-            raise
-        where = f"{path} ({key})" if key else path
-        raise ValueError(f"{where}: {reason(path, error)}") from error
-
-
-class ZarrStore:
-    """A zarr group in a folder; see `open_mimic_episodes` for `sparse`.
-
-    `rows` caches the last chunk of each array, as neighbouring rows share it: a chunk of 65 images
-    takes longer to unpack than all that is done with a few of them.
-    """
-
-    def __init__(self, path: Path, sparse: bool):
-        self.path, self._sparse = path, sparse
-        self._cached: dict[str, tuple[int, np.ndarray]] = {}
-
-    def __reduce__(self):
-        return ZarrStore, (self.path, self._sparse)
-
-    @cached_property
-    def _metadata(self) -> dict[str, dict]:
-        """The metadata of each array; consolidated metadata of the group only repeats it."""
-        with _named(self.path):
-            files = sorted([*self.path.glob("*/.zarray"), *self.path.glob("*/zarr.json")])
-            found = {f.parent.name: json.loads(f.read_text(encoding="utf-8")) for f in files}
-            return {key: about for key, about in found.items() if about.get("node_type") != "group"}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every array."""
-        with _named(self.path):
-            return {key: tuple(about["shape"]) for key, about in self._metadata.items()}
-
-    def is_uint8(self, key: str) -> bool:
-        """Whether the dtype of an array is uint8; also checks its chunks."""
-        with _named(self.path, key):
-            return self._checked(key).dtype == np.uint8
-
-    def read(self, key: str) -> np.ndarray:
-        """A whole array; byte strings as objects."""
-        with _named(self.path, key):
-            return self._checked(key)[()]
-
-    def rows(self, key: str, numbers: np.ndarray) -> np.ndarray:
-        """Some rows of an array."""
-        with _named(self.path, key):
-            array = self._array(key)
-            out = np.empty((len(numbers), *array.shape[1:]), array.dtype)
-            size = array.chunks[0]
-            for chunk in np.unique(numbers // size).tolist():
-                kept, block = self._cached.get(key, (None, None))
-                if kept != chunk:
-                    del block
-                    self._cached.pop(key, None)  # only one in memory at a time
-                    block = self._checked(key)[chunk * size : (chunk + 1) * size]
-                    self._cached[key] = chunk, block
-                wanted = np.flatnonzero(numbers // size == chunk)
-                out[wanted] = block[numbers[wanted] - chunk * size]
-            return out
-
-    def _checked(self, key: str) -> Any:
-        """The array, if no chunk of it is missing or truncated.
-
-        zarr itself reads missing chunks as zeros, and Blosc reads past the end of truncated ones.
-        """
-        array = self._array(key)
-        blosc = _codecs(self._metadata[key])[-1:] == ["blosc"]
-        counts = (-(-n // size) for n, size in zip(array.shape, array.shards or array.chunks))
-        for place in itertools.product(*map(range, counts)):
-            name = array.metadata.encode_chunk_key(place)
-            file = self.path / key / name
-            try:
-                size = file.stat().st_size
-                with file.open("rb") as chunk:
-                    header = chunk.read(16) if blosc else b""
-            except FileNotFoundError:
-                if self._sparse:
-                    continue
-                raise ValueError(
-                    f"chunk {name} is missing; copy it again, or set the option sparse=True if "
-                    "chunks of zeros were left out, as zarr 3 does"
-                ) from None
-            if size == 0 or (blosc and int.from_bytes(header[12:16], "little") != size):
-                raise ValueError(f"chunk {name} is truncated after {size} bytes; copy it again")
-        return array
-
-    def _array(self, key: str) -> Any:
-        """A `zarr.Array`; zarr's own functions that open one do not take metadata."""
-        about = self._metadata[key]
-        codecs = _codecs(about)
-        if unknown := [codec for codec in codecs if codec not in CODECS]:
-            raise ValueError(f"the codec {unknown[0]!r} is refused; allowed are {sorted(CODECS)}")
-        if about.get("dtype") == "|O":
-            if "vlen-bytes" not in codecs:
-                raise ValueError("it has objects, not numbers")
-            about = about | {"fill_value": ""}  # zarr 2 wrote 0 for byte strings
-        import zarr  # takes half a second, and most commands do not need it
-        from zarr.storage import LocalStore, StorePath
-
-        place = StorePath(LocalStore(self.path, read_only=True), key)
-        return zarr.Array(zarr.AsyncArray(metadata=about, store_path=place))
-
-
-def _codecs(about: dict) -> list[str]:
-    """The names of the codecs that pack a chunk, in order."""
-    if about["zarr_format"] == 2:
-        return [codec["id"] for codec in [*(about["filters"] or []), about["compressor"]] if codec]
-    names = []
-    for codec in about["codecs"]:
-        names.append(codec["name"].removeprefix("numcodecs."))
-        inside = codec.get("configuration", {})  # a shard has codecs for its chunks and its index
-        for part in ("codecs", "index_codecs"):
-            names[:0] = _codecs({"zarr_format": 3, "codecs": inside.get(part, [])})
-    return names
-
-
-class SafetensorsStore:
-    """A safetensors file; the library checks its size when it is opened."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """The shape of every array."""
-        with _named(self.path), safe_open(self.path, "numpy") as file:
-            return {key: tuple(file.get_slice(key).get_shape()) for key in sorted(file.keys())}
-
-    def is_uint8(self, key: str) -> bool:
-        """Whether the dtype of an array is uint8."""
-        with _named(self.path, key), safe_open(self.path, "numpy") as file:
-            return file.get_slice(key).get_dtype() == "U8"
-
-    def read(self, key: str) -> np.ndarray:
-        """A whole array."""
-        with _named(self.path, key), safe_open(self.path, "numpy") as file:
-            return file.get_tensor(key)
-
-    def rows(self, key: str, numbers: np.ndarray) -> np.ndarray:
-        """Some rows of an array."""
-        with _named(self.path, key), safe_open(self.path, "numpy") as file:
-            part = file.get_slice(key)
-            return np.concatenate([part[int(i) : int(i) + 1] for i in numbers])
-
-
-ArrayStore = ZarrStore | SafetensorsStore
+        return pictures.rgb(self._store.rows(self._key, np.array(numbers)), self._order)

@@ -37,8 +37,8 @@ class RecordFiles:
         if held <= listed:  # a missing one is an error where it is read
             return ""
         return (
-            f"{self.files[shard].name} holds {held} records, but dataset_info.json lists {listed}; the first "
-            f"{listed} are taken"
+            f"{self.files[shard].name} holds {held} records, but dataset_info.json lists {listed}; "
+            f"the first {listed} are taken"
         )
 
     def _index(self, shard: int) -> tuple[np.ndarray, str]:

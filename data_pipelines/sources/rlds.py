@@ -5,9 +5,8 @@
                      <name>-<split>.tfrecord-00000-of-00002, or .array_record-...
 
 An episode is one record, a `tf.train.Example`: a map from names to lists of bytes, float32 or
-int64. TFDS reads the two JSON files and has the protobuf classes of a record, without TensorFlow.
-For TFRecord files it needs TensorFlow, so they are read here: an index of offsets gives random
-access, and checksums are verified.
+int64. TFDS reads the two JSON files and has the protobuf classes of a record, without TensorFlow;
+`record_files.py` reads the records.
 
 Streams have the dataset's own names ("steps/observation/state", "steps/action", or
 "steps/action/<key>" if the action is a dict). RLDS stores neither timestamps nor a frame rate, so

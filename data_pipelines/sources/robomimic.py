@@ -73,12 +73,13 @@ def recognises(path: Path) -> bool:
 
 
 def explain(path: Path) -> str:
-    """Why an HDF5 file is not one of demonstrations; "" if this is no HDF5 file, or is one."""
-    if path.suffix in SUFFIXES and path.is_file():
-        try:
-            _demonstrations(Hdf5Pool(), path, "", None)
-        except ValueError as error:
-            return str(error)
+    """Why this is no HDF5 file of demonstrations, or folder of some; "" if it has no such files."""
+    files = iter([path]) if path.suffix in SUFFIXES and path.is_file() else _files(glance(path))
+    try:
+        for file in islice(files, 1):
+            _demonstrations(Hdf5Pool(), file, "", None)
+    except ValueError as error:
+        return str(error)
     return ""
 
 
