@@ -15,7 +15,13 @@ from ml_collections import ConfigDict
 from data_pipelines.episode import Episode
 from data_pipelines.frames import resize_area
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
-from data_pipelines.windows import WindowSpec, anchors, nearest_indices, request_times
+from data_pipelines.windows import (
+    WindowSpec,
+    anchors,
+    in_pause,
+    nearest_indices,
+    request_times,
+)
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
@@ -36,6 +42,7 @@ class EpisodeWindows:
     # Each window's instruction, an index into those of the episode, int64 [k].
     texts: np.ndarray
     sectioned: bool = False  # whether the task changes during the episode
+    findings: tuple[str, ...] = ()  # as of `Episode`, about the windows
 
     def digest(self) -> str:
         """Hash of the content; of the texts only where they are not the episode's own in turn."""
@@ -82,9 +89,52 @@ def cut_episode(
         part = used[start : start + _DECODE_FRAMES]
         pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
-    texts = texts_at(episode, at)
+    asked = [(name, times, clip.fps) for name in names]
     return EpisodeWindows(
-        frames, clips.reshape(times.shape), columns, texts, bool(episode.sections)
+        frames,
+        clips.reshape(times.shape),
+        columns,
+        texts_at(episode, at),
+        sectioned=bool(episode.sections),
+        findings=_pauses(episode, dataset, policy_io, at, asked),
+    )
+
+
+def vector_streams(dataset: ConfigDict) -> tuple[str, ...]:
+    """The streams that `dataset.action` and `dataset.proprio` read, bases last.
+
+    Raises:
+        ValueError: a description is wrong.
+    """
+    vectors = [parse(dataset[key], key) for key in ("action", "proprio")]
+    found = [name for part in (streams, bases) for parts in vectors for name in part(parts)]
+    return tuple(dict.fromkeys(found))
+
+
+def _pauses(
+    episode: Episode,
+    dataset: ConfigDict,
+    policy_io: ConfigDict,
+    anchor: np.ndarray,
+    asked: list[tuple[str, np.ndarray, float]],
+) -> tuple[str, ...]:
+    """A sentence for each stream in whose pauses windows ask for values.
+
+    `asked` holds the cameras, the instants that the windows ask of them, and their rate.
+    """
+    for key, look in (("action", "future"), ("proprio", "past")):
+        for part in parse(dataset[key], key):
+            if part.interpolation != "previous":  # a value that holds until the next one
+                io = policy_io[key]
+                shift = io.get("shift", 0.0) + part.shift
+                spec = WindowSpec(key, io.horizon, io.fps, shift, look=look)
+                asked += [(name, request_times(spec, anchor), io.fps) for name in part.streams]
+    stamps = {name: stream.timestamps for name, stream in episode.streams.items()}
+    paused = [name for name, times, fps in asked if in_pause(stamps[name], times, fps).any()]
+    return tuple(
+        f"{name} pauses within an episode: windows that reach into the pause hold the values "
+        "nearest to it"
+        for name in dict.fromkeys(paused)
     )
 
 
@@ -113,9 +163,7 @@ def cut_numbers(
                 dims(parts, io.dim)
     except ValueError as error:
         raise StreamMismatch(f"dataset {dataset.name!r}: {error}") from None
-    used = dict.fromkeys(
-        [*names, *streams(action), *streams(proprio), *bases(action), *bases(proprio)]
-    )
+    used = dict.fromkeys([*names, *vector_streams(dataset)])
     # What the source could not use concerns this episode alone, and only if it is asked for.
     if broken := [f"{n} ({why})" for n, why in episode.left_out.items() if n in used]:
         raise ValueError(f"the config asks for streams that cannot be used: {'; '.join(broken)}")

@@ -250,10 +250,24 @@ def _stored(part: Part, names: Sequence[str]) -> tuple[Representation, ...]:
 
 def _load(part: Part, names, columns, values: Mapping[str, Any], width: int) -> list[np.ndarray]:
     """The forms of one stream, or of position and rotation."""
-    return [
-        kind.load(part, _numbers(values, name, columns, kind.stored_width(part) or width))
-        for name, kind in zip(names, _stored(part, names))
-    ]
+    forms = []
+    for name, kind in zip(names, _stored(part, names)):
+        wide = kind.stored_width(part) or width
+        numbers = _numbers(values, name, columns, wide)
+        if columns is None and (kind.modes or kind is POSITION):
+            _check_shape(name, values[name].shape[1:], wide)
+        forms.append(kind.load(part, numbers))
+    return forms
+
+
+def _check_shape(name: str, shape: tuple[int, ...], width: int) -> None:
+    """StreamMismatch if as many numbers, but in another shape, are not a pose or rotation."""
+    square = {9: (3, 3), 16: (4, 4)}.get(width)
+    if tuple(size for size in shape if size != 1) not in ((width,), square):
+        raise StreamMismatch(
+            f"stream {name!r} has the shape {list(shape)}; its representation needs "
+            f"{f'{list(square)} or ' if square else ''}[{width}]"
+        )
 
 
 def _join(forms: Sequence[np.ndarray]) -> np.ndarray:

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import scipy  # submodules are imported on first use
+from numpy.lib.stride_tricks import sliding_window_view
 
 from data_pipelines.episode import NANOSECONDS, Stream
 
 if TYPE_CHECKING:
     from scipy.spatial.transform import Rotation
+
+_NEIGHBOURS = 5  # steps on either side, for the step that is usual there
 
 Interpolation = Literal["nearest", "previous", "linear", "pose", "quaternion"]
 
@@ -100,6 +103,24 @@ def nearest_indices(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:
 def previous_indices(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:
     """Index of the last stored timestamp at or before each instant; 0 before the first."""
     return np.maximum(np.searchsorted(timestamps, times, side="right") - 1, 0)
+
+
+def in_pause(timestamps: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
+    """Where an instant within a stream is far from every stored value: bool [*times.shape].
+
+    Far is more than half of 1/fps and as if three values in a row were lost. A step between two
+    values is compared with its neighbours and not with the whole stream, whose rate may change.
+    """
+    steps = np.diff(timestamps)
+    if len(steps) == 0:
+        return np.zeros(np.shape(times), bool)
+    usual = np.full(len(steps), np.median(steps))
+    if len(steps) > _NEIGHBOURS:
+        around = np.pad(steps, _NEIGHBOURS, "reflect")
+        usual = np.median(sliding_window_view(around, 2 * _NEIGHBOURS + 1), axis=-1)
+    before = previous_indices(timestamps, times).clip(0, len(steps) - 1)
+    distance = np.minimum(times - timestamps[before], timestamps[before + 1] - times)
+    return distance > np.maximum(1.5 * usual[before], NANOSECONDS / fps / 2)
 
 
 def read_window(

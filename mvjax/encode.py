@@ -12,7 +12,7 @@ import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_npz
 from data_pipelines.clip import Clip
-from data_pipelines.cutting import EpisodeWindows, StreamMismatch, cut_episode
+from data_pipelines.cutting import EpisodeWindows, StreamMismatch, cut_episode, vector_streams
 from data_pipelines.episode import BadShare, Episode, split_of
 from data_pipelines.provenance import encoding_settings, first_difference
 from data_pipelines.records import RecordDataset, RecordWriter
@@ -296,22 +296,26 @@ class EpisodeCutter:
     text_encoder: TextEncoder | StoredTexts | None
     validation_share: float
     config_fits: bool = False
+    # Of the streams in the vectors: the first episode's id, and the shape there.
+    _shapes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def __call__(self, index: int) -> tuple[Row, Iterator[Window]]:
         """The row and the windows of an episode; StreamMismatch if the config fitted none yet."""
         row: Row = {"id": f"number {index}", "instructions": [], "count": 0}
-        cuts = None
+        cuts, findings = None, []
         try:
             episode = self.episodes[index]
             row["id"], row["instructions"] = episode.id, list(episode.instructions) or [""]
-            if episode.findings:
-                row["findings"] = list(episode.findings)
+            findings += episode.findings
             cuts = self.windows(episode)
+            findings += cuts.findings
         except Exception as error:  # decoders raise types of their own
             if isinstance(error, StreamMismatch) and not self.config_fits:
                 raise
             row["reason"] = f"{type(error).__name__}: {error}"
         row["split"] = split_of(row["id"], self.validation_share)
+        if findings:
+            row["findings"] = findings
         if cuts is None:
             return row, iter(())
         self.config_fits = True
@@ -327,7 +331,23 @@ class EpisodeCutter:
         for name, column in cuts.columns.items():
             if not np.all(np.isfinite(column)):
                 raise ValueError(f"{name} hold numbers that are not finite (NaN or infinity)")
+        self._check_shapes(episode)
         return cuts
+
+    def _check_shapes(self, episode: Episode) -> None:
+        """ValueError if numbers have another shape than before: columns would mean others."""
+        shapes = {
+            name: stream.values.shape[1:]
+            for name, stream in episode.streams.items()
+            if isinstance(stream.values, np.ndarray) and name not in episode.cameras
+        }
+        for name in vector_streams(self.dataset):
+            first, shape = self._shapes.setdefault(name, (episode.id, shapes[name]))
+            if shape != shapes[name]:
+                raise ValueError(
+                    f"{name} has the shape {list(shapes[name])}, but {list(shape)} in the episode "
+                    f"{first}, so its columns may mean something else"
+                )
 
 
 def _windows(index: int, cuts: EpisodeWindows) -> Iterator[Window]:

@@ -130,6 +130,23 @@ def test_a_stream_that_was_left_out_costs_nothing_unless_it_is_asked_for():
         assert not isinstance(error.value, StreamMismatch)
 
 
+def test_windows_that_reach_into_a_pause_are_a_finding():
+    """They hold what they held, the nearest values; now it is said of which stream."""
+    episode = _episode()
+    assert cut_episode(episode, _dataset(), CLIP, IO).findings == ()
+    late = np.arange(N, dtype=np.int64) * 50_000_000 + 10**9 * (np.arange(N) >= 20)
+    for name in ("front", "action", "state"):
+        stream = episode.streams[name]
+        cuts = cut_episode(_episode(**{name: Stream(late, stream.values)}), _dataset(), CLIP, IO)
+        (finding,) = cuts.findings
+        assert finding.startswith(f"{name} pauses within an episode: ")
+    # A value that holds until the next one has no pauses, nor has what nobody asks for.
+    held = _dataset(action=(dict(stream="action", interpolation="previous"),))
+    for dataset, name in ((held, "action"), (_dataset(proprio=""), "state")):
+        paused = _episode(**{name: Stream(late, episode.streams[name].values)})
+        assert cut_episode(paused, dataset, CLIP, IO).findings == ()
+
+
 def test_several_cameras_fill_one_frame():
     """Every camera by its own clock, at the instants of the first."""
     episode = _episode()

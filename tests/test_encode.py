@@ -26,7 +26,7 @@ from forked import Program
 from ml_collections import ConfigDict
 
 from data_pipelines.cutting import StreamMismatch, cut_episode
-from data_pipelines.episode import Section, TooManyBad, split_of
+from data_pipelines.episode import Section, Stream, TooManyBad, split_of
 from data_pipelines.inspect import inspect_records
 from data_pipelines.normalize import make_normalizers
 from data_pipelines.records import RecordDataset
@@ -193,6 +193,21 @@ def test_a_single_episode_without_a_stream_is_bad(tmp_path):
     episodes = [episode(0), episode(1, acting=False), episode(2)]
     dataset = encode(episodes, tmp_path, max_bad_share=0.5)
     assert [bad["id"] for bad in dataset.skipped] == ["episode 1"]
+
+
+def test_an_episode_whose_columns_may_mean_something_else_is_bad(tmp_path):
+    """The same columns of streams of other shapes are not the same numbers."""
+    episodes = [episode(i) for i in range(4)]
+    for i, shape in ((1, (5,)), (3, (2, 2))):
+        old = episodes[i].streams["action"]
+        values = np.resize(old.values, (len(old.timestamps), *shape))
+        streams = {**episodes[i].streams, "action": Stream(old.timestamps, values)}
+        episodes[i] = replace(episodes[i], streams=streams)
+    part = dict(stream="action", columns=(0, 1, 2, 3))
+    dataset = ConfigDict(dict(ROBOT.to_dict(), action=(part,)))
+    records = encode(episodes, tmp_path, dataset, max_bad_share=0.5)
+    assert [bad["id"] for bad in records.skipped] == ["episode 1", "episode 3"]
+    assert "action has the shape [5], but [4] in the episode episode 0" in str(records.skipped)
 
 
 def test_configs_that_do_not_fit_stop_the_job(tmp_path):

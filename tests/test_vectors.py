@@ -23,7 +23,7 @@ from vector_streams import (
 
 from data_pipelines.episode import Stream
 from data_pipelines.representations import Mode
-from data_pipelines.vectors import StreamMismatch, dims, mask, modes, parse, read
+from data_pipelines.vectors import StreamMismatch, dims, mask, modes, parse, read, vector
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "windows.npz")
 
@@ -209,3 +209,25 @@ def test_padding_is_where_any_stream_has_ended():
     np.testing.assert_array_equal(past[0], VALUES["joints"][[0, 0, 0]])
     np.testing.assert_array_equal(padded[0], [True, True, False])
     np.testing.assert_array_equal(past[1], VALUES["joints"][5:8])
+
+
+@pytest.mark.parametrize(
+    ("part", "good", "bad"),
+    [
+        (dict(represent="pose"), [(16,), (4, 4), (1, 16)], [(2, 8), (8, 2)]),
+        (dict(represent="rotation", rotation="matrix"), [(9,), (3, 3)], [(9, 9)]),
+        (dict(represent="rotation", rotation="quaternion_xyzw"), [(4,), (1, 4)], [(2, 2)]),
+        (dict(represent="pose", rotation="matrix"), [(12,)], [(3, 4), (4, 3)]),
+    ],
+)
+def test_a_shape_is_not_its_total_size(part, good, bad):
+    """A 3x4 pose has as many numbers as a position and a matrix, in another order."""
+    parts = parse((dict(stream="x", **part),))
+    dim = 6 if part["represent"] == "rotation" else 9
+    for shape in good + bad:
+        numbers = {"x": np.random.default_rng(0).normal(size=(5, *shape))}
+        if shape in good:
+            assert vector(parts, numbers, {}, dim).shape == (5, dim)
+        else:
+            with pytest.raises(StreamMismatch, match="'x' has"):
+                vector(parts, numbers, {}, dim)

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipelines.episode import NANOSECONDS, Stream
 from data_pipelines.representations import relative_poses, rotation_to_6d
-from data_pipelines.windows import WindowSpec, anchors, read_window, request_times
+from data_pipelines.windows import WindowSpec, anchors, in_pause, read_window, request_times
 
 GOLDEN = np.load(Path(__file__).parent / "golden" / "windows.npz")
 SPECS = json.loads(str(GOLDEN["meta"]))["specs"]
@@ -142,3 +142,45 @@ def test_errors_name_the_stream():
         WindowSpec("grip", 1, 5, interpolation="cubic")
     with pytest.raises(ValueError, match=r"'grip'.*\(4, 4\)"):
         read_window(_stream("gripper"), WindowSpec("grip", 1, 5, interpolation="pose"), 0)
+
+
+def _pauses(stamps, instants, fps=10.0):
+    stamps = np.rint(np.asarray(stamps) * NANOSECONDS).astype(np.int64)
+    times = np.rint(np.asarray(instants) * NANOSECONDS).astype(np.int64)
+    return in_pause(stamps, times, fps).tolist()
+
+
+def test_only_an_instant_far_from_every_value_is_in_a_pause():
+    regular = np.arange(40) / 10
+    with_pause = np.concatenate([regular, 10 + regular])
+    assert _pauses(with_pause, [3.9, 4.0, 4.1, 6.9, 9.8, 10.0, 12.05, -3.0, 99.0]) == [
+        *(False, False, True, True, True),
+        *(False, False, False, False),  # outside, values are repeated, as anywhere
+    ]
+    lost = np.delete(regular, [10, 20, 21])  # single frames, and two in a row
+    assert not any(_pauses(lost, np.arange(400) / 100, fps=100.0))
+    assert any(_pauses(np.delete(regular, range(20, 25)), np.arange(400) / 100, fps=100.0))
+    # Half of a long step between requests is what every window has.
+    assert not any(_pauses(np.delete(regular, range(20, 25)), np.arange(4), fps=1.0))
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        np.full(60, 0.1),
+        np.r_[np.full(30, 0.02), np.full(30, 0.1)],  # a rate that changes is no pause
+        np.random.default_rng(0).uniform(0.08, 0.12, 60),
+        np.r_[0.1, 0.1],
+    ],
+)
+def test_a_pause_is_measured_by_its_neighbours(steps):
+    stamps = np.r_[0, np.cumsum(steps)]
+    instants = np.linspace(stamps[0], stamps[-1], 1000)
+    assert not any(_pauses(stamps, instants, fps=100.0))
+    # A pause at the end, and many of them: none hides another.
+    many = np.concatenate([stamps + i * (stamps[-1] + 2) for i in range(4)])
+    if len(stamps) > 10:
+        between = [stamps[-1] + 1 + i * (stamps[-1] + 2) for i in range(3)]
+        assert all(_pauses(many, between, fps=100.0))
+        assert all(_pauses(np.r_[stamps, stamps[-1] + 2], [stamps[-1] + 1], fps=100.0))
+        assert all(_pauses(np.r_[stamps[0] - 2, stamps], [stamps[0] - 1], fps=100.0))
