@@ -54,9 +54,15 @@ class VideoPart:
 class RobotEpisode:
     """One episode of n frames to write."""
 
-    instruction: str
+    instruction: str | Sequence[str]  # of the episode, or of each of its frames
     vectors: Mapping[str, np.ndarray]  # feature name -> float32 [n, d]
     videos: Mapping[str, VideoPart]  # feature name -> n frames of a file
+
+    @property
+    def tasks(self) -> list[str]:
+        """The distinct instructions in the order in which they begin."""
+        given = self.instruction
+        return [given] if isinstance(given, str) else list(dict.fromkeys(given))
 
 
 def write_lerobot(
@@ -80,7 +86,7 @@ def write_lerobot(
     """
     if not episodes:
         raise ValueError(f"{path}: no episodes to write")
-    tasks = list(dict.fromkeys(episode.instruction for episode in episodes))
+    tasks = list(dict.fromkeys(task for episode in episodes for task in episode.tasks))
     tables = _tables(episodes, tasks, fps)
     data_files = _write_data(path, tables, data_file_mb)
     video_files = _place_videos(path, episodes)
@@ -93,7 +99,7 @@ def write_lerobot(
         end = start + table.num_rows
         row = {
             "episode_index": number,
-            "tasks": [episode.instruction],
+            "tasks": episode.tasks,
             "length": table.num_rows,
             "data/chunk_index": data_files[number] // _CHUNK_FILES,
             "data/file_index": data_files[number] % _CHUNK_FILES,
@@ -140,6 +146,7 @@ def _tables(episodes: Sequence[RobotEpisode], tasks: list[str], fps: int) -> lis
     """The rows of each episode."""
     tables, start = [], 0
     features = [*episodes[0].vectors], [*episodes[0].videos]
+    number_of = {task: number for number, task in enumerate(tasks)}
     for number, episode in enumerate(episodes):
         lengths = {key: len(values) for key, values in episode.vectors.items()}
         if len(set(lengths.values())) != 1:
@@ -149,6 +156,11 @@ def _tables(episodes: Sequence[RobotEpisode], tasks: list[str], fps: int) -> lis
                 f"episode {number} has the vectors and videos {own}, but episode 0 has {features}"
             )
         n = next(iter(lengths.values()))
+        texts = episode.instruction
+        if isinstance(texts, str):
+            texts = [texts] * n
+        if len(texts) != n:
+            raise ValueError(f"episode {number} has {n} frames, but {len(texts)} instructions")
         columns = {
             key: pa.FixedSizeListArray.from_arrays(
                 pa.array(np.ascontiguousarray(values, np.float32).reshape(-1)), values.shape[1]
@@ -160,7 +172,7 @@ def _tables(episodes: Sequence[RobotEpisode], tasks: list[str], fps: int) -> lis
             "frame_index": np.arange(n),
             "episode_index": np.full(n, number),
             "index": np.arange(start, start + n),
-            "task_index": np.full(n, tasks.index(episode.instruction)),
+            "task_index": np.array([number_of[text] for text in texts]),
         }
         tables.append(pa.table(columns))
         start += n

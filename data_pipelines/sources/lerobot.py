@@ -149,6 +149,8 @@ class _Dataset:
             try:
                 streams[key], more = self._video(key, number, row, clock)
                 findings += [f"{key}: {text}" for text in more]
+                if not found.no_images(key):
+                    findings.append(f"{key}: it is stored as images, too; the video was taken")
             except ValueError as error:
                 left_out[key] = str(error)
         return Episode(
@@ -227,8 +229,14 @@ class _Dataset:
             if why := reason(file, ""):
                 raise ValueError(f"its video: {why}") from error
             raise
-        part = Part(0, len(index.pts), moved=False)
-        if row.get(f"{listed}from_timestamp") is not None:
+        part = Part(0, len(index.pts), moved=False, fault=False)
+        if row.get(f"{listed}from_timestamp") is None:
+            if "episode_index" not in self.meta.placeholders("video_path"):
+                raise ValueError(
+                    f"{self.meta.list_name} has no {listed}from_timestamp, so nothing says which "
+                    "frames of a shared file are the episode's; convert the dataset again"
+                )
+        else:
             part = self._located(key, file, row)[number]
             if part.fault and len(index.pts) - part.first < row["length"]:
                 raise ValueError(
@@ -237,8 +245,9 @@ class _Dataset:
                 )
             if part.fault:
                 raise ValueError(
-                    f"{file}: the ranges from {listed}from_timestamp on {part.fault}, so nothing "
-                    f"says which frames are episode {number}; convert the dataset again"
+                    f"{file}: the ranges of its episodes in {listed}from_timestamp overlap or do "
+                    f"not fit its frames, so nothing says which frames are those of episode "
+                    f"{number}; convert the dataset again"
                 )
             length = (row.get(f"{listed}to_timestamp") or np.nan) - row[f"{listed}from_timestamp"]
             if abs(length - row["length"] / fps) > 0.5 / fps:
@@ -260,12 +269,15 @@ class _Dataset:
             exact=True,
         )
         stream = Stream(clock.times, video) if choice.by_number else video.stream()
-        return stream, [*findings, *choice.findings]
+        return stream, [*findings, *choice.findings, *video.findings]
 
     def _located(self, key: str, file: Path, row: dict) -> dict[int, Part]:
         """The frames of all episodes in the video file of one."""
         listed, episodes = f"videos/{key}/", self.meta.episodes
-        place = [f"{listed}{n}" for n in ("chunk_index", "file_index") if f"{listed}{n}" in row]
+        numbers = self.meta.placeholders("video_path")
+        place = [f"{listed}{n}" for n in ("chunk_index", "file_index") if n in numbers]
+        if "episode_index" in numbers:  # a file for each episode
+            place = ["episode_index"]
 
         def compare() -> dict[int, Part]:
             columns = {key: episodes[key] for key in ("episode_index", "length", *place)}
@@ -274,7 +286,7 @@ class _Dataset:
                 columns["end"] = episodes[end]
             rows = pa.table(columns).take(list(self.meta.listed.values()))
             rows = rows.filter(pc.is_valid(rows["start"]))
-            for name in place or ["episode_index"]:  # or a file for each episode
+            for name in place:
                 rows = rows.filter(pc.equal(rows[name], row[name]))
             index = self.pool.index(file)
             times = np.array(index.pts, np.float64) * float(index.time_base)
@@ -295,12 +307,14 @@ class _Dataset:
             if key in found.absent:
                 raise ValueError(f"{found.path}: the text {key}: {found.absent[key]}")
             values = found.table[key].to_pylist()
+            if any(not isinstance(value, str | int | None) for value in values):
+                raise ValueError(f"{found.path}: {key} holds {found.kinds[key]}, not texts")
             columns.append([v if isinstance(v, str) else self._text(v, found, key) for v in values])
         sections = []
         for texts, rows in groupby(zip(times.tolist(), zip(*columns)), key=lambda row: row[1]):
             given = dict.fromkeys(text for text in texts if text is not None)
             if not given:
-                used = sorted(set(found.column("task_index")))
+                used = sorted(set(found.column("task_index")), key=str)
                 reasons = f" ({'; '.join(self.meta.faults)})" if self.meta.faults else ""
                 raise ValueError(
                     f"{self.meta.path}: meta has no text for the tasks {used} of episode "
@@ -326,8 +340,16 @@ class _Dataset:
         texts = [self._text(index, found, "task_index", strict=False) for index in used]
         known = {text for text in texts if text is not None}
         if None not in texts:
+            names = {_plain(n) for index in set(used) for n in self.meta.task_names[index]}
+            other = {_plain(text) for text in listed}
+            if listed and not other & names:
+                raise ValueError(
+                    f"{self.meta.path}: task_index of episode {number} stands for {sorted(known)} "
+                    f"in meta/tasks, but {where} lists {listed}; correct one of them"
+                )
             differ = f"tasks of {where} are not those of the rows; task_index of the rows was taken"
-            return [texts], [differ] if listed and set(listed) != known else []
+            agree = other <= names and len(other) == len({_plain(text) for text in known})
+            return [texts], [differ] if listed and not agree else []
         if len(listed) == 1 and not known and len(set(used)) == 1:
             missing = f"meta/tasks has no text for task_index; tasks of {where} was taken"
             return [listed * len(texts)], [missing] if used[0] is not None else []
@@ -350,3 +372,8 @@ class _Dataset:
         if strict and not texts and index is not None and index >= 0:
             raise ValueError(f"{found.path}: {key} is {index}, which meta/tasks does not have")
         return texts[0] if texts else None
+
+
+def _plain(text: str) -> str:
+    """A text without what differs between two spellings of it."""
+    return " ".join(text.casefold().split()).rstrip(".")

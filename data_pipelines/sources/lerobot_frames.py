@@ -110,7 +110,7 @@ class Part:
     first: int
     stop: int
     moved: bool  # they were counted, because the listed ranges do not fit the file
-    fault: str = ""
+    fault: bool  # nothing says which frames are the episode's
 
 
 def locate(
@@ -133,12 +133,12 @@ def locate(
     starts, ends, lengths = starts[order], ends[order], lengths[order]
     period, count = 1 / fps, len(times)
     first = nearest_indices(times, starts)
-    counted = np.cumsum(lengths) - lengths
+    ratio = _frames_per_row(times, period)
+    slots = lengths * ratio
+    counted = np.rint(np.cumsum(slots) - slots).astype(np.int64)
     stop = np.append(first[1:], count)
-    short = stop - first < lengths
-    if count > 1 and np.median(np.diff(times)) < 0.75 * period:  # more frames than rows
-        needed = times[first] + (lengths - 0.5) * period
-        short |= np.append(times[first[1:]], times[-1] + period) < needed
+    # The last row of an episode needs one frame only.
+    short = stop - first < slots - ratio + 1 - _JITTER
     misfits = short.copy()
     misfits[1:] |= short[:-1]  # of two that overlap, either may be the wrong one
     misfits |= np.abs(times[first] - starts) > period / 2
@@ -146,24 +146,24 @@ def locate(
     if misfits.any():
         moved = first != counted
         certain = (
-            count == lengths.sum()
+            count == slots.sum()
             and (np.diff(starts) > period / 2).all()
             and not (np.abs(ends - starts - lengths * period) > period / 2).any()
-            and (np.abs(first - counted) < lengths / 2).all()
+            and (len(order) == 1 or (np.abs(first - counted) < slots / 2).all())
         )
         if certain:
-            first, stop, misfits = counted, counted + lengths, np.zeros(len(order), bool)
+            first, stop, misfits = counted, np.append(counted[1:], count), moved & False
         else:
             misfits |= moved
-    parts: list[Part] = [Part(0, 0, False)] * len(order)
-    for place, at in enumerate(order):
-        fault = ""
-        if misfits[place]:
-            fault = "overlap, or do not fit its frames"
-            if place == len(order) - 1 and count - first[place] < lengths[place]:
-                fault = "end beyond its last frame"
-        parts[at] = Part(int(first[place]), int(stop[place]), bool(moved[place]), fault)
-    return parts
+    columns = (column[np.argsort(order)].tolist() for column in (first, stop, moved, misfits))
+    return [Part(*values) for values in zip(*columns)]
+
+
+def _frames_per_row(times: np.ndarray, period: float) -> float:
+    """1, but more if a video has a higher rate than the rows."""
+    gaps = np.diff(times)
+    ratio = max(period / float(np.median(gaps)), 1.0) if len(gaps) else 1.0
+    return round(ratio) if abs(ratio - round(ratio)) < _JITTER else ratio
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,10 @@ def choose(times: np.ndarray, rows: RowTimes, fps: float) -> Choice:
     drifts = "the times of the video differ from those of the rows; frames were matched by number"
     if len(times) == count:
         return Choice(0, count, not together, () if together else (drifts,))
-    expected = expected + rows.offset
+    # Rows that start later than the video are a part of it; a clock that the video cannot have,
+    # such as the time of day, says nothing about that.
+    offset = rows.offset if 0 <= rows.offset < passed[-1] else 0.0
+    expected = expected + offset
     near = nearest_indices(passed, expected)
     more = ("the video has more frames than rows; those before or after the rows were left out",)
     if np.abs(passed[near] - expected).max() < period / 2 and (np.diff(near) > 0).all():
@@ -210,7 +213,7 @@ def choose(times: np.ndarray, rows: RowTimes, fps: float) -> Choice:
     steady = np.abs(
         np.concatenate([np.diff(times), np.diff(rows.times) / NANOSECONDS]) / period - 1
     )
-    if rows.offset or steady.max(initial=0) > _JITTER:
+    if offset or steady.max(initial=0) > _JITTER:
         raise ValueError(
             f"it has {len(times)} frames for {count} rows, and their times do not agree; encode it "
             "again"

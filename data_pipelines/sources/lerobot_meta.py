@@ -22,6 +22,9 @@ _PLACEHOLDERS = ("episode_chunk", "episode_index", "chunk_index", "file_index", 
 _UNNAMED = "__index_level_0__"  # what pandas calls an index without a name
 
 
+Task = tuple[int, str, list[str]]  # task_index, text, other texts that describe it
+
+
 @dataclass(frozen=True)
 class Features:
     """The features of a dataset by how they are stored; `unused` ones with the reason."""
@@ -47,6 +50,7 @@ class Meta:
     repeated: frozenset[int]  # episodes with several rows
     numbers: Sequence[int]  # episode_index of each episode
     tasks: Mapping[int, tuple[str, ...]]  # task_index -> its text; several if they contradict
+    task_names: Mapping[int, Sequence[str]]  # task_index -> its text and what else it is called
     faults: Sequence[str]  # for messages
     findings: tuple[str, ...]  # that concern every episode
 
@@ -54,6 +58,10 @@ class Meta:
     def list_name(self) -> str:
         """The list of episodes, for messages."""
         return "meta/episodes.jsonl" if self.version.startswith("v2.") else "meta/episodes"
+
+    def placeholders(self, template: str) -> list[str]:
+        """What "data_path" or "video_path" depends on."""
+        return _placeholders(self.templates[template])
 
     def file(self, template: str, listed: str, row: dict, **fields: str) -> tuple[Path, list[str]]:
         """A file of an episode, and findings.
@@ -75,7 +83,7 @@ class Meta:
             "file_index": row.get(f"{listed}file_index"),
         }
         text = self.templates[template]
-        if missing := [name for name in _placeholders(text) if fields[name] is None]:
+        if missing := [name for name in self.placeholders(template) if fields[name] is None]:
             names = [f"{listed}{name}" for name in missing]
             raise ValueError(
                 f"{self.path}: {template} of meta/info.json is {text!r}, but {self.list_name} has "
@@ -88,7 +96,7 @@ class Meta:
                 f"{self.path}: {template} of meta/info.json, {text!r}, cannot be filled in for "
                 f"episode {number} ({error}); correct it"
             ) from error
-        if file.exists() or "episode_chunk" not in _placeholders(text):
+        if file.exists() or "episode_chunk" not in self.placeholders(template):
             return file, []
         # The name holds the episode, so it is the same file in any folder.
         pattern = "".join(
@@ -140,8 +148,10 @@ def read_meta(path: Path) -> Meta:
             f"{len(listed)}; the list was taken"
         )
     texts: dict[int, dict[str, None]] = {}
-    for index, text in tasks:
+    names: dict[int, list[str]] = {}
+    for index, text, called in tasks:
         texts.setdefault(index, {})[text] = None
+        names.setdefault(index, []).extend((text, *called))
     return Meta(
         path=path,
         version=version,
@@ -154,6 +164,7 @@ def read_meta(path: Path) -> Meta:
         repeated=frozenset(repeated),
         numbers=sorted(listed.keys() | set(range(total))),
         tasks={index: tuple(found) for index, found in texts.items()},
+        task_names=names,
         faults=faults,
         findings=tuple(findings),
     )
@@ -249,11 +260,12 @@ def _episodes_v2(path: Path, faults: list[str]) -> pa.Table:
     return pa.Table.from_pylist(rows, pa.schema(kinds))  # far smaller than a list of dicts
 
 
-def _tasks_v2(path: Path, faults: list[str]) -> list[tuple[int, str]]:
-    def row(line: dict) -> tuple[int, str]:
+def _tasks_v2(path: Path, faults: list[str]) -> list[Task]:
+    def row(line: dict) -> Task:
         if not isinstance(line["task"], str):
             raise ValueError(f"task is {line['task']!r}, not a text")
-        return int(line["task_index"]), line["task"]
+        called = [value for value in line.values() if isinstance(value, str)]
+        return int(line["task_index"]), line["task"], called
 
     return _read_lines(path / "meta/tasks.jsonl", row, faults)
 
@@ -301,8 +313,8 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     return table
 
 
-def _tasks_v3(path: Path, faults: list[str]) -> list[tuple[int, str]]:
-    """(task_index, text) from tasks.parquet, a data frame of pandas.
+def _tasks_v3(path: Path, faults: list[str]) -> list[Task]:
+    """The tasks from tasks.parquet, a data frame of pandas.
 
     The text is the column "task" or the index, which may have another name or none. Other columns
     hold other things, such as categories or short names.
@@ -321,8 +333,12 @@ def _tasks_v3(path: Path, faults: list[str]) -> list[tuple[int, str]]:
             "as the column task or as the index of pandas"
         )
         return []
-    rows = zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist())
-    return [(int(index), text) for index, text in rows if index is not None and text is not None]
+    rows = zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist(), table.to_pylist())
+    return [
+        (int(index), text, [value for value in row.values() if isinstance(value, str)])
+        for index, text, row in rows
+        if index is not None and text is not None
+    ]
 
 
 def _pandas_index(table: pa.Table) -> list[str]:

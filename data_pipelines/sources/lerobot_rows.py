@@ -55,8 +55,9 @@ class Found:
         """The values; None if there is no such column."""
         if key in self.kinds and key in self.absent:
             raise ValueError(f"{self.path}: {key}: {self.absent[key]}")
-        rows = self.table.num_rows
-        return [None] * rows if key in self.absent else self.table[key].to_pylist()
+        if key in self.absent:
+            return [None] * self.table.num_rows
+        return [v[0] if isinstance(v, list) else v for v in self.table[key].to_pylist()]
 
     def numbers(self, key: str) -> np.ndarray | None:
         """A number per row; None if there is no such column."""
@@ -128,9 +129,10 @@ class Rows:
             parts.append(table.slice(at[0], len(at)))
             broken |= faults
         if not parts:
-            has = f"{least.min():g} to {most.max():g}" if len(least) else "none"
+            has = f"episodes {least.min():g} to {most.max():g}" if len(least) else "no rows"
             raise ValueError(
-                f"{path} does not match meta/episodes: it has no episode {episode}, but {has}"
+                f"{path} does not match meta/episodes: it has no episode {episode}, but {has}; "
+                "convert the dataset again"
             )
         whole = [name for name in file.columns if name not in broken]
         table = pa.concat_tables([part.select(whole) for part in parts])
@@ -259,8 +261,6 @@ class ParquetImages(ImageFrames):
         spans: the rows.
         cache: of the rows of the last episodes, shared by a dataset.
     """
-
-    upright = True
 
     def __init__(self, root: Path, key: str, spans: Sequence[Span], cache: LRU):
         super().__init__(f"{spans[0].path}: {key}", sum(span.count for span in spans))
