@@ -117,7 +117,8 @@ def _load(
         except ValueError as error:
             left_out[key] = _why(store, key, error)
     if not streams:
-        raise ValueError(f"{store.path} has no stream that can be used: {left_out}")
+        key = next(key for key in left_out if key in timed)
+        raise ValueError(f"{store.path} ({key}): {left_out[key]}; no other array can be used")
     texts, parts = _instructions(store, shapes)
     embeddings: dict[str, np.ndarray] = {}
     if EMBEDDING in shapes:
