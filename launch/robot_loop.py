@@ -46,8 +46,29 @@ def main() -> None:
     )
 
 
+def check_policy(robot: MetaWorld, metadata: dict) -> None:
+    """Raises ValueError unless the server's policy moves this robot, at its rate."""
+    client, embodiment = metadata["client"], metadata.get("embodiment", "")
+    if client != "plain" or (embodiment and "metaworld" not in embodiment):
+        raise ValueError(
+            "This loop drives Meta-World's Sawyer with a policy for --client=plain, but the server "
+            f"answers --client={client} with a policy of the robot {embodiment!r}."
+        )
+    if metadata["action_fps"] != robot.control_hz:
+        raise ValueError(
+            f"The policy's actions are {metadata['action_fps']:g} per second, but the robot takes "
+            f"{robot.control_hz}."
+        )
+    if EXECUTE.value > metadata["action_horizon"]:
+        raise ValueError(
+            f"--execute={EXECUTE.value} is more than the {metadata['action_horizon']} actions of a "
+            "chunk."
+        )
+
+
 def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int, float]:
     """Plays one episode; returns its success, control steps and seconds."""
+    check_policy(robot, metadata)
     spec = ObservationSpec(
         observed_frames=metadata["observed_frames"],
         fps=metadata["fps"],

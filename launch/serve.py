@@ -9,6 +9,7 @@ describes the messages, and what to take care of on a robot.
 import asyncio
 import logging
 import os
+import re
 import signal
 import socket
 from pathlib import Path
@@ -18,7 +19,8 @@ from absl import flags
 from launch.entry import config_flag, path_flag, run
 from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy
-from mvjax.serving.adapters import CLIENTS, make_adapter, policy_vectors
+from mvjax.policy.robot import trained_robot
+from mvjax.serving.adapters import CLIENTS, make_adapter
 from mvjax.serving.batching import Batching
 from mvjax.serving.server import PolicyServer, Serving, make_server
 
@@ -32,6 +34,11 @@ BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Batch sizes to compi
 WINDOW = flags.DEFINE_float("window_ms", 5.0, "Longest wait of a query for a batch, ms.", 0.0)
 MAX_CLIENTS = flags.DEFINE_integer("max_clients", 64, "Maximum number of connections.", 1)
 MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", 32, "Maximum size of a message, MiB.", 1)
+CAMERA_SIZE = flags.DEFINE_string(
+    "camera_size",
+    "",
+    "Height x width of the training pictures, such as 480x640, where the clip has another aspect.",
+)
 PROMPT = flags.DEFINE_string("prompt", "", "Instruction for clients that send none.")
 API_KEY_FILE = flags.DEFINE_string(
     "api_key_file", "", "File of the key that clients must send; default: MVJAX_API_KEY, if set."
@@ -53,14 +60,33 @@ def main() -> None:
         api_key=api_key(),
         message_bytes=MAX_MESSAGE.value * 2**20,
     )
+    size = camera_size(CAMERA_SIZE.value)
     experiment = Experiment.from_config(config)
     sampling = experiment.sampling(stop_step=STOP_STEP.value)
-    adapter = make_adapter(CLIENT.value, policy_vectors(config))
+    adapter = make_adapter(CLIENT.value, trained_robot(config))
     check_address(serving.host, serving.port)
     policy = load_policy(experiment, Path(CHECKPOINT.value), sampling, max(batching.sizes))
     log.info("compiling the policy ...")
-    server = make_server(policy, config, adapter, serving, batching=batching, prompt=PROMPT.value)
+    server = make_server(
+        policy,
+        config,
+        adapter,
+        serving,
+        batching=batching,
+        prompt=PROMPT.value,
+        camera_size=size,
+    )
     asyncio.run(serve(server))
+
+
+def camera_size(text: str) -> tuple[int, int] | None:
+    """Returns the height and width in a text such as "480x640"; None for ""."""
+    if not text:
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
+    if found is None:
+        raise ValueError(f"--camera_size must be HEIGHTxWIDTH such as 480x640, got {text!r}.")
+    return int(found[1]), int(found[2])
 
 
 def api_key() -> str:

@@ -12,12 +12,14 @@ from pathlib import Path
 
 import numpy as np
 
-from mvjax.serving.adapters import PolicyVectors, make_adapter
+from data_pipelines.vectors import parse
+from mvjax.policy.robot import Robot
+from mvjax.serving.adapters import make_adapter
 from mvjax.serving.batching import Batcher
 from mvjax.serving.server import PolicyServer, Serving
 from mvjax.serving.session import SessionSpec
 
-SIZES = {"plain": (2, 2), "libero": (8, 7), "aloha": (14, 14), "droid": (8, 8)}
+SIZES = {"plain": (2, 2), "libero": (7, 8), "aloha": (14, 14), "droid": (8, 8)}  # action, state
 
 
 def main(
@@ -30,7 +32,7 @@ def main(
     **more: str,
 ):
     """Answers with chunks that repeat the state; a state of 13 breaks the policy."""
-    proprio_dim, action_dim = SIZES[client]
+    dims = SIZES[client]
 
     def act(observations):
         time.sleep(seconds)
@@ -39,13 +41,13 @@ def main(
         states = np.stack([o.proprio[-1] for o in observations])
         if (states == 13).any():
             raise RuntimeError("thirteen\nis too much")
-        return np.repeat(states[:, None, :action_dim], int(horizon), axis=1)
+        return np.repeat(states[:, None, : dims[0]], int(horizon), axis=1)
 
     kinds = {"port": int, "max_clients": int, "ping": float, "send_timeout": float, "api_key": str}
     settings = {name: kinds[name](value) for name, value in more.items()}
     server = PolicyServer(
         Serving(**{"host": "127.0.0.1", "port": 0, **settings}),
-        make_adapter(client, PolicyVectors((), (), action_dim, proprio_dim)),
+        make_adapter(client, Robot(parse("actions"), parse("state"), *dims, embodiment=client)),
         SessionSpec(observed_frames=1, proprio_horizon=1),
         lambda clients: Batcher(act, int(most), float(window), clients),
         {"observed_frames": 1},

@@ -1,5 +1,7 @@
 """Existing clients' observations as the policy sees them, and their actions back."""
 
+import json
+from contextlib import nullcontext
 from itertools import count
 
 import numpy as np
@@ -8,22 +10,27 @@ from ml_collections import ConfigDict
 from scipy.spatial.transform import Rotation
 
 from configs import libero_action
-from data_pipelines.embodiments import aloha, droid_franka, libero_panda
-from mvjax.serving.adapters import make_adapter, policy_vectors
+from data_pipelines.embodiments import aloha, droid_franka, libero_panda, widowx
+from mvjax.policy.robot import check_suite, check_trained, trained_robot
+from mvjax.serving.adapters import make_adapter
+from mvjax.serving.notices import Notices
 from mvjax.serving.session import RequestError, Session, SessionSpec
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
+LIBERO = libero_panda.PROPRIO, libero_panda.ACTION
 SENSES = SessionSpec(observed_frames=5, proprio_horizon=1)
 
 
-def config_of(proprio, action, proprio_dim, action_dim):
-    robot = dict(embodiment="arm", action=action, proprio=proprio)
+def config_of(proprio, action, proprio_dim, action_dim, embodiment="arm", video="front"):
+    robot = dict(embodiment=embodiment, action=action, proprio=proprio, video=video)
     io = dict(action=dict(dim=action_dim), proprio=dict(dim=proprio_dim))
-    return ConfigDict(dict(datasets=dict(robot=robot), policy_io=io, embodiment=""))
+    config = dict(datasets=dict(robot=robot), policy_io=io, embodiment="")
+    return ConfigDict(config, type_safe=False)
 
 
 def session_of(client, *config):
-    return Session(make_adapter(client, policy_vectors(config_of(*config))), SENSES, count())
+    adapter = make_adapter(client, trained_robot(config_of(*config, embodiment=client)))
+    return Session(adapter, SENSES, count(), Notices({}, client))
 
 
 def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -0.03), **more):
@@ -38,8 +45,8 @@ def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -
 
 def test_libero_as_the_release_sees_it():
     """The published layout: position, two rows of the rotation, first finger."""
-    adapter = make_adapter("libero", policy_vectors(libero_action.get_config("goal")))
-    session = Session(adapter, SENSES, count())
+    adapter = make_adapter("libero", trained_robot(libero_action.get_config("goal")))
+    session = Session(adapter, SENSES, count(), Notices({}, "client"))
     message = libero_message()
     seen = session.observe(message)
     rotation = Rotation.from_rotvec([3.0, 0.2, 0.1]).as_matrix()
@@ -146,20 +153,185 @@ def test_aloha_joints_relative_to_the_present_ones_become_absolute():
     np.testing.assert_allclose(session.actions(chunk, seen), [np.arange(14) + 0.5] * 2)
 
 
-def test_clients_that_do_not_fit_the_policy_are_refused():
-    metaworld = policy_vectors(config_of("state", "action", 4, 4))
-    for client, numbers in (("libero", 8), ("aloha", 14), ("droid", 8)):
-        words = f"--client={client} has {numbers} numbers of state, but .* trained with 4"
-        with pytest.raises(ValueError, match=words):
-            make_adapter(client, metaworld)
+JOINTS = ("steps/observation/joint_position", "steps/observation/gripper_position")
+
+
+def droid_joints(actions):
+    streams = (f"steps/action_dict/{actions}", "steps/action_dict/gripper_position")
+    numbers = tuple(range(7)), (0,)
+    return tuple(
+        tuple(dict(stream=name, columns=columns) for name, columns in zip(names, numbers))
+        for names in (JOINTS, streams)
+    )
+
+
+@pytest.mark.parametrize(
+    "client, config, words",
+    [
+        # Metres would go out as OSC units, and open would become close.
+        ("libero", (widowx.PROPRIO, widowx.ACTION, 10, 10, "widowx"), "trained on 'widowx'"),
+        ("libero", (widowx.PROPRIO, widowx.ACTION, 10, 10, "libero_panda"), "as relative_pose"),
+        ("libero", ("observation.state", "action", 8, 7, "widowx"), "'libero_panda', but .*widowx"),
+        ("libero", ("observation.state", "action", 8, 7, ""), "a robot without a name"),
+        ("libero", ("observation.state", "action", 8, 8, "libero"), "actions of 7 numbers"),
+        ("libero", ("observation.state", "action", 7, 7, "libero"), "state of 8 numbers"),
+        ("aloha", ("observation.state", "action", 14, 14, "yam"), "--client=aloha is of .*'yam'"),
+        ("aloha", ("qpos", "action", 4, 4, "aloha"), "--client=aloha has a state of 14 numbers"),
+        ("droid", (*droid_joints("joint_position"), 8, 8, "droid"), "takes .*joint_velocity"),
+        ("droid", ("state", "action", 8, 8, "franka"), "'droid_franka', but .* 'franka'"),
+        ("plain", ("state", "action", 4, 4, "arm", ("front", "wrist")), "2 cells.*front.*wrist"),
+        ("aloha", (aloha.PROPRIO, aloha.ACTION, 14, 14, "aloha", ("cam_high",) * 2), "2 cells"),
+        ("libero", ("state", "action", 8, 7, "libero", (("image", ""),)), r"\('image', ''\)"),
+        ("droid", ("state", "action", 8, 8, "droid", ("a", "b", "c")), "4 cells.*'b'"),
+        ("aloha", ("qpos", "action", 14, 14, "aloha", "wrist_cam"), "'wrist_cam', which --client"),
+    ],
+)
+def test_a_policy_of_another_robot_or_camera_is_refused_whatever_its_widths(client, config, words):
+    with pytest.raises(ValueError, match=words):
+        make_adapter(client, trained_robot(config_of(*config)))
+
+
+def test_an_unknown_client_is_named():
     with pytest.raises(ValueError, match="one of plain, libero, aloha, droid, got 'gr00t'"):
-        make_adapter("gr00t", metaworld)
+        make_adapter("gr00t", trained_robot(config_of("state", "action", 4, 4)))
 
 
-def test_the_body_that_acts_is_the_configurations():
+@pytest.mark.parametrize(
+    "client, video, keys",
+    [
+        ("aloha", "observation.images.cam_left_wrist", ("images", "cam_left_wrist")),
+        ("aloha", "observation.images.top", ("images", "cam_high")),
+        ("libero", "obs/eye_in_hand_rgb", ("observation/wrist_image",)),
+        ("libero", "observation.images.agentview", ("observation/image",)),
+        ("droid", "steps/observation/wrist_image_left", ("observation/wrist_image_left",)),
+    ],
+)
+def test_the_picture_is_that_of_the_trained_camera(client, video, keys):
+    sizes = {"aloha": (14, 14), "libero": (8, 7), "droid": (8, 8)}[client]
+    robot = trained_robot(config_of("state", "action", *sizes, client, video))
+    assert make_adapter(client, robot).image == keys
+
+
+def test_a_camera_or_a_rate_that_the_client_does_not_know_is_said(caplog):
+    config = config_of("state", "action", 8, 7, "libero", "my_camera")
+    config.policy_io.action.fps = 10.0
+    assert make_adapter("libero", trained_robot(config)).image == ("observation/image",)
+    assert "'my_camera', which --client=libero does not know" in caplog.text
+    assert "executes 20 actions per second, but those of the policy are 10" in caplog.text
+
+
+def test_droid_joint_velocities_by_their_streams():
+    """The client's own layout, in whatever order the policy reads its streams."""
+    config = (*droid_joints("joint_velocity"), 8, 8)
+    session = session_of("droid", *config)
+    seen = session.observe(droid_message(gripper=0.5))
+    np.testing.assert_array_equal(seen.observation.proprio, [[0, 1, 2, 3, 4, 5, 6, 0.5]])
+    chunk = np.random.default_rng(0).normal(size=(15, 8)).astype(np.float32)
+    np.testing.assert_array_equal(session.actions(chunk, seen), chunk)
+    turned = session_of("droid", config[0][::-1], *config[1:])
+    np.testing.assert_array_equal(
+        turned.observe(droid_message()).observation.proprio, [[0.5, 0, 1, 2, 3, 4, 5, 6]]
+    )
+
+
+def test_a_layout_of_the_clients_streams_is_converted_exactly():
+    """LIBERO as LeRobot stores it, with the second finger and the gripper as an opening."""
+    gripper = dict(stream="action", columns=(6,), represent="gripper", closed=1.0, open=-1.0)
+    action = (*libero_panda.LEROBOT_ACTION[:2], gripper)
+    finger = dict(stream="observation.state", columns=(7,))
+    session = session_of("libero", (*libero_panda.LEROBOT_PROPRIO[:2], finger), action, 10, 10)
+    seen = session.observe(libero_message(fingers=(0.03, -0.02)))
+    assert seen.observation.proprio[0, 9] == np.float32(-0.02)
+    chunk = np.array([[0, 0, 0, 1, 0, 0, 0, 1, 0, opening] for opening in (0.9, 0.1)], np.float32)
+    assert session.actions(chunk, seen)[:, 6].tolist() == [-1, 1]  # -1 opens
+
+
+@pytest.mark.parametrize("rotvec", [(175, 3, 2), (0, 0, 7)])
+def test_degrees_are_no_radians(rotvec):
+    session = session_of("libero", libero_panda.PROPRIO, libero_panda.ACTION, 10, 10)
+    with pytest.raises(RequestError, match="degrees"):
+        session.observe(libero_message(rotvec=rotvec))
+
+
+def test_the_robot_that_acts_is_the_configurations():
     config = config_of("state", "action", 4, 4)
     config.datasets.video = dict(embodiment="human", action="", proprio="")
-    assert policy_vectors(config).action[0].streams == ("action",)
+    assert trained_robot(config).action[0].streams == ("action",)
     config.datasets.other = dict(embodiment="hand", action="grasp", proprio="state")
+    with pytest.raises(ValueError, match="'hand', 'arm': choose"):
+        trained_robot(config)
     config.embodiment = "hand"
-    assert policy_vectors(config).action[0].streams == ("grasp",)
+    assert trained_robot(config).action[0].streams == ("grasp",)
+    config.embodiment = "human"
+    with pytest.raises(ValueError, match=r"'human', but the datasets .* are of 'hand', 'arm'"):
+        trained_robot(config)
+
+
+def test_datasets_of_one_robot_must_mean_the_same():
+    """Views of their own are no difference; another representation is."""
+    config = config_of("state", "action", 4, 4, video=("a", "b"))
+    config.datasets.view = dict(config.datasets.robot.to_dict(), video="a")
+    assert trained_robot(config).rows == (("a",),)
+    delta = dict(stream="action", represent="delta", base="state")
+    config.datasets.view.action = (delta,)
+    with pytest.raises(ValueError, match=r"'robot' and 'view' .* differently .*as delta"):
+        trained_robot(config)
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (dict(), None),
+        (dict(embodiment="libero_panda", weight=2.0), None),
+        (dict(action="joints"), "datasets.robot.action.0.streams"),
+        (dict(action=(dict(stream="action", represent="delta", base="state"),)), "represent"),
+        (dict(action=(dict(stream="action", normalize="SQUASH"),)), None),
+        (dict(proprio="qpos"), "datasets.robot.proprio"),
+        (dict(video="side"), "datasets.robot.video"),
+        (dict(video=(("front",),)), None),  # another way to write the same
+    ],
+)
+def test_a_policy_is_not_read_with_other_words_than_it_learned(change, words):
+    trained, now = (config_of("state", "action", 4, 4) for _ in range(2))
+    trained.clip = now.clip = dict(height=4, width=6)
+    now.datasets.robot.update(change)
+    trained.datasets.robot.records = "nowhere"
+    meta = {"config": json.loads(trained.to_json())}
+    with pytest.raises(ValueError, match=words) if words else nullcontext():
+        check_trained(now, meta, "run/action")
+    check_trained(now, {"stage": "action"}, "converted")
+
+
+def test_a_policy_of_records_that_said_otherwise_is_refused(tmp_path):
+    """Older versions trained on records that hold joints while the configuration says delta."""
+    config = config_of("state", "action", 4, 4)
+    config.clip = dict(height=4, width=6)
+    settings = {"dataset": json.loads(config.datasets.robot.to_json())}
+    config.datasets.robot.update(
+        action=(dict(stream="action", represent="delta", base="state"),), records=str(tmp_path)
+    )
+    manifest = {"settings": settings, "fingerprint": "f00d"}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    meta = {"config": json.loads(config.to_json()), "data_fingerprint": ["f00d"]}
+    with pytest.raises(ValueError, match=r"trained on records .*'values' there, 'delta' here"):
+        check_trained(config, meta, tmp_path)
+    check_trained(config, meta | {"data_fingerprint": ["beef"]}, tmp_path)  # encoded again since
+
+
+def test_a_suite_shows_its_own_robot(caplog):
+    clip = dict(height=480, width=640)
+    suite = ("libero", "libero_panda", (480, 640), clip)
+    check_suite(trained_robot(libero_action.get_config("goal")), *suite)
+    for config, words in (
+        ((widowx.PROPRIO, widowx.ACTION, 10, 10, "widowx"), "'libero_panda', but .* 'widowx'"),
+        ((widowx.PROPRIO, widowx.ACTION, 10, 10, "libero_panda"), "as relative_pose"),
+        (("state", "action", 8, 7, "libero"), "describe them as in"),
+        ((*LIBERO, 10, 10, "libero", "obs/eye_in_hand_rgb"), "'obs/eye_in_hand_rgb', which is on"),
+        ((*LIBERO, 10, 10, "libero", ("workspace_rgb", "wrist_rgb")), "2 cells"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            check_suite(trained_robot(config_of(*config)), *suite)
+    assert not caplog.text
+    square = dict(height=64, width=64)
+    check_suite(trained_robot(config_of(*LIBERO, 10, 10, "libero")), *suite[:3], square)
+    assert "480x640, but the policy sees 64x64: they are stretched" in caplog.text

@@ -84,7 +84,8 @@ def check_robot(command, running, flags):
     [
         (["--checkpoint=nothing", "--port=0"], "nothing is not a training directory"),
         (["--checkpoint=x", "--client=gr00t"], "--client"),
-        (["--checkpoint=x", "--client=aloha"], "--client=aloha has 14 numbers of state, but this"),
+        (["--checkpoint=x", "--client=aloha"], "was trained on 'metaworld_sawyer'"),
+        (["--checkpoint=x", "--camera_size=640"], "--camera_size must be HEIGHTxWIDTH"),
         (["--checkpoint=x", "--batch_sizes=0"], "Batch sizes must be at least 1, got [0]"),
         (["--checkpoint=x", "--batch_sizes=one"], "--batch_sizes must be numbers such as 1,8"),
         (["--checkpoint=x", "--stop_step=99"], "stop_step must be between 0 and video_steps"),

@@ -1,16 +1,24 @@
-"""A connection's episodes: the names of its queries."""
+"""A connection's episodes: the names of its queries, and what it is told once."""
 
+from dataclasses import replace
 from itertools import count
 
 import numpy as np
 import pytest
+from PIL import Image
 
-from mvjax.serving.adapters import PolicyVectors, make_adapter
+from data_pipelines.frames import resize_area
+from data_pipelines.normalize import Normalizer
+from data_pipelines.representations import Mode
+from data_pipelines.statistics import compute_statistics
+from mvjax.policy.robot import Robot
+from mvjax.serving.adapters import make_adapter
+from mvjax.serving.notices import Notices, Ranges
 from mvjax.serving.session import RequestError, Session, SessionSpec
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
 SPEC = SessionSpec(observed_frames=2, proprio_horizon=1)
-ADAPTER = make_adapter("plain", PolicyVectors((), (), 2, 2))
+ADAPTER = make_adapter("plain", Robot((), (), 2, 2))
 
 
 def message(state=(0.1, 0.2), **more):
@@ -22,6 +30,10 @@ def message(state=(0.1, 0.2), **more):
     }
 
 
+def session(numbers=None, spec=SPEC, adapter=ADAPTER):
+    return Session(adapter, spec, numbers or count(), Notices({}, "client"))
+
+
 def name(session, **more):
     return session.observe(message(**more)).observation.noise_key
 
@@ -30,8 +42,8 @@ def test_queries_are_named_by_the_episodes_of_the_server_and_their_number():
     """Two clients with the same observations get other noise; the same order gives the same."""
     for _ in range(2):
         numbers = count()
-        Session(ADAPTER, SPEC, numbers)  # connects and leaves: it counts for nothing
-        first, second = (Session(ADAPTER, SPEC, numbers) for _ in range(2))
+        session(numbers)  # connects and leaves: it counts for nothing
+        first, second = (session(numbers) for _ in range(2))
         first.reset()
         assert [name(first), name(second)] == [("session 0", 0), ("session 1", 0)]
         with pytest.raises(RequestError):
@@ -42,3 +54,177 @@ def test_queries_are_named_by_the_episodes_of_the_server_and_their_number():
         assert [name(first), name(first)] == [("session 2", 0), ("session 2", 1)]
         assert name(first, prompt="close the drawer") == ("session 3", 0)
         assert name(second) == ("session 1", 1)
+
+
+def with_bars(picture, side=224):
+    """openpi_client.image_tools.resize_with_pad."""
+    h, w = picture.shape[:2]
+    ratio = max(w / side, h / side)
+    height, width = int(h / ratio), int(w / ratio)
+    small = Image.fromarray(picture).resize((width, height), resample=Image.Resampling.BILINEAR)
+    padded = Image.new("RGB", (side, side), 0)
+    padded.paste(small, (max(0, int((side - width) / 2)), max(0, int((side - height) / 2))))
+    return np.asarray(padded)
+
+
+def scene(height, width, seed=0):
+    """A smooth picture without black."""
+    few = np.random.default_rng(seed).integers(60, 255, (6, 8, 3), np.uint8)
+    return np.asarray(
+        Image.fromarray(few).resize((width, height), resample=Image.Resampling.BICUBIC)
+    )
+
+
+def told(one, **more):
+    """What the policy is shown, and what the connection is told at this query."""
+    return one.observe(message(**more)).observation.frames, one.notices.take()
+
+
+@pytest.mark.parametrize(
+    "camera, clip, side",
+    [
+        ((720, 1280), (180, 320), 224),  # DROID
+        ((480, 640), (480, 640), 224),  # ALOHA
+        ((720, 1280), (176, 320), 224),  # a clip's sides are multiples of 16
+        ((640, 480), (64, 48), 128),  # upright
+        ((1080, 1920), (144, 256), 225),  # bars of two widths
+    ],
+)
+def test_bars_that_openpi_adds_are_cut_off(camera, clip, side):
+    one = session(spec=replace(SPEC, size=clip))
+    for number in range(3):
+        original = scene(*camera, seed=number)
+        padded = with_bars(original, side)
+        shown, said = told(one, **{"observation/image": padded})
+        ours = resize_area(shown[-1:], *clip)[0].astype(int)
+        # As training saw it, but for the coarser pixels.
+        assert np.abs(ours - resize_area(original[None], *clip)[0]).mean() < 3
+        assert ours.min() > 20
+        black = int((padded.max(axis=-1) == 0).mean() * 100)
+        if number == 0:
+            assert len(said) == 1 and "black" in said[0]
+            assert f"({black}%)" in said[0] or f"({black + 1}%)" in said[0]
+        else:
+            assert not said
+    history = np.stack([with_bars(scene(*camera, seed), side) for seed in (1, 2)])
+    last = {"observation/image": history[-1]}  # beside a history it must be its last one
+    assert told(one, **last, **{"observation/image_history": history})[0].shape == shown.shape
+
+
+def square(rows=slice(None), columns=slice(None), value=200):
+    picture = np.zeros((224, 224, 3), np.uint8)
+    picture[rows, columns] = value
+    return picture
+
+
+@pytest.mark.parametrize(
+    "picture",
+    [
+        square(slice(60, 160), slice(60, 130)),  # a dark scene
+        square(slice(28, 190)),  # bars of other widths above and below
+        square(slice(10, 214)),  # symmetric, but of another aspect than training's
+        np.maximum(square(slice(28, 196)), 1),  # not zero
+        square(columns=slice(28, 196)),  # at the sides
+        square(),
+    ],
+)
+def test_a_dark_scene_is_not_cut(picture):
+    one = session(spec=replace(SPEC, size=(480, 640)))
+    shown, said = told(one, **{"observation/image": picture})
+    np.testing.assert_array_equal(shown[-1], picture)
+    assert "224x224, of another aspect than what the policy sees, 480x640" in said[0]
+    assert not told(one, **{"observation/image": picture})[1]
+
+
+def test_bars_must_be_black_in_all_pictures():
+    one = session(spec=replace(SPEC, size=(480, 640)))
+    boxed = with_bars(scene(480, 640))
+    assert told(one, **{"observation/image": boxed})[0].shape == (2, 168, 224, 3)
+    assert told(one, **{"observation/image": square()})[0].shape == (2, 224, 224, 3)
+    assert told(one, **{"observation/image": boxed})[0].shape == (2, 224, 224, 3)
+
+
+def test_bars_of_unknown_origin_and_black_pictures_are_said():
+    """A square clip does not tell whether training had the bars; --camera_size does."""
+    boxed = with_bars(scene(480, 640))
+    one = session(spec=replace(SPEC, size=(64, 64)))
+    shown, said = told(one, **{"observation/image": boxed})
+    np.testing.assert_array_equal(shown[-1], boxed)
+    assert len(said) == 1 and "first 28 and the last 28 rows" in said[0]
+    known = session(spec=replace(SPEC, size=(480, 640), size_known=True))
+    assert told(known, **{"observation/image": boxed})[0].shape == (2, 168, 224, 3)
+    assert "stretched." in told(known, **{"observation/image": scene(64, 64)})[1][0]
+    assert "is black" in told(one, **{"observation/image": np.zeros_like(boxed)})[1][0]
+
+
+def ranges(mode=Mode.VARIANCE):
+    """Of states between 0.05 and 0.35, and 0 and 1."""
+    data = np.random.default_rng(0).uniform((0.05, 0), (0.35, 1), (500, 1, 2))
+    statistics = {"proprio": compute_statistics(data)}
+    return Ranges.of(Normalizer(statistics, {"proprio": mode}), "proprio", ("x[0]", "x[1]"))
+
+
+@pytest.mark.parametrize(
+    "state, words, counted",
+    [
+        ((0.2, 0.5), None, {}),
+        ((0.35, 1.0), None, {}),
+        ((200, 500), "2 of 2 numbers, most of all x[1] with 500 (training: 0.00", {"clipped"}),
+        ((1e30, 0.5), "1 of 2 numbers, most of all x[0] with 1e+30", {"clipped"}),
+        ((0.2, -90), "x[1] with -90", {"clipped"}),
+    ],
+)
+def test_a_state_in_other_units_is_said_once_and_counted(state, words, counted):
+    totals = {}
+    one = session(spec=replace(SPEC, proprio=ranges()))
+    one.notices = Notices(totals, "client")
+    said = [told(one, state=state)[1] for _ in range(3)]
+    assert said[1:] == [[], []]
+    if words is None:
+        assert totals == {} and said[0] == []
+        return
+    assert len(said[0]) == 1 and words in said[0][0] and "They are clipped." in said[0][0]
+    assert totals["state_clipped"]["queries"] == 3
+    assert totals["state_outside"] == {"queries": 3, "connections": 1, "first": said[0][0]}
+
+
+def test_what_is_not_normalised_is_outside_all_the_same():
+    one = session(spec=replace(SPEC, proprio=ranges(Mode.IDENTITY)))
+    said = told(one, state=(200, 0.5))[1]
+    assert "x[0] with 200" in said[0] and "clipped" not in said[0]
+    assert Ranges.of(Normalizer({}, {"proprio": Mode.NONE}), "proprio", ()) is None
+
+
+def test_actions_far_outside_the_training_data_are_said():
+    one = session(spec=replace(SPEC, actions=ranges()))
+    seen = one.observe(message())
+    one.actions(np.array([[0.4, 0.5]], np.float32), seen)
+    assert one.notices.take() == []
+    one.actions(np.array([[0.4, 0.5], [0.4, 9]], np.float32), seen)
+    assert "x[1] with 9" in one.notices.take()[0]
+
+
+def test_a_picture_that_is_not_read_is_said_once():
+    one = session(spec=replace(SPEC, camera="front"))
+    wrist = {"observation/wrist_image": PICTURE, "images": {"cam_low": PICTURE}}
+    (said,) = told(one, **wrist)[1]
+    assert "'observation/wrist_image', 'images/cam_low' is not read" in said
+    assert "'front' and sees 'observation/image'" in said
+    assert not told(one, **wrist)[1]
+    history = {"observation/image_history": np.stack([PICTURE] * 2)}
+    assert not told(session(spec=SPEC), **history)[1]  # that and an equal picture
+
+
+@pytest.mark.parametrize(
+    "more, words",
+    [
+        ({"observation/image_history": np.full((2, 4, 6, 3), 7, np.uint8)}, "last picture"),
+        ({"observation/state_history": np.ones((1, 2))}, "last state"),
+        ({"prompt": "\u200b \n\x00"}, "no visible character"),
+    ],
+)
+def test_two_sources_of_one_fact_and_empty_prompts_are_refused(more, words):
+    with pytest.raises(RequestError, match=words):
+        session().observe(message(**more))
+    for prompt in ("🤖", "шкаф", "抽屉", "?"):
+        session().observe(message(prompt=prompt))

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from tiny_stages import quick_compiles, save_untrained, tiny_batch, tiny_config
 
 from data_pipelines.clip import Clip
+from data_pipelines.embodiments import libero_panda
 from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
 from data_pipelines.statistics import compute_statistics
@@ -26,7 +27,8 @@ from mvjax.models.stand_ins import (
 )
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy, VideoActionModel
-from mvjax.serving.adapters import make_adapter, policy_vectors
+from mvjax.policy.robot import trained_robot
+from mvjax.serving.adapters import make_adapter
 from mvjax.serving.batching import Batching
 from mvjax.serving.server import Serving, make_server
 
@@ -39,6 +41,13 @@ def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, Con
     config = tiny_config("action")
     config.clip.height, config.clip.width = SIZE
     config.policy_io.proprio.dim, config.policy_io.action.dim = DIMS[client]
+    if client == "libero":
+        config.datasets.robot.update(
+            embodiment="libero_panda",
+            video="observation.images.agentview",
+            action=libero_panda.LEROBOT_ACTION,
+            proprio=libero_panda.LEROBOT_PROPRIO,
+        )
     rng = np.random.default_rng(0)
     batch = tiny_batch(config)
     backbone = Experiment.from_config(config).video_network
@@ -119,7 +128,7 @@ def main(client: str = "plain", api_key: str = "", sizes: str = "1,4", **numbers
     batching = Batching(tuple(int(size) for size in sizes.split(",")), window)
     policy, config = tiny_policy(client)
     with quick_compiles():
-        adapter = make_adapter(client, policy_vectors(config))
+        adapter = make_adapter(client, trained_robot(config))
         server = make_server(policy, config, adapter, serving, batching=batching)
         asyncio.run(server.run(lambda host, port: print(port, flush=True)))
 

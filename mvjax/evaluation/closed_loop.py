@@ -23,6 +23,7 @@ from mvjax.experiment import Experiment
 from mvjax.identity import claim, digest_of, here
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Act, Observation, ObservationSpec
+from mvjax.policy.robot import check_suite, trained_robot
 
 
 def settings_for(
@@ -88,6 +89,9 @@ def evaluate(
     tasks = [task.strip() for task in ",".join(protocol.tasks).split(",") if task.strip()]
     for task in tasks:  # before the policy is loaded and compiled, which takes minutes
         suite.check_task(task)
+    if {"policy", "oracle"} & {setting.mode for setting in settings.values()}:
+        robot = trained_robot(config)
+        check_suite(robot, protocol.suite, suite.embodiment, suite.size, config.clip)
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
     proprio = config.policy_io.proprio
     spec = ObservationSpec(

@@ -24,6 +24,7 @@ from mvjax.models.t5 import T5EncoderConfig, T5TextEncoder, load_t5_tokenizer
 from mvjax.models.wan_vae import WanVAE
 from mvjax.parallel import split_ways
 from mvjax.policy.policy import Policy, VideoActionModel
+from mvjax.policy.robot import check_trained, trained_robot
 from mvjax.training.bridge import (
     Checkpoint,
     abstract_params,
@@ -211,6 +212,7 @@ def _load_policy(
     trained = None if "converted" in decoder.meta else decoder.meta.get("backbone", {})
     backbone = backbone_checkpoint(experiment, trained, str(decoder_directory))
     chosen += [backbone] if backbone else []
+    check_trained(config, decoder.meta, decoder_directory)
     normalizer = _normalizer(decoder, config)
     tokenizer, tokenizer_identity, tokenizer_is = _video_tokenizer(config.tokenizer)
     text_encoder, text_identity, text_encoder_is = _text_encoder(config)
@@ -260,6 +262,7 @@ def _load_policy(
         batch_size=-(-batch_size // ways) * ways,
         mesh=mesh,
         rules=rules,
+        rows=trained_robot(config).rows,
         identity={"what": plain(what), "where": {**here(), "read": read}},
     )
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from data_pipelines.clip import Clip
+from data_pipelines.cutting import Rows
 from data_pipelines.frames import resize_area
 from data_pipelines.lru import LRU
 from data_pipelines.normalize import Normalizer
@@ -238,6 +239,8 @@ class Policy:
         normalizer: of "proprio" and "actions".
         batch_size: queries per compiled batch, a multiple of the devices that share a batch.
         mesh, rules: the devices, and how batch and networks are split over them.
+        rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown. Tiled
+            pictures must come as they were made for training, of the clip's size.
         identity: what was loaded ("what": digests and settings) and "where", as JSON values
             (`mvjax.identity`); without the sampling, which is `model.sampling`.
     """
@@ -249,6 +252,7 @@ class Policy:
     batch_size: int = 8
     mesh: Mesh = field(default_factory=lambda: make_mesh({}, jax.local_devices()[:1]))
     rules: Rules = field(default_factory=make_rules)
+    rows: Rows = ()
     identity: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _texts: LRU = field(default_factory=lambda: LRU(_TEXTS_KEPT), repr=False)
 
@@ -345,6 +349,13 @@ class Policy:
                     f"clip.observed_frames = {clip.observed_frames}."
                 )
             frames = o.frames
+            tiled = sum(map(len, self.rows)) > 1
+            if tiled and frames.shape[1:3] != (clip.height, clip.width):
+                raise ValueError(
+                    f"This policy was trained on pictures tiled from {self.rows}, and one of "
+                    f"{frames.shape[1]}x{frames.shape[2]} is none: tile the cameras' with "
+                    f"data_pipelines.cutting.tile, {clip.height}x{clip.width}."
+                )
             if with_future:
                 if o.future is None or len(o.future) != clip.future_frames:
                     raise ValueError(

@@ -1,18 +1,29 @@
 """Adapters between robots' clients and the policy, one for each value of `--client`.
 
-To add one, write a function that returns an `Adapter` for a policy's vectors, and add it to
-`CLIENTS`.
+To add one, write a function that returns an `Adapter` for the robot that a policy was trained on,
+and add it to `CLIENTS`. It must refuse every policy whose robot, cameras or vectors are not the
+client's: arrays of equal widths need not mean the same.
 """
 
-from collections.abc import Callable, Mapping
+import logging
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
-from data_pipelines.embodiments.libero_panda import HDF5_ACTION, HDF5_PROPRIO
-from data_pipelines.representations import Part
-from data_pipelines.vectors import bases, parse, restore, streams, vector
+from data_pipelines.embodiments import libero_panda
+from data_pipelines.representations import REPRESENTATIONS, Mode, Part
+from data_pipelines.vectors import bases, dims, parse, restore, streams, vector
+from mvjax.policy.robot import (
+    Robot,
+    check_embodiment,
+    described,
+    is_on_the_hand,
+    single_camera,
+)
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,7 @@ class Adapter:
         prompt: the client's instruction -> the policy's.
         jump: a new episode begins when the first three numbers of the state (metres) move farther
             than this between two messages; None: only when the message says so.
+        control_hz: actions that the client executes per second; 0 if unknown.
     """
 
     name: str
@@ -40,38 +52,17 @@ class Adapter:
     actions: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda chunk, state: chunk
     prompt: Callable[[str], str] = str
     jump: float | None = None
+    control_hz: float = 0.0
 
 
-@dataclass(frozen=True)
-class PolicyVectors:
-    """The parts (`data_pipelines.vectors`) and widths of a policy's vectors."""
-
-    action: tuple[Part, ...]
-    proprio: tuple[Part, ...]
-    action_dim: int
-    proprio_dim: int
-
-
-def policy_vectors(config: Any) -> PolicyVectors:
-    """Returns the vectors of the robot: `config.embodiment`, or the only one of a stage-2 run."""
-    io, wanted = config.policy_io, config.get("embodiment", "")
-    acting = [
-        dataset
-        for dataset in config.datasets.values()
-        if dataset.action and wanted in ("", dataset.embodiment)
-    ]
-    described = (acting[0].action, acting[0].proprio) if acting else ("", "")
-    action, proprio = map(parse, described, ("action", "proprio"))
-    return PolicyVectors(action, proprio, io.action.dim, io.proprio.dim)
-
-
-def plain(policy: PolicyVectors) -> Adapter:
+def plain(robot: Robot) -> Adapter:
     """This package's own client: one picture, the policy's own vectors."""
+    single_camera(robot, "--client=plain")
     return Adapter(
         name="plain",
         image=("observation/image",),
         state=("observation/state",),
-        state_size=policy.proprio_dim,
+        state_size=robot.proprio_dim,
     )
 
 
@@ -81,63 +72,91 @@ def plain(policy: PolicyVectors) -> Adapter:
 # 0.3 m from the end of a solved one (docs/serving.md).
 EPISODE_JUMP_M = 0.2
 
+_SCENE, _WRIST = ("observation/image",), ("observation/wrist_image",)
+_LIBERO_CAMERAS = {
+    **dict.fromkeys(("workspace_rgb", "agentview", "agentview_rgb", "image"), _SCENE),
+    **dict.fromkeys(("wrist_image", "eye_in_hand_rgb", "robot0_eye_in_hand"), _WRIST),
+}
 
-def libero(policy: PolicyVectors) -> Adapter:
+
+def libero(robot: Robot) -> Adapter:
     """openpi's LIBERO client: third-person camera, end effector, at 20 Hz.
 
     It sends position 3 (m), axis-angle 3 (rad) and two fingers (m), and takes 7 OSC_POSE numbers.
 
-    A policy with 10 proprioceptive and 10 action dimensions has the layout of
+    A policy with 10 proprioceptive and 10 action dimensions has a layout of
     `data_pipelines/embodiments/libero_panda.py`; a "black bowl" is then a "bowl", as in
     mimic-video's instructions. One with 8 and 7 was trained in the client's own layout.
     """
+    check_embodiment(robot, "--client=libero", "libero", "libero_panda")
     own = Adapter(
         name="libero",
-        image=("observation/image",),
+        image=picture("libero", robot, _LIBERO_CAMERAS),
         state=("observation/state",),
         state_size=8,
         jump=EPISODE_JUMP_M,
+        control_hz=20,
     )
-    if (policy.proprio_dim, policy.action_dim) == (10, 10):
-        parts = PolicyVectors(parse(HDF5_ACTION, "action"), parse(HDF5_PROPRIO, "proprio"), 10, 10)
+    known = libero_panda
+    actions = [_meaning(parse(a)) for a in (known.ACTION, known.HDF5_ACTION)]
+    states = (known.PROPRIO, known.HDF5_PROPRIO, known.REGENERATED_PROPRIO)
+    if _meaning(robot.action) in actions and _meaning(robot.proprio) in [
+        _meaning(parse(state)) for state in states
+    ]:
+        parts = parse(known.HDF5_ACTION), parse(known.HDF5_PROPRIO)
         names = "obs/ee_pos", "obs/ee_ori", "obs/gripper_states"
-        posed = converted(own, parts, lambda s: dict(zip(names, np.split(s, [3, 6], axis=-1))))
+        posed = converted(
+            own, Robot(*parts, 10, 10), lambda s: dict(zip(names, np.split(s, [3, 6], axis=-1)))
+        )
+    else:
+        posed = in_own_layout(own, robot, action_size=7)
+    if (robot.proprio_dim, robot.action_dim) != (10, 10):
+        return posed
 
-        def actions(chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
-            motion, gripper = np.split(posed.actions(chunk, state), [6], axis=1)
-            # As in the release, the gripper either opens (-1) or closes (1).
-            gripper = np.where(gripper > 0, 1, -1)
-            return np.concatenate([motion, gripper], axis=1).astype(np.float32)
+    def commands(chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
+        motion, gripper = np.split(posed.actions(chunk, state), [6], axis=1)
+        # As in the release, the gripper either opens (-1) or closes (1).
+        gripper = np.where(gripper > 0, 1, -1)
+        return np.concatenate([motion, gripper], axis=1).astype(np.float32)
 
-        prompt = lambda prompt: prompt.replace("black bowl", "bowl")  # noqa: E731
-        return replace(posed, actions=actions, prompt=prompt)
-    check_sizes("libero", state=(8, policy.proprio_dim), action=(7, policy.action_dim))
-    return own
+    prompt = lambda prompt: prompt.replace("black bowl", "bowl")  # noqa: E731
+    return replace(posed, actions=commands, prompt=prompt)
 
 
-STATE = "observation.state"  # as in the public LeRobot datasets
+_ALOHA_CAMERAS = {
+    name: ("images", name) for name in ("cam_high", "cam_low", "cam_left_wrist", "cam_right_wrist")
+} | {"top": ("images", "cam_high")}  # the simulator's, as the client sends it
 
 
-def aloha(policy: PolicyVectors) -> Adapter:
+def aloha(robot: Robot) -> Adapter:
     """openpi's ALOHA clients, real and simulated: high camera, two arms, at 50 Hz.
 
     Per arm they send and take six joints (rad) and a gripper in the robot's units. Actions that
     were learned relative to the present joints are made absolute. The simulated client sends no
     prompt: the server needs `--prompt`.
     """
-    own = Adapter(name="aloha", image=("images", "cam_high"), state=("state",), state_size=14)
-    check_sizes("aloha", state=(14, policy.proprio_dim), action=(14, policy.action_dim))
-    if is_described_by(policy, {STATE}):
-        return converted(own, policy, lambda state: {STATE: state})
-    return own
+    check_embodiment(robot, "--client=aloha", "aloha", "aloha")
+    own = Adapter(
+        name="aloha",
+        image=picture("aloha", robot, _ALOHA_CAMERAS),
+        state=("state",),
+        state_size=14,
+        control_hz=50,
+    )
+    return in_own_layout(own, robot, action_size=14)
 
 
-# The streams of DROID's RLDS release.
-POSE = "steps/observation/cartesian_position"
-GRIPPER = "steps/observation/gripper_position"
+# Sizes of the streams of DROID's RLDS release, "steps/observation/<name>", which the client sends
+# as "observation/<name>".
+_DROID_STATE = {"joint_position": 7, "cartesian_position": 6, "gripper_position": 1}
+_EXTERIOR, _DROID_WRIST = ("observation/exterior_image_1_left",), ("observation/wrist_image_left",)
+_DROID_CAMERAS = {
+    **dict.fromkeys(("exterior_image_1_left", "exterior_1_left"), _EXTERIOR),
+    **dict.fromkeys(("wrist_image_left", "wrist_left"), _DROID_WRIST),
+}
 
 
-def droid(policy: PolicyVectors) -> Adapter:
+def droid(robot: Robot) -> Adapter:
     """openpi's DROID client: left exterior camera, a Franka arm and its gripper, at 15 Hz.
 
     The unchanged client sends seven joints (rad) and the gripper, and executes joint velocities and
@@ -146,63 +165,182 @@ def droid(policy: PolicyVectors) -> Adapter:
     `observation/cartesian_position` [6] in place of the joints, and executes poses: position 3 (m),
     Euler angles 3 (rad) and gripper.
     """
+    check_embodiment(robot, "--client=droid", "droid", "droid_franka")
     own = Adapter(
         name="droid",
-        image=("observation/exterior_image_1_left",),
+        image=picture("droid", robot, _DROID_CAMERAS),
         state=("observation/joint_position", "observation/gripper_position"),
         state_size=8,
+        control_hz=15,
     )
-    if is_described_by(policy, {POSE, GRIPPER}):
-        keys = ("observation/cartesian_position", "observation/gripper_position")
-        posed = replace(own, state=keys, state_size=7)
-        return converted(posed, policy, lambda s: {POSE: s[..., :6], GRIPPER: s[..., 6:]})
-    check_sizes("droid", state=(8, policy.proprio_dim), action=(8, policy.action_dim))
-    return own
+    taken = [_last_word(name) for name in streams(robot.action)]
+    if len(taken) == 1:
+        adapter = in_own_layout(own, robot, action_size=8)
+        log.warning(
+            "--client=droid executes joint velocities and a gripper command; nothing but its name "
+            "says that the stream %r, on which the policy was trained, holds these.",
+            streams(robot.action)[0],
+        )
+        return adapter
+    needed = {name: _last_word(name) for name in _state_streams(robot)}
+    fits = set(needed.values()) <= set(_DROID_STATE) and taken in (
+        ["joint_velocity", "gripper_position"],
+        ["cartesian_position", "gripper_position"],
+    )
+    if not fits:
+        raise not_fitting(
+            own, robot, "joint_position and gripper_position", "joint_velocity and gripper_position"
+        )
+    sent = [name for name in _DROID_STATE if name in needed.values()]
+    ends = np.cumsum([_DROID_STATE[name] for name in sent])
+
+    def split(state: np.ndarray) -> dict[str, np.ndarray]:
+        values = dict(zip(sent, np.split(state, ends[:-1], axis=-1)))
+        return {name: values[word] for name, word in needed.items()}
+
+    keys = tuple(f"observation/{name}" for name in sent)
+    return converted(replace(own, state=keys, state_size=int(ends[-1])), robot, split)
 
 
 CLIENTS = {"plain": plain, "libero": libero, "aloha": aloha, "droid": droid}
 
 
-def make_adapter(client: str, policy: PolicyVectors) -> Adapter:
-    """Returns the adapter of a client; ValueError if it is unknown or does not fit the policy."""
+def make_adapter(client: str, robot: Robot) -> Adapter:
+    """Returns the adapter of a client for a policy that was trained on `robot`.
+
+    Raises:
+        ValueError: the client is unknown, or its robot, cameras or numbers are not the policy's.
+    """
     if client not in CLIENTS:
         raise ValueError(f"The client must be one of {', '.join(CLIENTS)}, got {client!r}.")
-    return CLIENTS[client](policy)
+    adapter = CLIENTS[client](robot)
+    if adapter.control_hz and robot.action_fps and adapter.control_hz != robot.action_fps:
+        log.warning(
+            "--client=%s executes %g actions per second, but those of the policy are %g per second "
+            "(policy_io.action.fps): the robot moves at another speed than in training.",
+            client,
+            adapter.control_hz,
+            robot.action_fps,
+        )
+    return adapter
+
+
+def picture(client: str, robot: Robot, cameras: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Returns the keys of the client's picture from the camera that a policy was trained on.
+
+    Args:
+        client: the value of `--client`.
+        robot: of the policy.
+        cameras: last word of a camera's name -> the keys; the first is the client's main camera.
+
+    Raises:
+        ValueError: the policy was trained on several cameras, or on one that the client lacks.
+    """
+    camera = single_camera(robot, f"--client={client}")
+    main = next(iter(cameras.values()))
+    if not camera:
+        return main
+    if keys := cameras.get(_last_word(camera)):
+        return keys
+    if is_on_the_hand(camera):
+        raise ValueError(
+            f"This policy was trained on the camera {camera!r}, which --client={client} does not "
+            f"have; it knows {', '.join(cameras)}."
+        )
+    log.warning(
+        "the policy was trained on the camera %r, which --client=%s does not know: it is shown the "
+        "client's %r, which must be the same view.",
+        *(camera, client, "/".join(main)),
+    )
+    return main
+
+
+def in_own_layout(own: Adapter, robot: Robot, action_size: int) -> Adapter:
+    """Returns the adapter of a policy whose streams are the client's own state and actions.
+
+    Raises:
+        ValueError: the policy reads several streams, or others than the client's numbers.
+    """
+    states, taken = _state_streams(robot), streams(robot.action)
+    fits = len(states) == len(taken) == 1 and _columns(robot.action, robot.action_dim) == set(
+        range(action_size)
+    )
+    fits = fits and _columns(robot.proprio, robot.proprio_dim) <= set(range(own.state_size))
+    whole = [part for part in robot.proprio if part.columns is None]  # the stream as it is
+    if not fits or (whole and robot.proprio_dim != own.state_size):
+        raise not_fitting(own, robot, f"{own.state_size} numbers", f"{action_size} numbers")
+    return converted(own, robot, lambda state: {name: state for name in states})
+
+
+def not_fitting(own: Adapter, robot: Robot, state: str, actions: str) -> ValueError:
+    """The error of a policy whose vectors are not made of what a client sends and takes."""
+    return ValueError(
+        f"--client={own.name} has a state of {state} and takes actions of {actions}, but this "
+        f"policy was trained with a state of {robot.proprio_dim} ({described(robot.proprio)}) and "
+        f"actions of {robot.action_dim} ({described(robot.action)}): choose the --client that fits "
+        "it, or plain."
+    )
 
 
 def converted(
-    adapter: Adapter, policy: PolicyVectors, split: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+    adapter: Adapter, robot: Robot, split: Callable[[np.ndarray], Mapping[str, np.ndarray]]
 ) -> Adapter:
     """Returns an adapter that converts between the client's streams and the policy's vectors.
 
     Args:
         adapter: of the client, without conversion.
-        policy: its vectors; `split` must return all their streams and bases.
+        robot: the policy's; `split` must return all its streams and bases.
         split: a client's state [..., state_size] -> streams by name, [..., any].
     """
 
     def proprio(states: np.ndarray) -> np.ndarray:
-        return vector(policy.proprio, split(states), split(states[-1]), policy.proprio_dim)
+        check_angles(robot.proprio, split(states))
+        return vector(robot.proprio, split(states), split(states[-1]), robot.proprio_dim)
 
     def actions(chunk: np.ndarray, state: np.ndarray) -> np.ndarray:
-        restored = restore(policy.action, chunk, split(state))
-        flat = [restored[name].reshape(len(chunk), -1) for name in streams(policy.action)]
+        restored = restore(robot.action, chunk, split(state))
+        flat = [restored[name].reshape(len(chunk), -1) for name in streams(robot.action)]
         return np.concatenate(flat, axis=1).astype(np.float32)
 
     return replace(adapter, proprio=proprio, actions=actions)
 
 
-def is_described_by(policy: PolicyVectors, names: set[str]) -> bool:
-    """Returns whether a policy needs no other streams of a client's state than these."""
-    needed = {*streams(policy.proprio), *bases(policy.proprio), *bases(policy.action)}
-    return bool(policy.action and policy.proprio) and needed <= names
+def check_angles(parts: Sequence[Part], values: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError for angles that are larger than those of any rotation in radians."""
+    # axis-angle is at most a full turn; Euler angles may have been counted on.
+    turns = {"rotvec": 1, "euler_xyz": 2}
+    for part in parts:
+        if part.rotation in turns:
+            stored = values[part.streams[-1]]
+            stored = stored[..., part.columns or slice(-3, None)]
+            largest = float(np.abs(stored).max())
+            if largest > turns[part.rotation] * 2 * np.pi + 0.01:
+                raise ValueError(
+                    f"{part.streams[-1]!r} holds a rotation ({part.rotation}) in radians, but "
+                    f"{largest:.4g} is more than {turns[part.rotation]} turns; are these degrees?"
+                )
 
 
-def check_sizes(client: str, *, state: tuple[int, int], action: tuple[int, int]) -> None:
-    """Raises ValueError unless the sizes (the client's, the policy's) are equal."""
-    for what, (sent, trained) in {"state": state, "action": action}.items():
-        if sent != trained:
-            raise ValueError(
-                f"--client={client} has {sent} numbers of {what}, but this policy was trained "
-                f"with {trained}: choose the --client that fits it, or plain."
-            )
+def _state_streams(robot: Robot) -> tuple[str, ...]:
+    """The streams of a state that a policy reads or is relative to."""
+    names = (*streams(robot.proprio), *bases(robot.proprio), *bases(robot.action))
+    return tuple(dict.fromkeys(names))
+
+
+def _columns(parts: Sequence[Part], dim: int) -> set[int]:
+    """The columns that parts take of their only stream."""
+    taken: set[int] = set()
+    for part, width in zip(parts, dims(parts, dim)):
+        stored = REPRESENTATIONS[part.represent].stored_width(part) or width
+        taken |= set(part.columns or (() if part.pad else range(stored)))
+    return taken
+
+
+def _meaning(parts: Sequence[Part]) -> list[Part]:
+    """Parts without what does not change the layout of a vector."""
+    same = dict(normalize=Mode.VARIANCE, shift=0.0, interpolation="nearest")
+    return [replace(part, **same) for part in parts]
+
+
+def _last_word(stream: str) -> str:
+    return re.split(r"[/.]", stream)[-1]

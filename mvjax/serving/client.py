@@ -65,6 +65,8 @@ class Client:
     def infer(self, observation: Mapping[str, Any]) -> dict[str, Any]:
         """Returns the answer: `actions` float32 [horizon, action_dim], and `server_timing`.
 
+        What the server finds strange about the observations (`notices`) is logged, too.
+
         Raises:
             QueryRefused: the server cannot answer this observation.
             ServerUnreachable: the connection is lost, or there is no answer after `timeout`
@@ -121,7 +123,10 @@ class Client:
             ) from None
         if isinstance(reply, str):
             raise QueryRefused(reply)
-        return decode(reply)
+        answer = decode(reply)
+        for notice in answer.get("notices", ()):  # once per connection
+            log.warning("%s: %s", self._uri, notice)
+        return answer
 
     def _connect(self) -> None:
         deadline = time.monotonic() + self._patience

@@ -2,8 +2,9 @@
 
 A client that connects receives a map that describes the policy (`metadata`). Then every binary
 message is an observation, answered in turn by a binary message with its actions. A message that
-cannot be answered gets a text message with the reason, and the connection stays open. GET /healthz
-answers OK, GET /health counts and latencies as JSON.
+cannot be answered gets a text message with the reason, and the connection stays open. What may be
+wrong with an observation is said once per connection, in `notices` of the reply and in the log. GET
+/healthz answers OK, GET /health counts and latencies as JSON.
 """
 
 import asyncio
@@ -24,9 +25,12 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from mvjax.identity import digest_of
 from mvjax.policy.policy import Policy
+from mvjax.policy.robot import described, labels, single_camera, trained_robot
 from mvjax.serving.adapters import Adapter
 from mvjax.serving.batching import Batcher, Batching, PolicyError, act_in_sizes
+from mvjax.serving.notices import Notices, Ranges, Totals
 from mvjax.serving.protocol import MESSAGE_BYTES, ProtocolError, decode, encode
 from mvjax.serving.session import RequestError, Session, SessionSpec
 
@@ -60,9 +64,10 @@ class Serving:
 
 
 class Metrics:
-    """Counts of queries, errors, refused connections and vanished clients; latencies."""
+    """Counts of queries, errors, refused connections and vanished clients; notices; latencies."""
 
     def __init__(self) -> None:
+        self.notices: Totals = {}
         self.counts = Counter(queries=0, errors=0, refused=0, vanished=0)
         self._began = time.monotonic()
         self._parts: dict[str, deque[float]] = defaultdict(partial(deque, maxlen=RECENT))
@@ -77,6 +82,7 @@ class Metrics:
         """Returns counts, seconds since the start, and percentiles of recent queries in ms."""
         return {
             **self.counts,
+            "notices": self.notices,
             "up_s": round(time.monotonic() - self._began, 1),
             "latency_ms": {
                 part: {
@@ -96,6 +102,7 @@ class PolicyServer:
         spec: the policy's input.
         make_batcher: makes the policy's batcher from a function that counts the clients.
         metadata: sent to every client that connects.
+        identity: what the policy is (`Policy.identity`), shown in /health.
     """
 
     def __init__(
@@ -105,11 +112,12 @@ class PolicyServer:
         spec: SessionSpec,
         make_batcher: Callable[[Callable[[], int]], Batcher],
         metadata: Mapping[str, Any],
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         self._serving, self._adapter, self._spec = serving, adapter, spec
         self._clients, self._metrics, self._episodes = 0, Metrics(), itertools.count()
         self._batcher = make_batcher(lambda: self._clients)
-        self._metadata = encode(metadata)
+        self._metadata, self._identity = encode(metadata), dict(identity or {})
 
     async def run(self, ready: Callable[[str, int], None] = lambda host, port: None) -> None:
         """Serves until it is cancelled; calls `ready(host, port)` once clients can connect."""
@@ -142,6 +150,7 @@ class PolicyServer:
             return connection.respond(HTTPStatus.OK, "OK\n")
         if path == "/health":
             report = {"status": "ok", "clients": self._clients, **self._metrics.report()}
+            report["policy"] = self._identity
             response = connection.respond(HTTPStatus.OK, json.dumps(report) + "\n")
             del response.headers["Content-Type"]
             response.headers["Content-Type"] = "application/json"
@@ -169,7 +178,9 @@ class PolicyServer:
         if reason := self._refusal():  # several handshakes were accepted at the same time
             return await connection.close(TRY_AGAIN_LATER, reason)
         self._clients += 1
-        session = Session(self._adapter, self._spec, self._episodes)
+        client = ":".join(map(str, connection.remote_address[:2]))
+        notices = Notices(self._metrics.notices, client)
+        session = Session(self._adapter, self._spec, self._episodes, notices)
         try:
             await self._send(connection, self._metadata)
             async for message in connection:
@@ -222,7 +233,7 @@ class PolicyServer:
         seen = session.observe(request)
         read = time.monotonic() - began
         answer = await self._batcher.ask(seen.observation)
-        reply = {
+        reply: dict[str, Any] = {
             "actions": session.actions(answer.chunk, seen),
             "server_timing": {
                 "infer_ms": answer.computed * 1e3,
@@ -230,6 +241,8 @@ class PolicyServer:
                 "batch": answer.batch,
             },
         }
+        if notices := session.notices.take():
+            reply["notices"] = notices
         total = time.monotonic() - began
         self._metrics.add(read=read, wait=answer.waited, infer=answer.computed, total=total)
         return encode(reply)
@@ -256,12 +269,18 @@ def make_server(
     *,
     batching: Batching | None = None,
     prompt: str = "",
+    camera_size: tuple[int, int] | None = None,
 ) -> PolicyServer:
     """Compiles a policy of a stage-2 configuration for every batch size, and makes its server.
 
-    `prompt` is the instruction for clients that send none.
+    Args:
+        policy, config, adapter, serving, batching: what is served, and how.
+        prompt: the instruction for clients that send none.
+        camera_size: height and width of the training pictures; None: they have the clip's aspect.
     """
     sizes, clip, io = policy.model.decoder.config, policy.model.clip, config.policy_io
+    robot, what = trained_robot(config), policy.identity.get("what", {})
+    camera = single_camera(robot, "the server")  # before anything is compiled
     batching = batching or Batching()
     act = act_in_sizes(policy, batching.sizes)
     metadata = {
@@ -276,7 +295,23 @@ def make_server(
         "state_size": adapter.state_size,
         "action_horizon": sizes.action_horizon,
         "action_fps": io.action.fps,
+        "action_shift": io.action.get("shift", 0.0),
+        "embodiment": robot.embodiment,
+        "camera": camera,
+        "state": described(robot.proprio),
+        "actions": described(robot.action),
+        "identity": digest_of(what) if what else "",
     }
     batcher = partial(Batcher, act, max(batching.sizes), batching.window)
-    spec = SessionSpec(clip.observed_frames, sizes.proprio_horizon, prompt)
-    return PolicyServer(serving, adapter, spec, batcher, metadata)
+    names = labels(robot.proprio, robot.proprio_dim), labels(robot.action, robot.action_dim)
+    spec = SessionSpec(
+        clip.observed_frames,
+        sizes.proprio_horizon,
+        prompt,
+        size=camera_size or (clip.height, clip.width),
+        size_known=camera_size is not None,
+        camera=camera,
+        proprio=Ranges.of(policy.normalizer, "proprio", names[0]),
+        actions=Ranges.of(policy.normalizer, "actions", names[1]),
+    )
+    return PolicyServer(serving, adapter, spec, batcher, metadata, what)

@@ -4,6 +4,7 @@
 """
 
 import itertools
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ import numpy as np
 
 from mvjax.policy.observation import Observation
 from mvjax.serving.adapters import Adapter
+from mvjax.serving.notices import Notices, Ranges, View, unread_pictures
 
 IMAGE_HISTORY, STATE_HISTORY = "observation/image_history", "observation/state_history"
 MAX_SIDE = 2048  # height and width of a picture, pixels
@@ -24,11 +26,25 @@ class RequestError(ValueError):
 
 @dataclass(frozen=True)
 class SessionSpec:
-    """The policy's input."""
+    """The policy's input.
+
+    Attributes:
+        observed_frames, proprio_horizon: lengths of the histories.
+        prompt: the instruction for clients that send none; "" if they must.
+        size: height and width with the aspect of the training pictures; None: any will do.
+        size_known: whether `size` is theirs, or the clip's.
+        camera: the name of the camera that the policy was trained on.
+        proprio, actions: what training saw of the vectors, if it is known.
+    """
 
     observed_frames: int
     proprio_horizon: int
-    prompt: str = ""  # the instruction for clients that send none; "" if they must
+    prompt: str = ""
+    size: tuple[int, int] | None = None
+    size_known: bool = False
+    camera: str = ""
+    proprio: Ranges | None = None
+    actions: Ranges | None = None
 
 
 class Seen(NamedTuple):
@@ -59,10 +75,15 @@ class Session:
         spec: the policy's input.
         numbers: numbers the episodes of all sessions of a server, in the order of their first
             queries; the noise of a query is named by the episode's and its own.
+        notices: what this connection is told once.
     """
 
-    def __init__(self, adapter: Adapter, spec: SessionSpec, numbers: Iterator[int]) -> None:
+    def __init__(
+        self, adapter: Adapter, spec: SessionSpec, numbers: Iterator[int], notices: Notices
+    ) -> None:
         self._adapter, self._spec, self._numbers = adapter, spec, numbers
+        self._view = View(spec.size, spec.size_known) if spec.size else None
+        self.notices = notices
         self.reset()
 
     def reset(self) -> None:
@@ -81,9 +102,14 @@ class Session:
         if IMAGE_HISTORY in message:
             pictures = read_pictures(message[IMAGE_HISTORY], IMAGE_HISTORY, spec.observed_frames)
             states = self._state_history(message)
-            return Seen(self._named(self._observation(pictures, states, prompt)), states[-1])
+            self._check_last(message, pictures[-1], states[-1])
+            observation = self._observation(pictures, states, prompt)
+            self._note_unread(message, (IMAGE_HISTORY,))
+            return Seen(self._named(observation), states[-1])
         picture = read_picture(find(message, adapter.image), "/".join(adapter.image))
         state = self._state(message)
+        if STATE_HISTORY in message:
+            self._check_last(message, None, self._state_history(message)[-1])
         pictures, states = (), ()
         begins = self._begins(prompt, picture, state)
         if not begins:
@@ -96,6 +122,7 @@ class Session:
             _padded(states, spec.proprio_horizon),
             prompt,
         )
+        self._note_unread(message, adapter.image)
         if begins:
             self.reset()
         self._episode = _Episode(pictures, states, prompt)
@@ -104,6 +131,10 @@ class Session:
     def actions(self, chunk: np.ndarray, seen: Seen) -> np.ndarray:
         """Returns the policy's chunk in the client's layout, float32 [horizon, any]."""
         if np.isfinite(chunk).all():
+            known = self._spec.actions
+            # A policy may reach a little farther than its demonstrations.
+            if known is not None and (far := known.beyond(chunk, margin=0.5)):
+                self.notices.add("actions_outside", lambda: _ACTIONS_OUTSIDE.format(far))
             actions = self._adapter.actions(chunk, seen.state)
             if np.isfinite(actions).all():
                 return actions
@@ -124,7 +155,46 @@ class Session:
             raise RequestError(f"The state is not valid: {error}.") from error
         if not np.isfinite(proprio).all():
             raise RequestError("The state has numbers that are too large.")
+        if (known := self._spec.proprio) is not None:
+            if clipped := known.clips(proprio):
+                self.notices.add("state_clipped")
+            if far := known.beyond(proprio, margin=0.05):
+                end = " They are clipped." if clipped else ""
+                self.notices.add("state_outside", lambda: _STATE_OUTSIDE.format(far) + end)
+        if self._view is not None:
+            pictures = self._view(pictures, self.notices)
         return Observation(pictures, proprio, adapter.prompt(prompt))
+
+    def _check_last(
+        self, message: Mapping[str, Any], picture: np.ndarray | None, state: np.ndarray
+    ) -> None:
+        """Refuses a picture or state beside a history that ends with another one."""
+        adapter = self._adapter
+        if picture is not None and _has(message, adapter.image):
+            name = "/".join(adapter.image)
+            if not np.array_equal(read_picture(find(message, adapter.image), name), picture):
+                raise RequestError(
+                    f"{name!r} is not the last picture of {IMAGE_HISTORY!r}: send one of the two."
+                )
+        if STATE_HISTORY in message and _has(message, adapter.state[:1]):
+            if not np.array_equal(self._state(message), state):
+                raise RequestError(
+                    f"{adapter.state[0]!r} is not the last state of {STATE_HISTORY!r}: send one of "
+                    "the two."
+                )
+
+    def _note_unread(self, message: Mapping[str, Any], read: Sequence[str]) -> None:
+        unread = unread_pictures(message, read)
+        unread = [name for name in unread if name != "/".join(self._adapter.image)]
+        if unread:
+            camera = f" {self._spec.camera!r}" if self._spec.camera else ""
+            self.notices.add(
+                "pictures_unread",
+                lambda: (
+                    f"{', '.join(map(repr, unread))} is not read: this policy was trained on one "
+                    f"camera{camera} and sees {'/'.join(read)!r}."
+                ),
+            )
 
     def _state(self, message: Mapping[str, Any]) -> np.ndarray:
         """[state_size] from one key or several; a single number is a vector of one."""
@@ -158,6 +228,19 @@ class Session:
             return True
         moved = np.linalg.norm(state[:3] - states[-1][:3])
         return self._adapter.jump is not None and bool(moved > self._adapter.jump)
+
+
+_STATE_OUTSIDE = "The state is outside the training data in {}; are its units those of training?"
+_ACTIONS_OUTSIDE = "The policy's actions are far outside the training data in {}."
+
+
+def _has(message: Mapping[str, Any], keys: Sequence[str]) -> bool:
+    value: Any = message
+    for key in keys:
+        if not isinstance(value, Mapping) or key not in value:
+            return False
+        value = value[key]
+    return True
 
 
 def _padded(newest: tuple[np.ndarray, ...], count: int) -> np.ndarray:
@@ -231,8 +314,10 @@ def read_prompt(message: Mapping[str, Any], default: str) -> str:
     prompt = message.get("prompt", default)
     if not isinstance(prompt, str):
         raise RequestError(f"'prompt' must be a string, not {_kind(prompt)}.")
-    if not prompt.strip():
+    if not prompt:
         raise RequestError("The observation has no 'prompt', and the server has no --prompt.")
+    if not any(unicodedata.category(character)[0] in "LNPS" for character in prompt):
+        raise RequestError(f"'prompt' has no visible character: {prompt[:20]!r}.")
     if len(prompt) > MAX_PROMPT:
         raise RequestError(f"'prompt' has {len(prompt)} characters; at most {MAX_PROMPT} are read.")
     return prompt

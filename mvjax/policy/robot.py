@@ -1,0 +1,285 @@
+"""The robot that a policy was trained on: its vectors, its cameras, its name.
+
+Whoever shows a policy pictures and states of his own (a server, a simulator) checks here that they
+are those of training: arrays of equal widths need not mean the same.
+"""
+
+import importlib
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.cutting import Rows, camera_rows
+from data_pipelines.representations import Mode, Part
+from data_pipelines.settings import differences, plain
+from data_pipelines.vectors import dims, parse
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Robot:
+    """A robot as the datasets of a policy describe it.
+
+    Attributes:
+        action, proprio: the parts (`data_pipelines.vectors`) of the policy's vectors.
+        action_dim, proprio_dim: their widths.
+        embodiment: its name, `dataset.embodiment`; "" if the datasets do not name it.
+        dataset: the dataset whose words these are.
+        rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown.
+        action_fps: actions per second; 0 if unknown.
+    """
+
+    action: tuple[Part, ...]
+    proprio: tuple[Part, ...]
+    action_dim: int
+    proprio_dim: int
+    embodiment: str = ""
+    dataset: str = ""
+    rows: Rows = ()
+    action_fps: float = 0.0
+
+
+def trained_robot(config: Any) -> Robot:
+    """Returns the robot `config.embodiment`, or the only one, of a stage-2 configuration.
+
+    Raises:
+        ValueError: it is not among the datasets with actions, there are several to choose from, or
+            two of its datasets describe it differently.
+    """
+    io, wanted = config.policy_io, config.get("embodiment", "")
+    acting = {key: dataset for key, dataset in config.datasets.items() if dataset.action}
+    names = list(dict.fromkeys(dataset.get("embodiment", "") for dataset in acting.values()))
+    known = ", ".join(map(repr, names))
+    if wanted and wanted not in names:
+        raise ValueError(
+            f"config.embodiment is {wanted!r}, but the datasets with actions are of {known}: "
+            "--config.embodiment=NAME selects one of these."
+        )
+    if not wanted and len(names) > 1:
+        raise ValueError(
+            f"This policy was trained on several robots, {known}: choose the one that it is to "
+            "move with --config.embodiment=NAME."
+        )
+    robots = [
+        Robot(
+            parse(dataset.action, "action"),
+            parse(dataset.proprio, "proprio"),
+            io.action.dim,
+            io.proprio.dim,
+            embodiment=dataset.get("embodiment", ""),
+            dataset=key,
+            rows=camera_rows(dataset.video) if "video" in dataset else (),
+            action_fps=io.action.get("fps", 0.0),
+        )
+        for key, dataset in acting.items()
+        if wanted in ("", dataset.get("embodiment", ""))
+    ]
+    if not robots:
+        return Robot((), (), io.action.dim, io.proprio.dim, embodiment=wanted)
+    first = robots[0]
+    for other in robots[1:]:
+        if _kinds(other) != _kinds(first):
+            raise ValueError(
+                f"The datasets {first.dataset!r} and {other.dataset!r} of the robot "
+                f"{first.embodiment!r} describe its vectors differently ({described(first.action)} "
+                f"from {described(first.proprio)}; {described(other.action)} from "
+                f"{described(other.proprio)}), so what the policy's actions mean is not known: "
+                "give them the same parts, or embodiments of their own, and train again."
+            )
+    # Of several views that were learned as videos of their own, one is enough.
+    return min(robots, key=lambda robot: len(_cells(robot)) > 1)
+
+
+def single_camera(robot: Robot, who: str) -> str:
+    """Returns the name of the only camera of a policy; "" if it is unknown.
+
+    Raises:
+        ValueError: its pictures were tiled from several; `who` shows it one.
+    """
+    cells = _cells(robot)
+    if len(cells) > 1:
+        video = robot.rows[0] if len(robot.rows) == 1 else robot.rows
+        raise ValueError(
+            f"This policy was trained on pictures tiled from {len(cells)} cells, {video!r} "
+            f"(config.datasets.{robot.dataset}.video; '' is black), but {who} shows it the "
+            "picture of one camera, which would be stretched over all of them: use a policy that "
+            "was trained on one camera."
+        )
+    return cells[0] if cells else ""
+
+
+def check_trained(config: Any, meta: Mapping[str, Any], directory: Path) -> None:
+    """Compares what a configuration says of its datasets with what a policy was trained on.
+
+    Args:
+        config: of stage 2.
+        meta: of the policy's checkpoint; converted weights do not know their data and pass.
+        directory: of the checkpoint, for messages.
+
+    Raises:
+        ValueError: vectors, cameras or lengths differ, so that the policy's numbers would be read
+            with other words than they were learned with.
+    """
+    trained = meta.get("config", {})
+    if "datasets" not in trained:
+        return
+    before, now = _learned(trained), _learned(config)
+    different = []
+    for name, described in before["datasets"].items():
+        if name in now["datasets"]:
+            different += differences(described, now["datasets"][name], f"datasets.{name}")
+    if not before["datasets"].keys() & now["datasets"].keys():
+        different += [f"datasets is {[*before['datasets']]} there, {[*now['datasets']]} here"]
+    for section in ("clip", "policy_io"):
+        different += differences(before[section], now[section], section)
+    if different:
+        raise ValueError(
+            f"{directory} was trained with other settings than this configuration has: "
+            f"{'; '.join(different)}. Leave them as they were trained (without --config, the "
+            "checkpoint's own configuration is taken)."
+        )
+    for name, described in before["datasets"].items():
+        where = trained["datasets"][name].get("records")
+        manifest = Path(where or "") / "manifest.json"
+        if not where or not manifest.exists():
+            continue
+        records = json.loads(manifest.read_text())
+        if records.get("fingerprint") not in meta.get("data_fingerprint", ()):
+            continue  # they were encoded again since then
+        encoded = plain(_words(records["settings"]["dataset"]))
+        if different := differences(encoded, described, f"datasets.{name}"):
+            raise ValueError(
+                f"{directory} was trained on records that hold something else than its "
+                f"configuration says ({manifest.parent}: {'; '.join(different)}), so what the "
+                "policy's numbers mean is not known: encode again and train again."
+            )
+
+
+def check_embodiment(robot: Robot, who: str, word: str, example: str) -> None:
+    """Raises ValueError unless `word` is in the name of a policy's robot, as it is in `example`."""
+    if word in robot.embodiment.lower():
+        return
+    where = f"config.datasets.{robot.dataset}.embodiment" if robot.dataset else "embodiment"
+    trained = repr(robot.embodiment) if robot.embodiment else "a robot without a name"
+    raise ValueError(
+        f"{who} is of the robot {example!r}, but this policy was trained on {trained} ({where}; "
+        f"actions: {described(robot.action)}). If that is the same robot, say so with "
+        f"--{where}={example}."
+    )
+
+
+def check_suite(
+    robot: Robot, suite: str, embodiment: str, size: tuple[int, int], clip: Mapping[str, Any]
+) -> None:
+    """Raises ValueError unless a simulator's robot and picture are those of a policy.
+
+    Args:
+        robot: of the policy.
+        suite: the simulator's name.
+        embodiment: of its robot, a file of data_pipelines/embodiments.
+        size: height and width of its pictures.
+        clip: height and width of the policy's.
+    """
+    who = f"The suite {suite!r}"
+    camera = single_camera(robot, who)
+    if robot.embodiment:  # runs of earlier versions may lack the name
+        check_embodiment(robot, who, suite, embodiment)
+    own = importlib.import_module(f"data_pipelines.embodiments.{embodiment}")
+    widths = dict(action_dim=robot.action_dim, proprio_dim=robot.proprio_dim)
+    try:
+        same = _kinds(robot) == _kinds(Robot(parse(own.ACTION), parse(own.PROPRIO), **widths))
+    except ValueError:  # of another width
+        same = False
+    if not same:
+        raise ValueError(
+            f"{who} has states of {described(parse(own.PROPRIO))} and takes actions of "
+            f"{described(parse(own.ACTION))}; this policy was trained with "
+            f"{described(robot.proprio)} and {described(robot.action)}: describe them as in "
+            f"data_pipelines/embodiments/{embodiment}.py, and train again."
+        )
+    if is_on_the_hand(camera):
+        raise ValueError(
+            f"{who} shows its robot from outside, but this policy was trained on the camera "
+            f"{camera!r}, which is on the hand: train with a camera of the scene."
+        )
+    if not same_aspect(size, (clip["height"], clip["width"])):
+        log.warning(
+            "the pictures of the suite %r are %dx%d, but the policy sees %dx%d: they are stretched,"
+            " which is right only if the pictures of training were, too.",
+            *(suite, *size, clip["height"], clip["width"]),
+        )
+
+
+def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
+    """Returns whether two sizes (height, width) have the same aspect within four percent.
+
+    A clip's sides are multiples of 16, so 16:9 may be 176x320 there.
+    """
+    return abs(one[1] * other[0] / (one[0] * other[1]) - 1) < 0.04
+
+
+def is_on_the_hand(camera: str) -> bool:
+    """Returns whether a camera's name says that it is on the robot's hand."""
+    return any(word in camera.lower() for word in ("wrist", "eye_in_hand", "gripper"))
+
+
+def described(parts: Sequence[Part]) -> str:
+    """Returns the streams of a vector and their representations, in words."""
+    return ", ".join(
+        f"{'/'.join(part.streams)} as {part.represent}" if part.streams else f"{part.pad} zeros"
+        for part in parts
+    )
+
+
+def labels(parts: Sequence[Part], dim: int) -> list[str]:
+    """Returns a name for each of the `dim` numbers of a vector, such as "observation.state[2]"."""
+    if not parts:
+        return [f"number {i}" for i in range(dim)]
+    names = []
+    for part, width in zip(parts, dims(parts, dim)):
+        stream = "/".join(part.streams) or "zeros"
+        if part.represent in ("values", "delta", "gripper") and not part.pad:
+            names += [f"{stream}[{column}]" for column in part.columns or range(width)]
+        else:
+            names += [f"{stream} ({part.represent} {i})" for i in range(width)]
+    return names
+
+
+def _cells(robot: Robot) -> list[str]:
+    return [name for row in robot.rows for name in row]
+
+
+def _kinds(robot: Robot) -> list[list[str]]:
+    """The representation of every number of both vectors, however they are cut into parts."""
+    vectors = (robot.action, robot.action_dim), (robot.proprio, robot.proprio_dim)
+    return [
+        np.repeat(["pad" if p.pad else p.represent for p in parts], dims(parts, dim)).tolist()
+        for parts, dim in vectors
+    ]
+
+
+def _learned(config: Any) -> dict[str, Any]:
+    """What decides the meaning of the numbers and pictures of a policy, in comparable form."""
+    windows = {
+        vector: {key: value for key, value in io.items() if key != "mask_padding"}
+        for vector, io in config["policy_io"].items()
+    }
+    acting = {key: _words(d) for key, d in config["datasets"].items() if d["action"]}
+    return plain({"datasets": acting, "clip": config["clip"], "policy_io": windows})
+
+
+def _words(dataset: Any) -> dict[str, Any]:
+    parts = {
+        name: {
+            str(number): vars(replace(part, normalize=Mode.VARIANCE))
+            for number, part in enumerate(parse(dataset[name], name))
+        }
+        for name in ("action", "proprio")
+    }
+    return parts | {"video": camera_rows(dataset["video"])}

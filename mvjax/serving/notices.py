@@ -1,0 +1,219 @@
+"""What fits a policy in shape but perhaps not in meaning: said once per connection, and counted.
+
+Nothing here refuses a query. A picture of another aspect, a state in other units or an unplugged
+camera have the right shapes; the client and the server's log are told once, and /health counts the
+queries.
+"""
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.normalize import Normalizer
+from mvjax.policy.robot import same_aspect
+
+log = logging.getLogger(__name__)
+
+Totals = dict[str, dict[str, Any]]
+"""Kind of notice -> queries and connections that it concerned, and the first sentence."""
+
+_BARS = 0.05  # of a side; narrower black edges are not worth a sentence
+
+
+class Notices:
+    """The notices of one connection; `totals` are those of all connections of a server."""
+
+    def __init__(self, totals: Totals, client: str) -> None:
+        self._totals, self._client = totals, client
+        self._said, self._new = set[str](), list[str]()
+
+    def add(self, kind: str, sentence: Callable[[], str] | None = None) -> None:
+        """Counts a query; the sentence is said if it is the first of its kind here."""
+        total = self._totals.setdefault(kind, {"queries": 0, "connections": 0, "first": ""})
+        total["queries"] += 1
+        if sentence is not None and kind not in self._said:
+            self._said.add(kind)
+            self._new.append(sentence())
+            log.warning("client %s: %s", self._client, self._new[-1])
+            total["connections"] += 1
+            total["first"] = total["first"] or self._new[-1]
+
+    def take(self) -> list[str]:
+        """Returns the sentences that have not been said yet."""
+        new, self._new = self._new, []
+        return new
+
+
+# Numbers.
+
+
+@dataclass(frozen=True)
+class Ranges:
+    """What training saw of a vector: float32 [horizon, dim] each.
+
+    Attributes:
+        low, high: the extremes of the training data.
+        clip_low, clip_high: the normalizer clamps to these; infinite where it does not.
+        labels: of the dimensions.
+    """
+
+    low: np.ndarray
+    high: np.ndarray
+    clip_low: np.ndarray
+    clip_high: np.ndarray
+    labels: Sequence[str]
+
+    @classmethod
+    def of(cls, normalizer: Normalizer, key: str, labels: Sequence[str]) -> "Ranges | None":
+        """The ranges of "proprio" or "actions"; None if the normalizer has no statistics."""
+        if key not in normalizer.affines:
+            return None
+        affine, statistics = normalizer.affines[key], normalizer.statistics[key]
+        bounds = (affine.shift + c / affine.scale for c in (affine.clamp_min, affine.clamp_max))
+        extremes = (np.asarray(statistics[name], np.float32) for name in ("min", "max"))
+        return cls(*extremes, *bounds, labels)
+
+    def clips(self, values: np.ndarray) -> bool:
+        """Returns whether the normalizer changes values [horizon, dim] by more than a rounding."""
+        room = 1e-5 * (1 + np.abs(values))
+        return bool(((values < self.clip_low - room) | (values > self.clip_high + room)).any())
+
+    def beyond(self, values: np.ndarray, margin: float) -> str:
+        """Returns the dimensions outside the training data, in words; "" if there is none.
+
+        Args:
+            values: [horizon, dim].
+            margin: how far beyond the extremes is still inside, as a share of their distance.
+        """
+        low, high = (np.broadcast_to(bound, values.shape) for bound in (self.low, self.high))
+        room = margin * (high - low) + 1e-3 * np.maximum(np.abs(low), np.abs(high)) + 1e-6
+        excess = np.maximum(low - values, values - high) - room
+        dims = (excess > 0).any(axis=0)
+        if not dims.any():
+            return ""
+        step, dim = np.unravel_index(np.argmax(excess), values.shape)
+        return (
+            f"{dims.sum()} of {len(dims)} numbers, most of all {self.labels[dim]} with "
+            f"{values[step, dim]:.4g} (training: {low[step, dim]:.4g} to {high[step, dim]:.4g})"
+        )
+
+
+# Pictures.
+
+
+class View:
+    """The pictures of one connection beside those of training.
+
+    openpi's clients put black bars around their pictures to make them square (`resize_with_pad`),
+    which training did not see. Bars are removed if they are exactly those that a picture of the
+    trained aspect would have got, zero in all pictures of the connection. A dark scene has no such
+    bars: somewhere beside them a row would have to begin that is not black.
+
+    Args:
+        size: height and width that have the aspect of the training pictures.
+        known: whether training pictures are known to have that aspect; else it is the clip's.
+    """
+
+    def __init__(self, size: tuple[int, int], known: bool = False) -> None:
+        self._size, self._known = size, known
+        self._shape: tuple[int, int] | None = None
+        self._edges: list[int] | None = None  # black pixels before and after the content so far
+
+    def __call__(self, pictures: np.ndarray, notices: Notices) -> np.ndarray:
+        """Returns pictures [t, h, w, 3] without bars; the same if there are none."""
+        shape = pictures.shape[1:3]
+        if shape != self._shape:
+            self._shape, self._edges = shape, None
+        if not pictures[-1].any():
+            notices.add("picture_black", lambda: "The picture is black; is the camera covered?")
+        if same_aspect(shape, self._size):
+            if self._edges is None and not self._known:  # at the first picture of this size
+                self._note_unexplained_bars(pictures, notices)
+            self._edges = [0, 0]
+            return pictures
+        axis, expected = self._expected_content()
+        # A clip has the aspect within a few percent only, as its sides are multiples of 16.
+        room = 1 if self._known else max(1, int(0.04 * expected))
+        most = (shape[axis] - expected + room) // 2 + 2
+        found = _black_edges(pictures, axis, most)
+        self._edges = found if self._edges is None else [*map(min, self._edges, found)]
+        bars = self._edges
+        content = shape[axis] - sum(bars)
+        if abs(content - expected) <= room and bars == _split(sum(bars)):
+            notices.add("letterboxed", lambda: self._letterboxed(axis, bars))
+            inside = slice(bars[0], shape[axis] - bars[1])
+            return pictures[:, inside] if axis == 0 else pictures[:, :, inside]
+        if pictures.any():
+            notices.add("picture_aspect", self._other_aspect)
+        return pictures
+
+    def _expected_content(self) -> tuple[int, int]:
+        """The axis (0: rows) that would have bars, and the length of the picture between them."""
+        (h, w), (height, width) = self._shape, self._size
+        if w * height < width * h:  # wider than the picture: bars above and below
+            return 0, int(height * w / width)
+        return 1, int(width * h / height)
+
+    def _letterboxed(self, axis: int, bars: list[int]) -> str:
+        (h, w), (height, width) = self._shape, self._size
+        what, share = ("rows", "columns")[axis], sum(bars) / self._shape[axis]
+        return (
+            f"The pictures of {h}x{w} have {bars[0]} black {what} before and {bars[1]} after the "
+            f"content ({share:.0%}), as openpi's resize_with_pad adds to the aspect of {height}x"
+            f"{width}: they are cut off, as training did not have them."
+        )
+
+    def _other_aspect(self) -> str:
+        (h, w), (height, width) = self._shape, self._size
+        beginning = f"The pictures are {h}x{w}, of another aspect than "
+        if self._known:
+            return f"{beginning}those of training, {height}x{width}: they are stretched."
+        return (
+            f"{beginning}what the policy sees, {height}x{width}: they are stretched, which is "
+            "right only if those of training were, too (--camera_size tells the server their size)."
+        )
+
+    def _note_unexplained_bars(self, pictures: np.ndarray, notices: Notices) -> None:
+        for axis, what in ((0, "rows"), (1, "columns")):
+            size = pictures.shape[1 + axis]
+            first, last = edges = _black_edges(pictures, axis, most=size)
+            if edges == _split(sum(edges)) and _BARS * size < first < size / 2:
+                sentence = (
+                    f"The first {first} and the last {last} {what} of the picture are black. If "
+                    "openpi's resize_with_pad added them and training did not have them, start the "
+                    "server with --camera_size=HEIGHTxWIDTH of the training pictures."
+                )
+                notices.add("black_bars", lambda said=sentence: said)
+
+
+def _split(bars: int) -> list[int]:
+    """The two bars as `resize_with_pad` makes them: the first one is rounded down."""
+    return [bars // 2, bars - bars // 2]
+
+
+def _black_edges(pictures: np.ndarray, axis: int, most: int) -> list[int]:
+    """How many rows (axis 0) or columns at both ends are zero in all pictures; at most `most`."""
+    moved = np.moveaxis(pictures, 1 + axis, 0)
+    most = min(most, len(moved))
+
+    def run(part: np.ndarray) -> int:
+        used = part.reshape(len(part), -1).any(axis=1)
+        return int(np.argmax(used)) if used.any() else len(part)
+
+    return [run(moved[:most]), run(moved[::-1][:most])]
+
+
+def unread_pictures(message: Mapping[str, Any], read: Sequence[str]) -> list[str]:
+    """Returns the names of the pictures in a message that are not at the nested keys `read`."""
+
+    def pictures(value: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
+        for key, entry in value.items():
+            if isinstance(entry, Mapping):
+                yield from pictures(entry, (*above, str(key)))
+            elif isinstance(entry, np.ndarray) and entry.dtype == np.uint8 and entry.ndim >= 3:
+                yield (*above, str(key))
+
+    return ["/".join(keys) for keys in pictures(message, ()) if keys != tuple(read)]
