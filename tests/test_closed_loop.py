@@ -1,14 +1,26 @@
-"""Success rates with their intervals, and the suites that a policy is evaluated in."""
+"""Success rates with their intervals, the suites that a policy is evaluated in, and the folders of
+their results."""
 
+import dataclasses
+import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict
+from tiny_policy import run_config, save_run
+from tiny_stages import quick_compiles, save_untrained
+from toy_simulator import Rail
 
+from data_pipelines.atomic import run_lock
 from mvjax.evaluation import closed_loop
 from mvjax.evaluation.closed_loop import mean_success, success_table, wilson_interval
-from mvjax.evaluation.suites.suite import SUITES, Simulator
+from mvjax.evaluation.report import build_evaluation_report
+from mvjax.evaluation.rollout import read_results
+from mvjax.evaluation.suites.suite import SUITES, Simulator, Suite
+from mvjax.experiment import Experiment
+from mvjax.identity import digest_of, read_identity
 
 
 @pytest.mark.parametrize(
@@ -82,3 +94,130 @@ def test_every_suite_follows_the_protocol_and_knows_its_tasks(name):
     assert suite.control_hz == suite.make_simulator.control_hz
     with pytest.raises(ValueError, match=r"unknown .* task 'fly'"):
         suite.check_task("fly")
+
+
+# Folders of results, with a toy simulator and a real checkpoint.
+
+VERSIONS = {"python": "3.11.2", "toy": "1.0", "gl_backend": "egl", "gl_renderer": "llvmpipe"}
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved")
+    save_run(folder)
+    return folder
+
+
+@pytest.fixture
+def run(saved, tmp_path, monkeypatch):
+    """A run folder of its own, whose policy is evaluated in the toy simulator."""
+    shutil.copytree(saved, tmp_path / "run")
+    suite = Suite(Rail, lambda task: None, 80, (), (32, 32), "metaworld_sawyer", "")
+    monkeypatch.setitem(closed_loop.SUITES, "metaworld", suite)
+    monkeypatch.setattr(closed_loop, "worker_versions", lambda name: VERSIONS)
+    return tmp_path / "run"
+
+
+def play(run, checkpoint="action", mode="policy", **settings):
+    """Evaluates into `run / "out"`; the results by setting's label."""
+    config = run_config(run)
+    config.evaluation.update(suite="metaworld", tasks=("push",), episodes_per_task=2, first_seed=1)
+    config.evaluation.update(execute=4, max_steps=8, workers=1, videos_per_task=0)
+    config.update_from_flattened_dict(settings)
+    with quick_compiles():
+        return dict(
+            (setting.label, results)
+            for setting, results in closed_loop.evaluate(
+                Experiment.from_config(config),
+                run / checkpoint,
+                run / "out",
+                closed_loop.settings_for(mode, [0], config.sampler.video_steps),
+            )
+        )
+
+
+def test_a_folder_holds_the_results_of_one_policy_in_one_simulator(run, monkeypatch, caplog):
+    (first,) = play(run).values()
+    folder = run / "out" / "policy_k0"
+    identity, lines = read_identity(folder), (folder / "results.jsonl").read_bytes()
+    assert {result.config_hash for result in first} == {digest_of(identity["what"])}
+    assert identity["what"]["simulator"] == {"toy": "1.0"}
+    assert identity["where"][0]["simulator"]["gl_renderer"] == "llvmpipe"
+    assert identity["where"][0]["packages"]["jax"] and identity["where"][0]["devices"] == "1 x cpu"
+
+    (run / "moved").symlink_to(run / "action")
+    assert play(run, "moved") == {"stop after 0 of 10": first}  # the same weights: nothing to play
+    assert (folder / "results.jsonl").read_bytes() == lines
+
+    caplog.clear()
+    elsewhere = VERSIONS | {"gl_renderer": "GPU"}
+    monkeypatch.setattr(closed_loop, "worker_versions", lambda name: elsewhere)
+    play(run)
+    assert "simulator.gl_renderer is 'llvmpipe' there, 'GPU' here" in caplog.text
+
+    shutil.rmtree(run / "action" / "checkpoints")
+    config = run_config(run)
+    config.training.seed = 7
+    with quick_compiles():
+        save_untrained(config, run / "action")
+    monkeypatch.setattr(closed_loop, "worker_versions", lambda name: VERSIONS | {"toy": "1.1"})
+    with pytest.raises(ValueError, match="the results of something else: .*--out") as refused:
+        play(run, **{"sampler.seed": 3, "evaluation.execute": 2})
+    for words in (
+        "policy.decoder.digest is '",
+        "policy.sampling.seed is 0 there, 3 here",
+        "protocol.execute is 4 there, 2 here",
+        "simulator.toy is '1.0' there, '1.1' here",
+    ):
+        assert words in str(refused.value), words
+    assert (folder / "results.jsonl").read_bytes() == lines
+    assert read_identity(folder)["what"] == identity["what"]
+
+
+def test_more_episodes_are_added_and_the_report_says_what_was_evaluated(run):
+    play(run)
+    play(run, mode="none", **{"evaluation.first_seed": 9})
+    (more,) = play(run, **{"evaluation.episodes_per_task": 3}).values()
+    assert [result.seed for result in more] == [1, 2, 3]
+    text = build_evaluation_report(run / "out").read_text()
+    what = read_identity(run / "out" / "policy_k0")["what"]
+    for words in (
+        f"step 0, {what['policy']['decoder']['digest']}",
+        f"step 0, {what['policy']['backbone']['digest']}",
+        "metaworld, toy 1.0",
+        "llvmpipe",
+        "(here) has not the protocol of",
+    ):
+        assert words in text, words
+    (run / "out" / "policy_k0" / "identity.json").unlink()
+    assert "not recorded" in build_evaluation_report(run / "out").read_text()
+
+
+def test_results_of_earlier_versions_are_read_but_not_continued(run):
+    play(run, mode="none")
+    (run / "out" / "none" / "identity.json").unlink()
+    with pytest.raises(ValueError, match="can be read, but not continued"):
+        play(run, mode="none")
+    assert len(read_results(run / "out" / "none" / "results.jsonl")) == 2
+
+
+def test_a_folder_belongs_to_one_evaluation_at_a_time(run, monkeypatch):
+    monkeypatch.setattr(closed_loop, "load_policy", lambda *_: pytest.fail("it was loaded"))
+    with run_lock(run / "out" / "policy_k0"):
+        with pytest.raises(OSError, match=r"is writing to .*policy_k0"):
+            play(run)
+        play(run, mode="none")  # another setting has a folder of its own
+
+
+def test_an_episode_counts_once(run, caplog):
+    """As two evaluations into one folder left them in earlier versions."""
+    (first,) = play(run, mode="none").values()
+    path = run / "out" / "none" / "results.jsonl"
+    other = dataclasses.replace(first[0], success=True, steps=3)
+    with path.open("a") as file:
+        file.write("".join(json.dumps(dataclasses.asdict(r)) + "\n" for r in (other, first[1])))
+    caplog.clear()
+    (again,) = play(run, mode="none").values()
+    assert again == first == read_results(path)
+    (warned,) = caplog.messages
+    assert "2 episodes a second time (1 of them with another outcome)" in warned

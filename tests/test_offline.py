@@ -5,6 +5,7 @@ import functools
 import itertools
 import json
 import os
+import shutil
 import signal
 from fractions import Fraction
 
@@ -14,14 +15,23 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny_policy import random_observation, run_config, save_run, tiny_policy
+from tiny_stages import quick_compiles, save_untrained
 
+from data_pipelines.atomic import run_lock
 from data_pipelines.episode import Episode, Stream, split_of
 from data_pipelines.writers import Demonstration, Scene, write_hdf5
 from launch.local import free_port
 from mvjax.evaluation import offline
-from mvjax.evaluation.held_out import Moment, Window, held_out_moments, windows_at
+from mvjax.evaluation.held_out import (
+    Moment,
+    Window,
+    content_of,
+    held_out_moments,
+    windows_at,
+)
 from mvjax.evaluation.offline import summarise, window_errors, write_offline
 from mvjax.evaluation.predictions import psnr, ssim
+from mvjax.identity import read_identity
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -109,6 +119,9 @@ def run(tmp_path_factory):
     """A run folder, five demonstrations of which one is too short, and a configuration file."""
     folder = tmp_path_factory.mktemp("run")
     save_run(folder)
+    shutil.rmtree(folder / "action" / "checkpoints")
+    with quick_compiles():
+        save_untrained(whole_config(str(folder)), folder / "action")
     demonstrations = [demonstration(number, 12) for number in range(4)] + [demonstration(4, 1)]
     write_hdf5(folder / "data" / "lift_demo.hdf5", demonstrations, Scene("lift", "Lift"))
     (folder / "config.py").write_text(
@@ -188,9 +201,19 @@ def test_processes_share_the_moments_and_a_killed_one_goes_on(run, tmp_path):
     tables = [(tmp_path / name / "offline.json").read_bytes() for name in ("one", "two")]
     assert tables[0] == tables[1]
     summary = json.loads(tables[0])
+    assert read_identity(tmp_path / "one")["what"] == summary["identity"]["what"]
+    assert not list(tmp_path.glob("*/.lock"))
     assert summary["windows"] == 5 and np.shape(summary["true_video"]["mse"]) == (2,)
     (unreadable,) = summary["unreadable"]
     assert "demo_4" in unreadable and f"could not be read: {unreadable}" in again.out
+
+    # Moments of another policy are not added, nor taken from this one.
+    other = forked.run(*command, "--config.sampler.seed=5", prepare=quick)
+    assert other.code == 2 and "sampling.seed is 0 there, 5 here" in other.err
+    with run_lock(tmp_path / "one"):
+        other = forked.run(*command, prepare=quick)
+    assert other.code != 0 and "is writing to" in other.err
+    assert (tmp_path / "one" / "offline.json").read_bytes() == tables[0]
 
 
 def episodes(count):
@@ -234,5 +257,8 @@ def test_moments_are_spread_over_held_out_episodes(caplog):
     assert [w.moment for w in windows] == last
     assert windows[0].observation.frames.shape == (5, 48, 32, 3)
     assert windows[0].observation.future.shape == (8, 48, 32, 3)
+    negated = Stream(data[5].streams["a"].timestamps, -data[5].streams["a"].values)
+    other = dataclasses.replace(data[5], streams={**data[5].streams, "a": negated})
+    assert content_of(data[5]) == content_of(episodes(12)[5]) != content_of(other)
     with pytest.raises(ValueError, match=r"has no held-out episode: config\.validation_share is 0"):
         held_out_moments(data, dataset, 0.0, 2)
