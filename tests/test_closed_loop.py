@@ -161,7 +161,7 @@ def test_a_folder_holds_the_results_of_one_policy_in_one_simulator(run, monkeypa
     with quick_compiles():
         save_untrained(config, run / "action")
     monkeypatch.setattr(closed_loop, "worker_versions", lambda name: VERSIONS | {"toy": "1.1"})
-    with pytest.raises(ValueError, match="the results of something else: .*--out") as refused:
+    with pytest.raises(ValueError, match=r"the results of something else: .*--out") as refused:
         play(run, **{"sampler.seed": 3, "evaluation.execute": 2})
     for words in (
         "policy.decoder.digest is '",
