@@ -100,6 +100,13 @@ def cut_episode(
     )
 
 
+def check_finite(columns: Mapping[str, np.ndarray]) -> None:
+    """ValueError if the numbers of an episode's windows are not all finite."""
+    for name, column in columns.items():
+        if not np.all(np.isfinite(column)):
+            raise ValueError(f"{name} hold numbers that are not finite (NaN or infinity)")
+
+
 def vector_streams(dataset: ConfigDict) -> tuple[str, ...]:
     """The streams that `dataset.action` and `dataset.proprio` read, bases last.
 

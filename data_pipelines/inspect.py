@@ -16,18 +16,20 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
+from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
+from data_pipelines.cutting import check_finite, cut_numbers
 from data_pipelines.episode import NANOSECONDS, Episode, Stream
 from data_pipelines.normalize import VECTORS, dimension_names
 from data_pipelines.pickles import PickleRefused
 from data_pipelines.records import RecordDataset, read_columns
-from data_pipelines.representations import Mode
+from data_pipelines.representations import Mode, seams
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.sources.rlds import UnknownRate
 from data_pipelines.statistics import collapsed, compute_statistics
@@ -60,6 +62,14 @@ class Problem:
     kind: str
     episode: str
     text: str
+
+
+class Wanted(NamedTuple):
+    """What a configuration asks of a dataset."""
+
+    dataset: ConfigDict  # `video`, `action` and `proprio`, as of `cutting.cut_episode`
+    policy_io: ConfigDict
+    anchor_fps: float | None = None
 
 
 @dataclass(frozen=True)
@@ -161,10 +171,12 @@ def inspect_dataset(
     *,
     limit: int = 1000,
     thorough: bool = False,
+    wanted: Wanted | None = None,
 ) -> Inspection:
     """Inspects at most `limit` episodes of a source (0: all), spread evenly.
 
-    `thorough` decodes every frame of them. `title` and `format` are shown in the findings.
+    `thorough` decodes every frame of them. `title` and `format` are shown in the findings. With
+    `wanted`, these also tell which episodes an encoding job would skip.
     """
     total = len(episodes)
     chosen = _spread(total, limit or total)
@@ -173,7 +185,7 @@ def inspect_dataset(
     ids, embodiments, rates = Counter(), set(), defaultdict(list)
     findings: dict[str, list[str]] = defaultdict(list)
     numbers: dict[str, list[np.ndarray]] = defaultdict(list)
-    summaries = _summaries(episodes, chosen, decoded, thorough)
+    summaries = _summaries(episodes, chosen, decoded, thorough, wanted)
     for episode in tqdm(summaries, desc="inspect", unit="episode", total=len(chosen)):
         found.problems += episode.problems
         found.left_out.update(episode.left_out.items())
@@ -234,10 +246,14 @@ def _spread(total: int, count: int) -> np.ndarray:
 
 
 def _summaries(
-    episodes: Sequence[Episode], chosen: np.ndarray, decoded: set[int], thorough: bool
+    episodes: Sequence[Episode],
+    chosen: np.ndarray,
+    decoded: set[int],
+    thorough: bool,
+    wanted: Wanted | None,
 ) -> Iterator[EpisodeSummary]:
     def summary(index: int) -> EpisodeSummary:
-        return _inspect_episode(episodes, index, index in decoded, thorough)
+        return _inspect_episode(episodes, index, index in decoded, thorough, wanted)
 
     with ThreadPoolExecutor(_THREADS) as pool:
         # In batches, so that Ctrl-C does not wait for the whole dataset.
@@ -274,7 +290,7 @@ def _listed(values: Sequence[object], most: int = 8) -> str:
 
 
 def _inspect_episode(
-    episodes: Sequence[Episode], index: int, sampled: bool, thorough: bool
+    episodes: Sequence[Episode], index: int, sampled: bool, thorough: bool, wanted: Wanted | None
 ) -> EpisodeSummary:
     """Inspects one episode; every error becomes one of its problems."""
     summary = EpisodeSummary(f"number {index}", sampled)
@@ -296,9 +312,20 @@ def _inspect_episode(
         except Exception as error:
             summary.add_problem(_kind(error), f"{name}: {_text(error)}")
     _check_times(summary, episode)
+    if wanted:
+        _check_wanted(summary, episode, wanted)
     rates = ((len(stream.timestamps), _rate(stream)) for stream in episode.streams.values())
     summary.seconds = max((n / rate if rate else 0.0 for n, rate in rates), default=0.0)
     return summary
+
+
+def _check_wanted(summary: EpisodeSummary, episode: Episode, wanted: Wanted) -> None:
+    """Cuts the numbers of an episode as the encoding job would."""
+    try:
+        columns = cut_numbers(episode, wanted.dataset, wanted.policy_io, wanted.anchor_fps)
+        check_finite(columns)
+    except ValueError as error:
+        summary.add_problem("skipped by the encoding job", _text(error))
 
 
 # Kinds of errors: the types of an error or of its causes, and words of the sources' own checks,
@@ -360,6 +387,8 @@ def _inspect_numbers(summary: EpisodeSummary, name: str, stream: Stream) -> Stre
         keep = _spread(len(flat), _CURVE_POINTS)
         times = (stream.timestamps[keep] - stream.timestamps[0]) / NANOSECONDS
         summary.curves[name] = (times, flat[keep].astype(np.float64))
+    for text in seams(flat.astype(np.float64)):
+        summary.add_problem("jump between two values of one angle", f"{name}: {text}")
     if 0 < flat.shape[1] <= _WIDEST and not _BOOKKEEPING.search(name):
         summary.numbers[name] = flat.astype(np.float32)
     return StreamSummary(shape, dtype, rate, *_finite_range(flat))

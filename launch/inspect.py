@@ -5,8 +5,9 @@
     python -m launch.inspect NAME --config=quickstart_video
 
 DATASET is a folder or file of any format, or a records folder of `launch.encode`; with --config it
-is the name of a dataset in the configuration. Reads metadata, numbers and a few frames of up to
---episodes episodes; --thorough decodes every frame. Unreadable episodes are listed.
+is the name of a dataset in the configuration, and what its encoding job would skip is listed, too.
+Reads metadata, numbers and a few frames of up to --episodes episodes; --thorough decodes every
+frame. Unreadable episodes are listed.
 """
 
 import json
@@ -17,6 +18,7 @@ from absl import flags
 
 from data_pipelines.inspect import (
     Inspection,
+    Wanted,
     describe,
     inspect_dataset,
     inspect_path,
@@ -59,8 +61,10 @@ def _inspect(dataset: str) -> Inspection:
             raise ValueError(
                 f"the configuration has no dataset {dataset!r}; it has {', '.join(sections)}."
             )
-        episodes = open_config(sections[dataset])
-        return inspect_dataset(episodes, dataset, sections[dataset].format, **how)
+        section = sections[dataset]
+        wanted = Wanted(section, CONFIG.value.policy_io, section.get("anchor_fps"))
+        episodes = open_config(section)
+        return inspect_dataset(episodes, dataset, section.format, wanted=wanted, **how)
     if is_records(path):
         return inspect_records(path, thorough=THOROUGH.value)
     return inspect_path(path, FORMAT.value or detect(path), _options(), **how)

@@ -25,7 +25,13 @@ from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_npz
 from data_pipelines.clip import Clip
-from data_pipelines.cutting import EpisodeWindows, StreamMismatch, cut_episode, vector_streams
+from data_pipelines.cutting import (
+    EpisodeWindows,
+    StreamMismatch,
+    check_finite,
+    cut_episode,
+    vector_streams,
+)
 from data_pipelines.episode import BadShare, Episode, split_of
 from data_pipelines.provenance import encoding_settings, first_difference
 from data_pipelines.records import RecordDataset, RecordWriter
@@ -328,9 +334,7 @@ class EpisodeCutter:
             for text in episode.instructions or ("",):  # raises here and not at the end of the job
                 self.text_encoder.embedding(episode, text)
         cuts = cut_episode(episode, self.dataset, self.clip, self.policy_io, self.anchor_fps)
-        for name, column in cuts.columns.items():
-            if not np.all(np.isfinite(column)):
-                raise ValueError(f"{name} hold numbers that are not finite (NaN or infinity)")
+        check_finite(cuts.columns)
         self._check_shapes(episode)
         return cuts
 

@@ -14,10 +14,12 @@ import ml_dtypes
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from ml_collections import ConfigDict
 
 from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.episode import Episode, LazyEpisodes, Stream
 from data_pipelines.inspect import (
+    Wanted,
     describe,
     inspect_dataset,
     inspect_path,
@@ -255,6 +257,26 @@ def test_what_an_encoding_job_would_not_use_is_listed(tmp_path):
     assert _kinds(found)["sources that disagree"] == ["c"]
     write_page(found, tmp_path / "page.html")
     assert "&lt;b&gt;: of bytes (1 episode)" in (tmp_path / "page.html").read_text()
+
+
+def test_what_the_encoding_job_of_a_configuration_would_skip_is_listed():
+    times = np.arange(10, dtype=np.int64) * 10**8
+    video = np.stack(_moving(0, 10))
+    episodes = [_episode(name, times, video=video) for name in "abcd"]
+    episodes[1].streams["action"].values[3, 1] = np.inf
+    without = {"front": episodes[2].streams["front"]}
+    episodes[2] = replace(episodes[2], streams=without, left_out={"action": "of bytes"})
+    episodes[3] = _episode("d", times)
+    io = dict(
+        action=dict(horizon=2, fps=10, shift=0.0, dim=2), proprio=dict(horizon=1, fps=1, dim=1)
+    )
+    dataset = dict(name="set", video="front", action="action", proprio="")
+    wanted = Wanted(ConfigDict(dataset), ConfigDict(io))
+    found = inspect_dataset(episodes, "set", "in memory", wanted=wanted)
+    skipped = {p.episode: p.text for p in found.problems if "skipped" in p.kind}
+    assert skipped.keys() == {"b", "c", "d"}
+    assert "not finite" in skipped["b"] and "action (of bytes)" in skipped["c"]
+    assert "no cameras ['front']" in skipped["d"]
 
 
 def test_a_part_of_a_large_dataset_is_looked_at():
