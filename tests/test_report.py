@@ -142,6 +142,11 @@ def test_report_says_the_numbers(run):
     ]:
         assert words in said, words
     assert text.count('class="success"') == 4 and 'class="failure"' not in text
+    earlier = json.loads((run / "environment.json").read_text())
+    del earlier["mvjax"]
+    (run / "environment.json").write_text(json.dumps(earlier))
+    build_report(run, run / "report.html")
+    assert "Software python" in Page((run / "report.html").read_text()).text
 
 
 def test_a_report_of_an_unfinished_run_says_what_is_missing(tmp_path):
