@@ -239,7 +239,6 @@ def test_the_identity_names_all_that_is_another_one(first, folder):
         "backbone.digest",
         "decoder.digest",
         "normalizer.digest",
-        "normalizer.embodiment",
         "settings.backbone.precision",
         "settings.decoder.precision",
         "tokenizer.digest",

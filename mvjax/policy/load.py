@@ -213,6 +213,7 @@ def _load_policy(
     backbone = backbone_checkpoint(experiment, trained, str(decoder_directory))
     chosen += [backbone] if backbone else []
     check_trained(config, decoder.meta, decoder_directory)
+    robot = trained_robot(config)
     normalizer = _normalizer(decoder, config)
     tokenizer, tokenizer_identity, tokenizer_is = _video_tokenizer(config.tokenizer)
     text_encoder, text_identity, text_encoder_is = _text_encoder(config)
@@ -234,7 +235,7 @@ def _load_policy(
         "text_encoder": text_encoder_is,
         "normalizer": {
             "digest": digest_of_json(decoder_directory / "normalizer.json"),
-            "embodiment": config.get("embodiment", ""),
+            "embodiment": robot.embodiment,
         },
         "settings": {
             **{name: config[name] for name in ("clip", "policy_io", "text", "context_layer")},
@@ -262,7 +263,7 @@ def _load_policy(
         batch_size=-(-batch_size // ways) * ways,
         mesh=mesh,
         rules=rules,
-        rows=trained_robot(config).rows,
+        rows=robot.rows,
         identity={"what": plain(what), "where": {**here(), "read": read}},
     )
 
