@@ -98,6 +98,22 @@ def test_mistakes_in_the_command(complains, flags, words):
     complains(words, "launch.serve", ACTION, *flags)
 
 
+def test_a_policy_of_several_cameras_is_refused_before_it_is_loaded(complains, tmp_path):
+    """A server and a simulator show one picture; the checkpoint need not even be there."""
+    (tmp_path / "config.py").write_text(
+        "from configs import quickstart_action\n"
+        "def get_config():\n"
+        "    config = quickstart_action.get_config('smoke')\n"
+        "    with config.ignore_type():\n"
+        "        config.datasets.robot.video = ('corner', 'corner')\n"
+        "    return config\n"
+    )
+    flags = (f"--config={tmp_path}/config.py", "--checkpoint=nothing")
+    words = "tiled from 2 cells, ('corner', 'corner')"
+    complains(words, "launch.serve", *flags, "--port=0")
+    complains(words, "launch.evaluate", *flags, f"--out={tmp_path}/out")
+
+
 def test_an_address_that_is_taken_is_said_first(complains):
     taken = Running("slow_server", "0")
     try:

@@ -153,8 +153,9 @@ def test_bars_of_unknown_origin_and_black_pictures_are_said():
     assert len(said) == 1 and "first 28 and the last 28 rows" in said[0]
     known = session(spec=replace(SPEC, size=(480, 640), size_known=True))
     assert told(known, **{"observation/image": boxed})[0].shape == (2, 168, 224, 3)
-    assert "stretched." in told(known, **{"observation/image": scene(64, 64)})[1][0]
+    assert "stretched." in told(known, **{"observation/image": scene(200, 200)})[1][0]
     assert "is black" in told(one, **{"observation/image": np.zeros_like(boxed)})[1][0]
+    assert "are 4x4, but" in told(one, **{"observation/image": boxed[100:104, :4]})[1][0]
 
 
 def ranges(mode=Mode.VARIANCE):
@@ -165,16 +166,17 @@ def ranges(mode=Mode.VARIANCE):
 
 
 @pytest.mark.parametrize(
-    "state, words, counted",
+    "state, words, far",
     [
-        ((0.2, 0.5), None, {}),
-        ((0.35, 1.0), None, {}),
-        ((200, 500), "2 of 2 numbers, most of all x[1] with 500 (training: 0.00", {"clipped"}),
-        ((1e30, 0.5), "1 of 2 numbers, most of all x[0] with 1e+30", {"clipped"}),
-        ((0.2, -90), "x[1] with -90", {"clipped"}),
+        ((0.2, 0.5), None, False),
+        ((0.35, 1.0), None, False),
+        ((0.4, 0.5), "x[0] with 0.4", False),
+        ((200, 500), "2 of 2 numbers, most of all x[1] with 500 (training: 0.00", True),
+        ((1e30, 0.5), "1 of 2 numbers, most of all x[0] with 1e+30", True),
+        ((0.2, -90), "x[1] with -90", True),
     ],
 )
-def test_a_state_in_other_units_is_said_once_and_counted(state, words, counted):
+def test_a_state_in_other_units_is_said_once_and_counted(state, words, far):
     totals = {}
     one = session(spec=replace(SPEC, proprio=ranges()))
     one.notices = Notices(totals, "client")
@@ -183,9 +185,12 @@ def test_a_state_in_other_units_is_said_once_and_counted(state, words, counted):
     if words is None:
         assert totals == {} and said[0] == []
         return
-    assert len(said[0]) == 1 and words in said[0][0] and "They are clipped." in said[0][0]
-    assert totals["state_clipped"]["queries"] == 3
-    assert totals["state_outside"] == {"queries": 3, "connections": 1, "first": said[0][0]}
+    assert len(said[0]) == 1 + far and all(words in sentence for sentence in said[0])
+    for kind, sentence in zip(("state_outside", "state_far_outside"), said[0]):
+        assert totals[kind] == {"queries": 3, "connections": 1, "first": sentence}
+    if far:
+        assert "They are clipped." in said[0][1] and "units" in said[0][1]
+        assert totals["state_clipped"]["queries"] == 3
 
 
 def test_what_is_not_normalised_is_outside_all_the_same():

@@ -42,6 +42,8 @@ class Adapter:
         jump: a new episode begins when the first three numbers of the state (metres) move farther
             than this between two messages; None: only when the message says so.
         control_hz: actions that the client executes per second; 0 if unknown.
+        execute: actions of a chunk that the client executes as openpi's examples set it; 0 if
+            unknown.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Adapter:
     prompt: Callable[[str], str] = str
     jump: float | None = None
     control_hz: float = 0.0
+    execute: int = 0
 
 
 def plain(robot: Robot) -> Adapter:
@@ -96,6 +99,7 @@ def libero(robot: Robot) -> Adapter:
         state_size=8,
         jump=EPISODE_JUMP_M,
         control_hz=20,
+        execute=5,
     )
     known = libero_panda
     actions = [_meaning(parse(a)) for a in (known.ACTION, known.HDF5_ACTION)]
@@ -142,6 +146,7 @@ def aloha(robot: Robot) -> Adapter:
         state=("state",),
         state_size=14,
         control_hz=50,
+        execute=10,
     )
     return in_own_layout(own, robot, action_size=14)
 
@@ -172,6 +177,7 @@ def droid(robot: Robot) -> Adapter:
         state=("observation/joint_position", "observation/gripper_position"),
         state_size=8,
         control_hz=15,
+        execute=8,
     )
     taken = [_last_word(name) for name in streams(robot.action)]
     if len(taken) == 1:

@@ -6,7 +6,7 @@ queries.
 """
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,18 +28,19 @@ class Notices:
 
     def __init__(self, totals: Totals, client: str) -> None:
         self._totals, self._client = totals, client
-        self._said, self._new = set[str](), list[str]()
+        self._counted, self._said, self._new = set[str](), set[str](), list[str]()
 
-    def add(self, kind: str, sentence: Callable[[], str] | None = None) -> None:
-        """Counts a query; the sentence is said if it is the first of its kind here."""
+    def add(self, kind: str, sentence: str = "") -> None:
+        """Counts a query; its sentence, if any, is said if it is the first of its kind here."""
         total = self._totals.setdefault(kind, {"queries": 0, "connections": 0, "first": ""})
         total["queries"] += 1
-        if sentence is not None and kind not in self._said:
+        total["connections"] += kind not in self._counted
+        self._counted.add(kind)
+        if sentence and kind not in self._said:
             self._said.add(kind)
-            self._new.append(sentence())
-            log.warning("client %s: %s", self._client, self._new[-1])
-            total["connections"] += 1
-            total["first"] = total["first"] or self._new[-1]
+            self._new.append(sentence)
+            log.warning("client %s: %s", self._client, sentence)
+            total["first"] = total["first"] or sentence
 
     def take(self) -> list[str]:
         """Returns the sentences that have not been said yet."""
@@ -128,7 +129,9 @@ class View:
         if shape != self._shape:
             self._shape, self._edges = shape, None
         if not pictures[-1].any():
-            notices.add("picture_black", lambda: "The picture is black; is the camera covered?")
+            notices.add("picture_black", "The picture is black; is the camera covered?")
+        if 4 * max(shape) < min(self._size):
+            notices.add("picture_small", self._small())
         if same_aspect(shape, self._size):
             if self._edges is None and not self._known:  # at the first picture of this size
                 self._note_unexplained_bars(pictures, notices)
@@ -143,11 +146,10 @@ class View:
         bars = self._edges
         content = shape[axis] - sum(bars)
         if abs(content - expected) <= room and bars == _split(sum(bars)):
-            notices.add("letterboxed", lambda: self._letterboxed(axis, bars))
+            notices.add("letterboxed", self._letterboxed(axis, bars))
             inside = slice(bars[0], shape[axis] - bars[1])
             return pictures[:, inside] if axis == 0 else pictures[:, :, inside]
-        if pictures.any():
-            notices.add("picture_aspect", self._other_aspect)
+        notices.add("picture_aspect", self._other_aspect())
         return pictures
 
     def _expected_content(self) -> tuple[int, int]:
@@ -166,6 +168,10 @@ class View:
             f"{width}: they are cut off, as training did not have them."
         )
 
+    def _small(self) -> str:
+        (h, w), (height, width) = self._shape, self._size
+        return f"The pictures are {h}x{w}, but the policy sees {height}x{width}: they are blurred."
+
     def _other_aspect(self) -> str:
         (h, w), (height, width) = self._shape, self._size
         beginning = f"The pictures are {h}x{w}, of another aspect than "
@@ -181,12 +187,12 @@ class View:
             size = pictures.shape[1 + axis]
             first, last = edges = _black_edges(pictures, axis, most=size)
             if edges == _split(sum(edges)) and _BARS * size < first < size / 2:
-                sentence = (
+                notices.add(
+                    "black_bars",
                     f"The first {first} and the last {last} {what} of the picture are black. If "
                     "openpi's resize_with_pad added them and training did not have them, start the "
-                    "server with --camera_size=HEIGHTxWIDTH of the training pictures."
+                    "server with --camera_size=HEIGHTxWIDTH of the training pictures.",
                 )
-                notices.add("black_bars", lambda said=sentence: said)
 
 
 def _split(bars: int) -> list[int]:

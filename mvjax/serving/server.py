@@ -302,6 +302,18 @@ def make_server(
         "actions": described(robot.action),
         "identity": digest_of(what) if what else "",
     }
+    if adapter.execute > sizes.action_horizon:
+        log.warning(
+            "openpi's %s client executes %d actions of a chunk, but this policy's have %d: set its "
+            "number to that or less.",
+            *(adapter.name, adapter.execute, sizes.action_horizon),
+        )
+    if adapter.control_hz and clip.observed_frames > 1:
+        log.info(
+            "the policy sees the pictures of a connection's queries as a history of %g per second: "
+            "at %g actions per second, ask every %g actions.",
+            *(clip.fps, adapter.control_hz, adapter.control_hz / clip.fps),
+        )
     batcher = partial(Batcher, act, max(batching.sizes), batching.window)
     names = labels(robot.proprio, robot.proprio_dim), labels(robot.action, robot.action_dim)
     spec = SessionSpec(

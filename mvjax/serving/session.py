@@ -134,7 +134,7 @@ class Session:
             known = self._spec.actions
             # A policy may reach a little farther than its demonstrations.
             if known is not None and (far := known.beyond(chunk, margin=0.5)):
-                self.notices.add("actions_outside", lambda: _ACTIONS_OUTSIDE.format(far))
+                self.notices.add("actions_outside", _ACTIONS_OUTSIDE.format(far))
             actions = self._adapter.actions(chunk, seen.state)
             if np.isfinite(actions).all():
                 return actions
@@ -158,9 +158,11 @@ class Session:
         if (known := self._spec.proprio) is not None:
             if clipped := known.clips(proprio):
                 self.notices.add("state_clipped")
-            if far := known.beyond(proprio, margin=0.05):
-                end = " They are clipped." if clipped else ""
-                self.notices.add("state_outside", lambda: _STATE_OUTSIDE.format(far) + end)
+            # Two sentences: a slight excess, which is common, must not hide other units.
+            for kind, margin in (("state_outside", 0.05), ("state_far_outside", 3.0)):
+                if what := known.beyond(proprio, margin):
+                    end = " They are clipped." if clipped else ""
+                    self.notices.add(kind, _STATE[kind].format(what) + end)
         if self._view is not None:
             pictures = self._view(pictures, self.notices)
         return Observation(pictures, proprio, adapter.prompt(prompt))
@@ -190,10 +192,8 @@ class Session:
             camera = f" {self._spec.camera!r}" if self._spec.camera else ""
             self.notices.add(
                 "pictures_unread",
-                lambda: (
-                    f"{', '.join(map(repr, unread))} is not read: this policy was trained on one "
-                    f"camera{camera} and sees {'/'.join(read)!r}."
-                ),
+                f"{', '.join(map(repr, unread))} is not read: this policy was trained on one camera"
+                f"{camera} and sees {'/'.join(read)!r}.",
             )
 
     def _state(self, message: Mapping[str, Any]) -> np.ndarray:
@@ -230,7 +230,12 @@ class Session:
         return self._adapter.jump is not None and bool(moved > self._adapter.jump)
 
 
-_STATE_OUTSIDE = "The state is outside the training data in {}; are its units those of training?"
+_STATE = {
+    "state_outside": "The state is outside the training data in {}.",
+    "state_far_outside": (
+        "The state is far outside the training data in {}; are its units those of training?"
+    ),
+}
 _ACTIONS_OUTSIDE = "The policy's actions are far outside the training data in {}."
 
 
