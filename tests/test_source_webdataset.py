@@ -125,6 +125,40 @@ def test_a_broken_sample_leaves_the_others_usable(tmp_path, video):
     assert open_it(tmp_path / "a.tar", caption="text")[4].instructions == ("other field",)
 
 
+def test_a_part_that_is_broken_or_not_read_is_named_and_costs_nothing(tmp_path, video):
+    files = {
+        "x.front.mp4": video,
+        "x.wrist.mp4": video[: len(video) // 2],
+        "x.side.webm": b"version https://git-lfs.github.com/spec/v1\n",
+        "x.depth.npy": b"\x93NUMPY",
+        "x.cls": b"3",
+        "x.txt": b"open",
+        "x.json": b'{"caption": ["shut", "close"]}',
+        "y.mp4": video,
+        "y.txt": b"open",
+        "y.json": b'{"caption": ["open", "unlock"]}',
+        "z.mp4": video,
+        "z.txt": b"open",
+        "z.json": b"{",
+    }
+    x, y, z = open_it(write_tar(tmp_path / "a.tar", files))
+    assert x.cameras == ("front",) and set(x.left_out) == {"wrist", "side", "depth.npy", "cls"}
+    assert "not a readable video" in x.left_out["wrist"]
+    assert [e.instructions for e in (x, y, z)] == [("open",)] * 3
+    assert x.findings == ("the .txt differs from 'caption' in the .json; the .txt is taken",)
+    assert not y.findings and not z.findings
+
+
+def test_two_members_of_one_name_are_refused(tmp_path, video):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:  # two samples of one key in a row
+        for name, content in [("x.mp4", video), ("x.txt", b"1"), ("x.mp4", video), ("x.txt", b"2")]:
+            header = tarfile.TarInfo(name)
+            header.size = len(content)
+            tar.addfile(header, io.BytesIO(content))
+    with pytest.raises(ValueError, match=r"a\.tar/x has two members mp4"):
+        open_it(tmp_path / "a.tar")[0]
+
+
 def test_a_key_that_comes_again_gets_an_id_of_its_own(tmp_path, video):
     one, two = {"a.mp4": video, "a.txt": b"1"}, {"b.mp4": video, "b.txt": b"2"}
     content = write_tar(tmp_path / "one.tar", one).read_bytes()
@@ -226,6 +260,9 @@ def test_what_is_no_webdataset_says_why(tmp_path, video):
         open_it(tmp_path)
     (tmp_path / "a.tar").write_bytes(video)
     with pytest.raises(ValueError, match=r"a\.tar: not a readable tar"):
+        open_it(tmp_path)
+    (tmp_path / "a.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    with pytest.raises(ValueError, match=r"a\.tar: it is a placeholder of Git LFS; run git lfs"):
         open_it(tmp_path)
     write_tar(tmp_path / "a.tar", {"x.jpg": b"", "x.txt": b"x"})
     with pytest.raises(ValueError, match=r"no samples with videos .*\['jpg', 'txt'\]"):

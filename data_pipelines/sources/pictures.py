@@ -37,7 +37,10 @@ def axes(dtype: np.dtype, shape: tuple[int, ...]) -> str:
 
 
 def rgb(frames: np.ndarray, order: str) -> np.ndarray:
-    """Pictures with these `axes` as [n, h, w, 3]; grey is repeated, transparency dropped."""
+    """Pictures with these `axes` as [n, h, w, 3].
+
+    Grey is repeated. A fourth channel is dropped, as IsaacLab does for the RGBA of its renderer.
+    """
     if order == "chw":
         frames = np.moveaxis(frames, 1, -1)
     elif order == "hw":
@@ -48,8 +51,9 @@ def rgb(frames: np.ndarray, order: str) -> np.ndarray:
 def encoded_fault(image: bytes) -> str:
     """Why these bytes are not a picture that can be decoded, by their beginning; "" if they are."""
     if image.startswith(PNG):
-        deep = image[24:25] > b"\x08"  # bits per channel, in the header chunk
-        return "pictures of more than 8 bits per channel, such as depth" if deep else ""
+        bits, colours = image[24:25], image[25:26]  # of the header chunk; 0 and 4 are grey
+        deep = bits > b"\x08" and colours in (b"\0", b"\4")
+        return "grey pictures of more than 8 bits, such as depth" if deep else ""
     if image.startswith(JPEG):
         return ""
     return "bytes that are neither JPEG nor PNG" if image else "its first picture is empty"

@@ -5,7 +5,8 @@
 
 Nothing is unpacked. One pass over the headers of a tar finds its samples; a video is then decoded
 in place. Videos named `<key>.<camera>.mp4` become one stream per camera; `<key>.mp4` is the stream
-"video".
+"video". Other members, and a camera that cannot be read beside one that can, are in
+`Episode.left_out`.
 """
 
 import json
@@ -23,7 +24,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import BinaryIO
 
-from data_pipelines.episode import Episode, LazyEpisodes
+from data_pipelines.episode import Episode, LazyEpisodes, reason
 from data_pipelines.sources.files import decode_text, repeat_marks
 from data_pipelines.video import VideoFile, VideoPool
 from data_pipelines.video_index import VIDEO_SUFFIXES, FileRange
@@ -109,6 +110,8 @@ class Shard:
             for key, kind, member in _walk(file, self.starts[number]):
                 if key != (first := first or key):
                     break
+                if kind in members:
+                    raise ValueError(f"{self.path}/{first} has two members {kind}; rename one")
                 members[kind] = member
         return first, members
 
@@ -135,7 +138,8 @@ def _index(path: Path) -> Shard:
         fault = f": the shard cannot be read ({error.strerror})"
     except (tarfile.TarError, ValueError, OverflowError) as error:
         # ValueError and OverflowError come from impossible sizes and dates in a header.
-        fault = f": not a readable tar ({error}); copy it again"
+        placeholder = reason(path, "")
+        fault = f": {placeholder or f'not a readable tar ({error}); copy it again'}"
         if keys:
             fault = f": {error}; {keys[-1]} and all samples after it are lost; copy the tar again"
     shard.marks = repeat_marks(keys)
@@ -181,18 +185,30 @@ def _load(
     cameras = {_camera(kind): kind for kind in members if _camera(kind)}
     if not cameras:
         raise ValueError(f"{shard.path}/{key} has no video, only {sorted(members)}")
-    streams = {}
+    read = {*cameras.values(), "txt", "json"}
+    left_out = {kind: "a member that is not read" for kind in members if kind not in read}
+    streams, faults, findings = {}, [], []
     for camera, kind in cameras.items():
         member = members[kind]
         place = FileRange(shard.path, member.offset_data, member.size, name=f"{key}.{kind}")
-        streams[camera] = VideoFile(place, pool=pool).stream()
+        video = VideoFile(place, pool=pool)
+        try:
+            streams[camera] = video.stream()
+            findings += video.findings
+        except ValueError as error:
+            left_out[camera] = str(error)
+            faults.append(error)
+    if not streams:
+        raise faults[0]
     return Episode(
         id=f"{shard.path.stem}/{key}{shard.marks.get(index, '')}",
         source=name,
         embodiment=embodiment,
-        instructions=_captions(shard.path, key, members, caption),
+        instructions=_captions(shard.path, key, members, caption, findings),
         streams=streams,
         cameras=tuple(streams),
+        left_out=left_out,
+        findings=tuple(dict.fromkeys(findings)),
     )
 
 
@@ -203,20 +219,39 @@ def _camera(kind: str) -> str:
 
 
 def _captions(
-    shard: Path, key: str, members: Mapping[str, tarfile.TarInfo], wanted: str
+    shard: Path,
+    key: str,
+    members: Mapping[str, tarfile.TarInfo],
+    wanted: str,
+    findings: list[str],
 ) -> tuple[str, ...]:
-    kind = next((kind for kind in ("txt", "json") if kind in members), None)
-    if kind is None:
+    if "txt" in members:
+        text = _text(shard, f"{key}.txt", members["txt"]).strip()
+        if "json" in members:
+            try:
+                others = _listed(shard, f"{key}.json", members["json"], wanted)
+            except ValueError:
+                others = (text,)  # a .json with other things
+            if text not in others:
+                findings.append(f"the .txt differs from {wanted!r} in the .json; the .txt is taken")
+        return (text,)
+    if "json" not in members:
         raise ValueError(f"{shard}/{key} has no .txt or .json, only {sorted(members)}")
-    where = f"{shard}/{key}.{kind}"
+    return _listed(shard, f"{key}.json", members["json"], wanted)
+
+
+def _text(shard: Path, name: str, member: tarfile.TarInfo) -> str:
     with shard.open("rb") as file:
-        file.seek(members[kind].offset_data)
-        text = decode_text(file.read(members[kind].size), where)
-    if kind == "txt":
-        return (text.strip(),)
+        file.seek(member.offset_data)
+        return decode_text(file.read(member.size), f"{shard}/{name}")
+
+
+def _listed(shard: Path, name: str, member: tarfile.TarInfo, wanted: str) -> tuple[str, ...]:
+    """The captions in a sample's .json."""
+    where = f"{shard}/{name}"
     try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        content = json.loads(_text(shard, name, member))
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error})") from None
     found = content.get(wanted) if isinstance(content, dict) else None
     captions = tuple(found) if isinstance(found, list) else (found,)
