@@ -27,6 +27,7 @@ from mvjax.models.network import Network
 from mvjax.models.presets import decoder_network, video_network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, make_mesh, make_rules, split_ways
+from mvjax.ranges import check_ranges
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,8 +83,8 @@ class Experiment:
         """The video DiT, with LoRA where `lora.rank` is not 0."""
         config = self.config
         rank, alpha = config.lora.rank, config.lora.alpha
-        if rank < 0:
-            raise ValueError(f"lora.rank must be 0 (full training) or more, got {rank}.")
+        if rank and not alpha:
+            raise ValueError("lora.alpha is 0: the adapters would change nothing.")
         # A text projection lets the network's text width differ from text.dim.
         fields = {"text_dim": config.text.dim, **config.video_model}
         fields["rope_ratio_thw"] = tuple(fields["rope_ratio_thw"])
@@ -183,8 +184,9 @@ class Experiment:
         return shapes
 
     def _check(self) -> None:
-        """Every cross-check that needs neither data nor devices."""
+        """Every check that needs neither data nor devices."""
         config = self.config
+        check_ranges(config)
         if "clip" in config:
             _ = self.clip
         if {"video_model", "lora", "text"} <= set(config):
@@ -195,33 +197,14 @@ class Experiment:
             _ = self.rules
         if "sampler" in config:
             self.sampling()
-        for stream, io in config.get("policy_io", {}).items():
-            if io.horizon < 1:
-                raise ValueError(
-                    f"policy_io.{stream}.horizon must be at least 1, got {io.horizon}."
-                )
-        if "training" in config:
-            self._check_training()
         if "stage" in config and "flow" in config:
             self._check_flow()
 
-    def _check_training(self) -> None:
-        settings = self.config.training
-        least = {"steps": 1, "batch_size": 1, "log_every": 1, "checkpoint_every": 1, "keep": 1}
-        least |= {"accumulate": 1, "keep_every": 0, "sample_every": 0}  # 0 switches these two off
-        for name, bound in least.items():
-            if name in settings and settings[name] < bound:
-                off = " (0 is off)" if bound == 0 else ""
-                raise ValueError(
-                    f"training.{name} must be at least {bound}{off}, got {settings[name]}."
-                )
-
     def _check_flow(self) -> None:
         flow = self.config.flow
-        if self.stage == "action":
-            if flow.action_draws < 1:
-                raise ValueError(f"flow.action_draws must be at least 1, got {flow.action_draws}.")
-        elif not 1 <= flow.min_condition_latents <= self.clip.condition_latents:
+        if self.stage == "video" and not (
+            1 <= flow.min_condition_latents <= self.clip.condition_latents
+        ):
             raise ValueError(
                 f"flow.min_condition_latents is {flow.min_condition_latents}; with "
                 f"{self.clip.observed_frames} observed frames it must be between 1 and "

@@ -113,7 +113,7 @@ def test_one_bad_sample_skips_the_step_of_all_micro_batches(tmp_path):
     ("accumulate", "message"),
     [
         (3, "batch_size is 8; it must be a multiple of 3, training.accumulate = 3"),
-        (0, "training.accumulate must be at least 1"),
+        (0, "training.accumulate must be a whole number of at least 1"),
     ],
 )
 def test_a_batch_that_cannot_be_split_is_explained(tmp_path, accumulate, message):
@@ -173,13 +173,9 @@ def test_cosine_and_constant_schedules():
     np.testing.assert_allclose([float(constant(5)), float(constant(99))], [0.5, 1.0], rtol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "changes, message",
-    [({"schedule": "lineer"}, "'lineer'"), ({"schedule": "cosine"}, "decay_steps is 0")],
-)
-def test_wrong_schedules_are_explained(changes, message):
-    with pytest.raises(ValueError, match=message):
-        make_schedule(optimizer_config(**changes))
+def test_a_schedule_that_ends_in_its_warm_up_is_explained():
+    with pytest.raises(ValueError, match="decay_steps is 0"):
+        make_schedule(optimizer_config(schedule="cosine"))
 
 
 def numpy_adamw(params, grads_per_step, lr, b1, b2, eps, decay, clip):
@@ -244,5 +240,3 @@ def test_the_first_moment_in_bfloat16_takes_half_the_memory_and_changes_little()
         ends.append(now["kernel"])
     moved = np.linalg.norm(ends[0] - params["kernel"])
     assert 0 < np.linalg.norm(ends[1] - ends[0]) < 0.01 * moved
-    with pytest.raises(ValueError, match="mu_dtype is 'float16'"):
-        make_optimizer(optimizer_config(mu_dtype="float16"))
