@@ -18,7 +18,9 @@ from configs import libero_small_action
 from data_pipelines.embodiments import libero_panda
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.vectors import dims, parse, vector
-from mvjax.evaluation.libero_demos import moving_actions
+from data_pipelines.writers import Demonstration, Scene, write_hdf5
+from mvjax.evaluation import libero_demos
+from mvjax.evaluation.libero_demos import moving_actions, regenerate
 from mvjax.evaluation.rollout import run_rollouts
 from mvjax.evaluation.suites.libero import Libero, axis_angle, libero_commands, libero_python
 from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE, max_steps, split_task, suite_tasks
@@ -165,6 +167,39 @@ def test_the_configurations_evaluate_by_the_release_protocol():
         assert dims(parts, io.dim) == (3, 6, 1) and io.fps == 20
     with pytest.raises(ValueError, match="unknown LIBERO suite 'kitchen'"):
         libero_small_action.get_config("kitchen")
+
+
+def test_a_replay_of_other_demonstrations_is_refused(tmp_path, monkeypatch):
+    """Files of the same names and another size, into a folder that is finished or was stopped."""
+
+    def demonstrations(folder, seed):
+        actions = np.random.default_rng(seed).normal(size=(4, 7))
+        picture = {"agentview_rgb": np.zeros((4, 16, 16, 3), np.uint8)}
+        demonstration = Demonstration(actions, picture, states=np.zeros((4, 2)))
+        write_hdf5(folder / "lift_demo.hdf5", [demonstration], Scene("lift", "Lift"))
+        return folder
+
+    first, other = (demonstrations(tmp_path / str(seed), seed) for seed in (0, 1))
+
+    def finished(out, *rest):
+        (out / libero_demos.REPORT).write_text('[{"success": true}]')
+
+    def stopped(out, *rest):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(libero_demos, "_regenerate_one", None)
+    (tmp_path / "out" / "unfinished" / "lift_demo-demo_0").mkdir(parents=True)
+    for assemble in (stopped, finished):
+        monkeypatch.setattr(libero_demos, "_assemble", assemble)
+        try:
+            assert regenerate(first, tmp_path / "out", size=(48, 64)) == {"kept": 1, "failed": 0}
+        except KeyboardInterrupt:
+            pass
+        with pytest.raises(ValueError, match=r"other demonstrations \(files\.lift_demo is "):
+            regenerate(other, tmp_path / "out", size=(48, 64))
+        with pytest.raises(ValueError, match=r"size is .48, 64. there, .480, 640. here"):
+            regenerate(first, tmp_path / "out")
+    assert regenerate(first, tmp_path / "out", size=(48, 64))["kept"] == 1
 
 
 def test_states_are_those_of_liberos_own_environment(facts):

@@ -15,7 +15,9 @@ import forked
 import numpy as np
 import pytest
 
+from data_pipelines.atomic import run_lock
 from data_pipelines.sources.formats import open_dataset
+from mvjax.evaluation import record
 from mvjax.evaluation.record import Recording, assemble, record_dataset, record_unit
 
 TASK = "coffee-button-v3"
@@ -218,6 +220,19 @@ def test_wrong_requests_and_foreign_folders_are_refused(tmp_path):
         record_dataset(tmp_path, ROBOT)
     with pytest.raises(OSError):
         record_dataset(tmp_path / "thesis.tex/data", ROBOT)
+
+
+def test_a_recording_has_one_owner_and_one_simulator(tmp_path, monkeypatch):
+    arguments = ("--kind=robot", f"--tasks={TASK}", "--episodes=4", "--size=32x32")
+    with run_lock(tmp_path):
+        second = forked.run("launch.record", f"--out={tmp_path}", *arguments)
+    assert second.code != 0 and "is writing to" in second.err
+    assert not any(tmp_path.iterdir())
+    record._open_folder(tmp_path, ROBOT)  # begun, and stopped
+    newer = {"metaworld": "99"}
+    monkeypatch.setattr(record, "package_versions", lambda suite: newer)
+    with pytest.raises(ValueError, match=r"other settings or packages .*metaworld is .* '99' here"):
+        record_dataset(tmp_path, ROBOT)
 
 
 @pytest.mark.parametrize(

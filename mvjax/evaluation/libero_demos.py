@@ -8,17 +8,21 @@ the result of every demonstration. `launch.record --regenerate` runs this in LIB
 """
 
 import functools
+import hashlib
 import json
 import shutil
+from collections.abc import Sequence
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
 from tqdm import tqdm
 
 from data_pipelines.atomic import replacing, write_json
+from data_pipelines.settings import differences
 from data_pipelines.sources.files import UNFINISHED
 from data_pipelines.video import write_video
 from data_pipelines.writers import RobotEpisode, VideoPart, write_lerobot
@@ -29,6 +33,7 @@ from mvjax.evaluation.suites.libero_scene import find_task
 STILL = 1e-4  # the smallest norm of a motion's six numbers that counts as moving
 CAMERAS = {"observation.images.agentview": CAMERA, "observation.images.wrist": WRIST_CAMERA}
 REPORT = "regenerated.json"
+SOURCE = "source.json"  # the demonstrations that are replayed, and the size of their pictures
 
 
 @dataclass(frozen=True)
@@ -57,11 +62,13 @@ def regenerate(
 
     Returns:
         {"kept", "failed"}: numbers of demonstrations.
+
+    Raises:
+        ValueError: the folder holds the replay of other demonstrations, or of another size.
     """
-    staging = out / UNFINISHED
+    staging, demos = out / UNFINISHED, _demonstrations(source)
+    replayed = _open_folder(out, staging, demos, size)
     if not (out / REPORT).exists():
-        demos = _demonstrations(source)
-        staging.mkdir(parents=True, exist_ok=True)
         left = [demo for demo in demos if not (staging / demo.name).is_dir()]
         with tqdm(total=len(demos), initial=len(demos) - len(left), unit="episode") as bar:
             if left:
@@ -69,6 +76,7 @@ def regenerate(
                     for future in as_completed(submit(_regenerate_one, left, staging, size)):
                         future.result()
                         bar.update()
+        write_json(out / SOURCE, replayed)
         _assemble(out, staging, demos, size)
     shutil.rmtree(staging, ignore_errors=True)
     report = json.loads((out / REPORT).read_text())
@@ -97,6 +105,30 @@ def _demonstrations(source: Path) -> list[Demo]:
     if not demos:
         raise ValueError(f"{source} holds no LIBERO demonstrations (<task>_demo.hdf5)")
     return demos
+
+
+def _open_folder(
+    out: Path, staging: Path, demos: Sequence[Demo], size: tuple[int, int]
+) -> dict[str, Any]:
+    """Prepares the folder, which must not be that of other demonstrations; what it is of."""
+    digests: dict[str, Any] = {}
+    for demo in demos:
+        digest = digests.setdefault(demo.file.stem, hashlib.sha256())
+        with h5py.File(demo.file) as data:
+            for name in ("states", "actions"):
+                digest.update(
+                    f"{demo.key}/{name} ".encode() + data["data"][demo.key][name][()].tobytes()
+                )
+    replayed = {"size": list(size), "files": {k: d.hexdigest()[:16] for k, d in digests.items()}}
+    for path in (out / SOURCE, staging / SOURCE):
+        if path.exists() and (changed := differences(json.loads(path.read_text()), replayed)):
+            raise ValueError(
+                f"{out} holds the replay of other demonstrations ({'; '.join(changed[:3])}): give "
+                "the same, or choose another folder"
+            )
+    if not (out / REPORT).exists():
+        write_json(staging / SOURCE, replayed)
+    return replayed
 
 
 def _regenerate_one(demo: Demo, staging: Path, size: tuple[int, int]) -> None:

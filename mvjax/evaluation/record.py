@@ -43,7 +43,7 @@ from data_pipelines.writers import (
     write_video_folder,
 )
 from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
-from mvjax.evaluation.suites.suite import SUITES, Suite
+from mvjax.evaluation.suites.suite import SUITES, Suite, package_versions
 
 ABOUT = "about.json"  # the instruction of a unit; for HDF5 its scene, too
 AFTER_SUCCESS = 12  # control steps recorded after the first success, so that the end is seen
@@ -145,7 +145,9 @@ def record_dataset(
         todo = [unit for unit in units if not (staging / unit.name).is_dir()]
         _record_units(todo, recording, staging, workers, progress)
         assembled = assemble(out, staging, recording, units)
-        write_json(out / MANIFEST, {"recording": asdict(recording), **assembled})
+        versions = package_versions(recording.suite)
+        made = {"recording": asdict(recording), **assembled, "versions": versions}
+        write_json(out / MANIFEST, made)
     shutil.rmtree(staging, ignore_errors=True)
     manifest = json.loads((out / MANIFEST).read_text())
     totals = {name: manifest[name] for name in ("episodes", "frames")}
@@ -156,19 +158,24 @@ def _open_folder(out: Path, recording: Recording) -> Path:
     """Prepares the dataset's folder and returns that of finished units in it."""
     staging = out / UNFINISHED
     settings = json.loads(json.dumps(asdict(recording)))
+    versions = package_versions(recording.suite)
     for manifest in (out / MANIFEST, staging / MANIFEST):
         if manifest.exists():
             # Older recordings do not name their suite.
-            found = {"suite": "metaworld"} | json.loads(manifest.read_text())["recording"]
-            if changed := differences({name: found.get(name) for name in settings}, settings):
+            begun = json.loads(manifest.read_text())
+            found = {"suite": "metaworld"} | begun["recording"]
+            changed = differences({name: found.get(name) for name in settings}, settings)
+            if manifest.parent == staging:  # a finished one is not added to
+                changed += differences(begun.get("versions", versions), versions)
+            if changed:
                 raise ValueError(
-                    f"{out} holds a recording with other settings ({'; '.join(changed)}): resume "
-                    "it with the same settings, or choose another folder"
+                    f"{out} holds a recording with other settings or packages "
+                    f"({'; '.join(changed)}): resume it with the same, or choose another folder"
                 )
             return staging
     if out.exists() and any(path.name not in (UNFINISHED, LOCK) for path in out.iterdir()):
         raise ValueError(f"{out} holds other files: choose a new or an empty folder")
-    write_json(staging / MANIFEST, {"recording": settings})
+    write_json(staging / MANIFEST, {"recording": settings, "versions": versions})
     return staging
 
 

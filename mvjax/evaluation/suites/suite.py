@@ -153,13 +153,18 @@ def versions(name: str) -> dict[str, str]:
         "python", each of the suite's packages ("none" where it is not installed), "gl_backend" and
         "gl_renderer".
     """
-    found = {"python": platform.python_version()}
+    return {"python": platform.python_version(), **package_versions(name), **renderer()}
+
+
+def package_versions(name: str) -> dict[str, str]:
+    """The versions of a suite's packages; "none" where one is not installed."""
+    found = {}
     for package in SUITES[name].packages:
         try:
             found[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "none"
-    return found | renderer()
+    return found
 
 
 def worker_versions(name: str) -> dict[str, str]:
