@@ -196,6 +196,7 @@ def claim(
     *,
     begun: bool,
     process: int = 0,
+    apart: str = "--out",
 ) -> None:
     """Makes a folder that of one identity, and refuses one that holds results of another.
 
@@ -206,12 +207,13 @@ def claim(
         what, where: see the top of this file.
         begun: whether the folder holds results; an identity without results is replaced.
         process: index of this process in the job.
+        apart: the flags that give other results another folder, for messages.
 
     Raises:
         ValueError: names the entries that differ.
     """
     what, where = plain(what), plain(where)
-    remedy = "choose another --out (or --variant), or delete that folder to evaluate anew."
+    remedy = f"choose another {apart}, or delete that folder to evaluate anew."
     stored = read_identity(folder)
     if begun and stored is None:
         raise ValueError(

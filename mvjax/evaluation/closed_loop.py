@@ -129,7 +129,9 @@ def evaluate(
                 where |= policy.identity["where"]
                 controller = partial(_act_in_simulator, policy.act, suite.convert)
             begun = has_results(folder / name)
-            claim(folder / name, what, where, begun=begun, process=process)
+            claim(
+                folder / name, what, where, begun=begun, process=process, apart="--out or --variant"
+            )
             if callable(controller):
                 policy.warm_up()
             if process == 0:
