@@ -35,6 +35,7 @@ from data_pipelines.sources.rlds import UnknownRate
 from data_pipelines.statistics import collapsed, compute_statistics
 from data_pipelines.vectors import modes, parse
 from data_pipelines.video import VideoFile
+from data_pipelines.windows import usual_steps
 
 _THREADS = 4
 _SAMPLED_EPISODES = 24  # episodes with decoded frames
@@ -314,8 +315,7 @@ def _inspect_episode(
     _check_times(summary, episode)
     if wanted:
         _check_wanted(summary, episode, wanted)
-    rates = ((len(stream.timestamps), _rate(stream)) for stream in episode.streams.values())
-    summary.seconds = max((n / rate if rate else 0.0 for n, rate in rates), default=0.0)
+    summary.seconds = max(map(_seconds, episode.streams.values()), default=0.0)
     return summary
 
 
@@ -442,10 +442,17 @@ def _inspect_video(
 
 
 def _rate(stream: Stream) -> float | None:
-    times = stream.timestamps
-    if len(times) < 2:
+    """Samples per second where there is no pause."""
+    steps = np.diff(stream.timestamps)
+    if len(steps) == 0:
         return None
-    return (len(times) - 1) * NANOSECONDS / int(times[-1] - times[0])
+    return NANOSECONDS / float(steps[steps <= _GAP_PERIODS * usual_steps(stream.timestamps)].mean())
+
+
+def _seconds(stream: Stream) -> float:
+    """The duration, with the last sample's period and with pauses."""
+    rate, times = _rate(stream), stream.timestamps
+    return int(times[-1] - times[0]) / NANOSECONDS + 1 / rate if rate else 0.0
 
 
 def _check_times(summary: EpisodeSummary, episode: Episode) -> None:
@@ -457,17 +464,16 @@ def _check_times(summary: EpisodeSummary, episode: Episode) -> None:
         if len(times) <= 2:
             summary.add_problem("two or fewer samples", f"{label}: {len(times)}")
             continue
-        seconds, steps = (times - times[0]) / NANOSECONDS, np.diff(times)
-        period = float(np.median(steps))
-        gaps = np.flatnonzero(steps > _GAP_PERIODS * period)
+        seconds, steps, usual = (times - times[0]) / NANOSECONDS, np.diff(times), usual_steps(times)
+        gaps = np.flatnonzero(steps > _GAP_PERIODS * usual)
         if len(gaps):
             worst = gaps[np.argmax(steps[gaps])]
             summary.add_problem(
                 "timestamp gap",
                 f"{label}: {len(gaps)}, the longest {steps[worst] / NANOSECONDS:.3g} s after "
-                f"{seconds[worst]:.3f} s (a period is {period / NANOSECONDS:.3g} s)",
+                f"{seconds[worst]:.3f} s (a period is {usual[worst] / NANOSECONDS:.3g} s)",
             )
-        close = np.flatnonzero(steps < 0.1 * period)
+        close = np.flatnonzero(steps < 0.1 * usual)
         if len(close):
             summary.add_problem(
                 "duplicate timestamps",
@@ -482,8 +488,12 @@ def _check_lengths(summary: EpisodeSummary, episode: Episode, names: list[str]) 
         pair = episode.streams[camera].timestamps, episode.streams[name].timestamps
         if name in episode.cameras or min(map(len, pair)) < 3:
             continue
-        allowed = _SAME_PERIODS * max(float(np.median(np.diff(times))) for times in pair)
-        if any(abs(int(pair[0][end]) - int(pair[1][end])) > allowed for end in (0, -1)):
+        periods = [usual_steps(times) for times in pair]
+        if any(
+            abs(int(pair[0][end]) - int(pair[1][end]))
+            > _SAME_PERIODS * max(p[end] for p in periods)
+            for end in (0, -1)
+        ):
             video, numbers = (
                 f"from {t[0] / NANOSECONDS:.3f} to {t[-1] / NANOSECONDS:.3f} s ({len(t)} {what})"
                 for t, what in zip(pair, ("frames", "samples"))

@@ -105,22 +105,29 @@ def previous_indices(timestamps: np.ndarray, times: np.ndarray) -> np.ndarray:
     return np.maximum(np.searchsorted(timestamps, times, side="right") - 1, 0)
 
 
+def usual_steps(timestamps: np.ndarray) -> np.ndarray:
+    """The step that is usual around each step between two of n timestamps, float64 [n - 1].
+
+    It is the median of the neighbours and not of the whole stream, whose rate may change.
+    """
+    steps = np.diff(timestamps)
+    if len(steps) <= _NEIGHBOURS:
+        return np.full(len(steps), np.median(steps) if len(steps) else 0.0)
+    around = np.pad(steps, _NEIGHBOURS, "reflect")
+    return np.median(sliding_window_view(around, 2 * _NEIGHBOURS + 1), axis=-1)
+
+
 def in_pause(timestamps: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
     """Where an instant within a stream is far from every stored value: bool [*times.shape].
 
-    Far is more than half of 1/fps and as if three values in a row were lost. A step between two
-    values is compared with its neighbours and not with the whole stream, whose rate may change.
+    Far is more than half of 1/fps and as if three values in a row were lost.
     """
-    steps = np.diff(timestamps)
-    if len(steps) == 0:
+    if len(timestamps) < 2:
         return np.zeros(np.shape(times), bool)
-    usual = np.full(len(steps), np.median(steps))
-    if len(steps) > _NEIGHBOURS:
-        around = np.pad(steps, _NEIGHBOURS, "reflect")
-        usual = np.median(sliding_window_view(around, 2 * _NEIGHBOURS + 1), axis=-1)
-    before = previous_indices(timestamps, times).clip(0, len(steps) - 1)
+    before = previous_indices(timestamps, times).clip(0, len(timestamps) - 2)
     distance = np.minimum(times - timestamps[before], timestamps[before + 1] - times)
-    return distance > np.maximum(1.5 * usual[before], NANOSECONDS / fps / 2)
+    usual = usual_steps(timestamps)[before]
+    return distance > np.maximum(1.5 * usual, NANOSECONDS / fps / 2)
 
 
 def read_window(

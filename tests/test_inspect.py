@@ -279,6 +279,20 @@ def test_what_the_encoding_job_of_a_configuration_would_skip_is_listed():
     assert "no cameras ['front']" in skipped["d"]
 
 
+def test_a_pause_is_named_and_does_not_change_the_rate():
+    """A rate that changes is no pause, and a pause is measured by what is around it."""
+    steps = np.full(40, 10**8)
+    paused, faster = steps.copy(), np.r_[steps[:20], np.full(40, 2 * 10**7)]
+    paused[25] = 6 * 10**9
+    episodes = [_episode(str(i), np.r_[0, np.cumsum(s)]) for i, s in enumerate((paused, faster))]
+    found = inspect_dataset(episodes, "set", "in memory")
+    assert _kinds(found).get("timestamp gap") == ["0"]
+    assert "6 s after 2.500 s (a period is 0.1 s)" in found.problems[0].text
+    only = inspect_dataset(episodes[:1], "set", "in memory")
+    assert only.streams["action"].rate == pytest.approx(10)
+    assert only.lengths == pytest.approx([10.0])
+
+
 def test_a_part_of_a_large_dataset_is_looked_at():
     asked = []
 
