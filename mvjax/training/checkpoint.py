@@ -121,6 +121,7 @@ class Store:
         Raises:
             OSError: If the disk has no room for it (ENOSPC), before anything is written.
         """
+        self._wait_for_the_one_before(step)
         arrays = vars(state)
         meta = {**meta, "digests": {n: digest(leaf_paths(tree)) for n, tree in arrays.items()}}
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(arrays))
@@ -138,6 +139,21 @@ class Store:
                 meta=ocp.args.JsonSave(meta),
             ),
         )
+
+    def finish(self) -> None:
+        """Waits until what is being written is on the disk; raises what has failed."""
+        self._manager.wait_until_finished()
+
+    def _wait_for_the_one_before(self, step: int) -> None:
+        try:
+            self._manager.wait_until_finished()
+        except OSError as error:
+            if jax.process_count() > 1:  # the others may have written their part
+                raise
+            log.warning(
+                f"the checkpoint before could not be written ({_one_line(error)}); step {step} is "
+                "saved in its place."
+            )
 
     def restore(self, abstract: Any, adapt: Adapt = as_stored) -> Restored | None:
         """Reads the newest sound checkpoint onto the shardings and dtypes of `abstract`.
@@ -495,4 +511,7 @@ def damage_reported(where: Path) -> Iterator[None]:
 def _one_line(error: BaseException) -> str:
     # The last reason says what happened; Orbax's own words, where.
     reason = _reasons(error)[-1]
-    return f"{type(reason).__name__}: {' '.join(str(reason).split())[:200]}"
+    text = " ".join(str(reason).split()).partition(" [tensorstore_spec=")[0]
+    if len(text) > 240:  # what happened stands at the end
+        text = f"{text[:60]} ... {text[-160:]}"
+    return f"{type(reason).__name__}: {text}"

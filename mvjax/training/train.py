@@ -1,6 +1,7 @@
 """The training loop, the same for both stages."""
 
 import sys
+import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ from mvjax.training.validation import Validation
 FINISHED = "finished"
 
 MAX_SKIPPED_IN_A_ROW = 50
+SAVING_PAUSES = (0.5, 5.0)  # seconds before the last checkpoint is tried again
 
 
 class TrainingDiverged(RuntimeError):
@@ -90,6 +92,7 @@ def train(
         state = first_state(experiment, stage, optimizer, abstract, store, loader, description)
         batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, experiment.rules))
         first = saved = int(state.step)
+        failed = False  # the last attempt to save
         timer = Throughput(stage, settings.batch_size, first)
         traces = workdir / "profile" if profile else None
         measuring: AbstractContextManager = BestEffort("validation", "the run goes on without it")
@@ -102,12 +105,28 @@ def train(
             _progress_bar(stage.name, first, settings.steps) as bar,
         ):
 
-            def save(step: int) -> None:
+            def save(step: int, final: bool) -> None:
+                nonlocal saved, failed
                 with timer("save"):
                     # A record must be on disk before the checkpoint that makes its step final.
                     writer.flush()
                     weights = digest(leaf_paths(merge(state.params, state.ema)))
-                    store.save(step, state, position, {**description, "digest": weights})
+                    meta = {**description, "digest": weights}
+                    for pause in (*SAVING_PAUSES, None) if final else (None,):
+                        try:
+                            store.save(step, state, position, meta)
+                            if final and jax.process_count() == 1:
+                                store.finish()
+                            saved, failed = step, False
+                            return
+                        except OSError as error:
+                            # The next checkpoint may fit on the disk again; two that fail stop the
+                            # run, and so does the last one.
+                            if jax.process_count() > 1 or (pause is None and (final or failed)):
+                                raise
+                            log_once(f"step {step} cannot be saved ({error}); trying again later.")
+                            failed = pause is None
+                            time.sleep(pause or 0)
 
             for step in steps:
                 try:
@@ -115,7 +134,7 @@ def train(
                         batch, following = next(batches, (None, None))
                 except Overdue:
                     if step - 1 > saved:
-                        save(step - 1)
+                        save(step - 1, final=True)
                     log_once(
                         f"stopping at step {step - 1}, saved: no data came for {GRACE:.0f} s after "
                         "the signal; run the same command to continue."
@@ -163,8 +182,7 @@ def train(
                     levels = []
                     _show(bar, writer.latest)
                 if saving:
-                    save(step)
-                    saved = step
+                    save(step, final=last or stopping)
                 bar.update()
                 if stopping:
                     log_once(f"stopping at step {step}, saved; run the same command to continue.")
