@@ -1,5 +1,6 @@
 import os
 import pickle
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -172,24 +173,10 @@ class Shell:
 
 
 FAULTS = {
-    "no actions": (lambda f: (f / "policy_out.pkl").unlink(), "policy_out.pkl is missing"),
     "no states": (lambda f: (f / "obs_dict.pkl").unlink(), "obs_dict.pkl is missing"),
     "cut pickle": (
         lambda f: (f / "obs_dict.pkl").write_bytes((f / "obs_dict.pkl").read_bytes()[:900]),
         r"obs_dict\.pkl: a damaged pickle",
-    ),
-    "a picture missing": (lambda f: (f / "images1/im_2.jpg").unlink(), "im_2.jpg is missing"),
-    "the last picture missing": (
-        lambda f: (f / "images1/im_5.jpg").unlink(),
-        "6 states, but {'images1': 5}",
-    ),
-    "states cut off": (
-        lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"eef_transform": np.zeros((4, 4, 4))}),
-        "6 states, but {'eef_transform': 4}",
-    ),
-    "actions cut off": (
-        lambda f: rewrite(f, "policy_out.pkl", lambda steps: steps[:2]),
-        "6 states, but {'actions': 2}",
     ),
     "times cut off": (
         lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"time_stamp": [0.0, 0.2]}),
@@ -197,21 +184,94 @@ FAULTS = {
     ),
     "times stand still": (
         lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"time_stamp": [0.0] * STEPS}),
-        "timestamps must strictly increase.*the option fps=5",
+        "timestamps must strictly increase.*the option fps",
+    ),
+    "times in milliseconds": (
+        lambda f: rewrite(
+            f, "obs_dict.pkl", lambda d: d | {"time_stamp": [2e5 * i for i in range(6)]}
+        ),
+        "2e.05 s apart; are the times in another unit than seconds",
+    ),
+    "no times": (
+        lambda f: rewrite(f, "obs_dict.pkl", lambda d: d.pop("time_stamp") and d),
+        r"obs_dict\.pkl has no `time_stamp`; set the option fps",
+    ),
+    "states that were not fetched": (
+        lambda f: (f / "obs_dict.pkl").write_text(POINTER),
+        r"obs_dict\.pkl: it is a placeholder of Git LFS",
+    ),
+    "text that was not fetched": (
+        lambda f: (f / "lang.txt").write_text(POINTER),
+        r"lang\.txt: it is a placeholder of Git LFS",
     ),
     "no array": (
         lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"full_state": [[1.0], [2.0, 3.0]]}),
         "full_state is not an array",
-    ),
-    "other actions": (
-        lambda f: rewrite(f, "policy_out.pkl", lambda steps: 3),
-        "expected steps with `actions`",
     ),
     "text in latin-1": (
         lambda f: (f / "lang.txt").write_bytes("öffne".encode("latin-1")),
         r"lang\.txt: not UTF-8 text \(byte 0 is 0xf6\)",
     ),
 }
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a214614ab2935\nsize 12345\n"
+LOST = {
+    "no actions": (lambda f: (f / "policy_out.pkl").unlink(), "actions", "is missing"),
+    "other actions": (
+        lambda f: rewrite(f, "policy_out.pkl", lambda steps: 3),
+        "actions",
+        "expected steps with `actions`",
+    ),
+    "actions cut off": (
+        lambda f: rewrite(f, "policy_out.pkl", lambda steps: steps[:2]),
+        "actions",
+        "2 actions of 6 states",
+    ),
+    "a picture missing": (
+        lambda f: (f / "images1/im_2.jpg").unlink(),
+        "images1",
+        "im_2.jpg is missing",
+    ),
+    "the last picture missing": (
+        lambda f: (f / "images1/im_5.jpg").unlink(),
+        "images1",
+        "5 pictures of 6 states",
+    ),
+    "pictures that were not fetched": (
+        lambda f: (f / "images1/im_0.jpg").write_text(POINTER),
+        "images1",
+        "placeholder of Git LFS",
+    ),
+    "states cut off": (
+        lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"eef_transform": np.zeros((4, 4, 4))}),
+        "eef_transform",
+        "4 values of 6 states",
+    ),
+    "rows of several lengths": (
+        lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"qpos": [[1.0], [2.0, 3.0]]}),
+        "qpos",
+        "not an array",
+    ),
+    "other desired states": (
+        lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"desired_state": np.ones((6, 8))}),
+        "gripper_action",
+        r"no array `desired_state` \[t, 7\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", LOST)
+def test_a_part_that_is_broken_is_named_and_costs_nothing(tree, fault):
+    damage, key, message = LOST[fault]
+    whole = open_it(tree)[1]
+    damage(tree / DATE / "raw/traj_group0/traj1")
+    episode = open_it(tree)[1]
+    assert set(whole.left_out) == {"task_stage"} and set(episode.left_out) == {"task_stage", key}
+    assert re.search(message, episode.left_out[key]) and key not in episode.cameras
+    assert episode.streams.keys() == whole.streams.keys() - {key}
+    for name in ("full_state", "images0"):
+        np.testing.assert_array_equal(*(e.streams[name].timestamps for e in (episode, whole)))
 
 
 @pytest.mark.parametrize("fault", FAULTS)

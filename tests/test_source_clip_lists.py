@@ -298,3 +298,32 @@ def test_what_cannot_be_opened_says_why(tmp_path):
 def test_parts_that_are_not_exact_begin_half_a_frame_early(long_video):
     assert len(VideoFile(long_video, 0.051, 0.149)) == 2
     assert len(VideoFile(long_video, 0.051, 0.149, exact=True)) == 1
+
+
+def test_what_the_list_and_the_video_disagree_about_is_a_finding(long_video, tmp_path):
+    rows = {
+        "0,2.9,,,": "",
+        "0,3.6,,,": "",  # rounded up
+        "0,90,,,": "are start and end frame numbers",
+        "1,2,20,40,20": "",
+        "1,2,21,41,20": "",  # counted from 1
+        "1,2,30,60,30": "",
+        "1,2,30,60,20": "the start and the start_frame of a line disagree; the start is taken",
+        ",,20,40,20": "",
+        ",,30,60,30": "another frame rate than the video has",
+    }
+    lines = [f"long.mp4,{row},x" for row in rows]
+    path = tmp_path / "clips.csv"
+    path.write_text("\n".join(["file,start,end,start_frame,end_frame,fps,caption", *lines]))
+    for episode, said in zip(open_it(path, videos=str(long_video.parent)), rows.values()):
+        assert len(episode.findings) == bool(said)
+        assert not said or said in episode.findings[0]
+    assert shown(open_it(path, videos=str(long_video.parent))[6]) == list(range(20, 40))
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])
+def test_a_list_that_was_not_fetched_is_named(tmp_path, name):
+    (tmp_path / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d\n")
+    for opened in (detect, open_it):
+        with pytest.raises(ValueError, match=rf"{name}: it is a placeholder of Git LFS"):
+            opened(tmp_path / name)

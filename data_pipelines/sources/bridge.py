@@ -10,25 +10,26 @@ The first observation is dropped with its action, as mimic-video does: the robot
 `eef_transform` (4x4) has its rotation in another frame than the Euler angles of `full_state`; it is
 the one that SIMPLER reports as proprioception. `gripper_state` and `gripper_action` [n, 1] are the
 last number of `full_state` and of `desired_state`, clipped to [0, 1], as mimic-video takes them.
+What is incomplete, or not one row per observation, is in `Episode.left_out`.
 
 Pickles are read without being executed.
 """
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
+from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
 from data_pipelines.frames import ImageFrames
 from data_pipelines.pickles import read_array_pickle
-from data_pipelines.sources.files import Visit, glance, read_text, walk
+from data_pipelines.sources.files import Visit, check_period, glance, read_text, walk
 
-HZ = 5.0
-OBSERVED = ("state", "full_state", "desired_state", "eef_transform", "qpos", "qvel", "joint_effort")
+_COUNTED, _TIMES = "full_state", "time_stamp"  # what every trajectory has
 GRIPPERS = {"gripper_state": "full_state", "gripper_action": "desired_state"}
 _IDLE = 1  # observations dropped at the start
 _TRAJECTORY = re.compile(r"traj\d+")
@@ -54,7 +55,8 @@ def open_bridge_raw(
     Args:
         path: the whole tree, or any folder in it above the trajectories.
         name, embodiment: see `formats`.
-        fps: steps per second, evenly spaced; None takes the recorded times (about 5 per second).
+        fps: steps per second, evenly spaced; None takes the recorded times, about 5 per second in
+            BridgeData V2.
         cameras: the image folders to read, e.g. ("images0",) as mimic-video; None for all.
         instruction_style: "stored", or "release" for the labels that mimic-video kept and repaired.
             Without a label, or if it was dropped, the instruction is "".
@@ -98,34 +100,45 @@ class _Dataset:
         observed = _unpickle(folder / "obs_dict.pkl")
         if not isinstance(observed, dict):
             raise ValueError(f"{folder / 'obs_dict.pkl'}: expected a dict")
-        arrays = {key: _array(observed[key], folder, key) for key in OBSERVED if key in observed}
-        for key in GRIPPERS.values():
-            if key not in arrays or arrays[key].shape[1:] != (7,):
-                raise ValueError(f"{folder / 'obs_dict.pkl'} has no array `{key}` [t, 7]")
-        actions = _actions(folder)
-        cameras = {camera: JpegFolder(folder / camera) for camera in self._cameras(folder)}
-
-        # Only the lengths tell whether a trajectory was copied completely.
-        count = len(arrays["full_state"])
-        lengths = {key: len(array) for key, array in arrays.items()}
-        lengths |= {key: _IDLE + len(camera) for key, camera in cameras.items()}
-        wrong = {key: n for key, n in lengths.items() if n != count}
-        if not count - 1 <= len(actions) <= count:
-            wrong["actions"] = len(actions)
-        if wrong:
-            raise ValueError(f"{folder} is incomplete: {count} states, but {wrong}; copy it again")
-        if count <= _IDLE + 1:
+        state = _array(observed.get(_COUNTED, ()), folder, _COUNTED)
+        if state.shape[1:] != (7,):
+            raise ValueError(f"{folder / 'obs_dict.pkl'} has no array `{_COUNTED}` [t, 7]")
+        if (count := len(state)) <= _IDLE + 1:
             raise ValueError(f"{folder} has only {count} states")
-
         times = self._times(folder, observed, count)
-        values = {key: array[_IDLE:] for key, array in arrays.items()} | cameras
+
+        # Only the lengths tell whether a part was copied completely.
+        values: dict[str, np.ndarray | JpegFolder] = {}
+        left_out: dict[str, str] = {}
+        for key in sorted(observed.keys() - {_TIMES}, key=str):
+            with _left_out(left_out, str(key), folder):
+                array = _array(observed[key], folder, key)
+                if len(array) != count:
+                    raise ValueError(f"{len(array)} values of {count} states; copy it again")
+                values[str(key)] = array[_IDLE:]
         for key, source in GRIPPERS.items():
-            values[key] = arrays[source][_IDLE:, 6:].clip(0, 1)
-        values["actions"] = actions[_IDLE:]
+            with _left_out(left_out, key, folder):
+                if values.get(source, state[:, :0]).shape[1:] != (7,):
+                    raise ValueError(f"obs_dict.pkl has no array `{source}` [t, 7]")
+                values[key] = values[source][:, 6:].clip(0, 1)
+        with _left_out(left_out, "actions", folder):
+            actions = _actions(folder)
+            if not count - 1 <= len(actions) <= count:
+                raise ValueError(f"{len(actions)} actions of {count} states; copy it again")
+            values["actions"] = actions[_IDLE:]
+        cameras = []
+        for camera in self._cameras(folder):
+            with _left_out(left_out, camera, folder):
+                values[camera] = frames = JpegFolder(folder / camera)
+                if len(frames) != count - _IDLE:
+                    del values[camera]
+                    raise ValueError(f"{len(frames) + _IDLE} pictures of {count} states")
+                cameras.append(camera)
         try:
             streams = {key: Stream(times[: len(value)], value) for key, value in values.items()}
+            check_period(times, folder, "seconds")
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}; the option fps=5 replaces the times") from error
+            raise ValueError(f"{folder}: {error}; the option fps replaces the times") from error
         label = folder / "lang.txt"
         return Episode(
             id=folder.relative_to(self.path).as_posix(),
@@ -134,6 +147,7 @@ class _Dataset:
             instructions=(self.label(read_text(label)) if label.is_file() else "",),
             streams=streams,
             cameras=tuple(cameras),
+            left_out=left_out,
         )
 
     def _cameras(self, folder: Path) -> list[str]:
@@ -147,13 +161,27 @@ class _Dataset:
 
     def _times(self, folder: Path, observed: dict, count: int) -> np.ndarray:
         """Nanoseconds since the first observation that is kept."""
-        if self.fps is None and "time_stamp" in observed:
-            seconds = _array(observed["time_stamp"], folder, "time_stamp").astype(np.float64)
+        if self.fps is not None:
+            seconds = np.arange(count) / self.fps
+        elif _TIMES in observed:
+            seconds = _array(observed[_TIMES], folder, _TIMES).astype(np.float64)
             if seconds.shape != (count,) or not np.isfinite(seconds).all():
                 raise ValueError(f"{folder} has {count} states, but not as many timestamps")
         else:
-            seconds = np.arange(count) / (self.fps or HZ)
+            raise ValueError(
+                f"{folder / 'obs_dict.pkl'} has no `{_TIMES}`; set the option fps to the steps per "
+                "second (5 in BridgeData V2)"
+            )
         return np.round((seconds - seconds[_IDLE])[_IDLE:] * NANOSECONDS).astype(np.int64)
+
+
+@contextmanager
+def _left_out(reasons: dict[str, str], key: str, folder: Path) -> Iterator[None]:
+    """Notes why a part cannot be used; without the folder's name, as others may have the same."""
+    try:
+        yield
+    except ValueError as error:
+        reasons[key] = str(error).removeprefix(f"{folder}: ").removeprefix(f"{folder}/")
 
 
 def _actions(folder: Path) -> np.ndarray:
@@ -168,6 +196,8 @@ def _actions(folder: Path) -> np.ndarray:
 def _unpickle(file: Path) -> Any:
     if not file.is_file():
         raise ValueError(f"{file} is missing; copy the trajectory again")
+    if placeholder := reason(file, ""):
+        raise ValueError(f"{file}: {placeholder}")
     return read_array_pickle(file.read_bytes(), file)
 
 
@@ -189,6 +219,8 @@ class JpegFolder(ImageFrames):
         missing = next((i for i in range(len(names)) if f"im_{i}.jpg" not in names), None)
         if missing is not None:
             raise ValueError(f"{folder}: im_{missing}.jpg is missing; copy it again")
+        if names and (placeholder := reason(folder / "im_0.jpg", "")):
+            raise ValueError(f"{folder}: {placeholder}")
         super().__init__(folder, max(len(names) - _IDLE, 0))
 
     def encoded(self, number: int) -> Path:

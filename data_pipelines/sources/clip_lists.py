@@ -6,7 +6,8 @@
 
 The published lists of EPIC-KITCHENS-100, Something-Something v2 and Ego4D are read as they are. A
 clip is an episode with one stream, "video": the frames with start <= time < end. A malformed line
-is an episode that raises an error when it is loaded.
+is an episode that raises an error when it is loaded; where a line and its video disagree, or times
+and frame numbers of a line, it is a finding.
 """
 
 import csv
@@ -21,7 +22,9 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_pipelines.episode import Episode, LazyEpisodes
+import numpy as np
+
+from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
 from data_pipelines.sources.files import repeat_marks
 from data_pipelines.video import VideoFile, VideoPool
 
@@ -30,6 +33,9 @@ LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".json")
 _LONGEST_RECORD = 20  # lines; in a longer record a quote was never closed
 _Row = dict[str, Any] | str  # or why it is malformed: in long lists some lines always are
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?")
+_AROUND = "\0around"  # no column's name
+_BEYOND = 1.0  # seconds by which a clip may end behind its video, as lists round
+_FRAMES_OFF = 1.5  # frames by which times and frame numbers may differ: they may count from 1
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,8 @@ def open_clip_list(
     path = Path(path)
     if layout not in ("auto", *LAYOUTS):
         raise ValueError(f"{path}: layout {layout!r} is not one of auto, {', '.join(LAYOUTS)}")
+    if placeholder := reason(path, ""):  # its text would be taken for the first line
+        raise ValueError(f"{path}: {placeholder}")
     rows = _rows(path, narration_seconds)
     if layout == "auto":
         first = list(islice(rows, 100))
@@ -159,6 +167,7 @@ class _Clip(NamedTuple):
     end_frame: str = ""
     fps: str = ""
     id: str = ""
+    around: bool = False  # the times surround an instant, so the video may end earlier
 
     @property
     def name(self) -> str:
@@ -185,7 +194,8 @@ def _clip(number: int, row: _Row, layout: Layout) -> _Clip:
     values = [row.get(column) for column in columns]
     texts = ["" if value is None else str(value).strip() for value in values]
     # Many clips share a file; its name is stored once.
-    return _Clip(number, "", sys.intern(file), tuple(text.strip() for text in captions), *texts)
+    captions = tuple(text.strip() for text in captions)
+    return _Clip(number, "", sys.intern(file), captions, *texts, around=_AROUND in row)
 
 
 @dataclass(frozen=True)
@@ -208,6 +218,7 @@ class _Dataset:
             timed = bool(clip.start or clip.end)
             video = VideoFile(self.videos / clip.file, start, end, self.pool, exact=timed)
             stream = video.stream()
+            findings = [*video.findings, *self._findings(clip, start, end, stream)]
         except ValueError as error:
             what = "entry" if self.path.suffix.lower() == ".json" else "line"
             raise ValueError(f"{self.path}, {what} {clip.number}: {error}") from None
@@ -218,7 +229,29 @@ class _Dataset:
             instructions=clip.captions,
             streams={STREAM: stream},
             cameras=(STREAM,),
+            findings=tuple(findings),
         )
+
+    def _findings(
+        self, clip: _Clip, start: Fraction, end: Fraction | None, stream: Stream
+    ) -> Iterator[str]:
+        """Where the list and the video, or two parts of a line, disagree."""
+        times = stream.timestamps / NANOSECONDS
+        period = float(np.median(np.diff(times))) if len(times) > 1 else 0.0
+        if end is not None and not clip.around and end - start - times[-1] > _BEYOND + 2 * period:
+            yield (
+                "the clip ends more than a second behind its video's last frame; are start and end "
+                "frame numbers? Then name their columns start_frame and end_frame"
+            )
+        rate = self.fps or (_seconds(clip.fps) if clip.fps else None)
+        if clip.start_frame and rate:
+            if clip.start and abs(_seconds(clip.start_frame) - start * rate) > _FRAMES_OFF:
+                yield "the start and the start_frame of a line disagree; the start is taken"
+            if not clip.start and period and abs(period * float(rate) - 1) > 0.02:
+                yield (
+                    "the frame numbers refer to another frame rate than the video has; they are "
+                    "taken as times at their own rate"
+                )
 
 
 def _part(clip: _Clip, fps: Fraction | None) -> tuple[Fraction, Fraction | None]:
@@ -300,7 +333,7 @@ def _ego4d_rows(narrations: dict, seconds: float) -> Iterator[_Row]:
                 if isinstance(time, int | float):
                     edges = max(time - seconds / 2, 0), time + seconds / 2
                     start, end = (round(edge, 6) for edge in edges)
-                    yield {"video_uid": uid} | row | {"start": start, "end": end}
+                    yield {"video_uid": uid} | row | {"start": start, "end": end, _AROUND: True}
                 else:
                     yield f"a narration of {uid} has no timestamp_sec"
 

@@ -5,10 +5,13 @@
                                      camera/intrinsic [3, 3], descriptions as attributes
 
 A part or a task may be opened by itself. The streams are "video" and the datasets of the HDF5 file
-under their own paths ("transforms/leftHand"). Poses are in the frame of the recording's origin, as
-"transforms/camera" is. The intrinsics are constant: one value, at time 0.
+under their own paths ("transforms/leftHand"). Pose i belongs to frame i, so it has the time of that
+frame. Poses are in the frame of the recording's origin, as "transforms/camera" is. The intrinsics
+are constant: one value, at time 0. A dataset that is broken or of another shape is in
+`Episode.left_out`.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -16,14 +19,15 @@ from pathlib import Path
 import h5py
 import numpy as np
 
-from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream
+from data_pipelines.episode import Episode, LazyEpisodes, Stream
+from data_pipelines.sources import hdf5
 from data_pipelines.sources.files import decode_text, walk
-from data_pipelines.sources.hdf5 import named_faults
 from data_pipelines.video import VideoFile, VideoPool
 
-FPS = 30
 CAMERA, INTRINSIC = "video", "camera/intrinsic"
-TOLERANCE_FRAMES = FPS // 2  # by which poses and video may differ in length
+TOLERANCE_FRAMES = 15  # by which poses and video may differ in length
+SHAPES = {"transforms": (4, 4), "confidences": ()}  # of one frame
+_UNEQUAL = "the video and the poses differ in length; both are taken to begin together"
 _DEEPEST = 2  # folders between the dataset's and the files: part and task
 
 
@@ -64,19 +68,29 @@ def _load(
 ) -> Episode:
     stem = stems[index]
     poses, video = stem.with_suffix(".hdf5"), VideoFile(stem.with_suffix(".mp4"), pool=pool)
-    streams = {CAMERA: video.stream()}
-    with named_faults(poses), h5py.File(poses) as file:
-        arrays = _read_arrays(file, poses)
+    streams, findings = {CAMERA: video.stream()}, list(video.findings)
+    with hdf5.named_faults(poses), h5py.File(poses) as file:
+        arrays, left_out = _read_arrays(file)
         instruction = _description(file.attrs, poses)
-    lengths = sorted({len(values) for key, values in arrays.items() if key != INTRINSIC})
-    if len(lengths) != 1 or abs(lengths[0] - len(video)) > TOLERANCE_FRAMES:
+    lengths = Counter(len(values) for key, values in arrays.items() if key != INTRINSIC)
+    if not any(lengths):
+        raise ValueError(f"{poses} has no transforms; it is truncated, or not an EgoDex file")
+    length = lengths.most_common(1)[0][0]
+    if len(lengths) > 1 and list(lengths.values()).count(lengths[length]) > 1:
+        raise ValueError(f"{poses}: the poses have different lengths, {sorted(lengths)} frames")
+    if abs(length - len(video)) > TOLERANCE_FRAMES:
         raise ValueError(
-            f"{poses} has poses of {lengths} frames, but the video has {len(video)}; they do not "
+            f"{poses} has poses of {length} frames, but the video has {len(video)}; they do not "
             "belong together"
         )
+    if length != len(video):
+        findings.append(_UNEQUAL)
+    times = _times(streams[CAMERA].timestamps, length)
     for key, values in arrays.items():
-        times = (np.arange(len(values), dtype=np.int64) * NANOSECONDS + FPS // 2) // FPS
-        streams[key] = Stream(times, values)
+        if len(values) == length or key == INTRINSIC:
+            streams[key] = Stream(times[: len(values)], values)
+        else:
+            left_out[key] = f"it has {len(values)} values, the other poses {length}"
     return Episode(
         id=stem.relative_to(path).as_posix(),
         source=name,
@@ -84,28 +98,39 @@ def _load(
         instructions=(instruction,),
         streams=streams,
         cameras=(CAMERA,),
+        left_out=left_out,
+        findings=tuple(findings),
     )
 
 
-def _read_arrays(file: h5py.File, path: Path) -> dict[str, np.ndarray]:
+def _times(frames: np.ndarray, length: int) -> np.ndarray:
+    """The times of the poses: those of the frames, continued behind the last one."""
+    more = np.arange(1, length - len(frames) + 1)
+    period = np.median(np.diff(frames)) if len(frames) > 1 else 0
+    return np.append(frames, frames[-1] + np.round(more * period).astype(np.int64))[:length]
+
+
+def _read_arrays(file: h5py.File) -> tuple[dict[str, np.ndarray], dict[str, str]]:
+    """The datasets of the file, and why others cannot be used."""
+    found, left_out = hdf5.arrays(file)
     arrays = {}
-    for group, shape in (("transforms", (4, 4)), ("confidences", ())):
-        for joint in file.get(group, ()):
-            arrays[f"{group}/{joint}"] = _read_array(file, f"{group}/{joint}", shape, path)
-    if not any(map(len, arrays.values())):
-        raise ValueError(f"{path} has no transforms; it is truncated, or not an EgoDex file")
-    if INTRINSIC in file:
-        arrays[INTRINSIC] = _read_array(file, INTRINSIC, (3,), path)[None]
-    return arrays
+    for key, array in found.items():
+        try:
+            arrays[key] = _read_array(array, key)
+        except ValueError as error:
+            left_out[key] = str(error)
+    return arrays, left_out
 
 
-def _read_array(file: h5py.File, key: str, shape: tuple[int, ...], path: Path) -> np.ndarray:
-    array = file[key]
-    if not isinstance(array, h5py.Dataset) or array.dtype.kind not in "fiu":
-        raise ValueError(f"{path}: {key} is not an array of numbers; copy the file again")
-    if not array.ndim or array.shape[1:] != shape:
-        raise ValueError(f"{path}: {key} has shape {list(array.shape)}, expected {['N', *shape]}")
-    return array[()]
+def _read_array(array: h5py.Dataset, key: str) -> np.ndarray:
+    shape = (3,) if key == INTRINSIC else SHAPES.get(key.partition("/")[0])
+    if shape is None:
+        raise ValueError("a dataset that EgoDex does not describe")
+    if not array.shape or array.shape[1:] != shape or array.dtype.kind not in "fiu":
+        given = f"{array.dtype} {list(array.shape or ())}"
+        raise ValueError(f"{given}, where numbers of the shape {['N', *shape]} are expected")
+    values = hdf5.values(array, len(array), hdf5.Hdf5Pool())
+    return values[None] if key == INTRINSIC else values
 
 
 def _description(attributes: h5py.AttributeManager, path: Path) -> str:
