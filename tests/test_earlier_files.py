@@ -5,6 +5,7 @@ the folder of a project, as the test's is.
 """
 
 import hashlib
+import json
 import shutil
 from dataclasses import asdict
 from pathlib import Path
@@ -22,8 +23,8 @@ from mvjax.parallel import make_mesh
 from mvjax.policy import policy as policy_module
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
-from mvjax.training.bridge import load_backbone
-from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
+from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
 from mvjax.training.metrics import read_records
 from mvjax.training.run import run
 
@@ -146,3 +147,24 @@ def test_a_run_goes_on_as_it_did(expected, caplog, stage):
     for name in ("loss", "grad_norm"):
         now = [record[name] for record in records]
         np.testing.assert_allclose(now, expected[f"{stage}/{name}"], rtol=1e-5)
+    if stage == "action":
+        stays_with_its_backbone(config, workdir, caplog)
+
+
+def stays_with_its_backbone(config, workdir, caplog):
+    """From here on the run stores what was missing, and goes on with nothing else."""
+    assert "does not say on which step of its backbone" in caplog.text
+    backbone, known = find_checkpoint(ROOT / "video"), read_meta(workdir)["backbone"]
+    assert known == {"directory": str(ROOT / "video"), **backbone.identity}
+    config.training.steps += 1
+    folder = ROOT / "video" / "checkpoints"
+    (folder / str(backbone.step)).rename(folder / "1000")  # stage 1 was trained on
+    with pytest.raises(CheckpointMismatch, match=r"was trained on step .* the steps \[1000\]"):
+        run(Experiment.from_config(config), workdir)
+    (folder / "1000").rename(folder / str(backbone.step))
+    content = json.loads((workdir / "normalizer.json").read_text())
+    content["actions"]["mean_clamped"] = content["actions"]["mean"]
+    content["meta"]["changed"] = "by hand"
+    (workdir / "normalizer.json").write_text(json.dumps(content))
+    with pytest.raises(CheckpointMismatch, match=r"normalizer\.json has been changed"):
+        run(Experiment.from_config(config), workdir)
