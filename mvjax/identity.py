@@ -158,9 +158,10 @@ def environment() -> dict[str, Any]:
 
 
 def here() -> dict[str, Any]:
-    """`environment`, with the devices of this process."""
+    """`environment` as far as it may change a number, with the devices of this process."""
     devices = jax.local_devices()
-    return environment() | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
+    known = {k: v for k, v in environment().items() if k not in ("cores", "memory_mb")}
+    return known | {"devices": f"{len(devices)} x {devices[0].device_kind}"}
 
 
 def package_versions(names: Sequence[str]) -> dict[str, str]:

@@ -203,7 +203,7 @@ def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
             label, before = first.setdefault(name, (e.setting.label, part))
             if found := different(before, part):
                 said.append(
-                    f"“{e.setting.label}” (here) has not the {name} of “{label}” (there): {found}."
+                    f"“{label}” (there) and “{e.setting.label}” (here) differ in the {name}: {found}."
                 )
     return said
 
