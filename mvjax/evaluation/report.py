@@ -202,9 +202,8 @@ def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
         for name, part in parts.items():
             label, before = first.setdefault(name, (e.setting.label, part))
             if found := different(before, part):
-                said.append(
-                    f"“{label}” (there) and “{e.setting.label}” (here) differ in the {name}: {found}."
-                )
+                both = f"“{label}” (there) and “{e.setting.label}” (here)"
+                said.append(f"{both} differ in the {name}: {found}.")
     return said
 
 
