@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -70,22 +71,27 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
     return _text_encoder(config)[:2]
 
 
-def _video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str, dict[str, Any]]:
-    """The tokenizer, its identity in records, and all of its identity for results."""
+# All of a network's identity, for results. Called only there: for weights of earlier versions it
+# reads the files again.
+Identity = Callable[[], dict[str, Any]]
+
+
+def _video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str, Identity]:
+    """The tokenizer, its identity in records, and all of its identity."""
     path = Path(path)
     if not path.is_dir():
         identity = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-        return load_linear_tokenizer(path), identity, {"digest": identity[:16]}
+        return load_linear_tokenizer(path), identity, lambda: {"digest": identity[:16]}
     network, params, weights = _load(path, "vae")
     return network.bind(params), f"wan vae {_fingerprint(params)}", weights
 
 
-def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, dict[str, Any]]:
-    """The text encoder, its identity in records, and all of its identity for results."""
+def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, Identity]:
+    """The text encoder, its identity in records, and all of its identity."""
     length, dim = config.text.length, config.text.dim
     if not config.text_encoder:
         name = f"ngram {length}x{dim}"
-        return NgramTextEncoder(length, dim), name, {"name": name}
+        return NgramTextEncoder(length, dim), name, lambda: {"name": name}
     if config.text_encoder == "stored":
         raise ValueError(
             "config.text_encoder is 'stored': the data hold the embeddings of their own "
@@ -101,7 +107,7 @@ def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, d
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     vocabulary = hashlib.sha256(files[0].read_bytes()).hexdigest()[:16]
     name = f"t5 {length}x{dim} {_fingerprint(params)}"
-    return encoder, name, {**weights, "vocabulary": vocabulary}
+    return encoder, name, lambda: {**weights(), "vocabulary": vocabulary}
 
 
 def check_identity(identity: dict[str, str], directory: Path) -> None:
@@ -134,7 +140,7 @@ _ENCODERS = {
 }
 
 
-def _load(directory: Path, stage: str) -> tuple[Network, Params, dict[str, Any]]:
+def _load(directory: Path, stage: str) -> tuple[Network, Params, Identity]:
     found, (title, build) = find_checkpoint(directory), _ENCODERS[stage]
     meta = found.meta
     if meta["stage"] != stage:
@@ -151,7 +157,8 @@ def _load(directory: Path, stage: str) -> tuple[Network, Params, dict[str, Any]]
         abstract_params(directory, step=found.step),
     )
     params = restore_params(directory, placed, step=found.step)
-    return network, params, {**found.identity, "settings": plain(asdict(network.config))}
+    settings = plain(asdict(network.config))
+    return network, params, lambda: {**found.identity, "settings": settings}
 
 
 def _fingerprint(params: Params) -> str:
@@ -231,8 +238,8 @@ def _load_policy(
     what = {
         "decoder": decoder.identity,
         "backbone": {k: v for k, v in weights.items() if k != "directory"},
-        "tokenizer": tokenizer_is,
-        "text_encoder": text_encoder_is,
+        "tokenizer": tokenizer_is(),
+        "text_encoder": text_encoder_is(),
         "normalizer": {
             "digest": digest_of_json(decoder_directory / "normalizer.json"),
             "embodiment": robot.embodiment,
