@@ -66,6 +66,23 @@ def folder(tmp_path_factory):
     return folder
 
 
+def test_a_run_that_says_otherwise_than_its_records_is_refused(folder, tmp_path):
+    """Before anything is trained, although all widths are the same."""
+    save_linear_tokenizer(tmp_path / "other.npz", random_tokenizer(1))
+    for stage, change, words in (
+        ("action", {"datasets.arm.action": "state"}, r"datasets?\.action is 'action' there"),
+        ("action", {"datasets.giant.embodiment": "arm"}, "embodiment is 'giant' there, 'arm' here"),
+        ("video", {"datasets.human.anchor_fps": 10.0}, r"anchor_fps is 20\.0 there, 10\.0 here"),
+        ("video", {"validation_share": 0.1}, "validation_share is 0.0 there"),
+        ("video", {"tokenizer": str(tmp_path / "other.npz")}, r"identity\.tokenizer is"),
+    ):
+        config = _config(stage, folder)
+        config.update_from_flattened_dict(change)
+        with pytest.raises(ValueError, match=words):
+            run(Experiment.from_config(config), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def _policy(folder, embodiment):
     config = _config("action", folder)
     config.embodiment = embodiment

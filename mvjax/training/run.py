@@ -1,8 +1,10 @@
 """One training run from its configuration: records, normalizer, stage and loop put together."""
 
+import hashlib
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import NamedSharding
@@ -49,6 +51,7 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
         require_wandb(config.wandb)
     datasets = [open_records(config, d, acting=acting) for d in chosen]
     identity = _identity(datasets)
+    _check_encoders(config, identity)
     trained = trained_backbone(workdir)
     backbone = backbone_checkpoint(experiment, trained, str(workdir)) if acting else None
     if backbone is not None:
@@ -105,6 +108,23 @@ def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
                 f"networks: {'; '.join(different)}. Encode both with the same."
             )
     return first.settings["identity"]
+
+
+def _check_encoders(config: Any, identity: dict[str, str]) -> None:
+    """Compares what is quick to tell; a policy compares the rest when it loads its networks."""
+    ours = {}
+    if Path(config.tokenizer).is_file():
+        ours["tokenizer"] = hashlib.sha256(Path(config.tokenizer).read_bytes()).hexdigest()
+    if not config.text_encoder:
+        ours["text_encoder"] = f"ngram {config.text.length}x{config.text.dim}"
+    # It is unknown which network made the embeddings that a dataset stores.
+    made = {k: v for k, v in identity.items() if k in ours and not v.startswith("stored ")}
+    if different := differences(made, {name: ours[name] for name in made}, "identity"):
+        raise ValueError(
+            f"The records were encoded with another tokenizer or text encoder than this "
+            f"configuration names: {'; '.join(different)}. Name those as config.tokenizer and "
+            "config.text_encoder, or encode again into another folder."
+        )
 
 
 def _check_backbone(backbone: Checkpoint, identity: dict[str, str]) -> None:
