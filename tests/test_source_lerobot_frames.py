@@ -144,6 +144,10 @@ def test_what_cannot_be_settled_costs_its_episodes_only():
     assert good(located([0, 0.8, 1.7, 9.0])) == [0, 1, 2]  # a range of another file
     assert good(located([0, 0.9, 1.8, 2.5], 33)) == [0, 1, 2, 3]  # one frame between two episodes
     assert good(located([0, 0.9, 1.8, 2.6], 33)) == [0]  # and one more, which is not there
+    ends = np.array([0.8, 1.6, 2.3, 3.1])  # the video of the second lost a frame, as the ranges say
+    assert good(located([0, 0.8, 1.6, 2.3], 31, ends=ends)) == [0, 2, 3]
+    ends[2:] += 0.1  # and that of the third has one more
+    assert good(located([0, 0.8, 1.6, 2.4], 32, ends=ends)) == [0, 2, 3]
     swapped = [0, 1.6, 0.8, 2.4]  # of equal length: nothing could tell, and nothing is lost
     assert good(located(swapped, lengths=[8] * 4)) == [0, 1, 2, 3]
     # Merged files, whose second half begins at 0 again.

@@ -39,6 +39,8 @@ def test_the_rows_are_found_in_another_file_than_the_list_names(tmp_path):
     root = write_v3(tmp_path / "set", LENGTHS, files=[0, 1, 1], listed=stale)
     check(root, findings=[0, 1, 1])
     assert "found by episode_index" in opened(root)[1].findings[0]
+    unlisted = write_v3(tmp_path / "null", LENGTHS, listed={"data/file_index": [0, None, 0]})
+    check(unlisted, findings=[0, 1, 0])
     file = root / "data/chunk-000/file-001.parquet"
     whole = pq.read_table(file)
     pq.write_table(whole, file, write_statistics=False)
@@ -219,6 +221,11 @@ def test_tasks_that_contradict_each_other(tmp_path):
     assert episode.instructions == ("Pick the cup.",) and "tasks of meta" in episode.findings[0]
     with pytest.raises(ValueError, match=r"stands for .*Pick the cup.* lists \['place the cup'\]"):
         write(["place the cup"], pick)[0]
+    assert write([0], pick)[0].findings == write("picking", pick)[0].findings == ()
+    blank = {"task_index": 0, "task": " "}
+    assert write([""], blank)[0].instructions == write([], blank)[0].instructions == ("",)
+    assert write(["pick"], blank)[0].instructions == ("pick",)
+    assert write([""], pick)[0].instructions == (pick["task"],)
     with pytest.raises(ValueError, match="several texts for task_index 0"):
         write([], pick, {"task_index": 0, "task": "Place the cup."})[0]
     assert write([], pick, pick, {"task_index": 1, "task": "x"})[0].instructions == (pick["task"],)
@@ -246,6 +253,10 @@ def test_rows_without_task_index_have_the_only_task_of_the_list(tmp_path):
 
     root = write_v2(tmp_path / "set", LENGTHS, table=table)
     check(root, findings=[1, 1, 1])  # frame_index
+    pq.write_table(
+        rows(0, 8, index=["x"] * 8, frame_index=[None] * 8), next(root.rglob("*0.parq*"))
+    )
+    check(root, findings=[1, 1, 1])
     assert opened(root)[0].instructions == ("do it",)
 
 
@@ -262,7 +273,7 @@ def feature(dtype="float32", shape=(1,)):
         (feature("binary"), lambda n: pa.array([b"\x80"] * n), "holds binary, not numbers"),
         (feature("object"), lambda n: pa.array([{"a": 1}] * n), "holds struct"),
         (feature("float32", [None, 4]), lambda n: pa.array([[[1.0] * 4] * (k % 3) for k in range(n)]
-         ), "differ in length"),
+         ), "0 to 2 values"),
         (feature(), lambda n: pa.array([None if k == 2 else 1.0 for k in range(n)]), "missing"),
         (feature("float32", [2]), lambda n: pa.array([[1.0, None]] * n), "missing"),
         (feature(), None, "not in the file"),

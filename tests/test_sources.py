@@ -95,6 +95,28 @@ def test_what_was_written_is_read(dataset, vectors):
         episodes[4]
 
 
+def test_the_task_of_each_frame_is_written(tmp_path, vectors):
+    video = tmp_path / "encoded.mp4"
+    write_video(video, [*frames(0), *frames(1)], FPS, crf=10)
+    texts = [TASKS[0]] * 3 + ["put it down"] * (LENGTHS[0] - 3)
+    first = VideoPart(video, 0, frame_stats(frames(0)))
+    second = VideoPart(video, LENGTHS[0], frame_stats(frames(1)))
+    written = [
+        RobotEpisode(texts, vectors[0], {CAMERA: first}),
+        RobotEpisode(TASKS[1], vectors[1], {CAMERA: second}),
+    ]
+    about = dict(fps=FPS, robot_type="arm", frame_size=(16, 32))
+    write_lerobot(tmp_path / "set", written, **about)
+    episode, whole = open_dataset("lerobot", tmp_path / "set", "cubes", "arm")
+    assert episode.instructions == (TASKS[0], "put it down") and not episode.findings
+    times = episode.streams["action"].timestamps
+    assert [episode.instructions_at(time) for time in times] == [(text,) for text in texts]
+    assert whole.instructions == (TASKS[1],) and not whole.sections
+    written[0] = RobotEpisode(texts[1:], vectors[0], {CAMERA: first})
+    with pytest.raises(ValueError, match="instructions"):
+        write_lerobot(tmp_path / "short", written, **about)
+
+
 def test_an_opened_dataset_can_be_sent_to_another_process(dataset):
     episodes = pickle.loads(pickle.dumps(open_dataset("lerobot", dataset, "cubes", "arm")))
     picture = episodes[3].streams[CAMERA].values.read([4])[0]

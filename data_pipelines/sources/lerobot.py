@@ -121,8 +121,8 @@ class _Dataset:
             findings.append(f"{self.meta.list_name} lists the episode again; the last was taken")
         with of_file(found.path):
             fps = self.meta.fps
-            stamps, numbered = (found.numbers(key) for key in ("timestamp", "frame_index"))
-            clock = row_times(stamps, numbered, found.table.num_rows, fps)
+            stamps = found.numbers("timestamp", needed=True)
+            clock = row_times(stamps, found.numbers("frame_index"), found.table.num_rows, fps)
             index, listed = found.numbers("index"), row.get("dataset_from_index")
         findings += clock.findings
         if index is not None and listed is not None and index[0] != listed:
@@ -173,9 +173,9 @@ class _Dataset:
         LeRobot itself reads all files and chooses by `episode_index`, so it does not notice if the
         list of episodes names another file.
         """
-        file, findings = self.meta.file("data_path", "data/", row)
-        length = row["length"]
+        findings, length = [], row["length"]
         try:
+            file, findings = self.meta.file("data_path", "data/", row)
             found = self.rows.read(file, number)
             if found.table.num_rows == length:
                 return found, findings
@@ -199,7 +199,7 @@ class _Dataset:
             parts = whole
         if not parts or sum(part.table.num_rows for part in parts) != length:
             raise ValueError(fault)
-        stale = "data/file_index of meta/episodes names another file; the rows were found by "
+        stale = "data/file_index of meta/episodes does not name the file; it was found by "
         return Found.joined(parts), [*findings, stale + "episode_index"]
 
     def _all_limits(self) -> list[tuple[Path, float, float]]:
@@ -335,21 +335,24 @@ class _Dataset:
         the list of episodes do not say when each begins.
         """
         where = self.meta.list_name
-        listed = list(dict.fromkeys(text for text in row.get("tasks") or () if text is not None))
+        listed = list(dict.fromkeys(t for t in row.get("tasks") or () if isinstance(t, str)))
+        said = [text for text in listed if text.strip()]
         used = found.column("task_index")
         texts = [self._text(index, found, "task_index", strict=False) for index in used]
         known = {text for text in texts if text is not None}
+        if len(said) == 1 and known and not any(text.strip() for text in known):
+            texts, known = [None] * len(texts), set()  # an empty text says nothing
         if None not in texts:
             names = {_plain(n) for index in set(used) for n in self.meta.task_names[index]}
-            other = {_plain(text) for text in listed}
-            if listed and not other & names:
+            other = {_plain(text) for text in said}
+            if said and not other & names:
                 raise ValueError(
                     f"{self.meta.path}: task_index of episode {number} stands for {sorted(known)} "
-                    f"in meta/tasks, but {where} lists {listed}; correct one of them"
+                    f"in meta/tasks, but {where} lists {said}; correct one of them"
                 )
             differ = f"tasks of {where} are not those of the rows; task_index of the rows was taken"
             agree = other <= names and len(other) == len({_plain(text) for text in known})
-            return [texts], [differ] if listed and not agree else []
+            return [texts], [differ] if said and not agree else []
         if len(listed) == 1 and not known and len(set(used)) == 1:
             missing = f"meta/tasks has no text for task_index; tasks of {where} was taken"
             return [listed * len(texts)], [missing] if used[0] is not None else []

@@ -119,9 +119,10 @@ def locate(
     """The frames of every episode in one video file of version 3.
 
     Each starts at the frame that is nearest to its `from_timestamp`. This fits if every frame is
-    within half a frame, and no episode reaches into the next or beyond the end. If the ranges do
-    not fit, but there are as many frames as rows and the order is certain, the frames are counted
-    off. Otherwise those episodes are right for which counting and the list agree.
+    within half a frame, and no episode reaches into the next or beyond the end. If something does
+    not fit, there are three cases. If there are as many frames as rows and the order is certain,
+    the frames are counted off. If the ranges meet and cover the file, single episodes have more
+    rows than frames. Otherwise those episodes are right for which counting and the list agree.
 
     Args:
         times: seconds of the file's frames, increasing.
@@ -133,7 +134,9 @@ def locate(
     starts, ends, lengths = starts[order], ends[order], lengths[order]
     period, count = 1 / fps, len(times)
     first = nearest_indices(times, starts)
-    ratio = _frames_per_row(times, period)
+    gap = float(np.median(np.diff(times))) if count > 1 else period
+    ratio = max(period / gap, 1.0)  # frames per row
+    ratio = round(ratio) if abs(ratio - round(ratio)) < _JITTER else ratio
     slots = lengths * ratio
     counted = np.rint(np.cumsum(slots) - slots).astype(np.int64)
     stop = np.append(first[1:], count)
@@ -151,19 +154,16 @@ def locate(
             and not (np.abs(ends - starts - lengths * period) > period / 2).any()
             and (len(order) == 1 or (np.abs(first - counted) < slots / 2).all())
         )
+        # From the first frame over every end and the next start to the end of the last frame.
+        borders = np.concatenate([times[:1], ends]), np.concatenate([starts, times[-1:] + gap])
         if certain:
             first, stop, misfits = counted, np.append(counted[1:], count), moved & False
+        elif (np.abs(borders[0] - borders[1]) <= period / 2).all():
+            misfits, moved = short, moved & False
         else:
             misfits |= moved
     columns = (column[np.argsort(order)].tolist() for column in (first, stop, moved, misfits))
     return [Part(*values) for values in zip(*columns)]
-
-
-def _frames_per_row(times: np.ndarray, period: float) -> float:
-    """1, but more if a video has a higher rate than the rows."""
-    gaps = np.diff(times)
-    ratio = max(period / float(np.median(gaps)), 1.0) if len(gaps) else 1.0
-    return round(ratio) if abs(ratio - round(ratio)) < _JITTER else ratio
 
 
 @dataclass(frozen=True)

@@ -249,7 +249,9 @@ def _episodes_v2(path: Path, faults: list[str]) -> pa.Table:
         raise ValueError(f"{path} is incomplete: meta/episodes.jsonl is missing; copy it again")
 
     def row(line: dict) -> dict:
-        tasks = [str(text) for text in line.get("tasks") or ()]
+        tasks = line.get("tasks") or []
+        tasks = [tasks] if isinstance(tasks, str) else tasks
+        tasks = [text for text in tasks if isinstance(text, str)]  # not their numbers
         index, length = int(line["episode_index"]), int(line["length"])
         return {"episode_index": index, "length": length, "tasks": tasks}
 

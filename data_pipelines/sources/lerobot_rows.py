@@ -59,14 +59,16 @@ class Found:
             return [None] * self.table.num_rows
         return [v[0] if isinstance(v, list) else v for v in self.table[key].to_pylist()]
 
-    def numbers(self, key: str) -> np.ndarray | None:
-        """A number per row; None if there is no such column."""
+    def numbers(self, key: str, needed: bool = False) -> np.ndarray | None:
+        """A number per row; None if there is no such column, or, unless `needed`, no numbers."""
         if key not in self.kinds:
             return None
         try:
             return self.array(key, ())
         except ValueError as error:
-            raise ValueError(f"{key}: {error}") from None
+            if needed:
+                raise ValueError(f"{key}: {error}") from None
+            return None
 
     def array(self, key: str, shape: tuple[int, ...] | None) -> np.ndarray:
         """A column as [n, *shape] in its own dtype; ValueError says why it cannot be used."""
@@ -80,7 +82,7 @@ class Found:
             return "its column is not in the file"
         kind = self.kinds[key]
         parts = {f.name for f in kind} if pa.types.is_struct(kind) else set()
-        fits = {"bytes", "path"} <= parts or pa.types.is_binary(kind)
+        fits = {"bytes", "path"} <= parts or kind in (pa.binary(), pa.large_binary())
         return "" if fits else f"it holds {kind}, not images"
 
 
@@ -241,7 +243,7 @@ def _as_array(column: pa.ChunkedArray, shape: tuple[int, ...] | None) -> np.ndar
             break
         sizes = pc.min_max(pc.list_value_length(values)).as_py()
         if sizes["min"] != sizes["max"]:
-            raise ValueError("its rows differ in length")
+            raise ValueError(f"its rows have {sizes['min']} to {sizes['max']} values, not the same")
         stored.append(sizes["min"] or 0)
         values = values.flatten()
     shape = tuple(stored) if shape is None else shape
