@@ -129,7 +129,8 @@ def _read_array(array: h5py.Dataset, key: str) -> np.ndarray:
     if not array.shape or array.shape[1:] != shape or array.dtype.kind not in "fiu":
         given = f"{array.dtype} {list(array.shape or ())}"
         raise ValueError(f"{given}, where numbers of the shape {['N', *shape]} are expected")
-    values = hdf5.values(array, len(array), hdf5.Hdf5Pool())
+    where = Path(array.file.filename), key, hdf5.Hdf5Pool()
+    values = hdf5.values(array, where, len(array))
     return values[None] if key == INTRINSIC else values
 
 

@@ -1,7 +1,7 @@
 """HDF5 files of episodes: open files in a pool, their arrays, and the streams these make.
 
-Arrays and groups may be links into other files. An array is read from the file and the path where
-it really is, because the path of the link may be another array there.
+Arrays and groups may be links into other files. An array is always read by its path in the file
+that was opened: HDF5 follows the links, and its path in the file they lead to may be another one.
 """
 
 import os
@@ -188,9 +188,19 @@ def _members(
 
 
 def values(
-    array: h5py.Dataset, steps: int, pool: Hdf5Pool, flip: str = "none", bgr: bool = False
+    array: h5py.Dataset,
+    where: tuple[Path, str, Hdf5Pool],
+    steps: int,
+    flip: str = "none",
+    bgr: bool = False,
 ) -> np.ndarray | Frames:
     """The values of a stream with one per step: numbers, or the frames of a camera.
+
+    Args:
+        array: the array.
+        where: the file that was opened, the array's path in it, and the pool to read frames from.
+        steps: the length that it should have.
+        flip, bgr: see `Hdf5Frames`.
 
     Raises:
         ValueError: if it is no stream; the text says why.
@@ -200,9 +210,10 @@ def values(
     _check_length(len(array), steps)
     if why := _unreadable(array):
         raise ValueError(why)
-    place = Path(array.file.filename), array.name, len(array), pool
-    inner = h5py.check_vlen_dtype(array.dtype)
-    one_byte = inner is not None and inner.kind in "iu" and inner.itemsize == 1
+    path, key, pool = where
+    place = path, key, len(array), pool
+    inner = h5py.check_vlen_dtype(array.dtype)  # `str` for text
+    one_byte = inner in (np.uint8, np.int8)
     if array.ndim == 1 and (one_byte or array.dtype.kind == "S" or array.dtype.type is np.void):
         first = _bytes(array[0])
         if array.dtype.kind == "S" and not first.startswith((pictures.JPEG, pictures.PNG)):

@@ -22,10 +22,11 @@ In LIBERO's own files the observation of a row follows its action; an action `sh
 """
 
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
@@ -132,7 +133,7 @@ def open_robomimic_hdf5(
         try:
             demos += _demonstrations(pool, file, id, mask)
         except ValueError as error:  # one entry for the file, so that it is counted
-            demos.append(_Demo(id, file, file, fault=str(error)))
+            demos.append(_Demo(id, file, fault=str(error)))
     if all(demo.fault for demo in demos):
         reason = demos[0].fault if demos else f"{path} has no {' or '.join(SUFFIXES)} file"
         raise ValueError(f"no demonstrations in {path}: {reason}")
@@ -154,8 +155,7 @@ def _files(visits: Iterator[Visit]) -> Iterator[Path]:
 @dataclass(frozen=True)
 class _Demo:
     id: str
-    listed: Path  # the file that lists it
-    file: Path  # the file in which it really is, and its path there
+    file: Path  # that lists it, and the path in it; either may be a link
     key: str = ""
     actions: str = "actions"
     fault: str = ""
@@ -165,7 +165,8 @@ class _Demo:
     @property
     def where(self) -> str:
         """The file and the demonstration, for messages."""
-        return f"{self.file}: {self.key.rpartition('/')[2]}" if self.key != "/" else f"{self.file}"
+        name = self.key.rpartition("/")[2]
+        return f"{self.file}: {name}" if name else f"{self.file}"
 
 
 def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> list[_Demo]:
@@ -175,7 +176,7 @@ def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> li
         if not isinstance(data, h5py.Group):
             for actions in EPISODE_ACTIONS:
                 if isinstance(file.get(actions), h5py.Dataset) and mask is None:
-                    return [_Demo(id, path, path, "/", actions, place=hdf5.place(file))]
+                    return [_Demo(id, path, "/", actions, place=hdf5.place(file))]
             raise ValueError(
                 f"{path} has no demonstrations: it has no group `data`, but {_members(file)}"
                 f"{_hint(file)}"
@@ -211,13 +212,10 @@ def _followed(path: Path, data: h5py.Group, name: str, id: str) -> _Demo:
     try:
         node = hdf5.follow(data, name)
     except ValueError as error:
-        return _Demo(id, path, path, fault=f"{path}: {name}: {error}")
+        return _Demo(id, path, fault=f"{path}: {name}: {error}")
     if not isinstance(node, h5py.Group):
-        return _Demo(id, path, path, fault=f"{path}: {name} is not a group")
-    at = hdf5.place(node)
-    if not isinstance(data.get(name, getlink=True), h5py.ExternalLink):
-        return _Demo(id, path, path, f"{data.name}/{name}", place=at)
-    return _Demo(id, path, Path(node.file.filename), node.name, place=at)
+        return _Demo(id, path, fault=f"{path}: {name} is not a group")
+    return _Demo(id, path, f"/data/{name}", place=hdf5.place(node))
 
 
 def _members(group: h5py.Group, most: int = 8) -> str:
@@ -278,7 +276,8 @@ class _Dataset:
                 try:
                     if key.startswith(_NEXT):
                         raise ValueError("the observation after each action; obs has it, too")
-                    values = hdf5.values(array, length, self.pool, self.flip, self.bgr)
+                    where = demo.file, f"{demo.key}/{key}", self.pool
+                    values = hdf5.values(array, where, length, self.flip, self.bgr)
                 except ValueError as error:
                     left_out[key] = str(error)
                 else:
@@ -298,13 +297,13 @@ class _Dataset:
     @contextmanager
     def _opened(self, demo: _Demo) -> Iterator[tuple[h5py.Group, list[h5py.Group]]]:
         """A demonstration's group, and the groups that describe it, the nearest first."""
-        with ExitStack() as files:
-            file = files.enter_context(self.pool.open(demo.file))
+        with self.pool.open(demo.file) as file:
             group = file[demo.key]
-            described = [] if demo.key == "/" else [group.parent]
-            if demo.listed != demo.file:
-                described.append(files.enter_context(self.pool.open(demo.listed))["data"])
-            yield group, described or [group]
+            described = [group if demo.key == "/" else file["data"]]
+            if demo.place and demo.place[0] != os.path.realpath(demo.file):
+                with suppress(KeyError, RuntimeError):  # the group around it in its own file
+                    described.insert(0, group.parent)
+            yield group, described
 
     def _rate(self, demo: _Demo, group: h5py.Group, described: list[h5py.Group]) -> float:
         if self.fps is not None:
@@ -332,13 +331,14 @@ class _Dataset:
         findings: list[str],
     ) -> tuple[tuple[str, ...], tuple[Section, ...]]:
         """The instructions of a demonstration, ("",) if there are none, and its sections."""
-        words, parts = demo.file.stem.removesuffix("_demo"), ()
+        stem = Path(group.file.filename).stem  # of the file where it really is
+        words, parts = stem.removesuffix("_demo"), ()
         if self.instruction is not None:
             texts = (self.instruction,)
         elif self.style == "release":
             texts = (words.replace("_", " ").replace("black bowl", "bowl") + ".",)
         else:
-            named = words != demo.file.stem
+            named = words != stem
             texts = (_SCENE.sub("", words).replace("_", " ") if named else "",)
             stated = _stated_texts(group, described)
             if steps := _texts_of_steps(arrays, len(times)):
