@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import av
 import numpy as np
+from av.sidedata.sidedata import Type
 
 _SLANT = 0.0175  # radians by which a rotation may miss a multiple of 90 degrees (FFmpeg: 1 degree)
 _SQUARE = 0.01  # by which the ratio of a pixel's sides may differ from 1; scaling rounds it
@@ -35,13 +36,21 @@ def orientation(frame: av.VideoFrame) -> Orientation:
     """The orientation by the display matrix, which decoders attach to every frame.
 
     Raises:
-        ValueError: if it is not a multiple of 90 degrees, mirrored or not.
+        ValueError: if it is not a multiple of 90 degrees, mirrored or not, or the container and the
+            encoded frames differ.
     """
-    found = frame.side_data.get("DISPLAYMATRIX")
-    if found is None:
+    data = frame.side_data
+    entries = (data[number] for number in range(len(data)))
+    found = {bytes(entry)[:20] for entry in entries if entry.type == Type.DISPLAYMATRIX}
+    if not found:
         return Orientation(False, False, False)
+    if len(found) > 1:
+        raise ValueError(
+            "its container and its encoded frames say different rotations; encode it again as it "
+            "is shown"
+        )
     # A point (x, y) is shown at (a x + c y, b x + d y); the translation is irrelevant.
-    a, b, _, c, d = struct.unpack("=5i", bytes(found)[:20])
+    a, b, _, c, d = struct.unpack("=5i", found.pop())
     straight, crossed = max(abs(a), abs(d)), max(abs(b), abs(c))
     if crossed <= straight * _SLANT:  # also if the matrix says nothing, as all is zero
         return Orientation(False, rows=d < 0, columns=a < 0)

@@ -80,13 +80,13 @@ class Decoder:
     def _open(self) -> None:
         self._container = open_video(self._path)
         self._stream = self._container.streams.video[0]
-        self._stream.codec_context.thread_count = 1  # the loader's own threads fill the cores
         self._decoded = self._container.decode(self._stream)
         self._last: av.VideoFrame | None = None
+        self._at: int | None = None  # the time of the last frame
 
     def _frame(self, pts: int) -> np.ndarray:
         """A view of one frame as it is to be shown, valid until the next."""
-        if self._last is None or self._last.pts != pts:
+        if self._at != pts:
             self._advance(pts)
         rgb = self._to_rgb.reformat(self._last, format="rgb24")
         # FFmpeg pads rows to a multiple of its vector width.
@@ -100,7 +100,7 @@ class Decoder:
     def _advance(self, pts: int) -> None:
         """Decodes up to the frame at `pts`, which must be one of the index."""
         index = self._index
-        last = self._last.pts if self._last is not None else index.pts[0] - 1
+        last = self._at if self._at is not None else index.pts[0] - 1
         key = index.keyframes[max(bisect_right(index.keyframes, pts) - 1, 0)]
         ahead = bisect_left(index.pts, key) - bisect_right(index.pts, last)
         if pts < last or ahead > DECODE_ON:
@@ -111,17 +111,18 @@ class Decoder:
         # instead would shift the images against the actions.
         latest = None
         for found in self._decoded:
-            if found.pts is None or (latest is not None and found.pts <= latest):
+            time = getattr(found, index.clock)
+            if time is None or (latest is not None and time <= latest):
                 self.close()
                 raise ValueError(unreadable(self._path, "its frames are not in the order of time"))
-            latest = found.pts
+            latest = time
             if latest >= pts:
                 break
         if latest != pts:
             self.close()
             end = "the file ends" if latest is None or latest < pts else f"next is {latest}"
             raise ValueError(unreadable(self._path, f"frame at {pts} is missing, {end}"))
-        self._last = found
+        self._last, self._at = found, pts
 
 
 class _IndexOnce:

@@ -18,6 +18,7 @@ from typing import BinaryIO
 
 import av
 import numpy as np
+from av.codec.context import Flags
 
 from data_pipelines.display import display
 from data_pipelines.episode import reason
@@ -58,6 +59,7 @@ class VideoIndex:
     width: int = 0
     codec: str = ""
     findings: tuple[str, ...] = ()  # see `Episode.findings`
+    clock: str = "pts"  # or "dts", if the container stores no presentation times
 
 
 def open_video(place: VideoPlace, **options: str) -> av.container.InputContainer:
@@ -66,7 +68,11 @@ def open_video(place: VideoPlace, **options: str) -> av.container.InputContainer
     name = str(place.absolute() if isinstance(place, Path) else place.path.absolute())
     if isinstance(place, FileRange):
         name = f"subfile,,start,{place.offset},end,{place.offset + place.size},,:{name}"
-    return av.open(name, options=options)
+    container = av.open(name, options=options)
+    for context in filter(None, (stream.codec_context for stream in container.streams.video)):
+        context.thread_count = 1  # the loader's own threads fill the cores
+        context.flags |= Flags.unaligned  # crop the left exactly, too
+    return container
 
 
 def unreadable(place: VideoPlace, error: object) -> str:
@@ -86,6 +92,8 @@ def read_index(place: VideoPlace) -> VideoIndex:
             if not container.streams.video:
                 raise ValueError(unreadable(place, "it has no video stream"))
             stream = container.streams.video[0]
+            if stream.codec_context is None:
+                raise ValueError(unreadable(place, "it is damaged, or its codec is not supported"))
             index = index_of_tables(place, stream) if stream.frames > _LONG else None
             if index:
                 return _with_display(place, index, stream)
@@ -99,7 +107,6 @@ def read_index(place: VideoPlace) -> VideoIndex:
 def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) -> VideoIndex:
     """The index with what the first frame says about showing the video."""
     context = stream.codec_context
-    context.thread_count = 1
     stream.container.seek(index.keyframes[0], stream=stream)
     first = next(stream.container.decode(stream), None)
     if first is None:
@@ -108,7 +115,7 @@ def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) 
     if len(late):
         seconds = float(index.pts[late[0]] * index.time_base)
         raise ValueError(unreadable(place, f"it has two frames at {seconds:.3f} s"))
-    if _is("avi", stream) and context.name in _UNORDERED and context.has_b_frames:
+    if index.clock == "dts" and context.has_b_frames:
         raise ValueError(
             f"{place}: an AVI does not store the order in which B-frames of {context.name} are "
             "shown, and this one has some; encode it again as an MP4"
@@ -120,7 +127,8 @@ def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) 
     return replace(index, height=height, width=width, codec=context.name, findings=findings)
 
 
-_UNORDERED = ("h264", "hevc")  # FFmpeg works out the order of older codecs
+# In an AVI, which stores decoding times only. FFmpeg works out the order of older codecs.
+_UNORDERED = ("h264", "hevc")
 
 
 def _is(container: str, stream: av.VideoStream) -> bool:
@@ -129,10 +137,13 @@ def _is(container: str, stream: av.VideoStream) -> bool:
 
 def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
     """The index by FFmpeg, which reads the whole file; ValueError if it is truncated."""
+    clock = "pts"
+    if _is("avi", stream) and stream.codec_context.name in _UNORDERED:
+        clock = "dts"
     packets = [
-        (p.pts, p.is_keyframe, p.is_discard, p.duration or 0)
+        (getattr(p, clock), p.is_keyframe, p.is_discard, p.duration or 0)
         for p in stream.container.demux(stream)
-        if p.pts is not None and p.size
+        if getattr(p, clock) is not None and p.size
     ]
     shown = array("q", sorted(pts for pts, _, hidden, _ in packets if not hidden))
     ends = max((pts + duration for pts, _, _, duration in packets), default=0)
@@ -146,7 +157,7 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
             times = (frame.pts for frame in container.decode(container.streams.video[0]))
             start = next((time for time in times if time is not None), first)
         shown = shown[bisect_left(shown, min(start, first)) :]
-    return VideoIndex(shown, keyframes, stream.time_base)
+    return VideoIndex(shown, keyframes, stream.time_base, clock=clock)
 
 
 def _check_whole(
@@ -204,8 +215,7 @@ def index_of_tables(place: VideoPlace, stream: av.VideoStream) -> VideoIndex | N
     if tables is None or None in first or not first:
         return None
     shown = [p.pts for p in packets if not p.is_discard]
-    # Only the packets know which frames at the end are hidden, and whether those that are shown
-    # before the first keyframe can be decoded.
+    # The first that is shown must be among them, and not before a keyframe on which it depends.
     if len(shown) <= _REORDERED or min(shown) < first[0]:
         return None
     pts, keys, time_base = tables
@@ -217,8 +227,8 @@ def index_of_tables(place: VideoPlace, stream: av.VideoStream) -> VideoIndex | N
     last = [p.pts for p in packets]
     if not last or first != pts[: len(first)].tolist() or last != pts[-len(last) :].tolist():
         return None
-    if pts.max() != max(p.pts for p in packets if not p.is_discard):  # later ones are hidden
-        return None
+    if max((p.pts for p in packets if not p.is_discard), default=None) != pts.max():
+        return None  # frames at the end are hidden
     frames = np.sort(pts[pts >= min(shown)]).tobytes()
     return VideoIndex(array("q", frames), array("q", np.sort(pts[keys]).tobytes()), time_base)
 

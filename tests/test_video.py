@@ -1,5 +1,6 @@
 import pickle
 import threading
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -69,6 +70,30 @@ def test_a_part_of_a_file_is_a_video_of_its_own(path, decoded):
         part.read([20])
     with pytest.raises(ValueError, match=r"no frames between 9\.0 s"):
         len(VideoFile(path, start=9.0))
+
+
+def test_a_pause_moves_no_limit_of_a_segment(tmp_path):
+    times = np.array([*range(10), *range(60, 70), *range(200, 210)])  # tenths of a second
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width = stream.height = 32
+        for i, at in enumerate(times.tolist()):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 8 * i, np.uint8), "rgb24")
+            frame.pts, frame.time_base = at + 5, Fraction(1, 10)  # the first is at 0.5 s
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    whole = VideoFile(tmp_path / "a.mp4")
+    np.testing.assert_array_equal(whole.timestamps, times * 100_000_000)
+    # Sums of rounded durations are a little early or late.
+    for error in (0, 0.04, -0.04):
+        for first, last in ((0, 10), (10, 20), (20, 30), (13, 17), (9, 11), (10, 11)):
+            start, end = (0.5 + times[n] / 10 + error for n in (first, last - 1))
+            part = VideoFile(tmp_path / "a.mp4", start, end + 0.1)
+            assert len(part) == last - first
+            shown = part.read(range(len(part))).mean((1, 2, 3))
+            np.testing.assert_allclose(shown, 8 * np.arange(first, last), atol=3)
+    assert len(VideoFile(tmp_path / "a.mp4", start=4.0)) == 20  # within a pause
+    assert len(VideoFile(tmp_path / "a.mp4", end=0.7)) == 2
 
 
 def test_equal_frames_give_equal_bytes_and_no_leftovers(path, tmp_path):

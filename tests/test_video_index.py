@@ -21,10 +21,10 @@ COUNT = 130
 EVEN, UNEVEN = range(COUNT), np.cumsum(np.random.default_rng(0).integers(1, 5, COUNT)).tolist()
 
 
-def encode(path: Path, times, b_frames: int = 0, **options) -> Path:
+def encode(path: Path, times, b_frames: int = 0, x264: str = "scenecut=0", **options) -> Path:
     """Frames at `times` / 30 s, each of another grey."""
     with av.open(str(path), "w", options=options) as container:
-        keys = {"threads": "1", "x264-params": "scenecut=0"}
+        keys = {"threads": "1", "x264-params": x264}
         stream = container.add_stream("libx264", rate=30, options=keys)
         stream.width = stream.height = 32
         stream.gop_size, stream.max_b_frames = 20, b_frames
@@ -148,3 +148,99 @@ def test_every_frame_of_a_long_file_is_found(tmp_path, monkeypatch):
     greys = video.read(range(COUNT)).mean(axis=(1, 2, 3))
     np.testing.assert_allclose(greys, np.arange(COUNT), atol=3)
     np.testing.assert_allclose(video.read([77]).mean(), 77, atol=3)
+
+
+def save_avi(path: Path, times, codec: str = "mjpeg", **options) -> Path:
+    """As `encode`, at 10 frames per second; for a pause, an AVI stores empty chunks."""
+    b_frames = options.pop("b_frames", 0)
+    with av.open(str(path), "w", format=options.pop("format", "avi")) as container:
+        stream = container.add_stream(codec, rate=10, options={"threads": "1", **options})
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuvj420p" if codec == "mjpeg" else "yuv420p"
+        stream.gop_size, stream.max_b_frames = 12, b_frames
+        for i, at in enumerate(times):
+            frame = av.VideoFrame.from_ndarray(np.full((32, 32, 3), 4 * i, np.uint8), "rgb24")
+            frame.pts, frame.time_base = int(at), Fraction(1, 10)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def cut_end(path: Path, milliseconds: int) -> Path:
+    """An edit list that ends earlier, as phones write when a video is trimmed."""
+    content = bytearray(path.read_bytes())
+    start = content.index(b"elst") + 12  # after the version and the number of entries
+    content[start : start + 4] = milliseconds.to_bytes(4, "big")
+    path.write_bytes(content)
+    return path
+
+
+def cut_at_open_gop(source: Path, target: Path) -> Path:
+    """From the second keyframe on, with the frames before it whose references are lost."""
+    with av.open(str(source)) as given, av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        keys = 0
+        for packet in given.demux(given.streams.video[0]):
+            keys += packet.is_keyframe
+            if packet.size and keys >= 2:
+                packet.stream = stream
+                container.mux(packet)
+    return target
+
+
+PAUSED = [*range(20), *range(50, 70)]
+
+
+@pytest.mark.parametrize(
+    ("count", "make"),
+    [
+        (40, lambda path: save_avi(path / "pause.avi", PAUSED)),
+        (40, lambda path: save_avi(path / "b.avi", range(40), "mpeg4", b_frames=2)),
+        (40, lambda path: save_avi(path / "h264.avi", PAUSED, "libx264")),
+        (40, lambda path: save_avi(path / "pause.mkv", PAUSED, "libx264", format="matroska")),
+        (40, lambda path: save_avi(path / "late.mp4", np.add(PAUSED, 7), "mpeg4", format="mp4")),
+        (40, lambda path: save_avi(path / "late.ts", PAUSED, "libx264", format="mpegts")),
+        (20, lambda path: cut_end(encode(path / "trimmed.mp4", range(40), 3), 20 * 1000 // 30)),
+        (
+            40,
+            lambda path: cut_at_open_gop(
+                encode(path / "a.mp4", range(60), 3, "scenecut=0:open-gop=1"), path / "cut.mp4"
+            ),
+        ),
+    ],
+    ids=["avi", "avi mpeg4", "avi h264", "mkv", "late mp4", "ts", "trimmed mp4", "open gop"],
+)
+def test_the_frames_are_those_that_a_player_shows(tmp_path, monkeypatch, count, make):
+    path = make(tmp_path)
+    for longest in (2000, 10):
+        monkeypatch.setattr(video_index, "_LONG", longest)
+        with open_video(path) as container:
+            shown = [getattr(f, read_index(path).clock) for f in container.decode(video=0)]
+        assert read_index(path).pts.tolist() == shown and len(shown) == count
+    video = VideoFile(path)
+    assert len(video.read(range(count))) == count
+    if "PAUSED" in make.__code__.co_names:
+        np.testing.assert_allclose(video.timestamps / 1e8, PAUSED, atol=0.02)
+
+
+def test_a_truncated_file_is_refused_in_every_container(tmp_path):
+    late = [*range(20), *range(400, 420)]  # the pause makes the mean gap longer than what is lost
+    for path in (
+        save_avi(tmp_path / "a.avi", late),
+        save_avi(tmp_path / "a.mkv", late, "mpeg4", format="matroska"),
+        save_avi(tmp_path / "a.mp4", late, "mpeg4", format="mp4", movflags="faststart"),
+    ):
+        content = path.read_bytes()
+        assert len(read_index(path).pts) == 40
+        (tmp_path / "in.tar").write_bytes(b"x" * 512 + content + b"y" * 512)
+        assert len(read_index(FileRange(tmp_path / "in.tar", 512, len(content), "a")).pts) == 40
+        path.write_bytes(content[: len(content) * 2 // 3])
+        with pytest.raises(ValueError, match=rf"{path.name}: not a readable video"):
+            read_index(path)
+
+
+def test_b_frames_in_an_avi_are_refused(tmp_path):
+    """It has no place for their order, and FFmpeg's guess shows them in a wrong one."""
+    path = save_avi(tmp_path / "a.avi", range(40), "libx264", b_frames=2)
+    with pytest.raises(ValueError, match=r"a\.avi: an AVI does not store the order.* as an MP4"):
+        VideoFile(path).stream()
