@@ -51,59 +51,74 @@ def encoding_settings(
     return plain(settings | rest)
 
 
-def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], tell: bool = True) -> list[str]:
     """What differs between the settings of records and others, in sentences.
 
     Another way to write the same is no difference, nor is another `normalize`, which training
-    applies, nor another path: `check_moved` compares what is there.
+    applies, nor another path: `check_moved` compares what is there. What old records do not say is
+    not compared, and logged with `tell`.
     """
     before, after = plain(stored), plain(wanted)
     described, asked = before["dataset"], after["dataset"]
     for key, form in _FORMS.items():
         if key in described and key in asked and _same(form, described[key], asked[key]):
             asked[key] = described[key]
-    sources = [settings.pop("source", None) for settings in (before, after)]
-    if sources[0] is None:  # records of earlier versions
+    for settings, section in ((before, described), (after, asked)):
+        source = settings.pop("source", {}).items()
+        section |= {k: v for k, v in source if k != "path" and v not in (None, {}, [], "")}
+    # Records of earlier versions say less.
+    unknown = [key for key in after if key not in before]
+    unknown += [
+        k for k in asked if k not in described and (k in _CONTENT or "source" not in stored)
+    ]
+    for key in unknown:
+        (after if key in after else asked).pop(key)
+    unknown += ["path"] * ("source" not in stored)
+    if unknown and tell:
         log.warning(
-            "the records of %r do not say from which path, format and options they were made, so "
-            "these are not compared with the configuration.",
-            described["name"],
+            "the records of %r do not say their %s, so these are not compared with the "
+            "configuration.",
+            *(described["name"], ", ".join(unknown)),
         )
-    else:
-        for section, source in zip((described, asked), sources):
-            given = {k: v for k, v in (source or {}).items() if v not in (None, {}, [], "")}
-            section |= {k: v for k, v in given.items() if k != "path"}
     return differences(before, after)
 
 
-def open_records(config: ConfigDict, dataset: ConfigDict, *, acting: bool) -> RecordDataset:
+def wanted_settings(config: ConfigDict, dataset: ConfigDict) -> dict[str, Any]:
+    """The settings of an encoding job for a dataset of a configuration, without the networks."""
+    rest = dict(anchor_fps=dataset.get("anchor_fps"), validation_share=config.validation_share)
+    return encoding_settings(dataset, config.clip, config.policy_io, {}, **rest)
+
+
+def open_records(
+    config: ConfigDict, dataset: ConfigDict, *, acting: bool, tell: bool = True
+) -> RecordDataset:
     """Opens the records of a dataset of a configuration.
 
     Args:
         config: clip, policy_io, text and validation_share.
         dataset: its section of the dataset.
         acting: whether actions and proprioception are read; otherwise they need not agree.
+        tell: log what cannot be compared; False in all processes of a job but one.
 
     Raises:
         FileNotFoundError: there are no finished records.
         ValueError: they were encoded with other settings, or from other data.
     """
     records = RecordDataset(dataset.records)
-    stored = records.settings
-    rest = dict(anchor_fps=dataset.get("anchor_fps"), validation_share=config.validation_share)
-    wanted = encoding_settings(dataset, config.clip, config.policy_io, {}, **rest)
+    stored, (length, dim) = records.settings, records.text(0).shape
+    wanted = wanted_settings(config, dataset)
     compared = ("dataset", "source", "clip", "anchor_fps", "validation_share")
     compared += ("policy_io",) * acting
     unread = () if acting else ("action", "proprio")
-    different = changes(*(_chosen(settings, compared, unread) for settings in (stored, wanted)))
-    length, dim = records.text(0).shape
+    chosen = [_chosen(settings, compared, unread) for settings in (stored, wanted)]
+    different = changes(*chosen, tell)
     different += differences(dict(length=length, dim=dim), config.text, "text")
     if different:
         raise ValueError(
             f"The records of {records.name!r} in {records.path} were encoded with other settings: "
             f"{'; '.join(different)}. Use those, or encode them again into another folder."
         )
-    check_moved(records, dataset, config.policy_io)
+    check_moved(records, dataset, config.policy_io, tell)
     if acting:
         # `normalize` takes effect here and not in the records: what the configuration says holds.
         described = [parse(stored["dataset"][key], key) for key in ("action", "proprio")]
@@ -115,7 +130,9 @@ def open_records(config: ConfigDict, dataset: ConfigDict, *, acting: bool) -> Re
     return records
 
 
-def check_moved(records: RecordDataset, dataset: ConfigDict, policy_io: ConfigDict) -> None:
+def check_moved(
+    records: RecordDataset, dataset: ConfigDict, policy_io: ConfigDict, tell: bool = True
+) -> None:
     """ValueError if `dataset.path` is not where the records come from and holds other data."""
     stored = records.settings
     before, now = stored.get("source", {}).get("path"), dataset.get("path")
@@ -123,11 +140,12 @@ def check_moved(records: RecordDataset, dataset: ConfigDict, policy_io: ConfigDi
         return
     moved = f"the records of {records.name!r} were made from {before}"
     if not Path(now).exists():
-        log.warning(
-            "%s; the configuration says %s, which is not on this machine, so whether that is the "
-            "same data cannot be checked.",
-            *(moved, now),
-        )
+        if tell:
+            log.warning(
+                "%s; the configuration says %s, which is not on this machine, so whether that is "
+                "the same data cannot be checked.",
+                *(moved, now),
+            )
         return
 
     def digest(episode: Episode) -> str:

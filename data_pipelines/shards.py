@@ -39,7 +39,7 @@ def begin(path: Path, settings: dict[str, Any], process: int) -> dict[str, Any]:
         write_json(plan, settings)
     wait_until(plan.exists)
     found = json.loads(plan.read_text())
-    different = [] if found == settings else changes(found, settings)
+    different = [] if found == settings else changes(found, settings, tell=process == 0)
     if not different:
         return found
     advice = "Choose another folder, or delete this one to encode again"

@@ -49,7 +49,8 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
     acting, chosen = experiment.stage == "action", experiment.datasets
     if config.wandb and jax.process_index() == 0:  # the only process that writes there
         require_wandb(config.wandb)
-    datasets = [open_records(config, d, acting=acting) for d in chosen]
+    tell = jax.process_index() == 0
+    datasets = [open_records(config, d, acting=acting, tell=tell) for d in chosen]
     identity = _identity(datasets)
     _check_encoders(config, identity)
     trained = trained_backbone(workdir)
