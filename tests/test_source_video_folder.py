@@ -224,3 +224,48 @@ def test_what_is_no_such_folder_says_why(folder, tmp_path):
     (folder / "metas").rmdir()
     with pytest.raises(ValueError, match="has videos but no captions"):
         open_dataset("video_folder", folder, "a", "human")
+
+
+def test_the_layout_of_cosmos_is_read(folder):
+    (folder / "video").rename(folder / "videos")
+    assert detect(folder) == "video_folder"
+    assert [episode.id for episode in open_it(folder)] == ["a", "b", "c"]
+    (folder / "video").mkdir()
+    (folder / "video/._a.mp4").touch()
+    assert len(open_it(folder)) == 3
+    os.link(folder / "videos/a.mp4", folder / "video/a.mp4")
+    with pytest.raises(ValueError, match="videos in both video and videos"):
+        open_it(folder)
+
+
+def test_what_is_not_read_is_said(folder, caplog):
+    open_it(folder)
+    for name in ("._a.mp4", "Thumbs.db", ".DS_Store", "desktop.ini"):
+        (folder / "video" / name).touch()
+        (folder / "metas" / name).touch()
+    open_it(folder)
+    assert not caplog.messages  # left by systems, which say nothing about the dataset
+    (folder / "video/more/deep").mkdir(parents=True)
+    (folder / "video/empty").mkdir()
+    os.link(folder / "video/a.mp4", folder / "video/more/deep/x.mp4")
+    os.link(folder / "video/a.mp4", folder / "video/a.MKV")
+    os.link(folder / "video/a.mp4", folder / "video/d.MP4")
+    os.link(folder / "video/a.mp4", folder / "video/e.mp4")
+    (folder / "video/f.wmv").touch()
+    (folder / "metas/d.TXT").write_text("in capitals")
+    (folder / "metas/g.txt").write_text("nothing")
+    (folder / "metas/h.json").write_text("{}")
+    episodes = open_it(folder)
+    assert len(episodes) == 6
+    assert [m.split(": ", 1)[1] for m in caplog.messages] == [
+        f"1 folders with videos are not read; move the videos up: {folder}/video/more",
+        "2 files of unknown endings are not read: video/f.wmv, metas/h.json",
+        "1 captions have no video: g",
+        "1 videos have no caption, so that they cannot be read: e",
+        "1 captions have several videos, which are all read: a",
+    ]
+    by_id = {episodes[i].id: episodes[i].instructions for i in (0, 1, 4)}
+    assert by_id == {"a.MKV": ("clip a",), "a": ("clip a",), "d.MP4": ("in capitals",)}
+    (folder / "metas/d.txt").write_text("in small letters")
+    with pytest.raises(ValueError, match=r"two captions of d: \['d.TXT', 'd.txt'\]; keep one"):
+        open_it(folder)[4]
