@@ -320,7 +320,7 @@ def test_a_policy_of_records_that_said_otherwise_is_refused(tmp_path):
 
 def test_a_suite_shows_its_own_robot(caplog):
     clip = dict(height=480, width=640)
-    suite = ("libero", "libero_panda", (480, 640), clip)
+    suite = ("libero", "libero_panda", "observation.images.agentview", (480, 640), clip)
     check_suite(trained_robot(libero_action.get_config("goal")), *suite)
     for config, words in (
         ((widowx.PROPRIO, widowx.ACTION, 10, 10, "widowx"), "'libero_panda', but .* 'widowx'"),
@@ -333,5 +333,8 @@ def test_a_suite_shows_its_own_robot(caplog):
             check_suite(trained_robot(config_of(*config)), *suite)
     assert not caplog.text
     square = dict(height=64, width=64)
-    check_suite(trained_robot(config_of(*LIBERO, 10, 10, "libero")), *suite[:3], square)
+    check_suite(trained_robot(config_of(*LIBERO, 10, 10, "libero")), *suite[:4], square)
     assert "480x640, but the policy sees 64x64: they are stretched" in caplog.text
+    assert (
+        "the camera 'front'; the suite 'libero' shows it 'observation.images.agent" in caplog.text
+    )

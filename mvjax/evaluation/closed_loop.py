@@ -91,7 +91,8 @@ def evaluate(
         suite.check_task(task)
     if {"policy", "oracle"} & {setting.mode for setting in settings.values()}:
         robot = trained_robot(config)
-        check_suite(robot, protocol.suite, suite.embodiment, suite.size, config.clip)
+        shown = suite.embodiment, suite.camera, suite.size
+        check_suite(robot, protocol.suite, *shown, config.clip)
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
     proprio = config.policy_io.proprio
     spec = ObservationSpec(

@@ -7,6 +7,7 @@ are those of training: arrays of equal widths need not mean the same.
 import importlib
 import json
 import logging
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -174,8 +175,17 @@ def check_embodiment(robot: Robot, who: str, word: str, example: str) -> None:
     )
 
 
+# Names of the view of the scene in datasets of the suites' robots, beside the suites' own.
+_SCENE = ("workspace_rgb", "agentview_rgb", "image")
+
+
 def check_suite(
-    robot: Robot, suite: str, embodiment: str, size: tuple[int, int], clip: Mapping[str, Any]
+    robot: Robot,
+    suite: str,
+    embodiment: str,
+    camera: str,
+    size: tuple[int, int],
+    clip: Mapping[str, Any],
 ) -> None:
     """Raises ValueError unless a simulator's robot and picture are those of a policy.
 
@@ -183,11 +193,12 @@ def check_suite(
         robot: of the policy.
         suite: the simulator's name.
         embodiment: of its robot, a file of data_pipelines/embodiments.
+        camera: the name of its pictures in a dataset.
         size: height and width of its pictures.
         clip: height and width of the policy's.
     """
     who = f"The suite {suite!r}"
-    camera = single_camera(robot, who)
+    trained = single_camera(robot, who)
     if robot.embodiment:  # runs of earlier versions may lack the name
         check_embodiment(robot, who, suite, embodiment)
     own = importlib.import_module(f"data_pipelines.embodiments.{embodiment}")
@@ -203,10 +214,16 @@ def check_suite(
             f"{described(robot.proprio)} and {described(robot.action)}: describe them as in "
             f"data_pipelines/embodiments/{embodiment}.py, and train again."
         )
-    if is_on_the_hand(camera):
+    if is_on_the_hand(trained):
         raise ValueError(
             f"{who} shows its robot from outside, but this policy was trained on the camera "
-            f"{camera!r}, which is on the hand: train with a camera of the scene."
+            f"{trained!r}, which is on the hand: train with a camera of the scene."
+        )
+    if trained and last_word(trained) not in (last_word(camera), *_SCENE):
+        log.warning(
+            "the policy was trained on the camera %r; the suite %r shows it %r, which must be the "
+            "same view.",
+            *(trained, suite, camera),
         )
     if not same_aspect(size, (clip["height"], clip["width"])):
         log.warning(
@@ -227,6 +244,11 @@ def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
 def is_on_the_hand(camera: str) -> bool:
     """Returns whether a camera's name says that it is on the robot's hand."""
     return any(word in camera.lower() for word in ("wrist", "eye_in_hand", "gripper"))
+
+
+def last_word(stream: str) -> str:
+    """Returns the last word of a stream's name, such as "top" of "observation.images.top"."""
+    return re.split(r"[/.]", stream)[-1]
 
 
 def described(parts: Sequence[Part]) -> str:

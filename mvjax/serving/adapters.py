@@ -6,7 +6,6 @@ client's: arrays of equal widths need not mean the same.
 """
 
 import logging
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +19,7 @@ from mvjax.policy.robot import (
     check_embodiment,
     described,
     is_on_the_hand,
+    last_word,
     single_camera,
 )
 
@@ -179,7 +179,7 @@ def droid(robot: Robot) -> Adapter:
         control_hz=15,
         execute=8,
     )
-    taken = [_last_word(name) for name in streams(robot.action)]
+    taken = [last_word(name) for name in streams(robot.action)]
     if len(taken) == 1:
         adapter = in_own_layout(own, robot, action_size=8)
         log.warning(
@@ -188,7 +188,7 @@ def droid(robot: Robot) -> Adapter:
             streams(robot.action)[0],
         )
         return adapter
-    needed = {name: _last_word(name) for name in _state_streams(robot)}
+    needed = {name: last_word(name) for name in _state_streams(robot)}
     fits = set(needed.values()) <= set(_DROID_STATE) and taken in (
         ["joint_velocity", "gripper_position"],
         ["cartesian_position", "gripper_position"],
@@ -246,7 +246,7 @@ def picture(client: str, robot: Robot, cameras: Mapping[str, tuple[str, ...]]) -
     main = next(iter(cameras.values()))
     if not camera:
         return main
-    if keys := cameras.get(_last_word(camera)):
+    if keys := cameras.get(last_word(camera)):
         return keys
     if is_on_the_hand(camera):
         raise ValueError(
@@ -346,7 +346,3 @@ def _meaning(parts: Sequence[Part]) -> list[Part]:
     """Parts without what does not change the layout of a vector."""
     same = dict(normalize=Mode.VARIANCE, shift=0.0, interpolation="nearest")
     return [replace(part, **same) for part in parts]
-
-
-def _last_word(stream: str) -> str:
-    return re.split(r"[/.]", stream)[-1]

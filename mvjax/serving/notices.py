@@ -90,7 +90,9 @@ class Ranges:
             margin: how far beyond the extremes is still inside, as a share of their distance.
         """
         low, high = (np.broadcast_to(bound, values.shape) for bound in (self.low, self.high))
-        room = margin * (high - low) + 1e-3 * np.maximum(np.abs(low), np.abs(high)) + 1e-6
+        # Of all time steps: at the first one, relative actions hardly differ from zero.
+        room = margin * (high.max(axis=0) - low.min(axis=0))
+        room = room + 1e-3 * np.maximum(np.abs(low), np.abs(high)) + 1e-6
         excess = np.maximum(low - values, values - high) - room
         dims = (excess > 0).any(axis=0)
         if not dims.any():
