@@ -322,6 +322,24 @@ def test_a_shape_is_compared_by_its_sizes(tmp_path, about, value, shape):
     assert episode.streams["extra"].values.shape == (8, *shape)
 
 
+def test_sizes_and_names_that_differ_are_findings(tmp_path):
+    def found(**about):
+        root = tmp_path / str(len(list(tmp_path.iterdir())))
+        (episode,) = opened(write_v2(root, [4], features=about))
+        assert episode.streams["action"].values.shape == (4, 2) and CAMERA in episode.streams
+        return episode.findings
+
+    action, camera = {"dtype": "float32", "shape": [2]}, {"dtype": "video"}
+    for names in (None, ["action"], ["x", "y"], {"motors": ["x", "y"]}, {"x": 0, "y": 1}):
+        assert not found(action={**action, "names": names})
+    (text,) = found(action={**action, "names": {"a": ["x", "y"], "b": {"c": ["z"]}}})
+    assert "names 3 of its 2 numbers" in text
+    for shape in ([16, 96, 3], [3, 16, 96], [96, 16, 3], None):
+        assert not found(**{CAMERA: {**camera, "shape": shape}})
+    (text,) = found(**{CAMERA: {**camera, "shape": [480, 640, 3]}})
+    assert "16 x 96 pixels" in text
+
+
 def test_a_damaged_column_costs_nothing_else(tmp_path):
     rng = np.random.default_rng(0)
 

@@ -39,6 +39,7 @@ from data_pipelines.sources.lerobot_meta import (
     Features,
     Meta,
     read_meta,
+    shape_of,
     sort_features,
 )
 from data_pipelines.sources.lerobot_rows import Found, ParquetImages, Rows, of_file
@@ -229,6 +230,13 @@ class _Dataset:
             if why := reason(file, ""):
                 raise ValueError(f"its video: {why}") from error
             raise
+        given = shape_of(self.meta.features[key])
+        size = sorted((index.height, index.width))
+        if given and len(given) == 3 and size not in (sorted(given[:2]), sorted(given[1:])):
+            findings.append(
+                f"meta/info.json says {list(given)}, but the video has {index.height} x "
+                f"{index.width} pixels; the video was taken"
+            )
         part = Part(0, len(index.pts), moved=False, fault=False)
         if row.get(f"{listed}from_timestamp") is None:
             if "episode_index" not in self.meta.placeholders("video_path"):
@@ -337,6 +345,7 @@ class _Dataset:
         where = self.meta.list_name
         listed = list(dict.fromkeys(t for t in row.get("tasks") or () if isinstance(t, str)))
         said = [text for text in listed if text.strip()]
+        listed = said or listed
         used = found.column("task_index")
         texts = [self._text(index, found, "task_index", strict=False) for index in used]
         known = {text for text in texts if text is not None}

@@ -6,6 +6,7 @@ that need it, and no others.
 
 import glob
 import json
+import math
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -147,6 +148,12 @@ def read_meta(path: Path) -> Meta:
             f"total_episodes of meta/info.json is {total}, but the list of episodes has "
             f"{len(listed)}; the list was taken"
         )
+    for key, shape in sort_features(info["features"]).vectors.items():
+        named, size = _count(info["features"][key].get("names")), math.prod(shape or ())
+        if shape is not None and named not in (0, len(shape), size):
+            findings.append(
+                f"{key}: meta/info.json names {named} of its {size} numbers; all were taken"
+            )
     texts: dict[int, dict[str, None]] = {}
     names: dict[int, list[str]] = {}
     for index, text, called in tasks:
@@ -225,14 +232,25 @@ def sort_features(features: Mapping[str, Any]) -> Features:
         elif dtype == "image":
             images.append(key)
         else:
-            vectors[key] = _shape(feature.get("shape"))
+            vectors[key] = shape_of(feature)
     return Features(vectors, videos, images, unused)
 
 
-def _shape(given: Any) -> tuple[int, ...] | None:
+def shape_of(feature: Mapping) -> tuple[int, ...] | None:
+    """The shape that meta/info.json gives a feature; None if it gives none."""
+    given = feature.get("shape")
     sizes = given if isinstance(given, list) else [given]
     whole = all(isinstance(size, int) and not isinstance(size, bool) for size in sizes)
     return tuple(sizes) if whole else None
+
+
+def _count(names: Any) -> int:
+    """The number of names in a list, or in a mapping of groups of them."""
+    if isinstance(names, dict):
+        return sum(
+            _count(group) if isinstance(group, dict | list) else 1 for group in names.values()
+        )
+    return len(names) if isinstance(names, list) else 0
 
 
 def _is_depth(feature: Mapping) -> bool:
