@@ -96,6 +96,7 @@ class EpisodeSummary:
     instructions: tuple[str, ...] = ()
     seconds: float = 0.0  # duration of the longest stream, with the last sample's period
     streams: dict[str, StreamSummary] = field(default_factory=dict)
+    has_sections: bool = False  # the task changes within it
     left_out: Mapping[str, str] = field(default_factory=dict)  # see `Episode`
     findings: tuple[str, ...] = ()
     problems: list[Problem] = field(default_factory=list)
@@ -185,6 +186,7 @@ def inspect_dataset(
     found = Inspection(title)
     ids, embodiments, rates = Counter(), set(), defaultdict(list)
     findings: dict[str, list[str]] = defaultdict(list)
+    sectioned = 0
     numbers: dict[str, list[np.ndarray]] = defaultdict(list)
     summaries = _summaries(episodes, chosen, decoded, thorough, wanted)
     for episode in tqdm(summaries, desc="inspect", unit="episode", total=len(chosen)):
@@ -200,6 +202,7 @@ def inspect_dataset(
                 numbers[name].append(values)
         episode.numbers = {}
         found.readable += 1
+        sectioned += episode.has_sections
         found.lengths.append(episode.seconds)
         found.instructions.update(dict.fromkeys(episode.instructions, 1))
         embodiments.add(episode.embodiment)
@@ -236,6 +239,7 @@ def inspect_dataset(
         ("readable", f"{found.readable:,} of {len(chosen):,}"),
         ("hours", f"{about}{seconds / 3600:,.2f} ({about}{seconds / 60:,.1f} minutes)"),
         ("embodiment", ", ".join(sorted(embodiments)) or "unknown"),
+        *([("task changes", f"within {_episodes(sectioned)}")] if sectioned else []),
         ("frames", "every frame decoded" if thorough else f"{len(decoded)} episodes sampled"),
     ]
     return found
@@ -302,6 +306,7 @@ def _inspect_episode(
         return summary
     summary.id, summary.embodiment = episode.id, episode.embodiment
     summary.instructions = tuple(episode.instructions)
+    summary.has_sections = len(episode.sections) > 1
     summary.left_out, summary.findings = episode.left_out, episode.findings
     summary.problems += _check_instructions(summary.id, summary.instructions)
     for name, stream in episode.streams.items():
@@ -312,6 +317,9 @@ def _inspect_episode(
                 summary.streams[name] = _inspect_numbers(summary, name, stream)
         except Exception as error:
             summary.add_problem(_kind(error), f"{name}: {_text(error)}")
+    if not episode.streams:
+        why = [f"{name} ({reason})" for name, reason in episode.left_out.items()]
+        summary.add_problem("no stream that can be used", _listed(why) or "it has none")
     _check_times(summary, episode)
     if wanted:
         _check_wanted(summary, episode, wanted)
@@ -675,12 +683,13 @@ def describe(found: Inspection) -> str:
     return "\n".join(lines).encode("utf-8", "backslashreplace").decode()
 
 
+def _episodes(count: int) -> str:
+    return f"{count:,} episode{'s' if count > 1 else ''}"
+
+
 def left_out_text(found: Inspection) -> list[str]:
     """A line per stream that an encoding job could not use, and why."""
-    return [
-        f"{name}: {why} ({count:,} episode{'s' if count > 1 else ''})"
-        for (name, why), count in found.left_out.items()
-    ]
+    return [f"{name}: {why} ({_episodes(count)})" for (name, why), count in found.left_out.items()]
 
 
 def size_text(stream: StreamSummary) -> str:

@@ -119,6 +119,13 @@ def open_records(
             f"{'; '.join(different)}. Use those, or encode them again into another folder."
         )
     check_moved(records, dataset, config.policy_io, tell)
+    several = sum(len(row.instructions) > 1 for row in records.episodes)
+    if several and "source" not in stored and tell:
+        log.warning(
+            "the records of %r have episodes with several instructions (%d), which took turns by "
+            "window: if the task changes within an episode, encode again for the text of a moment.",
+            *(records.name, several),
+        )
     if acting:
         # `normalize` takes effect here and not in the records: what the configuration says holds.
         described = [parse(stored["dataset"][key], key) for key in ("action", "proprio")]
@@ -186,7 +193,9 @@ def first_difference(
         same = row["digest"] in ("", digest(episode))
     except Exception as error:  # readers and decoders raise types of their own
         return f"episode {row['id']!r} cannot be read ({type(error).__name__}: {error})"
-    return "" if same else f"episode {row['id']!r} is no longer what it was"
+    if same:
+        return ""
+    return f"episode {row['id']!r} is no longer what it was, or is read in another way by now"
 
 
 def _recorded(policy_io: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

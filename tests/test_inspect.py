@@ -17,7 +17,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import write_json, write_npz
-from data_pipelines.episode import Episode, LazyEpisodes, Stream
+from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
 from data_pipelines.inspect import (
     Wanted,
     describe,
@@ -251,7 +251,12 @@ def test_what_an_encoding_job_would_not_use_is_listed(tmp_path):
     episodes = [_episode(name, times) for name in "abc"]
     episodes[0] = replace(episodes[0], left_out={"wrist": "not downloaded", "<b>": "of bytes"})
     episodes[2] = replace(episodes[2], left_out={"wrist": "not downloaded"}, findings=("x",))
+    parts = (Section(0, ("go",)), Section(5 * 10**8, ("go",)))
+    episodes[1] = replace(episodes[1], sections=parts)
+    episodes.append(replace(episodes[1], id="d", streams={}, left_out={"action": "a null"}))
     found = inspect_dataset(episodes, "set", "in memory")
+    assert _kinds(found)["no stream that can be used"] == ["d"]
+    assert dict(found.facts)["task changes"] == "within 1 episode"
     assert "wrist: not downloaded (2 episodes)" in describe(found)
     assert "<b>: of bytes (1 episode)" in describe(found)
     assert _kinds(found)["sources that disagree"] == ["c"]

@@ -134,10 +134,22 @@ def test_records_of_earlier_versions_are_read_and_it_is_said_once(folder, tmp_pa
     assert caplog.text.count("do not say their format, options, path") == 1
     with pytest.raises(ValueError, match=r"dataset\.action"):
         open_records(_config(), _dataset(old, action="state"), acting=True)
+    assert "several instructions" not in caplog.text
     # The job goes on with what was begun, and the finished records are those of then.
     (old / "shard_00001.npz").unlink()
     again = encode([episode(i) for i in range(4)], old, _dataset(old))
     assert again.fingerprint == then.fingerprint and "source" not in again.settings
+
+
+def test_several_texts_of_an_episode_in_old_records_are_mentioned(tmp_path, caplog):
+    encode([episode(0, instructions=("reach", "lift"))], tmp_path, _dataset(tmp_path))
+    open_records(_config(), _dataset(tmp_path), acting=True)
+    assert not caplog.text
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    del manifest["settings"]["source"]
+    write_json(tmp_path / "manifest.json", manifest)
+    open_records(_config(), _dataset(tmp_path), acting=True)
+    assert "'robot' have episodes with several instructions (1)" in caplog.text
 
 
 def _videos(path, seeds):
