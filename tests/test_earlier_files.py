@@ -123,7 +123,7 @@ def test_the_policy_gives_the_same_chunks(expected, monkeypatch):
     digest = hashlib.blake2b(observation.instruction.encode(), digest_size=4, salt=bytes(8))
     digest.update(observation.frames.tobytes() + observation.proprio.tobytes())
     seed = int.from_bytes(digest.digest(), "big")
-    monkeypatch.setattr(policy_module, "_query_seed", lambda *_: seed)
+    monkeypatch.setattr(policy_module, "_query_seeds", lambda *_: (seed, seed))
     chunks = []
     for stop_step in (0, int(config.sampler.video_steps)):
         sampling = Sampling(**config.sampler, stop_step=stop_step)

@@ -154,6 +154,8 @@ def test_fresh_noise_follows_a_querys_name_and_not_its_bits(policy):
     noise = fresh.inputs([query, nudged], with_future=False)
     for part in (noise.video_noise, noise.action_noise):
         np.testing.assert_array_equal(part[0], part[1])
+    first = np.asarray(noise.video_noise[0]).ravel()[:4]
+    assert not np.isin(np.asarray(noise.action_noise[0]), first).any()  # draws of their own
     names = [("push/7", 1), ("push/71", 0), ("push/8", 0), ("7 push", 0)]
     for name in names:
         pair = [query, dataclasses.replace(query, noise_key=name)]

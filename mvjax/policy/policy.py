@@ -378,24 +378,27 @@ class Policy:
         if not self.model.sampling.fresh_noise:
             return self._fixed_noise
         # By name: neither the rest of the batch nor the last bit of an observation changes it.
-        drawn = [self._draw(_query_seed(self.model.sampling.seed, o.noise_key)) for o in batch]
+        seed = self.model.sampling.seed
+        drawn = [self._draw(*_query_seeds(seed, query.noise_key)) for query in batch]
         return tuple(self._split(np.stack(noise)) for noise in zip(*drawn))
 
     @cached_property
     def _fixed_noise(self) -> tuple[jax.Array, jax.Array]:
         # Cached: drawing a million numbers takes longer than a query.
-        drawn = self._draw(self.model.sampling.seed)
+        seed = self.model.sampling.seed  # of both, as published
+        drawn = self._draw(seed, seed)
         return tuple(self._split(np.stack([noise] * self.batch_size)) for noise in drawn)
 
-    def _draw(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    def _draw(self, video: int, action: int) -> tuple[np.ndarray, np.ndarray]:
+        """The noise of one query, from a seed for each."""
         config, draws = self.model.decoder.config, self.model.sampling.draws
         return (
-            published_noise(seed, (1, *self.model.clip.latent_shape))[0],
-            published_noise(seed, (draws, config.action_horizon, config.action_dim)),
+            published_noise(video, (1, *self.model.clip.latent_shape))[0],
+            published_noise(action, (draws, config.action_horizon, config.action_dim)),
         )
 
 
-def _query_seed(seed: int, noise_key: tuple[str, int] | None) -> int:
+def _query_seeds(seed: int, noise_key: tuple[str, int] | None) -> tuple[int, int]:
     if noise_key is None:  # any default would repeat its noise
         raise ValueError(
             "With sampler.fresh_noise every observation needs its noise_key, (episode, number of "
@@ -403,4 +406,5 @@ def _query_seed(seed: int, noise_key: tuple[str, int] | None) -> int:
         )
     episode, number = noise_key
     name = f"{seed} {number} {episode}".encode("utf-8", "surrogatepass")
-    return int.from_bytes(blake2b(name, digest_size=4).digest(), "big")
+    digest = blake2b(name, digest_size=8).digest()
+    return int.from_bytes(digest[:4], "big"), int.from_bytes(digest[4:], "big")
