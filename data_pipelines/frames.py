@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageOps
 
+from data_pipelines.episode import reason
+
 
 class Frames(ABC):
     """Base of the `FrameReader`s; a subclass reads increasing frame numbers without repeats.
@@ -88,6 +90,8 @@ def decode_image(image: bytes | Path, where: object) -> np.ndarray:
     except NotOpaqueColour as error:
         raise ValueError(f"{where}: {error}") from None
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # Pillow's
+        if isinstance(image, Path) and (placeholder := reason(image, "")):
+            raise ValueError(f"{where}: {placeholder}") from None
         raise ValueError(f"{where}: not a readable image ({error}); copy it again") from error
     if frame is None:
         raise ValueError(f"{where}: an animation of {count} frames; store one image per frame")

@@ -214,7 +214,8 @@ def values(
     place = path, key, len(array), pool
     inner = h5py.check_vlen_dtype(array.dtype)  # `str` for text
     one_byte = inner in (np.uint8, np.int8)
-    if array.ndim == 1 and (one_byte or array.dtype.kind == "S" or array.dtype.type is np.void):
+    opaque = array.dtype.kind in "SV" and not array.dtype.names
+    if array.ndim == 1 and (one_byte or opaque):
         first = _bytes(array[0])
         if array.dtype.kind == "S" and not first.startswith((pictures.JPEG, pictures.PNG)):
             raise ValueError("text, which is not a stream")
