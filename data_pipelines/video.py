@@ -28,6 +28,7 @@ from data_pipelines.video_index import (
     open_video,
     read_index,
     unreadable,
+    video_streams,
 )
 
 log = logging.getLogger(__name__)
@@ -79,7 +80,7 @@ class Decoder:
 
     def _open(self) -> None:
         self._container = open_video(self._path)
-        self._stream = self._container.streams.video[0]
+        self._stream = video_streams(self._container)[0]
         self._decoded = self._container.decode(self._stream)
         self._last: av.VideoFrame | None = None
         self._at: int | None = None  # the time of the last frame

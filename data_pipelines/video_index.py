@@ -19,6 +19,7 @@ from typing import BinaryIO
 import av
 import numpy as np
 from av.codec.context import Flags
+from av.stream import Disposition
 
 from data_pipelines.display import display
 from data_pipelines.episode import reason
@@ -75,6 +76,11 @@ def open_video(place: VideoPlace, **options: str) -> av.container.InputContainer
     return container
 
 
+def video_streams(container: av.container.InputContainer) -> list[av.VideoStream]:
+    """The video streams of a file without its cover pictures."""
+    return [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
+
+
 def unreadable(place: VideoPlace, error: object) -> str:
     """The message about a video that cannot be read."""
     file = place.path if isinstance(place, FileRange) else place
@@ -89,16 +95,16 @@ def read_index(place: VideoPlace) -> VideoIndex:
     """
     try:
         with open_video(place) as container:
-            if not container.streams.video:
+            if not video_streams(container):
                 raise ValueError(unreadable(place, "it has no video stream"))
-            stream = container.streams.video[0]
+            stream = video_streams(container)[0]
             if stream.codec_context is None:
                 raise ValueError(unreadable(place, "it is damaged, or its codec is not supported"))
             index = index_of_tables(place, stream) if stream.frames > _LONG else None
             if index:
                 return _with_display(place, index, stream)
         with open_video(place) as container:  # again, to read from the beginning
-            stream = container.streams.video[0]
+            stream = video_streams(container)[0]
             return _with_display(place, index_of_packets(place, stream), stream)
     except (av.FFmpegError, OSError) as error:
         raise ValueError(unreadable(place, error)) from error
@@ -124,6 +130,8 @@ def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) 
         height, width, findings = display(first, stream)
     except ValueError as error:
         raise ValueError(f"{place}: {error}") from error
+    if len(video_streams(stream.container)) > 1:
+        findings += ("video file has several video streams; the first was taken",)
     return replace(index, height=height, width=width, codec=context.name, findings=findings)
 
 
@@ -154,7 +162,7 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
     first = next(pts for pts, key, _, _ in packets if key)
     if shown[0] < first:  # a cut may have removed the frames that these depend on
         with open_video(place) as container:
-            times = (frame.pts for frame in container.decode(container.streams.video[0]))
+            times = (frame.pts for frame in container.decode(video_streams(container)[0]))
             start = next((time for time in times if time is not None), first)
         shown = shown[bisect_left(shown, min(start, first)) :]
     return VideoIndex(shown, keyframes, stream.time_base, clock=clock)
@@ -173,7 +181,7 @@ def _check_whole(
             raise ValueError(unreadable(place, f"it is truncated after {found} frames"))
     elif found < declared:  # or an edit list ends before the last of them
         with open_video(place, ignore_editlist="1") as container:
-            found = sum(p.size > 0 for p in container.demux(container.streams.video[0]))
+            found = sum(p.size > 0 for p in container.demux(video_streams(container)[0]))
         if found < declared:
             raise ValueError(unreadable(place, f"it has {found} of {declared} frames"))
     if not shown:

@@ -244,3 +244,22 @@ def test_b_frames_in_an_avi_are_refused(tmp_path):
     path = save_avi(tmp_path / "a.avi", range(40), "libx264", b_frames=2)
     with pytest.raises(ValueError, match=r"a\.avi: an AVI does not store the order.* as an MP4"):
         VideoFile(path).stream()
+
+
+def test_of_several_video_streams_the_first_is_taken_and_that_is_said(tmp_path):
+    first, second = encode(tmp_path / "1.mp4", range(30)), encode(tmp_path / "2.mp4", range(40))
+    with (
+        av.open(str(first)) as a,
+        av.open(str(second)) as b,
+        av.open(str(tmp_path / "two.mkv"), "w") as container,
+    ):
+        given = [file.streams.video[0] for file in (a, b)]
+        streams = [container.add_stream_from_template(stream) for stream in given]
+        for source, stream in zip(given, streams):
+            for packet in source.container.demux(source):
+                if packet.size:
+                    packet.stream = stream
+                    container.mux(packet)
+    index = read_index(tmp_path / "two.mkv")
+    assert len(index.pts) == 30 and "several video streams" in index.findings[0]
+    assert not read_index(first).findings
