@@ -48,11 +48,14 @@ class Part:
     interpolation: str = "nearest"
     shift: float = 0.0
     normalize: Mode = Mode.VARIANCE
+    wrap: tuple[float, float] | None = None
     pad: int = 0
 
 
 class Representation:
     """Numbers as they are, and the base of the other representations.
+
+    Angles that `wrap` are loaded without their jumps, so that what is between two of them is, too.
 
     Attributes:
         interpolations: what is possible between two stored values.
@@ -68,15 +71,15 @@ class Representation:
 
     def load(self, part: Part, numbers: np.ndarray) -> np.ndarray:
         """Turns stored numbers [..., w] into the form, [..., w] or [..., 4, 4]."""
-        return numbers
+        return numbers if part.wrap is None else np.unwrap(numbers, period=_turn(part), axis=-2)
 
     def store(self, part: Part, form: np.ndarray) -> np.ndarray:
         """The inverse of `load`."""
-        return form
+        return form if part.wrap is None else wrapped(form, *part.wrap)
 
     def express(self, part: Part, form: np.ndarray, base: np.ndarray | None) -> np.ndarray:
         """Turns the form [..., h, *] and the base's form [..., *] into numbers [..., h, d]."""
-        return form
+        return self.store(part, form)
 
     def recover(self, part: Part, numbers: np.ndarray, base: np.ndarray | None) -> np.ndarray:
         """The inverse of `express`."""
@@ -84,10 +87,15 @@ class Representation:
 
 
 class _Delta(Representation):
-    """The difference from the base."""
+    """The difference from the base; of angles that wrap, the short way round."""
 
     def express(self, part, form, base):
-        return form - base[..., None, :]
+        difference = form - base[..., None, :]
+        if part.wrap is None:
+            return difference
+        # One number of turns for the whole window, so that it is as continuous as the motion.
+        turns = np.round(difference[..., :1, :] / _turn(part))
+        return difference - turns * _turn(part)
 
     def recover(self, part, numbers, base):
         return numbers + base[..., None, :]
@@ -153,7 +161,14 @@ class _Pose(Representation):
 
     def load(self, part, numbers):
         if not part.rotation:
-            return numbers.reshape(*numbers.shape[:-1], 4, 4)
+            poses = numbers.reshape(*numbers.shape[:-1], 4, 4)
+            if not np.abs(poses[..., 3, :] - [0, 0, 0, 1]).max(initial=0) < _CRUDE:
+                raise ValueError(
+                    "a pose's fourth row must be 0, 0, 0, 1; is the position in another row or "
+                    "column (a transposed matrix)?"
+                )
+            _check_matrices(poses[..., :3, :3])
+            return poses
         return pose_matrices(numbers[..., :3], rotation_matrices(numbers[..., 3:], part.rotation))
 
     def store(self, part, form):
@@ -177,6 +192,11 @@ class _RelativePose(_Pose):
 
     def recover(self, part, numbers, base):
         return base[..., None, :, :] @ super().recover(part, numbers, None)
+
+
+def _turn(part: Part) -> float:
+    low, high = part.wrap
+    return high - low
 
 
 POSITION = _Position()
@@ -238,8 +258,19 @@ def rotation_matrices(values: np.ndarray, form: str) -> np.ndarray:
     lead = values.shape[:-1]
     flat = np.asarray(values, np.float64).reshape(-1, ROTATION_WIDTHS[form])
     if form == "matrix":
-        return flat.reshape(*lead, 3, 3)
+        matrices = flat.reshape(*lead, 3, 3)
+        _check_matrices(matrices)
+        return matrices
     kind = scipy.spatial.transform.Rotation
+    if form.startswith("quaternion"):
+        lengths = np.linalg.norm(flat, axis=-1)
+        if not np.abs(lengths - 1.0).max(initial=0) < _CRUDE:
+            raise ValueError(
+                f"quaternions must have length 1, these have {lengths.min():.3g} to "
+                f"{lengths.max():.3g}; name the four columns that are one"
+            )
+    elif not (most := np.abs(flat).max(initial=0)) < 4 * np.pi:
+        raise ValueError(f"{form} takes radians, but there is an angle of {most:.4g}: in degrees?")
     if form == "rotvec":
         rotation = kind.from_rotvec(flat)
     elif form == "euler_xyz":
@@ -247,6 +278,19 @@ def rotation_matrices(values: np.ndarray, form: str) -> np.ndarray:
     else:
         rotation = kind.from_quat(flat, scalar_first=form == "quaternion_wxyz")
     return rotation.as_matrix().reshape(*lead, 3, 3)
+
+
+_CRUDE = 0.05  # how far stored rotations may be from exact ones
+
+
+def _check_matrices(matrices: np.ndarray) -> None:
+    """Raises ValueError unless matrices [..., 3, 3] are rotations."""
+    error = np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(3)).max(initial=0)
+    if not error < _CRUDE or not np.linalg.det(matrices).min(initial=1.0) > 0:
+        raise ValueError(
+            "the stored matrices are not rotations: their rows must be of length 1 and at right "
+            "angles, and not mirrored"
+        )
 
 
 def rotation_values(matrices: np.ndarray, form: str) -> np.ndarray:
@@ -266,6 +310,49 @@ def rotation_values(matrices: np.ndarray, form: str) -> np.ndarray:
     else:
         values = rotation.as_quat(canonical=True, scalar_first=form == "quaternion_wxyz")
     return values.reshape(*lead, ROTATION_WIDTHS[form])
+
+
+def wrapped(angles: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Angles of any number of turns as those from `low` to `high`, which are one turn apart."""
+    return low + np.mod(angles - low, high - low)
+
+
+def seams(values: np.ndarray) -> list[str]:
+    """Where numbers [n, d] of a motion jump although it goes on: which ones, how often, the remedy.
+
+    Angles wrap, the sign of a quaternion changes, and a rotation vector of half a turn becomes its
+    opposite. As numbers, these are the largest motions of a dataset.
+    """
+    found, steps = [], np.abs(np.diff(values, axis=0))
+    if len(steps) < 2 or values.shape[1] > _MOST_DIMENSIONS:
+        return found
+    usual = np.median(steps, axis=0)
+    for turn, name in ((2 * np.pi, "2π"), (360.0, "360°")):
+        jumps = (np.abs(steps - turn) < 0.1 * turn) & (usual < 0.1 * turn)
+        jumps &= np.abs(values).max(axis=0) <= 1.01 * turn
+        for i in np.flatnonzero(jumps.any(axis=0)):
+            found.append(
+                f"dimension {i} jumps by {name} ({jumps[:, i].sum()} times): an angle that wraps; "
+                "say wrap=(low, high), or take the rotation by its representation"
+            )
+    for width, what in ((4, "quaternion"), (3, "rotation vector")):
+        for i in range(values.shape[1] - width + 1):
+            some = values[:, i : i + width]
+            length = np.linalg.norm(some, axis=1)
+            turned = np.linalg.norm(some[1:] + some[:-1], axis=1) < 0.2
+            if width == 4:
+                turned &= np.abs(length - 1).max() < 0.02
+            else:
+                turned &= np.abs(np.minimum(length[1:], length[:-1]) - np.pi) < 0.2
+            if turned.any():
+                found.append(
+                    f"dimensions {i} to {i + width - 1} turn to their opposite ({turned.sum()} "
+                    f"times), a {what} of the same rotation; represent='rotation' does not jump"
+                )
+    return found
+
+
+_MOST_DIMENSIONS = 64  # of a stream in which seams are looked for
 
 
 def gripper_opening(

@@ -22,6 +22,8 @@ Further keys of a part, where they apply:
     binary         True: a gripper is either closed or open, split at the middle
     interpolation  between stored values: nearest (default), previous; linear (numbers),
                    quaternion (slerp of a rotation), pose (linear position and slerp of a pose)
+    wrap           (low, high) of numbers and deltas that are angles and jump from high to low, such
+                   as (-3.14159265, 3.14159265) or (0, 360): a delta goes the short way round
     shift          seconds, added to the window's (-0.05: the value 50 ms earlier)
     normalize      VARIANCE (default) or another `Mode`; 6-D rotations are never normalised
 
@@ -395,8 +397,8 @@ _CHANGED = ("stream", "base", "base_columns", "normalize")  # the others are fie
 _COMMON = ("represent", "columns", "interpolation", "shift")
 # Required and optional keys of each representation.
 _KEYS = {
-    "values": (("stream",), (*_COMMON, "normalize")),
-    "delta": (("stream", "base"), (*_COMMON, "base_columns", "normalize")),
+    "values": (("stream",), (*_COMMON, "normalize", "wrap")),
+    "delta": (("stream", "base"), (*_COMMON, "base_columns", "normalize", "wrap")),
     "gripper": (("stream", "closed", "open"), (*_COMMON, "binary", "normalize")),
     "rotation": (("stream", "rotation"), _COMMON),
     "pose": (("stream",), (*_COMMON, "rotation", "normalize")),
@@ -413,6 +415,10 @@ _VALUES = {
     **dict.fromkeys(("closed", "open", "shift"), (_is_number, "a number")),
     "rotation": (lambda v: v in list(ROTATION_WIDTHS), f"one of {', '.join(ROTATION_WIDTHS)}"),
     "binary": (lambda v: isinstance(v, bool), "True or False"),
+    "wrap": (
+        lambda v: isinstance(v, tuple) and len(v) == 2 and all(map(_is_number, v)) and v[0] < v[1],
+        "the smallest and the largest angle, such as (-3.14159265, 3.14159265)",
+    ),
     "normalize": (lambda v: v in list(Mode), f"one of {', '.join(Mode)}"),
     "pad": (lambda v: _are_columns((v,)) and v > 0, "a number of dimensions"),
 }

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 from vector_streams import (
     ANCHORS,
     EPISODE,
@@ -14,6 +15,7 @@ from vector_streams import (
     there_and_back,
 )
 
+from data_pipelines.episode import Stream
 from data_pipelines.representations import (
     ROTATION_WIDTHS,
     gripper_command,
@@ -23,8 +25,10 @@ from data_pipelines.representations import (
     rotation_matrices,
     rotation_to_6d,
     rotation_values,
+    seams,
+    wrapped,
 )
-from data_pipelines.vectors import mask, parse, read, restore, streams
+from data_pipelines.vectors import mask, parse, read, restore, streams, vector
 
 RNG = np.random.default_rng(0)
 
@@ -138,6 +142,130 @@ def test_two_arms_side_by_side():
     seen, _ = read_parts(dict(stream="eef", represent="relative_pose", base="other"), dim=9)
     relative = np.linalg.inv(VALUES["other"][7]) @ VALUES["eef"][8:13]
     np.testing.assert_allclose(seen[1, :, :3], relative[:, :3, 3], atol=1e-5)
+
+
+# Angles and rotations that have more than one value.
+
+HALF_TURNS = Rotation.from_rotvec(np.linspace(0.6, 1.4, 41)[:, None] * np.pi * [0.6, 0.0, 0.8])
+"""A steady turn through half a turn, where every chart has its seam."""
+
+
+def _read(stored, part, dim, **window):
+    times = np.arange(len(stored), dtype=np.int64) * 10**8
+    window = dict(horizon=9, fps=10, shift=0.0) | window
+    return read(parse((part,)), {"x": Stream(times, stored)}, times[:30:3], dim, **window)[0]
+
+
+def _in_every_chart():
+    rotvec, quaternion = HALF_TURNS.as_rotvec(), HALF_TURNS.as_quat(canonical=True)
+    axis, angle = np.array([0.6, 0.0, 0.8]), np.linspace(0.6, 1.4, 41) * np.pi
+    signs = np.where(np.arange(41) % 3, 1.0, -1.0)[:, None]
+    return {
+        "rotvec": [rotvec, angle[:, None] * axis, (angle - 2 * np.pi)[:, None] * axis],
+        "quaternion_xyzw": [quaternion, -quaternion, signs * quaternion],
+        "quaternion_wxyz": [(signs * quaternion)[:, [3, 0, 1, 2]]],
+        "euler_xyz": [
+            HALF_TURNS.as_euler("xyz"),
+            np.unwrap(HALF_TURNS.as_euler("xyz"), axis=0),
+            np.array([1, -1, 1]) * HALF_TURNS.as_euler("xyz") + [np.pi, np.pi, np.pi],
+        ],
+        "matrix": [HALF_TURNS.as_matrix()],
+    }
+
+
+@pytest.mark.parametrize("represent", ["rotation", "pose", "relative_pose"])
+@pytest.mark.parametrize("interpolation", ["nearest", "between"])
+def test_every_value_of_a_rotation_gives_the_same_numbers_without_a_jump(represent, interpolation):
+    """q and -q, vectors beyond half a turn, angles round the seam; also between samples."""
+    part = dict(stream="x", represent=represent)
+    way = "quaternion" if represent == "rotation" else "pose"
+    part["interpolation"] = way if interpolation == "between" else "nearest"
+    if represent == "relative_pose":
+        part["base"] = "x"
+    expected = None
+    for form, charts in _in_every_chart().items():
+        for chart in charts:
+            stored = chart.reshape(41, -1)
+            if represent != "rotation":
+                stored = np.concatenate([np.zeros((41, 3)), stored], 1)
+            dim = 6 if represent == "rotation" else 9
+            numbers = _read(stored, part | dict(rotation=form), dim, fps=23)
+            expected = numbers if expected is None else expected
+            np.testing.assert_allclose(numbers, expected, atol=1e-6, err_msg=form)
+    assert np.abs(np.diff(expected, axis=1)).max() < 0.1
+
+
+PI = np.pi
+ANGLES = np.linspace(2.0, 4.4, 41)[:, None] * [1, -1]  # past π, and past -π
+
+
+@pytest.mark.parametrize("unit", [1.0, 180 / PI])
+@pytest.mark.parametrize("interpolation", ["nearest", "linear"])
+def test_a_delta_of_angles_goes_the_short_way_round(unit, interpolation):
+    low, high = -PI * unit, PI * unit
+    stored = wrapped(ANGLES * unit, low, high)
+    assert np.abs(np.diff(stored, axis=0)).max() > 6 * unit
+    part = dict(stream="x", represent="delta", base="x", interpolation=interpolation)
+    deltas = _read(stored, part | dict(wrap=(low, high)), 2, fps=20)
+    np.testing.assert_allclose(deltas, _read(ANGLES * unit, part, 2, fps=20), atol=1e-5 * unit)
+    assert np.abs(deltas).max() < 0.8 * unit
+    # A prediction is a command in the dataset's own range again.
+    parts = parse((part | dict(wrap=[low, high]),))
+    (command,) = restore(parts, deltas[4], {"x": stored[12]}).values()
+    assert command.min() >= low and command.max() <= high
+    again = vector(parts, {"x": command}, {"x": stored[12]}, 2)
+    np.testing.assert_allclose(again, deltas[4], atol=1e-5 * unit)
+
+
+def test_angles_between_two_samples_are_between_them():
+    stored = wrapped(ANGLES, -PI, PI)
+    part = dict(stream="x", interpolation="linear", wrap=(-PI, PI))
+    between = _read(stored, part, 2, fps=20)
+    expected = wrapped(_read(ANGLES, dict(stream="x", interpolation="linear"), 2, fps=20), -PI, PI)
+    np.testing.assert_allclose(between, expected, atol=1e-5)
+    assert np.abs(between).min() > 1.9  # without `wrap`, zero lies between π and -π
+    assert np.abs(_read(stored, dict(stream="x", interpolation="linear"), 2, fps=20)).min() < 1
+
+
+def test_jumps_between_two_values_of_one_angle_are_found():
+    for values, words in (
+        (wrapped(ANGLES, -PI, PI), ["dimension 0 jumps by 2π (1 times)", "dimension 1 jumps"]),
+        (wrapped(np.degrees(ANGLES) + 180, 0, 360), ["dimension 1 jumps by 360°"]),
+        (
+            HALF_TURNS.as_rotvec(),
+            ["dimensions 0 to 2 turn to their opposite (1 times), a rotation"],
+        ),
+        (HALF_TURNS.as_quat(canonical=True), ["dimensions 0 to 3 turn", "a quaternion"]),
+        (np.column_stack([STEADY, HALF_TURNS.as_quat(canonical=True)]), ["dimensions 1 to 4 turn"]),
+        (STEADY, []),
+        (ANGLES, []),
+        ((STEADY > 0) * 1.0, []),
+        (HALF_TURNS.as_matrix().reshape(41, 9), []),
+    ):
+        found = " | ".join(seams(values))
+        assert all(word in found for word in words) and bool(found) == bool(words), found
+
+
+STEADY = np.linspace(-1, 1, 41)[:, None]
+
+
+@pytest.mark.parametrize(
+    ("part", "values", "message"),
+    [
+        (dict(represent="rotation", rotation="euler_xyz"), [[0, 90.0, 0]], "radians.*degrees"),
+        (dict(represent="rotation", rotation="rotvec"), [[0, 90.0, 0]], "radians.*degrees"),
+        (dict(represent="rotation", rotation="quaternion_wxyz"), [[0.5, 0, 0, 0.2]], "length 1"),
+        (dict(represent="rotation", rotation="matrix"), np.diag([1.0, 1, -1]), "not rotations"),
+        (dict(represent="rotation", rotation="matrix"), np.diag([2.0, 2, 2]), "not rotations"),
+        (dict(represent="pose"), np.eye(4) + np.outer([0, 0, 0, 1], [0.3, 0, 0, 0]), "transposed"),
+        (dict(represent="pose"), np.full((4, 4), np.nan), "fourth row"),
+    ],
+)
+def test_what_is_no_rotation_is_not_taken_for_one(part, values, message):
+    stored = {"x": np.stack([np.reshape(values, -1)] * 2)}
+    dim = 9 if part["represent"] == "pose" else 6
+    with pytest.raises(ValueError, match=message):
+        vector(parse((part | dict(stream="x"),)), stored, {}, dim)
 
 
 # The maps they use.

@@ -1,7 +1,6 @@
 """Vectors: how a config describes them, what is said when it is wrong, and windows in time."""
 
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -134,7 +133,7 @@ def test_streams_that_do_not_fit_are_named(part, dim, message):
 def test_what_is_no_rotation_is_an_error_of_the_episode():
     episode = {"q": Stream(TIMES, np.zeros((N, 4)))}
     part = dict(stream="q", represent="rotation", rotation="quaternion_xyzw")
-    with pytest.raises(ValueError, match=re.compile("zero norm", re.IGNORECASE)) as error:
+    with pytest.raises(ValueError, match="quaternions must have length 1") as error:
         read(parse((part,)), episode, TIMES[:1], 6, horizon=1, fps=HZ)
     assert not isinstance(error.value, StreamMismatch)
 
@@ -212,20 +211,30 @@ def test_padding_is_where_any_stream_has_ended():
 
 
 @pytest.mark.parametrize(
-    ("part", "good", "bad"),
+    ("part", "unturned", "good", "bad"),
     [
-        (dict(represent="pose"), [(16,), (4, 4), (1, 16)], [(2, 8), (8, 2)]),
-        (dict(represent="rotation", rotation="matrix"), [(9,), (3, 3)], [(9, 9)]),
-        (dict(represent="rotation", rotation="quaternion_xyzw"), [(4,), (1, 4)], [(2, 2)]),
-        (dict(represent="pose", rotation="matrix"), [(12,)], [(3, 4), (4, 3)]),
+        (dict(represent="pose"), np.eye(4), [(16,), (4, 4), (1, 16)], [(2, 8), (8, 2)]),
+        (dict(represent="rotation", rotation="matrix"), np.eye(3), [(9,), (3, 3)], [(9, 9)]),
+        (
+            dict(represent="rotation", rotation="quaternion_xyzw"),
+            [0.0, 0, 0, 1],
+            [(4,), (1, 4)],
+            [(2, 2)],
+        ),
+        (
+            dict(represent="pose", rotation="matrix"),
+            [0.0, 0, 0, *np.eye(3).ravel()],
+            [(12,)],
+            [(3, 4), (4, 3)],
+        ),
     ],
 )
-def test_a_shape_is_not_its_total_size(part, good, bad):
+def test_a_shape_is_not_its_total_size(part, unturned, good, bad):
     """A 3x4 pose has as many numbers as a position and a matrix, in another order."""
     parts = parse((dict(stream="x", **part),))
     dim = 6 if part["represent"] == "rotation" else 9
     for shape in good + bad:
-        numbers = {"x": np.random.default_rng(0).normal(size=(5, *shape))}
+        numbers = {"x": np.stack([np.resize(unturned, shape)] * 5)}
         if shape in good:
             assert vector(parts, numbers, {}, dim).shape == (5, dim)
         else:
