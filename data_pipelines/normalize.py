@@ -354,6 +354,8 @@ def released_normalizer(path: Path) -> Normalizer:
             f"{path} is a normalizer of this project, not released statistics; it belongs to the "
             "training beside it."
         )
+    if "weight_map" in content:
+        raise ValueError(f"{path} is the index of weights in several files; give its folder.")
     incomplete = [k for k, v in content.items() if not isinstance(v, dict) or "mean" not in v]
     if incomplete or not content:
         lacking = f"{', '.join(incomplete[:5])} lack mean" if incomplete else "it is empty"

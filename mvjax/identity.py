@@ -43,6 +43,7 @@ PACKAGES = (
 # the position: integer sums are exact in any order, so a digest does not depend on the sharding,
 # the kind of device or the names of files, and costs one pass over the parameters.
 
+_PART = 1 << 16  # values summed at once on the host
 _SMALL = 4 << 20  # bytes; a smaller leaf is summed by numpy sooner than a program is compiled
 
 
@@ -80,9 +81,11 @@ def piece_sums(piece: np.ndarray, first: int = 0) -> np.ndarray:
 
     The sums of a leaf are those of its pieces, added modulo 2^32.
     """
-    if piece.nbytes <= _SMALL:
-        return _sums_on_host(piece, first)
-    return np.asarray(_sums_of_piece(piece, np.uint32(first % 2**32)))
+    flat, sums = np.ascontiguousarray(piece).reshape(-1), np.zeros(2, np.uint32)
+    # In parts that fit the cache: faster than a compiled program, and without its memory.
+    for start in range(0, flat.size, _PART):
+        sums += _sums_on_host(flat[start : start + _PART], first + start)
+    return sums
 
 
 def _sums_on_host(array: np.ndarray, first: int) -> np.ndarray:
@@ -99,11 +102,6 @@ def _sums_on_host(array: np.ndarray, first: int) -> np.ndarray:
 def _sums_of_all(arrays: dict[str, jax.Array], whole: NamedSharding | None) -> dict[str, jax.Array]:
     sums = jax.tree.map(lambda array: _sums_on_device(array, jnp.uint32(0)), arrays)
     return sums if whole is None else jax.lax.with_sharding_constraint(sums, whole)
-
-
-@jax.jit
-def _sums_of_piece(array: jax.Array, first: jax.Array) -> jax.Array:
-    return _sums_on_device(array, first)
 
 
 def _sums_on_device(array: jax.Array, first: jax.Array) -> jax.Array:

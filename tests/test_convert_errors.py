@@ -17,7 +17,7 @@ from published import CONFIGS, prefixed, published_shapes, random_tensors, tenso
 from data_pipelines.normalize import released_normalizer
 from mvjax.weights.convert import prepare, write
 from mvjax.weights.files import TorchTensor
-from mvjax.weights.kinds import ACTION, VIDEO, Hints
+from mvjax.weights.kinds import ACTION, TEXT, VIDEO, Hints
 from mvjax.weights.pt_files import write_pt
 from mvjax.weights.source import open_source, open_weights
 
@@ -127,14 +127,43 @@ def test_things_of_another_kind(folders):
     here, out = folders
     (here / "notes.txt").write_text("hello")
     (here / "empty").mkdir()
+    (here / "checkpoints" / "100" / "state").mkdir(parents=True)
     write_pt(here / "other.pt", {"layer.weight": tensor(np.zeros(3, np.float32))})
     for name, said in (
         ("notes.txt", "notes.txt"),
         ("empty", "empty"),
         ("absent.pt", "absent.pt"),
         ("other.pt", "holds no known network"),
+        ("checkpoints", "inside a checkpoint of this project"),
     ):
         assert said in refused(here / name, out / "x")
+
+
+def test_adapters_alone_are_not_weights(folders):
+    here, out = folders
+    name = "base_model.model.blocks.0.self_attn.q_proj.lora_A.weight"
+    write_pt(here / "adapter_model.bin", {name: tensor(np.zeros((3, 4), np.float32))})
+    assert "holds LoRA adapters" in refused(here / "adapter_model.bin", out / "x")
+
+
+def test_a_tokenizer_that_was_not_downloaded_is_not_copied(folders):
+    here, out = folders
+    folder = write_published(here, TEXT, "diffusers", random_tensors(TEXT, "diffusers"))
+    (folder / "spiece.model").write_text("version https://git-lfs.github.com/spec/v1\noid 1\n")
+    assert "spiece.model: it is a placeholder of Git LFS" in refused(folder, out / "x")
+
+
+def test_weights_that_are_zero_are_said(folders, caplog):
+    """A download that did not finish may have its full size, filled with zeros."""
+    here, out = folders
+    tensors = random_tensors(VIDEO, "nvidia")
+    large = [name for name, t in tensors.items() if np.prod(t.shape) > 4096]
+    for name in large[-2:]:
+        tensors[name] = tensor(np.zeros(tensors[name].shape, np.float32))
+    source = write_published(here, VIDEO, "nvidia", tensors)
+    write(prepare(open_source(source, HINTS)), out / "x")
+    (said,) = (r.getMessage() for r in caplog.records if "zero throughout" in r.message)
+    assert said.startswith("2 large tensors of") and "download did not finish" in said
 
 
 def test_what_weights_do_not_tell_is_asked_for(folders, complains):

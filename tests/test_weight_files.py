@@ -46,6 +46,11 @@ def test_equal_weights_give_equal_files(tmp_path):
         (bytes(257) + b"ustar\0" + bytes(300), "tar archive"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "git lfs pull"),
         (b"<!DOCTYPE html><html>", "web page"),
+        (b'<?xml version="1.0"?><Error><Code>AccessDenied</Code></Error>', "web page"),
+        (b"\x1f\x8b\x08" + bytes(9), "is compressed"),
+        (b"GGUF" + bytes(9), "a GGUF file"),
+        (bytes(600), "begins with zeros"),
+        (b'{"architectures": ["T5"]}', "is JSON; give the weights file"),
         (b"PK\3\4" + bytes(1000), r"is cut off: .* \(0\.0 MB on disk\)"),
         ((2**40).to_bytes(8, "little") + b"{}", "damaged .*header too large"),
         ((64).to_bytes(8, "little") + b'{"a":', "is cut off or damaged"),
@@ -176,9 +181,14 @@ def test_folders(tmp_path):
     (folder / index).write_text('{"weight_map": {"w": "../secret"}}')
     with pytest.raises(WeightsError, match=r"outside its folder: \.\./secret"):
         open_weights(folder)
-    (folder / index).write_text("[1]")
-    with pytest.raises(WeightsError, match=r"index\.json is damaged"):
-        open_weights(folder)
+    for text, words in (
+        ("[1]", "damaged"),
+        ("{}", "lacks 'weight_map'"),
+        ("version https://git-lfs.github.com/spec/v1\n", "Git LFS"),
+    ):
+        (folder / index).write_text(text)
+        with pytest.raises(WeightsError, match=rf"index\.json is.*{words}"):
+            open_weights(folder)
 
 
 def test_a_folder_of_two_models(tmp_path):
@@ -199,8 +209,13 @@ def test_folders_of_torch_files(tmp_path):
     assert_same(open_weights(tmp_path), small())
 
     index.unlink()
-    with pytest.raises(WeightsError, match=r"several weights files .*00001-of-00002\.bin, "):
-        open_weights(tmp_path)
+    for left in (2, 1):  # also where one of them is not there
+        missing = r"shards \(.*-of-00002\.bin.* without their index pytorch_model\.bin\.index\.json"
+        with pytest.raises(WeightsError, match=missing):
+            open_weights(tmp_path)
+        with pytest.raises(WeightsError, match="one of several shards; give the folder"):
+            open_weights(tmp_path / f"pytorch_model-0000{left}-of-00002.bin")
+        (tmp_path / f"pytorch_model-0000{left}-of-00002.bin").rename(tmp_path / f"moved-{left}")
     write_pt(tmp_path / "pytorch_model.bin", small())
     assert_same(open_weights(tmp_path), small())
     write_safetensors(tmp_path / "model.safetensors", first)  # is preferred

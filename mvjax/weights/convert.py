@@ -9,6 +9,7 @@ write_export(export, destination)
 
 import dataclasses
 import json
+import logging
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from data_pipelines.atomic import replacing
+from data_pipelines.episode import reason
 from data_pipelines.normalize import VECTORS, Normalizer
 from mvjax.models.lora import LoRA, merge_lora
 from mvjax.models.network import Params
@@ -37,6 +39,9 @@ from mvjax.weights.safetensors_files import write_safetensors_folder
 from mvjax.weights.source import Source
 from mvjax.weights.streaming import ParameterReader, StreamedArray, write_streamed
 
+log = logging.getLogger(__name__)
+
+_LARGE = 4096  # values; smaller tensors, such as biases, may well be zero
 _FLOATS = tuple(np.dtype(kind) for kind in (np.float32, np.float64, np.float16, ml_dtypes.bfloat16))
 
 
@@ -50,6 +55,7 @@ class Conversion:
     params: Params  # `StreamedArray`s
     num_parameters: int
     nbytes: int
+    zeros: list[str]  # filled while they are written: large tensors without a value
 
 
 def prepare(
@@ -87,9 +93,10 @@ def prepare(
             f"weights must be float32, float16 or bfloat16, but {', '.join(unusable)}; quantised "
             "weights cannot be converted."
         )
-    arrays = {path: _streamed(parameter, dtype) for path, parameter in found.parameters.items()}
+    zeros: list[str] = []
+    arrays = {path: _streamed(p, dtype, zeros) for path, p in found.parameters.items()}
     params, nbytes = unflatten_dict(arrays, sep="."), sum(a.nbytes for a in arrays.values())
-    return Conversion(source, tensors, config, params, network.num_parameters, nbytes)
+    return Conversion(source, tensors, config, params, network.num_parameters, nbytes, zeros)
 
 
 def write(
@@ -102,6 +109,11 @@ def write(
         FileExistsError, OSError: See `write_streamed`.
     """
     source = conversion.source
+    files = [source.path / name for name in TOKENIZER_FILES] if source.path.is_dir() else []
+    tokenizer_files = [path for path in files if path.is_file()]
+    for path in tokenizer_files:
+        if "Git LFS" in (why := reason(path, "")):
+            raise WeightsError(f"{path}: {why}.")
     meta: dict[str, Any] = {
         "stage": source.kind.stage,
         "config": conversion.config,
@@ -114,9 +126,16 @@ def write(
         "versions": library_versions(),
     }
     write_streamed(directory, conversion.params, json.loads(json.dumps(meta)), wrote)
-    for name in TOKENIZER_FILES:
-        if source.path.is_dir() and (source.path / name).is_file():
-            shutil.copyfile(source.path / name, directory / name)
+    for path in tokenizer_files:
+        shutil.copyfile(path, directory / path.name)
+    if conversion.zeros:
+        log.warning(
+            "%d large tensors of %s are zero throughout (%s): if they should not be, the download "
+            "did not finish; compare the file's checksum.",
+            len(conversion.zeros),
+            source.path,
+            ", ".join(collapse(conversion.zeros)[:5]),
+        )
 
 
 def give_statistics(normalizer: Normalizer, directory: Path) -> None:
@@ -157,21 +176,23 @@ def give_statistics(normalizer: Normalizer, directory: Path) -> None:
     dataclasses.replace(normalizer, decoder=decoder.identity["digest"]).save(path)
 
 
-def _streamed(parameter: Parameter, dtype: str) -> StreamedArray:
+def _streamed(parameter: Parameter, dtype: str, zeros: list[str]) -> StreamedArray:
     kinds = {tensor.dtype for tensor in parameter.tensors}
     if not dtype and (len(kinds) > 1 or kinds == {np.dtype(np.float64)}):
         dtype = "float32"
     kept = np.dtype(dtype) if dtype else kinds.pop()  # ml_dtypes has registered "bfloat16"
     rule = parameter.rule
     pieces = tuple(
-        partial(_piece, name, tensor, rule.layout, kept)
+        partial(_piece, name, tensor, rule.layout, kept, zeros)
         for name, tensor in zip(parameter.names, parameter.tensors)
     )
     blocks = (len(pieces),) if rule.stacked else ()
     return StreamedArray((*blocks, *parameter.shape), kept, pieces, rule.stacked)
 
 
-def _piece(name: str, tensor: TorchTensor, layout: Layout, dtype: np.dtype) -> np.ndarray:
+def _piece(
+    name: str, tensor: TorchTensor, layout: Layout, dtype: np.dtype, zeros: list[str]
+) -> np.ndarray:
     array = tensor.read()
     if array.dtype == ml_dtypes.bfloat16:  # on the bits: NumPy's own test is ten times slower
         bad = np.count_nonzero((array.view(np.uint16) & 0x7F80) == 0x7F80)
@@ -179,9 +200,12 @@ def _piece(name: str, tensor: TorchTensor, layout: Layout, dtype: np.dtype) -> n
         bad = array.size - np.count_nonzero(np.isfinite(array))
     if bad:
         raise WeightsError(
-            f"{name} holds {bad} values that are not finite (NaN or infinity); take another "
-            "checkpoint of that training."
+            f"{name} holds {bad} values that are not finite (NaN or infinity): compare the file's "
+            "checksum, or take another checkpoint of that training."
         )
+    if array.size > _LARGE and not array.reshape(-1)[:: array.size // _LARGE].any():
+        if not array.any():
+            zeros.append(name)
     return _contiguous(layout.to_ours(array)).astype(dtype, copy=False)
 
 

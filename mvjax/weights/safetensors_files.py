@@ -40,6 +40,11 @@ def read_safetensors(path: Path) -> Tensors:
                 tensors[name] = TorchTensor(shape, _TYPES[code], read)
                 begin += tensors[name].nbytes
     except SafetensorError as error:
+        if "unknown variant" in str(error):  # of the types
+            raise WeightsError(
+                f"{path} holds a type that this version of safetensors does not know ({error}); "
+                "upgrade it (pip install -U safetensors), or convert the tensor in PyTorch."
+            ) from error
         size = f"{path.stat().st_size:,} bytes"
         raise WeightsError(
             f"{path} ({size}) is cut off or damaged ({error}); download it again."

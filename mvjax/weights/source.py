@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_pipelines.episode import reason
 from mvjax.weights.files import Tensors, WeightsError
 from mvjax.weights.kinds import KINDS, Hints, Kind
 from mvjax.weights.match import collapse
@@ -21,6 +22,7 @@ _IN_FOLDERS = (
     ("*pytorch_model.bin",),  # before the other .bin files, such as training_args.bin
     ("*.pt", "*.pth", "*.bin"),
 )
+_SHARD = re.compile(r"-(\d{5})-of-(\d{5})\.")  # in the name of one file of several
 _LEGACY_TORCH = bytes.fromhex("8a0a6cfc9c46f9206aa85019")  # its magic number, pickled
 
 
@@ -36,10 +38,20 @@ def open_weights(path: Path) -> Tensors:
     path = Path(path)
     if not path.exists():
         raise WeightsError(f"{path} does not exist; give a weights file, or a folder of them.")
+    if not path.is_dir() and _is_one_of_several(path):
+        raise WeightsError(
+            f"{path} is one of several shards; give the folder that holds all of them and their "
+            f"index: {path.parent}."
+        )
     tensors = _open_folder(path) if path.is_dir() else _open_file(path)
     if not tensors:
         raise WeightsError(f"{path} holds no tensors; give a file or folder with weights.")
     return tensors
+
+
+def _is_one_of_several(path: Path) -> bool:
+    found = _SHARD.search(path.name)
+    return bool(found) and int(found[2]) > 1
 
 
 def _open_file(path: Path) -> Tensors:
@@ -60,8 +72,16 @@ def _open_file(path: Path) -> Tensors:
         problem = f"is a bare pickle, which may run code when loaded; if you trust it, {resave}"
     elif head.startswith(b"version https://git-lfs"):
         problem = "is a Git LFS pointer in place of the weights; run `git lfs pull` there."
-    elif head.lstrip()[:5].lower() in (b"<!doc", b"<html"):
+    elif head.lstrip()[:5].lower() in (b"<!doc", b"<html", b"<?xml"):
         problem = "is a web page; download it again, logged in and with the licence accepted."
+    elif head[:2] == b"\x1f\x8b" or head[:4] == b"\x28\xb5\x2f\xfd":
+        problem = "is compressed; unpack it."
+    elif head[:4] == b"GGUF":
+        problem = "is a GGUF file; take the weights that it was made from (safetensors or .pt)."
+    elif not any(head):
+        problem = "begins with zeros, like a download that did not finish; download it again."
+    elif head.lstrip()[:1] == b"{":
+        problem = "is JSON; give the weights file, or the folder that holds both."
     else:
         problem = "is neither a file of torch.save nor safetensors; give one of those."
     raise WeightsError(f"{path} {problem}")
@@ -70,6 +90,12 @@ def _open_file(path: Path) -> Tensors:
 def _open_folder(folder: Path) -> Tensors:
     for patterns in _IN_FOLDERS:
         found = sorted(p for pattern in patterns for p in folder.glob(pattern))
+        if found and not found[0].name.endswith(".json") and _is_one_of_several(found[0]):
+            missing = _SHARD.sub(".", found[0].name) + ".index.json"
+            raise WeightsError(
+                f"{folder} holds shards ({_listed(found)}) without their index {missing}; download "
+                "the whole folder."
+            )
         if len(found) > 1:
             raise WeightsError(
                 f"{folder} holds several weights files without an index: {_listed(found)}; give "
@@ -83,6 +109,11 @@ def _open_folder(folder: Path) -> Tensors:
             f"{folder} is a distributed checkpoint; turn it into one file with python -m "
             "torch.distributed.checkpoint.format_utils dcp_to_torch <folder> <file>."
         )
+    if (folder / "_CHECKPOINT_METADATA").exists() or folder.name == "checkpoints":
+        raise WeightsError(
+            f"{folder} is inside a checkpoint of this project; give the training directory that "
+            "holds the folder `checkpoints`, with --to to export it."
+        )
     inside = sorted(p for p in folder.iterdir() if p.is_dir())
     hint = f"; give one of its folders: {_listed(inside)}." if inside else "."
     raise WeightsError(f"{folder} holds no weights file (*.safetensors, *.pt, *.pth, *.bin){hint}")
@@ -94,7 +125,7 @@ def _open_shards(index: Path) -> Tensors:
         shards = sorted(set(files.values()))
         outside = [shard for shard in shards if Path(shard).name != shard]
     except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-        raise WeightsError(f"{index} is damaged ({error}); download it again.") from error
+        raise _damaged(index, error) from error
     if outside:
         raise WeightsError(f"{index} names files outside its folder: {', '.join(outside)}.")
     missing = [index.with_name(shard) for shard in shards if not index.with_name(shard).is_file()]
@@ -110,6 +141,12 @@ def _open_shards(index: Path) -> Tensors:
             f"{len(absent) - 1} more); download both again."
         )
     return {name: by_shard[shard][name] for name, shard in files.items()}
+
+
+def _damaged(path: Path, error: Exception) -> WeightsError:
+    """Of a JSON file that cannot be read."""
+    what = reason(path, f"lacks {error}" if isinstance(error, KeyError) else error)
+    return WeightsError(f"{path} is damaged ({what}); download it again.")
 
 
 def _listed(paths: list[Path]) -> str:
@@ -153,7 +190,7 @@ def open_source(path: Path, hints: Hints, *, ema: bool = False) -> Source:
         try:
             hints = dataclasses.replace(hints, published=json.loads(published.read_text()))
         except ValueError as error:
-            raise WeightsError(f"{published} is damaged ({error}); copy it again.") from error
+            raise _damaged(published, error) from error
     kept = {known: tensors[name] for known, name in names.items()}
     return Source(path, kind, layout, kept, names, unused, hints)
 
@@ -182,6 +219,11 @@ def _recognise(path: Path, tensors: Iterable[str]) -> tuple[Kind, str]:
             if any(re.search(signature, name) for name in tensors):
                 return kind, layout
     shown = collapse(tensors)
+    if any("lora_A" in name or "lora_B" in name for name in tensors):
+        raise WeightsError(
+            f"{path} holds LoRA adapters of layers called {', '.join(shown[:3])}, without the "
+            "weights that they adapt; merge them in PyTorch, and convert the result."
+        )
     more = f" and {len(shown) - 5} other names" if len(shown) > 5 else ""
     raise WeightsError(
         f"{path} holds no known network ({', '.join(kind.title for kind in KINDS)}); its tensors "

@@ -21,7 +21,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from data_pipelines.atomic import write_json
+from data_pipelines.atomic import LOCK, run_lock, write_json
 from mvjax.identity import digest_of_sums, piece_sums
 from mvjax.models.network import Params
 from mvjax.training.bridge import step_folder
@@ -117,7 +117,8 @@ def write_streamed(
 
     Raises:
         FileExistsError: The directory is not empty.
-        OSError: The disk has not enough room (ENOSPC), checked before anything is written.
+        OSError: The disk has not enough room (ENOSPC), checked before anything is written; or
+            another process converts into the directory.
     """
     directory = Path(directory).absolute()
     handler, leaves = _StreamHandler(wrote), leaf_paths(params)
@@ -151,23 +152,26 @@ def write_streamed(
 
 @contextmanager
 def _new_folder(directory: Path) -> Iterator[None]:
-    """Creates a folder, and removes whatever it created if the block fails."""
+    """Creates a folder and keeps it to this process; removes what it created if the block fails."""
     # Not `atomic.replacing`: the manager finishes a checkpoint by renaming, and must see the folder
     # under its own name.
     folder = checkpoint_folder(directory)
-    for killed in folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed conversion left
-        shutil.rmtree(killed)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
-    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
-        raise FileExistsError(f"{directory} is not empty; choose a new directory.")
-    made = [p for p in (folder, directory, *directory.parents) if not p.exists()]
-    directory.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        shutil.rmtree(made[-1], ignore_errors=True)
-        raise
+    full = f"{directory} is not empty; choose a new directory."
+    if directory.exists() and not directory.is_dir():
+        raise FileExistsError(full)
+    made = [folder, *(p for p in (directory, *directory.parents) if not p.exists())]
+    with run_lock(directory):
+        for killed in folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed conversion left
+            shutil.rmtree(killed)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
+        if any(path.name != LOCK for path in directory.iterdir()):
+            raise FileExistsError(full)
+        try:
+            yield
+        except BaseException:
+            shutil.rmtree(made[-1], ignore_errors=True)
+            raise
 
 
 class ParameterReader:
