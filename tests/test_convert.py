@@ -18,6 +18,7 @@ from published import (
     write_published,
 )
 
+from data_pipelines.atomic import run_lock
 from data_pipelines.normalize import load_normalizers, released_normalizer
 from data_pipelines.statistics import compute_statistics
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
@@ -67,6 +68,15 @@ def test_there_and_back_bit_for_bit(kind, layout, tmp_path):
     again = open_source(tmp_path / "back", HINTS)  # the folder describes itself
     assert (again.kind, again.layout) == (kind, layout)
     assert prepare(again).config == conversion.config
+
+
+def test_a_second_conversion_leaves_the_first_ones_files_alone(tmp_path):
+    source = write_published(tmp_path, ACTION, "mimic-video", random_tensors(ACTION, "mimic-video"))
+    being_written = tmp_path / "ours" / "checkpoints" / "0.orbax-checkpoint-tmp" / "state"
+    being_written.mkdir(parents=True)
+    with run_lock(tmp_path / "ours"), pytest.raises(OSError, match="is writing to"):
+        convert(source, tmp_path / "ours")
+    assert being_written.is_dir()
 
 
 def test_bfloat16_stays_bfloat16_and_a_cast_is_asked_for(tmp_path):
