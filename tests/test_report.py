@@ -1,5 +1,6 @@
 """The report of a small synthetic run: complete, self-contained, naming its missing parts."""
 
+import dataclasses
 import html.parser
 import json
 import re
@@ -8,7 +9,13 @@ import numpy as np
 import pytest
 
 from mvjax.evaluation.report import build_evaluation_report, build_report, write_environment
-from mvjax.evaluation.rollout import EpisodeResult, Setting, append_result, write_setting
+from mvjax.evaluation.rollout import (
+    EpisodeResult,
+    Setting,
+    append_result,
+    read_results,
+    write_setting,
+)
 
 TASKS = ("drawer-close-v3", "window-open-v3")
 VOID = {"meta", "br"}
@@ -147,6 +154,16 @@ def test_report_says_the_numbers(run):
     (run / "environment.json").write_text(json.dumps(earlier))
     build_report(run, run / "report.html")
     assert "Software python" in Page((run / "report.html").read_text()).text
+
+
+def test_a_report_says_that_results_are_not_of_one_identity(run):
+    folder = run / "evaluation" / "none"
+    (result, *_) = read_results(folder / "results.jsonl")
+    other = dataclasses.replace(result, seed=99, config_hash="def")
+    append_result(folder / "results.jsonl", other)
+    said = Page(build_evaluation_report(run / "evaluation").read_text()).text
+    assert "“doing nothing” are not all of one identity: their config_hash is abc, def." in said
+    assert said.count("not all of one identity") == 1 and "not recorded" in said
 
 
 def test_a_report_of_an_unfinished_run_says_what_is_missing(tmp_path):

@@ -36,7 +36,7 @@ from mvjax.evaluation.rollout import (
     read_setting,
     whole_lines,
 )
-from mvjax.identity import described, different, environment, read_identity
+from mvjax.identity import described, different, digest_of, environment, read_identity
 
 STAGES = {"Stage 1: video model": "video", "Stage 2: action decoder": "action"}
 ROLLOUTS_PER_TASK = 3
@@ -186,14 +186,22 @@ def _identities(evaluations: Sequence[Evaluated]) -> list[tuple[str, dict[str, s
 
 
 def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
-    """Sentences on settings that this page compares although they have not one policy in common,
-    or not one simulator.
+    """Sentences on results that this page puts together although they are not of one policy, or
+    not of one simulator: within a setting, and between settings.
     """
     said, first = [], {}
     for e in evaluations:
+        found = {result.config_hash for result in e.results}
+        if e.identity is not None:
+            found.add(digest_of(e.identity["what"]))
+        if len(found) > 1:
+            said.append(
+                f"The episodes of “{e.setting.label}” are not all of one identity: their "
+                f"config_hash is {', '.join(sorted(found))}."
+            )
         if e.identity is None:
             continue
-        what = dict(e.identity["what"])
+        what = e.identity["what"]
         policy = {k: v for k, v in what.get("policy", {}).items() if k != "sampling"}
         # A variant is another policy on purpose.
         parts = {"simulator": {"suite": what["suite"], "simulator": what["simulator"]}}
@@ -201,9 +209,9 @@ def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
         parts |= {"policy": policy} if policy and not e.setting.variant else {}
         for name, part in parts.items():
             label, before = first.setdefault(name, (e.setting.label, part))
-            if found := different(before, part):
+            if unlike := different(before, part):
                 both = f"“{label}” (there) and “{e.setting.label}” (here)"
-                said.append(f"{both} differ in the {name}: {found}.")
+                said.append(f"{both} differ in the {name}: {unlike}.")
     return said
 
 
