@@ -57,13 +57,11 @@ class Decoder:
             try:
                 if self._container is None:
                     self._open()
-                first = self._frame(pts[0])
-                frames = np.empty((len(pts), *first.shape), np.uint8)
-                frames[0] = first
-                for place, p in enumerate(pts[1:], 1):
-                    frame = self._frame(p)
-                    if frame.shape != first.shape:
-                        reason = f"frames of {first.shape[:2]} and of {frame.shape[:2]}"
+                frames = np.empty((len(pts), self._index.height, self._index.width, 3), np.uint8)
+                for place, time in enumerate(pts):
+                    frame = self._frame(time)
+                    if frame.shape != frames.shape[1:]:
+                        reason = f"frames of {frames.shape[1:3]} and of {frame.shape[:2]}"
                         raise ValueError(unreadable(self._path, reason))
                     frames[place] = frame  # the only copy
                 return frames

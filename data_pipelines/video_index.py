@@ -149,7 +149,7 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
     if _is("avi", stream) and stream.codec_context.name in _UNORDERED:
         clock = "dts"
     packets = [
-        (getattr(p, clock), p.is_keyframe, p.is_discard, p.duration or 0)
+        (getattr(p, clock), p.is_keyframe, p.is_discard or _never_shown(p), p.duration or 0)
         for p in stream.container.demux(stream)
         if getattr(p, clock) is not None and p.size
     ]
@@ -166,6 +166,14 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
             start = next((time for time in times if time is not None), first)
         shown = shown[bisect_left(shown, min(start, first)) :]
     return VideoIndex(shown, keyframes, stream.time_base, clock=clock)
+
+
+def _never_shown(packet: av.Packet) -> bool:
+    """Whether it holds a frame that others refer to only, by its header in VP8 (RFC 6386, 9.1).
+
+    Later codecs put such a frame into one packet with one that is shown.
+    """
+    return packet.stream.codec_context.name == "vp8" and not memoryview(packet)[0] & 0x10
 
 
 def _check_whole(

@@ -194,6 +194,15 @@ def test_what_looks_different_in_a_player_is_a_finding(tmp_path):
             assert re.search(words, episode.findings[0])
 
 
+def test_an_observed_video_of_another_rate_or_kind_is_reported(tmp_path, caplog):
+    rows = [samples(colour, 9, False, 10) for colour in COLOURS]
+    path = save_samples(tmp_path / "a.mp4", "yuv420p10le", rows, color_trc=16)  # 10 per second
+    read_observed(path, 5, fps=10)
+    assert [message.split(": ")[1][:12] for message in caplog.messages] == ["video is HDR"]
+    read_observed(path, 5, fps=5)
+    assert "a.mp4 has 10 frames per second, but the model works at 5" in caplog.messages[-1]
+
+
 def test_what_is_no_picture_of_8_bit_colours_is_refused(tmp_path):
     for kind in ("gray16le", "gray10le"):
         path = save_samples(tmp_path / "depth.mkv", kind, [[700], [900]], "ffv1")

@@ -188,6 +188,25 @@ def cut_at_open_gop(source: Path, target: Path) -> Path:
     return target
 
 
+def with_hidden_frames(source: Path, target: Path) -> Path:
+    """VP8 with frames that are never shown, as libvpx's second pass stores alternate references."""
+    with av.open(str(source)) as given, av.open(str(target), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        for number, packet in enumerate(given.demux(given.streams.video[0])):
+            if not packet.size:
+                continue
+            if number % 12 == 5:
+                data = bytearray(bytes(packet))
+                data[0] &= ~0x10  # show_frame of RFC 6386, 9.1
+                hidden = av.Packet(bytes(data))
+                hidden.pts, hidden.dts = packet.pts, packet.dts
+                hidden.time_base, hidden.stream = packet.time_base, stream
+                container.mux(hidden)
+            packet.stream = stream
+            container.mux(packet)
+    return target
+
+
 PAUSED = [*range(20), *range(50, 70)]
 
 
@@ -203,12 +222,18 @@ PAUSED = [*range(20), *range(50, 70)]
         (20, lambda path: cut_end(encode(path / "trimmed.mp4", range(40), 3), 20 * 1000 // 30)),
         (
             40,
+            lambda path: with_hidden_frames(
+                save_avi(path / "a.webm", range(40), "libvpx", format="webm"), path / "hidden.webm"
+            ),
+        ),
+        (
+            40,
             lambda path: cut_at_open_gop(
                 encode(path / "a.mp4", range(60), 3, "scenecut=0:open-gop=1"), path / "cut.mp4"
             ),
         ),
     ],
-    ids=["avi", "avi mpeg4", "avi h264", "mkv", "late mp4", "ts", "trimmed mp4", "open gop"],
+    ids=["avi", "avi mpeg4", "avi h264", "mkv", "late mp4", "ts", "trimmed mp4", "vp8", "open gop"],
 )
 def test_the_frames_are_those_that_a_player_shows(tmp_path, monkeypatch, count, make):
     path = make(tmp_path)
