@@ -274,6 +274,26 @@ def test_health(server):
     assert 0 < infer["p50"] <= total["p50"] <= total["p95"] <= total["p99"]
 
 
+def test_what_is_strange_is_said_once_per_connection_and_counted(server, caplog):
+    """Pictures of the client's own, a state in millimetres: answered, but not without a word."""
+    odd = GOOD | {"observation/wrist_image": PICTURE, "observation/state": np.full(4, 900.0)}
+    before = server.health()["notices"].get("state_far_outside", {"queries": 0, "connections": 0})
+    for _ in range(2):
+        with Client(server.uri) as client:
+            assert client.metadata["embodiment"] == "metaworld_sawyer"
+            assert client.metadata["camera"] == "observation.images.corner"
+            assert client.metadata["actions"] == "action as values"
+            said = client.infer(odd)["notices"]
+            assert any("far outside" in text and "with 900" in text for text in said)
+            assert any("'observation/wrist_image' is not read" in text for text in said)
+            assert "notices" not in client.infer(odd)
+    after = server.health()["notices"]["state_far_outside"]
+    assert after["queries"] == before["queries"] + 4
+    assert after["connections"] == before["connections"] + 2
+    assert "units" in after["first"]
+    assert caplog.text.count("The state is far outside") == 2  # the client logs what it is told
+
+
 def test_a_full_server_says_so_and_takes_the_next_when_one_leaves(server):
     server.wait_for_clients(0)
     with contextlib.ExitStack() as stack:

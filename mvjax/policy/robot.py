@@ -243,7 +243,7 @@ def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
 
 def is_on_the_hand(camera: str) -> bool:
     """Returns whether a camera's name says that it is on the robot's hand."""
-    return any(word in camera.lower() for word in ("wrist", "eye_in_hand", "gripper"))
+    return re.search("wrist|eye_in_hand|hand_?(cam|eye)|gripper", camera.lower()) is not None
 
 
 def last_word(stream: str) -> str:
