@@ -1,17 +1,28 @@
+import errno
 import json
+import os
 import shutil
+import threading
+import time
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
 from mvjax.models.network import merge
 from mvjax.parallel import make_mesh, make_rules
+from mvjax.training import checkpoint
 from mvjax.training.bridge import abstract_params, read_meta, restore_params
-from mvjax.training.checkpoint import CheckpointMismatch, Store, checkpoint_folder
+from mvjax.training.checkpoint import (
+    CheckpointDeleted,
+    CheckpointMismatch,
+    Store,
+    checkpoint_folder,
+)
 from mvjax.training.step import abstract_state, make_optimizer
 
 
@@ -141,6 +152,132 @@ def test_a_damaged_newest_checkpoint_is_set_aside(copied, damage):
     # The run goes on and writes step 4 again.
     records = train_toy(copied, meta={"data_fingerprint": "abc"})
     assert records["step"] == 4
+
+
+def test_arrays_of_another_checkpoint_are_damage(copied):
+    """The files are whole, but a bit, or a copy, has made them others than were saved."""
+    folder = checkpoint_folder(copied)
+    shutil.rmtree(folder / "4" / "state")
+    shutil.copytree(folder / "2" / "state", folder / "4" / "state")
+    with Store(copied, keep=2) as store:
+        with pytest.warns(UserWarning, match=r"damaged_4 .*has the digest \w+, but \w+ was saved"):
+            restored = store.restore(toy_abstract())
+        assert int(restored.state.step) == 2
+
+
+def error(number: int) -> OSError:
+    return OSError(number, os.strerror(number))
+
+
+def told(number: int, status: str) -> ValueError:
+    """An error of the system as tensorstore tells it."""
+    return ValueError(f"{status}: Error reading: {os.strerror(number)} [os_error_code='{number}']")
+
+
+def hidden(reason: Exception) -> Exception:
+    """As Orbax raises it."""
+    outer = Exception("Encountered error while reading array index")
+    outer.__cause__ = reason
+    return outer
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """failing(error, times): the next readings of arrays fail."""
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0, 0.0))
+    read, left = ocp.PyTreeCheckpointHandler.restore, []
+
+    def restore(*arguments, **named):
+        if left:
+            raise left.pop()
+        return read(*arguments, **named)
+
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", restore)
+    return lambda error, times: left.extend([error] * times)
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        error(errno.ESTALE),
+        error(errno.EIO),
+        TimeoutError(errno.ETIMEDOUT, "timed out"),
+        told(errno.EIO, "UNKNOWN"),
+        hidden(told(errno.ESTALE, "ABORTED")),
+        ValueError("UNAVAILABLE: the service is down"),
+    ],
+    ids=str,
+)
+def test_what_may_pass_is_waited_for_and_damages_nothing(copied, failing, reason, caplog):
+    folder = checkpoint_folder(copied)
+    with Store(copied, keep=2) as store:
+        failing(reason, 2)
+        assert int(store.restore(toy_abstract()).state.step) == 4
+        assert caplog.text.count("trying again in") == 2
+        failing(reason, 4)
+        with pytest.raises(OSError, match=r"checkpoints/4 cannot be read .*nothing shows that"):
+            store.restore(toy_abstract())
+        failing(reason, 4)
+        with pytest.raises(OSError, match=r"checkpoints/4 cannot be read .*nothing shows that"):
+            restore_params(copied, toy_abstract().params)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        PermissionError(errno.EACCES, "Permission denied"),
+        told(errno.EACCES, "PERMISSION_DENIED"),
+        error(errno.EMFILE),
+        error(errno.ENOSPC),
+        MemoryError("out of memory"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory on the device"),
+        ImportError("No module named 'zstandard'"),
+        KeyError("a field of a newer version"),
+        KeyboardInterrupt(),
+    ],
+    ids=repr,
+)
+def test_what_proves_no_damage_stops_and_renames_nothing(copied, failing, reason):
+    """Another attempt would not help, but the files may be as they were."""
+    folder = checkpoint_folder(copied)
+    with Store(copied, keep=2) as store:
+        failing(reason, 1)
+        with pytest.raises((OSError, type(reason))) as stopped:
+            store.restore(toy_abstract())
+        assert "move it away" not in str(stopped.value)
+        assert sorted(path.name for path in folder.iterdir()) == ["2", "4"]
+        assert int(store.restore(toy_abstract()).state.step) == 4
+
+
+def test_a_checkpoint_deleted_while_it_is_read_is_not_called_damaged(copied, monkeypatch):
+    """As by a training with keep=1, at once or file by file."""
+    monkeypatch.setattr(checkpoint, "PAUSES", (0.1,))
+    folder, wanted = checkpoint_folder(copied), toy_abstract().params
+    read = ocp.PyTreeCheckpointHandler.restore
+
+    def files():
+        return [path for path in (folder / "2").rglob("*") if path.is_file()]
+
+    def slowly():
+        while files():
+            files()[0].unlink()
+            time.sleep(0.05)
+        shutil.rmtree(folder / "2")
+
+    def overtaken(*arguments, **named):
+        if not threads:
+            for path in (folder / "2" / "state").rglob("d/*"):
+                path.unlink()
+            threads.append(threading.Thread(target=slowly))
+            threads[0].start()
+        return read(*arguments, **named)
+
+    threads = []
+    monkeypatch.setattr(ocp.PyTreeCheckpointHandler, "restore", overtaken)
+    with pytest.raises(CheckpointDeleted, match=r"deleted while .*the newest is now 4: run the"):
+        restore_params(copied, wanted, step=2)
+    threads[0].join()
 
 
 def test_when_no_checkpoint_can_be_read_nothing_is_moved(copied):

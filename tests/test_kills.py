@@ -61,6 +61,17 @@ def test_continued_on_another_mesh_it_sees_the_same_samples(data, straight, tmp_
     assert largest_difference(continued, before) < 1e-5
 
 
+def test_a_second_training_is_refused_and_the_first_goes_on(data, straight, tmp_path):
+    with start(tmp_path, data, STEPS) as first:
+        while not read_records(tmp_path):
+            assert first.poll() is None, first.err
+            first.wait(0.02)
+        said = start(tmp_path, data, STEPS).finish()
+        assert said.code == 1 and "is writing to" in said.err and "process" in said.err, said.err
+        finish(first)
+    assert without_times(read_records(tmp_path)) == without_times(read_records(straight))
+
+
 def test_a_sample_twice_or_not_at_all_would_be_noticed(straight):
     seen = samples(read_records(straight))
     assert broken_epochs(seen) == []

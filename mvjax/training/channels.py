@@ -222,30 +222,3 @@ class WandB:
     def close(self) -> None:
         """Waits until everything is sent."""
         self._run.finish()
-
-
-class Unfailing:
-    """A text stream whose writes do not fail: the log of a run may be on a full disk."""
-
-    def __init__(self, stream: Any):
-        """Takes the stream."""
-        self._stream = stream
-
-    def write(self, text: str) -> None:
-        """Writes what can be written."""
-        with contextlib.suppress(OSError, ValueError):  # ValueError: it is closed
-            self._stream.write(text)
-
-    def flush(self) -> None:
-        """Flushes what can be flushed."""
-        with contextlib.suppress(OSError, ValueError):
-            self._stream.flush()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stream, name)
-
-    def __eq__(self, other: object) -> bool:  # tqdm compares streams
-        return other is self or other == self._stream
-
-    def __hash__(self) -> int:
-        return hash(self._stream)

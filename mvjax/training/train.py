@@ -15,7 +15,7 @@ from mvjax.experiment import Experiment
 from mvjax.identity import digest
 from mvjax.models.network import merge
 from mvjax.parallel import sharding_tree
-from mvjax.training.channels import BestEffort, Unfailing
+from mvjax.training.channels import BestEffort
 from mvjax.training.checkpoint import Store, leaf_paths
 from mvjax.training.metrics import MetricsWriter, Record, Throughput, read_records, traced_steps
 from mvjax.training.objectives import Stage
@@ -203,16 +203,29 @@ def _mark_finished(workdir: Path, step: int | None) -> None:
         (workdir / FINISHED).write_text(f"{step}\n")
 
 
+class _Bar(tqdm):
+    """A bar that fails in silence: it may be drawn into a log on a full disk."""
+
+    def display(self, *arguments: Any, **named: Any) -> None:
+        with suppress(OSError):
+            super().display(*arguments, **named)
+
+    def clear(self, *arguments: Any, **named: Any) -> None:
+        with suppress(OSError):
+            super().clear(*arguments, **named)
+
+    def close(self) -> None:
+        with suppress(OSError):
+            super().close()
+
+
 def _progress_bar(name: str, first: int, steps: int) -> tqdm:
-    return tqdm(
-        total=steps,
-        initial=first,
-        desc=name,
-        unit="step",
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        file=Unfailing(sys.stderr),
-        disable=jax.process_index() != 0,
-    )
+    settings = dict(total=steps, initial=first, desc=name, unit="step")
+    interval = 0.5 if sys.stderr.isatty() else 30
+    try:
+        return _Bar(**settings, mininterval=interval, disable=jax.process_index() != 0)
+    except OSError:
+        return _Bar(**settings, disable=True)
 
 
 def _show(bar: tqdm, latest: Record | None) -> None:
