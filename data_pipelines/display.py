@@ -113,6 +113,11 @@ def _findings(frame: av.VideoFrame, stream: av.VideoStream):
             "video is interlaced and is used without deinterlacing, so that each picture shows "
             "two moments; deinterlace it, for example with ffmpeg's filter bwdif"
         )
+    if "frame_cropping" in getattr(stream.codec_context, "coded_side_data", ()):  # from PyAV 19
+        yield (
+            "video is to be cropped, as its container says, and is used whole; crop it when it is "
+            "encoded"
+        )
     shape = stream.sample_aspect_ratio
     if shape and abs(shape - 1) > _SQUARE:
         yield (
