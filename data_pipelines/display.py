@@ -6,6 +6,7 @@ would give other pictures than a player's, and cannot be put right, is refused o
 """
 
 import struct
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import av
@@ -94,7 +95,7 @@ def display(frame: av.VideoFrame, stream: av.VideoStream) -> Display:
     return Display(height, width, tuple(_findings(frame, stream)))
 
 
-def _findings(frame: av.VideoFrame, stream: av.VideoStream):
+def _findings(frame: av.VideoFrame, stream: av.VideoStream) -> Iterator[str]:
     transfer, primaries = int(frame.color_trc), int(frame.color_primaries)
     if transfer in _HDR:
         yield (
