@@ -256,6 +256,13 @@ def test_a_list_without_ranges_does_not_share_a_video(tmp_path):
     assert "has no videos/observation" in opened(root)[1].left_out[CAMERA]
 
 
+def test_ranges_beyond_the_end_of_a_video_are_named_with_both_times(tmp_path):
+    episodes = opened(write_v3(tmp_path / "set", LENGTHS, starts=[0, 800, 1700, 2400]))  # ms
+    assert shown(episodes[0].streams[CAMERA]) == numbers(0, 8)
+    reason = episodes[1].left_out[CAMERA]
+    assert "last frame is at 3.100 s" in reason and "begins at 800 s" in reason
+
+
 def test_an_end_that_disagrees_with_the_rows_is_a_finding(tmp_path):
     ends = {f"videos/{CAMERA}/to_timestamp": [0.8, 2.5, 2.4, 3.2]}
     episodes = opened(write_v3(tmp_path / "set", LENGTHS, listed=ends))

@@ -198,6 +198,9 @@ def test_no_other_column_is_taken_for_the_text(tmp_path, tasks):
         opened(root)[0]
     listed = {"tasks": [["pick"]] * 3}
     episode = opened(write_v3(tmp_path / "b", LENGTHS, tasks=tasks, listed=listed, video=False))[0]
+    plain = {"tasks": ["pick"] * 3}
+    other = opened(write_v3(tmp_path / "c", LENGTHS, tasks=tasks, listed=plain, video=False))[0]
+    assert other.instructions == ("pick",)
     assert episode.instructions == ("pick",) and "of meta/episodes was taken" in episode.findings[0]
 
 

@@ -247,9 +247,11 @@ class _Dataset:
         else:
             part = self._located(key, file, row)[number]
             if part.fault and len(index.pts) - part.first < row["length"]:
+                last = float(index.pts[-1] * index.time_base)
                 raise ValueError(
-                    f"{file} has {len(index.pts) - part.first} of the {row['length']} frames of "
-                    f"episode {number}; copy or encode it again"
+                    f"{file}: its last frame is at {last:.3f} s, but episode {number} has "
+                    f"{row['length']} rows and begins at {row[f'{listed}from_timestamp']:g} s by "
+                    f"{listed}from_timestamp; copy the video or convert the dataset again"
                 )
             if part.fault:
                 raise ValueError(
@@ -343,7 +345,9 @@ class _Dataset:
         the list of episodes do not say when each begins.
         """
         where = self.meta.list_name
-        listed = list(dict.fromkeys(t for t in row.get("tasks") or () if isinstance(t, str)))
+        listed = row.get("tasks") or []
+        listed = [listed] if isinstance(listed, str) else listed
+        listed = list(dict.fromkeys(text for text in listed if isinstance(text, str)))
         said = [text for text in listed if text.strip()]
         listed = said or listed
         used = found.column("task_index")

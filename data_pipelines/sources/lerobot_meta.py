@@ -190,6 +190,7 @@ def _read_info(path: Path) -> dict:
             len(features) > 0
             and isinstance(info.get("data_path"), str)
             and info.get("fps", 0) > 0
+            and int(info.get("chunks_size") or 1000) > 0
             and info.get("total_episodes", -1) == int(info.get("total_episodes", 0))
             and ("video" not in dtypes or isinstance(info.get("video_path"), str))
         )
