@@ -121,6 +121,7 @@ def square(rows=slice(None), columns=slice(None), value=200):
     "picture",
     [
         square(slice(60, 160), slice(60, 130)),  # a dark scene
+        square(slice(31, 193)),  # symmetric, but wider bars than of 4:3
         square(slice(28, 190)),  # bars of other widths above and below
         square(slice(10, 214)),  # symmetric, but of another aspect than training's
         np.maximum(square(slice(28, 196)), 1),  # not zero

@@ -20,6 +20,10 @@ log = logging.getLogger(__name__)
 Totals = dict[str, dict[str, Any]]
 """Kind of notice -> queries and connections that it concerned, and the first sentence."""
 
+# Height and width of common cameras, upright ones included.
+_ASPECTS = tuple(
+    aspect for h, w in ((3, 4), (9, 16), (10, 16), (2, 3), (4, 5)) for aspect in ((h, w), (w, h))
+)
 _BARS = 0.05  # of a side; narrower black edges are not worth a sentence
 
 
@@ -139,27 +143,29 @@ class View:
                 self._note_unexplained_bars(pictures, notices)
             self._edges = [0, 0]
             return pictures
-        axis, expected = self._expected_content()
-        # A clip has the aspect within a few percent only, as its sides are multiples of 16.
-        room = 1 if self._known else max(1, int(0.04 * expected))
-        most = (shape[axis] - expected + room) // 2 + 2
+        axis, lengths = self._contents()
+        most = (shape[axis] - min(lengths)) // 2 + 3
         found = _black_edges(pictures, axis, most)
         self._edges = found if self._edges is None else [*map(min, self._edges, found)]
         bars = self._edges
         content = shape[axis] - sum(bars)
-        if abs(content - expected) <= room and bars == _split(sum(bars)):
+        fits = any(abs(content - length) <= 1 for length in lengths)  # rounded down by openpi
+        if fits and bars == _split(sum(bars)):
             notices.add("letterboxed", self._letterboxed(axis, bars))
             inside = slice(bars[0], shape[axis] - bars[1])
             return pictures[:, inside] if axis == 0 else pictures[:, :, inside]
         notices.add("picture_aspect", self._other_aspect())
         return pictures
 
-    def _expected_content(self) -> tuple[int, int]:
-        """The axis (0: rows) that would have bars, and the length of the picture between them."""
-        (h, w), (height, width) = self._shape, self._size
-        if w * height < width * h:  # wider than the picture: bars above and below
-            return 0, int(height * w / width)
-        return 1, int(width * h / height)
+    def _contents(self) -> tuple[int, list[int]]:
+        """The axis (0: rows) that would have bars, and possible lengths of what is between them."""
+        h, w = self._shape
+        sizes = [self._size]
+        if not self._known:  # a clip's sides are multiples of 16: 176x320 stands for 16:9
+            sizes += [aspect for aspect in _ASPECTS if same_aspect(aspect, self._size)]
+        if w * self._size[0] < self._size[1] * h:  # wider than the picture: bars above and below
+            return 0, [int(height * w / width) for height, width in sizes]
+        return 1, [int(width * h / height) for height, width in sizes]
 
     def _letterboxed(self, axis: int, bars: list[int]) -> str:
         (h, w), (height, width) = self._shape, self._size
