@@ -688,8 +688,16 @@ def _episodes(count: int) -> str:
 
 
 def left_out_text(found: Inspection) -> list[str]:
-    """A line per stream that an encoding job could not use, and why."""
-    return [f"{name}: {why} ({_episodes(count)})" for (name, why), count in found.left_out.items()]
+    """A line per stream that an encoding job could not use, and why; a few reasons of each."""
+    lines, reasons = [], defaultdict(list)
+    for (name, why), count in found.left_out.most_common():
+        reasons[name].append((why, count))
+    for name, each in reasons.items():
+        lines += [f"{name}: {why} ({_episodes(count)})" for why, count in each[:_EXAMPLES]]
+        if rest := each[_EXAMPLES:]:
+            more = _episodes(sum(count for _, count in rest))
+            lines.append(f"{name}: {len(rest):,} other reasons ({more})")
+    return lines
 
 
 def size_text(stream: StreamSummary) -> str:

@@ -41,6 +41,8 @@ RETRY = flags.DEFINE_bool(
     "retry_skipped", False, "Encode shards again whose skipped episodes can be read now."
 )
 
+_FINDINGS = 20  # told at the end of a job
+
 
 def main() -> None:
     """Writes `records` of every dataset, or their text embeddings."""
@@ -131,8 +133,11 @@ def _tell(name: str, records: RecordDataset) -> None:
         skipped, share = len(records.skipped), len(records.skipped) / count
         more = f", {skipped} skipped ({100 * share:.3g} %)" if skipped else ""
         print(f"{name}: {len(records)} windows of {count} episodes{more}, {texts} instructions.")
-        for finding, episodes in records.findings.items():
-            print(f"{name}: {finding} ({len(episodes)} of {count} episodes)")
+        found = sorted(records.findings.items(), key=lambda finding: -len(finding[1]))
+        for text, episodes in found[:_FINDINGS]:
+            print(f"{name}: {text} ({len(episodes)} of {count} episodes)")
+        if len(found) > _FINDINGS:
+            print(f"{name}: {len(found) - _FINDINGS} more findings: launch.inspect {records.path}")
 
 
 if __name__ == "__main__":

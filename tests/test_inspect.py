@@ -264,6 +264,16 @@ def test_what_an_encoding_job_would_not_use_is_listed(tmp_path):
     assert "&lt;b&gt;: of bytes (1 episode)" in (tmp_path / "page.html").read_text()
 
 
+def test_many_reasons_for_one_stream_are_summed_up():
+    times = np.arange(10, dtype=np.int64) * 10**8
+    whys = ["not downloaded"] * 3 + [f"row {i} is null" for i in range(30)]
+    left = [{"wrist": why} for why in whys]
+    episodes = [replace(_episode(str(i), times), left_out=out) for i, out in enumerate(left)]
+    text = describe(inspect_dataset(episodes, "set", "in memory"))
+    assert text.count("wrist: ") == 6 and "wrist: not downloaded (3 episodes)" in text
+    assert "wrist: 26 other reasons (26 episodes)" in text
+
+
 def test_what_the_encoding_job_of_a_configuration_would_skip_is_listed():
     times = np.arange(10, dtype=np.int64) * 10**8
     video = np.stack(_moving(0, 10))
