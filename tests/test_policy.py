@@ -312,7 +312,7 @@ def test_observations_that_do_not_fit_are_refused(policy):
     tiled.inputs([query] * 2, with_future=False)  # of the clip's size, as training made them
     camera = dataclasses.replace(query, frames=np.repeat(query.frames, 2, axis=2))
     policy.inputs([camera] * 2, with_future=False)
-    with pytest.raises(ValueError, match="tiled from .*'front', 'wrist'.* 48x64 is none"):
+    with pytest.raises(ValueError, match=r"tiled from .*'front', 'wrist'.* 48x64 is none"):
         tiled.inputs([camera] * 2, with_future=False)
     with pytest.raises(ValueError, match=r"'proprio' has shape \(2, 2, 4\)"):
         policy.act([dataclasses.replace(query, proprio=np.zeros((2, 4), np.float32))])
