@@ -110,7 +110,7 @@ def run(case: Case, start: Start | None = None) -> tuple[Run, Start]:
             state, metrics = compiled(state, stage.frozen, batch)
             losses.append(float(metrics["loss"]))
             if not gradient:  # nothing is clipped: Adam's first moment is (1 - b1) times it
-                moment = leaf_paths(state.opt_state.inner[0].mu)
+                moment = leaf_paths(state.opt_state.inner[1].mu)
                 gradient = {k: np.asarray(m) / (1 - config.optimizer.b1) for k, m in moment.items()}
     return Run(np.array(losses), gradient), start
 

@@ -55,7 +55,7 @@ def first_gradient(workdir, config, tmp_path):
     _, abstract, _ = assemble(Experiment.from_config(config), stage, mesh)
     with jax.set_mesh(mesh), Store(tmp_path, keep=1) as store:
         state = store.restore(abstract).state
-    moment = state.opt_state.inner[0].mu
+    moment = state.opt_state.inner[1].mu
     return jax.tree.map(lambda m: np.asarray(m) / (1 - config.optimizer.b1), moment)
 
 
