@@ -95,6 +95,22 @@ def test_a_file_of_links_reads_each_demonstration_where_it_is(tmp_path, monkeypa
     assert twice == {3, 9}
 
 
+def test_a_link_to_all_demonstrations_is_followed_or_named(tmp_path):
+    write(tmp_path / "a.h5x", {"demo_0": 10, "demo_1": 20})
+    for name, target in {"whole": "a.h5x", "gone": "gone.h5x"}.items():
+        with h5py.File(tmp_path / f"{name}.hdf5", "w") as file:
+            file["data"] = h5py.ExternalLink(target, "/data")
+    with h5py.File(tmp_path / "part.hdf5", "w") as file:
+        write_demo(file.create_group("data/demo_0"), 10)
+        del file["data/demo_0/actions"]
+        file["data/demo_0/actions"] = h5py.ExternalLink("gone.h5x", "/actions")
+    episodes = open_it(tmp_path)
+    assert [base_of(episodes[i]) for i in (2, 3)] == [[10, 10], [20, 20]]
+    for number, said in enumerate(("gone.hdf5: data: its link", "demo_0: actions: its link")):
+        with pytest.raises(ValueError, match=f"{said}, .* leads nowhere"):
+            episodes[number]
+
+
 def test_one_demonstration_in_two_files_of_a_folder_is_a_finding(tmp_path):
     write(tmp_path / "a.hdf5", {"demo_0": 10, "demo_1": 20})
     with h5py.File(tmp_path / "some.hdf5", "w") as file:

@@ -56,6 +56,8 @@ def named_faults(path: Path) -> Iterator[None]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} holds text that is not UTF-8 ({error})") from error
     except _FAULTS as error:
+        if placeholder := reason(path, ""):
+            raise ValueError(f"{path}: {placeholder}") from error
         raise ValueError(
             f"{path}: not a readable HDF5 file ({reason(path, error)}); copy or write it again"
         ) from error

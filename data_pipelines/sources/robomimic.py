@@ -172,7 +172,10 @@ class _Demo:
 def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> list[_Demo]:
     """The demonstrations of a file in the order of their numbers; links are followed."""
     with pool.open(path) as file:
-        data = file.get("data") if "data" in file else None
+        try:
+            data = hdf5.follow(file, "data") if "data" in file.keys() else None
+        except ValueError as error:
+            raise ValueError(f"{path}: data: {error}") from error
         if not isinstance(data, h5py.Group):
             for actions in EPISODE_ACTIONS:
                 if isinstance(file.get(actions), h5py.Dataset) and mask is None:
@@ -268,6 +271,8 @@ class _Dataset:
         with self._opened(demo) as (group, described):
             arrays, left_out = hdf5.arrays(group)
             findings = [_TWICE] if demo.twice else []
+            if why := left_out.get(demo.actions):
+                raise ValueError(f"{demo.where}: {demo.actions}: {why}")
             length = _length(demo, group, arrays, findings)
             times = step_times(length, self._rate(demo, group, described))
             texts, parts = self._texts(demo, group, described, arrays, times, findings)
