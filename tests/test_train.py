@@ -1,4 +1,6 @@
+import errno
 import json
+import os
 import shutil
 import signal
 from pathlib import Path
@@ -6,14 +8,17 @@ from pathlib import Path
 import forked
 import jax
 import numpy as np
+import optax
 import pytest
 from run_records import without_times
 from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
 from data_pipelines.atomic import run_lock
+from mvjax.parallel import make_mesh, make_rules
 from mvjax.training.bridge import abstract_params, restore_params
-from mvjax.training.checkpoint import CheckpointMismatch
+from mvjax.training.checkpoint import CheckpointMismatch, Store
 from mvjax.training.metrics import read_records
+from mvjax.training.step import abstract_state, make_optimizer
 from mvjax.training.train import TrainingDiverged
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -187,6 +192,110 @@ def test_a_position_in_batches_does_not_fit_other_batches(straight, tmp_path, se
         train_toy(tmp_path / "copy", config, loader=loader)
 
 
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        ({}, {"optimizer.clip_norm": 0.0}, "optimizer.clip_norm is 1.0 there, 0.0 here"),
+        ({"optimizer.clip_norm": 0.0}, {}, "optimizer.clip_norm is 0.0 there, 1.0 here"),
+        ({}, {"training.ema_decay": 0.0}, "the moving average of before is left out"),
+        ({"training.ema_decay": 0.0}, {}, "a moving average begins with these parameters"),
+        ({}, {"optimizer.mu_dtype": "bfloat16"}, "optimizer.mu_dtype is '' there"),
+        ({"optimizer.mu_dtype": "bfloat16"}, {}, "optimizer.mu_dtype is 'bfloat16' there"),
+        ({}, {"optimizer.schedule": "constant"}, "optimizer.schedule is 'cosine' there"),
+        ({}, {"optimizer.weight_decay": 0.0}, "optimizer.weight_decay is 0.1 there"),
+        ({}, {"training.accumulate": 2}, "training.accumulate is 1 there"),
+    ],
+)
+def test_settings_of_the_optimizer_may_change_on_resume(tmp_path, caplog, before, after, said):
+    caplog.set_level("INFO", "mvjax")
+
+    def go(steps, settings):
+        config = toy_config(steps=steps)
+        config.update_from_flattened_dict(settings)
+        train_toy(tmp_path, config)
+        return config
+
+    go(2, before)
+    config = go(4, after)
+    assert said in caplog.text and "opt_state" not in caplog.text
+    assert [record["step"] for record in read_records(tmp_path)] == [1, 2, 3, 4]
+    # The moments of the first two steps are those of the optimizer now.
+    abstract = abstract_state(
+        toy_stage(),
+        make_optimizer(config.optimizer),
+        config.training.ema_decay > 0,
+        make_mesh({"data": -1}),
+        make_rules(),
+    )
+    with Store(tmp_path, keep=2) as store:
+        adam = store.restore(abstract).state.opt_state.inner[1]
+    assert int(adam.count) == 4
+    assert bool(params_of(tmp_path, use_ema=True))
+
+
+def test_an_average_that_is_begun_on_resume_begins_with_the_parameters(tmp_path):
+    train_toy(tmp_path, toy_config(steps=2, ema_decay=0.0))
+    start = params_of(tmp_path)["up"]["kernel"]
+    config = toy_config(steps=3, checkpoint_every=1)
+    train_toy(tmp_path, config)
+    decay, now = min(0.9, 3 / 12), params_of(tmp_path)["up"]["kernel"]
+    average = params_of(tmp_path, use_ema=True)["up"]["kernel"]
+    np.testing.assert_allclose(average, decay * start + (1 - decay) * now, rtol=1e-5)
+
+
+def test_a_run_of_an_earlier_version_without_clipping_goes_on(tmp_path, monkeypatch):
+    """Its optimizer had no place for the clipping, which moved all others."""
+
+    def go(workdir, steps):
+        config = toy_config(steps=steps)
+        config.optimizer.clip_norm = 0.0
+        return train_toy(workdir, config)
+
+    go(tmp_path / "straight", 4)
+    chain = optax.chain
+    with monkeypatch.context() as patch:
+        patch.setattr(optax, "chain", lambda first, *rest: chain(*rest))
+        go(tmp_path / "run", 2)
+    go(tmp_path / "run", 4)
+    expected = without_times(read_records(tmp_path / "straight"))
+    assert without_times(read_records(tmp_path / "run")) == expected
+
+
+def test_other_networks_of_equal_widths_are_refused_on_resume(tmp_path):
+    def go(steps, **settings):
+        config = toy_config(steps=steps)
+        config.context_layer, config.policy_io = 3, dict(action=dict(shift=0.0))
+        config.update_from_flattened_dict(settings)
+        return train_toy(tmp_path, config)
+
+    go(2)
+    for setting, value in (("context_layer", 2), ("policy_io.action.shift", 0.2)):
+        with pytest.raises(CheckpointMismatch, match=f"{setting} is .* there, {value} here"):
+            go(4, **{setting: value})
+    assert go(4)["step"] == 4
+
+
+def test_a_checkpoint_that_cannot_be_written_once_ends_no_run(tmp_path, monkeypatch, caplog):
+    """Its place takes the next one; the last one is tried again."""
+    caplog.set_level("INFO", "mvjax")
+    monkeypatch.setattr("mvjax.training.train.SAVING_PAUSES", (0.0,))
+    save, fails = Store.save, {2, 6}
+
+    def failing(store, step, *arguments):
+        if step in fails:
+            fails.remove(step)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(store, step, *arguments)
+
+    monkeypatch.setattr(Store, "save", failing)
+    assert train_toy(tmp_path, toy_config(steps=6))["step"] == 6
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+    assert "step 2 cannot be saved ([Errno 28]" in caplog.text
+    fails |= {2, 4}
+    with pytest.raises(OSError, match="No space left"):
+        train_toy(tmp_path / "twice", toy_config(steps=6))
+
+
 def test_a_finished_run_with_other_settings_is_not_trained_again(tmp_path, caplog):
     caplog.set_level("INFO", "mvjax")
 
@@ -248,7 +357,7 @@ def test_a_profile_has_its_steps(tmp_path, steps):
 
 
 def test_a_second_run_in_the_same_directory_is_refused(tmp_path):
-    with run_lock(tmp_path), pytest.raises(OSError, match="process .* is writing to"):
+    with run_lock(tmp_path), pytest.raises(OSError, match=r"process .* is writing to"):
         train_toy(tmp_path)
     assert list(tmp_path.iterdir()) == []
 

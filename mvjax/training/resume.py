@@ -123,7 +123,9 @@ def _carry_over(
         )
     averaged = bool(part("ema"))
     if averaged != bool(abstract["ema"]):
-        del wanted["ema"]
+        wanted.pop("ema")
+        if not averaged:  # on the disk, too, it is an empty item
+            wanted["ema"] = {}
         said.append(
             "training.ema_decay is 0: the moving average of before is left out."
             if averaged
