@@ -1,9 +1,11 @@
 """The shell set-up in real bash, with real environments; stand-ins: apt-get, sudo and uv."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import mujoco
@@ -315,3 +317,43 @@ def test_root_installs_opengl_and_the_backend_is_remembered(machine, broken_gl):
     assert "with apt-get" in result.stderr
     again = machine.run(commands)
     assert again.stdout.strip() == "egl" and again.stderr == ""
+
+
+# The packages and their lowest versions.
+
+
+def requirement_lines(path: Path) -> list[str]:
+    lines = (line.partition(" #")[0].strip() for line in path.read_text().splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_every_requirement_has_a_lowest_version():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    listed = [*project["dependencies"], *(line for extra in extras.values() for line in extra)]
+    listed += requirement_lines(ROOT / "requirements-libero.txt")
+    unbounded = [line for line in listed if not re.search(r">=|==|^mvjax\[", line)]
+    assert not unbounded
+
+
+def test_requirement_lists_agree_with_pyproject():
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"][
+        "optional-dependencies"
+    ]
+    for path in ROOT.glob("requirements*.txt"):
+        if path.name != "requirements-libero.txt":
+            (line,) = requirement_lines(path)
+            assert set(re.fullmatch(r"-e \.\[([\w,]+)\]", line)[1].split(",")) <= extras.keys()
+    # LIBERO's own Python has older packages only where it must: numpy 1.
+    found = subprocess.run(
+        [sys.executable, ROOT / ".ci" / "lowest.py", "train", "sim", "dev"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    ours = dict(line.split("==") for line in found.stdout.split())
+    assert ours["numpy"] == "2.2" and ours["av"] == "17" and ours["websockets"] == "14"
+    for line in requirement_lines(ROOT / "requirements-libero.txt"):
+        name, _, lowest = re.match(r"([\w-]+)(>=|==)([\w.]+)", line).groups()
+        if name in ours and name not in ("numpy", "mujoco"):
+            assert lowest == ours[name], line
