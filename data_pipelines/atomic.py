@@ -181,9 +181,11 @@ def _beat(path: Path, mine: str, ended: threading.Event) -> None:
 def _holder(path: Path) -> dict[str, Any]:
     """What the lock file says; {} where it is not there, or not written yet."""
     try:
-        return json.loads(path.read_text())
+        found = json.loads(path.read_text())
     except (FileNotFoundError, ValueError):
         return {}
+    named = isinstance(found, dict) and {"host", "process", "since"} <= set(found)
+    return found if named else {}
 
 
 def _age(path: Path) -> float:
