@@ -7,7 +7,7 @@ interpolated.
 ACTION and PROPRIO read the release's own episodes (format "mimic_episodes"):
 eef_pos_ref_delta_lowdim, eef_rot_ref_delta_lowdim [n, 3, 3], gripper_action_lowdim; eef_pos_lowdim,
 eef_rot_lowdim (xyzw), gripper_lowdim. HDF5_ACTION and HDF5_PROPRIO read LIBERO's own files (format
-"robomimic_hdf5"): actions [n, 7]; obs/ee_pos, obs/ee_ori (rotation vector), obs/gripper_states.
+"robomimic_hdf5"): actions [n, 7]; obs/ee_pos, obs/ee_ori (axis-angle), obs/gripper_states.
 REGENERATED_PROPRIO is for files in which obs/ee_ori is a quaternion (xyzw): those that mimic-video
 regenerates.
 
@@ -44,7 +44,7 @@ HDF5_PROPRIO = _hdf5_proprio("rotvec")
 REGENERATED_PROPRIO = _hdf5_proprio("quaternion_xyzw")
 
 # Recordings of `launch.record`, and other LeRobot datasets in openpi's layout: action [n, 7];
-# observation.state [n, 8]: position, rotation vector, two fingers.
+# observation.state [n, 8]: position, axis-angle (0 to 2π), two fingers.
 LEROBOT_ACTION = tuple(dict(part, stream="action") for part in HDF5_ACTION)
 LEROBOT_PROPRIO = (
     dict(stream="observation.state", columns=(0, 1, 2)),
