@@ -170,6 +170,8 @@ def cut_numbers(
                 dims(parts, io.dim)
     except ValueError as error:
         raise StreamMismatch(f"dataset {dataset.name!r}: {error}") from None
+    if episode.unknown_rate:
+        raise StreamMismatch(f"dataset {dataset.name!r}: {episode.unknown_rate}")
     used = dict.fromkeys([*names, *vector_streams(dataset)])
     # What the source could not use concerns this episode alone, and only if it is asked for.
     if broken := [f"{n} ({why})" for n, why in episode.left_out.items() if n in used]:

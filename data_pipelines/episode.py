@@ -91,6 +91,9 @@ class Episode:
     # Streams that the data name but that cannot be used -> why. They cost nothing unless the
     # configuration asks for them.
     left_out: Mapping[str, str] = field(default_factory=dict)
+    # Why it is not known how many steps a second has; the timestamps then are one second apart,
+    # and no window can be cut.
+    unknown_rate: str = ""
     # Disagreements between two sources of one fact that were settled, in sentences that say which
     # one was taken; equal for the same finding in another episode, so that they can be counted.
     findings: tuple[str, ...] = ()

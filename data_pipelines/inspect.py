@@ -31,7 +31,6 @@ from data_pipelines.pickles import PickleRefused
 from data_pipelines.records import RecordDataset, read_columns
 from data_pipelines.representations import Mode, seams
 from data_pipelines.sources.formats import open_dataset
-from data_pipelines.sources.rlds import UnknownRate
 from data_pipelines.statistics import collapsed, compute_statistics
 from data_pipelines.vectors import modes, parse
 from data_pipelines.video import VideoFile
@@ -99,6 +98,7 @@ class EpisodeSummary:
     has_sections: bool = False  # the task changes within it
     left_out: Mapping[str, str] = field(default_factory=dict)  # see `Episode`
     findings: tuple[str, ...] = ()
+    unknown_rate: str = ""
     problems: list[Problem] = field(default_factory=list)
     # Camera -> thumbnails of the first, middle and last frame, uint8 [h, w, 3].
     pictures: dict[str, list[np.ndarray]] = field(default_factory=dict)
@@ -153,17 +153,8 @@ def inspect_path(
 
     The further arguments are `limit` and `thorough` of `inspect_dataset`.
     """
-    name, unknown = path.resolve().name, None
-    try:
-        episodes = open_dataset(format, path, name, "unknown", options)
-    except UnknownRate as error:  # training needs it, and an inspection helps to find it
-        episodes = open_dataset(format, path, name, "unknown", {**options, "fps": 1.0})
-        unknown = f"{error} (--option=fps=... here)"
-    found = inspect_dataset(episodes, str(path), format, **settings)
-    if unknown:
-        found.facts.append(("rate", "unknown; a step is shown as one second"))
-        found.add_problem("unknown rate", _ALL, unknown)
-    return found
+    episodes = open_dataset(format, path, path.resolve().name, "unknown", options)
+    return inspect_dataset(episodes, str(path), format, **settings)
 
 
 def inspect_dataset(
@@ -186,7 +177,7 @@ def inspect_dataset(
     found = Inspection(title)
     ids, embodiments, rates = Counter(), set(), defaultdict(list)
     findings: dict[str, list[str]] = defaultdict(list)
-    sectioned = 0
+    sectioned, unknown = 0, {}
     numbers: dict[str, list[np.ndarray]] = defaultdict(list)
     summaries = _summaries(episodes, chosen, decoded, thorough, wanted)
     for episode in tqdm(summaries, desc="inspect", unit="episode", total=len(chosen)):
@@ -194,6 +185,8 @@ def inspect_dataset(
         found.left_out.update(episode.left_out.items())
         for text in episode.findings:
             findings[text].append(episode.id)
+        if episode.unknown_rate:
+            unknown[episode.id] = f"{episode.unknown_rate} (--option=fps=... here)"
         if not episode.streams:
             continue
         _compare(found, episode)
@@ -214,6 +207,10 @@ def inspect_dataset(
             found.samples.append(episode)
     found.samples = [found.samples[i] for i in _spread(len(found.samples), _SHOWN_EPISODES)]
     found.add_findings(findings)
+    if unknown:
+        first, why = next(iter(unknown.items()))
+        more = f"{first} and {len(unknown) - 1:,} more" if len(unknown) > 1 else first
+        found.add_problem("unknown rate", _ALL if len(unknown) == len(chosen) else more, why)
     for name, count in ids.items():
         if count > 1:
             found.add_problem("duplicate id", name, f"{count} episodes have it")
@@ -239,6 +236,7 @@ def inspect_dataset(
         ("readable", f"{found.readable:,} of {len(chosen):,}"),
         ("hours", f"{about}{seconds / 3600:,.2f} ({about}{seconds / 60:,.1f} minutes)"),
         ("embodiment", ", ".join(sorted(embodiments)) or "unknown"),
+        *([("rate", "unknown; a step is shown as one second")] if unknown else []),
         *([("task changes", f"within {_episodes(sectioned)}")] if sectioned else []),
         ("frames", "every frame decoded" if thorough else f"{len(decoded)} episodes sampled"),
     ]
@@ -308,6 +306,7 @@ def _inspect_episode(
     summary.instructions = tuple(episode.instructions)
     summary.has_sections = len(episode.sections) > 1
     summary.left_out, summary.findings = episode.left_out, episode.findings
+    summary.unknown_rate = episode.unknown_rate
     summary.problems += _check_instructions(summary.id, summary.instructions)
     for name, stream in episode.streams.items():
         try:

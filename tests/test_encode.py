@@ -217,6 +217,9 @@ def test_configs_that_do_not_fit_stop_the_job(tmp_path):
     wide.action.dim = 7
     with pytest.raises(StreamMismatch, match="4 dimensions, but policy_io says 7"):
         cut_episode(episode(0), ROBOT, CLIP, wide)
+    timeless = replace(episode(0), unknown_rate="a.hdf5 does not say how many steps a second has")
+    with pytest.raises(StreamMismatch, match=r"a\.hdf5 does not say"):
+        encode([timeless], tmp_path / "c")
     short = CLIP.copy_and_resolve_references()
     short.future_frames = 7
     with pytest.raises(ValueError, match="future_frames"):

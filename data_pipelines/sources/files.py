@@ -104,8 +104,8 @@ def without_padding(embedding: np.ndarray) -> np.ndarray:
     return embedding[: filled[-1] + 1 if len(filled) else 0]
 
 
-class UnknownRate(ValueError):
-    """The steps per second of the dataset are neither given nor known."""
+# `Episode.unknown_rate` of a file or folder.
+UNKNOWN_RATE = "{} does not say how many steps a second has; set dataset.options.fps"
 
 
 def step_times(steps: int, rate: float) -> np.ndarray:

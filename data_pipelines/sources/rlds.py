@@ -31,7 +31,7 @@ from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream, reaso
 from data_pipelines.frames import ImageFrames
 from data_pipelines.sources import pictures
 from data_pipelines.sources.files import (
-    UnknownRate,
+    UNKNOWN_RATE,
     decode_text,
     sections,
     step_times,
@@ -85,7 +85,6 @@ def open_rlds(
             and Open X-Embodiment are sentence embeddings, not T5's.
 
     Raises:
-        UnknownRate: if `fps` is None and the dataset's own name does not match `KNOWN_FPS`.
         ValueError: if TFDS did not prepare it, or it has no such split or text.
     """
     folder, info = _read_info(Path(path))
@@ -99,12 +98,8 @@ def open_rlds(
     records = _records(folder, info, split)
     rates = (rate for known, rate in KNOWN_FPS.items() if re.fullmatch(known, info.name))
     fps = next(rates, None) if fps is None else fps
-    if fps is None:
-        raise UnknownRate(
-            f"{folder} has no frame rate, and {info.name!r} is not the name of BridgeData V2, "
-            "DROID, RT-1 or LIBERO, whose rates are known; set dataset.options.fps"
-        )
-    loader = _Split(records, split, name, embodiment, fps, features, texts)
+    unknown = "" if fps else UNKNOWN_RATE.format(f"{folder} ({info.name})")
+    loader = _Split(records, split, name, embodiment, fps or 1, unknown, features, texts)
     return LazyEpisodes(records.ends[-1], loader.load)
 
 
@@ -265,6 +260,7 @@ class _Split:
     name: str
     embodiment: str
     fps: float
+    unknown_rate: str
     features: dict[str, Feature]
     texts: tuple[str, ...]
 
@@ -329,6 +325,7 @@ class _Split:
             sections=parts,
             left_out=left_out,
             findings=(finding,) if finding else (),
+            unknown_rate=self.unknown_rate,
         )
 
 

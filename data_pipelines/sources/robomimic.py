@@ -38,7 +38,7 @@ import numpy as np
 from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
 from data_pipelines.frames import Frames
 from data_pipelines.sources import hdf5
-from data_pipelines.sources.files import UnknownRate, Visit, glance, sections, step_times, walk
+from data_pipelines.sources.files import UNKNOWN_RATE, Visit, glance, sections, step_times, walk
 from data_pipelines.sources.hdf5 import FLIPS, Hdf5Pool
 
 SUFFIXES = (".hdf5", ".h5")
@@ -114,7 +114,6 @@ def open_robomimic_hdf5(
             mimic-video was trained with: the name's words, "bowl" for "black bowl", a full stop.
 
     Raises:
-        UnknownRate: if `fps` is None and the first file does not say its rate.
         ValueError: if an option is unknown, or no file has demonstrations.
     """
     given = (flip, FLIPS), (instruction_style, STYLES), (channels, ("rgb", "bgr"))
@@ -144,7 +143,6 @@ def open_robomimic_hdf5(
     dataset = _Dataset(
         name, embodiment, fps, flip, channels == "bgr", instruction, instruction_style, demos, pool
     )
-    dataset.check_rate()
     return LazyEpisodes(len(demos), dataset.load)
 
 
@@ -253,17 +251,6 @@ class _Dataset:
     demos: list[_Demo]
     pool: Hdf5Pool = field(repr=False)
 
-    def check_rate(self) -> None:
-        """Raises UnknownRate if the first demonstration does not say its rate."""
-        demo = next(demo for demo in self.demos if not demo.fault)
-        try:
-            with self._opened(demo) as (group, described):
-                self._rate(demo, group, described)
-        except UnknownRate:
-            raise
-        except ValueError:  # a fault of this demonstration, raised again when it is loaded
-            return
-
     def load(self, index: int) -> Episode:
         demo = self.demos[index]
         if demo.fault:
@@ -274,7 +261,8 @@ class _Dataset:
             if why := left_out.get(demo.actions):
                 raise ValueError(f"{demo.where}: {demo.actions}: {why}")
             length = _length(demo, group, arrays, findings)
-            times = step_times(length, self._rate(demo, group, described))
+            rate = self._rate(demo, group, described)
+            times = step_times(length, rate or 1)
             texts, parts = self._texts(demo, group, described, arrays, times, findings)
             streams = {}
             for key, array in arrays.items():
@@ -297,6 +285,7 @@ class _Dataset:
                 sections=parts,
                 left_out=left_out,
                 findings=tuple(findings),
+                unknown_rate="" if rate else UNKNOWN_RATE.format(demo.file),
             )
 
     @contextmanager
@@ -310,7 +299,7 @@ class _Dataset:
                     described.insert(0, group.parent)
             yield group, described
 
-    def _rate(self, demo: _Demo, group: h5py.Group, described: list[h5py.Group]) -> float:
+    def _rate(self, demo: _Demo, group: h5py.Group, described: list[h5py.Group]) -> float | None:
         if self.fps is not None:
             return self.fps
         stated: dict[str, float] = {}
@@ -322,9 +311,7 @@ class _Dataset:
             return next(iter(stated.values()))
         if any(_is_robosuites(node) for node in described):
             return ROBOSUITE_HZ
-        raise UnknownRate(
-            f"{demo.file} does not say how many steps a second has; set dataset.options.fps"
-        )
+        return None
 
     def _texts(
         self,
