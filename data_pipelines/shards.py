@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipelines.atomic import wait_until, write_json
+from data_pipelines.atomic import run_lock, wait_until, write_json
 from data_pipelines.episode import BadShare, Episode
 from data_pipelines.provenance import changes
 from data_pipelines.records import RecordDataset, read_columns, write_texts
@@ -205,16 +205,17 @@ def encode_texts(
 
     Raises:
         ValueError: If the latents are not finished yet.
+        OSError: If another job writes to the folder.
     """
     path = Path(path)
     plan, manifest = path / "plan.json", path / "manifest.json"
     settings = json.loads(plan.read_text()) if plan.exists() else None
     if settings is None or not all(map(is_finished, list_shards(path, settings))):
         raise ValueError(f"{path} is not finished; encode without --only first.")
-    if settings["identity"]["text_encoder"] != identity:
+    if manifest.exists() and settings["identity"]["text_encoder"] == identity:
+        return RecordDataset(path)
+    with run_lock(path):
         settings["identity"]["text_encoder"] = identity
         manifest.unlink(missing_ok=True)
         write_json(plan, settings)
-    if manifest.exists():
-        return RecordDataset(path)
-    return finish(path, settings, text_encoder, episodes)
+        return finish(path, settings, text_encoder, episodes)

@@ -12,6 +12,7 @@ import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -23,7 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines.atomic import wait_until, write_npz
+from data_pipelines.atomic import run_lock, wait_until, write_npz
 from data_pipelines.clip import Clip
 from data_pipelines.cutting import (
     EpisodeWindows,
@@ -107,13 +108,14 @@ def encode_dataset(
         retry_skipped: Also encode finished shards again that have a skipped episode which can be
             read now.
         process, processes: Index of this process, and their number; 0 writes the manifest.
-        meet: Waits until every process has called it; only needed to retry in several.
+        meet: Waits until every process has called it.
 
     Raises:
         StreamMismatch: If the config does not fit the episodes.
         TooManyBad: If more than `max_bad_share` of the episodes cannot be read.
         ValueError: If the folder was begun with other settings or from other data, or no episode
             could be read.
+        OSError: If another job encodes into the folder.
     """
     path = Path(path)
     Clip(**clip)  # raises for impossible lengths before any data is read
@@ -127,29 +129,36 @@ def encode_dataset(
         episodes_per_shard=episodes_per_shard,
         episodes=len(episodes),
     )
-    settings = begin(path, settings, process)
-    shards = list_shards(path, settings)
-    ours = dict(list(shards.items())[process::processes])
-    finished = [row for shard in filter(is_finished, ours) for row in finished_rows(shard)]
-    fits = any("reason" not in row for row in finished)
-    cut = EpisodeCutter(
-        episodes, dataset, clip, policy_io, anchor_fps, text_encoder, validation_share, fits
-    )
-    if process == 0:
-        _check_same_data(path, shards, episodes, cut)
-    if retry_skipped:
-        _forget_repaired(ours, cut)
-        # Without this, a process with nothing to do would take the old manifest for the new one.
-        meet()
-    if not is_complete(path, shards):
-        bad = BadShare(max_bad_share, f"episodes of {dataset.name!r}", LEAST_EPISODES, REMEDY)
-        title = f"encode {dataset.name}" if process == 0 else ""
-        _encode(ours, cut, tokenizer, batch_size, bad, title)
+    # Process 0 keeps other jobs out. Where nothing is left to do, the folder may be read-only.
+    idle = is_complete(path, list_shards(path, settings)) and not retry_skipped
+    with run_lock(path) if process == 0 and not idle else nullcontext():
+        # The others begin when the folder is ours, and its plan is that of this job.
         if process == 0:
-            wait_until(lambda: all(map(is_finished, shards)))
-            return finish(path, settings, text_encoder, episodes, max_bad_share)
-        wait_until(lambda: is_complete(path, shards))
-    return RecordDataset(path)
+            settings = begin(path, settings, process)
+        meet()
+        if process != 0:
+            settings = begin(path, settings, process)
+        shards = list_shards(path, settings)
+        ours = dict(list(shards.items())[process::processes])
+        finished = [row for shard in filter(is_finished, ours) for row in finished_rows(shard)]
+        fits = any("reason" not in row for row in finished)
+        cut = EpisodeCutter(
+            episodes, dataset, clip, policy_io, anchor_fps, text_encoder, validation_share, fits
+        )
+        if process == 0:
+            _check_same_data(path, shards, episodes, cut)
+        if retry_skipped:
+            _forget_repaired(ours, cut)
+            meet()  # a process with nothing to do must not take the old manifest for the new one
+        if not is_complete(path, shards):
+            bad = BadShare(max_bad_share, f"episodes of {dataset.name!r}", LEAST_EPISODES, REMEDY)
+            title = f"encode {dataset.name}" if process == 0 else ""
+            _encode(ours, cut, tokenizer, batch_size, bad, title)
+            if process == 0:
+                wait_until(lambda: all(map(is_finished, shards)))
+                return finish(path, settings, text_encoder, episodes, max_bad_share)
+            wait_until(lambda: is_complete(path, shards))
+        return RecordDataset(path)
 
 
 def _encode(
