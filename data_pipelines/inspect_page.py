@@ -13,9 +13,9 @@ from markupsafe import Markup
 from PIL import Image
 
 from data_pipelines import atomic, html
-from data_pipelines.inspect import (
-    EpisodeSummary,
-    Inspection,
+from data_pipelines.inspect import Inspection
+from data_pipelines.inspect_episode import EpisodeSummary
+from data_pipelines.inspect_text import (
     left_out_text,
     rate_text,
     size_text,

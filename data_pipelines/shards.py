@@ -126,6 +126,11 @@ class StoredTexts:
             )
         return np.pad(stored, ((0, self._length - len(stored)), (0, 0)))
 
+    def check(self, episode: Episode) -> None:
+        """ValueError if an instruction of the episode has no fitting embedding."""
+        for text in episode.instructions or ("",):
+            self.embedding(episode, text)
+
 
 def embed(
     instructions: Mapping[str, int], encoder: TextEncoder | StoredTexts, episodes: Sequence[Episode]

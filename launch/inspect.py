@@ -16,16 +16,11 @@ from typing import Any
 
 from absl import flags
 
-from data_pipelines.inspect import (
-    Inspection,
-    Wanted,
-    describe,
-    inspect_dataset,
-    inspect_path,
-    inspect_records,
-    is_records,
-)
+from data_pipelines.inspect import Inspection, Wanted, inspect_dataset, inspect_path
 from data_pipelines.inspect_page import write_page
+from data_pipelines.inspect_records import inspect_records, is_records
+from data_pipelines.inspect_text import describe
+from data_pipelines.shards import StoredTexts
 from data_pipelines.sources.formats import FORMATS, detect, open_config
 from launch.entry import config_flag, run
 
@@ -61,8 +56,10 @@ def _inspect(dataset: str) -> Inspection:
             raise ValueError(
                 f"the configuration has no dataset {dataset!r}; it has {', '.join(sections)}."
             )
-        section = sections[dataset]
-        wanted = Wanted(section, CONFIG.value.policy_io, section.get("anchor_fps"))
+        section, text = sections[dataset], CONFIG.value.text
+        stored = CONFIG.value.text_encoder == "stored"
+        texts = StoredTexts(text.length, text.dim) if stored else None
+        wanted = Wanted(section, CONFIG.value.policy_io, section.get("anchor_fps"), texts)
         episodes = open_config(section)
         return inspect_dataset(episodes, dataset, section.format, wanted=wanted, **how)
     if is_records(path):

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from data_pipelines.episode import Episode
-from data_pipelines.inspect import describe, inspect_dataset
+from data_pipelines.inspect import inspect_dataset
+from data_pipelines.inspect_text import describe
 from data_pipelines.video import VideoFile, read_observed, write_video
 from data_pipelines.video_index import FileRange
 

@@ -27,7 +27,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.cutting import StreamMismatch, cut_episode
 from data_pipelines.episode import Section, Stream, TooManyBad, split_of
-from data_pipelines.inspect import inspect_records
+from data_pipelines.inspect_records import inspect_records
 from data_pipelines.normalize import make_normalizers
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode
@@ -89,7 +89,7 @@ def test_what_the_source_found_is_in_the_manifest(tmp_path):
     assert records.findings == {"a": [0], "b": [0, 2]}
     before = encode(plain, tmp_path / "plain")
     assert before.findings == {} and before.fingerprint == records.fingerprint
-    problems = inspect_records(tmp_path / "found").problems_by_kind()["sources that disagree"]
+    problems = inspect_records(tmp_path / "found").problems_by_kind()["finding"]
     assert {(p.episode, p.text) for p in problems} == {
         ("episode 0", "a"),
         ("episode 0 and 1 more", "b"),

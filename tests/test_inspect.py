@@ -18,17 +18,13 @@ from ml_collections import ConfigDict
 
 from data_pipelines.atomic import write_json, write_npz
 from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
-from data_pipelines.inspect import (
-    Wanted,
-    describe,
-    inspect_dataset,
-    inspect_path,
-    inspect_records,
-    is_records,
-)
+from data_pipelines.inspect import Wanted, inspect_dataset, inspect_path
 from data_pipelines.inspect_page import write_page
+from data_pipelines.inspect_records import inspect_records, is_records
+from data_pipelines.inspect_text import describe
 from data_pipelines.pickles import read_array_pickle
 from data_pipelines.records import RecordWriter, write_texts
+from data_pipelines.shards import StoredTexts
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.video import write_video
 from data_pipelines.writers import (
@@ -146,7 +142,7 @@ def test_faults_of_numbers_are_found_and_named(robot):
     kinds = _kinds(found)
     assert kinds["NaN or infinity"] == ["episode_000001"]
     assert kinds["timestamp gap"] == ["episode_000002"]
-    assert len(kinds["sources that disagree"]) == 1  # the pause is not in the video
+    assert len(kinds["finding"]) == 1  # the pause is not in the video
     assert kinds["constant dimension"] == ["the dataset"]
     texts = {problem.kind: problem.text for problem in found.problems}
     assert "2 of 36 numbers, in the dimensions 0, 1, first in sample 5" in texts["NaN or infinity"]
@@ -259,7 +255,7 @@ def test_what_an_encoding_job_would_not_use_is_listed(tmp_path):
     assert dict(found.facts)["task changes"] == "within 1 episode"
     assert "wrist: not downloaded (2 episodes)" in describe(found)
     assert "<b>: of bytes (1 episode)" in describe(found)
-    assert _kinds(found)["sources that disagree"] == ["c"]
+    assert _kinds(found)["finding"] == ["c"]
     write_page(found, tmp_path / "page.html")
     assert "&lt;b&gt;: of bytes (1 episode)" in (tmp_path / "page.html").read_text()
 
@@ -292,6 +288,23 @@ def test_what_the_encoding_job_of_a_configuration_would_skip_is_listed():
     assert skipped.keys() == {"b", "c", "d"}
     assert "not finite" in skipped["b"] and "action (of bytes)" in skipped["c"]
     assert "no cameras ['front']" in skipped["d"]
+    wanted = wanted._replace(texts=StoredTexts(8, 4))
+    found = inspect_dataset(episodes[:1], "set", "in memory", wanted=wanted)
+    assert "stores no embedding" in found.problems_by_kind()["skipped by the encoding job"][0].text
+
+
+def test_a_mode_is_no_angle_and_bookkeeping_no_action():
+    times = np.arange(80, dtype=np.int64) * 10**8
+    rare = np.zeros((80, 1), np.float32)
+    rare[3] = 1
+    modes, turns = (np.where(np.arange(80)[:, None] < 40, a, b) for a, b in ((0, 6), (1, 358)))
+    numbers = {"mode": modes, "rewards": rare, "next.terminated": rare, "dones": rare}
+    streams = {name: Stream(times, values) for name, values in (numbers | dict(turn=turns)).items()}
+    episode = Episode("a", "set", "arm", ("go",), streams, ())
+    found = inspect_dataset([episode], "set", "in memory")
+    assert [p.text[:4] for p in found.problems if "angle" in p.kind] == ["turn"]
+    lost = [p.text.split(":")[0] for p in found.problems if "VARIANCE" in p.kind]
+    assert not {"rewards", "dones", "next.terminated"} & {*lost}
 
 
 def test_a_pause_is_named_and_does_not_change_the_rate():
