@@ -20,12 +20,14 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
+from data_pipelines.atomic import run_lock
+from data_pipelines.episode_cutter import sample_clips
 from data_pipelines.records import RecordDataset
 from data_pipelines.shards import StoredTexts, TextEncoder, encode_texts
 from data_pipelines.sources.formats import open_config
 from launch.entry import config_flag, run
 from mvjax import parallel
-from mvjax.encode import LocalTokenizer, encode_dataset, local_batch_size, sample_clips
+from mvjax.encode import LocalTokenizer, encode_dataset, local_batch_size
 from mvjax.experiment import Experiment
 from mvjax.models.stand_ins import fit_linear_tokenizer, save_linear_tokenizer
 from mvjax.policy.load import load_text_encoder, load_video_tokenizer
@@ -71,15 +73,16 @@ def _tokenizer(config: ConfigDict) -> None:
     if path.exists():
         print(f"{path} is already fitted.")
         return
-    clips = sample_clips(
-        [(open_config(dataset), dataset) for dataset in config.datasets.values()],
-        config.clip,
-        config.policy_io,
-        episodes_per_source=48,
-        clips_per_episode=8,
-        max_bad_share=config.max_bad_share,
-    )
-    save_linear_tokenizer(path, fit_linear_tokenizer(clips))
+    with run_lock(path.parent):
+        clips = sample_clips(
+            [(open_config(dataset), dataset) for dataset in config.datasets.values()],
+            config.clip,
+            config.policy_io,
+            episodes_per_source=48,
+            clips_per_episode=8,
+            max_bad_share=config.max_bad_share,
+        )
+        save_linear_tokenizer(path, fit_linear_tokenizer(clips))
 
 
 def _records(experiment: Experiment) -> None:

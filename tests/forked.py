@@ -96,6 +96,11 @@ class Program:
         """The exit code, negative for a signal; None while it runs."""
         return self._process.exitcode
 
+    @property
+    def pid(self) -> int:
+        """The number of its process."""
+        return self._process.pid
+
     def wait(self, seconds: float | None = None) -> int | None:
         """`poll` when it has ended, or after so many seconds."""
         self._process.join(seconds)

@@ -2,12 +2,15 @@
 
 import shutil
 import socket
+import time
 
 import numpy as np
 import pytest
 from encode_toys import random_tokenizer
 from forked import Program, run
 
+import mvjax.encode
+from data_pipelines.atomic import LOCK, wait_until
 from data_pipelines.records import RecordDataset
 from data_pipelines.video import write_video
 from mvjax.models.stand_ins import save_linear_tokenizer
@@ -103,6 +106,42 @@ def test_two_processes_leave_the_same_bytes_as_one_and_try_repaired_episodes_aga
 
     assert in_two_processes(folder, ["two", "repaired"], "--retry_skipped") == 2 * SAID
     assert contents(folder / "one") == contents(folder / "two") == contents(folder / "repaired")
+
+
+def _slowly():
+    windows = mvjax.encode.EpisodeCutter.windows
+
+    def slow(self, episode):
+        time.sleep(0.1)
+        return windows(self, episode)
+
+    mvjax.encode.EpisodeCutter.windows = slow
+
+
+def test_a_second_job_in_the_folder_is_refused_and_the_first_goes_on(folder):
+    """Also one with other settings, which would rewrite the plan while no shard is finished."""
+    path, command = folder / "owned", ("launch.encode", arguments(folder, "owned"))
+    other = "--config.validation_share=0.3"
+    with Program(*command, other, prepare=_slowly) as killed:
+        wait_until((path / "plan.json").exists)
+        killed.kill()
+        killed.wait()
+    assert (path / LOCK).exists()
+    with Program(*command, prepare=_slowly) as first:  # at once, and with settings of its own
+        wait_until(lambda: f'"process": {first.pid}' in (path / LOCK).read_text())
+        for flags in ([], [other], ["--retry_skipped"]):
+            refused = run(*command, *flags)
+            assert refused.code != 0 and f"process {first.pid} on" in refused.err
+            assert f"is writing to {path}" in refused.err
+        assert first.poll() is None
+        assert first.finish().out == SAID
+    assert contents(folder / "one") == contents(path)
+
+
+def test_finished_records_may_be_read_only(folder):
+    shutil.copytree(folder / "one", folder / "sealed")
+    (folder / "sealed" / LOCK).mkdir()  # also root cannot write a file here
+    assert encode(folder, "sealed").out == SAID
 
 
 def test_texts_alone_are_made_again(folder):
