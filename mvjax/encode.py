@@ -8,12 +8,10 @@ right `encode`.
 """
 
 import json
-import sys
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,16 +22,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from data_pipelines.atomic import run_lock, wait_until, write_npz
+from data_pipelines.atomic import wait_until, write_npz
 from data_pipelines.clip import Clip
-from data_pipelines.cutting import (
-    EpisodeWindows,
-    StreamMismatch,
-    check_finite,
-    cut_episode,
-    vector_streams,
-)
-from data_pipelines.episode import BadShare, Episode, split_of
+from data_pipelines.episode import BadShare, Episode
+from data_pipelines.episode_cutter import LEAST_EPISODES, EpisodeCutter, Window, report_skipped
+from data_pipelines.lock import run_lock
 from data_pipelines.provenance import encoding_settings, first_difference
 from data_pipelines.records import RecordDataset, RecordWriter
 from data_pipelines.shards import (
@@ -51,10 +44,8 @@ from data_pipelines.shards import (
     mark_unfinished,
 )
 
-Window = tuple[np.ndarray, dict[str, np.ndarray]]  # frames uint8 [t, h, w, 3], numeric columns
 Cut = Callable[[int], tuple[Row, Iterator[Window]]]  # episode number -> its row and windows
 
-LEAST_EPISODES = 20  # read before the share of bad ones may stop the job
 _READ_AHEAD = 2  # episodes decoded while the accelerator is busy with earlier ones
 # Limits per tokenizer call and device: 64 small clips, or one of 61 frames at 480x640.
 _WINDOWS, _PIXEL_VALUES = 64, 1 << 24
@@ -185,7 +176,7 @@ def _encode(
 
 
 def _check_same_data(
-    path: Path, shards: Mapping[Path, range], episodes: Sequence[Episode], cut: "EpisodeCutter"
+    path: Path, shards: Mapping[Path, range], episodes: Sequence[Episode], cut: EpisodeCutter
 ) -> None:
     rows = (
         numbered
@@ -223,7 +214,7 @@ def _encode_shard(
     def windows() -> Iterator[Window]:
         for row, cuts in _read_ahead(cut, indices):
             rows.append(row)
-            _report_skipped(row, progress)
+            report_skipped(row, progress)
             count(row, bad)
             yield from cuts
             progress.update()
@@ -282,141 +273,6 @@ def _tokenise(
         submit()
     while running:
         yield from fetch()
-
-
-def _report_skipped(row: Row, progress: tqdm) -> None:
-    if "reason" in row:
-        progress.write(f"skipped episode {row['id']}: {row['reason']}", file=sys.stderr)
-
-
-@dataclass
-class EpisodeCutter:
-    """Cuts the episode of a number into windows; one that cannot be read has a reason and none.
-
-    Attributes:
-        episodes: The source.
-        dataset, clip, policy_io, anchor_fps: As of `cut_episode`.
-        text_encoder: Instructions to embeddings; stored ones are checked here.
-        validation_share: Share of the episodes in the validation split.
-        config_fits: Some episode has shown that the config fits this dataset. Before that, a stream
-            that differs from the config is a mistake in the config and stops the job; afterwards
-            it makes the episode a bad one.
-    """
-
-    episodes: Sequence[Episode]
-    dataset: ConfigDict
-    clip: ConfigDict
-    policy_io: ConfigDict
-    anchor_fps: float | None
-    text_encoder: TextEncoder | StoredTexts | None
-    validation_share: float
-    config_fits: bool = False
-    # Of the streams in the vectors: the first episode's id, and the shape there.
-    _shapes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
-
-    def __call__(self, index: int) -> tuple[Row, Iterator[Window]]:
-        """The row and the windows of an episode; StreamMismatch if the config fitted none yet."""
-        row: Row = {"id": f"number {index}", "instructions": [], "count": 0}
-        cuts, findings = None, []
-        try:
-            episode = self.episodes[index]
-            row["id"], row["instructions"] = episode.id, list(episode.instructions) or [""]
-            findings += episode.findings
-            cuts = self.windows(episode)
-            findings += cuts.findings
-        except Exception as error:  # decoders raise types of their own
-            if isinstance(error, StreamMismatch) and not self.config_fits:
-                raise
-            row["reason"] = f"{type(error).__name__}: {error}"
-        row["split"] = split_of(row["id"], self.validation_share)
-        if findings:
-            row["findings"] = findings
-        if cuts is None:
-            return row, iter(())
-        self.config_fits = True
-        row |= {"count": len(cuts.clips), "digest": cuts.digest()}
-        return row, _windows(index, cuts)
-
-    def windows(self, episode: Episode) -> EpisodeWindows:
-        """The windows of an episode; ValueError if it cannot be used."""
-        if isinstance(self.text_encoder, StoredTexts):
-            for text in episode.instructions or ("",):  # raises here and not at the end of the job
-                self.text_encoder.embedding(episode, text)
-        cuts = cut_episode(episode, self.dataset, self.clip, self.policy_io, self.anchor_fps)
-        check_finite(cuts.columns)
-        self._check_shapes(episode)
-        return cuts
-
-    def _check_shapes(self, episode: Episode) -> None:
-        """ValueError if numbers have another shape than before: columns would mean others."""
-        shapes = {
-            name: stream.values.shape[1:]
-            for name, stream in episode.streams.items()
-            if isinstance(stream.values, np.ndarray) and name not in episode.cameras
-        }
-        for name in vector_streams(self.dataset):
-            first, shape = self._shapes.setdefault(name, (episode.id, shapes[name]))
-            if shape != shapes[name]:
-                raise ValueError(
-                    f"{name} has the shape {list(shapes[name])}, but {list(shape)} in the episode "
-                    f"{first}, so its columns may mean something else"
-                )
-
-
-def _windows(index: int, cuts: EpisodeWindows) -> Iterator[Window]:
-    for i, shown in enumerate(cuts.clips):
-        numbers = {name: column[i] for name, column in cuts.columns.items()}
-        numbers |= {"episode": np.int64(index), "text": cuts.texts[i]}
-        yield cuts.frames[shown], numbers
-
-
-def sample_clips(
-    sources: Sequence[tuple[Sequence[Episode], ConfigDict]],
-    clip: ConfigDict,
-    policy_io: ConfigDict,
-    *,
-    episodes_per_source: int,
-    clips_per_episode: int,
-    max_bad_share: float = 0.05,
-) -> Iterator[np.ndarray]:
-    """Yields the clips of one episode at a time, evenly spread over every source.
-
-    Episodes that cannot be read are reported and left out, as in the encoding job.
-
-    Args:
-        sources: Pairs of episodes and their dataset's config section.
-        clip, policy_io: As for `encode_dataset`.
-        episodes_per_source: Episodes read from each source, evenly spaced.
-        clips_per_episode: Windows taken from each, evenly spaced.
-        max_bad_share: Highest permitted share of unreadable episodes among them.
-
-    Yields:
-        float32 [n, frames, h, w, 3] in [-1, 1].
-
-    Raises:
-        StreamMismatch: If a config does not fit its episodes.
-        TooManyBad: If more than `max_bad_share` cannot be read.
-    """
-    bad = BadShare(max_bad_share, "sampled episodes", LEAST_EPISODES, "Repair them")
-    cutters = [
-        EpisodeCutter(episodes, dataset, clip, policy_io, None, None, 0.0)
-        for episodes, dataset in sources
-    ]
-    chosen = [
-        (cut, int(i))
-        for cut in cutters
-        for i in np.linspace(0, len(cut.episodes) - 1, min(episodes_per_source, len(cut.episodes)))
-    ]
-    with tqdm(chosen, desc="fit tokenizer", unit="episode") as progress:
-        for cut, index in progress:
-            row, windows = cut(index)
-            _report_skipped(row, progress)
-            count(row, bad)
-            rows = set(np.linspace(0, row["count"] - 1, clips_per_episode).astype(int))
-            clips = [frames for n, (frames, _) in enumerate(windows) if n in rows]
-            if clips:
-                yield np.stack(clips).astype(np.float32) / 127.5 - 1
-    bad.check()
 
 
 class LocalTokenizer:

@@ -27,11 +27,11 @@ from ml_collections import ConfigDict
 
 from data_pipelines.cutting import StreamMismatch, cut_episode
 from data_pipelines.episode import Section, Stream, TooManyBad, split_of
+from data_pipelines.episode_cutter import sample_clips
 from data_pipelines.inspect_records import inspect_records
 from data_pipelines.normalize import make_normalizers
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode
-from mvjax.encode import sample_clips
 
 
 def test_a_record_is_its_window(tmp_path):
