@@ -309,10 +309,13 @@ def test_observations_that_do_not_fit_are_refused(policy):
         with pytest.raises(ValueError, match=r"Oracle mode needs .* the 8 true future frames"):
             variant(policy, oracle=True).act([dataclasses.replace(query, future=future)])
     tiled = dataclasses.replace(policy, rows=(("front", "wrist"),))
-    tiled.inputs([query] * 2, with_future=False)  # of the clip's size, as training made them
-    camera = dataclasses.replace(query, frames=np.repeat(query.frames, 2, axis=2))
+    whole = dataclasses.replace(query, rows=tiled.rows)
+    tiled.inputs([whole] * 2, with_future=False)
+    with pytest.raises(ValueError, match=r"tiled from .*'front', 'wrist'.* of one camera, 48x32"):
+        tiled.inputs([query] * 2, with_future=False)  # the size alone does not tell
+    camera = dataclasses.replace(whole, frames=np.repeat(query.frames, 2, axis=2))
     policy.inputs([camera] * 2, with_future=False)
-    with pytest.raises(ValueError, match=r"tiled from .*'front', 'wrist'.* 48x64 is none"):
+    with pytest.raises(ValueError, match=r"tiled from .*'front', 'wrist'.* 48x64: tile"):
         tiled.inputs([camera] * 2, with_future=False)
     with pytest.raises(ValueError, match=r"'proprio' has shape \(2, 2, 4\)"):
         policy.act([dataclasses.replace(query, proprio=np.zeros((2, 4), np.float32))])

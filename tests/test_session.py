@@ -91,7 +91,7 @@ def told(one, **more):
     ],
 )
 def test_bars_that_openpi_adds_are_cut_off(camera, clip, side):
-    one = session(spec=replace(SPEC, size=clip))
+    one = session(spec=replace(SPEC, clip=clip))
     for number in range(3):
         original = scene(*camera, seed=number)
         padded = with_bars(original, side)
@@ -126,11 +126,10 @@ def square(rows=slice(None), columns=slice(None), value=200):
         square(slice(10, 214)),  # symmetric, but of another aspect than training's
         np.maximum(square(slice(28, 196)), 1),  # not zero
         square(columns=slice(28, 196)),  # at the sides
-        square(),
     ],
 )
 def test_a_dark_scene_is_not_cut(picture):
-    one = session(spec=replace(SPEC, size=(480, 640)))
+    one = session(spec=replace(SPEC, clip=(480, 640)))
     shown, said = told(one, **{"observation/image": picture})
     np.testing.assert_array_equal(shown[-1], picture)
     assert "224x224, of another aspect than what the policy sees, 480x640" in said[0]
@@ -138,7 +137,7 @@ def test_a_dark_scene_is_not_cut(picture):
 
 
 def test_bars_must_be_black_in_all_pictures():
-    one = session(spec=replace(SPEC, size=(480, 640)))
+    one = session(spec=replace(SPEC, clip=(480, 640)))
     boxed = with_bars(scene(480, 640))
     assert told(one, **{"observation/image": boxed})[0].shape == (2, 168, 224, 3)
     assert told(one, **{"observation/image": square()})[0].shape == (2, 224, 224, 3)
@@ -148,15 +147,36 @@ def test_bars_must_be_black_in_all_pictures():
 def test_bars_of_unknown_origin_and_black_pictures_are_said():
     """A square clip does not tell whether training had the bars; --camera_size does."""
     boxed = with_bars(scene(480, 640))
-    one = session(spec=replace(SPEC, size=(64, 64)))
+    one = session(spec=replace(SPEC, clip=(64, 64)))
     shown, said = told(one, **{"observation/image": boxed})
     np.testing.assert_array_equal(shown[-1], boxed)
     assert len(said) == 1 and "first 28 and the last 28 rows" in said[0]
-    known = session(spec=replace(SPEC, size=(480, 640), size_known=True))
+    known = session(spec=replace(SPEC, clip=(64, 64), camera_size=(480, 640)))
     assert told(known, **{"observation/image": boxed})[0].shape == (2, 168, 224, 3)
     assert "stretched." in told(known, **{"observation/image": scene(200, 200)})[1][0]
     assert "is black" in told(one, **{"observation/image": np.zeros_like(boxed)})[1][0]
     assert "are 4x4, but" in told(one, **{"observation/image": boxed[100:104, :4]})[1][0]
+    # Bars of another aspect than the clip's, and bars that went through a JPEG.
+    wide = session(spec=replace(SPEC, clip=(480, 640)))
+    said = told(wide, **{"observation/image": with_bars(scene(720, 1280))})[1]
+    assert len(said) == 2 and "first 49 and the last 49 rows" in said[1]
+    wide = session(spec=replace(SPEC, clip=(480, 640)))
+    said = told(wide, **{"observation/image": np.maximum(boxed, 3)})[1]
+    assert "first 28 and the last 28 rows" in said[1] and "nearly black" in said[1]
+
+
+@pytest.mark.parametrize("clip", [(480, 640), (64, 64)])
+def test_a_black_first_picture_decides_nothing(clip):
+    one, boxed = session(spec=replace(SPEC, clip=clip)), with_bars(scene(480, 640))
+    said = told(one, **{"observation/image": np.zeros_like(boxed)})[1]
+    assert said == ["The picture is black; is the camera covered?"]
+    said = told(one, **{"observation/image": boxed})[1]
+    assert len(said) == 1 and "28" in said[0]
+
+
+def test_a_large_camera_is_not_what_the_policy_sees():
+    one = session(spec=replace(SPEC, clip=(64, 64), camera_size=(1080, 1920)))
+    assert told(one, **{"observation/image": scene(216, 384)})[1] == []
 
 
 def ranges(mode=Mode.VARIANCE):

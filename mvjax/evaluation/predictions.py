@@ -8,9 +8,9 @@ import numpy as np
 import scipy
 from ml_collections import ConfigDict
 
-from data_pipelines.atomic import run_lock
-from data_pipelines.cutting import cut_episode
+from data_pipelines.cutting import camera_rows, cut_episode
 from data_pipelines.episode import Episode
+from data_pipelines.lock import run_lock
 from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
 from mvjax.evaluation.held_out import held_out_episodes
@@ -116,7 +116,8 @@ def write_predictions(
         observed = true[: config.clip.observed_frames]
         instruction = episode.instructions_at(int(cuts.columns["anchor"][third]))[0]
         proprio = np.zeros((io.horizon, io.dim), np.float32)  # the video model does not read it
-        seen = Observation(observed, proprio, instruction, noise_key=(episode.id, 0))
+        rows = camera_rows(dataset.video)
+        seen = Observation(observed, proprio, instruction, None, (episode.id, 0), rows)
         predicted = policy.predict_video([seen])[0]
         for kind, frames in (("predicted", predicted), ("true", true)):
             large = frames.repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)

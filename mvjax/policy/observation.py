@@ -18,6 +18,8 @@ class Observation:
             in oracle mode, otherwise None.
         noise_key: names the query, as (episode, number of the query in it): what fresh noise
             (`sampler.fresh_noise`) is seeded by. Two queries of one name get equal noise.
+        rows: the cameras that the frames were tiled from (`data_pipelines.cutting.camera_rows`);
+            () for the picture of one camera.
     """
 
     frames: np.ndarray
@@ -25,6 +27,7 @@ class Observation:
     instruction: str
     future: np.ndarray | None = None
     noise_key: tuple[str, int] | None = None
+    rows: tuple[tuple[str, ...], ...] = ()
 
 
 Act = Callable[[Sequence[Observation]], np.ndarray]

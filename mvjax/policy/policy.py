@@ -239,8 +239,8 @@ class Policy:
         normalizer: of "proprio" and "actions".
         batch_size: queries per compiled batch, a multiple of the devices that share a batch.
         mesh, rules: the devices, and how batch and networks are split over them.
-        rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown. Tiled
-            pictures must come as they were made for training, of the clip's size.
+        rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown. Where
+            there are several, observations must be tiled as for training, and say so (`rows`).
         identity: what was loaded ("what": digests and settings) and "where", as JSON values
             (`mvjax.identity`); without the sampling, which is `model.sampling`.
     """
@@ -300,7 +300,7 @@ class Policy:
         frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
         proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
         observed, future = np.split(frames, [clip.observed_frames])
-        return Observation(observed, proprio, "", future, noise_key=("blank", 0))
+        return Observation(observed, proprio, "", future, ("blank", 0), self.rows)
 
     def batches(self, observations: Sequence[Observation]) -> Iterator[list[Observation]]:
         """Yields batches of `batch_size`; the last one is padded with its last query."""
@@ -349,12 +349,15 @@ class Policy:
                     f"clip.observed_frames = {clip.observed_frames}."
                 )
             frames = o.frames
-            tiled = sum(map(len, self.rows)) > 1
-            if tiled and frames.shape[1:3] != (clip.height, clip.width):
+            if _is_tiled(self.rows) and not (
+                _is_tiled(o.rows) and frames.shape[1:3] == (clip.height, clip.width)
+            ):
+                of = f"tiled from {o.rows}" if _is_tiled(o.rows) else "of one camera"
                 raise ValueError(
-                    f"This policy was trained on pictures tiled from {self.rows}, and one of "
-                    f"{frames.shape[1]}x{frames.shape[2]} is none: tile the cameras' with "
-                    f"data_pipelines.cutting.tile, {clip.height}x{clip.width}."
+                    f"This policy was trained on pictures tiled from {self.rows}, but got one "
+                    f"{of}, {frames.shape[1]}x{frames.shape[2]}: tile the cameras' pictures with "
+                    f"data_pipelines.cutting.tile to {clip.height}x{clip.width}, and give the "
+                    "Observation rows=policy.rows."
                 )
             if with_future:
                 if o.future is None or len(o.future) != clip.future_frames:
@@ -396,6 +399,10 @@ class Policy:
             published_noise(video, (1, *self.model.clip.latent_shape))[0],
             published_noise(action, (draws, config.action_horizon, config.action_dim)),
         )
+
+
+def _is_tiled(rows: Rows) -> bool:
+    return sum(map(len, rows)) > 1
 
 
 def _query_seeds(seed: int, noise_key: tuple[str, int] | None) -> tuple[int, int]:

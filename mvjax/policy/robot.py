@@ -109,7 +109,7 @@ def single_camera(robot: Robot, who: str) -> str:
         raise ValueError(
             f"This policy was trained on pictures tiled from {len(cells)} cells, {video!r} "
             f"(config.datasets.{robot.dataset}.video; '' is black), but {who} shows it the "
-            "picture of one camera, which would be stretched over all of them: use a policy that "
+            "picture of one camera, which would be stretched over all cells: use a policy that "
             "was trained on one camera."
         )
     return cells[0] if cells else ""
@@ -169,8 +169,8 @@ def check_embodiment(robot: Robot, who: str, word: str, example: str) -> None:
     where = f"config.datasets.{robot.dataset}.embodiment" if robot.dataset else "embodiment"
     trained = repr(robot.embodiment) if robot.embodiment else "a robot without a name"
     raise ValueError(
-        f"{who} is of the robot {example!r}, but this policy was trained on {trained} ({where}; "
-        f"actions: {described(robot.action)}). If that is the same robot, say so with "
+        f"{_capital(who)} is of the robot {example!r}, but this policy was trained on {trained} "
+        f"({where}; actions: {described(robot.action)}). If that is the same robot, say so with "
         f"--{where}={example}."
     )
 
@@ -197,7 +197,7 @@ def check_suite(
         size: height and width of its pictures.
         clip: height and width of the policy's.
     """
-    who = f"The suite {suite!r}"
+    who = f"the suite {suite!r}"
     trained = single_camera(robot, who)
     if robot.embodiment:  # runs of earlier versions may lack the name
         check_embodiment(robot, who, suite, embodiment)
@@ -209,15 +209,15 @@ def check_suite(
         same = False
     if not same:
         raise ValueError(
-            f"{who} has states of {described(parse(own.PROPRIO))} and takes actions of "
+            f"{_capital(who)} has states of {described(parse(own.PROPRIO))} and takes actions of "
             f"{described(parse(own.ACTION))}; this policy was trained with "
             f"{described(robot.proprio)} and {described(robot.action)}: describe them as in "
             f"data_pipelines/embodiments/{embodiment}.py, and train again."
         )
     if is_on_the_hand(trained):
         raise ValueError(
-            f"{who} shows its robot from outside, but this policy was trained on the camera "
-            f"{trained!r}, which is on the hand: train with a camera of the scene."
+            f"{_capital(who)} shows its robot from outside, but this policy was trained on the "
+            f"camera {trained!r}, which is on the hand: train with a camera of the scene."
         )
     if trained and last_word(trained) not in (last_word(camera), *_SCENE):
         log.warning(
@@ -271,6 +271,10 @@ def labels(parts: Sequence[Part], dim: int) -> list[str]:
         else:
             names += [f"{stream} ({part.represent} {i})" for i in range(width)]
     return names
+
+
+def _capital(sentence: str) -> str:
+    return sentence[0].upper() + sentence[1:]
 
 
 def _cells(robot: Robot) -> list[str]:

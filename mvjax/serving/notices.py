@@ -25,6 +25,7 @@ _ASPECTS = tuple(
     aspect for h, w in ((3, 4), (9, 16), (10, 16), (2, 3), (4, 5)) for aspect in ((h, w), (w, h))
 )
 _BARS = 0.05  # of a side; narrower black edges are not worth a sentence
+_JPEG = 12  # what compression makes of black, about
 
 
 class Notices:
@@ -120,12 +121,12 @@ class View:
     bars: somewhere beside them a row would have to begin that is not black.
 
     Args:
-        size: height and width that have the aspect of the training pictures.
-        known: whether training pictures are known to have that aspect; else it is the clip's.
+        clip: height and width of what the policy sees.
+        camera_size: height and width of the training pictures; None: they have the clip's aspect.
     """
 
-    def __init__(self, size: tuple[int, int], known: bool = False) -> None:
-        self._size, self._known = size, known
+    def __init__(self, clip: tuple[int, int], camera_size: tuple[int, int] | None = None) -> None:
+        self._clip, self._size, self._known = clip, camera_size or clip, camera_size is not None
         self._shape: tuple[int, int] | None = None
         self._edges: list[int] | None = None  # black pixels before and after the content so far
 
@@ -134,12 +135,15 @@ class View:
         shape = pictures.shape[1:3]
         if shape != self._shape:
             self._shape, self._edges = shape, None
+        if 4 * max(shape) < min(self._clip):
+            notices.add("picture_small", self._small())
         if not pictures[-1].any():
             notices.add("picture_black", "The picture is black; is the camera covered?")
-        if 4 * max(shape) < min(self._size):
-            notices.add("picture_small", self._small())
+        if not pictures.any():  # says nothing about bars
+            return pictures
+        first = self._edges is None
         if same_aspect(shape, self._size):
-            if self._edges is None and not self._known:  # at the first picture of this size
+            if first and not self._known:
                 self._note_unexplained_bars(pictures, notices)
             self._edges = [0, 0]
             return pictures
@@ -155,6 +159,8 @@ class View:
             inside = slice(bars[0], shape[axis] - bars[1])
             return pictures[:, inside] if axis == 0 else pictures[:, :, inside]
         notices.add("picture_aspect", self._other_aspect())
+        if first:
+            self._note_unexplained_bars(pictures, notices)
         return pictures
 
     def _contents(self) -> tuple[int, list[int]]:
@@ -177,7 +183,7 @@ class View:
         )
 
     def _small(self) -> str:
-        (h, w), (height, width) = self._shape, self._size
+        (h, w), (height, width) = self._shape, self._clip
         return f"The pictures are {h}x{w}, but the policy sees {height}x{width}: they are blurred."
 
     def _other_aspect(self) -> str:
@@ -193,13 +199,20 @@ class View:
     def _note_unexplained_bars(self, pictures: np.ndarray, notices: Notices) -> None:
         for axis, what in ((0, "rows"), (1, "columns")):
             size = pictures.shape[1 + axis]
-            first, last = edges = _black_edges(pictures, axis, most=size)
-            if edges == _split(sum(edges)) and _BARS * size < first < size / 2:
+            first, last = edges = _black_edges(pictures, axis, size, nearly=_JPEG)
+            if abs(first - last) < 2 and _BARS * size < first < size / 2:
+                exact = edges == _black_edges(pictures, axis, size)
                 notices.add(
                     "black_bars",
-                    f"The first {first} and the last {last} {what} of the picture are black. If "
-                    "openpi's resize_with_pad added them and training did not have them, start the "
-                    "server with --camera_size=HEIGHTxWIDTH of the training pictures.",
+                    f"The first {first} and the last {last} {what} of the picture are "
+                    f"{'' if exact else 'nearly '}black. If training did not have such bars, "
+                    + (
+                        "start the server with --camera_size=HEIGHTxWIDTH of the training pictures,"
+                        " which cuts off those of openpi's resize_with_pad."
+                        if exact
+                        else "send the pictures without them: only bars of zeros are cut off, and "
+                        "these may have been through a lossy codec such as JPEG."
+                    ),
                 )
 
 
@@ -208,13 +221,13 @@ def _split(bars: int) -> list[int]:
     return [bars // 2, bars - bars // 2]
 
 
-def _black_edges(pictures: np.ndarray, axis: int, most: int) -> list[int]:
-    """How many rows (axis 0) or columns at both ends are zero in all pictures; at most `most`."""
+def _black_edges(pictures: np.ndarray, axis: int, most: int, nearly: int = 0) -> list[int]:
+    """How many rows (axis 0) or columns at both ends are at most `nearly` in all pictures."""
     moved = np.moveaxis(pictures, 1 + axis, 0)
     most = min(most, len(moved))
 
     def run(part: np.ndarray) -> int:
-        used = part.reshape(len(part), -1).any(axis=1)
+        used = part.reshape(len(part), -1).max(axis=1) > nearly
         return int(np.argmax(used)) if used.any() else len(part)
 
     return [run(moved[:most]), run(moved[::-1][:most])]

@@ -31,8 +31,8 @@ class SessionSpec:
     Attributes:
         observed_frames, proprio_horizon: lengths of the histories.
         prompt: the instruction for clients that send none; "" if they must.
-        size: height and width with the aspect of the training pictures; None: any will do.
-        size_known: whether `size` is theirs, or the clip's.
+        clip: height and width of what the policy sees; None: pictures of any aspect will do.
+        camera_size: height and width of the training pictures; None: they have the clip's aspect.
         camera: the name of the camera that the policy was trained on.
         proprio, actions: what training saw of the vectors, if it is known.
     """
@@ -40,8 +40,8 @@ class SessionSpec:
     observed_frames: int
     proprio_horizon: int
     prompt: str = ""
-    size: tuple[int, int] | None = None
-    size_known: bool = False
+    clip: tuple[int, int] | None = None
+    camera_size: tuple[int, int] | None = None
     camera: str = ""
     proprio: Ranges | None = None
     actions: Ranges | None = None
@@ -82,7 +82,7 @@ class Session:
         self, adapter: Adapter, spec: SessionSpec, numbers: Iterator[int], notices: Notices
     ) -> None:
         self._adapter, self._spec, self._numbers = adapter, spec, numbers
-        self._view = View(spec.size, spec.size_known) if spec.size else None
+        self._view = View(spec.clip, spec.camera_size) if spec.clip else None
         self.notices = notices
         self.reset()
 
