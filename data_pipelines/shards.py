@@ -13,8 +13,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from data_pipelines.atomic import run_lock, wait_until, write_json
+from data_pipelines.atomic import wait_until, write_json
 from data_pipelines.episode import BadShare, Episode
+from data_pipelines.lock import run_lock
 from data_pipelines.provenance import changes
 from data_pipelines.records import RecordDataset, read_columns, write_texts
 

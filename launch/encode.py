@@ -20,8 +20,8 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict
 
-from data_pipelines.atomic import run_lock
 from data_pipelines.episode_cutter import sample_clips
+from data_pipelines.lock import run_lock
 from data_pipelines.records import RecordDataset
 from data_pipelines.shards import StoredTexts, TextEncoder, encode_texts
 from data_pipelines.sources.formats import open_config

@@ -13,7 +13,7 @@ from tiny_policy import run_config, save_run
 from tiny_stages import quick_compiles, save_untrained
 from toy_simulator import Rail
 
-from data_pipelines.atomic import run_lock
+from data_pipelines.lock import run_lock
 from mvjax.evaluation import closed_loop
 from mvjax.evaluation.closed_loop import mean_success, success_table, wilson_interval
 from mvjax.evaluation.report import build_evaluation_report

@@ -18,7 +18,7 @@ from published import (
     write_published,
 )
 
-from data_pipelines.atomic import run_lock
+from data_pipelines.lock import run_lock
 from data_pipelines.normalize import load_normalizers, released_normalizer
 from data_pipelines.statistics import compute_statistics
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS

@@ -10,7 +10,8 @@ from encode_toys import random_tokenizer
 from forked import Program, run
 
 import mvjax.encode
-from data_pipelines.atomic import LOCK, wait_until
+from data_pipelines.atomic import wait_until
+from data_pipelines.lock import LOCK
 from data_pipelines.records import RecordDataset
 from data_pipelines.video import write_video
 from mvjax.models.stand_ins import save_linear_tokenizer

@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from tiny_policy import random_observation, run_config, save_run, tiny_policy
 from tiny_stages import quick_compiles, save_untrained
 
-from data_pipelines.atomic import run_lock
 from data_pipelines.episode import Episode, Stream, split_of
+from data_pipelines.lock import run_lock
 from data_pipelines.writers import Demonstration, Scene, write_hdf5
 from launch.local import free_port
 from mvjax.evaluation import offline

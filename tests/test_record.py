@@ -15,7 +15,7 @@ import forked
 import numpy as np
 import pytest
 
-from data_pipelines.atomic import run_lock
+from data_pipelines.lock import run_lock
 from data_pipelines.sources.formats import open_dataset
 from mvjax.evaluation import record
 from mvjax.evaluation.record import Recording, assemble, record_dataset, record_unit

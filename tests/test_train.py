@@ -13,7 +13,7 @@ import pytest
 from run_records import without_times
 from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
-from data_pipelines.atomic import run_lock
+from data_pipelines.lock import run_lock
 from mvjax.parallel import make_mesh, make_rules
 from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import CheckpointMismatch, Store

@@ -10,7 +10,7 @@ from statistics import fmean
 import jax
 import numpy as np
 
-from data_pipelines.atomic import run_lock
+from data_pipelines.lock import run_lock
 from mvjax.evaluation.rollout import (
     EpisodeResult,
     Setting,

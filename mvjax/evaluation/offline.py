@@ -25,8 +25,9 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.atomic import run_lock, wait_until, write_json, write_npz, write_text
+from data_pipelines.atomic import wait_until, write_json, write_npz, write_text
 from data_pipelines.html import render
+from data_pipelines.lock import run_lock
 from data_pipelines.settings import plain
 from data_pipelines.sources.formats import open_config
 from mvjax.evaluation.figures import curves_figure

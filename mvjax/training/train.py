@@ -10,7 +10,7 @@ from typing import Any
 import jax
 from tqdm import tqdm
 
-from data_pipelines.atomic import run_lock
+from data_pipelines.lock import run_lock
 from mvjax.experiment import Experiment
 from mvjax.identity import digest
 from mvjax.models.network import merge

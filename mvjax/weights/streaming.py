@@ -21,7 +21,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore as ts
 
-from data_pipelines.atomic import LOCK, run_lock, write_json
+from data_pipelines.atomic import write_json
+from data_pipelines.lock import LOCK, run_lock
 from mvjax.identity import digest_of_sums, piece_sums
 from mvjax.models.network import Params
 from mvjax.training.bridge import step_folder
