@@ -18,7 +18,7 @@ from data_pipelines.cutting import camera_rows, cut_episode
 from data_pipelines.episode import Episode
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode, Part
-from data_pipelines.settings import differences, plain
+from data_pipelines.settings import differences, other_networks, plain
 from data_pipelines.sources.formats import open_config
 from data_pipelines.vectors import parse
 
@@ -80,7 +80,8 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], tell: bool = T
             "configuration.",
             *(described["name"], ", ".join(unknown)),
         )
-    return differences(before, after)
+    networks = [settings.pop("identity", {}) for settings in (before, after)]
+    return differences(before, after) + other_networks(*networks)
 
 
 def wanted_settings(config: ConfigDict, dataset: ConfigDict) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import json
 
 from ml_collections import ConfigDict
 
-from data_pipelines.settings import differences, plain
+from data_pipelines.settings import differences, other_networks, plain
 
 SETTINGS = {"clip": {"height": 64, "fps": 20.0}, "name": "robot", "columns": (0, 1), "none": None}
 
@@ -40,3 +40,15 @@ def test_a_reference_in_a_configuration_is_its_value():
     config = ConfigDict({"width": 8})
     config.height = config.get_ref("width")
     assert differences({"width": 8, "height": 8}, config) == []
+
+
+def test_networks_of_earlier_versions_compare_by_what_is_said_of_them():
+    before, now, other = "wan vae 0a1b", "wan vae 0a1b ffff", "wan vae 0a1b eeee"
+
+    def unlike(a, b):
+        return other_networks({"tokenizer": a}, {"tokenizer": b})
+
+    assert unlike(before, now) == unlike(now, before) == unlike(now, now) == []
+    assert unlike(now, other) == [f"identity.tokenizer is {now!r} there, {other!r} here"]
+    assert unlike("wan vae 0a1c", now) and unlike("stored 8x64", "ngram 8x64")
+    assert other_networks({"tokenizer": now}, {})

@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.normalize import VECTORS, Normalizer, load_normalizers, strange_streams
-from data_pipelines.settings import differences, plain
+from data_pipelines.settings import other_networks, plain
 from data_pipelines.vectors import parse, streams
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
@@ -71,27 +70,23 @@ def load_text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, st
     return _text_encoder(config)[:2]
 
 
-# All of a network's identity, for results. Called only there: for weights of earlier versions it
-# reads the files again.
-Identity = Callable[[], dict[str, Any]]
-
-
-def _video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str, Identity]:
-    """The tokenizer, its identity in records, and all of its identity."""
+def _video_tokenizer(path: Path) -> tuple[LinearTokenizer | WanVAE, str, dict[str, Any]]:
+    """The tokenizer, its identity in records, and its identity in results."""
     path = Path(path)
     if not path.is_dir():
         identity = hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
-        return load_linear_tokenizer(path), identity, lambda: {"digest": identity[:16]}
+        return load_linear_tokenizer(path), identity, {"digest": identity[:16]}
     network, params, weights = _load(path, "vae")
-    return network.bind(params), f"wan vae {_fingerprint(params)}", weights
+    name = f"wan vae {_fingerprint(params)} {weights['digest']}"
+    return network.bind(params), name, weights
 
 
-def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, Identity]:
-    """The text encoder, its identity in records, and all of its identity."""
+def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, dict[str, Any]]:
+    """The text encoder, its identity in records, and its identity in results."""
     length, dim = config.text.length, config.text.dim
     if not config.text_encoder:
         name = f"ngram {length}x{dim}"
-        return NgramTextEncoder(length, dim), name, lambda: {"name": name}
+        return NgramTextEncoder(length, dim), name, {"name": name}
     if config.text_encoder == "stored":
         raise ValueError(
             "config.text_encoder is 'stored': the data hold the embeddings of their own "
@@ -106,8 +101,8 @@ def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, I
     encoder = T5TextEncoder(network, params, load_t5_tokenizer(directory, length))
     files = [directory / name for name in TOKENIZER_FILES if (directory / name).is_file()]
     vocabulary = hashlib.sha256(files[0].read_bytes()).hexdigest()[:16]
-    name = f"t5 {length}x{dim} {_fingerprint(params)}"
-    return encoder, name, lambda: {**weights(), "vocabulary": vocabulary}
+    name = f"t5 {length}x{dim} {_fingerprint(params)} {weights['digest']} {vocabulary}"
+    return encoder, name, {**weights, "vocabulary": vocabulary}
 
 
 def check_identity(identity: dict[str, str], directory: Path) -> None:
@@ -125,8 +120,7 @@ def _check_identity(identity: dict[str, str], checkpoint: Checkpoint) -> None:
     # It is unknown which network made the embeddings that a dataset stores.
     known = {name for name, what in trained.items() if not what.startswith("stored ")}
     expected = {name: trained[name] for name in identity if name in known}
-    different = differences(expected, identity, "identity") if expected else ()
-    if different:
+    if different := other_networks(expected, {name: identity[name] for name in expected}):
         raise CheckpointMismatch(
             f"{checkpoint.directory} was trained with another video tokenizer or text encoder: "
             f"{'; '.join(different)}. Restore that one, or train again."
@@ -140,7 +134,7 @@ _ENCODERS = {
 }
 
 
-def _load(directory: Path, stage: str) -> tuple[Network, Params, Identity]:
+def _load(directory: Path, stage: str) -> tuple[Network, Params, dict[str, Any]]:
     found, (title, build) = find_checkpoint(directory), _ENCODERS[stage]
     meta = found.meta
     if meta["stage"] != stage:
@@ -157,14 +151,13 @@ def _load(directory: Path, stage: str) -> tuple[Network, Params, Identity]:
         abstract_params(directory, step=found.step),
     )
     params = restore_params(directory, placed, step=found.step)
-    settings = plain(asdict(network.config))
-    return network, params, lambda: {**found.identity, "settings": settings}
+    return network, params, {**found.identity, "settings": plain(asdict(network.config))}
 
 
 def _fingerprint(params: Params) -> str:
     digest = hashlib.sha256()
     for name, leaf in sorted(leaf_paths(params).items()):
-        if leaf.nbytes <= _SMALL:
+        if leaf.nbytes <= _SMALL:  # all that earlier versions compared; the digest is of all
             digest.update(name.encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
 
@@ -222,8 +215,8 @@ def _load_policy(
     check_trained(config, decoder.meta, decoder_directory)
     robot = trained_robot(config)
     normalizer = _normalizer(decoder, config)
-    tokenizer, tokenizer_identity, tokenizer_is = _video_tokenizer(config.tokenizer)
-    text_encoder, text_identity, text_encoder_is = _text_encoder(config)
+    tokenizer, tokenizer_identity, tokenizer_weights = _video_tokenizer(config.tokenizer)
+    text_encoder, text_identity, text_weights = _text_encoder(config)
     identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
     _check_identity(identity, decoder)
     # Every process answers its own queries on its own devices.
@@ -238,8 +231,8 @@ def _load_policy(
     what = {
         "decoder": decoder.identity,
         "backbone": {k: v for k, v in weights.items() if k != "directory"},
-        "tokenizer": tokenizer_is(),
-        "text_encoder": text_encoder_is(),
+        "tokenizer": tokenizer_weights,
+        "text_encoder": text_weights,
         "normalizer": {
             "digest": digest_of_json(decoder_directory / "normalizer.json"),
             "embodiment": robot.embodiment,

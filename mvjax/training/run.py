@@ -20,7 +20,7 @@ from data_pipelines.normalize import (
 )
 from data_pipelines.provenance import open_records
 from data_pipelines.records import RecordDataset
-from data_pipelines.settings import differences
+from data_pipelines.settings import other_networks
 from mvjax.experiment import Experiment
 from mvjax.identity import digest_of_json
 from mvjax.parallel import spec
@@ -102,7 +102,7 @@ def _identity(datasets: Sequence[RecordDataset]) -> dict[str, str]:
     """The tokenizer and text encoder that made the records: the same for all, or an error."""
     first, *others = datasets
     for other in others:
-        different = differences(first.settings["identity"], other.settings["identity"], "identity")
+        different = other_networks(first.settings["identity"], other.settings["identity"])
         if different:
             raise ValueError(
                 f"The records of {first.name!r} and {other.name!r} were made with different "
@@ -120,7 +120,7 @@ def _check_encoders(config: Any, identity: dict[str, str]) -> None:
         ours["text_encoder"] = f"ngram {config.text.length}x{config.text.dim}"
     # It is unknown which network made the embeddings that a dataset stores.
     made = {k: v for k, v in identity.items() if k in ours and not v.startswith("stored ")}
-    if different := differences(made, {name: ours[name] for name in made}, "identity"):
+    if different := other_networks(made, {name: ours[name] for name in made}):
         raise ValueError(
             f"The records were encoded with another tokenizer or text encoder than this "
             f"configuration names: {'; '.join(different)}. Name those as config.tokenizer and "
@@ -130,7 +130,7 @@ def _check_encoders(config: Any, identity: dict[str, str]) -> None:
 
 def _check_backbone(backbone: Checkpoint, identity: dict[str, str]) -> None:
     trained = backbone.meta.get("identity")
-    different = differences(trained, identity, "identity") if trained else ()  # weights lack it
+    different = other_networks(trained, identity) if trained else ()  # weights lack it
     if different:
         raise ValueError(
             f"The backbone in {backbone.directory} was trained on other latents or text than these "

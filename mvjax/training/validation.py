@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from data_pipelines.settings import other_networks
 from data_pipelines.video import write_video
 from mvjax.experiment import Experiment
 from mvjax.flow import condition_mask, denoise, sample_video, start
@@ -68,7 +69,7 @@ def make_validation(
         tokenizer = None
         if jax.process_index() == 0:
             tokenizer, ours = load_video_tokenizer(config.tokenizer)
-            if ours != identity["tokenizer"]:
+            if other_networks({"tokenizer": identity["tokenizer"]}, {"tokenizer": ours}):
                 raise ValueError(
                     f"The records were encoded with another tokenizer than {config.tokenizer}; "
                     "name that one as config.tokenizer, or set config.training.sample_count=0."
