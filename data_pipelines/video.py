@@ -106,11 +106,20 @@ class Decoder:
             self._container.seek(key, stream=self._stream, backward=True)
             self._decoded = self._container.decode(self._stream)
             self.seeks += 1
+            try:
+                return self._decode_to(pts)
+            except ValueError:
+                # FFmpeg cannot seek everywhere in every container, such as MPEG-TS: from the start.
+                self.close()
+                self._open()
+        self._decode_to(pts)
+
+    def _decode_to(self, pts: int) -> None:
         # A frame that is in the index but not in the file is an error: returning its neighbour
         # instead would shift the images against the actions.
         latest = None
         for found in self._decoded:
-            time = getattr(found, index.clock)
+            time = getattr(found, self._index.clock)
             if time is None or (latest is not None and time <= latest):
                 self.close()
                 raise ValueError(unreadable(self._path, "its frames are not in the order of time"))

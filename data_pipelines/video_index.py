@@ -115,6 +115,9 @@ def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) 
     context = stream.codec_context
     stream.container.seek(index.keyframes[0], stream=stream)
     first = next(stream.container.decode(stream), None)
+    if first is None:  # FFmpeg cannot seek everywhere in every container, such as MPEG-TS
+        with open_video(place) as container:
+            first = next(container.decode(video_streams(container)[0]), None)
     if first is None:
         raise ValueError(unreadable(place, "no frame can be decoded"))
     late = np.flatnonzero(np.diff(index.pts) <= 0)
@@ -137,6 +140,7 @@ def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) 
 
 # In an AVI, which stores decoding times only. FFmpeg works out the order of older codecs.
 _UNORDERED = ("h264", "hevc")
+_MPEG4_FRAME = b"\0\0\1\xb6"  # the start code of a frame in MPEG-4 part 2
 
 
 def _is(container: str, stream: av.VideoStream) -> bool:
@@ -148,11 +152,18 @@ def index_of_packets(place: VideoPlace, stream: av.VideoStream) -> VideoIndex:
     clock = "pts"
     if _is("avi", stream) and stream.codec_context.name in _UNORDERED:
         clock = "dts"
-    packets = [
-        (getattr(p, clock), p.is_keyframe, p.is_discard or _never_shown(p), p.duration or 0)
-        for p in stream.container.demux(stream)
-        if getattr(p, clock) is not None and p.size
-    ]
+    mpeg4 = stream.codec_context.name == "mpeg4"
+    packets = []
+    for packet in stream.container.demux(stream):
+        if packet.size:
+            time = getattr(packet, clock)
+            if time is None or (mpeg4 and bytes(packet).count(_MPEG4_FRAME) > 1):
+                raise ValueError(
+                    f"{place}: it does not store when each frame is shown, as some packets hold "
+                    "several (DivX's packed B-frames) or have no time; encode it again as an MP4"
+                )
+            hidden = packet.is_discard or _never_shown(packet)
+            packets.append((time, packet.is_keyframe, hidden, packet.duration or 0))
     shown = array("q", sorted(pts for pts, _, hidden, _ in packets if not hidden))
     ends = max((pts + duration for pts, _, _, duration in packets), default=0)
     _check_whole(place, stream, len(packets), shown, ends)
@@ -214,7 +225,7 @@ def _is_short_riff(place: VideoPlace) -> bool:
         while at + 8 <= end:
             file.seek(at)
             head = file.read(8)
-            if head[:4] != b"RIFF":
+            if head[:4] != b"RIFF" or head[4:] == b"\xff" * 4:  # or written into a pipe
                 break
             at += 8 + int.from_bytes(head[4:], "little")
     return at > end

@@ -207,6 +207,13 @@ def with_hidden_frames(source: Path, target: Path) -> Path:
     return target
 
 
+def piped(path: Path) -> Path:
+    """An AVI as FFmpeg writes it into a pipe: its length is not stated."""
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + b"\xff" * 4 + content[8:])
+    return path
+
+
 PAUSED = [*range(20), *range(50, 70)]
 
 
@@ -219,6 +226,14 @@ PAUSED = [*range(20), *range(50, 70)]
         (40, lambda path: save_avi(path / "pause.mkv", PAUSED, "libx264", format="matroska")),
         (40, lambda path: save_avi(path / "late.mp4", np.add(PAUSED, 7), "mpeg4", format="mp4")),
         (40, lambda path: save_avi(path / "late.ts", PAUSED, "libx264", format="mpegts")),
+        (40, lambda path: save_avi(path / "start.ts", range(40), "libx264", format="mpegts")),
+        (
+            40,
+            lambda path: save_avi(
+                path / "a.mpg", range(40), "mpeg2video", b_frames=2, format="mpeg"
+            ),
+        ),
+        (40, lambda path: piped(save_avi(path / "pipe.avi", range(40)))),
         (20, lambda path: cut_end(encode(path / "trimmed.mp4", range(40), 3), 20 * 1000 // 30)),
         (
             40,
@@ -233,7 +248,9 @@ PAUSED = [*range(20), *range(50, 70)]
             ),
         ),
     ],
-    ids=["avi", "avi mpeg4", "avi h264", "mkv", "late mp4", "ts", "trimmed mp4", "vp8", "open gop"],
+    ids=(
+        "avi,avi mpeg4,avi h264,mkv,late mp4,late ts,ts,mpg,piped avi,trimmed mp4,vp8,open gop"
+    ).split(","),
 )
 def test_the_frames_are_those_that_a_player_shows(tmp_path, monkeypatch, count, make):
     path = make(tmp_path)
@@ -269,6 +286,23 @@ def test_b_frames_in_an_avi_are_refused(tmp_path):
     path = save_avi(tmp_path / "a.avi", range(40), "libx264", b_frames=2)
     with pytest.raises(ValueError, match=r"a\.avi: an AVI does not store the order.* as an MP4"):
         VideoFile(path).stream()
+
+
+def test_packed_b_frames_are_refused(tmp_path):
+    """DivX: a packet holds two frames, and the next none, so that times go to the wrong frames."""
+    source = save_avi(tmp_path / "a.avi", range(40), "mpeg4", b_frames=1)
+    with av.open(str(source)) as given, av.open(str(tmp_path / "b.avi"), "w") as container:
+        stream = container.add_stream_from_template(given.streams.video[0])
+        packets = [p for p in given.demux(given.streams.video[0]) if p.size]
+        for number, packet in enumerate(packets):
+            twin = bytes(packets[number + 1]) if number == 1 else b""
+            new = av.Packet(bytes(packet) + twin)
+            new.dts = new.pts = packet.dts
+            new.time_base, new.stream = packet.time_base, stream
+            new.is_keyframe = packet.is_keyframe
+            container.mux(new)
+    with pytest.raises(ValueError, match=r"b\.avi: .*packed B-frames.* as an MP4"):
+        VideoFile(tmp_path / "b.avi").stream()
 
 
 def test_of_several_video_streams_the_first_is_taken_and_that_is_said(tmp_path):
