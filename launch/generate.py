@@ -25,6 +25,7 @@ from launch.entry import path_flag, run
 from mvjax.flow import Sampling
 from mvjax.models.layers import PRECISIONS
 from mvjax.policy.generate import (
+    check_tiled,
     embed_texts,
     generate,
     generation_config,
@@ -35,6 +36,9 @@ from mvjax.policy.generate import (
 
 CHECKPOINT = path_flag("checkpoint", "Stage-1 training directory, or converted video DiT.")
 IMAGE = path_flag("image", "First frame, or a video whose last frames are observed.")
+TILED = flags.DEFINE_bool(
+    "tiled", False, "The image is tiled from the cameras, as the model's training pictures were."
+)
 OUT = path_flag("out", "The .mp4 file to write.")
 PROMPT = flags.DEFINE_string("prompt", None, "Description of the video.")
 EMBEDDING = flags.DEFINE_string(
@@ -77,6 +81,7 @@ def main() -> None:
     config.update_from_flattened_dict({k: v for k, v in given.items() if v is not None})
     sampling = Sampling(**config.sampler)
     observed = read_observed(Path(IMAGE.value), config.clip.observed_frames, config.clip.fps)
+    check_tiled(config, observed, TILED.value)
     clip = _clip(config, len(observed))
     tokenizer = load_matching_tokenizer(config.tokenizer, checkpoint)
     text, negative = _texts(config, checkpoint)

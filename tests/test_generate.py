@@ -22,6 +22,7 @@ from mvjax.models.stand_ins import NgramTextEncoder, fit_linear_tokenizer, save_
 from mvjax.parallel import make_mesh, make_rules
 from mvjax.policy.generate import (
     VideoModel,
+    check_tiled,
     generate,
     generation_config,
     load_matching_tokenizer,
@@ -186,6 +187,20 @@ def test_pictures_are_read_upright_and_in_rgb(tmp_path):
     exif[0x0112] = 6  # the camera was held on its side
     Image.fromarray(frame).save(tmp_path / "b.png", exif=exif)
     np.testing.assert_array_equal(read_observed(tmp_path / "b.png", 5)[0], np.rot90(frame, -1))
+
+
+def test_a_model_of_tiled_cameras_takes_no_picture_of_one():
+    config = tiny_config("video")
+    check_tiled(config, observed(1), tiled=False)
+    with config.ignore_type():  # lists, as JSON keeps them
+        config.datasets = dict(robot=dict(video=[["front", "wrist"]]))
+    check_tiled(config, observed(1, 32, 32), tiled=True)
+    for size, tiled, words in (((32, 32), False, "of one camera"), ((32, 48), True, "32x48")):
+        with pytest.raises(ValueError, match=rf"tiled from .*'front', 'wrist'.*{words}.*--tiled"):
+            check_tiled(config, observed(1, *size), tiled)
+    with config.ignore_type():
+        config.datasets.other = dict(video="front")  # it has seen single cameras, too
+    check_tiled(config, observed(1), tiled=False)
 
 
 def test_embeddings_are_filled_up_with_zeros(tmp_path):

@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data_pipelines.clip import Clip
+from data_pipelines.cutting import camera_rows
 from data_pipelines.frames import cover
 from mvjax.experiment import Experiment
 from mvjax.flow import (
@@ -204,6 +205,27 @@ def generation_config(checkpoint: Path) -> ConfigDict:
         for name, value in RELEASED.items():
             config[name] = {**value, **config.get(name, {})} if isinstance(value, dict) else value
     return config
+
+
+def check_tiled(config: ConfigDict, frames: np.ndarray, tiled: bool) -> None:
+    """Raises ValueError unless observed frames are tiled from cameras where those of training were.
+
+    Args:
+        config: of `generation_config`; converted weights do not know their cameras and pass.
+        frames: the observed frames [n, h, w, 3].
+        tiled: whether they are said to be tiled.
+    """
+    videos = [camera_rows(dataset.video) for dataset in config.get("datasets", {}).values()]
+    if not videos or any(sum(map(len, rows)) == 1 for rows in videos):
+        return
+    size = config.clip.height, config.clip.width
+    if not tiled or frames.shape[1:3] != size:
+        h, w = frames.shape[1:3]
+        raise ValueError(
+            f"This model was trained on pictures tiled from {videos[0]}, but got "
+            f"{f'a tiled one of {h}x{w}' if tiled else 'the picture of one camera'}: give a picture"
+            f" tiled in the same way, of {size[0]}x{size[1]}, with --tiled."
+        )
 
 
 def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:
