@@ -48,7 +48,7 @@ class EpisodeCutter:
     text_encoder: TextEncoder | StoredTexts | None
     validation_share: float
     config_fits: bool = False
-    # Of the streams in the vectors: the first episode's id, and the shape there.
+    # Of the streams in the vectors: the first episode's id, and the shape there without ones.
     _shapes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def __call__(self, index: int) -> tuple[Row, Iterator[Window]]:
@@ -85,17 +85,13 @@ class EpisodeCutter:
 
     def _check_shapes(self, episode: Episode) -> None:
         """ValueError if numbers have another shape than before: columns would mean others."""
-        shapes = {
-            name: stream.values.shape[1:]
-            for name, stream in episode.streams.items()
-            if isinstance(stream.values, np.ndarray) and name not in episode.cameras
-        }
         for name in vector_streams(self.dataset):
-            first, shape = self._shapes.setdefault(name, (episode.id, shapes[name]))
-            if shape != shapes[name]:
+            here = tuple(n for n in episode.streams[name].values.shape[1:] if n != 1)
+            first, shape = self._shapes.setdefault(name, (episode.id, here))
+            if shape != here:
                 raise ValueError(
-                    f"{name} has the shape {list(shapes[name])}, but {list(shape)} in the episode "
-                    f"{first}, so its columns may mean something else"
+                    f"{name} has the shape {list(here)}, but {list(shape)} in the episode {first}, "
+                    "so its columns may mean something else"
                 )
 
 

@@ -6,7 +6,7 @@ options by now would be learned under the wrong name.
 """
 
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +19,8 @@ from data_pipelines.episode import Episode
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode, Part
 from data_pipelines.settings import differences, other_networks, plain
-from data_pipelines.sources.formats import open_config
-from data_pipelines.vectors import parse
+from data_pipelines.sources.formats import FORMATS, open_config
+from data_pipelines.vectors import StreamMismatch, parse
 
 # Settings of a dataset that say what its windows hold; they are part of the fingerprint.
 _CONTENT = ("name", "video", "action", "proprio", "embodiment")
@@ -54,8 +54,8 @@ def encoding_settings(
 def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], tell: bool = True) -> list[str]:
     """What differs between the settings of records and others, in sentences.
 
-    Another way to write the same is no difference, nor is another `normalize`, which training
-    applies, nor another path: `check_moved` compares what is there. What old records do not say is
+    Another way to write the same is no difference. Another `normalize` is none, as training applies
+    it, nor is another path, whose content `check_moved` compares. What old records do not say is
     not compared, and logged with `tell`.
     """
     before, after = plain(stored), plain(wanted)
@@ -64,8 +64,7 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], tell: bool = T
         if key in described and key in asked and _same(form, described[key], asked[key]):
             asked[key] = described[key]
     for settings, section in ((before, described), (after, asked)):
-        source = settings.pop("source", {}).items()
-        section |= {k: v for k, v in source if k != "path" and v not in (None, {}, [], "")}
+        section |= _source(settings.pop("source", {}))
     # Records of earlier versions say less.
     unknown = [key for key in after if key not in before]
     unknown += [
@@ -124,7 +123,7 @@ def open_records(
     if several and "source" not in stored and tell:
         log.warning(
             "the records of %r have episodes with several instructions (%d), which took turns by "
-            "window: if the task changes within an episode, encode again for the text of a moment.",
+            "window. If the task changes within an episode, encode them again.",
             *(records.name, several),
         )
     if acting:
@@ -141,20 +140,27 @@ def open_records(
 def check_moved(
     records: RecordDataset, dataset: ConfigDict, policy_io: ConfigDict, tell: bool = True
 ) -> None:
-    """ValueError if `dataset.path` is not where the records come from and holds other data."""
+    """ValueError if `dataset.path` is not where the records come from and holds other data.
+
+    Of the data only the shortest episode is compared. What cannot be read is logged with `tell`:
+    training needs the records alone.
+    """
     stored = records.settings
     before, now = stored.get("source", {}).get("path"), dataset.get("path")
     if before is None or now is None or Path(before).resolve() == Path(now).resolve():
         return
     moved = f"the records of {records.name!r} were made from {before}"
-    if not Path(now).exists():
+
+    def cannot_check(why: object) -> None:
         if tell:
             log.warning(
-                "%s; the configuration says %s, which is not on this machine, so whether that is "
-                "the same data cannot be checked.",
-                *(moved, now),
+                "%s, but the configuration says %s; whether that is the same data cannot be "
+                "checked: %s.",
+                *(moved, now, why),
             )
-        return
+
+    if not Path(now).exists():
+        return cannot_check("it is not on this machine")
 
     def digest(episode: Episode) -> str:
         described, anchor_fps = ConfigDict(stored["dataset"]), stored.get("anchor_fps")
@@ -162,41 +168,51 @@ def check_moved(
         clip = ConfigDict(stored["clip"])
         return cut_episode(episode, described, clip, windows, anchor_fps).digest()
 
-    episodes = open_config(dataset)
-    rows = [vars(row) for row in records.episodes]
-    what = f"it has {len(episodes)} episodes instead of {len(rows)}"
-    if len(episodes) == len(rows):
-        what = first_difference(enumerate(rows), episodes, digest)
+    rows = records.episodes
+    index = min((i for i, row in enumerate(rows) if row.count), key=lambda i: rows[i].count)
+    try:
+        episodes = open_config(dataset)
+        what = f"it has {len(episodes)} episodes instead of {len(rows)}"
+        if len(episodes) == len(rows):
+            what = difference(index, rows[index].id, rows[index].digest, episodes, digest)
+    except Exception as error:  # readers and decoders raise types of their own
+        return cannot_check(f"{type(error).__name__}: {error}")
     if what:
         raise ValueError(
-            f"{moved[0].upper()}{moved[1:]}, but {now} (config.datasets...path) holds other data, "
-            f"or is read in another way: {what}. Set the path back, which training does not read, "
-            "or encode again into another folder."
+            f"T{moved[1:]}, but {now} (config.datasets...path) holds other data, or is read in "
+            f"another way: {what}. Set the path back, which training does not read, or encode "
+            "again into another folder."
         )
 
 
-def first_difference(
-    rows: Iterable[tuple[int, Mapping[str, Any]]],
+def difference(
+    index: int,
+    id: str,
+    stored: str,
     episodes: Sequence[Episode],
     digest: Callable[[Episode], str],
 ) -> str:
-    """How the first encoded episode of records differs from the source's own; "" if it does not.
+    """How an encoded episode differs from the source's own; "" if it does not.
 
-    One is enough to notice data that were recorded or converted again. `rows` are numbered.
+    One episode is enough to notice data that were recorded or converted again. `stored` is its
+    digest, "" in old records.
     """
-    index, row = next(((i, row) for i, row in rows if row["count"]), (0, None))
-    if row is None:
-        return ""
+    episode = episodes[index]
+    if episode.id != id:
+        return f"episode number {index} is {episode.id!r} instead of {id!r}"
     try:
-        episode = episodes[index]
-        if episode.id != row["id"]:
-            return f"episode number {index} is {episode.id!r} instead of {row['id']!r}"
-        same = row["digest"] in ("", digest(episode))
-    except Exception as error:  # readers and decoders raise types of their own
-        return f"episode {row['id']!r} cannot be read ({type(error).__name__}: {error})"
-    if same:
-        return ""
-    return f"episode {row['id']!r} is no longer what it was, or is read in another way by now"
+        same = stored in ("", digest(episode))
+    except StreamMismatch as error:
+        return f"episode {id!r} does not fit ({error})"
+    return "" if same else f"episode {id!r} is no longer what it was"
+
+
+def _source(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set of where data come from, but for the path; an option's default is the option."""
+    options, format = settings.get("options") or {}, FORMATS.get(settings.get("format"))
+    defaults = plain(format.open.__kwdefaults__ or {}) if format else {}
+    every = {**settings, "options": defaults | options}
+    return {k: v for k, v in every.items() if k != "path" and v not in (None, {}, [], "")}
 
 
 def _recorded(policy_io: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

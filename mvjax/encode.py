@@ -27,7 +27,7 @@ from data_pipelines.clip import Clip
 from data_pipelines.episode import BadShare, Episode
 from data_pipelines.episode_cutter import LEAST_EPISODES, EpisodeCutter, Window, report_skipped
 from data_pipelines.lock import run_lock
-from data_pipelines.provenance import encoding_settings, first_difference
+from data_pipelines.provenance import difference, encoding_settings
 from data_pipelines.records import RecordDataset, RecordWriter
 from data_pipelines.shards import (
     REMEDY,
@@ -183,7 +183,18 @@ def _check_same_data(
         for shard in filter(is_finished, shards)
         for numbered in zip(shards[shard], finished_rows(shard))
     )
-    if what := first_difference(rows, episodes, lambda episode: cut.windows(episode).digest()):
+    index, row = next(((i, row) for i, row in rows if row["count"]), (0, None))
+    if row is None:
+        return
+
+    def digest(episode: Episode) -> str:
+        return cut.windows(episode).digest()
+
+    try:
+        what = difference(index, row["id"], row["digest"], episodes, digest)
+    except Exception as error:  # decoders raise types of their own
+        what = f"episode {row['id']!r} cannot be read ({type(error).__name__}: {error})"
+    if what:
         raise ValueError(
             f"{path} was made from other data: {what}. Choose another folder, or delete this one "
             "to encode again."

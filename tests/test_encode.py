@@ -198,7 +198,7 @@ def test_a_single_episode_without_a_stream_is_bad(tmp_path):
 def test_an_episode_whose_columns_may_mean_something_else_is_bad(tmp_path):
     """The same columns of streams of other shapes are not the same numbers."""
     episodes = [episode(i) for i in range(4)]
-    for i, shape in ((1, (5,)), (3, (2, 2))):
+    for i, shape in ((1, (5,)), (2, (1, 4)), (3, (2, 2))):  # [1, 4] is [4]
         old = episodes[i].streams["action"]
         values = np.resize(old.values, (len(old.timestamps), *shape))
         streams = {**episodes[i].streams, "action": Stream(old.timestamps, values)}

@@ -54,7 +54,7 @@ def _part(**more):
         (dict(anchor_fps=10.0), "anchor_fps is None there, 10.0 here"),
         (dict(format="rlds"), "dataset.format is 'lerobot' there, 'rlds' here"),
         (dict(options=dict(fps=10)), "dataset.options.fps is 40 there, 10 here"),
-        (dict(options={}), "dataset.options is {'fps': 40} there, None here"),
+        (dict(options={}), "dataset.options.fps is 40 there, None here"),
         (dict(crop=3), "dataset.crop is None there, 3 here"),  # whatever settings there will be
     ],
 )
@@ -93,6 +93,7 @@ def test_a_configuration_that_means_something_else_by_now_is_refused(folder, cha
         dict(video=("front",)),
         dict(video=[["front"]]),
         dict(options=dict(fps=40.0)),
+        dict(options=dict(fps=40, texts=())),  # a default
         dict(note=""),
     ],
 )
@@ -192,3 +193,9 @@ def test_a_moved_dataset_is_the_same_and_another_is_not(tmp_path, caplog):
     assert not caplog.text
     open_records(_config(), section(str(tmp_path / "away")), acting=False)
     assert caplog.text.count("not on this machine") == 1
+    # Training needs the records alone: placeholders and an empty folder are no reason to stop.
+    (tmp_path / "empty").mkdir()
+    open_records(_config(), section(str(tmp_path / "empty")), acting=False)
+    (tmp_path / "moved/video/a.mp4").write_bytes(b"version https://git-lfs.github.com/spec/v1")
+    open_records(_config(), moved, acting=False)
+    assert caplog.text.count("cannot be checked: ") == 3 and "git lfs pull" in caplog.text
