@@ -174,11 +174,13 @@ def test_a_folder_holds_the_results_of_one_policy_in_one_simulator(run, monkeypa
     assert read_identity(folder)["what"] == identity["what"]
 
 
-def test_more_episodes_are_added_and_the_report_says_what_was_evaluated(run):
+def test_more_episodes_are_added_and_the_report_says_what_was_evaluated(run, caplog):
     play(run)
     play(run, mode="none", **{"evaluation.first_seed": 9})
     (more,) = play(run, **{"evaluation.episodes_per_task": 3}).values()
-    assert [result.seed for result in more] == [1, 2, 3]
+    assert [result.seed for result in more] == [1, 2, 3] and "also holds" not in caplog.text
+    (fewer,) = play(run).values()
+    assert fewer == more[:2] and "also holds 1 episodes" in caplog.text
     text = build_evaluation_report(run / "out").read_text()
     what = read_identity(run / "out" / "policy_k0")["what"]
     for words in (

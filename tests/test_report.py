@@ -164,6 +164,10 @@ def test_a_report_says_that_results_are_not_of_one_identity(run):
     said = Page(build_evaluation_report(run / "evaluation").read_text()).text
     assert "“doing nothing” are not all of one identity: their config_hash is abc, def." in said
     assert said.count("not all of one identity") == 1 and "not recorded" in said
+    assert "not played on the same tasks" not in said
+    append_result(folder / "results.jsonl", dataclasses.replace(result, task="door-close-v3"))
+    said = Page(build_evaluation_report(run / "evaluation").read_text()).text
+    assert said.count("not played on the same tasks: only one of them has door-close-v3.") == 1
 
 
 def test_a_report_of_an_unfinished_run_says_what_is_missing(tmp_path):

@@ -186,10 +186,17 @@ def _identities(evaluations: Sequence[Evaluated]) -> list[tuple[str, dict[str, s
 
 
 def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
-    """Sentences on results that this page puts together although they are not of one policy, or
-    not of one simulator: within a setting, and between settings.
+    """Sentences on results that this page puts together although they are not of one policy, one
+    simulator or the same tasks: within a setting, and between settings.
     """
     said, first = [], {}
+    for e in evaluations[1:]:
+        before, tasks = evaluations[0], {rate.name for rate in e.tasks}
+        if unlike := tasks ^ {rate.name for rate in before.tasks}:
+            said.append(
+                f"“{before.setting.label}” and “{e.setting.label}” were not played on the same "
+                f"tasks: only one of them has {', '.join(sorted(unlike))}."
+            )
     for e in evaluations:
         found = {result.config_hash for result in e.results}
         if e.identity is not None:

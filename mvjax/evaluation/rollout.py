@@ -237,6 +237,12 @@ def run_rollouts(
         known = {(result.task, result.seed) for result in read_results(ours)}
         for key in done.keys() - known:
             append_result(ours, done[key])
+        if others := known - done.keys():
+            log.warning(
+                "%s also holds %d episodes of other tasks or seeds, which this evaluation did not "
+                "ask for: a report counts them, too.",
+                *(ours, len(others)),
+            )
     return [done[order.task, order.seed] for order in orders]
 
 
