@@ -25,7 +25,8 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from configs import quickstart, quickstart_action, quickstart_video
-from data_pipelines.atomic import run_lock, write_json, write_text
+from data_pipelines.atomic import write_json, write_text
+from data_pipelines.lock import run_lock
 from data_pipelines.settings import differences
 from launch import cli
 from launch.entry import run

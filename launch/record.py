@@ -31,7 +31,7 @@ from pathlib import Path
 
 from absl import flags
 
-from data_pipelines.atomic import run_lock
+from data_pipelines.lock import run_lock
 from launch.entry import path_flag, run
 from mvjax.evaluation.libero_demos import regenerate
 from mvjax.evaluation.record import Recording, record_dataset
