@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from data_pipelines.atomic import LOCK, replacing, write_json
+from data_pipelines.atomic import replacing, write_json
+from data_pipelines.lock import LOCK
 from data_pipelines.settings import differences
 from data_pipelines.sources.files import MANIFEST, UNFINISHED
 from data_pipelines.video import VideoFile, write_video
