@@ -179,9 +179,8 @@ def check_moved(
         return cannot_check(f"{type(error).__name__}: {error}")
     if what:
         raise ValueError(
-            f"T{moved[1:]}, but {now} (config.datasets...path) holds other data, or is read in "
-            f"another way: {what}. Set the path back, which training does not read, or encode "
-            "again into another folder."
+            f"T{moved[1:]}, but {now} (config.datasets...path) holds other data: {what}. Set the "
+            "path back, which training does not read, or encode again into another folder."
         )
 
 
@@ -204,7 +203,7 @@ def difference(
         same = stored in ("", digest(episode))
     except StreamMismatch as error:
         return f"episode {id!r} does not fit ({error})"
-    return "" if same else f"episode {id!r} is no longer what it was"
+    return "" if same else f"episode {id!r} is no longer what it was, or is read in another way"
 
 
 def _source(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -114,7 +114,9 @@ def usual_steps(timestamps: np.ndarray) -> np.ndarray:
     if len(steps) <= _NEIGHBOURS:
         return np.full(len(steps), np.median(steps) if len(steps) else 0.0)
     around = np.pad(steps, _NEIGHBOURS, "reflect")
-    return np.median(sliding_window_view(around, 2 * _NEIGHBOURS + 1), axis=-1)
+    medians = np.median(sliding_window_view(around, 2 * _NEIGHBOURS + 1), axis=-1)
+    # Where two steps alternate, so do the medians: the longer step is a usual one, too.
+    return sliding_window_view(np.pad(medians, 1, "edge"), 3).max(axis=-1)
 
 
 def in_pause(timestamps: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:

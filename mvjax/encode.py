@@ -179,21 +179,17 @@ def _check_same_data(
     path: Path, shards: Mapping[Path, range], episodes: Sequence[Episode], cut: EpisodeCutter
 ) -> None:
     rows = (
-        numbered
+        (index, row["id"], row["digest"])
         for shard in filter(is_finished, shards)
-        for numbered in zip(shards[shard], finished_rows(shard))
+        for index, row in zip(shards[shard], finished_rows(shard))
+        if row["count"]
     )
-    index, row = next(((i, row) for i, row in rows if row["count"]), (0, None))
-    if row is None:
+    if (first := next(rows, None)) is None:
         return
-
-    def digest(episode: Episode) -> str:
-        return cut.windows(episode).digest()
-
     try:
-        what = difference(index, row["id"], row["digest"], episodes, digest)
+        what = difference(*first, episodes, lambda episode: cut.windows(episode).digest())
     except Exception as error:  # decoders raise types of their own
-        what = f"episode {row['id']!r} cannot be read ({type(error).__name__}: {error})"
+        what = f"episode {first[1]!r} cannot be read ({type(error).__name__}: {error})"
     if what:
         raise ValueError(
             f"{path} was made from other data: {what}. Choose another folder, or delete this one "

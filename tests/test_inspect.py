@@ -319,6 +319,10 @@ def test_a_pause_is_named_and_does_not_change_the_rate():
     only = inspect_dataset(episodes[:1], "set", "in memory")
     assert only.streams["action"].rate == pytest.approx(10)
     assert only.lengths == pytest.approx([10.0])
+    alternating = np.r_[0, np.cumsum(np.tile([33, 67], 30) * 10**6)]
+    found = inspect_dataset([_episode("a", alternating)], "set", "in memory")
+    assert "timestamp gap" not in _kinds(found)
+    assert found.streams["action"].rate == pytest.approx(20)
 
 
 def test_a_part_of_a_large_dataset_is_looked_at():

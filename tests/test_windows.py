@@ -170,6 +170,7 @@ def test_only_an_instant_far_from_every_value_is_in_a_pause():
         np.full(60, 0.1),
         np.r_[np.full(30, 0.02), np.full(30, 0.1)],  # a rate that changes is no pause
         np.random.default_rng(0).uniform(0.08, 0.12, 60),
+        np.tile([0.033, 0.1], 30),  # two steps that alternate
         np.r_[0.1, 0.1],
     ],
 )
