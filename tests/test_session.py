@@ -206,12 +206,21 @@ def test_a_state_in_other_units_is_said_once_and_counted(state, words, far):
     if words is None:
         assert totals == {} and said[0] == []
         return
-    assert len(said[0]) == 1 + far and all(words in sentence for sentence in said[0])
-    for kind, sentence in zip(("state_outside", "state_far_outside"), said[0]):
-        assert totals[kind] == {"queries": 3, "connections": 1, "first": sentence}
+    (sentence,) = said[0]
+    assert words in sentence and ("units" in sentence) == far
+    kind = "state_far_outside" if far else "state_outside"
+    assert totals[kind] == {"queries": 3, "connections": 1, "first": sentence}
     if far:
-        assert "They are clipped." in said[0][1] and "units" in said[0][1]
+        assert "They are clipped." in sentence
         assert totals["state_clipped"]["queries"] == 3
+
+
+def test_noise_of_a_constant_state_is_not_far_outside():
+    statistics = {"proprio": compute_statistics(np.zeros((50, 1, 2)) + (0.3, 0))}
+    known = Ranges.of(Normalizer(statistics, {"proprio": Mode.VARIANCE}), "proprio", ("a", "b"))
+    assert not known.beyond(np.array([[0.3002, -2e-4]]), margin=0.05)
+    assert not known.beyond(np.array([[0.31, -2e-3]]), margin=3.0)
+    assert "b with 90" in known.beyond(np.array([[0.3, 90]]), margin=3.0)
 
 
 def test_what_is_not_normalised_is_outside_all_the_same():

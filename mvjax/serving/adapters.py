@@ -322,8 +322,9 @@ def check_angles(parts: Sequence[Part], values: Mapping[str, np.ndarray]) -> Non
             largest = float(np.abs(stored).max())
             if largest > turns[part.rotation] * 2 * np.pi + 0.01:
                 raise ValueError(
-                    f"{part.streams[-1]!r} holds a rotation ({part.rotation}) in radians, but "
-                    f"{largest:.4g} is more than {turns[part.rotation]} turns; are these degrees?"
+                    f"{part.streams[-1]!r} holds a rotation ({part.rotation}) in radians, at most "
+                    f"{turns[part.rotation] * 2 * np.pi:.2f}, but got {largest:.4g}: are these "
+                    "degrees?"
                 )
 
 

@@ -24,6 +24,7 @@ Totals = dict[str, dict[str, Any]]
 _ASPECTS = tuple(
     aspect for h, w in ((3, 4), (9, 16), (10, 16), (2, 3), (4, 5)) for aspect in ((h, w), (w, h))
 )
+_LEAST = 0.01  # extent of a dimension; of one that is constant in training any noise is outside
 _BARS = 0.05  # of a side; narrower black edges are not worth a sentence
 _JPEG = 12  # what compression makes of black, about
 
@@ -96,7 +97,7 @@ class Ranges:
         """
         low, high = (np.broadcast_to(bound, values.shape) for bound in (self.low, self.high))
         # Of all time steps: at the first one, relative actions hardly differ from zero.
-        room = margin * (high.max(axis=0) - low.min(axis=0))
+        room = margin * np.maximum(high.max(axis=0) - low.min(axis=0), _LEAST)
         room = room + 1e-3 * np.maximum(np.abs(low), np.abs(high)) + 1e-6
         excess = np.maximum(low - values, values - high) - room
         dims = (excess > 0).any(axis=0)

@@ -152,17 +152,18 @@ class Session:
         try:
             proprio = adapter.proprio(states)
         except ValueError as error:  # such as numbers that are no rotation
-            raise RequestError(f"The state is not valid: {error}.") from error
+            raise RequestError(f"The state is not valid: {error}") from error
         if not np.isfinite(proprio).all():
             raise RequestError("The state has numbers that are too large.")
         if (known := self._spec.proprio) is not None:
             if clipped := known.clips(proprio):
                 self.notices.add("state_clipped")
-            # Two sentences: a slight excess, which is common, must not hide other units.
-            for kind, margin in (("state_outside", 0.05), ("state_far_outside", 3.0)):
+            # Two kinds: a slight excess, which is common, must not hide other units.
+            for kind, margin in (("state_far_outside", 3.0), ("state_outside", 0.05)):
                 if what := known.beyond(proprio, margin):
                     end = " They are clipped." if clipped else ""
                     self.notices.add(kind, _STATE[kind].format(what) + end)
+                    break
         if self._view is not None:
             pictures = self._view(pictures, self.notices)
         return Observation(pictures, proprio, adapter.prompt(prompt))
