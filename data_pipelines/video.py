@@ -173,8 +173,8 @@ class VideoFile(Frames):
 
     Args:
         path: the file, or a range of bytes in one.
-        start: of the segment, seconds of the file's clock; None for the first frame, which is often
-            later than 0.
+        start: of the segment, seconds as players count them; None for the first frame, which is
+            often later than 0.
         end: of the segment, seconds, exclusive; None for the end of the file.
         pool: shared by the videos of a dataset; by default the video has its own.
         exact: select the frames with start <= time < end, to the nanosecond. By default a frame
@@ -249,13 +249,13 @@ class VideoFile(Frames):
                 end = "the end" if self._end is None else f"{float(self._end)} s"
                 raise ValueError(
                     f"{self.path}: no frames between {start} and {end}; the last one is at "
-                    f"{float(index.pts[-1] * index.time_base):.3f} s"
+                    f"{float(index.pts[-1] * index.time_base - index.zero):.3f} s"
                 )
         return self._pts
 
     def _first_from(self, index: VideoIndex, seconds: float | Fraction) -> int:
         """The number of the first frame of the file at or after a time."""
-        pts = index.pts
+        pts, seconds = index.pts, seconds + index.zero
         if self._exact:  # times are compared as timestamps, which are rounded to nanoseconds
             limit = Fraction(2 * round(seconds * NANOSECONDS) - 1, 2 * NANOSECONDS)
             return bisect_left(pts, limit / index.time_base)

@@ -61,6 +61,7 @@ class VideoIndex:
     codec: str = ""
     findings: tuple[str, ...] = ()  # see `Episode.findings`
     clock: str = "pts"  # or "dts", if the container stores no presentation times
+    zero: Fraction = Fraction(0)  # where players begin to count, seconds
 
 
 def open_video(place: VideoPlace, **options: str) -> av.container.InputContainer:
@@ -135,7 +136,17 @@ def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) 
         raise ValueError(f"{place}: {error}") from error
     if len(video_streams(stream.container)) > 1:
         findings += ("video file has several video streams; the first was taken",)
-    return replace(index, height=height, width=width, codec=context.name, findings=findings)
+    starts = [s.start_time * s.time_base for s in stream.container.streams if s.start_time]
+    # The clock of these broadcasts begins anywhere, with FFmpeg at 1.4 s.
+    zero = min(starts, default=Fraction(0)) if _is("mpegts", stream) or _is("mpeg", stream) else 0
+    return replace(
+        index,
+        height=height,
+        width=width,
+        codec=context.name,
+        findings=findings,
+        zero=Fraction(zero),
+    )
 
 
 # In an AVI, which stores decoding times only. FFmpeg works out the order of older codecs.

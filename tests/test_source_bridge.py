@@ -126,6 +126,12 @@ def test_options_choose_the_cameras_and_the_times(tree):
     expected = np.arange(STEPS - 1) * 200_000_000
     np.testing.assert_array_equal(episode.streams["images1"].timestamps, expected)
     np.testing.assert_array_equal(episode.streams["actions"].timestamps, expected[:-1])
+    for traj in ("traj_group0/traj0", "traj_group0/traj1"):
+        rewrite(tree / DATE / "raw" / traj, "obs_dict.pkl", lambda d: d.pop("time_stamp") and d)
+    untimed, timed = open_it(tree)[0], open_it(tree, fps=5)[0]
+    assert "obs_dict.pkl does not say how many steps" in untimed.unknown_rate
+    assert not timed.unknown_rate and not open_it(tree)[2].unknown_rate
+    assert np.diff(untimed.streams["images1"].timestamps).tolist() == [10**9] * 4
     with pytest.raises(ValueError, match=r"traj0 has no images7, only \['images0', 'images1'\]"):
         open_it(tree, cameras=["images7"])[0]
 
@@ -184,17 +190,13 @@ FAULTS = {
     ),
     "times stand still": (
         lambda f: rewrite(f, "obs_dict.pkl", lambda d: d | {"time_stamp": [0.0] * STEPS}),
-        "timestamps must strictly increase.*the option fps",
+        "timestamps must strictly increase.*The option fps",
     ),
     "times in milliseconds": (
         lambda f: rewrite(
             f, "obs_dict.pkl", lambda d: d | {"time_stamp": [2e5 * i for i in range(6)]}
         ),
         "2e.05 s apart; are the times in another unit than seconds",
-    ),
-    "no times": (
-        lambda f: rewrite(f, "obs_dict.pkl", lambda d: d.pop("time_stamp") and d),
-        r"obs_dict\.pkl has no `time_stamp`; set the option fps",
     ),
     "states that were not fetched": (
         lambda f: (f / "obs_dict.pkl").write_text(POINTER),

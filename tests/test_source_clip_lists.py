@@ -156,7 +156,7 @@ def test_malformed_lines_are_broken_episodes_and_stop_nothing(long_video, tmp_pa
     for index, message in {
         1: r"line 2: not a JSON object \(",
         2: "line 3: not a JSON object",
-        3: r"line 4: there is no column 'caption' \(there are \['file'\]\)",
+        3: r"line 4: there is no column 'caption', but \['file'\]; name it in the option columns",
         4: "line 5: 'nan' is not a time",
     }.items():
         with pytest.raises(ValueError, match=message):
@@ -283,7 +283,7 @@ def test_what_cannot_be_opened_says_why(tmp_path):
 
     with pytest.raises(ValueError, match="no usable clip among 0 lines; it is empty"):
         open_it(write("a.csv", b"file,caption\n"))
-    with pytest.raises(ValueError, match=r"number 2: there is no column 'file' \(there are"):
+    with pytest.raises(ValueError, match=r"number 2: there is no column 'file', but"):
         open_it(write("b.csv", b"video,caption\na.mp4,x\n"))
     with pytest.raises(ValueError, match="the first line is not UTF-8"):
         open_it(write("c.csv", "file,caption\na.mp4,x\n".encode("utf-16")))
@@ -319,6 +319,20 @@ def test_what_the_list_and_the_video_disagree_about_is_a_finding(long_video, tmp
         assert len(episode.findings) == bool(said)
         assert not said or said in episode.findings[0]
     assert shown(open_it(path, videos=str(long_video.parent))[6]) == list(range(20, 40))
+
+
+def test_times_in_a_broadcast_begin_with_it(tmp_path):
+    """The clock of MPEG-TS begins anywhere, with FFmpeg at 1.4 s."""
+    with av.open(str(tmp_path / "a.ts"), "w") as container:
+        stream = container.add_stream("libx264", rate=FPS, options={"threads": "1"})
+        stream.width, stream.height, stream.pix_fmt = 32, 32, "yuv420p"
+        for picture in pictures():
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    (tmp_path / "a.csv").write_text("file, start, end, caption\n a.ts , 1, 2, c\na.ts,,1,c\n")
+    second, first = open_it(tmp_path / "a.csv")
+    assert shown(second) == list(range(FPS, 2 * FPS)) and shown(first) == list(range(FPS))
 
 
 @pytest.mark.parametrize("name", ["a.csv", "a.json", "a.jsonl"])

@@ -406,7 +406,7 @@ def test_files_of_one_episode_are_read(tmp_path):
     assert aloha.cameras == ("observations/images/cam_high",)
     np.testing.assert_array_equal(aloha.streams[aloha.cameras[0]].values.read([3]), clip(40)[[3]])
     assert aloha.streams["observations/qpos"].values[1, 0] == 14
-    assert set(aloha.left_out) == {"compress_len", "language_raw"}
+    assert set(aloha.left_out) == {"compress_len"}
 
 
 def test_other_layouts_are_told_what_they_are(tmp_path):

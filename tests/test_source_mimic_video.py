@@ -463,6 +463,11 @@ def test_cameras_of_every_shape_are_read_and_other_units_of_time_are_not(tmp_pat
     for unit in (1000, 1_000_000):  # microseconds, milliseconds
         path = write_zarr(tmp_path / "b.zarr", times=TIMES // unit)
         assert "another unit than nanoseconds" in open_it(path)[0].left_out["workspace_rgb"]
+    path = write_zarr(tmp_path / "b.zarr")
+    zarr.open_array(path / "eef_pose_lowdim_timestamps")[:] = TIMES // 1000
+    episode = open_it(path)[0]
+    assert "0.001 times as long as workspace_rgb" in episode.left_out["eef_pose_lowdim"]
+    assert "eef_pose_lowdim" not in episode.streams and episode.cameras == ("workspace_rgb",)
 
 
 def test_other_stores_say_what_they_are(tmp_path):

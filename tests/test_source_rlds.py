@@ -469,6 +469,30 @@ def test_a_text_that_changes_belongs_to_its_steps(tmp_path):
         open_rlds(folder)[2]
 
 
+def test_a_text_of_the_whole_episode_is_taken_where_the_steps_have_none(tmp_path):
+    path = "episode_metadata/file_path"
+    episode = open_rlds(ARM, instruction=path)[0]
+    (text,) = episode.instructions
+    assert text and not episode.sections and not episode.embeddings
+    folder = copy(ARM, tmp_path)
+    features = (folder / "features.json").read_text().replace("language_instr", "language_sent")
+    (folder / "features.json").write_text(features.replace('"file_path"', '"instruction"'))
+    with pytest.raises(ValueError, match=r"no text 'x', but .*'episode_metadata/instruction'"):
+        open_rlds(folder, instruction="x")
+
+    def renamed(data: bytes) -> bytes:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        example = tf_example_pb2.Example.FromString(data)
+        stored = example.features.feature
+        stored["episode_metadata/instruction"].CopyFrom(stored[path])
+        return example.SerializeToString()
+
+    for file in shards(folder):
+        rewrite(file, renamed)
+    assert open_rlds(folder)[0].instructions == (text,)
+
+
 def test_the_list_of_files_and_the_files_may_disagree(tmp_path):
     splits = json.loads((ARM / "dataset_info.json").read_text())["splits"]
     splits[0]["shardLengths"][0] = "1"  # of two

@@ -141,6 +141,15 @@ def test_the_instruction_is_the_files_or_the_names(tmp_path):
         open_it(plain, instruction_style="nice")
 
 
+def test_a_failed_demonstration_is_said_to_be_one(tmp_path):
+    path = write_libero(tmp_path)
+    with h5py.File(path, "a") as file:
+        for demo, success in (("demo_1", True), ("demo_2", False)):
+            file[f"data/{demo}"].attrs["success"] = success
+    found = [episode.findings for episode in open_it(path)]
+    assert found[:2] == [(), ()] and "`success` is false" in found[2][0]
+
+
 def test_text_in_another_encoding_is_refused(tmp_path):
     raw = '{"language_instruction": "schließe"}'.encode("latin-1")
     path = write_libero(tmp_path, problem_info=np.bytes_(raw))

@@ -27,7 +27,15 @@ import numpy as np
 from data_pipelines.episode import NANOSECONDS, Episode, LazyEpisodes, Stream, reason
 from data_pipelines.frames import ImageFrames
 from data_pipelines.pickles import read_array_pickle
-from data_pipelines.sources.files import Visit, check_period, glance, read_text, walk
+from data_pipelines.sources.files import (
+    UNKNOWN_RATE,
+    Visit,
+    check_period,
+    glance,
+    read_text,
+    step_times,
+    walk,
+)
 
 _COUNTED, _TIMES = "full_state", "time_stamp"  # what every trajectory has
 GRIPPERS = {"gripper_state": "full_state", "gripper_action": "desired_state"}
@@ -105,7 +113,7 @@ class _Dataset:
             raise ValueError(f"{folder / 'obs_dict.pkl'} has no array `{_COUNTED}` [t, 7]")
         if (count := len(state)) <= _IDLE + 1:
             raise ValueError(f"{folder} has only {count} states")
-        times = self._times(folder, observed, count)
+        times, unknown_rate = self._times(folder, observed, count)
 
         # Only the lengths tell whether a part was copied completely.
         values: dict[str, np.ndarray | JpegFolder] = {}
@@ -136,9 +144,9 @@ class _Dataset:
                 cameras.append(camera)
         try:
             streams = {key: Stream(times[: len(value)], value) for key, value in values.items()}
-            check_period(times, folder, "seconds")
+            check_period(times, _TIMES, "seconds")
         except ValueError as error:
-            raise ValueError(f"{folder}: {error}; the option fps replaces the times") from error
+            raise ValueError(f"{folder}: {error} The option fps replaces the times.") from error
         label = folder / "lang.txt"
         return Episode(
             id=folder.relative_to(self.path).as_posix(),
@@ -148,6 +156,7 @@ class _Dataset:
             streams=streams,
             cameras=tuple(cameras),
             left_out=left_out,
+            unknown_rate=unknown_rate,
         )
 
     def _cameras(self, folder: Path) -> list[str]:
@@ -159,20 +168,15 @@ class _Dataset:
             raise ValueError(f"{folder} has no {missing[0]}, only {found}")
         return list(self.cameras)
 
-    def _times(self, folder: Path, observed: dict, count: int) -> np.ndarray:
-        """Nanoseconds since the first observation that is kept."""
-        if self.fps is not None:
-            seconds = np.arange(count) / self.fps
-        elif _TIMES in observed:
-            seconds = _array(observed[_TIMES], folder, _TIMES).astype(np.float64)
-            if seconds.shape != (count,) or not np.isfinite(seconds).all():
-                raise ValueError(f"{folder} has {count} states, but not as many timestamps")
-        else:
-            raise ValueError(
-                f"{folder / 'obs_dict.pkl'} has no `{_TIMES}`; set the option fps to the steps per "
-                "second (5 in BridgeData V2)"
-            )
-        return np.round((seconds - seconds[_IDLE])[_IDLE:] * NANOSECONDS).astype(np.int64)
+    def _times(self, folder: Path, observed: dict, count: int) -> tuple[np.ndarray, str]:
+        """Nanoseconds since the first observation that is kept, and `Episode.unknown_rate`."""
+        if self.fps is not None or _TIMES not in observed:
+            unknown = "" if self.fps else UNKNOWN_RATE.format(folder / "obs_dict.pkl")
+            return step_times(count - _IDLE, self.fps or 1), unknown
+        seconds = _array(observed[_TIMES], folder, _TIMES).astype(np.float64)
+        if seconds.shape != (count,) or not np.isfinite(seconds).all():
+            raise ValueError(f"{folder} has {count} states, but not as many timestamps")
+        return np.round((seconds - seconds[_IDLE])[_IDLE:] * NANOSECONDS).astype(np.int64), ""
 
 
 @contextmanager

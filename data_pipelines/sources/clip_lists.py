@@ -183,7 +183,8 @@ def _clip(number: int, row: _Row, layout: Layout) -> _Clip:
         file = layout.file.format_map(row) if "{" in layout.file else row[layout.file]
         captions = row[layout.caption]
     except LookupError as error:
-        return _Clip(number, fault=f"there is no column {error} (there are {sorted(row)})")
+        there = f"there is no column {error}, but {sorted(row)}; name it in the option columns"
+        return _Clip(number, fault=there)
     captions = tuple(captions) if isinstance(captions, list) else (captions,)
     if not file or not all(isinstance(text, str) for text in (file, *captions)) or not captions:
         return _Clip(number, fault=f"{layout.file!r} and {layout.caption!r} must be strings")
@@ -195,7 +196,7 @@ def _clip(number: int, row: _Row, layout: Layout) -> _Clip:
     texts = ["" if value is None else str(value).strip() for value in values]
     # Many clips share a file; its name is stored once.
     captions = tuple(text.strip() for text in captions)
-    return _Clip(number, "", sys.intern(file), captions, *texts, around=_AROUND in row)
+    return _Clip(number, "", sys.intern(file.strip()), captions, *texts, around=_AROUND in row)
 
 
 @dataclass(frozen=True)

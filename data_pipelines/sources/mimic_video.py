@@ -34,6 +34,7 @@ from data_pipelines.sources.files import (
 
 SUFFIXES = (".zarr", ".safetensors")
 INSTRUCTION, EMBEDDING = "language_instruction", "language_embedding"
+_OTHER_UNIT = 500  # units of time differ by a factor of 1000
 _ENCODED = "_embedding"  # text, and latents of windows that the newer release stores
 
 
@@ -116,6 +117,7 @@ def _load(
             streams[key] = _stream(store, key, shapes[key])
         except ValueError as error:
             left_out[key] = _why(store, key, error)
+    _check_spans(streams, left_out)
     if not streams:
         key = next(key for key in left_out if key in timed)
         raise ValueError(f"{store.path} ({key}): {left_out[key]}; no other array can be used")
@@ -138,6 +140,20 @@ def _load(
         left_out=left_out,
         findings=store.findings(),
     )
+
+
+def _check_spans(streams: dict[str, Stream], left_out: dict[str, str]) -> None:
+    """Leaves out the streams whose times have another unit than those of the first camera."""
+    spans = {key: int(s.timestamps[-1] - s.timestamps[0]) for key, s in streams.items()}
+    cameras = [key for key, s in streams.items() if isinstance(s.values, Frames) and spans[key]]
+    for key in [key for key, span in spans.items() if cameras and span]:
+        ratio = spans[key] / spans[cameras[0]]
+        if not 1 / _OTHER_UNIT < ratio < _OTHER_UNIT:
+            left_out[key] = (
+                f"it lasts {ratio:.3g} times as long as {cameras[0]}; are the times in another "
+                "unit than nanoseconds? Convert them."
+            )
+            del streams[key]
 
 
 def _why(store: ArrayStore, key: str, error: ValueError) -> str:

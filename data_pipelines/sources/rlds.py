@@ -88,10 +88,13 @@ def open_rlds(
         ValueError: if TFDS did not prepare it, or it has no such split or text.
     """
     folder, info = _read_info(Path(path))
-    features = _step_features(folder, info.features)
-    texts = tuple(key for key in features if _is_instruction(key, features[key], instruction))
+    features, about = _features(folder, info.features)
+    texts = [key for key in features if _is_instruction(key, features[key], instruction)]
+    if not texts:  # one of the whole episode, such as "episode_metadata/language_instruction"
+        texts = [key for key in about if _is_instruction(key, about[key], instruction)]
+        features |= {key: about[key] for key in texts}
     if instruction and not texts:
-        known = [key for key in features if features[key].kind == "text"]
+        known = [key for key, feature in (features | about).items() if feature.kind == "text"]
         raise ValueError(
             f"{folder} has no text {instruction!r}, but {known}; set dataset.options.instruction"
         )
@@ -99,7 +102,7 @@ def open_rlds(
     rates = (rate for known, rate in KNOWN_FPS.items() if re.fullmatch(known, info.name))
     fps = next(rates, None) if fps is None else fps
     unknown = "" if fps else UNKNOWN_RATE.format(f"{folder} ({info.name})")
-    loader = _Split(records, split, name, embodiment, fps or 1, unknown, features, texts)
+    loader = _Split(records, split, name, embodiment, fps or 1, unknown, features, tuple(texts))
     return LazyEpisodes(records.ends[-1], loader.load)
 
 
@@ -200,8 +203,10 @@ class Feature:
         return self.kind == "image" or bool(self.order)
 
 
-def _step_features(folder: Path, root: "FeatureConnector") -> dict[str, Feature]:
-    """The features of a step by their full names, such as "steps/observation/state"."""
+def _features(
+    folder: Path, root: "FeatureConnector"
+) -> tuple[dict[str, Feature], dict[str, Feature]]:
+    """The features of a step by their full names, "steps/observation/state", and the others."""
     from tensorflow_datasets import features as tfds_features
 
     found: dict[str, Feature] = {}
@@ -216,11 +221,14 @@ def _step_features(folder: Path, root: "FeatureConnector") -> dict[str, Feature]
     if isinstance(root, tfds_features.FeaturesDict) and STEPS in root.keys():
         if isinstance(root[STEPS], tfds_features.Sequence):
             collect(STEPS, root[STEPS].feature)
-    if not any(feature.kind for feature in found.values()):
+        for key in root.keys() - {STEPS}:
+            collect(key, root[key])
+    steps = {key: found[key] for key in sorted(found) if key.startswith(f"{STEPS}/")}
+    if not any(feature.kind for feature in steps.values()):
         raise ValueError(
             f"{folder / FEATURES} is not of an RLDS dataset: its examples are not made of {STEPS}"
         )
-    return dict(sorted(found.items()))
+    return steps, {key: found[key] for key in sorted(found.keys() - steps.keys())}
 
 
 def _feature(node: "FeatureConnector") -> Feature:
@@ -291,15 +299,15 @@ class _Split:
         self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], finding: str
     ) -> Episode:
         # A value that is cut off, or of another shape than the features say, has another length.
-        (length, most), *others = Counter(map(len, values.values())).most_common(2)
+        lengths = {key: len(value) for key, value in values.items() if key.startswith(STEPS)}
+        (length, most), *others = Counter(lengths.values()).most_common(2)
         if others and others[0][1] == most:
-            lengths = {key: len(value) for key, value in values.items()}
             raise ValueError(f"how many steps the episode has is not clear: {lengths}")
         if not length:
             raise ValueError("the episode has no steps")
-        for key, value in values.items():
-            if len(value) != length:
-                left_out[key] = f"it has {len(value)} values for {length} steps"
+        for key, found in lengths.items():
+            if found != length:
+                left_out[key] = f"it has {found} values for {length} steps"
         if unread := [key for key in self.texts if key in left_out]:
             raise ValueError(f"{unread[0]}: {left_out[unread[0]]}")
         times = step_times(length, self.fps)
@@ -312,7 +320,9 @@ class _Split:
                 left_out[key] = "text, which is not a stream"
             else:
                 streams[key] = Stream(times, values[key])
-        texts = {key: values[key] for key in self.texts}
+        texts = {
+            key: values[key] if key in lengths else [*values[key]] * length for key in self.texts
+        }
         spoken, instructions, parts = _language(times, values, texts)
         return Episode(
             id=id,

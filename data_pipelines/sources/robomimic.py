@@ -51,12 +51,11 @@ _ROBOSUITE = 1  # the number of this kind of environment in robomimic
 _LIBEROS = ("problem_info", "bddl_file_name", "macros_image_convention")  # attributes of its files
 _SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
 _NUMBER = re.compile(r"\d+")
-_TEXTS = (
-    "language_instruction",
-    "language_raw",
-    "instruction",
-)  # names of texts in a demonstration
+_TEXTS = ("language_instruction", "language_raw", "instruction")  # in a demonstration
 _NEXT = "next_obs/"
+_FAILED = (
+    "a demonstration's attribute `success` is false; it is used (the option mask chooses others)"
+)
 _TWICE = (
     "two names of demonstrations lead to the same group of one file; both are episodes, so the "
     "validation split may hold what is trained on"
@@ -258,6 +257,8 @@ class _Dataset:
         with self._opened(demo) as (group, described):
             arrays, left_out = hdf5.arrays(group)
             findings = [_TWICE] if demo.twice else []
+            if "success" in group.attrs and not np.all(group.attrs["success"]):
+                findings.append(_FAILED)
             if why := left_out.get(demo.actions):
                 raise ValueError(f"{demo.where}: {demo.actions}: {why}")
             length = _length(demo, group, arrays, findings)
@@ -266,6 +267,8 @@ class _Dataset:
             texts, parts = self._texts(demo, group, described, arrays, times, findings)
             streams = {}
             for key, array in arrays.items():
+                if _is_text(key, array):
+                    continue
                 try:
                     if key.startswith(_NEXT):
                         raise ValueError("the observation after each action; obs has it, too")
@@ -402,12 +405,15 @@ def _sentences(value: Any) -> tuple[str, ...]:
     return tuple(dict.fromkeys(filter(None, texts)))
 
 
+def _is_text(key: str, array: h5py.Dataset) -> bool:
+    return key.rpartition("/")[2] in _TEXTS and bool(h5py.check_string_dtype(array.dtype))
+
+
 def _texts_of_steps(arrays: Mapping[str, h5py.Dataset], steps: int) -> list[tuple[str, ...]]:
     """The texts of every step, if the demonstration has an array of them."""
     columns = []
     for key, array in arrays.items():
-        text = h5py.check_string_dtype(array.dtype)
-        if text and array.shape == (steps,) and key.rpartition("/")[2] in _TEXTS and steps > 1:
+        if _is_text(key, array) and array.shape == (steps,) and steps > 1:
             columns.append([_string(value).strip() for value in array[()]])
     rows = zip(*columns)
     return [tuple(dict.fromkeys(filter(None, row))) for row in rows]
