@@ -66,7 +66,7 @@ def get_config(run_dir):
         ),
         (
             [ACTION, "--workdir=x", "--config.policy_io.action.horizon=0"],
-            "horizon must be at least",
+            "policy_io.action.horizon must be a whole number of at least 1, got 0",
         ),
         ([VIDEO, "--workdir=x", "--config.run_dir=nothing"], "nothing/records/robot holds no rec"),
     ],

@@ -216,7 +216,7 @@ def test_a_state_in_other_units_is_said_once_and_counted(state, words, far):
 
 
 def test_noise_of_a_constant_state_is_not_far_outside():
-    statistics = {"proprio": compute_statistics(np.zeros((50, 1, 2)) + (0.3, 0))}
+    statistics = {"proprio": compute_statistics(np.full((50, 1, 2), (0.3, 0)))}
     known = Ranges.of(Normalizer(statistics, {"proprio": Mode.VARIANCE}), "proprio", ("a", "b"))
     assert not known.beyond(np.array([[0.3002, -2e-4]]), margin=0.05)
     assert not known.beyond(np.array([[0.31, -2e-3]]), margin=3.0)

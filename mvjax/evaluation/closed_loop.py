@@ -24,6 +24,7 @@ from mvjax.identity import claim, digest_of, here
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Act, Observation, ObservationSpec
 from mvjax.policy.robot import check_suite, trained_robot
+from mvjax.training.bridge import find_checkpoint
 
 
 def settings_for(
@@ -93,6 +94,7 @@ def evaluate(
         robot = trained_robot(config)
         shown = suite.embodiment, suite.camera, suite.size
         check_suite(robot, protocol.suite, *shown, config.clip)
+        find_checkpoint(checkpoint)  # before `folder` is made
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
     proprio = config.policy_io.proprio
     spec = ObservationSpec(
