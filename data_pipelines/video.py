@@ -367,8 +367,8 @@ def read_observed(path: Path, most: int, fps: float | None = None) -> np.ndarray
         times = video.timestamps
     except ValueError as error:
         raise ValueError(
-            f"{path} is neither a picture (such as .png, .jpg) nor a readable video (such as "
-            f".mp4): {error}"
+            f"{path} is neither a picture (such as .png, .jpg) nor a video (such as .mp4) that can "
+            f"be used: {str(error).removeprefix(f'{path}: ')}"
         ) from error
     for finding in video.findings:
         log.warning("%s: %s", path, finding)

@@ -24,7 +24,7 @@ from av.stream import Disposition
 from data_pipelines.display import display
 from data_pipelines.episode import reason
 
-VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".avi")
+VIDEO_SUFFIXES = (".mp4", ".webm", ".mkv", ".mov", ".m4v", ".avi")
 
 _DURATION = re.compile(r"(\d+):(\d{2}):(\d{2}(?:\.\d+)?)")
 _LONG = 2000  # frames; the tables are used for longer videos

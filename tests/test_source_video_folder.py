@@ -217,7 +217,7 @@ def test_what_is_no_embedding_is_named(folder):
 
 def test_what_is_no_such_folder_says_why(folder, tmp_path):
     (tmp_path / "empty/video").mkdir(parents=True)
-    with pytest.raises(ValueError, match=r"no \.mp4, \.webm, \.mkv, \.mov, \.avi files"):
+    with pytest.raises(ValueError, match=r"no \.mp4, \.webm, \.mkv, \.mov, \.m4v, \.avi files"):
         open_dataset("video_folder", tmp_path / "empty", "a", "human")
     for file in (folder / "metas").iterdir():
         file.unlink()

@@ -1,6 +1,6 @@
 """Captioned videos as mimic-video and Cosmos-Predict2 fine-tune on them.
 
-    <path>/video/<id>.mp4                          also .webm, .mkv, .mov, .avi; Cosmos: videos/
+    <path>/video/<id>.mp4                          also .webm, .mkv, .mov, .m4v, .avi; Cosmos: videos/
     <path>/metas/<id>.txt                          one caption
     <path>/t5_xxl/<id>.pickle                      its T5 embedding (optional), or newer:
     <path>/language_embeddings/<id>.safetensors
@@ -110,7 +110,7 @@ def _report_unread(
     keys = {stem[:-1] if camera_in_name else stem for stem in stems}
     further = sorted({*_listed(videos)} - {*names})
     folders = [name for name in further if (videos / name).is_dir()]
-    others = [f"video/{name}" for name in further if name not in folders]
+    others = [f"{videos.name}/{name}" for name in further if name not in folders]
     others += [f"metas/{name}" for name in sorted(_listed(metas)) if not _is_text(name)]
     for what, found in (
         (
