@@ -1,6 +1,6 @@
 """Captioned videos as mimic-video and Cosmos-Predict2 fine-tune on them.
 
-    <path>/video/<id>.mp4                          also .webm, .mkv, .mov, .m4v, .avi; Cosmos: videos/
+    <path>/video/<id>.mp4                     also .webm, .mkv, .mov, .m4v, .avi; Cosmos: videos/
     <path>/metas/<id>.txt                          one caption
     <path>/t5_xxl/<id>.pickle                      its T5 embedding (optional), or newer:
     <path>/language_embeddings/<id>.safetensors
