@@ -12,6 +12,7 @@ from jax.sharding import NamedSharding
 from data_pipelines.atomic import wait_until
 from data_pipelines.episode import PerTask
 from data_pipelines.loader import Batches, make_loader
+from data_pipelines.lock import run_lock
 from data_pipelines.normalize import (
     Normalizers,
     data_fingerprint,
@@ -148,7 +149,9 @@ def _normalizers(
     """
     path = workdir / "normalizer.json"
     if jax.process_index() == 0 and not path.exists():
-        make_normalizers(datasets, *choice, scratch=workdir / "normalizer.unfinished").save(path)
+        with run_lock(workdir):  # two runs would spoil each other's scratch
+            made = make_normalizers(datasets, *choice, scratch=workdir / "normalizer.unfinished")
+            made.save(path)
     wait_until(path.exists)
     normalizers = load_normalizers(path)
     if normalizers.fingerprint != data_fingerprint(datasets, *choice):
