@@ -186,6 +186,8 @@ def _flag_sentence(error: Exception) -> str | None:
     text = _text(error)
     if isinstance(error, flags.Error):
         text = re.sub(r"Flag (--\w+) must have a value other than None", r"\1 must be given", text)
+        # Some of absl's errors have two arguments, and are shown as a tuple.
+        text = re.sub(r": \('(.*?)', '.*'\)$", r": \1", text)
         return re.sub(r"(^|(?<=\s))flag --\w+=(None)?: ", "", text)
     if isinstance(error, OSError):
         return _sentence(error)

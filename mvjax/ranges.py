@@ -141,7 +141,7 @@ RULES: dict[str, Rule] = {
     "optimizer.eps": POSITIVE,
     "optimizer.weight_decay": Number(0),
     "optimizer.clip_norm": Number(0),  # 0: no clipping
-    "optimizer.mu_dtype": Choice(("", "bfloat16")),
+    "optimizer.mu_dtype": Choice(("", "float32", "bfloat16")),  # "": float32
     "training.steps": COUNT,
     "training.batch_size": COUNT,
     "training.accumulate": COUNT,

@@ -1,5 +1,7 @@
 """The bridge: what stage 2 and the policy get from a training directory, and what they refuse."""
 
+import json
+import shutil
 import warnings
 
 import jax
@@ -16,7 +18,7 @@ from mvjax.models.presets import (
 )
 from mvjax.parallel import make_mesh
 from mvjax.training.bridge import load_backbone, load_decoder
-from mvjax.training.checkpoint import CheckpointMismatch
+from mvjax.training.damage import CheckpointMismatch
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -74,6 +76,15 @@ def test_lora_is_merged_with_its_own_rank_and_scale(lora_run):
     )
     assert jax.tree.map(np.shape, params) == jax.tree.map(np.shape, video_network(model).abstract)
     assert_is_cast(load(lora_run, "bfloat16")[1], params)
+
+
+def test_settings_of_then_that_are_out_of_range_today_do_not_matter(video_run, tmp_path):
+    run = shutil.copytree(video_run, tmp_path / "run")
+    for meta in run.glob("checkpoints/*/meta/metadata"):
+        stored_meta = json.loads(meta.read_text())
+        stored_meta["config"]["optimizer"]["eps"] = 0.0
+        meta.write_text(json.dumps(stored_meta))
+    assert_equal(load(run)[1], load(video_run)[1])
 
 
 def test_a_run_without_moving_average_gives_its_parameters(tmp_path):

@@ -15,14 +15,10 @@ from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
 from mvjax.models.network import merge
 from mvjax.parallel import make_mesh, make_rules
-from mvjax.training import checkpoint
+from mvjax.training import damage
 from mvjax.training.bridge import abstract_params, read_meta, restore_params
-from mvjax.training.checkpoint import (
-    CheckpointDeleted,
-    CheckpointMismatch,
-    Store,
-    checkpoint_folder,
-)
+from mvjax.training.checkpoint import Store, checkpoint_folder
+from mvjax.training.damage import CheckpointDeleted, CheckpointMismatch
 from mvjax.training.step import abstract_state, make_optimizer
 
 
@@ -184,7 +180,7 @@ def hidden(reason: Exception) -> Exception:
 @pytest.fixture
 def failing(monkeypatch):
     """failing(error, times): the next readings of arrays fail."""
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(damage, "PAUSES", (0.0, 0.0, 0.0))
     read, left = ocp.PyTreeCheckpointHandler.restore, []
 
     def restore(*arguments, **named):
@@ -252,7 +248,7 @@ def test_what_proves_no_damage_stops_and_renames_nothing(copied, failing, reason
 
 def test_a_checkpoint_deleted_while_it_is_read_is_not_called_damaged(copied, monkeypatch):
     """As by a training with keep=1, at once or file by file."""
-    monkeypatch.setattr(checkpoint, "PAUSES", (0.1,))
+    monkeypatch.setattr(damage, "PAUSES", (0.1,))
     folder, wanted = checkpoint_folder(copied), toy_abstract().params
     read = ocp.PyTreeCheckpointHandler.restore
 

@@ -27,7 +27,8 @@ from mvjax.policy.load import (
 )
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import find_checkpoint, load_backbone, restore_params
-from mvjax.training.checkpoint import CheckpointMismatch, Store
+from mvjax.training.checkpoint import Store
+from mvjax.training.damage import CheckpointMismatch
 from mvjax.training.resume import describe, first_state
 from mvjax.training.step import abstract_state, make_optimizer
 from mvjax.weights.convert import give_statistics, prepare, write

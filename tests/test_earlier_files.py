@@ -24,7 +24,8 @@ from mvjax.policy import policy as policy_module
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
-from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
+from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.damage import CheckpointMismatch
 from mvjax.training.metrics import read_records
 from mvjax.training.run import run
 

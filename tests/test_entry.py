@@ -43,6 +43,7 @@ def get_config(run_dir):
         ([VIDEO, "--config.optimizer.xyz=1"], "there is no setting 'xyz'."),
         ([VIDEO, "--config.optimzer.eps=1"], "'optimzer'; did you mean 'optimizer'?"),
         ([VIDEO, "--config.training.steps=ten"], "--config.training.steps=ten: invalid literal"),
+        ([VIDEO, "--config.sampler.fresh_noise=2"], "fresh_noise=2: Non-boolean argument"),
         ([VIDEO, "--workdri=x"], "flag 'workdri'. Did you mean: workdir"),
         ([VIDEO], "--workdir must be given."),
         ([VIDEO, "--workdir="], "--workdir must be given."),

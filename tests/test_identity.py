@@ -29,7 +29,8 @@ from mvjax.training.bridge import (
     load_backbone,
     stored_digest,
 )
-from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
+from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.damage import CheckpointMismatch
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

@@ -12,7 +12,7 @@ from mvjax.models.lora import LoRA, learns_with_lora, merge_lora
 from mvjax.models.network import merge, split
 from mvjax.models.presets import video_network
 from mvjax.training.bridge import abstract_params, restore_params
-from mvjax.training.checkpoint import CheckpointMismatch
+from mvjax.training.damage import CheckpointMismatch
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

@@ -73,7 +73,7 @@ def test_below_at_and_above_the_range_of_each_setting(name):
         ("optimizer.b2", 1.0, "at least 0 and below 1, got 1.0"),
         ("optimizer.eps", 0.0, "a number above 0, got 0.0"),
         ("optimizer.schedule", "cosin", "one of 'constant', 'linear', 'cosine', got 'cosin'"),
-        ("optimizer.mu_dtype", "float16", "one of '', 'bfloat16', got 'float16'"),
+        ("optimizer.mu_dtype", "float16", "one of '', 'float32', 'bfloat16', got 'float16'"),
         ("training.ema_decay", 1.0, "below 1"),  # the average would never move
         ("training.ema_decay", -0.5, "at least 0"),
         ("training.seed", 2**32, "between 0 and 4294967295"),  # the same random numbers as 0

@@ -37,7 +37,7 @@ from mvjax.models.presets import video_network
 from mvjax.parallel import DEFAULT_RULES, Rules, make_mesh, use_rules
 from mvjax.policy.load import check_identity, load_text_encoder, load_video_tokenizer
 from mvjax.training.bridge import load_backbone, read_meta
-from mvjax.training.checkpoint import CheckpointMismatch
+from mvjax.training.damage import CheckpointMismatch
 
 Array = jax.Array
 

@@ -36,7 +36,8 @@ from mvjax.training.bridge import (
     load_decoder,
     restore_params,
 )
-from mvjax.training.checkpoint import CheckpointMismatch, leaf_paths
+from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.damage import CheckpointMismatch
 
 log = logging.getLogger(__name__)
 

@@ -29,16 +29,14 @@ from mvjax.models.presets import video_network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, sharding_tree
 from mvjax.training.checkpoint import (
-    CheckpointDamaged,
-    CheckpointMismatch,
     check_match,
     checkpoint_folder,
-    damage_reported,
     leaf_paths,
     read_arrays,
     read_json,
     stored_tree,
 )
+from mvjax.training.damage import CheckpointDamaged, CheckpointMismatch, damage_reported
 
 log = logging.getLogger(__name__)
 
@@ -327,7 +325,8 @@ def load_backbone(
     directory = Path(config.backbone.checkpoint)
     found = find_checkpoint(directory, step)
     stored = _checked_config(found, config, "video", ("clip", "video_model", "text"))
-    trained = Experiment.from_config(stored).video
+    # Only this, so that settings of then which are out of range today do not matter.
+    trained = Experiment.from_config({k: stored[k] for k in ("video_model", "lora", "text")}).video
     model = _frozen(trained, experiment)
     dtype = model.dtype
     if trained.lora is None:

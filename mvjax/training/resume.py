@@ -22,13 +22,13 @@ from mvjax.models.network import Params, split
 from mvjax.training.bridge import COMPUTE_SETTINGS, abstract_params, restore_params
 from mvjax.training.checkpoint import (
     Arrays,
-    CheckpointMismatch,
     Store,
     check_match,
     leaf_paths,
     library_versions,
     read_json,
 )
+from mvjax.training.damage import CheckpointMismatch
 from mvjax.training.objectives import Stage
 from mvjax.training.step import TrainState, create_state
 
