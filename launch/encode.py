@@ -73,9 +73,11 @@ def _tokenizer(config: ConfigDict) -> None:
     if path.exists():
         print(f"{path} is already fitted.")
         return
+    # Before the lock makes a folder, of which nothing may come.
+    sources = [(open_config(dataset), dataset) for dataset in config.datasets.values()]
     with run_lock(path.parent):
         clips = sample_clips(
-            [(open_config(dataset), dataset) for dataset in config.datasets.values()],
+            sources,
             config.clip,
             config.policy_io,
             episodes_per_source=48,
