@@ -21,7 +21,6 @@ from absl import flags
 from ml_collections import ConfigDict
 
 from data_pipelines.episode_cutter import sample_clips
-from data_pipelines.lock import run_lock
 from data_pipelines.records import RecordDataset
 from data_pipelines.shards import StoredTexts, TextEncoder, encode_texts
 from data_pipelines.sources.formats import open_config
@@ -73,18 +72,16 @@ def _tokenizer(config: ConfigDict) -> None:
     if path.exists():
         print(f"{path} is already fitted.")
         return
-    # Before the lock makes a folder, of which nothing may come.
-    sources = [(open_config(dataset), dataset) for dataset in config.datasets.values()]
-    with run_lock(path.parent):
-        clips = sample_clips(
-            sources,
-            config.clip,
-            config.policy_io,
-            episodes_per_source=48,
-            clips_per_episode=8,
-            max_bad_share=config.max_bad_share,
-        )
-        save_linear_tokenizer(path, fit_linear_tokenizer(clips))
+    clips = sample_clips(
+        [(open_config(dataset), dataset) for dataset in config.datasets.values()],
+        config.clip,
+        config.policy_io,
+        episodes_per_source=48,
+        clips_per_episode=8,
+        max_bad_share=config.max_bad_share,
+    )
+    # Without a lock: one small file, and its folder is that of a run, which may have an owner.
+    save_linear_tokenizer(path, fit_linear_tokenizer(clips))
 
 
 def _records(experiment: Experiment) -> None:
