@@ -56,12 +56,13 @@ def test_a_digest_is_of_the_numbers_and_not_of_where_they_lie(monkeypatch):
     assert digest(tree()) == digest(jax.device_put(tree())) == DIGEST
     assert forked.run("test_identity", devices=8).out.split() == [DIGEST]
     monkeypatch.setattr(identity, "_SMALL", -1)  # as large leaves are summed
+    monkeypatch.setattr(identity, "_on_host", lambda leaf: False)  # on an accelerator
     assert digest(jax.device_put(tree())) == DIGEST
 
 
-@pytest.mark.parametrize("small", [1 << 20, -1])
-def test_a_leaf_may_be_summed_in_pieces(monkeypatch, small):
-    monkeypatch.setattr(identity, "_SMALL", small)
+@pytest.mark.parametrize("part", [1 << 16, 7])
+def test_a_leaf_may_be_summed_in_pieces(monkeypatch, part):
+    monkeypatch.setattr(identity, "_PART", part)
     leaves = {}
     for name, leaf in tree().items():
         pieces = leaf if leaf.ndim == 3 else [leaf]
@@ -157,6 +158,8 @@ def test_a_decoder_stays_with_the_step_it_was_trained_on(video_run, tmp_path, ca
     shutil.copytree(moved / "checkpoints" / "4", moved / "checkpoints" / "3")
     with pytest.raises(CheckpointMismatch, match=r"step now holds other weights \(digest is '"):
         chosen(moved, known)
+    shutil.copytree(video_run / "checkpoints" / "3", moved / "checkpoints" / "30")
+    assert chosen(moved, known).step == 30  # although step 3 is another one by now
 
 
 def test_the_same_adapters_with_another_alpha_are_another_backbone(lora_run, tmp_path):
@@ -311,7 +314,7 @@ def test_results_of_earlier_versions_are_not_continued(tmp_path):
 
 
 if __name__ == "__main__":
-    identity._SMALL = -1
+    identity._SMALL, identity._on_host = -1, lambda leaf: False
     mesh = jax.make_mesh((2, 4), ("x", "y"))
     split, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("x", "y"), ()))
     leaves = tree().items()

@@ -36,7 +36,7 @@ from mvjax.models.network import Network, Params
 from mvjax.models.presets import video_network
 from mvjax.parallel import DEFAULT_RULES, Rules, make_mesh, use_rules
 from mvjax.policy.load import check_identity, load_text_encoder, load_video_tokenizer
-from mvjax.training.bridge import load_backbone, read_meta
+from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
 from mvjax.training.damage import CheckpointMismatch
 
 Array = jax.Array
@@ -240,7 +240,7 @@ def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:
             f"There is no video tokenizer at {path}; give its path with --tokenizer."
         )
     tokenizer, identity = load_video_tokenizer(Path(path))
-    check_identity({"tokenizer": identity}, checkpoint)
+    check_identity({"tokenizer": identity}, find_checkpoint(checkpoint))
     return tokenizer
 
 
@@ -252,7 +252,7 @@ def embed_texts(config: ConfigDict, texts: list[str], checkpoint: Path) -> np.nd
             "converted T5, or --text_embedding=FILE.npy in place of the prompt."
         )
     encoder, identity = load_text_encoder(config)
-    check_identity({"text_encoder": identity}, checkpoint)
+    check_identity({"text_encoder": identity}, find_checkpoint(checkpoint))
     return encoder.encode(texts)
 
 

@@ -106,17 +106,13 @@ def _text_encoder(config: Any) -> tuple[NgramTextEncoder | T5TextEncoder, str, d
     return encoder, name, {**weights, "vocabulary": vocabulary}
 
 
-def check_identity(identity: dict[str, str], directory: Path) -> None:
+def check_identity(identity: dict[str, str], checkpoint: Checkpoint) -> None:
     """Raises CheckpointMismatch if a run was trained with another tokenizer or text encoder.
 
     Args:
         identity: "tokenizer" or "text_encoder", or both -> the identity in use.
-        directory: a training directory; converted weights have no identity and pass.
+        checkpoint: of the run; converted weights have no identity and pass.
     """
-    _check_identity(identity, find_checkpoint(directory))
-
-
-def _check_identity(identity: dict[str, str], checkpoint: Checkpoint) -> None:
     trained = checkpoint.meta.get("identity", {})
     # It is unknown which network made the embeddings that a dataset stores.
     known = {name for name, what in trained.items() if not what.startswith("stored ")}
@@ -219,7 +215,7 @@ def _load_policy(
     tokenizer, tokenizer_identity, tokenizer_weights = _video_tokenizer(config.tokenizer)
     text_encoder, text_identity, text_weights = _text_encoder(config)
     identity = {"tokenizer": tokenizer_identity, "text_encoder": text_identity}
-    _check_identity(identity, decoder)
+    check_identity(identity, decoder)
     # Every process answers its own queries on its own devices.
     mesh = experiment.mesh(jax.local_devices())
     with jax.set_mesh(mesh):

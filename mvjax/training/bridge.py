@@ -106,11 +106,6 @@ def abstract_params(directory: Path, *, step: int | None = None) -> Params:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
-def latest_step(directory: Path) -> int:
-    """The step of the newest checkpoint of a training directory."""
-    return int(step_folder(directory, None).name)
-
-
 def read_meta(directory: Path, *, step: int | None = None) -> dict[str, Any]:
     """The description stored with a checkpoint: configuration, versions, data, normalizer."""
     where = step_folder(directory, step)
@@ -163,15 +158,15 @@ class Checkpoint:
         """Step and digest of the parameters that other programs read, and how adapters merge."""
         lora = self.meta["config"].get("lora", {})
         adapters = {"lora": {k: lora[k] for k in ("rank", "alpha")}} if lora.get("rank") else {}
-        return {"step": self.step, "digest": self.meta.get("digest") or self._digest(), **adapters}
-
-    def _digest(self) -> str:
-        log.warning(
-            "%s does not name the digest of its weights, as checkpoints of earlier versions: it is "
-            "computed from the files.",
-            step_folder(self.directory, self.step),
-        )
-        return stored_digest(self.directory, self.step)
+        weights = self.meta.get("digest")
+        if not weights:
+            log.warning(
+                "%s does not name the digest of its weights, as checkpoints of earlier versions: "
+                "it is computed from the files.",
+                step_folder(self.directory, self.step),
+            )
+            weights = stored_digest(self.directory, self.step)
+        return {"step": self.step, "digest": weights, **adapters}
 
 
 def find_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
@@ -246,21 +241,16 @@ def backbone_checkpoint(
         return newest
     steps = checkpoint_steps(directory)
     wanted = {key: value for key, value in trained.items() if key in ("digest", "lora")}
-    unlike = ""
+    held = f"{directory} now holds the steps {steps}"
     for step in sorted(steps, key=lambda step: (step != trained["step"], -step)):
-        found = find_checkpoint(directory, step)
-        if step != trained["step"] and "digest" not in found.meta:
+        found, same_step = find_checkpoint(directory, step), step == trained["step"]
+        if not same_step and "digest" not in found.meta:
             continue  # computing the digests of all steps would take too long
         unlike = different(wanted, {k: v for k, v in found.identity.items() if k != "step"})
         if not unlike:
             return found
-        if step == trained["step"]:
-            break
-    held = (
-        f"that step now holds other weights ({unlike})"
-        if trained["step"] in steps
-        else (f"{directory} now holds the steps {steps}")
-    )
+        if same_step:
+            held = f"that step now holds other weights ({unlike})"
     raise CheckpointMismatch(
         f"{by} was trained on {_described(trained)}, but {held}: bring that step back, name a copy "
         "of it as backbone.checkpoint, or train stage 2 again in a new --workdir."

@@ -140,7 +140,7 @@ def _is_deleted(where: Path) -> bool:
         time.sleep(PAUSES[0])
         before, left = left, count()
         if left == before:
-            return False
+            return left == 0  # gone by now, or empty folders
     return True
 
 
