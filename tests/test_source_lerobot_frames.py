@@ -123,6 +123,28 @@ def test_ranges_that_drift_from_the_frames_are_counted_off(shifts):
     assert [part.moved for part in parts] == [abs(shift) > 0.5 for shift in shifts]
 
 
+@pytest.mark.parametrize(
+    ("starts", "extra", "times"),
+    [
+        (FIRST / FPS + 4.5, 0, None),  # a writer that did not begin at 0 again in a new file
+        ((FIRST + 2 * np.arange(4)) / FPS, 2, None),  # durations that are two frames too long
+        (FIRST / FPS, 0, 0.5 + np.arange(32) / FPS),  # a file whose first frame is late
+    ],
+)
+def test_ranges_that_do_not_begin_where_the_file_does_are_counted_off(starts, extra, times):
+    ends = starts + (np.array(LENGTHS) + extra) / FPS
+    parts = located(starts, times=times, ends=ends)
+    assert [part.first for part in parts] == FIRST.tolist()
+    assert not any(part.fault for part in parts)
+
+
+def test_frames_after_the_last_range_are_said_of_every_episode():
+    """A repeated last frame per episode would give the others a neighbour's frames."""
+    assert all(part.loose for part in located(FIRST / FPS, 36))
+    even = located((FIRST + np.arange(4)) / FPS, 36)  # the ranges know about it
+    assert not any(part.loose for part in (*even, *located(FIRST / FPS)))
+
+
 def test_ranges_in_another_order_belong_to_their_episodes():
     parts = located([2.3, 0.8, 0.0, 1.7], lengths=[9, 9, 8, 6])
     assert [(part.first, part.stop) for part in parts] == [(23, 32), (8, 17), (0, 8), (17, 23)]
@@ -170,6 +192,10 @@ def test_a_video_with_a_higher_rate_than_the_rows_is_cut_by_time():
     assert [bool(part.fault) for part in late] == [False, True, True, False]
     first = choose(times[:16], row_times(None, np.arange(8), 8, FPS), FPS)
     assert (first.first, first.stop, first.by_number, first.findings) == (0, 16, False, ())
+    pause = np.where(np.arange(8) < 4, 0, 3.0)  # both sides pause; the last row has two frames
+    late = row_times(np.arange(8) / FPS + pause, np.arange(8), 8, FPS)
+    cut = choose(np.arange(18) / 20 + np.repeat(pause[[0] * 4 + [4] * 5], 2), late, FPS)
+    assert (cut.first, cut.stop) == (0, 16)
 
 
 def test_frames_are_matched_with_rows():
@@ -187,6 +213,7 @@ def test_frames_are_matched_with_rows():
     late = row_times(np.arange(10) / FPS + 2, np.arange(10), 10, FPS)
     assert chosen(frame[:10], late) == (0, 10, False, 0)
     assert chosen(frame, late) == (20, 30, False, 1)  # the beginning was left out
+    assert chosen(frame[:12], late) == (0, 10, False, 1)  # not reset, as no frame is that late
     today = row_times(np.arange(10) / FPS + 1.7e9, np.arange(10), 10, FPS)
     assert chosen(frame[:12], today) == (0, 10, False, 1)
     clock = np.arange(10) / FPS

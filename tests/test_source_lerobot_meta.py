@@ -250,6 +250,35 @@ def test_a_task_without_a_text_costs_its_episode(tmp_path):
         opened(root)[2]
 
 
+def test_rows_without_task_index_have_their_column_task(tmp_path):
+    def table(e, length, first):
+        texts = pa.array(["open"] * 3 + ["close"] * (length - 3))
+        return rows(e, length, first, task_index=None, task=texts)
+
+    (episode,) = opened(write_v2(tmp_path / "set", [8], table=table, video=False))
+    assert [s.instructions for s in episode.sections] == [("open",), ("close",)]
+    assert any("column task was taken" in finding for finding in episode.findings)
+
+
+def test_a_deleted_episode_is_not_a_lost_one(tmp_path):
+    root = write_v3(tmp_path / "set", [8, 9, 7, 8], total_episodes=3)
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    pq.write_table(pq.read_table(file).take([0, 1, 3]), file)
+    assert [e.id for e in opened(root)] == [f"episode_{n:06d}" for n in (0, 1, 3)]
+
+
+def test_paths_that_were_written_on_windows(tmp_path):
+    names = "data\\chunk-{episode_chunk:03d}\\episode_{episode_index:06d}.parquet"
+    (episode,) = opened(write_v2(tmp_path / "set", [8], data_path=names))
+    assert len(episode.streams["action"].values) == 8
+
+
+@pytest.mark.parametrize("fps", [0, "10", None, True, float("nan"), float("inf")])
+def test_a_rate_that_is_none_is_named(tmp_path, fps):
+    with pytest.raises(ValueError, match=r"info\.json must have fps, a positive number"):
+        opened(write_v2(tmp_path / "set", [8], video=False, fps=fps))
+
+
 def test_rows_without_task_index_have_the_only_task_of_the_list(tmp_path):
     def table(e, n, first):
         return rows(e, n, first, task_index=None, frame_index=None)

@@ -79,7 +79,7 @@ def open_lerobot(
         has = sorted(key for key in dtypes if dtypes[key] == "string")
         raise ValueError(f"{path} has no features {unfit} of strings or integers; strings: {has}")
     features = sort_features(meta.features)
-    rows = Rows([*features.vectors, *BOOKKEEPING], texts)
+    rows = Rows([*features.vectors, *BOOKKEEPING], [*texts, "task"])
     dataset = _Dataset(meta, name, embodiment, features, tuple(texts), rows)
     return LazyEpisodes(len(meta.numbers), dataset.load)
 
@@ -237,7 +237,7 @@ class _Dataset:
                 f"meta/info.json says {list(given)}, but the video has {index.height} x "
                 f"{index.width} pixels; the video was taken"
             )
-        part = Part(0, len(index.pts), moved=False, fault=False)
+        part = Part(0, len(index.pts), moved=False, loose=False, fault=False)
         if row.get(f"{listed}from_timestamp") is None:
             if "episode_index" not in self.meta.placeholders("video_path"):
                 raise ValueError(
@@ -262,6 +262,11 @@ class _Dataset:
             length = (row.get(f"{listed}to_timestamp") or np.nan) - row[f"{listed}from_timestamp"]
             if abs(length - row["length"] / fps) > 0.5 / fps:
                 findings.append("to_timestamp does not fit the number of rows; the rows were taken")
+            if part.loose:
+                findings.append(
+                    "the file has more frames than from_timestamp of its episodes needs; the "
+                    "ranges were taken, and nothing confirms them"
+                )
             if part.moved:
                 findings.append(
                     "from_timestamp does not fit the frames of the file; they were counted, as "
@@ -351,6 +356,9 @@ class _Dataset:
         said = [text for text in listed if text.strip()]
         listed = said or listed
         used = found.column("task_index")
+        column = "task" in found.kinds and found.column("task")
+        if column and used.count(None) == len(used) and all(isinstance(t, str) for t in column):
+            return [column], ["the rows have no task_index; their column task was taken"]
         texts = [self._text(index, found, "task_index", strict=False) for index in used]
         known = {text for text in texts if text is not None}
         if len(said) == 1 and known and not any(text.strip() for text in known):

@@ -15,6 +15,10 @@ from data_pipelines.windows import nearest_indices
 
 _TOLERANCE_S = 1e-4  # LeRobot's own, between a row's timestamp and frame_index / fps
 _JITTER = 0.1  # by which the median gap of the rows may differ from 1 / fps
+_SURPLUS = (
+    "the video has more frames than rows; timestamp says which are those of the rows, and nothing "
+    "confirms it"
+)
 _UNITS = {1e3: "milliseconds", 1e6: "microseconds", 1e9: "nanoseconds"}
 
 
@@ -110,6 +114,7 @@ class Part:
     first: int
     stop: int
     moved: bool  # they were counted, because the listed ranges do not fit the file
+    loose: bool  # the file goes on after its last episode
     fault: bool  # nothing says which frames are the episode's
 
 
@@ -119,10 +124,13 @@ def locate(
     """The frames of every episode in one video file of version 3.
 
     Each starts at the frame that is nearest to its `from_timestamp`. This fits if every frame is
-    within half a frame, and no episode reaches into the next or beyond the end. If something does
-    not fit, there are three cases. If there are as many frames as rows and the order is certain,
-    the frames are counted off. If the ranges meet and cover the file, single episodes have more
-    rows than frames. Otherwise those episodes are right for which counting and the list agree.
+    within half a frame, and no episode reaches into the next or beyond the end. Otherwise:
+
+    1. If there are as many frames as rows and the order of the episodes is certain, the frames are
+       counted off: a writer whose durations are a frame too long, or that did not begin at 0 again
+       in a new file.
+    2. If the ranges meet and cover the file, single episodes have more rows than frames.
+    3. Else the episodes are right for which counting and the ranges agree.
 
     Args:
         times: seconds of the file's frames, increasing.
@@ -147,23 +155,31 @@ def locate(
     misfits |= np.abs(times[first] - starts) > period / 2
     moved = np.zeros(len(order), bool)
     if misfits.any():
-        moved = first != counted
-        certain = (
-            count == slots.sum()
-            and (np.diff(starts) > period / 2).all()
-            and not (np.abs(ends - starts - lengths * period) > period / 2).any()
-            and (len(order) == 1 or (np.abs(first - counted) < slots / 2).all())
-        )
+        half = period / 2
+        shift = starts - times[np.minimum(counted, count - 1)]
+        # Every range begins within half an episode of where the one before lets it begin.
+        apart, steps = np.diff(starts) > half, np.abs(np.diff(shift)) < lengths[:-1] * half
+        ordered = apart.all() and steps.all()
         # From the first frame over every end and the next start to the end of the last frame.
-        borders = np.concatenate([times[:1], ends]), np.concatenate([starts, times[-1:] + gap])
-        if certain:
-            first, stop, misfits = counted, np.append(counted[1:], count), moved & False
-        elif (np.abs(borders[0] - borders[1]) <= period / 2).all():
-            misfits, moved = short, moved & False
+        borders = np.concatenate([times[:1], ends]) - np.concatenate([starts, times[-1:] + gap])
+        covered = (np.abs(borders) <= half).all()
+        # Ranges that cover the file and are not as long as the rows: one lost a frame that another
+        # has too many.
+        equal = not (np.abs(ends - starts - lengths * period) > half).any()
+        uncounted = first != counted
+        if count == slots.sum() and ordered and (equal or not covered):
+            first, stop, moved = counted, np.append(counted[1:], count), uncounted
+            misfits = np.zeros_like(moved)
+        elif covered:
+            misfits = short
         else:
-            misfits |= moved
-    columns = (column[np.argsort(order)].tolist() for column in (first, stop, moved, misfits))
-    return [Part(*values) for values in zip(*columns)]
+            misfits |= uncounted
+    surplus = stop - first - slots
+    loose = np.full(
+        len(order), len(order) > 1 and surplus[-1] > max(surplus[:-1].max(), 0) + _JITTER
+    )
+    columns = (first, stop, moved, loose, misfits)
+    return [Part(*values) for values in zip(*(c[np.argsort(order)].tolist() for c in columns))]
 
 
 @dataclass(frozen=True)
@@ -200,16 +216,16 @@ def choose(times: np.ndarray, rows: RowTimes, fps: float) -> Choice:
     # Rows that start later than the video are a part of it; a clock that the video cannot have,
     # such as the time of day, says nothing about that.
     offset = rows.offset if 0 <= rows.offset < passed[-1] else 0.0
-    expected = expected + offset
-    near = nearest_indices(passed, expected)
-    more = ("the video has more frames than rows; those before or after the rows were left out",)
-    if np.abs(passed[near] - expected).max() < period / 2 and (np.diff(near) > 0).all():
-        # The video may have a higher rate than the rows: up to the end of the last row.
-        gap = passed[-1] / (len(times) - 1)
-        stop = int(np.searchsorted(passed, expected[-1] + period - gap / 2))
-        stop = max(stop, int(near[-1]) + 1)
-        surplus = near[0] > 0 or stop < len(times)
-        return Choice(int(near[0]), stop, False, more if surplus else ())
+    for begin in (offset, 0.0):  # 0: the rows of a later episode that did not begin at 0 again
+        instants = expected + begin
+        near = nearest_indices(passed, instants)
+        if np.abs(passed[near] - instants).max() < period / 2 and (np.diff(near) > 0).all():
+            # The video may have a higher rate than the rows: up to the end of the last row.
+            gap = float(np.median(np.diff(passed)))
+            stop = int(np.searchsorted(passed, instants[-1] + period - gap / 2))
+            stop = max(stop, int(near[-1]) + 1)
+            surplus = near[0] > 0 or stop < len(times)
+            return Choice(int(near[0]), stop, False, (_SURPLUS,) if surplus else ())
     steady = np.abs(
         np.concatenate([np.diff(times), np.diff(rows.times) / NANOSECONDS]) / period - 1
     )
@@ -218,4 +234,4 @@ def choose(times: np.ndarray, rows: RowTimes, fps: float) -> Choice:
             f"it has {len(times)} frames for {count} rows, and their times do not agree; encode it "
             "again"
         )
-    return Choice(0, count, True, (*more, drifts))
+    return Choice(0, count, True, (_SURPLUS, drifts))

@@ -91,7 +91,7 @@ class Meta:
                 f"no {names} for episode {number}; correct one of them"
             )
         try:
-            file = self.path / text.format(**fields)
+            file = self.path / text.format(**fields).replace("\\", "/")  # written on Windows
         except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{self.path}: {template} of meta/info.json, {text!r}, cannot be filled in for "
@@ -169,7 +169,8 @@ def read_meta(path: Path) -> Meta:
         episodes=episodes,
         listed=listed,
         repeated=frozenset(repeated),
-        numbers=sorted(listed.keys() | set(range(total))),
+        # After the deletion of an episode its number is free, if the others keep theirs.
+        numbers=sorted(listed if len(listed) >= total else {*listed, *range(total)}),
         tasks={index: tuple(found) for index, found in texts.items()},
         task_names=names,
         faults=faults,
@@ -185,22 +186,25 @@ def _read_info(path: Path) -> dict:
     try:
         info = json.loads(file.read_text(encoding="utf-8-sig"))
         features = info["features"] if isinstance(info.get("features"), dict) else {}
-        dtypes = [f.get("dtype") for f in features.values() if isinstance(f, dict)]
-        complete = (
-            len(features) > 0
-            and isinstance(info.get("data_path"), str)
-            and info.get("fps", 0) > 0
-            and int(info.get("chunks_size") or 1000) > 0
-            and info.get("total_episodes", -1) == int(info.get("total_episodes", 0))
-            and ("video" not in dtypes or isinstance(info.get("video_path"), str))
-        )
-    except (AttributeError, OSError, TypeError, ValueError) as error:
+    except (AttributeError, OSError, ValueError) as error:
         why = reason(file, f"{type(error).__name__}: {error}")
         raise ValueError(f"{file} cannot be read ({why}); copy it again") from error
-    if not complete:
+    videos = any(f.get("dtype") == "video" for f in features.values() if isinstance(f, dict))
+    needed = {
+        "features": len(features) > 0,
+        "fps, a positive number": _is_number(info.get("fps")) and info["fps"] > 0,
+        "data_path": isinstance(info.get("data_path"), str),
+        "video_path, as there are videos": isinstance(info.get("video_path") or 0, str)
+        or not videos,
+        "total_episodes, an integer": _is_number(total := info.get("total_episodes"))
+        and total == int(total) >= 0,
+        "chunks_size, a positive integer": _is_number(size := info.get("chunks_size") or 1000)
+        and size >= 1,
+    }
+    if missing := [name for name, fits in needed.items() if not fits]:
         raise ValueError(
-            f"{file} must have fps, data_path, total_episodes, features, and video_path if there "
-            "are videos; copy or convert the dataset again"
+            f"{file} must have {'; '.join(missing)}; correct it, or copy or convert the dataset "
+            "again"
         )
     for key in ("data_path", "video_path"):
         try:
@@ -213,6 +217,11 @@ def _read_info(path: Path) -> dict:
                 f"for; the placeholders are {list(_PLACEHOLDERS)}"
             )
     return info
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and math.isfinite(value)
 
 
 def sort_features(features: Mapping[str, Any]) -> Features:

@@ -274,7 +274,7 @@ class ParquetImages(ImageFrames):
         span, at = self._places[number]
         image = self._cache.get((self._key, span), lambda: self._column(span))[at]
         if isinstance(image, dict):
-            path = image["path"]
+            path = (image["path"] or "").replace("\\", "/")  # written on Windows
             if not image["bytes"] and path and (self._root / path).is_file():
                 return self._root / path
             image = image["bytes"]
