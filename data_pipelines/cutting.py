@@ -139,8 +139,8 @@ def _pauses(
     stamps = {name: stream.timestamps for name, stream in episode.streams.items()}
     paused = [name for name, times, fps in asked if in_pause(stamps[name], times, fps).any()]
     return tuple(
-        f"{name} pauses within an episode: windows that reach into the pause hold the values "
-        "nearest to it"
+        f"{name} pauses within an episode: what windows ask for in the pause is made of the "
+        "values at its edges"
         for name in dict.fromkeys(paused)
     )
 

@@ -328,7 +328,9 @@ def seams(values: np.ndarray) -> list[str]:
         return found
     usual = np.median(steps, axis=0)
     for turn, name in ((2 * np.pi, "2π"), (360.0, "360°")):
-        jumps = (np.abs(steps - turn) < 0.1 * turn) & (usual < 0.1 * turn)
+        # Without the turn, a step of an angle is about as small as its neighbours.
+        small = np.clip(10 * usual, 0.02 * turn, 0.1 * turn)
+        jumps = (np.abs(steps - turn) < small) & (usual < 0.1 * turn)
         jumps &= np.abs(values).max(axis=0) <= 1.01 * turn
         for i in np.flatnonzero(jumps.any(axis=0)):
             found.append(

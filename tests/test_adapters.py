@@ -13,7 +13,8 @@ from configs import libero_action
 from data_pipelines.embodiments import aloha, droid_franka, libero_panda, widowx
 from mvjax.policy.robot import check_suite, check_trained, trained_robot
 from mvjax.serving.adapters import make_adapter
-from mvjax.serving.notices import Notices
+from mvjax.serving.notices import Notices, Ranges
+from mvjax.serving.server import check_gripper
 from mvjax.serving.session import RequestError, Session, SessionSpec
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
@@ -77,6 +78,21 @@ def test_libero_in_the_clients_own_numbers():
     assert "black bowl" in seen.observation.instruction
     chunk = np.random.default_rng(0).normal(size=(3, 7)).astype(np.float32)
     np.testing.assert_array_equal(session.actions(chunk, seen), chunk)
+
+
+def test_a_gripper_from_0_to_1_is_not_sent_to_a_client_with_a_signed_one():
+    fields = "observation.state", "action", 8, 7
+    adapter = make_adapter("libero", trained_robot(config_of(*fields, "libero_panda")))
+    low, high = np.full((2, 7), -1.0), np.ones((2, 7))
+    ranges = Ranges(low, high, low, high, [f"action[{i}]" for i in range(7)])
+    check_gripper(adapter, ranges)
+    check_gripper(adapter, None)
+    low[:, 6] = 0
+    with pytest.raises(ValueError, match=r"learned action\[6\] from data .* never below 0"):
+        check_gripper(adapter, ranges)
+    check_gripper(
+        make_adapter("libero", trained_robot(config_of(*LIBERO, 10, 10, "libero_panda"))), ranges
+    )
 
 
 def test_libero_episodes_begin_where_the_arm_jumps_home():

@@ -240,6 +240,7 @@ def test_jumps_between_two_values_of_one_angle_are_found():
         (STEADY, []),
         (ANGLES, []),
         ((STEADY > 0) * 1.0, []),
+        ((STEADY > 0) * 6.0, []),  # a command in steps
         (HALF_TURNS.as_matrix().reshape(41, 9), []),
     ):
         found = " | ".join(seams(values))

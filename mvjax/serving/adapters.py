@@ -44,6 +44,8 @@ class Adapter:
         control_hz: actions that the client executes per second; 0 if unknown.
         execute: actions of a chunk that the client executes as openpi's examples set it; 0 if
             unknown.
+        signed_gripper: the policy's action that the client opens with when it is negative and
+            closes with when it is positive, if the client takes it as it is.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Adapter:
     jump: float | None = None
     control_hz: float = 0.0
     execute: int = 0
+    signed_gripper: int | None = None
 
 
 def plain(robot: Robot) -> Adapter:
@@ -114,6 +117,8 @@ def libero(robot: Robot) -> Adapter:
         )
     else:
         posed = in_own_layout(own, robot, action_size=7)
+        columns = [c for part in robot.action for c in part.columns or range(7)]
+        posed = replace(posed, signed_gripper=columns.index(6))
     if (robot.proprio_dim, robot.action_dim) != (10, 10):
         return posed
 

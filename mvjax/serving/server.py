@@ -277,10 +277,16 @@ def make_server(
         policy, config, adapter, serving, batching: what is served, and how.
         prompt: the instruction for clients that send none.
         camera_size: height and width of the training pictures; None: they have the clip's aspect.
+
+    Raises:
+        ValueError: the policy does not fit the client.
     """
     sizes, clip, io = policy.model.decoder.config, policy.model.clip, config.policy_io
     robot, what = trained_robot(config), policy.identity.get("what", {})
     camera = single_camera(robot, "the server")  # before anything is compiled
+    names = labels(robot.proprio, robot.proprio_dim), labels(robot.action, robot.action_dim)
+    learned = Ranges.of(policy.normalizer, "actions", names[1])
+    check_gripper(adapter, learned)
     batching = batching or Batching()
     act = act_in_sizes(policy, batching.sizes)
     metadata = {
@@ -315,7 +321,6 @@ def make_server(
             *(clip.fps, adapter.control_hz, adapter.control_hz / clip.fps),
         )
     batcher = partial(Batcher, act, max(batching.sizes), batching.window)
-    names = labels(robot.proprio, robot.proprio_dim), labels(robot.action, robot.action_dim)
     spec = SessionSpec(
         clip.observed_frames,
         sizes.proprio_horizon,
@@ -324,6 +329,20 @@ def make_server(
         camera_size=camera_size,
         camera=camera,
         proprio=Ranges.of(policy.normalizer, "proprio", names[0]),
-        actions=Ranges.of(policy.normalizer, "actions", names[1]),
+        actions=learned,
     )
     return PolicyServer(serving, adapter, spec, batcher, metadata, what)
+
+
+def check_gripper(adapter: Adapter, learned: Ranges | None) -> None:
+    """Raises ValueError if a policy's gripper never goes below 0, where the client opens it."""
+    if adapter.signed_gripper is None or learned is None:
+        return
+    least = np.min(learned.low[..., adapter.signed_gripper])
+    if least >= 0:  # such as 0 to 1, of which the client would always close it
+        raise ValueError(
+            f"--client={adapter.name} opens the gripper with a negative number and closes it with "
+            f"a positive one, but this policy learned {learned.labels[adapter.signed_gripper]} "
+            f"from data that are never below {least:g}: train on the client's own convention, "
+            "-1 to 1."
+        )
