@@ -110,6 +110,19 @@ def test_verify_compares_what_was_converted(tmp_path):
 
 
 def test_verify_notices_a_difference(tmp_path):
+    model = random_model(VAE, CONFIGS["vae"])
+
+    def converted():
+        model.save_pretrained(tmp_path / "theirs")
+        return prepare(open_source(tmp_path / "theirs", Hints(precision="float32")))
+
+    write(converted(), tmp_path / "ours")
+    model.quant_conv.bias.data[0] += 1
+    with pytest.raises(ValueError, match=r"differ from the source: quant_conv\.bias"):
+        verify(converted(), tmp_path / "ours")
+
+
+def test_verify_refuses_what_was_damaged_since(tmp_path):
     random_model(VAE, CONFIGS["vae"]).save_pretrained(tmp_path / "theirs")
     conversion = prepare(open_source(tmp_path / "theirs", Hints(precision="float32")))
     write(conversion, tmp_path / "ours")
@@ -119,7 +132,7 @@ def test_verify_notices_a_difference(tmp_path):
     content = np.frombuffer(chunk.read_bytes(), np.float32).copy()
     content[0] += 1
     chunk.write_bytes(content.tobytes())
-    with pytest.raises(ValueError, match=r"differ from the source: quant_conv\.bias"):
+    with pytest.raises(OSError, match="a file was changed, or belongs to another checkpoint"):
         verify(conversion, tmp_path / "ours")
 
 
