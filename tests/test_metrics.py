@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 
 import jax
 import numpy as np
@@ -111,6 +112,7 @@ def test_wandb_runs_are_continued(tmp_path, monkeypatch):
         writer.log(first + 1, {"loss": np.float32(1)}, [], {"seconds_per_step": 2.0})
         writer.show(first + 1, picture)
         writer.close()
+        time.sleep(1.1)  # wandb names a run's folder by the second
     runs = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run")]
     number = (tmp_path / "wandb_id").read_text()
     assert len(runs) == 2 and all(number in run.name for run in runs) and wandb.run is None
