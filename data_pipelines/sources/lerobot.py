@@ -21,7 +21,7 @@ which v2.0 and v2.1 differ) are not read. `lerobot_meta` reads meta/, `lerobot_r
 parquet files; `lerobot_frames` decides which frames belong to which rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +38,7 @@ from data_pipelines.sources.lerobot_meta import (
     BOOKKEEPING,
     Features,
     Meta,
+    numbered,
     read_meta,
     shape_of,
     sort_features,
@@ -64,12 +65,13 @@ def open_lerobot(
     Args:
         path: the folder that holds `meta`, `data` and `videos`.
         name, embodiment: see `formats`.
-        texts: features with further instructions, such as DROID's "language_instruction_2": strings
-            or integer task indices.
+        texts: features with further instructions, such as DROID's "language_instruction_2":
+            strings, "subtask_index", or integers that number the tasks (GR00T's "annotation.*").
 
     Raises:
         ValueError: if it is not a LeRobot dataset of these versions, its list of features or of
-            episodes is missing or damaged, or a feature in `texts` does not exist.
+            episodes is missing or damaged, a feature in `texts` does not exist, or nothing says
+            which texts its integers stand for.
     """
     path = Path(path)
     check_finished(path)
@@ -78,9 +80,10 @@ def open_lerobot(
     if unfit := [k for k in texts if not str(dtypes.get(k)).startswith(("string", "int"))]:
         has = sorted(key for key in dtypes if dtypes[key] == "string")
         raise ValueError(f"{path} has no features {unfit} of strings or integers; strings: {has}")
+    numbers = {k: numbered(meta, k) for k in texts if str(dtypes[k]).startswith("int")}
     features = sort_features(meta.features)
     rows = Rows([*features.vectors, *BOOKKEEPING], [*texts, "task"])
-    dataset = _Dataset(meta, name, embodiment, features, tuple(texts), rows)
+    dataset = _Dataset(meta, name, embodiment, features, tuple(texts), numbers, rows)
     return LazyEpisodes(len(meta.numbers), dataset.load)
 
 
@@ -91,6 +94,7 @@ class _Dataset:
     embodiment: str
     features: Features
     texts: Sequence[str]
+    numbered: Mapping[str, Mapping[int, tuple[str, ...]]]  # those of integers, with their texts
     rows: Rows
     pool: VideoPool = field(default_factory=VideoPool)
     # The encoded images of the last few episodes: read from disk once for many windows.
@@ -321,8 +325,9 @@ class _Dataset:
         for key in self.texts:
             if key in found.absent:
                 raise ValueError(f"{found.path}: the text {key}: {found.absent[key]}")
-            values = found.table[key].to_pylist()
-            if any(not isinstance(value, str | int | None) for value in values):
+            values = found.column(key)
+            kinds = (int, float) if key in self.numbered else str
+            if not all(value is None or isinstance(value, kinds) for value in values):
                 raise ValueError(f"{found.path}: {key} holds {found.kinds[key]}, not texts")
             columns.append([v if isinstance(v, str) else self._text(v, found, key) for v in values])
         sections = []
@@ -386,15 +391,16 @@ class _Dataset:
         return [texts], []
 
     def _text(self, index: int | None, found: Found, key: str, strict: bool = True) -> str | None:
-        """The text of a task; a negative number is none."""
-        texts = self.meta.tasks.get(index, ())
+        """The text of a task or subtask; a negative number is none."""
+        texts = self.numbered.get(key, self.meta.tasks).get(index, ())
+        listed = "meta/subtasks" if key == "subtask_index" else "meta/tasks"
         if len(texts) > 1:
             raise ValueError(
-                f"{self.meta.path}: meta/tasks has several texts for task_index {index}: "
+                f"{self.meta.path}: {listed} has several texts for {key} {index}: "
                 f"{list(texts)}; correct it"
             )
         if strict and not texts and index is not None and index >= 0:
-            raise ValueError(f"{found.path}: {key} is {index}, which meta/tasks does not have")
+            raise ValueError(f"{found.path}: {key} is {index}, which {listed} does not have")
         return texts[0] if texts else None
 
 

@@ -128,7 +128,7 @@ def read_meta(path: Path) -> Meta:
     if version.startswith("v2."):
         episodes, tasks = _episodes_v2(path, faults), _tasks_v2(path, faults)
     elif version.startswith("v3."):
-        episodes, tasks = _episodes_v3(path, faults), _tasks_v3(path, faults)
+        episodes, tasks = _episodes_v3(path, faults), _texts_v3(path, "task", faults)
     else:
         raise ValueError(
             f"{path} is a LeRobot dataset {version}; v2.0, v2.1 and v3.0 are supported; convert it "
@@ -154,10 +154,8 @@ def read_meta(path: Path) -> Meta:
             findings.append(
                 f"{key}: meta/info.json names {named} of its {size} numbers; all were taken"
             )
-    texts: dict[int, dict[str, None]] = {}
     names: dict[int, list[str]] = {}
     for index, text, called in tasks:
-        texts.setdefault(index, {})[text] = None
         names.setdefault(index, []).extend((text, *called))
     return Meta(
         path=path,
@@ -171,11 +169,38 @@ def read_meta(path: Path) -> Meta:
         repeated=frozenset(repeated),
         # After the deletion of an episode its number is free, if the others keep theirs.
         numbers=sorted(listed if len(listed) >= total else {*listed, *range(total)}),
-        tasks={index: tuple(found) for index, found in texts.items()},
+        tasks=_by_number(tasks),
         task_names=names,
         faults=faults,
         findings=tuple(findings),
     )
+
+
+def numbered(meta: Meta, key: str) -> Mapping[int, tuple[str, ...]]:
+    """The texts that the integers of a feature stand for, as `Meta.tasks`.
+
+    Raises:
+        ValueError: if nothing says which texts these are.
+    """
+    if key.startswith("annotation.") or f"_{key}".endswith("_task_index"):  # GR00T, and others
+        return meta.tasks
+    if key != "subtask_index":
+        raise ValueError(
+            f"{meta.path}: nothing says which texts the integers of {key} stand for; the option "
+            "texts takes strings, subtask_index, annotation.* and *_task_index"
+        )
+    faults: list[str] = []
+    texts = _texts_v3(meta.path, "subtask", faults)
+    if faults:
+        raise ValueError(f"{faults[0]}; it has the texts of {key}; copy it again")
+    return _by_number(texts)
+
+
+def _by_number(rows: Sequence[Task]) -> dict[int, tuple[str, ...]]:
+    texts: dict[int, dict[str, None]] = {}
+    for index, text, _ in rows:
+        texts.setdefault(index, {})[text] = None
+    return {index: tuple(found) for index, found in texts.items()}
 
 
 def _read_info(path: Path) -> dict:
@@ -235,8 +260,10 @@ def sort_features(features: Mapping[str, Any]) -> Features:
             unused[key] = "meta/info.json gives it no dtype"
         elif _is_depth(feature):
             unused[key] = "meta/info.json says that it is depth, which is not read"
-        elif dtype in ("string", "language"):
+        elif dtype == "string":
             unused[key] = "it holds text, which is read if the option texts names it"
+        elif dtype == "language":
+            unused[key] = "it holds texts as rows of LeRobot's language, which are not read"
         elif dtype == "video":
             videos.append(key)
         elif dtype == "image":
@@ -343,27 +370,27 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     return table
 
 
-def _tasks_v3(path: Path, faults: list[str]) -> list[Task]:
-    """The tasks from tasks.parquet, a data frame of pandas.
+def _texts_v3(path: Path, name: str, faults: list[str]) -> list[Task]:
+    """The tasks from tasks.parquet, a data frame of pandas; subtasks.parquet is like it.
 
     The text is the column "task" or the index, which may have another name or none. Other columns
     hold other things, such as categories or short names.
     """
-    file = path / "meta/tasks.parquet"
+    file, number = path / f"meta/{name}s.parquet", f"{name}_index"
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         faults.append(f"{file} cannot be read: {reason(file, error)}")
         return []
-    named = [n for n in _pandas_index(table) if n in table.column_names and n != "task"]
-    texts = [n for n in ("task", *named) if n in table.column_names and _is_text(table[n].type)]
-    if "task_index" not in table.column_names or not texts or (texts[0] != "task" and texts[1:]):
+    named = [n for n in _pandas_index(table) if n in table.column_names and n != name]
+    texts = [n for n in (name, *named) if n in table.column_names and _is_text(table[n].type)]
+    if number not in table.column_names or not texts or (texts[0] != name and texts[1:]):
         faults.append(
-            f"{file} has the columns {table.column_names}, but must have task_index and the text "
-            "as the column task or as the index of pandas"
+            f"{file} has the columns {table.column_names}, but must have {number} and the text "
+            f"as the column {name} or as the index of pandas"
         )
         return []
-    rows = zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist(), table.to_pylist())
+    rows = zip(table[number].to_pylist(), table[texts[0]].to_pylist(), table.to_pylist())
     return [
         (int(index), text, [value for value in row.values() if isinstance(value, str)])
         for index, text, row in rows

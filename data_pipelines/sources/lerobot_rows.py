@@ -57,7 +57,8 @@ class Found:
             raise ValueError(f"{self.path}: {key}: {self.absent[key]}")
         if key in self.absent:
             return [None] * self.table.num_rows
-        return [v[0] if isinstance(v, list) else v for v in self.table[key].to_pylist()]
+        values = self.table[key].to_pylist()
+        return [v[0] if isinstance(v, list) and len(v) == 1 else v for v in values]
 
     def numbers(self, key: str, needed: bool = False) -> np.ndarray | None:
         """A number per row; None if there is no such column, or, unless `needed`, no numbers."""
