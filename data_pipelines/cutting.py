@@ -25,6 +25,7 @@ from data_pipelines.windows import (
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
+BLACK = 4.0  # mean grey level below which a picture is black
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
 
@@ -85,18 +86,21 @@ def cut_episode(
         np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
     )
     frames = np.empty((len(used), clip.height, clip.width, 3), np.uint8)
+    black = list(names)  # the cameras that have shown nothing yet
     for start in range(0, len(used), _DECODE_FRAMES):
         part = used[start : start + _DECODE_FRAMES]
         pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
+        black = [name for name in black if pictures[name].mean() < BLACK]
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
     asked = [(name, times, clip.fps) for name in names]
+    dark = tuple(f"{name} is black throughout an episode" for name in black)
     return EpisodeWindows(
         frames,
         clips.reshape(times.shape),
         columns,
         texts_at(episode, at),
         sectioned=bool(episode.sections),
-        findings=_pauses(episode, dataset, policy_io, at, asked),
+        findings=(*dark, *_pauses(episode, dataset, policy_io, at, asked)),
     )
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from data_pipelines.cutting import check_finite, cut_numbers
+from data_pipelines.cutting import BLACK, check_finite, cut_numbers
 from data_pipelines.episode import NANOSECONDS, Episode, Stream
 from data_pipelines.pickles import PickleRefused
 from data_pipelines.representations import seams
@@ -28,7 +28,6 @@ _GAP_PERIODS = 1.5  # a longer step between samples is a gap
 _SAME_PERIODS = 1.5  # streams may begin or end this many periods of the slower one apart
 _BOX = 8  # pixels; averaging boxes removes compression noise
 _STILL = 4.0  # grey levels by which the boxes of a still picture may differ after compression
-_BLACK = 4.0  # mean grey level below which a picture is black
 _DECODED_FRAMES = 16  # in memory at a time
 _WIDEST = 64  # dimensions of a stream that may be an action or a state
 # Streams that no policy takes, and that are rarely other than 0.
@@ -240,7 +239,7 @@ def _inspect_video(
                 picture.thumbnail(_THUMBNAIL)
                 pictures.append(np.asarray(picture))
     looked = f"all {n} frames" if thorough else f"{len(shown)} frames from first to last"
-    if wanted and brightness < _BLACK:
+    if wanted and brightness < BLACK:
         summary.add_problem("black video", f"{name}: {looked} are black")
     elif wanted and n > 2 and difference < _STILL:
         summary.add_problem("frozen video", f"{name}: {looked} are the same picture")

@@ -147,6 +147,19 @@ def test_windows_that_reach_into_a_pause_are_a_finding():
         assert cut_episode(paused, dataset, CLIP, IO).findings == ()
 
 
+def test_a_camera_that_shows_nothing_is_a_finding():
+    """As the dummy pictures of a camera that an episode does not have."""
+    dark = Frames(N)
+    dark.data[:] = 1
+    dark.data[0] = 200  # the average of the first batch is not black
+    episode = _episode(wrist=Stream(np.arange(N, dtype=np.int64) * 50_000_000, dark))
+    dataset = _dataset(video=("front", "wrist"))
+    assert cut_episode(episode, dataset, CLIP, IO).findings == ()
+    dark.data[0] = 1
+    (finding,) = cut_episode(episode, dataset, CLIP, IO).findings
+    assert finding == "wrist is black throughout an episode"
+
+
 def test_several_cameras_fill_one_frame():
     """Every camera by its own clock, at the instants of the first."""
     episode = _episode()
