@@ -93,14 +93,18 @@ def cut_episode(
         black = [name for name in black if pictures[name].mean() < BLACK]
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
     asked = [(name, times, clip.fps) for name in names]
-    dark = tuple(f"{name} is black throughout an episode" for name in black)
+    texts, given = texts_at(episode, at), episode.instructions or ("",)
+    findings = [f"{name} is black throughout an episode" for name in black]
+    if not all(given[i].strip() for i in np.unique(texts)):
+        findings.append("there are windows without an instruction; they have the empty text")
+    findings += _pauses(episode, dataset, policy_io, at, asked)
     return EpisodeWindows(
         frames,
         clips.reshape(times.shape),
         columns,
-        texts_at(episode, at),
+        texts,
         sectioned=bool(episode.sections),
-        findings=(*dark, *_pauses(episode, dataset, policy_io, at, asked)),
+        findings=tuple(findings),
     )
 
 

@@ -116,6 +116,19 @@ def test_a_window_has_a_text_of_its_moment(sections, expected):
     assert (cuts.digest() == flat.digest()) == (not sections)
 
 
+def test_windows_without_an_instruction_are_a_finding():
+    said = "there are windows without an instruction; they have the empty text"
+    parts = Section(0, ("a",)), Section(500_000_000, ("",))
+    for episode in (
+        replace(_episode(), instructions=("",)),
+        replace(_episode(), instructions=()),
+        replace(_episode(), instructions=("a", ""), sections=parts),
+    ):
+        assert cut_episode(episode, _dataset(), CLIP, IO).findings == (said,)
+    unused = replace(_episode(), instructions=("a", ""), sections=parts[:1])
+    assert cut_episode(unused, _dataset(), CLIP, IO).findings == ()
+
+
 def test_a_stream_that_was_left_out_costs_nothing_unless_it_is_asked_for():
     left = {"wrist": "not downloaded", "force": "row 3 is null"}
     episode = replace(_episode(), left_out=left)
