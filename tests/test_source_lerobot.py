@@ -351,7 +351,7 @@ def test_columns_that_contradict_the_metadata_are_named(copy):
     assert "action" in opened(root)[2].streams
     for column, message in {
         "timestamp": "timestamp: it holds string, not numbers",
-        "episode_index": "episode_index is not an integer",
+        "episode_index": "episode_index holds string, not integers",
     }.items():
         root = copy("lerobot_v21")
         rewrite(data_file(root, 0), **{column: pa.array(["1"] * LENGTHS[0])})

@@ -1,5 +1,6 @@
 """LeRobot: what meta/ says, compared with the rows; and what cannot be read of them."""
 
+import io
 import json
 import shutil
 
@@ -267,6 +268,29 @@ def test_a_deleted_episode_is_not_a_lost_one(tmp_path):
     assert [e.id for e in opened(root)] == [f"episode_{n:06d}" for n in (0, 1, 3)]
 
 
+def test_a_column_of_the_list_that_is_not_used_costs_nothing(tmp_path):
+    root = write_v3(tmp_path / "set", LENGTHS)
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table[:2].append_column("quality", pa.array([1, 2])), file)
+    other = table[2:].append_column("quality", pa.array(["good"]))
+    (root / "meta/episodes/chunk-001").mkdir()
+    pq.write_table(other, root / "meta/episodes/chunk-001/file-000.parquet")
+    check(root)
+    lengths = pa.array([str(LENGTHS[2])])
+    other = other.set_column(other.schema.get_field_index("length"), "length", lengths)
+    pq.write_table(other, root / "meta/episodes/chunk-001/file-000.parquet")
+    with pytest.raises(ValueError, match="meta/episodes: its files have columns of different ty"):
+        opened(root)
+
+
+def test_splits_other_than_train_are_a_finding(tmp_path):
+    splits = {"train": "0:2", "val": "2:3"}
+    root = write_v2(tmp_path / "set", LENGTHS, splits=splits, codebase_version="2.1")
+    check(root, findings=[1, 1, 1])
+    assert "the splits ['val']; they are not read" in opened(root)[0].findings[0]
+
+
 def test_paths_that_were_written_on_windows(tmp_path):
     names = "data\\chunk-{episode_chunk:03d}\\episode_{episode_index:06d}.parquet"
     (episode,) = opened(write_v2(tmp_path / "set", [8], data_path=names))
@@ -391,6 +415,16 @@ def test_a_damaged_column_costs_nothing_else(tmp_path):
         file.write_bytes(content)
     check(root)
     assert "is damaged" in opened(root)[0].left_out["extra"]
+
+
+def test_pictures_without_a_path_are_read(tmp_path):
+    Image.new("RGB", (4, 2), (9, 9, 9)).save(png := io.BytesIO(), "PNG")
+
+    def table(e, n, first):
+        return rows(e, n, first, extra=pa.array([{"bytes": png.getvalue()}] * n))
+
+    root = write_v2(tmp_path / "set", [4], table=table, features=feature("image"), video=False)
+    assert opened(root)[0].streams["extra"].values.read([3]).max() == 9
 
 
 def test_pictures_that_lie_beside_the_rows(tmp_path):

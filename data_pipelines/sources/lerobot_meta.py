@@ -7,6 +7,7 @@ that need it, and no others.
 import glob
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from data_pipelines.episode import reason
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index", "index")
 _PLACEHOLDERS = ("episode_chunk", "episode_index", "chunk_index", "file_index", "video_key")
+_LISTED = re.compile(r"(data|videos)/|(episode_index|length|tasks|dataset_from_index)$")
 _UNNAMED = "__index_level_0__"  # what pandas calls an index without a name
 
 
@@ -124,6 +126,7 @@ def read_meta(path: Path) -> Meta:
     """Reads meta/ of a dataset; see `lerobot.open_lerobot` for what it raises."""
     info = _read_info(path)
     version = str(info.get("codebase_version", "without a version"))
+    version = f"v{version}" if version[:1].isdigit() else version  # as some converters write it
     faults: list[str] = []
     if version.startswith("v2."):
         episodes, tasks = _episodes_v2(path, faults), _tasks_v2(path, faults)
@@ -147,6 +150,12 @@ def read_meta(path: Path) -> Meta:
         findings.append(
             f"total_episodes of meta/info.json is {total}, but the list of episodes has "
             f"{len(listed)}; the list was taken"
+        )
+    splits = info.get("splits")
+    if isinstance(splits, dict) and (others := sorted(splits.keys() - {"train"})):
+        findings.append(
+            f"meta/info.json has the splits {others}; they are not read: the episodes of all are "
+            "taken, and config.validation_share divides them"
         )
     for key, shape in sort_features(info["features"]).vectors.items():
         named, size = _count(info["features"][key].get("names")), math.prod(shape or ())
@@ -352,8 +361,8 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     tables = []
     for file in sorted((path / "meta/episodes").glob("chunk-*/file-*.parquet")):
         try:
-            # The statistics are most of the file.
-            names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
+            # The statistics are most of the file, and nothing else may cost the list either.
+            names = [n for n in pq.read_schema(file).names if _LISTED.match(n)]
             table = pq.read_table(file, columns=names)
             tables.append(table.cast(table.schema.remove_metadata()))
         except (OSError, pa.ArrowException) as error:
@@ -361,7 +370,13 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     if not tables:
         found = "; ".join(faults) or "no parquet files under meta/episodes"
         raise ValueError(f"{path} is incomplete: {found}; copy it again")
-    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"{path}/meta/episodes: its files have columns of different types ({error}); convert "
+            "the dataset again"
+        ) from error
     if missing := {"episode_index", "length"} - set(table.column_names):
         raise ValueError(f"{path}/meta/episodes has no {sorted(missing)}; convert it again")
     for key in ("episode_index", "length"):

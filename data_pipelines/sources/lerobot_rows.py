@@ -83,7 +83,7 @@ class Found:
             return "its column is not in the file"
         kind = self.kinds[key]
         parts = {f.name for f in kind} if pa.types.is_struct(kind) else set()
-        fits = {"bytes", "path"} <= parts or kind in (pa.binary(), pa.large_binary())
+        fits = "bytes" in parts or kind in (pa.binary(), pa.large_binary())
         return "" if fits else f"it holds {kind}, not images"
 
 
@@ -145,8 +145,9 @@ class Rows:
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
         kinds = dict(zip(schema.names, schema.types))
-        if not pa.types.is_integer(kinds.get("episode_index", pa.null())):
-            raise ValueError(f"{path}: episode_index is not an integer; convert the dataset again")
+        if not pa.types.is_integer(kind := kinds.get("episode_index", pa.null())):
+            found = f"holds {kind}, not integers" if "episode_index" in kinds else "is missing"
+            raise ValueError(f"{path}: episode_index {found}; convert the dataset again")
         absent = {}
         for name in (*self._numbers, *self._texts):
             if name not in kinds:
@@ -275,7 +276,7 @@ class ParquetImages(ImageFrames):
         span, at = self._places[number]
         image = self._cache.get((self._key, span), lambda: self._column(span))[at]
         if isinstance(image, dict):
-            path = (image["path"] or "").replace("\\", "/")  # written on Windows
+            path = (image.get("path") or "").replace("\\", "/")  # written on Windows
             if not image["bytes"] and path and (self._root / path).is_file():
                 return self._root / path
             image = image["bytes"]
