@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.episode import Episode
 from data_pipelines.frames import resize_area
+from data_pipelines.representations import Part
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.windows import (
     WindowSpec,
@@ -199,6 +200,10 @@ def cut_numbers(
     if len(at) == 0:
         raise ValueError("the video and the actions do not overlap in time")
 
+    try:
+        check_names([*action, *proprio], episode.names)
+    except ValueError as error:
+        raise StreamMismatch(f"dataset {dataset.name!r}: {error}") from None
     columns = {"anchor": at}
     for key, parts, io, look in (
         ("actions", action, policy_io.action, "future"),
@@ -213,6 +218,41 @@ def cut_numbers(
                 raise StreamMismatch(f"{where}: {error}") from None
             columns |= {key: values, f"{key}_padded": padded}
     return columns
+
+
+def check_names(parts: Sequence[Part], names: Mapping[str, Sequence[str]]) -> None:
+    """ValueError if the data name the columns of a part otherwise than the config uses them.
+
+    Args:
+        parts: of a vector.
+        names: stream -> what its numbers are called; see `Episode.names`.
+    """
+
+    def taken(stream: str, columns: Sequence[int] | None) -> Sequence[str]:
+        known = names.get(stream, ())
+        if columns is None or max(columns) >= len(known):
+            return known if columns is None else ()
+        return [known[i] for i in columns]
+
+    for part in parts:
+        sides = [(s, taken(s, part.columns)) for s in part.streams]
+        others = [(s, taken(s, part.base_columns)) for s in part.bases]
+        for (stream, ours), (base, theirs) in zip(sides, others):
+            for mine, other in zip(ours, theirs):
+                if mine != other and mine in names[base]:
+                    raise ValueError(
+                        f"{mine!r} of {stream} would be relative to {other!r} of {base}, which has "
+                        f"{mine!r} in column {list(names[base]).index(mine)}; set base_columns, or "
+                        "correct the names"
+                    )
+        kind, _, order = part.rotation.partition("_")
+        for stream, called in (*sides[-1:], *others[-1:]) if kind == "quaternion" else ():
+            said = "".join(name[-1:].lower() for name in called[-4:])
+            if sorted(said) == sorted(order) and said != order:
+                raise ValueError(
+                    f"the quaternion of {stream} is {list(called[-4:])} by its names, but the "
+                    f"config says {part.rotation}; correct one of them"
+                )
 
 
 # Several cameras tiled into one video.

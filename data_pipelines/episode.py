@@ -91,6 +91,8 @@ class Episode:
     # Streams that the data name but that cannot be used -> why. They cost nothing unless the
     # configuration asks for them.
     left_out: Mapping[str, str] = field(default_factory=dict)
+    # Stream -> what the data call each of its numbers, flattened, where they say it.
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     # Why it is not known how many steps a second has; the timestamps then are one second apart,
     # and no window can be cut.
     unknown_rate: str = ""

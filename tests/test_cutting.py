@@ -10,12 +10,14 @@ from data_pipelines.cutting import (
     StreamMismatch,
     camera_rows,
     cameras,
+    check_names,
     cut_episode,
     cut_numbers,
     tile,
 )
 from data_pipelines.episode import Episode, Section, Stream
 from data_pipelines.frames import resize_area
+from data_pipelines.vectors import parse
 
 RNG = np.random.default_rng(0)
 CLIP = ConfigDict(dict(height=32, width=48, observed_frames=5, future_frames=8, fps=10))
@@ -248,6 +250,65 @@ def test_wrong_layouts_are_explained(video):
 def test_what_the_config_gets_wrong_stops_the_job(change, message):
     with pytest.raises(StreamMismatch, match=message):
         cut_numbers(_episode(), _dataset(**change), IO)
+
+
+JOINTS = ("waist", "elbow", "grip")
+QUAT = ("x", "y", "z", "qx", "qy", "qz", "qw")
+
+
+@pytest.mark.parametrize(
+    ("part", "names", "message"),
+    [
+        (dict(base="state"), {"state": JOINTS, "action": JOINTS}, None),
+        (dict(base="state"), {"action": JOINTS}, None),
+        (dict(base="state"), {"state": ("a", "b", "c"), "action": JOINTS}, None),
+        (
+            dict(base="state"),
+            {"state": ("grip", "waist", "elbow"), "action": JOINTS},
+            "'waist' of action would be relative to 'grip' of state, .* column 1; set base_columns",
+        ),
+        (
+            dict(base="state", columns=(0, 2)),
+            {"state": (*JOINTS[:2], "pad", "grip"), "action": JOINTS},
+            "'grip' of action would be relative to 'pad' of state, .* column 3",
+        ),
+        (
+            dict(base="state", columns=(0, 2), base_columns=(0, 3)),
+            {"state": (*JOINTS[:2], "pad", "grip"), "action": JOINTS},
+            None,
+        ),
+        (dict(represent="pose", rotation="quaternion_xyzw"), {"action": QUAT}, None),
+        (dict(represent="pose", rotation="rotvec"), {"action": QUAT[:6]}, None),
+        (
+            dict(represent="pose", rotation="quaternion_wxyz"),
+            {"action": QUAT},
+            r"\['qx', 'qy', 'qz', 'qw'\] by its names, but the config says quaternion_wxyz",
+        ),
+        (
+            dict(stream=("p", "q"), represent="relative_pose", base=("p", "q"))
+            | dict(rotation="quaternion_xyzw"),
+            {"q": ("r_w", "r_x", "r_y", "r_z")},
+            "the quaternion of q is",
+        ),
+    ],
+)
+def test_what_the_data_call_their_numbers_is_compared(part, names, message):
+    given = {"stream": "action", "represent": "delta", **part}
+    if not message:
+        check_names(parse((given,)), names)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_names(parse((given,)), names)
+
+
+def test_names_that_contradict_the_config_stop_the_job():
+    swapped = {"action": "abcd", "state": "bac"}
+    episode = replace(_episode(), names=swapped)
+    part = dict(stream="action", represent="delta", base="state", columns=(0, 1, 2))
+    io = ConfigDict({**IO.to_dict(), "action": {**IO.action.to_dict(), "dim": 3}})
+    assert cut_numbers(replace(episode, names={}), _dataset(action=(part,)), io)
+    with pytest.raises(StreamMismatch, match="'toy': 'a' of action would be relative to 'b'"):
+        cut_numbers(episode, _dataset(action=(part,)), io)
 
 
 def test_what_an_episode_lacks_is_its_own_fault():

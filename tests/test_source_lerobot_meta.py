@@ -388,6 +388,10 @@ def test_sizes_and_names_that_differ_are_findings(tmp_path):
     action, camera = {"dtype": "float32", "shape": [2]}, {"dtype": "video"}
     for names in (None, ["action"], ["x", "y"], {"motors": ["x", "y"]}, {"x": 0, "y": 1}):
         assert not found(action={**action, "names": names})
+    for names in (["x", "y"], {"motors": ["x", "y"]}, {"y": 1, "x": 0}, [["x"], ["y"]]):
+        info = {"features": {"action": {**action, "names": names}}}
+        root = write_v2(tmp_path / str(names), [4], video=False, **info)
+        assert opened(root)[0].names == {"action": ("x", "y")}
     (text,) = found(action={**action, "names": {"a": ["x", "y"], "b": {"c": ["z"]}}})
     assert "names 3 of its 2 numbers" in text
     for shape in ([16, 96, 3], [3, 16, 96], [96, 16, 3], None):

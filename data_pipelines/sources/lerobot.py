@@ -169,6 +169,7 @@ class _Dataset:
             ),
             sections=sections,
             left_out=left_out,
+            names=self.meta.names,
             findings=tuple(findings),
         )
 

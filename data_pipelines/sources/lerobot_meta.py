@@ -48,6 +48,7 @@ class Meta:
     chunks_size: int
     templates: Mapping[str, str]  # "data_path", "video_path"
     features: Mapping[str, dict]  # of info.json
+    names: Mapping[str, Sequence[str]]  # of the numbers of a feature, where they are all named
     episodes: pa.Table  # a row per line of the list of episodes
     listed: Mapping[int, int]  # episode_index -> its row in `episodes`
     repeated: frozenset[int]  # episodes with several rows
@@ -157,11 +158,14 @@ def read_meta(path: Path) -> Meta:
             f"meta/info.json has the splits {others}; they are not read: the episodes of all are "
             "taken, and config.validation_share divides them"
         )
+    column_names = {}
     for key, shape in sort_features(info["features"]).vectors.items():
-        named, size = _count(info["features"][key].get("names")), math.prod(shape or ())
-        if shape is not None and named not in (0, len(shape), size):
+        flat, size = _flat(info["features"][key].get("names")), math.prod(shape or ())
+        if shape is not None and len(flat) == size:
+            column_names[key] = tuple(flat)
+        elif shape is not None and len(flat) not in (0, len(shape)):
             findings.append(
-                f"{key}: meta/info.json names {named} of its {size} numbers; all were taken"
+                f"{key}: meta/info.json names {len(flat)} of its {size} numbers; all were taken"
             )
     names: dict[int, list[str]] = {}
     for index, text, called in tasks:
@@ -173,6 +177,7 @@ def read_meta(path: Path) -> Meta:
         chunks_size=int(info.get("chunks_size") or 1000),
         templates={key: info[key] for key in ("data_path", "video_path") if info.get(key)},
         features=info["features"],
+        names=column_names,
         episodes=episodes,
         listed=listed,
         repeated=frozenset(repeated),
@@ -290,13 +295,15 @@ def shape_of(feature: Mapping) -> tuple[int, ...] | None:
     return tuple(sizes) if whole else None
 
 
-def _count(names: Any) -> int:
-    """The number of names in a list, or in a mapping of groups of them."""
+def _flat(names: Any) -> list[str]:
+    """The names in a list, or in a mapping of groups of them or to their places."""
     if isinstance(names, dict):
-        return sum(
-            _count(group) if isinstance(group, dict | list) else 1 for group in names.values()
-        )
-    return len(names) if isinstance(names, list) else 0
+        if all(isinstance(place, int) for place in names.values()):
+            return sorted(names, key=names.get)
+        return [name for key, group in names.items() for name in (_flat(group) or [key])]
+    if isinstance(names, list):
+        return [n for name in names for n in (_flat(name) or [str(name)])]
+    return []
 
 
 def _is_depth(feature: Mapping) -> bool:
