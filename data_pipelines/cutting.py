@@ -6,13 +6,13 @@ instants, `vectors.py` its vectors.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import NANOSECONDS, Episode
 from data_pipelines.frames import resize_area
 from data_pipelines.representations import Part
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
@@ -26,6 +26,7 @@ from data_pipelines.windows import (
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
+_SAME_RATE = 1.25  # ratio of two rates from which they differ
 BLACK = 4.0  # mean grey level below which a picture is black
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
@@ -98,7 +99,10 @@ def cut_episode(
     findings = [f"{name} is black throughout an episode" for name in black]
     if not all(given[i].strip() for i in np.unique(texts)):
         findings.append("there are windows without an instruction; they have the empty text")
-    findings += _pauses(episode, dataset, policy_io, at, asked)
+    findings += [
+        *_rates(episode, dataset, policy_io),
+        *_pauses(episode, dataset, policy_io, at, asked),
+    ]
     return EpisodeWindows(
         frames,
         clips.reshape(times.shape),
@@ -125,6 +129,21 @@ def vector_streams(dataset: ConfigDict) -> tuple[str, ...]:
     vectors = [parse(dataset[key], key) for key in ("action", "proprio")]
     found = [name for part in (streams, bases) for parts in vectors for name in part(parts)]
     return tuple(dict.fromkeys(found))
+
+
+def _rates(episode: Episode, dataset: ConfigDict, policy_io: ConfigDict) -> Iterator[str]:
+    """A sentence for each stream of plain actions whose rate is not that of the policy."""
+    fps = policy_io.action.fps
+    parts = [p for p in parse(dataset.action, "action") if p.represent == "values"]
+    for name in streams([p for p in parts if p.interpolation in ("nearest", "previous")]):
+        share = float(np.median(np.diff(episode.streams[name].timestamps))) * fps / NANOSECONDS
+        if not 1 / _SAME_RATE < share < _SAME_RATE:
+            taken = "fewer values per second than policy_io.action.fps, so each is taken again"
+            lost = "more values per second than policy_io.action.fps, so some are left out"
+            yield (
+                f"{name} has {taken if share > 1 else lost}: right for positions, but commands of "
+                "how far to move then move another distance"
+            )
 
 
 def _pauses(

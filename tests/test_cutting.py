@@ -118,6 +118,18 @@ def test_a_window_has_a_text_of_its_moment(sections, expected):
     assert (cuts.digest() == flat.digest()) == (not sections)
 
 
+@pytest.mark.parametrize(("rate", "said"), [(10, "more"), (20, ""), (24, ""), (40, "fewer")])
+def test_actions_of_another_rate_than_the_policys_are_a_finding(rate, said):
+    """LIBERO as LeRobot says 10 per second, and LIBERO plays 20: each command is played twice."""
+    io = ConfigDict({**IO.to_dict(), "action": {**IO.action.to_dict(), "fps": rate}})
+    findings = cut_episode(_episode(), _dataset(), CLIP, io).findings
+    assert [f"action has {said} values per second" in text for text in findings] == [True] * bool(
+        said
+    )
+    positions = dict(stream="action", interpolation="linear")
+    assert cut_episode(_episode(), _dataset(action=(positions,)), CLIP, io).findings == ()
+
+
 def test_windows_without_an_instruction_are_a_finding():
     said = "there are windows without an instruction; they have the empty text"
     parts = Section(0, ("a",)), Section(500_000_000, ("",))
