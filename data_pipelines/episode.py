@@ -19,6 +19,7 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 NANOSECONDS = 1_000_000_000  # per second
+EMBEDDING = "language_embedding"  # in `Episode.left_out`: the stored embedding of the instruction
 
 PerTask = int | str | None  # the number of episodes of every task, see `kept`
 _PARTS = {"full": 1, "half": 2, "tenth": 10}  # and "one"
