@@ -394,8 +394,9 @@ def test_pictures_that_cannot_be_decoded_are_named(copy):
 def test_what_cannot_be_opened_says_why(copy, tmp_path):
     with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are sup"):
         opened(copy("lerobot_v21", codebase_version="v1.6"))
-    with pytest.raises(ValueError, match=r"info\.json must have video_path, as there are"):
-        opened(copy("lerobot_v21", video_path=None))
+    for path, said in ((None, "has no video_path"), ("{camera}.mp4", "what ['camera'] stands for")):
+        episode = opened(copy("lerobot_v21", video_path=path))[0]  # it costs the videos only
+        assert said in episode.left_out[FRONT] and episode.cameras == (WRIST,)
     root = copy("lerobot_v30")
     rows = root / "meta/episodes/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(rows).slice(0, 0), rows)

@@ -225,6 +225,8 @@ class _Dataset:
     def _video(self, key: str, number: int, row: dict, clock: RowTimes) -> tuple[Stream, list[str]]:
         """The frames of an episode; ValueError if the camera cannot be used."""
         listed, fps = f"videos/{key}/", self.meta.fps
+        if self.meta.video_fault:
+            raise ValueError(self.meta.video_fault)
         file, findings = self.meta.file("video_path", listed, row, video_key=key)
         if not file.exists():
             given = self.meta.templates["video_path"]

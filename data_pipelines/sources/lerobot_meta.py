@@ -47,6 +47,7 @@ class Meta:
     fps: float
     chunks_size: int
     templates: Mapping[str, str]  # "data_path", "video_path"
+    video_fault: str  # why "video_path" cannot be used
     features: Mapping[str, dict]  # of info.json
     names: Mapping[str, Sequence[str]]  # of the numbers of a feature, where they are all named
     episodes: pa.Table  # a row per line of the list of episodes
@@ -176,6 +177,7 @@ def read_meta(path: Path) -> Meta:
         fps=info["fps"],
         chunks_size=int(info.get("chunks_size") or 1000),
         templates={key: info[key] for key in ("data_path", "video_path") if info.get(key)},
+        video_fault=_template_fault(info, "video_path"),
         features=info["features"],
         names=column_names,
         episodes=episodes,
@@ -228,13 +230,10 @@ def _read_info(path: Path) -> dict:
     except (AttributeError, OSError, ValueError) as error:
         why = reason(file, f"{type(error).__name__}: {error}")
         raise ValueError(f"{file} cannot be read ({why}); copy it again") from error
-    videos = any(f.get("dtype") == "video" for f in features.values() if isinstance(f, dict))
     needed = {
         "features": len(features) > 0,
         "fps, a positive number": _is_number(info.get("fps")) and info["fps"] > 0,
         "data_path": isinstance(info.get("data_path"), str),
-        "video_path, as there are videos": isinstance(info.get("video_path") or 0, str)
-        or not videos,
         "total_episodes, an integer": _is_number(total := info.get("total_episodes"))
         and total == int(total) >= 0,
         "chunks_size, a positive integer": _is_number(size := info.get("chunks_size") or 1000)
@@ -245,17 +244,26 @@ def _read_info(path: Path) -> dict:
             f"{file} must have {'; '.join(missing)}; correct it, or copy or convert the dataset "
             "again"
         )
-    for key in ("data_path", "video_path"):
-        try:
-            unknown = set(_placeholders(info.get(key) or "")) - set(_PLACEHOLDERS)
-        except ValueError as error:  # such as a single brace
-            raise ValueError(f"{file}: {key} is {info[key]!r} ({error}); correct it") from error
-        if unknown:
-            raise ValueError(
-                f"{file}: {key} is {info[key]!r}, and nothing says what {sorted(unknown)} stands "
-                f"for; the placeholders are {list(_PLACEHOLDERS)}"
-            )
+    if fault := _template_fault(info, "data_path"):
+        raise ValueError(f"{file}: {fault}")
     return info
+
+
+def _template_fault(info: Mapping, key: str) -> str:
+    """Why a template of file names cannot be used; "" if it can."""
+    template = info.get(key)
+    if not isinstance(template, str):
+        return f"meta/info.json has no {key}"
+    try:
+        unknown = set(_placeholders(template)) - set(_PLACEHOLDERS)
+    except ValueError as error:  # such as a single brace
+        return f"{key} is {template!r} ({error}); correct it"
+    if unknown:
+        return (
+            f"{key} is {template!r}, and nothing says what {sorted(unknown)} stands for; the "
+            f"placeholders are {list(_PLACEHOLDERS)}"
+        )
+    return ""
 
 
 def _is_number(value: Any) -> bool:
