@@ -26,6 +26,7 @@ from data_pipelines.windows import (
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
+_OVERSHOOT, _RARE = 0.1, 0.01  # of a gripper's range; share of its values
 _SAME_RATE = 1.25  # ratio of two rates from which they differ
 BLACK = 4.0  # mean grey level below which a picture is black
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
@@ -101,6 +102,7 @@ def cut_episode(
         findings.append("there are windows without an instruction; they have the empty text")
     findings += [
         *_rates(episode, dataset, policy_io),
+        *_clipped(episode, dataset),
         *_pauses(episode, dataset, policy_io, at, asked),
     ]
     return EpisodeWindows(
@@ -143,6 +145,21 @@ def _rates(episode: Episode, dataset: ConfigDict, policy_io: ConfigDict) -> Iter
             yield (
                 f"{name} has {taken if share > 1 else lost}: right for positions, but commands of "
                 "how far to move then move another distance"
+            )
+
+
+def _clipped(episode: Episode, dataset: ConfigDict) -> Iterator[str]:
+    """A sentence for each gripper many of whose values are not between closed and open."""
+    for part in [part for key in ("action", "proprio") for part in parse(dataset[key], key)]:
+        if part.represent != "gripper":
+            continue
+        values = np.asarray(episode.streams[part.streams[0]].values)
+        flat = values.reshape(len(values), -1)[:, part.columns or slice(None)]
+        opening = (flat - part.closed) / (part.open - part.closed)
+        if np.mean((opening < -_OVERSHOOT) | (opening > 1 + _OVERSHOOT)) > _RARE:
+            yield (
+                f"{part.streams[0]}: the gripper has values that are not between closed = "
+                f"{part.closed:g} and open = {part.open:g}; they were clipped"
             )
 
 

@@ -130,6 +130,20 @@ def test_actions_of_another_rate_than_the_policys_are_a_finding(rate, said):
     assert cut_episode(_episode(), _dataset(action=(positions,)), CLIP, io).findings == ()
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.0, 0.08, False), (0.0, 0.085, False), (-1, 1, True), (0, 100, True), (-0.08, 0, True)],
+)
+def test_a_gripper_of_another_range_is_a_finding(low, high, said):
+    state = RNG.normal(size=(N, 3))
+    state[:, 2] = np.linspace(low, high, N)
+    episode = _episode(state=Stream(np.arange(N, dtype=np.int64) * 50_000_000, state))
+    part = dict(stream="state", represent="gripper", columns=(2,), closed=0.0, open=0.08)
+    io = ConfigDict({**IO.to_dict(), "proprio": dict(horizon=2, fps=20, dim=1)})
+    findings = cut_episode(episode, _dataset(proprio=(part,)), CLIP, io).findings
+    assert ["closed = 0 and open = 0.08; they were clipped" in f for f in findings] == [True] * said
+
+
 def test_windows_without_an_instruction_are_a_finding():
     said = "there are windows without an instruction; they have the empty text"
     parts = Section(0, ("a",)), Section(500_000_000, ("",))
