@@ -169,7 +169,7 @@ def test_subtasks_have_texts_of_their_own(tmp_path):
         features=integer,
         tasks=("clear the table", "wipe it"),
     )
-    with pytest.raises(ValueError, match=r"subtasks.parquet cannot be read.* texts of subtask_in"):
+    with pytest.raises(ValueError, match=r"subtasks.parquet is missing.* texts of subtask_in"):
         opened(root, texts=("subtask_index",))
     texts = {"subtask": ["reach", "grasp"], "subtask_index": [0, 1]}
     pandas = json.dumps({"index_columns": ["subtask"]})

@@ -284,6 +284,20 @@ def test_a_column_of_the_list_that_is_not_used_costs_nothing(tmp_path):
         opened(root)
 
 
+def test_the_list_is_found_under_any_name_that_lerobot_reads(tmp_path):
+    root = write_v3(tmp_path / "set", LENGTHS)
+    (file,) = root.glob("meta/episodes/*/*")
+    (file.parent / "._file_000.parquet").write_bytes(b"of macOS")
+    file.rename(file.with_name("file_000.parquet"))
+    check(root)
+    tasks = pa.table({"task_index": [0], "task": pa.array(["go"]).cast(pa.string_view())})
+    pq.write_table(tasks, root / "meta/tasks.parquet")
+    assert opened(root)[0].instructions == ("go",)
+    (root / "meta/tasks.parquet").unlink()
+    with pytest.raises(ValueError, match=r"tasks\.parquet is missing"):
+        opened(root)[0]
+
+
 def test_splits_other_than_train_are_a_finding(tmp_path):
     splits = {"train": "0:2", "val": "2:3"}
     root = write_v2(tmp_path / "set", LENGTHS, splits=splits, codebase_version="2.1")

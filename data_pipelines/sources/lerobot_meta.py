@@ -374,7 +374,7 @@ def _read_lines(file: Path, row: Callable[[dict], Any], faults: list[str]) -> li
 
 def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     tables = []
-    for file in sorted((path / "meta/episodes").glob("chunk-*/file-*.parquet")):
+    for file in sorted((path / "meta/episodes").glob("*/[!.]*.parquet")):  # as LeRobot
         try:
             # The statistics are most of the file, and nothing else may cost the list either.
             names = [n for n in pq.read_schema(file).names if _LISTED.match(n)]
@@ -407,6 +407,9 @@ def _texts_v3(path: Path, name: str, faults: list[str]) -> list[Task]:
     hold other things, such as categories or short names.
     """
     file, number = path / f"meta/{name}s.parquet", f"{name}_index"
+    if not file.is_file():
+        faults.append(f"{file} is missing")
+        return []
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
@@ -440,4 +443,5 @@ def _pandas_index(table: pa.Table) -> list[str]:
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):  # pandas' categories
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

@@ -132,7 +132,8 @@ class Rows:
             parts.append(table.slice(at[0], len(at)))
             broken |= faults
         if not parts:
-            has = f"episodes {least.min():g} to {most.max():g}" if len(least) else "no rows"
+            known = len(least) and np.isfinite([least, most]).all()
+            has = f"episodes {least.min():g} to {most.max():g}" if known else "no rows, or others"
             raise ValueError(
                 f"{path} does not match meta/episodes: it has no episode {episode}, but {has}; "
                 "convert the dataset again"
