@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.episode import NANOSECONDS, Episode
+from data_pipelines.episode import NANOSECONDS, ODD_TEXT, Episode
 from data_pipelines.frames import resize_area
 from data_pipelines.representations import Part
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
@@ -96,10 +96,13 @@ def cut_episode(
         black = [name for name in black if pictures[name].mean() < BLACK]
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
     asked = [(name, times, clip.fps) for name in names]
-    texts, given = texts_at(episode, at), episode.instructions or ("",)
+    texts = texts_at(episode, at)
+    given = [(episode.instructions or ("",))[i].strip() for i in np.unique(texts)]
     findings = [f"{name} is black throughout an episode" for name in black]
-    if not all(given[i].strip() for i in np.unique(texts)):
+    if not all(given):
         findings.append("there are windows without an instruction; they have the empty text")
+    if any(map(ODD_TEXT.fullmatch, given)):
+        findings.append("instructions are Python's b'...', [...], None or nan; correct the texts")
     findings += [
         *_rates(episode, dataset, policy_io),
         *_clipped(episode, dataset),

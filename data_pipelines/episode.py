@@ -9,6 +9,7 @@ the limit on unreadable episodes (`BadShare`), and why a file cannot be read (`r
 
 import hashlib
 import math
+import re
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,9 @@ import numpy as np
 
 NANOSECONDS = 1_000_000_000  # per second
 EMBEDDING = "language_embedding"  # in `Episode.left_out`: the stored embedding of the instruction
+
+# What Python or pandas writes for bytes, a list or nothing, in place of a text.
+ODD_TEXT = re.compile(r"""b(['"]).*\1|\[.*\]|none|nan|null|<na>""", re.IGNORECASE | re.DOTALL)
 
 PerTask = int | str | None  # the number of episodes of every task, see `kept`
 _PARTS = {"full": 1, "half": 2, "tenth": 10}  # and "one"

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from PIL import Image
 
 from data_pipelines.cutting import BLACK, check_finite, cut_numbers
-from data_pipelines.episode import NANOSECONDS, Episode, Stream
+from data_pipelines.episode import NANOSECONDS, ODD_TEXT, Episode, Stream
 from data_pipelines.pickles import PickleRefused
 from data_pipelines.representations import seams
 from data_pipelines.shards import StoredTexts
@@ -176,6 +176,12 @@ def check_instructions(episode: str, texts: Sequence[str]) -> Iterator[Problem]:
         return
     if empty:
         yield Problem("empty instruction", episode, f"{empty} of {len(texts)}")
+    if odd := [text for text in texts if ODD_TEXT.fullmatch(text.strip())]:
+        yield Problem(
+            "instruction that is no sentence",
+            episode,
+            f"as Python writes bytes, a list or nothing: {odd}",
+        )
     if any("\ufffd" in text for text in texts):  # a decoder's replacement of an invalid byte
         lost = f"characters were lost: {list(texts)}"
         yield Problem("text in another encoding", episode, lost)

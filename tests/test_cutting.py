@@ -278,6 +278,18 @@ def test_what_the_config_gets_wrong_stops_the_job(change, message):
         cut_numbers(_episode(), _dataset(**change), IO)
 
 
+def test_instructions_that_python_wrote_are_a_finding():
+    """As `str` of the bytes that TFDS gives; tasks of converted datasets have them."""
+
+    def found(text):
+        return cut_episode(replace(_episode(), instructions=(text,)), _dataset(), CLIP, IO).findings
+
+    for text in ("b'open it'", 'b"it\'s"', "['open it']", "None", "nan", "<NA>"):
+        assert "instructions are Python's b'...'" in found(text)[0]
+    for text in ("none of them", "[Low] open it", "banana", "b is 'it'"):
+        assert not found(text)
+
+
 JOINTS = ("waist", "elbow", "grip")
 QUAT = ("x", "y", "z", "qx", "qy", "qz", "qw")
 
