@@ -261,6 +261,17 @@ def test_rows_without_task_index_have_their_column_task(tmp_path):
     assert any("column task was taken" in finding for finding in episode.findings)
 
 
+def test_a_column_task_that_differs_from_task_index_is_a_finding(tmp_path):
+    for task, said in (("Do it.", 0), ("", 0), ("leave it", 1)):
+
+        def table(e, n, first, task=task):
+            return rows(e, n, first, task=[task] * n)
+
+        root = write_v2(tmp_path / f"set {task}", LENGTHS, table=table)
+        check(root, findings=[said] * 3)
+        assert opened(root)[0].instructions == ("do it",)
+
+
 def test_a_deleted_episode_is_not_a_lost_one(tmp_path):
     root = write_v3(tmp_path / "set", [8, 9, 7, 8], total_episodes=3)
     file = root / "meta/episodes/chunk-000/file-000.parquet"

@@ -364,7 +364,7 @@ class _Dataset:
         said = [text for text in listed if text.strip()]
         listed = said or listed
         used = found.column("task_index")
-        column = "task" in found.kinds and found.column("task")
+        column = None if "task" in found.absent else found.column("task")
         if column and used.count(None) == len(used) and all(isinstance(t, str) for t in column):
             return [column], ["the rows have no task_index; their column task was taken"]
         texts = [self._text(index, found, "task_index", strict=False) for index in used]
@@ -381,7 +381,11 @@ class _Dataset:
                 )
             differ = f"tasks of {where} are not those of the rows; task_index of the rows was taken"
             agree = other <= names and len(other) == len({_plain(text) for text in known})
-            return [texts], [differ] if said and not agree else []
+            findings = [differ] if said and not agree else []
+            rows = {(i, _plain(t)) for i, t in zip(used, column or ()) if isinstance(t, str)}
+            if any(t and t not in map(_plain, self.meta.task_names[i]) for i, t in rows):
+                findings.append("the column task differs from task_index; task_index was taken")
+            return [texts], findings
         if len(listed) == 1 and not known and len(set(used)) == 1:
             missing = f"meta/tasks has no text for task_index; tasks of {where} was taken"
             return [listed * len(texts)], [missing] if used[0] is not None else []
