@@ -35,6 +35,18 @@ def test_a_camera_that_an_episode_does_not_have_is_left_out(tmp_path):
     )
 
 
+def test_an_episode_that_failed_is_a_finding(tmp_path):
+    """QT-Opt and DROID hold failures, too."""
+    folder = copy(ARM, tmp_path)
+    renamed(folder, "episode_id", "success")
+    episodes = open_rlds(folder)
+    (failed,) = (episode for episode in episodes if episode.findings)
+    assert failed.findings == (
+        "episode_metadata/success says that the episode failed; it was taken all the same",
+    )
+    assert all(not episode.left_out.keys() - {"steps/observation/depth"} for episode in episodes)
+
+
 @pytest.mark.parametrize(("flag", "inner"), [("is_first", [1, 0, 1]), ("is_last", [0, 1, 1])])
 def test_borders_within_a_record_are_a_finding(tmp_path, flag, inner):
     flags = {flag: inner}

@@ -19,6 +19,7 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -56,6 +57,7 @@ KNOWN_FPS = {
     r"fractal20220817_data": 3.0,
     r"libero_(spatial|object|goal|10|90|100)(_no_noops)?": 20.0,
 }
+_EPISODE = ""  # in place of a feature
 # Published with red and blue exchanged, by `prepare_open_x.sh` of kpertsch/rlds_dataset_mod.
 _BGR = {
     "berkeley_autolab_ur5": "the wrist camera",
@@ -123,7 +125,8 @@ def open_rlds(
         )
     leaves = {key.rsplit("/", 1)[-1]: key for key in about}
     flags = {key: leaves.get(f"has_{key.rsplit('/', 1)[-1]}") for key in features}
-    flags = {key: (flag, about[flag]) for key, flag in flags.items() if flag}
+    flags[_EPISODE] = leaves.get("success")
+    flags = {k: (f, about[f]) for k, f in flags.items() if f and about[f].kind == "number"}
     records = _records(folder, info, split)
     rates = (rate for known, rate in KNOWN_FPS.items() if re.fullmatch(known, info.name))
     fps = next(rates, None) if fps is None else fps
@@ -222,7 +225,8 @@ class _Split:
     fps: float
     unknown_rate: str
     features: dict[str, Feature]
-    # Of a feature: what says whether an episode has it, or dummy values, such as has_image_1.
+    # Of a feature: what says whether an episode has it, or dummy values, such as has_image_1. Of
+    # the episode itself: whether it succeeded.
     flags: dict[str, tuple[str, Feature]]
     texts: tuple[str, ...]
     findings: tuple[str, ...]  # that concern every episode
@@ -239,22 +243,32 @@ class _Split:
             stored = tf_example_pb2.Example.FromString(data).features.feature
         except DecodeError as error:
             raise ValueError(f"{where}: {error}") from error
+        findings = [*self.findings, self.records.finding(shard)]
+        if flag := self._denied(_EPISODE, stored, where):
+            findings.append(f"{flag} says that the episode failed; it was taken all the same")
         for key, feature in self.features.items():
             try:
-                flag, about = self.flags.get(key, ("", feature))
-                if flag in stored and not np.any(read_values(about, flag, stored, where)):
+                if flag := self._denied(key, stored, where):
                     raise ValueError(f"{flag} says that the episode does not have it")
                 values[key] = read_values(feature, key, stored, where)
             except (ValueError, zlib.error) as error:
                 left_out[key] = str(error)
         try:
             id = f"{self.split}/{shard:05d}/{number:05d}"
-            return self._episode(id, values, left_out, self.records.finding(shard))
+            return self._episode(id, values, left_out, findings)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
+    def _denied(self, key: str, stored: Mapping[str, Any], where: str) -> str:
+        """The flag that says no of a feature or of the episode; "" if none does."""
+        flag, feature = self.flags.get(key, ("", None))
+        with suppress(ValueError, zlib.error):  # a broken flag says nothing
+            said = read_values(feature, flag, stored, where) if flag else ()
+            return flag if len(said) and not np.any(said) else ""
+        return ""
+
     def _episode(
-        self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], finding: str
+        self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], findings: list[str]
     ) -> Episode:
         # A value that is cut off, or of another shape than the features say, has another length.
         lengths = {key: len(value) for key, value in values.items() if key.startswith(STEPS)}
@@ -292,7 +306,7 @@ class _Split:
             embeddings={text: row for text, row in spoken.items() if row is not None},
             sections=parts,
             left_out=left_out,
-            findings=tuple(filter(None, (*self.findings, finding, _borders(values, length)))),
+            findings=tuple(filter(None, (*findings, _borders(values, length)))),
             unknown_rate=self.unknown_rate,
         )
 
