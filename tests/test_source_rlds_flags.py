@@ -61,6 +61,30 @@ def test_borders_within_a_record_are_a_finding(tmp_path, flag, inner):
         assert not open_rlds(folder)[2].findings
 
 
+def test_stored_times_of_another_rate_are_a_finding(tmp_path):
+    folder = copy(ARM, tmp_path)
+    file = folder / "features.json"
+    file.write_text(file.read_text().replace('"reward"', '"timestamp"'))
+    period = [0.1]
+
+    def change(data: bytes) -> bytes:
+        from tensorflow_datasets.proto import tf_example_pb2
+
+        example = tf_example_pb2.Example.FromString(data)
+        stored = example.features.feature
+        count = len(stored.pop("steps/reward").float_list.value)
+        times = [period[0] * i for i in range(count)]
+        stored["steps/timestamp"].float_list.value.extend(times)
+        return example.SerializeToString()
+
+    shard, backup = shards(folder)[0], shards(ARM)[0].read_bytes()
+    for period[0], fps, said in ((0.1, 10, 0), (100, 10, 0), (0.1, 5, 1), (0.0, 5, 0)):
+        shard.write_bytes(backup)
+        rewrite(shard, change)
+        findings = open_rlds(folder, fps=fps)[0].findings
+        assert ["not 1 / fps apart" in text for text in findings] == [True] * said
+
+
 def test_texts_of_other_names_are_a_finding(tmp_path):
     folder = copy(ARM, tmp_path)
     file = folder / "features.json"

@@ -57,6 +57,8 @@ KNOWN_FPS = {
     r"fractal20220817_data": 3.0,
     r"libero_(spatial|object|goal|10|90|100)(_no_noops)?": 20.0,
 }
+_TIMES = ("timestamp", "timestamps", "time", "time_stamp")  # of steps, by their last names
+_UNITS, _SAME_RATE = (1, 1e3, 1e6, 1e9), 0.25  # per second; the share by which rates may differ
 _EPISODE = ""  # in place of a feature
 # Published with red and blue exchanged, by `prepare_open_x.sh` of kpertsch/rlds_dataset_mod.
 _BGR = {
@@ -267,6 +269,18 @@ class _Split:
             return flag if len(said) and not np.any(said) else ""
         return ""
 
+    def _rate(self, values: Mapping[str, Sequence]) -> str:
+        """That stored times of the steps have another rate than `fps`; "" if none has."""
+        for key, times in values.items():
+            named = key.rsplit("/", 1)[-1] in _TIMES and isinstance(times, np.ndarray)
+            if not named or times.size != len(times) or len(times) < 3 or self.unknown_rate:
+                continue
+            per_step = float(np.median(np.diff(times.ravel().astype(np.float64)))) * self.fps
+            # 0: too coarse, as seconds since 1970 in float32
+            if per_step and not any(abs(per_step / unit - 1) < _SAME_RATE for unit in _UNITS):
+                return f"{key} is not 1 / fps apart in any unit; the option fps was taken"
+        return ""
+
     def _episode(
         self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], findings: list[str]
     ) -> Episode:
@@ -306,7 +320,7 @@ class _Split:
             embeddings={text: row for text, row in spoken.items() if row is not None},
             sections=parts,
             left_out=left_out,
-            findings=tuple(filter(None, (*findings, _borders(values, length)))),
+            findings=tuple(filter(None, (*findings, _borders(values, length), self._rate(values)))),
             unknown_rate=self.unknown_rate,
         )
 
