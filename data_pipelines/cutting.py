@@ -6,14 +6,15 @@ instants, `vectors.py` its vectors.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import NANOSECONDS, ODD_TEXT, Episode
 from data_pipelines.frames import resize_area
+from data_pipelines.representations import Part
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.windows import (
     WindowSpec,
@@ -25,6 +26,9 @@ from data_pipelines.windows import (
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
+_OVERSHOOT, _RARE = 0.1, 0.01  # of a gripper's range; share of its values
+_SAME_RATE = 1.25  # ratio of two rates from which they differ
+BLACK = 4.0  # mean grey level below which a picture is black
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
 
@@ -85,18 +89,32 @@ def cut_episode(
         np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
     )
     frames = np.empty((len(used), clip.height, clip.width, 3), np.uint8)
+    black = list(names)  # the cameras that have shown nothing yet
     for start in range(0, len(used), _DECODE_FRAMES):
         part = used[start : start + _DECODE_FRAMES]
         pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
+        black = [name for name in black if pictures[name].mean() < BLACK]
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
     asked = [(name, times, clip.fps) for name in names]
+    texts = texts_at(episode, at)
+    given = [(episode.instructions or ("",))[i].strip() for i in np.unique(texts)]
+    findings = [f"{name} is black throughout an episode" for name in black]
+    if not all(given):
+        findings.append("there are windows without an instruction; they have the empty text")
+    if any(map(ODD_TEXT.fullmatch, given)):
+        findings.append("instructions are Python's b'...', [...], None or nan; correct the texts")
+    findings += [
+        *_rates(episode, dataset, policy_io),
+        *_clipped(episode, dataset),
+        *_pauses(episode, dataset, policy_io, at, asked),
+    ]
     return EpisodeWindows(
         frames,
         clips.reshape(times.shape),
         columns,
-        texts_at(episode, at),
+        texts,
         sectioned=bool(episode.sections),
-        findings=_pauses(episode, dataset, policy_io, at, asked),
+        findings=tuple(findings),
     )
 
 
@@ -116,6 +134,36 @@ def vector_streams(dataset: ConfigDict) -> tuple[str, ...]:
     vectors = [parse(dataset[key], key) for key in ("action", "proprio")]
     found = [name for part in (streams, bases) for parts in vectors for name in part(parts)]
     return tuple(dict.fromkeys(found))
+
+
+def _rates(episode: Episode, dataset: ConfigDict, policy_io: ConfigDict) -> Iterator[str]:
+    """A sentence for each stream of plain actions whose rate is not that of the policy."""
+    fps = policy_io.action.fps
+    parts = [p for p in parse(dataset.action, "action") if p.represent == "values"]
+    for name in streams([p for p in parts if p.interpolation in ("nearest", "previous")]):
+        share = float(np.median(np.diff(episode.streams[name].timestamps))) * fps / NANOSECONDS
+        if not 1 / _SAME_RATE < share < _SAME_RATE:
+            taken = "fewer values per second than policy_io.action.fps, so each is taken again"
+            lost = "more values per second than policy_io.action.fps, so some are left out"
+            yield (
+                f"{name} has {taken if share > 1 else lost}: right for positions, but commands of "
+                "how far to move then move another distance"
+            )
+
+
+def _clipped(episode: Episode, dataset: ConfigDict) -> Iterator[str]:
+    """A sentence for each gripper many of whose values are not between closed and open."""
+    for part in [part for key in ("action", "proprio") for part in parse(dataset[key], key)]:
+        if part.represent != "gripper":
+            continue
+        values = np.asarray(episode.streams[part.streams[0]].values)
+        flat = values.reshape(len(values), -1)[:, part.columns or slice(None)]
+        opening = (flat - part.closed) / (part.open - part.closed)
+        if np.mean((opening < -_OVERSHOOT) | (opening > 1 + _OVERSHOOT)) > _RARE:
+            yield (
+                f"{part.streams[0]}: the gripper has values that are not between closed = "
+                f"{part.closed:g} and open = {part.open:g}; they were clipped"
+            )
 
 
 def _pauses(
@@ -191,6 +239,10 @@ def cut_numbers(
     if len(at) == 0:
         raise ValueError("the video and the actions do not overlap in time")
 
+    try:
+        check_names([*action, *proprio], episode.names)
+    except ValueError as error:
+        raise StreamMismatch(f"dataset {dataset.name!r}: {error}") from None
     columns = {"anchor": at}
     for key, parts, io, look in (
         ("actions", action, policy_io.action, "future"),
@@ -205,6 +257,41 @@ def cut_numbers(
                 raise StreamMismatch(f"{where}: {error}") from None
             columns |= {key: values, f"{key}_padded": padded}
     return columns
+
+
+def check_names(parts: Sequence[Part], names: Mapping[str, Sequence[str]]) -> None:
+    """ValueError if the data name the columns of a part otherwise than the config uses them.
+
+    Args:
+        parts: of a vector.
+        names: stream -> what its numbers are called; see `Episode.names`.
+    """
+
+    def taken(stream: str, columns: Sequence[int] | None) -> Sequence[str]:
+        known = names.get(stream, ())
+        if columns is None or max(columns) >= len(known):
+            return known if columns is None else ()
+        return [known[i] for i in columns]
+
+    for part in parts:
+        sides = [(s, taken(s, part.columns)) for s in part.streams]
+        others = [(s, taken(s, part.base_columns)) for s in part.bases]
+        for (stream, ours), (base, theirs) in zip(sides, others):
+            for mine, other in zip(ours, theirs):
+                if mine != other and mine in names[base]:
+                    raise ValueError(
+                        f"{mine!r} of {stream} would be relative to {other!r} of {base}, which has "
+                        f"{mine!r} in column {list(names[base]).index(mine)}; set base_columns, or "
+                        "correct the names"
+                    )
+        kind, _, order = part.rotation.partition("_")
+        for stream, called in (*sides[-1:], *others[-1:]) if kind == "quaternion" else ():
+            said = "".join(name[-1:].lower() for name in called[-4:])
+            if sorted(said) == sorted(order) and said != order:
+                raise ValueError(
+                    f"the quaternion of {stream} is {list(called[-4:])} by its names, but the "
+                    f"config says {part.rotation}; correct one of them"
+                )
 
 
 # Several cameras tiled into one video.

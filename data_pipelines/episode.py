@@ -9,6 +9,7 @@ the limit on unreadable episodes (`BadShare`), and why a file cannot be read (`r
 
 import hashlib
 import math
+import re
 import threading
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -19,6 +20,10 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 NANOSECONDS = 1_000_000_000  # per second
+EMBEDDING = "language_embedding"  # in `Episode.left_out`: the stored embedding of the instruction
+
+# What Python or pandas writes for bytes, a list or nothing, in place of a text.
+ODD_TEXT = re.compile(r"""b(['"]).*\1|\[.*\]|none|nan|null|<na>""", re.IGNORECASE | re.DOTALL)
 
 PerTask = int | str | None  # the number of episodes of every task, see `kept`
 _PARTS = {"full": 1, "half": 2, "tenth": 10}  # and "one"
@@ -91,6 +96,8 @@ class Episode:
     # Streams that the data name but that cannot be used -> why. They cost nothing unless the
     # configuration asks for them.
     left_out: Mapping[str, str] = field(default_factory=dict)
+    # Stream -> what the data call each of its numbers, flattened, where they say it.
+    names: Mapping[str, Sequence[str]] = field(default_factory=dict)
     # Why it is not known how many steps a second has; the timestamps then are one second apart,
     # and no window can be cut.
     unknown_rate: str = ""

@@ -14,8 +14,8 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from data_pipelines.cutting import check_finite, cut_numbers
-from data_pipelines.episode import NANOSECONDS, Episode, Stream
+from data_pipelines.cutting import BLACK, check_finite, cut_numbers
+from data_pipelines.episode import NANOSECONDS, ODD_TEXT, Episode, Stream
 from data_pipelines.pickles import PickleRefused
 from data_pipelines.representations import seams
 from data_pipelines.shards import StoredTexts
@@ -28,7 +28,6 @@ _GAP_PERIODS = 1.5  # a longer step between samples is a gap
 _SAME_PERIODS = 1.5  # streams may begin or end this many periods of the slower one apart
 _BOX = 8  # pixels; averaging boxes removes compression noise
 _STILL = 4.0  # grey levels by which the boxes of a still picture may differ after compression
-_BLACK = 4.0  # mean grey level below which a picture is black
 _DECODED_FRAMES = 16  # in memory at a time
 _WIDEST = 64  # dimensions of a stream that may be an action or a state
 # Streams that no policy takes, and that are rarely other than 0.
@@ -177,6 +176,12 @@ def check_instructions(episode: str, texts: Sequence[str]) -> Iterator[Problem]:
         return
     if empty:
         yield Problem("empty instruction", episode, f"{empty} of {len(texts)}")
+    if odd := [text for text in texts if ODD_TEXT.fullmatch(text.strip())]:
+        yield Problem(
+            "instruction that is no sentence",
+            episode,
+            f"as Python writes bytes, a list or nothing: {odd}",
+        )
     if any("\ufffd" in text for text in texts):  # a decoder's replacement of an invalid byte
         lost = f"characters were lost: {list(texts)}"
         yield Problem("text in another encoding", episode, lost)
@@ -240,7 +245,7 @@ def _inspect_video(
                 picture.thumbnail(_THUMBNAIL)
                 pictures.append(np.asarray(picture))
     looked = f"all {n} frames" if thorough else f"{len(shown)} frames from first to last"
-    if wanted and brightness < _BLACK:
+    if wanted and brightness < BLACK:
         summary.add_problem("black video", f"{name}: {looked} are black")
     elif wanted and n > 2 and difference < _STILL:
         summary.add_problem("frozen video", f"{name}: {looked} are the same picture")

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from data_pipelines.atomic import wait_until, write_json
-from data_pipelines.episode import BadShare, Episode
+from data_pipelines.episode import EMBEDDING, BadShare, Episode
 from data_pipelines.lock import run_lock
 from data_pipelines.provenance import changes
 from data_pipelines.records import RecordDataset, read_columns, write_texts
@@ -115,9 +115,10 @@ class StoredTexts:
         """
         where = f"episode {episode.id!r} of {episode.source!r}"
         if text not in episode.embeddings:
+            why = episode.left_out.get(EMBEDDING, "")
             raise ValueError(
-                f"{where} stores no embedding of its instruction {text!r}; name a text encoder as "
-                "config.text_encoder instead of 'stored'"
+                f"{where} stores no embedding of its instruction {text!r}{f' ({why})' * bool(why)};"
+                " name a text encoder as config.text_encoder instead of 'stored'"
             )
         stored = np.asarray(episode.embeddings[text], np.float32)
         if stored.ndim != 2 or stored.shape[1] != self._dim or len(stored) > self._length:

@@ -10,12 +10,14 @@ from data_pipelines.cutting import (
     StreamMismatch,
     camera_rows,
     cameras,
+    check_names,
     cut_episode,
     cut_numbers,
     tile,
 )
 from data_pipelines.episode import Episode, Section, Stream
 from data_pipelines.frames import resize_area
+from data_pipelines.vectors import parse
 
 RNG = np.random.default_rng(0)
 CLIP = ConfigDict(dict(height=32, width=48, observed_frames=5, future_frames=8, fps=10))
@@ -116,6 +118,45 @@ def test_a_window_has_a_text_of_its_moment(sections, expected):
     assert (cuts.digest() == flat.digest()) == (not sections)
 
 
+@pytest.mark.parametrize(("rate", "said"), [(10, "more"), (20, ""), (24, ""), (40, "fewer")])
+def test_actions_of_another_rate_than_the_policys_are_a_finding(rate, said):
+    """LIBERO as LeRobot says 10 per second, and LIBERO plays 20: each command is played twice."""
+    io = ConfigDict({**IO.to_dict(), "action": {**IO.action.to_dict(), "fps": rate}})
+    findings = cut_episode(_episode(), _dataset(), CLIP, io).findings
+    assert [f"action has {said} values per second" in text for text in findings] == [True] * bool(
+        said
+    )
+    positions = dict(stream="action", interpolation="linear")
+    assert cut_episode(_episode(), _dataset(action=(positions,)), CLIP, io).findings == ()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "said"),
+    [(0.0, 0.08, False), (0.0, 0.085, False), (-1, 1, True), (0, 100, True), (-0.08, 0, True)],
+)
+def test_a_gripper_of_another_range_is_a_finding(low, high, said):
+    state = RNG.normal(size=(N, 3))
+    state[:, 2] = np.linspace(low, high, N)
+    episode = _episode(state=Stream(np.arange(N, dtype=np.int64) * 50_000_000, state))
+    part = dict(stream="state", represent="gripper", columns=(2,), closed=0.0, open=0.08)
+    io = ConfigDict({**IO.to_dict(), "proprio": dict(horizon=2, fps=20, dim=1)})
+    findings = cut_episode(episode, _dataset(proprio=(part,)), CLIP, io).findings
+    assert ["closed = 0 and open = 0.08; they were clipped" in f for f in findings] == [True] * said
+
+
+def test_windows_without_an_instruction_are_a_finding():
+    said = "there are windows without an instruction; they have the empty text"
+    parts = Section(0, ("a",)), Section(500_000_000, ("",))
+    for episode in (
+        replace(_episode(), instructions=("",)),
+        replace(_episode(), instructions=()),
+        replace(_episode(), instructions=("a", ""), sections=parts),
+    ):
+        assert cut_episode(episode, _dataset(), CLIP, IO).findings == (said,)
+    unused = replace(_episode(), instructions=("a", ""), sections=parts[:1])
+    assert cut_episode(unused, _dataset(), CLIP, IO).findings == ()
+
+
 def test_a_stream_that_was_left_out_costs_nothing_unless_it_is_asked_for():
     left = {"wrist": "not downloaded", "force": "row 3 is null"}
     episode = replace(_episode(), left_out=left)
@@ -145,6 +186,19 @@ def test_windows_that_reach_into_a_pause_are_a_finding():
     for dataset, name in ((held, "action"), (_dataset(proprio=""), "state")):
         paused = _episode(**{name: Stream(late, episode.streams[name].values)})
         assert cut_episode(paused, dataset, CLIP, IO).findings == ()
+
+
+def test_a_camera_that_shows_nothing_is_a_finding():
+    """As the dummy pictures of a camera that an episode does not have."""
+    dark = Frames(N)
+    dark.data[:] = 1
+    dark.data[0] = 200  # the average of the first batch is not black
+    episode = _episode(wrist=Stream(np.arange(N, dtype=np.int64) * 50_000_000, dark))
+    dataset = _dataset(video=("front", "wrist"))
+    assert cut_episode(episode, dataset, CLIP, IO).findings == ()
+    dark.data[0] = 1
+    (finding,) = cut_episode(episode, dataset, CLIP, IO).findings
+    assert finding == "wrist is black throughout an episode"
 
 
 def test_several_cameras_fill_one_frame():
@@ -222,6 +276,77 @@ def test_wrong_layouts_are_explained(video):
 def test_what_the_config_gets_wrong_stops_the_job(change, message):
     with pytest.raises(StreamMismatch, match=message):
         cut_numbers(_episode(), _dataset(**change), IO)
+
+
+def test_instructions_that_python_wrote_are_a_finding():
+    """As `str` of the bytes that TFDS gives; tasks of converted datasets have them."""
+
+    def found(text):
+        return cut_episode(replace(_episode(), instructions=(text,)), _dataset(), CLIP, IO).findings
+
+    for text in ("b'open it'", 'b"it\'s"', "['open it']", "None", "nan", "<NA>"):
+        assert "instructions are Python's b'...'" in found(text)[0]
+    for text in ("none of them", "[Low] open it", "banana", "b is 'it'"):
+        assert not found(text)
+
+
+JOINTS = ("waist", "elbow", "grip")
+QUAT = ("x", "y", "z", "qx", "qy", "qz", "qw")
+
+
+@pytest.mark.parametrize(
+    ("part", "names", "message"),
+    [
+        (dict(base="state"), {"state": JOINTS, "action": JOINTS}, None),
+        (dict(base="state"), {"action": JOINTS}, None),
+        (dict(base="state"), {"state": ("a", "b", "c"), "action": JOINTS}, None),
+        (
+            dict(base="state"),
+            {"state": ("grip", "waist", "elbow"), "action": JOINTS},
+            "'waist' of action would be relative to 'grip' of state, .* column 1; set base_columns",
+        ),
+        (
+            dict(base="state", columns=(0, 2)),
+            {"state": (*JOINTS[:2], "pad", "grip"), "action": JOINTS},
+            "'grip' of action would be relative to 'pad' of state, .* column 3",
+        ),
+        (
+            dict(base="state", columns=(0, 2), base_columns=(0, 3)),
+            {"state": (*JOINTS[:2], "pad", "grip"), "action": JOINTS},
+            None,
+        ),
+        (dict(represent="pose", rotation="quaternion_xyzw"), {"action": QUAT}, None),
+        (dict(represent="pose", rotation="rotvec"), {"action": QUAT[:6]}, None),
+        (
+            dict(represent="pose", rotation="quaternion_wxyz"),
+            {"action": QUAT},
+            r"\['qx', 'qy', 'qz', 'qw'\] by its names, but the config says quaternion_wxyz",
+        ),
+        (
+            dict(stream=("p", "q"), represent="relative_pose", base=("p", "q"))
+            | dict(rotation="quaternion_xyzw"),
+            {"q": ("r_w", "r_x", "r_y", "r_z")},
+            "the quaternion of q is",
+        ),
+    ],
+)
+def test_what_the_data_call_their_numbers_is_compared(part, names, message):
+    given = {"stream": "action", "represent": "delta", **part}
+    if not message:
+        check_names(parse((given,)), names)
+        return
+    with pytest.raises(ValueError, match=message):
+        check_names(parse((given,)), names)
+
+
+def test_names_that_contradict_the_config_stop_the_job():
+    swapped = {"action": "abcd", "state": "bac"}
+    episode = replace(_episode(), names=swapped)
+    part = dict(stream="action", represent="delta", base="state", columns=(0, 1, 2))
+    io = ConfigDict({**IO.to_dict(), "action": {**IO.action.to_dict(), "dim": 3}})
+    assert cut_numbers(replace(episode, names={}), _dataset(action=(part,)), io)
+    with pytest.raises(StreamMismatch, match="'toy': 'a' of action would be relative to 'b'"):
+        cut_numbers(episode, _dataset(action=(part,)), io)
 
 
 def test_what_an_episode_lacks_is_its_own_fault():

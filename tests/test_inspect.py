@@ -142,7 +142,7 @@ def test_faults_of_numbers_are_found_and_named(robot):
     kinds = _kinds(found)
     assert kinds["NaN or infinity"] == ["episode_000001"]
     assert kinds["timestamp gap"] == ["episode_000002"]
-    assert len(kinds["finding"]) == 1  # the pause is not in the video
+    assert len(kinds["finding"]) == 2  # the pause is in timestamp, and not in the video
     assert kinds["constant dimension"] == ["the dataset"]
     texts = {problem.kind: problem.text for problem in found.problems}
     assert "2 of 36 numbers, in the dimensions 0, 1, first in sample 5" in texts["NaN or infinity"]

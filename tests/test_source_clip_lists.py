@@ -321,6 +321,22 @@ def test_what_the_list_and_the_video_disagree_about_is_a_finding(long_video, tmp
     assert shown(open_it(path, videos=str(long_video.parent))[6]) == list(range(20, 40))
 
 
+def test_times_under_other_names_are_a_finding(long_video, tmp_path):
+    path = tmp_path / "clips.csv"
+    for header, said in {
+        "start_time,end_time": "the whole video; if the columns end_time, start_time say",
+        "start,duration": "from its start to the end of the video; if the columns duration say",
+        "timestamp,x": "if the columns timestamp say",
+        "score,camera_motion": "",
+    }.items():
+        path.write_text(f"file,caption,{header}\n{long_video},x,1,2\n")
+        findings = open_it(path)[0].findings
+        assert [said in text for text in findings] == ([True] if said else [])
+    path.write_text(f"file,caption,start_time,end_time\n{long_video},x,1,2\n")
+    (episode,) = open_it(path, columns={"start": "start_time", "end": "end_time"})
+    assert shown(episode) == frames_between("1", "2") and not episode.findings
+
+
 def test_times_in_a_broadcast_begin_with_it(tmp_path):
     """The clock of MPEG-TS begins anywhere, with FFmpeg at 1.4 s."""
     with av.open(str(tmp_path / "a.ts"), "w") as container:

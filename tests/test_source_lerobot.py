@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from lerobot_folders import rows, write_v2
 from PIL import Image
 
 from data_pipelines.episode import FrameReader
@@ -132,16 +133,55 @@ def test_instructions_are_the_tasks_of_the_frames_as_they_begin(name):
 
 
 def test_integers_that_number_tasks_give_instructions_too(copy):
-    root = copy("lerobot_v21")
-    rewrite(data_file(root, 0), gripper=pa.array([2, 2, 1, 1, 1, 1]))
-    episode = opened(root, texts=("gripper",))[0]
+    key = "annotation.human.task"  # as GR00T names them
+    features = json.loads((FIXTURES / "lerobot_v21/meta/info.json").read_text())["features"]
+    root = copy("lerobot_v21", features=features | {key: features["gripper"]})
+    file = data_file(root, 0)
+    pq.write_table(pq.read_table(file).append_column(key, pa.array([2, 2, 1, 1, 1, 1])), file)
+    episode = opened(root, texts=(key,))[0]
     assert episode.instructions == (OPEN, WIPE, CLOSE)
     assert [section.instructions for section in episode.sections] == [(OPEN, WIPE), (OPEN, CLOSE)]
-    rewrite(data_file(root, 0), gripper=pa.array([2, -1, None, 2, 2, 2]))  # none in two rows
-    assert opened(root, texts=("gripper",))[0].instructions_at(70_000_000) == (OPEN,)
-    rewrite(data_file(root, 0), gripper=pa.array([2, 2, 7, 2, 2, 2]))
-    with pytest.raises(ValueError, match="gripper is 7, which meta/tasks does not have"):
-        opened(root, texts=("gripper",))[0]
+    # None in two rows; with an axis, or as pandas stores integers with a gap.
+    for column in ([[2], [-1], None, [2], [2], [2]], [2.0, np.nan, None, 2.0, 2.0, 2.0]):
+        rewrite(file, **{key: pa.array(column)})
+        episode = opened(root, texts=(key,))[0]
+        assert episode.instructions == (OPEN, WIPE)
+        assert episode.instructions_at(70_000_000) == (OPEN,)
+    rewrite(file, **{key: pa.array([2, 2, 7, 2, 2, 2])})
+    with pytest.raises(ValueError, match="task is 7, which meta/tasks does not have"):
+        opened(root, texts=(key,))[0]
+    rewrite(file, **{key: pa.array([[2, 1]] * 6)})  # which of the two?
+    with pytest.raises(ValueError, match=r"task holds list<.* not texts"):
+        opened(root, texts=(key,))[0]
+    with pytest.raises(ValueError, match="nothing says which texts the integers of gripper"):
+        opened(root, texts=("gripper",))
+
+
+def test_subtasks_have_texts_of_their_own(tmp_path):
+    """LeRobot 0.4: `subtask_index` numbers meta/subtasks.parquet, not the tasks."""
+    integer = {"subtask_index": {"dtype": "int64", "shape": [1]}}
+    column = {"subtask_index": [0, 0, 1, 1, -1, -1]}
+    root = write_v2(
+        tmp_path / "set",
+        [6],
+        table=lambda e, n, first: rows(e, n, first, **column),
+        video=False,
+        features=integer,
+        tasks=("clear the table", "wipe it"),
+    )
+    with pytest.raises(ValueError, match=r"subtasks.parquet is missing.* texts of subtask_in"):
+        opened(root, texts=("subtask_index",))
+    texts = {"subtask": ["reach", "grasp"], "subtask_index": [0, 1]}
+    pandas = json.dumps({"index_columns": ["subtask"]})
+    table = pa.table(texts).replace_schema_metadata({"pandas": pandas})
+    pq.write_table(table, root / "meta/subtasks.parquet")
+    (episode,) = opened(root, texts=("subtask_index",))
+    assert [(section.start // 10**8, *section.instructions) for section in episode.sections] == [
+        (0, "clear the table", "reach"),
+        (2, "clear the table", "grasp"),
+        (4, "clear the table"),
+    ]
+    assert opened(root)[0].instructions == ("clear the table",)
 
 
 def test_version_2_0_differs_in_the_statistics_only(copy):
@@ -311,7 +351,7 @@ def test_columns_that_contradict_the_metadata_are_named(copy):
     assert "action" in opened(root)[2].streams
     for column, message in {
         "timestamp": "timestamp: it holds string, not numbers",
-        "episode_index": "episode_index is not an integer",
+        "episode_index": "episode_index holds string, not integers",
     }.items():
         root = copy("lerobot_v21")
         rewrite(data_file(root, 0), **{column: pa.array(["1"] * LENGTHS[0])})
@@ -354,8 +394,9 @@ def test_pictures_that_cannot_be_decoded_are_named(copy):
 def test_what_cannot_be_opened_says_why(copy, tmp_path):
     with pytest.raises(ValueError, match=r"LeRobot dataset v1\.6; v2\.0, v2\.1 and v3\.0 are sup"):
         opened(copy("lerobot_v21", codebase_version="v1.6"))
-    with pytest.raises(ValueError, match=r"info\.json must have video_path, as there are"):
-        opened(copy("lerobot_v21", video_path=None))
+    for path, said in ((None, "has no video_path"), ("{camera}.mp4", "what ['camera'] stands for")):
+        episode = opened(copy("lerobot_v21", video_path=path))[0]  # it costs the videos only
+        assert said in episode.left_out[FRONT] and episode.cameras == (WRIST,)
     root = copy("lerobot_v30")
     rows = root / "meta/episodes/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(rows).slice(0, 0), rows)

@@ -1,5 +1,6 @@
 """LeRobot: what meta/ says, compared with the rows; and what cannot be read of them."""
 
+import io
 import json
 import shutil
 
@@ -260,11 +261,56 @@ def test_rows_without_task_index_have_their_column_task(tmp_path):
     assert any("column task was taken" in finding for finding in episode.findings)
 
 
+def test_a_column_task_that_differs_from_task_index_is_a_finding(tmp_path):
+    for task, said in (("Do it.", 0), ("", 0), ("leave it", 1)):
+
+        def table(e, n, first, task=task):
+            return rows(e, n, first, task=[task] * n)
+
+        root = write_v2(tmp_path / f"set {task}", LENGTHS, table=table)
+        check(root, findings=[said] * 3)
+        assert opened(root)[0].instructions == ("do it",)
+
+
 def test_a_deleted_episode_is_not_a_lost_one(tmp_path):
     root = write_v3(tmp_path / "set", [8, 9, 7, 8], total_episodes=3)
     file = root / "meta/episodes/chunk-000/file-000.parquet"
     pq.write_table(pq.read_table(file).take([0, 1, 3]), file)
     assert [e.id for e in opened(root)] == [f"episode_{n:06d}" for n in (0, 1, 3)]
+
+
+def test_a_column_of_the_list_that_is_not_used_costs_nothing(tmp_path):
+    root = write_v3(tmp_path / "set", LENGTHS)
+    file = root / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(file)
+    pq.write_table(table[:2].append_column("quality", pa.array([1, 2])), file)
+    other = table[2:].append_column("quality", pa.array(["good"]))
+    (root / "meta/episodes/chunk-001").mkdir()
+    pq.write_table(other, root / "meta/episodes/chunk-001/file-000.parquet")
+    check(root)
+    lengths = pa.array([str(LENGTHS[2])])
+    other = other.set_column(other.schema.get_field_index("length"), "length", lengths)
+    pq.write_table(other, root / "meta/episodes/chunk-001/file-000.parquet")
+    with pytest.raises(ValueError, match="meta/episodes: its files have columns of different ty"):
+        opened(root)
+
+
+def test_the_list_is_found_under_any_name_that_lerobot_reads(tmp_path):
+    root = write_v3(tmp_path / "set", LENGTHS)
+    (file,) = root.glob("meta/episodes/*/*")
+    (file.parent / "._file_000.parquet").write_bytes(b"of macOS")
+    file.rename(file.with_name("file_000.parquet"))
+    check(root)
+    (root / "meta/tasks.parquet").unlink()
+    with pytest.raises(ValueError, match=r"tasks\.parquet is missing"):
+        opened(root)[0]
+
+
+def test_splits_other_than_train_are_a_finding(tmp_path):
+    splits = {"train": "0:2", "val": "2:3"}
+    root = write_v2(tmp_path / "set", LENGTHS, splits=splits, codebase_version="2.1")
+    check(root, findings=[1, 1, 1])
+    assert "the splits ['val']; they are not read" in opened(root)[0].findings[0]
 
 
 def test_paths_that_were_written_on_windows(tmp_path):
@@ -364,6 +410,10 @@ def test_sizes_and_names_that_differ_are_findings(tmp_path):
     action, camera = {"dtype": "float32", "shape": [2]}, {"dtype": "video"}
     for names in (None, ["action"], ["x", "y"], {"motors": ["x", "y"]}, {"x": 0, "y": 1}):
         assert not found(action={**action, "names": names})
+    for names in (["x", "y"], {"motors": ["x", "y"]}, {"y": 1, "x": 0}, [["x"], ["y"]]):
+        info = {"features": {"action": {**action, "names": names}}}
+        root = write_v2(tmp_path / str(names), [4], video=False, **info)
+        assert opened(root)[0].names == {"action": ("x", "y")}
     (text,) = found(action={**action, "names": {"a": ["x", "y"], "b": {"c": ["z"]}}})
     assert "names 3 of its 2 numbers" in text
     for shape in ([16, 96, 3], [3, 16, 96], [96, 16, 3], None):
@@ -391,6 +441,16 @@ def test_a_damaged_column_costs_nothing_else(tmp_path):
         file.write_bytes(content)
     check(root)
     assert "is damaged" in opened(root)[0].left_out["extra"]
+
+
+def test_pictures_without_a_path_are_read(tmp_path):
+    Image.new("RGB", (4, 2), (9, 9, 9)).save(png := io.BytesIO(), "PNG")
+
+    def table(e, n, first):
+        return rows(e, n, first, extra=pa.array([{"bytes": png.getvalue()}] * n))
+
+    root = write_v2(tmp_path / "set", [4], table=table, features=feature("image"), video=False)
+    assert opened(root)[0].streams["extra"].values.read([3]).max() == 9
 
 
 def test_pictures_that_lie_beside_the_rows(tmp_path):

@@ -8,6 +8,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from data_pipelines.pickles import PickleRefused, read_array_pickle
+from data_pipelines.shards import StoredTexts
 from data_pipelines.sources.formats import detect, open_dataset
 from data_pipelines.sources.video_folder import open_video_folder
 from data_pipelines.video import write_video
@@ -91,6 +92,15 @@ def test_other_containers_keep_their_ending_in_the_id(folder):
     assert [episode.id for episode in open_it(folder)] == ["a.mov", "b.MP4", "c"]
 
 
+def refused(episode) -> str:
+    """Why an episode has no stored embedding: it costs nothing unless that is asked for."""
+    assert len(episode.streams["video"].values) and not episode.embeddings
+    with pytest.raises(ValueError, match="stores no embedding") as error:
+        StoredTexts(512, 4).check(episode)
+    assert episode.left_out["language_embedding"] in str(error.value)
+    return str(error.value)
+
+
 @pytest.mark.parametrize("protocol", range(1, 6))
 def test_stored_embeddings_are_trimmed(folder, protocol):
     padded = np.random.default_rng(1).normal(size=(9, 4)).astype(np.float16)
@@ -117,14 +127,12 @@ def test_the_newer_form_is_preferred(folder):
     episodes = open_it(folder)
     np.testing.assert_array_equal(episodes[0].embeddings["clip a"], stored[:4])
     np.testing.assert_array_equal(episodes[1].embeddings["clip b"], 2 * stored[:4])
-    with pytest.raises(ValueError, match=r"c\.safetensors has the keys \['text'\]"):
-        episodes[2]
+    assert "c.safetensors has the keys ['text']" in refused(episodes[2])
     rounded = stored.astype(ml_dtypes.bfloat16)
     save_file({"encoded_text": rounded}, folder / "language_embeddings/a.safetensors")
     assert open_it(folder)[0].embeddings["clip a"].dtype == ml_dtypes.bfloat16
     os.truncate(folder / "language_embeddings/a.safetensors", 70)
-    with pytest.raises(ValueError, match=r"a\.safetensors: not a readable"):
-        open_it(folder)[0]
+    assert "a.safetensors: not a readable" in refused(open_it(folder)[0])
 
 
 @pytest.mark.parametrize("protocol", range(1, 6))
@@ -174,8 +182,8 @@ def test_a_pickle_with_code_is_refused_and_not_run(folder, tmp_path):
     for protocol in range(6):
         bad = pickle.dumps([Malicious(os.system, f"touch {mark}")], protocol)
         (folder / "t5_xxl/b.pickle").write_bytes(bad)
-        with pytest.raises(ValueError, match=r"b\.pickle would call posix\.system; only NumPy"):
-            open_it(folder)[1]
+        said = refused(open_it(folder)[1])
+        assert "b.pickle would call posix.system; only NumPy" in said
         assert open_it(folder)[0].id == "a"
     for function in (eval, exec, __import__, getattr, np.load):
         with pytest.raises(PickleRefused, match="would call"):
@@ -204,15 +212,14 @@ def test_damaged_pickles_are_one_error():
 def test_what_is_no_embedding_is_named(folder):
     (folder / "t5_xxl").mkdir()
     wrong = {
-        r"int64 \[2, 3\]": [np.ones((2, 3), int)],
-        r"float64 \[3\]": [np.ones(3)],
+        "int64 [2, 3]": [np.ones((2, 3), int)],
+        "float64 [3]": [np.ones(3)],
         "list": [np.ones((2, 3)), np.ones((2, 3))],
         "holds only zeros": [np.zeros((2, 3))],
     }
     for message, value in wrong.items():
         (folder / "t5_xxl/a.pickle").write_bytes(pickle.dumps(value))
-        with pytest.raises(ValueError, match=message):
-            open_it(folder)[0]
+        assert message in refused(open_it(folder)[0])
 
 
 def test_what_is_no_such_folder_says_why(folder, tmp_path):

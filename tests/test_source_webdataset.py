@@ -170,6 +170,16 @@ def test_a_key_that_comes_again_gets_an_id_of_its_own(tmp_path, video):
     assert [e.id for e in episodes] == ["all/a", "all/b", "all/a #2"]
 
 
+def test_files_of_a_key_that_lie_apart_are_named(tmp_path, video):
+    """Of a tar that was not made in order of names; WebDataset itself splits such samples."""
+    files = {"a.mp4": video, "b.mp4": video, "a.txt": b"open", "b.txt": b"shut"}
+    episodes = open_it(write_tar(tmp_path / "s.tar", files))
+    for index, lacks in enumerate(("no .txt or .json, only ['mp4']", "", "no video, only ['txt']")):
+        with pytest.raises(ValueError, match="other files of this key lie apart") as error:
+            episodes[index]
+        assert lacks in str(error.value)
+
+
 def test_a_tar_that_is_cut_off_keeps_what_it_still_has(tmp_path, video):
     files = {f"{i}.{kind}": c for i in range(4) for kind, c in (("mp4", video), ("txt", b"x"))}
     whole = write_tar(tmp_path / "a.tar", files, tarfile.USTAR_FORMAT).read_bytes()

@@ -35,6 +35,8 @@ _Row = dict[str, Any] | str  # or why it is malformed: in long lists some lines 
 _NUMBER = re.compile(r"(\d+\.?\d*|\.\d+)(e[-+]?\d{1,2})?")
 _AROUND = "\0around"  # no column's name
 _BEYOND = 1.0  # seconds by which a clip may end behind its video, as lists round
+# Columns of other names that may say which part of its video a clip is.
+_TIMES = re.compile(r"(?:^|[_ ])(start|end|stop|begin|finish|from|to|timestamps?|duration|segment)")
 _FRAMES_OFF = 1.5  # frames by which times and frame numbers may differ: they may count from 1
 
 
@@ -168,6 +170,7 @@ class _Clip(NamedTuple):
     fps: str = ""
     id: str = ""
     around: bool = False  # the times surround an instant, so the video may end earlier
+    unread: str = ""  # columns that may be its times, if it has no end
 
     @property
     def name(self) -> str:
@@ -196,7 +199,11 @@ def _clip(number: int, row: _Row, layout: Layout) -> _Clip:
     texts = ["" if value is None else str(value).strip() for value in values]
     # Many clips share a file; its name is stored once.
     captions = tuple(text.strip() for text in captions)
-    return _Clip(number, "", sys.intern(file.strip()), captions, *texts, around=_AROUND in row)
+    others = [] if texts[1] or texts[3] else sorted(row.keys() - {layout.caption, *columns})
+    others = [key for key in others if row[key] and _TIMES.search(key.lower())]
+    unread = sys.intern(", ".join(others))
+    file = sys.intern(file.strip())
+    return _Clip(number, "", file, captions, *texts, around=_AROUND in row, unread=unread)
 
 
 @dataclass(frozen=True)
@@ -243,6 +250,12 @@ class _Dataset:
             yield (
                 "the clip ends more than a second behind its video's last frame; are start and end "
                 "frame numbers? Then name their columns start_frame and end_frame"
+            )
+        if clip.unread:
+            whole = "from its start to the end of the video" if start else "the whole video"
+            yield (
+                f"a clip without an end was taken as {whole}; if the columns {clip.unread} say "
+                "which part it is, name them in the option columns"
             )
         rate = self.fps or (_seconds(clip.fps) if clip.fps else None)
         if clip.start_frame and rate:

@@ -21,7 +21,7 @@ which v2.0 and v2.1 differ) are not read. `lerobot_meta` reads meta/, `lerobot_r
 parquet files; `lerobot_frames` decides which frames belong to which rows.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
@@ -38,6 +38,7 @@ from data_pipelines.sources.lerobot_meta import (
     BOOKKEEPING,
     Features,
     Meta,
+    numbered,
     read_meta,
     shape_of,
     sort_features,
@@ -64,12 +65,13 @@ def open_lerobot(
     Args:
         path: the folder that holds `meta`, `data` and `videos`.
         name, embodiment: see `formats`.
-        texts: features with further instructions, such as DROID's "language_instruction_2": strings
-            or integer task indices.
+        texts: features with further instructions, such as DROID's "language_instruction_2":
+            strings, "subtask_index", or integers that number the tasks (GR00T's "annotation.*").
 
     Raises:
         ValueError: if it is not a LeRobot dataset of these versions, its list of features or of
-            episodes is missing or damaged, or a feature in `texts` does not exist.
+            episodes is missing or damaged, a feature in `texts` does not exist, or nothing says
+            which texts its integers stand for.
     """
     path = Path(path)
     check_finished(path)
@@ -78,9 +80,10 @@ def open_lerobot(
     if unfit := [k for k in texts if not str(dtypes.get(k)).startswith(("string", "int"))]:
         has = sorted(key for key in dtypes if dtypes[key] == "string")
         raise ValueError(f"{path} has no features {unfit} of strings or integers; strings: {has}")
+    numbers = {k: numbered(meta, k) for k in texts if str(dtypes[k]).startswith("int")}
     features = sort_features(meta.features)
     rows = Rows([*features.vectors, *BOOKKEEPING], [*texts, "task"])
-    dataset = _Dataset(meta, name, embodiment, features, tuple(texts), rows)
+    dataset = _Dataset(meta, name, embodiment, features, tuple(texts), numbers, rows)
     return LazyEpisodes(len(meta.numbers), dataset.load)
 
 
@@ -91,6 +94,7 @@ class _Dataset:
     embodiment: str
     features: Features
     texts: Sequence[str]
+    numbered: Mapping[str, Mapping[int, tuple[str, ...]]]  # those of integers, with their texts
     rows: Rows
     pool: VideoPool = field(default_factory=VideoPool)
     # The encoded images of the last few episodes: read from disk once for many windows.
@@ -165,6 +169,7 @@ class _Dataset:
             ),
             sections=sections,
             left_out=left_out,
+            names=self.meta.names,
             findings=tuple(findings),
         )
 
@@ -220,6 +225,8 @@ class _Dataset:
     def _video(self, key: str, number: int, row: dict, clock: RowTimes) -> tuple[Stream, list[str]]:
         """The frames of an episode; ValueError if the camera cannot be used."""
         listed, fps = f"videos/{key}/", self.meta.fps
+        if self.meta.video_fault:
+            raise ValueError(self.meta.video_fault)
         file, findings = self.meta.file("video_path", listed, row, video_key=key)
         if not file.exists():
             given = self.meta.templates["video_path"]
@@ -321,8 +328,9 @@ class _Dataset:
         for key in self.texts:
             if key in found.absent:
                 raise ValueError(f"{found.path}: the text {key}: {found.absent[key]}")
-            values = found.table[key].to_pylist()
-            if any(not isinstance(value, str | int | None) for value in values):
+            values = found.column(key)
+            kinds = (int, float) if key in self.numbered else str
+            if not all(value is None or isinstance(value, kinds) for value in values):
                 raise ValueError(f"{found.path}: {key} holds {found.kinds[key]}, not texts")
             columns.append([v if isinstance(v, str) else self._text(v, found, key) for v in values])
         sections = []
@@ -356,7 +364,7 @@ class _Dataset:
         said = [text for text in listed if text.strip()]
         listed = said or listed
         used = found.column("task_index")
-        column = "task" in found.kinds and found.column("task")
+        column = None if "task" in found.absent else found.column("task")
         if column and used.count(None) == len(used) and all(isinstance(t, str) for t in column):
             return [column], ["the rows have no task_index; their column task was taken"]
         texts = [self._text(index, found, "task_index", strict=False) for index in used]
@@ -373,7 +381,11 @@ class _Dataset:
                 )
             differ = f"tasks of {where} are not those of the rows; task_index of the rows was taken"
             agree = other <= names and len(other) == len({_plain(text) for text in known})
-            return [texts], [differ] if said and not agree else []
+            findings = [differ] if said and not agree else []
+            rows = {(i, _plain(t)) for i, t in zip(used, column or ()) if isinstance(t, str)}
+            if any(t and t not in map(_plain, self.meta.task_names[i]) for i, t in rows):
+                findings.append("the column task differs from task_index; task_index was taken")
+            return [texts], findings
         if len(listed) == 1 and not known and len(set(used)) == 1:
             missing = f"meta/tasks has no text for task_index; tasks of {where} was taken"
             return [listed * len(texts)], [missing] if used[0] is not None else []
@@ -386,15 +398,16 @@ class _Dataset:
         return [texts], []
 
     def _text(self, index: int | None, found: Found, key: str, strict: bool = True) -> str | None:
-        """The text of a task; a negative number is none."""
-        texts = self.meta.tasks.get(index, ())
+        """The text of a task or subtask; a negative number is none."""
+        texts = self.numbered.get(key, self.meta.tasks).get(index, ())
+        listed = "meta/subtasks" if key == "subtask_index" else "meta/tasks"
         if len(texts) > 1:
             raise ValueError(
-                f"{self.meta.path}: meta/tasks has several texts for task_index {index}: "
+                f"{self.meta.path}: {listed} has several texts for {key} {index}: "
                 f"{list(texts)}; correct it"
             )
         if strict and not texts and index is not None and index >= 0:
-            raise ValueError(f"{found.path}: {key} is {index}, which meta/tasks does not have")
+            raise ValueError(f"{found.path}: {key} is {index}, which {listed} does not have")
         return texts[0] if texts else None
 
 

@@ -19,6 +19,7 @@ _SURPLUS = (
     "the video has more frames than rows; timestamp says which are those of the rows, and nothing "
     "confirms it"
 )
+_OWN_CLOCK = "timestamp is not frame_index / fps; timestamp was taken"
 _UNITS = {1e3: "milliseconds", 1e6: "microseconds", 1e9: "nanoseconds"}
 
 
@@ -94,7 +95,7 @@ def _compare(
     gap = float(np.median(steps)) if len(steps) else period
     for unit in (1.0, *_UNITS):
         if abs(gap / unit - period) <= max(_JITTER * period, digit / unit):
-            return values / unit, _in_unit(unit)
+            return values / unit, _in_unit(unit) or (_OWN_CLOCK,)
     raise ValueError(
         f"the timestamps of its rows are {gap:.6g} s apart, but fps of meta/info.json is {fps:g}, "
         f"which is {period:.6g} s; correct one of them"

@@ -7,6 +7,7 @@ that need it, and no others.
 import glob
 import json
 import math
+import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from data_pipelines.episode import reason
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index", "index")
 _PLACEHOLDERS = ("episode_chunk", "episode_index", "chunk_index", "file_index", "video_key")
+_LISTED = re.compile(r"(data|videos)/|(episode_index|length|tasks|dataset_from_index)$")
 _UNNAMED = "__index_level_0__"  # what pandas calls an index without a name
 
 
@@ -45,7 +47,9 @@ class Meta:
     fps: float
     chunks_size: int
     templates: Mapping[str, str]  # "data_path", "video_path"
+    video_fault: str  # why "video_path" cannot be used
     features: Mapping[str, dict]  # of info.json
+    names: Mapping[str, Sequence[str]]  # of the numbers of a feature, where they are all named
     episodes: pa.Table  # a row per line of the list of episodes
     listed: Mapping[int, int]  # episode_index -> its row in `episodes`
     repeated: frozenset[int]  # episodes with several rows
@@ -124,11 +128,12 @@ def read_meta(path: Path) -> Meta:
     """Reads meta/ of a dataset; see `lerobot.open_lerobot` for what it raises."""
     info = _read_info(path)
     version = str(info.get("codebase_version", "without a version"))
+    version = f"v{version}" if version[:1].isdigit() else version  # as some converters write it
     faults: list[str] = []
     if version.startswith("v2."):
         episodes, tasks = _episodes_v2(path, faults), _tasks_v2(path, faults)
     elif version.startswith("v3."):
-        episodes, tasks = _episodes_v3(path, faults), _tasks_v3(path, faults)
+        episodes, tasks = _episodes_v3(path, faults), _texts_v3(path, "task", faults)
     else:
         raise ValueError(
             f"{path} is a LeRobot dataset {version}; v2.0, v2.1 and v3.0 are supported; convert it "
@@ -148,16 +153,23 @@ def read_meta(path: Path) -> Meta:
             f"total_episodes of meta/info.json is {total}, but the list of episodes has "
             f"{len(listed)}; the list was taken"
         )
+    splits = info.get("splits")
+    if isinstance(splits, dict) and (others := sorted(splits.keys() - {"train"})):
+        findings.append(
+            f"meta/info.json has the splits {others}; they are not read: the episodes of all are "
+            "taken, and config.validation_share divides them"
+        )
+    column_names = {}
     for key, shape in sort_features(info["features"]).vectors.items():
-        named, size = _count(info["features"][key].get("names")), math.prod(shape or ())
-        if shape is not None and named not in (0, len(shape), size):
+        flat, size = _flat(info["features"][key].get("names")), math.prod(shape or ())
+        if shape is not None and len(flat) == size:
+            column_names[key] = tuple(flat)
+        elif shape is not None and len(flat) not in (0, len(shape)):
             findings.append(
-                f"{key}: meta/info.json names {named} of its {size} numbers; all were taken"
+                f"{key}: meta/info.json names {len(flat)} of its {size} numbers; all were taken"
             )
-    texts: dict[int, dict[str, None]] = {}
     names: dict[int, list[str]] = {}
     for index, text, called in tasks:
-        texts.setdefault(index, {})[text] = None
         names.setdefault(index, []).extend((text, *called))
     return Meta(
         path=path,
@@ -165,17 +177,46 @@ def read_meta(path: Path) -> Meta:
         fps=info["fps"],
         chunks_size=int(info.get("chunks_size") or 1000),
         templates={key: info[key] for key in ("data_path", "video_path") if info.get(key)},
+        video_fault=_template_fault(info, "video_path"),
         features=info["features"],
+        names=column_names,
         episodes=episodes,
         listed=listed,
         repeated=frozenset(repeated),
         # After the deletion of an episode its number is free, if the others keep theirs.
         numbers=sorted(listed if len(listed) >= total else {*listed, *range(total)}),
-        tasks={index: tuple(found) for index, found in texts.items()},
+        tasks=_by_number(tasks),
         task_names=names,
         faults=faults,
         findings=tuple(findings),
     )
+
+
+def numbered(meta: Meta, key: str) -> Mapping[int, tuple[str, ...]]:
+    """The texts that the integers of a feature stand for, as `Meta.tasks`.
+
+    Raises:
+        ValueError: if nothing says which texts these are.
+    """
+    if key.startswith("annotation.") or f"_{key}".endswith("_task_index"):  # GR00T, and others
+        return meta.tasks
+    if key != "subtask_index":
+        raise ValueError(
+            f"{meta.path}: nothing says which texts the integers of {key} stand for; the option "
+            "texts takes strings, subtask_index, annotation.* and *_task_index"
+        )
+    faults: list[str] = []
+    texts = _texts_v3(meta.path, "subtask", faults)
+    if faults:
+        raise ValueError(f"{faults[0]}; it has the texts of {key}; copy it again")
+    return _by_number(texts)
+
+
+def _by_number(rows: Sequence[Task]) -> dict[int, tuple[str, ...]]:
+    texts: dict[int, dict[str, None]] = {}
+    for index, text, _ in rows:
+        texts.setdefault(index, {})[text] = None
+    return {index: tuple(found) for index, found in texts.items()}
 
 
 def _read_info(path: Path) -> dict:
@@ -189,13 +230,10 @@ def _read_info(path: Path) -> dict:
     except (AttributeError, OSError, ValueError) as error:
         why = reason(file, f"{type(error).__name__}: {error}")
         raise ValueError(f"{file} cannot be read ({why}); copy it again") from error
-    videos = any(f.get("dtype") == "video" for f in features.values() if isinstance(f, dict))
     needed = {
         "features": len(features) > 0,
         "fps, a positive number": _is_number(info.get("fps")) and info["fps"] > 0,
         "data_path": isinstance(info.get("data_path"), str),
-        "video_path, as there are videos": isinstance(info.get("video_path") or 0, str)
-        or not videos,
         "total_episodes, an integer": _is_number(total := info.get("total_episodes"))
         and total == int(total) >= 0,
         "chunks_size, a positive integer": _is_number(size := info.get("chunks_size") or 1000)
@@ -206,17 +244,26 @@ def _read_info(path: Path) -> dict:
             f"{file} must have {'; '.join(missing)}; correct it, or copy or convert the dataset "
             "again"
         )
-    for key in ("data_path", "video_path"):
-        try:
-            unknown = set(_placeholders(info.get(key) or "")) - set(_PLACEHOLDERS)
-        except ValueError as error:  # such as a single brace
-            raise ValueError(f"{file}: {key} is {info[key]!r} ({error}); correct it") from error
-        if unknown:
-            raise ValueError(
-                f"{file}: {key} is {info[key]!r}, and nothing says what {sorted(unknown)} stands "
-                f"for; the placeholders are {list(_PLACEHOLDERS)}"
-            )
+    if fault := _template_fault(info, "data_path"):
+        raise ValueError(f"{file}: {fault}")
     return info
+
+
+def _template_fault(info: Mapping, key: str) -> str:
+    """Why a template of file names cannot be used; "" if it can."""
+    template = info.get(key)
+    if not isinstance(template, str):
+        return f"meta/info.json has no {key}"
+    try:
+        unknown = set(_placeholders(template)) - set(_PLACEHOLDERS)
+    except ValueError as error:  # such as a single brace
+        return f"{key} is {template!r} ({error}); correct it"
+    if unknown:
+        return (
+            f"{key} is {template!r}, and nothing says what {sorted(unknown)} stands for; the "
+            f"placeholders are {list(_PLACEHOLDERS)}"
+        )
+    return ""
 
 
 def _is_number(value: Any) -> bool:
@@ -235,8 +282,10 @@ def sort_features(features: Mapping[str, Any]) -> Features:
             unused[key] = "meta/info.json gives it no dtype"
         elif _is_depth(feature):
             unused[key] = "meta/info.json says that it is depth, which is not read"
-        elif dtype in ("string", "language"):
+        elif dtype == "string":
             unused[key] = "it holds text, which is read if the option texts names it"
+        elif dtype == "language":
+            unused[key] = "it holds texts as rows of LeRobot's language, which are not read"
         elif dtype == "video":
             videos.append(key)
         elif dtype == "image":
@@ -254,13 +303,15 @@ def shape_of(feature: Mapping) -> tuple[int, ...] | None:
     return tuple(sizes) if whole else None
 
 
-def _count(names: Any) -> int:
-    """The number of names in a list, or in a mapping of groups of them."""
+def _flat(names: Any) -> list[str]:
+    """The names in a list, or in a mapping of groups of them or to their places."""
     if isinstance(names, dict):
-        return sum(
-            _count(group) if isinstance(group, dict | list) else 1 for group in names.values()
-        )
-    return len(names) if isinstance(names, list) else 0
+        if all(isinstance(place, int) for place in names.values()):
+            return sorted(names, key=names.get)
+        return [name for key, group in names.items() for name in (_flat(group) or [key])]
+    if isinstance(names, list):
+        return [n for name in names for n in (_flat(name) or [str(name)])]
+    return []
 
 
 def _is_depth(feature: Mapping) -> bool:
@@ -323,10 +374,10 @@ def _read_lines(file: Path, row: Callable[[dict], Any], faults: list[str]) -> li
 
 def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     tables = []
-    for file in sorted((path / "meta/episodes").glob("chunk-*/file-*.parquet")):
+    for file in sorted((path / "meta/episodes").glob("*/[!.]*.parquet")):  # as LeRobot
         try:
-            # The statistics are most of the file.
-            names = [n for n in pq.read_schema(file).names if not n.startswith("stats/")]
+            # The statistics are most of the file, and nothing else may cost the list either.
+            names = [n for n in pq.read_schema(file).names if _LISTED.match(n)]
             table = pq.read_table(file, columns=names)
             tables.append(table.cast(table.schema.remove_metadata()))
         except (OSError, pa.ArrowException) as error:
@@ -334,7 +385,13 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     if not tables:
         found = "; ".join(faults) or "no parquet files under meta/episodes"
         raise ValueError(f"{path} is incomplete: {found}; copy it again")
-    table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    try:
+        table = pa.concat_tables(tables, promote_options="permissive").combine_chunks()
+    except pa.ArrowException as error:
+        raise ValueError(
+            f"{path}/meta/episodes: its files have columns of different types ({error}); convert "
+            "the dataset again"
+        ) from error
     if missing := {"episode_index", "length"} - set(table.column_names):
         raise ValueError(f"{path}/meta/episodes has no {sorted(missing)}; convert it again")
     for key in ("episode_index", "length"):
@@ -343,27 +400,30 @@ def _episodes_v3(path: Path, faults: list[str]) -> pa.Table:
     return table
 
 
-def _tasks_v3(path: Path, faults: list[str]) -> list[Task]:
-    """The tasks from tasks.parquet, a data frame of pandas.
+def _texts_v3(path: Path, name: str, faults: list[str]) -> list[Task]:
+    """The tasks from tasks.parquet, a data frame of pandas; subtasks.parquet is like it.
 
     The text is the column "task" or the index, which may have another name or none. Other columns
     hold other things, such as categories or short names.
     """
-    file = path / "meta/tasks.parquet"
+    file, number = path / f"meta/{name}s.parquet", f"{name}_index"
+    if not file.is_file():
+        faults.append(f"{file} is missing")
+        return []
     try:
         table = pq.read_table(file)
     except (OSError, pa.ArrowException) as error:
         faults.append(f"{file} cannot be read: {reason(file, error)}")
         return []
-    named = [n for n in _pandas_index(table) if n in table.column_names and n != "task"]
-    texts = [n for n in ("task", *named) if n in table.column_names and _is_text(table[n].type)]
-    if "task_index" not in table.column_names or not texts or (texts[0] != "task" and texts[1:]):
+    named = [n for n in _pandas_index(table) if n in table.column_names and n != name]
+    texts = [n for n in (name, *named) if n in table.column_names and _is_text(table[n].type)]
+    if number not in table.column_names or not texts or (texts[0] != name and texts[1:]):
         faults.append(
-            f"{file} has the columns {table.column_names}, but must have task_index and the text "
-            "as the column task or as the index of pandas"
+            f"{file} has the columns {table.column_names}, but must have {number} and the text "
+            f"as the column {name} or as the index of pandas"
         )
         return []
-    rows = zip(table["task_index"].to_pylist(), table[texts[0]].to_pylist(), table.to_pylist())
+    rows = zip(table[number].to_pylist(), table[texts[0]].to_pylist(), table.to_pylist())
     return [
         (int(index), text, [value for value in row.values() if isinstance(value, str)])
         for index, text, row in rows
@@ -383,4 +443,5 @@ def _pandas_index(table: pa.Table) -> list[str]:
 def _is_text(kind: pa.DataType) -> bool:
     if pa.types.is_dictionary(kind):  # pandas' categories
         kind = kind.value_type
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    types = pa.types
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)

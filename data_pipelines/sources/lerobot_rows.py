@@ -57,7 +57,8 @@ class Found:
             raise ValueError(f"{self.path}: {key}: {self.absent[key]}")
         if key in self.absent:
             return [None] * self.table.num_rows
-        return [v[0] if isinstance(v, list) else v for v in self.table[key].to_pylist()]
+        values = self.table[key].to_pylist()
+        return [v[0] if isinstance(v, list) and len(v) == 1 else v for v in values]
 
     def numbers(self, key: str, needed: bool = False) -> np.ndarray | None:
         """A number per row; None if there is no such column, or, unless `needed`, no numbers."""
@@ -82,7 +83,7 @@ class Found:
             return "its column is not in the file"
         kind = self.kinds[key]
         parts = {f.name for f in kind} if pa.types.is_struct(kind) else set()
-        fits = {"bytes", "path"} <= parts or kind in (pa.binary(), pa.large_binary())
+        fits = "bytes" in parts or kind in (pa.binary(), pa.large_binary())
         return "" if fits else f"it holds {kind}, not images"
 
 
@@ -131,7 +132,8 @@ class Rows:
             parts.append(table.slice(at[0], len(at)))
             broken |= faults
         if not parts:
-            has = f"episodes {least.min():g} to {most.max():g}" if len(least) else "no rows"
+            known = len(least) and np.isfinite([least, most]).all()
+            has = f"episodes {least.min():g} to {most.max():g}" if known else "no rows, or others"
             raise ValueError(
                 f"{path} does not match meta/episodes: it has no episode {episode}, but {has}; "
                 "convert the dataset again"
@@ -144,8 +146,9 @@ class Rows:
         metadata = pq.read_metadata(path)
         schema = metadata.schema.to_arrow_schema()
         kinds = dict(zip(schema.names, schema.types))
-        if not pa.types.is_integer(kinds.get("episode_index", pa.null())):
-            raise ValueError(f"{path}: episode_index is not an integer; convert the dataset again")
+        if not pa.types.is_integer(kind := kinds.get("episode_index", pa.null())):
+            found = f"holds {kind}, not integers" if "episode_index" in kinds else "is missing"
+            raise ValueError(f"{path}: episode_index {found}; convert the dataset again")
         absent = {}
         for name in (*self._numbers, *self._texts):
             if name not in kinds:
@@ -274,7 +277,7 @@ class ParquetImages(ImageFrames):
         span, at = self._places[number]
         image = self._cache.get((self._key, span), lambda: self._column(span))[at]
         if isinstance(image, dict):
-            path = (image["path"] or "").replace("\\", "/")  # written on Windows
+            path = (image.get("path") or "").replace("\\", "/")  # written on Windows
             if not image["bytes"] and path and (self._root / path).is_file():
                 return self._root / path
             image = image["bytes"]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
+from data_pipelines.episode import EMBEDDING, Episode, LazyEpisodes, Section, Stream
 from data_pipelines.frames import Frames
 from data_pipelines.sources import pictures
 from data_pipelines.sources.array_stores import TIMES, ArrayStore, ZarrStore, open_store
@@ -33,7 +33,7 @@ from data_pipelines.sources.files import (
 )
 
 SUFFIXES = (".zarr", ".safetensors")
-INSTRUCTION, EMBEDDING = "language_instruction", "language_embedding"
+INSTRUCTION = "language_instruction"
 _OTHER_UNIT = 500  # units of time differ by a factor of 1000
 _ENCODED = "_embedding"  # text, and latents of windows that the newer release stores
 

@@ -6,7 +6,7 @@
 
 An episode is one record, a `tf.train.Example`: a map from names to lists of bytes, float32 or
 int64. TFDS reads the two JSON files and has the protobuf classes of a record, without TensorFlow;
-`record_files.py` reads the records.
+`record_files.py` reads the records, `rlds_features.py` their values.
 
 Streams have the dataset's own names ("steps/observation/state", "steps/action", or
 "steps/action/<key>" if the action is a dict). RLDS stores neither timestamps nor a frame rate, so
@@ -15,11 +15,11 @@ in `Episode.left_out`. A text that changes within an episode makes its `sections
 """
 
 import json
-import math
 import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -28,8 +28,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream, reason
-from data_pipelines.frames import ImageFrames
-from data_pipelines.sources import pictures
 from data_pipelines.sources.files import (
     UNKNOWN_RATE,
     decode_text,
@@ -37,17 +35,20 @@ from data_pipelines.sources.files import (
     step_times,
     without_padding,
 )
-from data_pipelines.sources.pictures import ArrayFrames
 from data_pipelines.sources.record_files import RecordFiles
+from data_pipelines.sources.rlds_features import (
+    FEATURES,
+    INFO,
+    STEPS,
+    Feature,
+    read_features,
+    read_values,
+)
 
 if TYPE_CHECKING:  # importing TFDS takes 0.3 s, so only opening a dataset does it
     from tensorflow_datasets.core.dataset_info import DatasetInfo
-    from tensorflow_datasets.features import FeatureConnector
-    from tensorflow_datasets.proto import tf_feature_pb2
 
-INFO, FEATURES = "dataset_info.json", "features.json"
 FORMATS = ("tfrecord", "array_record")
-STEPS = "steps"
 # Steps per second of published datasets: BridgeData V2, DROID, RT-1, LIBERO. Their whole names, as
 # another dataset may begin with the same word and have another rate.
 KNOWN_FPS = {
@@ -55,6 +56,21 @@ KNOWN_FPS = {
     r"droid(_100)?": 15.0,
     r"fractal20220817_data": 3.0,
     r"libero_(spatial|object|goal|10|90|100)(_no_noops)?": 20.0,
+}
+_TIMES = ("timestamp", "timestamps", "time", "time_stamp")  # of steps, by their last names
+_UNITS, _SAME_RATE = (1, 1e3, 1e6, 1e9), 0.25  # per second; the share by which rates may differ
+_EPISODE = ""  # in place of a feature
+# Published with red and blue exchanged, by `prepare_open_x.sh` of kpertsch/rlds_dataset_mod.
+_BGR = {
+    "berkeley_autolab_ur5": "the wrist camera",
+    **dict.fromkeys(
+        (
+            "berkeley_fanuc_manipulation",
+            "stanford_hydra_dataset_converted_externally_to_rlds",
+            "utaustin_mutex",
+        ),
+        "both cameras",
+    ),
 }
 
 
@@ -88,7 +104,7 @@ def open_rlds(
         ValueError: if TFDS did not prepare it, or it has no such split or text.
     """
     folder, info = _read_info(Path(path))
-    features, about = _features(folder, info.features)
+    features, about = read_features(folder, info.features)
     texts = [key for key in features if _is_instruction(key, features[key], instruction)]
     if not texts:  # one of the whole episode, such as "episode_metadata/language_instruction"
         texts = [key for key in about if _is_instruction(key, about[key], instruction)]
@@ -98,11 +114,27 @@ def open_rlds(
         raise ValueError(
             f"{folder} has no text {instruction!r}, but {known}; set dataset.options.instruction"
         )
+    findings = []
+    if not texts and (known := [k for k, f in (features | about).items() if f.kind == "text"]):
+        findings.append(
+            f"no text has 'instruction' in its name, so the instruction is empty; if it is one of "
+            f"{known}, name it in dataset.options.instruction"
+        )
+    if exchanged := _BGR.get(info.name):
+        findings.append(
+            f"the published {info.name} has red and blue exchanged in {exchanged}, and a mended "
+            "copy has the same name; look at the pictures of launch.inspect"
+        )
+    leaves = {key.rsplit("/", 1)[-1]: key for key in about}
+    flags = {key: leaves.get(f"has_{key.rsplit('/', 1)[-1]}") for key in features}
+    flags[_EPISODE] = leaves.get("success")
+    flags = {k: (f, about[f]) for k, f in flags.items() if f and about[f].kind == "number"}
     records = _records(folder, info, split)
     rates = (rate for known, rate in KNOWN_FPS.items() if re.fullmatch(known, info.name))
     fps = next(rates, None) if fps is None else fps
     unknown = "" if fps else UNKNOWN_RATE.format(f"{folder} ({info.name})")
-    loader = _Split(records, split, name, embodiment, fps or 1, unknown, features, tuple(texts))
+    said = (features, flags, tuple(texts), tuple(findings))
+    loader = _Split(records, split, name, embodiment, fps or 1, unknown, *said)
     return LazyEpisodes(records.ends[-1], loader.load)
 
 
@@ -187,81 +219,6 @@ def _records(folder: Path, info: "DatasetInfo", split: str) -> RecordFiles:
 
 
 @dataclass(frozen=True)
-class Feature:
-    """One value of a step."""
-
-    kind: str  # "number", "text", "image" (encoded, such as JPEG), or "" if it is not read
-    dtype: str = ""  # NumPy's name
-    shape: tuple[int | None, ...] = ()  # of one step; None is any size
-    encoding: str = "none"  # of numbers: "none", or "bytes" or "zlib" for raw buffers
-    order: str = ""  # of numbers that are pictures: `pictures.axes`
-    why: str = ""  # it is not read
-
-    @property
-    def is_camera(self) -> bool:
-        """Whether it is a colour or grey image, not depth (uint16, float32)."""
-        return self.kind == "image" or bool(self.order)
-
-
-def _features(
-    folder: Path, root: "FeatureConnector"
-) -> tuple[dict[str, Feature], dict[str, Feature]]:
-    """The features of a step by their full names, "steps/observation/state", and the others."""
-    from tensorflow_datasets import features as tfds_features
-
-    found: dict[str, Feature] = {}
-
-    def collect(name: str, node: "FeatureConnector") -> None:
-        if type(node) is tfds_features.FeaturesDict:
-            for child, value in node.items():
-                collect(f"{name}/{child}", value)
-        else:
-            found[name] = _feature(node)
-
-    if isinstance(root, tfds_features.FeaturesDict) and STEPS in root.keys():
-        if isinstance(root[STEPS], tfds_features.Sequence):
-            collect(STEPS, root[STEPS].feature)
-        for key in root.keys() - {STEPS}:
-            collect(key, root[key])
-    steps = {key: found[key] for key in sorted(found) if key.startswith(f"{STEPS}/")}
-    if not any(feature.kind for feature in steps.values()):
-        raise ValueError(
-            f"{folder / FEATURES} is not of an RLDS dataset: its examples are not made of {STEPS}"
-        )
-    return steps, {key: found[key] for key in sorted(found.keys() - steps.keys())}
-
-
-def _feature(node: "FeatureConnector") -> Feature:
-    from tensorflow_datasets import features as tfds_features
-
-    kind = type(node)  # exactly: a box, for example, is a kind of Tensor
-    if kind is tfds_features.Image:
-        dtype = np.dtype(node.np_dtype).name
-        if dtype == "uint8":
-            return Feature("image", dtype, node.shape)
-        return Feature("", why=f"{dtype} pictures, such as depth; a camera is uint8")
-    if kind is tfds_features.ClassLabel:
-        return Feature("number", "int64", ())
-    if kind in (tfds_features.Text, tfds_features.Tensor, tfds_features.Scalar):
-        if node.np_dtype == np.object_:
-            if node.shape:
-                return Feature("", why="several texts in each step")
-            return Feature("text", "object", ())
-        if not all(node.shape):
-            return Feature("", why=f"values of shape {list(node.shape)}, whose size may vary")
-        dtype, shape = np.dtype(node.np_dtype), tuple(node.shape)
-        order = ""
-        if dtype == np.uint8:
-            try:
-                order = pictures.axes(dtype, (1, *shape))
-            except ValueError as error:
-                return Feature("", why=str(error))
-        encoding = node.to_json_content().encoding
-        return Feature("number", dtype.name, shape, encoding, order)
-    return Feature("", why=f"a feature of the kind {kind.__name__}, which is not read")
-
-
-@dataclass(frozen=True)
 class _Split:
     records: RecordFiles
     split: str
@@ -270,7 +227,11 @@ class _Split:
     fps: float
     unknown_rate: str
     features: dict[str, Feature]
+    # Of a feature: what says whether an episode has it, or dummy values, such as has_image_1. Of
+    # the episode itself: whether it succeeded.
+    flags: dict[str, tuple[str, Feature]]
     texts: tuple[str, ...]
+    findings: tuple[str, ...]  # that concern every episode
 
     def load(self, index: int) -> Episode:
         from google.protobuf.message import DecodeError
@@ -284,19 +245,44 @@ class _Split:
             stored = tf_example_pb2.Example.FromString(data).features.feature
         except DecodeError as error:
             raise ValueError(f"{where}: {error}") from error
+        findings = [*self.findings, self.records.finding(shard)]
+        if flag := self._denied(_EPISODE, stored, where):
+            findings.append(f"{flag} says that the episode failed; it was taken all the same")
         for key, feature in self.features.items():
             try:
-                values[key] = _values(feature, key, stored, where)
+                if flag := self._denied(key, stored, where):
+                    raise ValueError(f"{flag} says that the episode does not have it")
+                values[key] = read_values(feature, key, stored, where)
             except (ValueError, zlib.error) as error:
                 left_out[key] = str(error)
         try:
             id = f"{self.split}/{shard:05d}/{number:05d}"
-            return self._episode(id, values, left_out, self.records.finding(shard))
+            return self._episode(id, values, left_out, findings)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
+    def _denied(self, key: str, stored: Mapping[str, Any], where: str) -> str:
+        """The flag that says no of a feature or of the episode; "" if none does."""
+        flag, feature = self.flags.get(key, ("", None))
+        with suppress(ValueError, zlib.error):  # a broken flag says nothing
+            said = read_values(feature, flag, stored, where) if flag else ()
+            return flag if len(said) and not np.any(said) else ""
+        return ""
+
+    def _rate(self, values: Mapping[str, Sequence]) -> str:
+        """That stored times of the steps have another rate than `fps`; "" if none has."""
+        for key, times in values.items():
+            named = key.rsplit("/", 1)[-1] in _TIMES and isinstance(times, np.ndarray)
+            if not named or times.size != len(times) or len(times) < 3 or self.unknown_rate:
+                continue
+            per_step = float(np.median(np.diff(times.ravel().astype(np.float64)))) * self.fps
+            # 0: too coarse, as seconds since 1970 in float32
+            if per_step and not any(abs(per_step / unit - 1) < _SAME_RATE for unit in _UNITS):
+                return f"{key} is not 1 / fps apart in any unit; the option fps was taken"
+        return ""
+
     def _episode(
-        self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], finding: str
+        self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], findings: list[str]
     ) -> Episode:
         # A value that is cut off, or of another shape than the features say, has another length.
         lengths = {key: len(value) for key, value in values.items() if key.startswith(STEPS)}
@@ -334,61 +320,21 @@ class _Split:
             embeddings={text: row for text, row in spoken.items() if row is not None},
             sections=parts,
             left_out=left_out,
-            findings=(finding,) if finding else (),
+            findings=tuple(filter(None, (*findings, _borders(values, length), self._rate(values)))),
             unknown_rate=self.unknown_rate,
         )
 
 
-def _values(
-    feature: Feature, key: str, stored: Mapping[str, "tf_feature_pb2.Feature"], where: str
-) -> Sequence:
-    """The values of a feature in a record: an array [n, *shape], texts as bytes, or frames."""
-    if not feature.kind:
-        raise ValueError(feature.why)
-    kind = stored[key].WhichOneof("kind") if key in stored else None
-    if kind is None:
-        raise ValueError(f"the record has no {key!r}, which {FEATURES} lists")
-    values = getattr(stored[key], kind).value
-    if (kind == "bytes_list") != (feature.kind != "number" or feature.encoding != "none"):
-        raise ValueError(f"{FEATURES} says {feature}, but it is stored as {kind}")
-    if feature.kind == "text":
-        return values
-    if feature.kind == "image":
-        if empty := sum(not image for image in values):
-            raise ValueError(f"{empty} of its {len(values)} pictures are empty")
-        return EncodedFrames(f"{where}: {key}", values)
-    dtype = np.dtype(feature.dtype)
-    if kind == "bytes_list":
-        unpack = zlib.decompress if feature.encoding == "zlib" else bytes
-        flat = np.frombuffer(bytearray().join(map(unpack, values)), dtype)
-    else:
-        flat = np.array(values, np.float32 if kind == "float_list" else np.int64)
-        # TFDS stores a uint64 as the int64 with the same bits, all other integers by value, and a
-        # float64 rounded to float32.
-        flat = flat.view(dtype) if dtype == np.uint64 else flat.astype(dtype)
-    size = math.prod(feature.shape)
-    if len(flat) % size:
-        raise ValueError(
-            f"{FEATURES} says {list(feature.shape)}, but there are {len(flat)} numbers, which is "
-            f"no multiple of {size}"
-        )
-    array = flat.reshape(-1, *feature.shape)
-    return ArrayFrames(f"{where}: {key}", array, feature.order) if feature.order else array
-
-
-class EncodedFrames(ImageFrames):
-    """Frames that are stored as JPEG, PNG or other images inside a record."""
-
-    def __init__(self, where: str, images: Sequence[bytes]):
-        super().__init__(where, len(images))
-        self._images = images
-
-    def __reduce__(self):  # a list inside a protobuf cannot be pickled
-        return EncodedFrames, (self.where, list(self._images))
-
-    def encoded(self, number: int) -> bytes:
-        """One image as it is stored."""
-        return self._images[number]
+def _borders(values: Mapping[str, Sequence], steps: int) -> str:
+    """That a record holds several episodes, as its flags say; "" if they say nothing like it."""
+    for key, inner in ((f"{STEPS}/is_first", slice(1, None)), (f"{STEPS}/is_last", slice(-1))):
+        flag = np.asarray(values.get(key, ()))
+        if flag.shape == (steps,) and flag[inner].any() and not flag.all():
+            return (
+                f"{key} marks borders within a record, which was taken as one episode; if they are "
+                "right, windows run across them"
+            )
+    return ""
 
 
 def _is_instruction(key: str, feature: Feature, wanted: str) -> bool:

@@ -21,7 +21,7 @@ import ml_dtypes  # noqa: F401  (registers bfloat16 with NumPy, and so with safe
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from data_pipelines.episode import Episode, LazyEpisodes, reason
+from data_pipelines.episode import EMBEDDING, Episode, LazyEpisodes, reason
 from data_pipelines.pickles import read_array_pickle
 from data_pipelines.sources.files import check_finished, read_text, walk, without_padding
 from data_pipelines.video import VideoFile, VideoPool
@@ -161,7 +161,12 @@ class _Folder:
             raise ValueError(f"{self.path}/metas has two captions of {key}: {captions}; keep one")
         caption = read_text(self.path / "metas" / captions[0])
         files = (self.path / folder / f"{key}{suffix}" for folder, suffix in self.stored)
-        embedding = next((file for file in files if file.is_file()), None)
+        embeddings, left_out = {}, {}
+        if file_of_text := next((file for file in files if file.is_file()), None):
+            try:
+                embeddings[caption] = read_text_embedding(file_of_text)
+            except ValueError as error:
+                left_out[EMBEDDING] = str(error)
         return Episode(
             # Names that differ in the suffix only need it; .mp4 is left out, as the writers do.
             id=file.stem if file.suffix == ".mp4" else file.name,
@@ -170,7 +175,8 @@ class _Folder:
             instructions=(caption,),
             streams={STREAM: VideoFile(file, pool=self.pool).stream()},
             cameras=(STREAM,),
-            embeddings={caption: read_text_embedding(embedding)} if embedding else {},
+            embeddings=embeddings,
+            left_out=left_out,
         )
 
 

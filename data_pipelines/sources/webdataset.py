@@ -100,6 +100,7 @@ class Shard:
     kinds: Counter[str] = field(default_factory=Counter)  # of suffixes: "mp4", "cam0.mp4"
     marks: dict[int, str] = field(default_factory=dict)  # see `repeat_marks`
     faults: dict[int, str] = field(default_factory=dict)  # sample -> why it cannot be read
+    apart: frozenset[str] = frozenset()  # keys whose files do not lie together
 
     def sample(self, number: int) -> tuple[str, dict[str, tarfile.TarInfo]]:
         """A sample's key, and its members by suffix; ValueError for a fault."""
@@ -143,6 +144,7 @@ def _index(path: Path) -> Shard:
         if keys:
             fault = f": {error}; {keys[-1]} and all samples after it are lost; copy the tar again"
     shard.marks = repeat_marks(keys)
+    shard.apart = frozenset(keys[index] for index in shard.marks)
     if fault:
         if not shard.starts:
             shard.starts.append(0)
@@ -184,7 +186,7 @@ def _load(
     key, members = shard.sample(index)
     cameras = {_camera(kind): kind for kind in members if _camera(kind)}
     if not cameras:
-        raise ValueError(f"{shard.path}/{key} has no video, only {sorted(members)}")
+        raise ValueError(f"{shard.path}/{key} has no video, only {_only(shard, key, members)}")
     read = {*cameras.values(), "txt", "json"}
     left_out = {kind: "a member that is not read" for kind in members if kind not in read}
     streams, faults, findings = {}, [], []
@@ -204,7 +206,7 @@ def _load(
         id=f"{shard.path.stem}/{key}{shard.marks.get(index, '')}",
         source=name,
         embodiment=embodiment,
-        instructions=_captions(shard.path, key, members, caption, findings),
+        instructions=_captions(shard, key, members, caption, findings),
         streams=streams,
         cameras=tuple(streams),
         left_out=left_out,
@@ -218,26 +220,33 @@ def _camera(kind: str) -> str:
     return (camera or STREAM) if f".{suffix}" in VIDEO_SUFFIXES else ""
 
 
+def _only(shard: Shard, key: str, members: Mapping[str, tarfile.TarInfo]) -> str:
+    """The members of a sample that lacks some, and where these may be."""
+    elsewhere = " there; other files of this key lie apart, so make the tar with --sort=name"
+    return f"{sorted(members)}{elsewhere if key in shard.apart else ''}"
+
+
 def _captions(
-    shard: Path,
+    shard: Shard,
     key: str,
     members: Mapping[str, tarfile.TarInfo],
     wanted: str,
     findings: list[str],
 ) -> tuple[str, ...]:
     if "txt" in members:
-        text = _text(shard, f"{key}.txt", members["txt"]).strip()
+        text = _text(shard.path, f"{key}.txt", members["txt"]).strip()
         if "json" in members:
             try:
-                others = _listed(shard, f"{key}.json", members["json"], wanted)
+                others = _listed(shard.path, f"{key}.json", members["json"], wanted)
             except ValueError:
                 others = (text,)  # a .json with other things
             if text not in others:
                 findings.append(f"the .txt differs from {wanted!r} in the .json; the .txt is taken")
         return (text,)
     if "json" not in members:
-        raise ValueError(f"{shard}/{key} has no .txt or .json, only {sorted(members)}")
-    return _listed(shard, f"{key}.json", members["json"], wanted)
+        only = _only(shard, key, members)
+        raise ValueError(f"{shard.path}/{key} has no .txt or .json, only {only}")
+    return _listed(shard.path, f"{key}.json", members["json"], wanted)
 
 
 def _text(shard: Path, name: str, member: tarfile.TarInfo) -> str:
