@@ -6,7 +6,7 @@ instants, `vectors.py` its vectors.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from data_pipelines.windows import (
     WindowSpec,
     anchors,
     in_pause,
+    is_outside,
     nearest_indices,
     request_times,
 )
@@ -96,7 +97,7 @@ def cut_episode(
         columns,
         texts_at(episode, at),
         sectioned=bool(episode.sections),
-        findings=_pauses(episode, dataset, policy_io, at, asked),
+        findings=tuple(_gaps(episode, dataset, policy_io, at, asked)),
     )
 
 
@@ -118,31 +119,38 @@ def vector_streams(dataset: ConfigDict) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _pauses(
+def _gaps(
     episode: Episode,
     dataset: ConfigDict,
     policy_io: ConfigDict,
     anchor: np.ndarray,
     asked: list[tuple[str, np.ndarray, float]],
-) -> tuple[str, ...]:
-    """A sentence for each stream in whose pauses windows ask for values.
+) -> Iterator[str]:
+    """A sentence for each stream that has no value near to where windows ask for one.
 
     `asked` holds the cameras, the instants that the windows ask of them, and their rate.
     """
     for key, look in (("action", "future"), ("proprio", "past")):
         for part in parse(dataset[key], key):
+            io = policy_io[key]
             if part.interpolation != "previous":  # a value that holds until the next one
-                io = policy_io[key]
                 shift = io.get("shift", 0.0) + part.shift
                 spec = WindowSpec(key, io.horizon, io.fps, shift, look=look)
                 asked += [(name, request_times(spec, anchor), io.fps) for name in part.streams]
+                asked += [(name, anchor, io.fps) for name in part.bases]
     stamps = {name: stream.timestamps for name, stream in episode.streams.items()}
     paused = [name for name, times, fps in asked if in_pause(stamps[name], times, fps).any()]
-    return tuple(
-        f"{name} pauses within an episode: what windows ask for in the pause is made of the "
-        "values at its edges"
-        for name in dict.fromkeys(paused)
-    )
+    short = [name for name, _, fps in asked if is_outside(stamps[name], anchor, fps).any()]
+    for name in dict.fromkeys(paused):
+        yield (
+            f"{name} pauses within an episode: what windows ask for in the pause is made of the "
+            "values at its edges"
+        )
+    for name in dict.fromkeys(short):
+        yield (
+            f"{name} begins later than an episode or ends earlier: windows there repeat its first "
+            "or last value as the present one"
+        )
 
 
 def texts_at(episode: Episode, anchor: np.ndarray) -> np.ndarray:
@@ -190,6 +198,10 @@ def cut_numbers(
     at = anchors(episode.streams[names[0]].timestamps, acting, anchor_fps)
     if len(at) == 0:
         raise ValueError("the video and the actions do not overlap in time")
+    for name in used:
+        times = episode.streams[name].timestamps
+        if at[-1] < times[0] or at[0] > times[-1]:
+            raise ValueError(f"the video and {name} do not overlap in time")
 
     columns = {"anchor": at}
     for key, parts, io, look in (

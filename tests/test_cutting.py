@@ -147,6 +147,25 @@ def test_windows_that_reach_into_a_pause_are_a_finding():
         assert cut_episode(paused, dataset, CLIP, IO).findings == ()
 
 
+def test_a_stream_that_is_not_there_at_the_present_is_a_finding_or_an_error():
+    """The edges of an episode are repeated in all windows, but those of one stream in few."""
+    episode, dataset = _episode(), _dataset(("front", "side"))
+    delta = dict(stream="action", columns=(0, 1, 2), represent="delta", base="state")
+    based = _dataset(action=(delta, dict(pad=1)), proprio="")
+    for name, asks in (("side", dataset), ("state", dataset), ("state", based)):
+        stream = episode.streams[name]
+        half = len(stream.values) // 2
+        for some in (slice(half), slice(half, None)):
+            times = stream.timestamps[some]
+            values = stream.values[some] if name == "state" else Frames(len(times))
+            short = _episode(**{name: Stream(times, values)})
+            (finding,) = cut_episode(short, asks, CLIP, IO).findings
+            assert finding.startswith(f"{name} begins later than an episode or ends earlier")
+        other = _episode(**{name: Stream(stream.timestamps + 10**12, stream.values)})
+        with pytest.raises(ValueError, match=f"the video and {name} do not overlap in time"):
+            cut_numbers(other, asks, IO)
+
+
 def test_several_cameras_fill_one_frame():
     """Every camera by its own clock, at the instants of the first."""
     episode = _episode()

@@ -242,6 +242,17 @@ def test_episodes_that_differ_from_the_first_are_named():
     assert found.readable == 5
 
 
+def test_cameras_of_different_length_are_named():
+    times, video = np.arange(20, dtype=np.int64) * 10**8, np.stack(_moving(0, 20))
+    episode = _episode("a", times, video=video)
+    for some in (slice(12), slice(8, None), slice(None)):
+        wrist = Stream(times[some], video[some])
+        streams = {"front": episode.streams["front"], "wrist": wrist}
+        both = replace(episode, streams=streams, cameras=("front", "wrist"))
+        kinds = _kinds(inspect_dataset([both], "set", "in memory"))
+        assert ("videos of different length" in kinds) == (some != slice(None))
+
+
 def test_what_an_encoding_job_would_not_use_is_listed(tmp_path):
     times = np.arange(10, dtype=np.int64) * 10**8
     episodes = [_episode(name, times) for name in "abc"]
