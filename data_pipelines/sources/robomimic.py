@@ -9,8 +9,8 @@ LIBERO, robosuite, MimicGen, RoboCasa and IsaacLab write this layout. A file wit
 `EPISODE_ACTIONS` instead of `data` is one episode. A stream is named by the array's path below the
 demonstration: "actions", "obs/agentview_rgb", "observations/images/cam_high".
 
-Cameras are uint8 arrays, [T, h, w, 3] and the like (`pictures.py`), or JPEG and PNG files. What
-neither is nor holds one number or vector per action is in `Episode.left_out`.
+Cameras are uint8 arrays, [T, h, w, 3] and the like (`pictures.py`), or JPEG, PNG or WebP files.
+What neither is nor holds one number or vector per action is in `Episode.left_out`.
 
 LIBERO's own files store images as OpenGL draws them, bottom row first; `flip="vertical"` puts them
 upright. mimic-video and OpenVLA rotate them by 180 degrees instead, which swaps left and right;
@@ -21,7 +21,6 @@ In LIBERO's own files the observation of a row follows its action; an action `sh
 0.05 s, pairs it with the next action. In robomimic's files it precedes the action.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -39,7 +38,7 @@ from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
 from data_pipelines.frames import Frames
 from data_pipelines.sources import hdf5
 from data_pipelines.sources.files import UNKNOWN_RATE, Visit, glance, sections, step_times, walk
-from data_pipelines.sources.hdf5 import FLIPS, Hdf5Pool
+from data_pipelines.sources.hdf5 import FLIPS, Hdf5Pool, json_attribute, string
 
 SUFFIXES = (".hdf5", ".h5")
 STYLES = ("stored", "release")
@@ -186,7 +185,7 @@ def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> li
             if f"mask/{mask}" not in file:
                 known = sorted(file["mask"]) if "mask" in file else "none"
                 raise ValueError(f"{path} has no mask {mask!r}; its masks are {known}")
-            chosen = {_string(n) for n in file[f"mask/{mask}"][()]}
+            chosen = {string(n) for n in file[f"mask/{mask}"][()]}
             if missing := sorted(chosen.difference(names)):
                 raise ValueError(f"{path}: the mask {mask!r} lists {missing[0]}, which is missing")
             names = [n for n in names if n in chosen]
@@ -354,10 +353,13 @@ class _Dataset:
 
 def _stated_rates(group: h5py.Group) -> Iterator[tuple[str, float]]:
     """The rates that a group's attributes state."""
-    about = _json_attribute(group, "env_args")
+    about = json_attribute(group, "env_args")
     kwargs, physics = about.get("env_kwargs"), about.get("sim_args")
-    if isinstance(kwargs, dict) and kwargs.get("control_freq") is not None:
-        yield "control_freq", _positive(group, "control_freq", kwargs["control_freq"])
+    info = json_attribute(group, "env_info")  # of robosuite's own recordings
+    for name, stated in (("env_kwargs", kwargs), ("env_args", about), ("env_info", info)):
+        if isinstance(stated, dict) and stated.get("control_freq") is not None:
+            rate = _positive(group, "control_freq", stated["control_freq"])
+            yield f"control_freq in {name}", rate
     if isinstance(physics, dict) and {"dt", "decimation"} <= physics.keys():
         seconds = [_positive(group, name, physics[name]) for name in ("dt", "decimation")]
         # In floating point 1 / (0.01 * 5) is not exactly 20.
@@ -375,22 +377,25 @@ def _positive(group: h5py.Group, name: str, value: Any) -> float:
 
 def _is_robosuites(group: h5py.Group) -> bool:
     """Whether attributes say that robosuite wrote this: LIBERO's, robomimic's, its own."""
-    kind = _json_attribute(group, "env_args").get("type")
+    about = json_attribute(group, "env_args")
+    if "control_freq" in string(group.attrs.get("env_args", "")):
+        return False  # what it says of the rate could not be read
+    kind = about.get("type")
     own = {"env", "repository_version"} <= group.attrs.keys()
     return own or kind == _ROBOSUITE or any(name in group.attrs for name in _LIBEROS)
 
 
 def _stated_texts(group: h5py.Group, described: list[h5py.Group]) -> dict[str, tuple[str, ...]]:
     """Instructions by where they are stated, the nearest to the demonstration first."""
-    found = {"ep_meta": _json_attribute(group, "ep_meta").get("lang")}  # RoboCasa's
+    found = {"ep_meta": json_attribute(group, "ep_meta").get("lang")}  # RoboCasa's
     for name in _TEXTS:
-        found[name] = _string(group.attrs[name]) if name in group.attrs else None
+        found[name] = string(group.attrs[name]) if name in group.attrs else None
         array = group.get(name) if name in group else None
         if isinstance(array, h5py.Dataset) and h5py.check_string_dtype(array.dtype):
-            found[name] = [_string(text) for text in np.ravel(array[()])] if array.size == 1 else ()
+            found[name] = [string(text) for text in np.ravel(array[()])] if array.size == 1 else ()
     for place, node in zip(("problem_info", "problem_info of the listing file"), described):
-        found[place] = _json_attribute(node, "problem_info").get("language_instruction")  # LIBERO's
-        found |= {f"env_args of {place}": _json_attribute(node, "env_args").get("prompt")}
+        found[place] = json_attribute(node, "problem_info").get("language_instruction")  # LIBERO's
+        found |= {f"env_args of {place}": json_attribute(node, "env_args").get("prompt")}
     return {name: texts for name, value in found.items() if (texts := _sentences(value))}
 
 
@@ -414,7 +419,7 @@ def _texts_of_steps(arrays: Mapping[str, h5py.Dataset], steps: int) -> list[tupl
     columns = []
     for key, array in arrays.items():
         if _is_text(key, array) and array.shape == (steps,) and steps > 1:
-            columns.append([_string(value).strip() for value in array[()]])
+            columns.append([string(value).strip() for value in array[()]])
     rows = zip(*columns)
     return [tuple(dict.fromkeys(filter(None, row))) for row in rows]
 
@@ -432,7 +437,7 @@ def _length(
     if "num_samples" in group.attrs:  # LIBERO has strings and numbers
         try:
             (declared,) = np.ravel(group.attrs["num_samples"])
-            declared = float(_string(declared))
+            declared = float(string(declared))
         except ValueError:
             findings.append("num_samples is not a number; the number of actions is taken")
         else:
@@ -442,18 +447,3 @@ def _length(
                     "or write the file again"
                 )
     return length
-
-
-def _json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
-    """A JSON object in an attribute; empty if it is missing or something else."""
-    text = _string(group.attrs.get(key, "{}"))  # outside `try`: another encoding is an error
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _string(value: Any) -> str:
-    """A text that h5py may return as bytes or as str."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)
