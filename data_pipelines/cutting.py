@@ -6,6 +6,7 @@ instants, `vectors.py` its vectors.
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.episode import Episode
 from data_pipelines.frames import resize_area
+from data_pipelines.representations import seams
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.windows import (
     WindowSpec,
@@ -97,7 +99,7 @@ def cut_episode(
         columns,
         texts_at(episode, at),
         sectioned=bool(episode.sections),
-        findings=tuple(_gaps(episode, dataset, policy_io, at, asked)),
+        findings=(*_gaps(episode, dataset, policy_io, at, asked), *_jumps(episode, dataset)),
     )
 
 
@@ -151,6 +153,26 @@ def _gaps(
             f"{name} begins later than an episode or ends earlier: windows there repeat its first "
             "or last value as the present one"
         )
+
+
+def _jumps(episode: Episode, dataset: ConfigDict) -> Iterator[str]:
+    """A sentence for each number of the vectors that jumps between two values of one angle."""
+    for key in ("action", "proprio"):
+        for part in parse(dataset[key], key):
+            if part.represent not in ("values", "delta") or part.wrap is not None:
+                continue
+            for name in part.streams:
+                values = np.asarray(episode.streams[name].values)
+                if values.dtype.kind != "f":
+                    continue
+                flat = values.reshape(len(values), -1).astype(np.float64)
+                columns = list(part.columns or range(flat.shape[1]))
+                of = f"{name}, columns {columns}" if part.columns else name
+                for text in seams(flat[:, columns]):
+                    yield f"{key}: of {of}, {_TIMES.sub('', text)}"
+
+
+_TIMES = re.compile(r" \(\d+ times\)")  # differs between episodes, which are to be counted
 
 
 def texts_at(episode: Episode, anchor: np.ndarray) -> np.ndarray:

@@ -166,6 +166,19 @@ def test_a_stream_that_is_not_there_at_the_present_is_a_finding_or_an_error():
             cut_numbers(other, asks, IO)
 
 
+def test_an_angle_that_jumps_is_a_finding_unless_its_part_says_how_it_wraps():
+    turning = np.mod(np.linspace(2, 4.4, N) + np.pi, 2 * np.pi) - np.pi
+    episode = _episode()
+    values = np.column_stack([episode.streams["state"].values[:, :2], turning])
+    episode = _episode(state=Stream(episode.streams["state"].timestamps, values))
+    (finding,) = cut_episode(episode, _dataset(), CLIP, IO).findings
+    assert finding.startswith("proprio: of state, dimension 2 jumps by 2π: an angle that wraps")
+    part = dict(stream="state", columns=(2,))
+    for change, count in (({}, 1), (dict(wrap=(-np.pi, np.pi)), 0)):
+        asks = _dataset(proprio=(part | change, dict(pad=2)))
+        assert len(cut_episode(episode, asks, CLIP, IO).findings) == count
+
+
 def test_several_cameras_fill_one_frame():
     """Every camera by its own clock, at the instants of the first."""
     episode = _episode()
