@@ -364,6 +364,25 @@ def test_the_rate_is_what_the_file_says_or_is_asked_for(tmp_path):
     assert open_it(both)[0].streams["actions"].timestamps[1] == 100_000_000
 
 
+def test_times_in_a_file_that_are_not_those_of_its_rate_are_a_finding(tmp_path):
+    path = write(tmp_path / "a.hdf5", {"demo_0": 1}, fps=10)
+    assert rate(path) == 10
+    times = 1.7e9 + np.arange(STEPS) / 10
+    for values, options, said in (
+        (times, {}, ""),
+        (1e3 * times, {}, ""),
+        (np.round(1e9 * times).astype(np.int64), {}, ""),
+        (times + 3 * (np.arange(STEPS) > 2), {}, "obs/timestamp has pauses"),
+        (times, {"fps": 20}, "obs/timestamp says another rate than 20 steps per second"),
+        (np.zeros(STEPS), {}, ""),
+    ):
+        with h5py.File(path, "a") as file:
+            file.pop("data/demo_0/obs/timestamp", None)
+            file["data/demo_0/obs/timestamp"] = values
+        findings = open_it(path, **{"fps": None} | options)[0].findings
+        assert len(findings) == bool(said) and "".join(findings).startswith(said)
+
+
 def test_a_linked_demonstration_has_the_rate_and_text_of_its_own_file(tmp_path):
     def about(rate, text):
         problem = {"language_instruction": text}

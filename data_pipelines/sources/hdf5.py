@@ -344,6 +344,28 @@ def _virtual_fault(array: h5py.Dataset) -> str:
     return "" if filled == array.size else "it is a virtual dataset whose parts do not fill it"
 
 
+_CLOCKS = ("timestamp", "timestamps")
+_UNITS = 10.0 ** np.array([0, -3, -6, -9])  # seconds
+
+
+def clock_findings(
+    arrays: dict[str, h5py.Dataset], steps: int, rate: float | None
+) -> Iterator[str]:
+    """Where a file's own times of its steps are not even ones at this rate."""
+    for key, array in arrays.items():
+        named = key.rpartition("/")[2].lower() in _CLOCKS
+        if not named or array.shape not in ((steps,), (steps, 1)) or array.dtype.kind not in "iuf":
+            continue
+        gaps = np.diff(array[()].ravel().astype(np.float64))
+        usual = np.median(gaps) if len(gaps) else 0.0
+        if not usual > 0 or rate is None:
+            continue
+        if not (np.abs(usual * _UNITS * rate - 1) < 0.1).any():
+            yield f"{key} says another rate than {rate:g} steps per second, which is taken"
+        elif gaps.max() > 2.5 * usual:
+            yield f"{key} has pauses, but the steps are taken as even"
+
+
 def json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
     """A JSON object in an attribute; empty if it is missing or something else."""
     text = string(group.attrs.get(key, "{}"))  # outside `try`: another encoding is an error

@@ -48,6 +48,7 @@ EPISODE_ACTIONS = ("action", "joint_action/vector")
 ROBOSUITE_HZ = 20.0
 _ROBOSUITE = 1  # the number of this kind of environment in robomimic
 _LIBEROS = ("problem_info", "bddl_file_name", "macros_image_convention")  # attributes of its files
+_RATES = ("fps", "hz", "frequency", "control_freq", "control_frequency")  # other attributes
 _SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
 _NUMBER = re.compile(r"\d+")
 _TEXTS = ("language_instruction", "language_raw", "instruction")  # in a demonstration
@@ -263,6 +264,7 @@ class _Dataset:
             length = _length(demo, group, arrays, findings)
             rate = self._rate(demo, group, described)
             times = step_times(length, rate or 1)
+            findings += hdf5.clock_findings(arrays, length, rate)
             texts, parts = self._texts(demo, group, described, arrays, times, findings)
             streams = {}
             for key, array in arrays.items():
@@ -309,6 +311,9 @@ class _Dataset:
             stated |= {f"{name} of {node.file.filename}": r for name, r in _stated_rates(node)}
         if len({round(rate, 6) for rate in stated.values()}) > 1:
             raise ValueError(f"{demo.where}: the rates disagree, {stated}; set the option fps")
+        others = ((node, name) for node in described for name in _RATES if name in node.attrs)
+        for node, name in () if stated else others:
+            stated[name] = _positive(node, name, np.asarray(node.attrs[name]).tolist())
         if stated:
             return next(iter(stated.values()))
         if any(_is_robosuites(node) for node in described):
