@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.episode import Episode
+from data_pipelines.episode import NANOSECONDS, Episode
 from data_pipelines.frames import resize_area
 from data_pipelines.representations import seams
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
@@ -24,10 +24,12 @@ from data_pipelines.windows import (
     is_outside,
     nearest_indices,
     request_times,
+    usual_steps,
 )
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
+_SLOW = 1.5  # times 1/fps between a camera's frames
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
 
@@ -132,6 +134,10 @@ def _gaps(
 
     `asked` holds the cameras, the instants that the windows ask of them, and their rate.
     """
+    stamps = {name: stream.timestamps for name, stream in episode.streams.items()}
+    for name, _, fps in asked:
+        if np.median(usual_steps(stamps[name])) > _SLOW * NANOSECONDS / fps:
+            yield f"{name} has fewer than clip.fps = {fps:g} frames per second: clips repeat them"
     for key, look in (("action", "future"), ("proprio", "past")):
         for part in parse(dataset[key], key):
             io = policy_io[key]
@@ -140,7 +146,6 @@ def _gaps(
                 spec = WindowSpec(key, io.horizon, io.fps, shift, look=look)
                 asked += [(name, request_times(spec, anchor), io.fps) for name in part.streams]
                 asked += [(name, anchor, io.fps) for name in part.bases]
-    stamps = {name: stream.timestamps for name, stream in episode.streams.items()}
     paused = [name for name, times, fps in asked if in_pause(stamps[name], times, fps).any()]
     short = [name for name, _, fps in asked if is_outside(stamps[name], anchor, fps).any()]
     for name in dict.fromkeys(paused):

@@ -166,6 +166,14 @@ def test_a_stream_that_is_not_there_at_the_present_is_a_finding_or_an_error():
             cut_numbers(other, asks, IO)
 
 
+def test_a_camera_that_is_slower_than_the_clip_is_a_finding():
+    episode = _episode()
+    few = np.arange(0, N, 4)
+    slow = _episode(front=Stream(episode.streams["front"].timestamps[few], Frames(len(few))))
+    (finding,) = cut_episode(slow, _dataset(), CLIP, IO).findings
+    assert finding.startswith("front has fewer than clip.fps = 10 frames per second")
+
+
 def test_an_angle_that_jumps_is_a_finding_unless_its_part_says_how_it_wraps():
     turning = np.mod(np.linspace(2, 4.4, N) + np.pi, 2 * np.pi) - np.pi
     episode = _episode()
