@@ -101,7 +101,7 @@ def cut_episode(
         columns,
         texts_at(episode, at),
         sectioned=bool(episode.sections),
-        findings=(*_gaps(episode, dataset, policy_io, at, asked), *_jumps(episode, dataset)),
+        findings=(*_gaps(episode, dataset, policy_io, at, asked), *_misfits(episode, dataset)),
     )
 
 
@@ -160,23 +160,33 @@ def _gaps(
         )
 
 
-def _jumps(episode: Episode, dataset: ConfigDict) -> Iterator[str]:
-    """A sentence for each number of the vectors that jumps between two values of one angle."""
+def _misfits(episode: Episode, dataset: ConfigDict) -> Iterator[str]:
+    """A sentence for each stream whose numbers are not what its part of a vector takes them for.
+
+    They jump between two values of one angle, or a gripper's leave the range that is said.
+    """
     for key in ("action", "proprio"):
         for part in parse(dataset[key], key):
-            if part.represent not in ("values", "delta") or part.wrap is not None:
+            if part.represent not in ("values", "delta", "gripper") or part.wrap is not None:
                 continue
             for name in part.streams:
                 values = np.asarray(episode.streams[name].values)
-                if values.dtype.kind != "f":
-                    continue
                 flat = values.reshape(len(values), -1).astype(np.float64)
                 columns = list(part.columns or range(flat.shape[1]))
-                of = f"{name}, columns {columns}" if part.columns else name
-                for text in seams(flat[:, columns]):
-                    yield f"{key}: of {of}, {_TIMES.sub('', text)}"
+                of, flat = f"{name}, columns {columns}" if part.columns else name, flat[:, columns]
+                if part.represent == "gripper":
+                    opening = (flat - part.closed) / (part.open - part.closed)
+                    if (np.abs(opening - 0.5) > 0.5 + _BEYOND).mean() > _OFTEN:
+                        yield (
+                            f"{key}: {of} goes beyond closed = {part.closed:g} and open = "
+                            f"{part.open:g}, to which it is clipped"
+                        )
+                elif values.dtype.kind == "f":
+                    for text in seams(flat):
+                        yield f"{key}: of {of}, {_TIMES.sub('', text)}"
 
 
+_BEYOND, _OFTEN = 0.1, 0.01  # of a gripper's range; share of its values
 _TIMES = re.compile(r" \(\d+ times\)")  # differs between episodes, which are to be counted
 
 

@@ -166,6 +166,16 @@ def test_a_stream_that_is_not_there_at_the_present_is_a_finding_or_an_error():
             cut_numbers(other, asks, IO)
 
 
+@pytest.mark.parametrize("scale", [1.05, 255, -1])
+def test_a_gripper_beyond_its_range_is_a_finding(scale):
+    opening = scale * np.linspace(0, 1, N)[:, None]
+    episode = _episode(state=Stream(np.arange(N, dtype=np.int64) * 50_000_000, opening))
+    part = dict(stream="state", represent="gripper", closed=0.0, open=1.0)
+    findings = cut_episode(episode, _dataset(proprio=(part, dict(pad=2))), CLIP, IO).findings
+    assert len(findings) == (scale != 1.05)
+    assert all("state goes beyond closed = 0 and open = 1" in finding for finding in findings)
+
+
 def test_a_camera_that_is_slower_than_the_clip_is_a_finding():
     episode = _episode()
     few = np.arange(0, N, 4)
