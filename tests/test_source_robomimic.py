@@ -219,6 +219,11 @@ def test_other_hdf5_files_are_not_taken_for_demonstrations(tmp_path):
     assert not recognises(tmp_path) and not recognises(tmp_path / "0.hdf5")
     with pytest.raises(ValueError, match="it has no group `data`"):
         open_it(tmp_path)
+    for key, said in {"data": "it has an array `data`", "data/demo_0/action": "but action"}.items():
+        with h5py.File(tmp_path / "0.hdf5", "w") as file:
+            file[key] = np.zeros((3, 4))
+        with pytest.raises(ValueError, match=said):
+            open_it(tmp_path)[0]
     (tmp_path / "empty").mkdir()
     assert not recognises(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"has no \.hdf5 or \.h5 file"):

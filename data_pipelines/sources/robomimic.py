@@ -177,10 +177,8 @@ def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> li
             for actions in EPISODE_ACTIONS:
                 if isinstance(file.get(actions), h5py.Dataset) and mask is None:
                     return [_Demo(id, path, "/", actions, place=hdf5.place(file))]
-            raise ValueError(
-                f"{path} has no demonstrations: it has no group `data`, but {_members(file)}"
-                f"{_hint(file)}"
-            )
+            found = f"no group `data`, but {_members(file)}" if data is None else "an array `data`"
+            raise ValueError(f"{path} has no demonstrations: it has {found}{_hint(file)}")
         names = [name for name in data if _is_demonstration(data, name)]
         if mask is not None:
             if f"mask/{mask}" not in file:
@@ -435,7 +433,7 @@ def _length(
     """The number of actions, which must be what the file declares."""
     actions = arrays.get(demo.actions)
     if actions is None or not actions.shape:
-        raise ValueError(f"{demo.where} has no array `{demo.actions}`")
+        raise ValueError(f"{demo.where} has no array `{demo.actions}`, but {_members(group)}")
     length = len(actions)
     if length == 0:
         raise ValueError(f"{demo.where} is empty; leave it out")
