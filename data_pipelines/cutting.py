@@ -90,9 +90,14 @@ def cut_episode(
         np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
     )
     frames = np.empty((len(used), clip.height, clip.width, 3), np.uint8)
+    sizes: dict[str, tuple[int, ...]] = {}  # of each camera's pictures
     for start in range(0, len(used), _DECODE_FRAMES):
         part = used[start : start + _DECODE_FRAMES]
         pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
+        for name, some in pictures.items():
+            if sizes.setdefault(name, some.shape[1:3]) != some.shape[1:3]:
+                both = f"{list(sizes[name])} and {list(some.shape[1:3])}"
+                raise ValueError(f"{name} has pictures of different sizes, {both}")
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
     asked = [(name, times, clip.fps) for name in names]
     return EpisodeWindows(

@@ -176,6 +176,18 @@ def test_a_gripper_beyond_its_range_is_a_finding(scale):
     assert all("state goes beyond closed = 0 and open = 1" in finding for finding in findings)
 
 
+def test_pictures_of_different_sizes_are_an_error():
+    episode, small = _episode(), Frames(N, 32, 48)
+
+    class Changing(Frames):
+        def read(self, indices):
+            return super().read(indices) if max(indices) < N // 2 else small.read(indices)
+
+    changing = _episode(front=Stream(episode.streams["front"].timestamps, Changing(N)))
+    with pytest.raises(ValueError, match=r"front has pictures of different sizes, \[64, 96\] and"):
+        cut_episode(changing, _dataset(), CLIP, IO)
+
+
 def test_a_camera_that_is_slower_than_the_clip_is_a_finding():
     episode = _episode()
     few = np.arange(0, N, 4)

@@ -381,6 +381,11 @@ def test_times_in_a_file_that_are_not_those_of_its_rate_are_a_finding(tmp_path):
             file["data/demo_0/obs/timestamp"] = values
         findings = open_it(path, **{"fps": None} | options)[0].findings
         assert len(findings) == bool(said) and "".join(findings).startswith(said)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/is_pad"] = np.arange(STEPS) > 3
+        file["data/demo_0/valid"] = np.ones(STEPS)
+    (finding,) = open_it(path)[0].findings
+    assert finding.startswith("is_pad tells some steps from others, perhaps as padding")
 
 
 def test_a_linked_demonstration_has_the_rate_and_text_of_its_own_file(tmp_path):

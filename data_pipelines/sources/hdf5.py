@@ -345,16 +345,19 @@ def _virtual_fault(array: h5py.Dataset) -> str:
 
 
 _CLOCKS = ("timestamp", "timestamps")
+_PADDING = ("mask", "pad_mask", "padding_mask", "is_pad", "action_is_pad", "valid", "is_valid")
 _UNITS = 10.0 ** np.array([0, -3, -6, -9])  # seconds
 
 
-def clock_findings(
-    arrays: dict[str, h5py.Dataset], steps: int, rate: float | None
-) -> Iterator[str]:
-    """Where a file's own times of its steps are not even ones at this rate."""
+def step_findings(arrays: dict[str, h5py.Dataset], steps: int, rate: float | None) -> Iterator[str]:
+    """Where a file's own times of its steps are not even ones at this rate, or it marks steps."""
     for key, array in arrays.items():
-        named = key.rpartition("/")[2].lower() in _CLOCKS
-        if not named or array.shape not in ((steps,), (steps, 1)) or array.dtype.kind not in "iuf":
+        name = key.rpartition("/")[2].lower()
+        if array.shape not in ((steps,), (steps, 1)) or array.dtype.kind not in "biuf":
+            continue
+        if name in _PADDING and len(np.unique(array[()])) == 2:
+            yield f"{key} tells some steps from others, perhaps as padding, but all are used"
+        if name not in _CLOCKS:
             continue
         gaps = np.diff(array[()].ravel().astype(np.float64))
         usual = np.median(gaps) if len(gaps) else 0.0

@@ -262,7 +262,7 @@ class _Dataset:
             length = _length(demo, group, arrays, findings)
             rate = self._rate(demo, group, described)
             times = step_times(length, rate or 1)
-            findings += hdf5.clock_findings(arrays, length, rate)
+            findings += hdf5.step_findings(arrays, length, rate)
             texts, parts = self._texts(demo, group, described, arrays, times, findings)
             streams = {}
             for key, array in arrays.items():
