@@ -209,8 +209,13 @@ def _check_whole(
     declared = stream.frames
     if (_is("avi", stream) or _is("matroska", stream)) and _is_short(place):
         raise ValueError(unreadable(place, f"it is truncated after {found} frames"))
-    # An AVI counts empty chunks, too, which repeat the last frame.
-    if found < declared and not _is("avi", stream):  # or an edit list ends before the last of them
+    if _is("avi", stream):
+        # It declares empty chunks, too, which repeat the last frame; its index does not. Without
+        # those that are lost to damage, all later frames would be too early.
+        indexed = sum(entry.size > 0 for entry in stream.index_entries)
+        if found < indexed:
+            raise ValueError(unreadable(place, f"it has {found} of {indexed} frames"))
+    elif found < declared:  # or an edit list ends before the last of them
         with open_video(place, ignore_editlist="1") as container:
             found = sum(p.size > 0 for p in container.demux(video_streams(container)[0]))
         if found < declared:

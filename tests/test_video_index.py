@@ -283,6 +283,16 @@ def test_a_truncated_file_is_refused_in_every_container(tmp_path):
                 read_index(path)
 
 
+def test_frames_that_an_avi_has_lost_do_not_move_the_later_ones(tmp_path):
+    path = save_avi(tmp_path / "a.avi", PAUSED)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"00dc", len(content) // 2)
+    content[at : at + 200] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.avi: not a readable video \(it has \d+ of 40 frames"):
+        read_index(path)
+
+
 def test_b_frames_in_an_avi_are_refused(tmp_path):
     """It has no place for their order, and FFmpeg's guess shows them in a wrong one."""
     path = save_avi(tmp_path / "a.avi", range(40), "libx264", b_frames=2)
