@@ -425,6 +425,18 @@ def test_an_opened_dataset_can_be_sent_away_and_shared_by_threads(tmp_path, writ
         assert all(threads.map(same, range(30)))
 
 
+@pytest.mark.filterwarnings("ignore:.*Zarr V3 spec")
+@pytest.mark.parametrize("dtype", [str, "<U20", "S20"])
+@pytest.mark.parametrize("format", [2, 3])
+def test_text_of_every_dtype_is_read(tmp_path, dtype, format):
+    path = write_zarr(tmp_path / "a.zarr")
+    zarr.create_array(path / "language_instruction", shape=(1,), dtype=dtype, zarr_format=format)[
+        :
+    ] = np.array(["pick it up"], object if dtype is str else dtype)
+    (episode,) = open_it(path)
+    assert episode.instructions == ("pick it up",) and type(episode.instructions[0]) is str
+
+
 def test_instructions_with_times_belong_to_them(tmp_path):
     def written(texts, times):
         rows = np.stack([np.frombuffer(text.ljust(9).encode(), np.uint8) for text in texts])

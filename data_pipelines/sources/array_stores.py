@@ -27,8 +27,9 @@ _GRIDS = ("chunks", "chunk_grid")  # of format 2, of format 3
 
 # The codecs that may unpack a chunk. numcodecs has others, and one of them is pickle, which would
 # execute code in the dataset (only the newest versions refuse that themselves).
-CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta", "vlen-bytes"}
-CODECS |= {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
+CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta"}
+TEXTS = {"vlen-bytes", "vlen-utf8"}
+CODECS |= TEXTS | {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
 
 
 def open_store(path: Path, sparse: bool = False) -> "ArrayStore":
@@ -193,7 +194,7 @@ class ZarrStore:
         if unknown := [codec for codec in codecs if codec not in CODECS]:
             raise ValueError(f"the codec {unknown[0]!r} is refused; allowed are {sorted(CODECS)}")
         if about.get("dtype") == "|O":
-            if "vlen-bytes" not in codecs:
+            if not TEXTS.intersection(codecs):
                 raise ValueError("it has objects, not numbers")
             about = about | {"fill_value": ""}  # zarr 2 wrote 0 for byte strings
         import zarr  # takes half a second, and most commands do not need it
