@@ -344,6 +344,27 @@ def _virtual_fault(array: h5py.Dataset) -> str:
     return "" if filled == array.size else "it is a virtual dataset whose parts do not fill it"
 
 
+def listed(group: h5py.Group, most: int = 8) -> str:
+    """The names of a group's first members, and how many there are besides."""
+    names = sorted(group)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}" if names else "nothing"
+
+
+def other_layout(file: h5py.File) -> str:
+    """What a file in another layout is, and what can be done with it."""
+    if "traj_0/actions" in file:
+        return (
+            ". It is a trajectory file of ManiSkill, whose rate and cameras are described in a "
+            "JSON file beside it; convert it to LeRobot"
+        )
+    if "observation/timestamp" in file and "action/cartesian_position" in file:
+        return ". It is a raw trajectory of DROID; use DROID's RLDS or LeRobot release"
+    if "transforms/camera" in file:
+        return ". It is a pose file of EgoDex; give the folder with the videos"
+    return ""
+
+
 _CLOCKS = ("timestamp", "timestamps")
 _PADDING = ("mask", "pad_mask", "padding_mask", "is_pad", "action_is_pad", "valid", "is_valid")
 _UNITS = 10.0 ** np.array([0, -3, -6, -9])  # seconds

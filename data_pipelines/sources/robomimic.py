@@ -56,6 +56,12 @@ _NEXT = "next_obs/"
 _FAILED = (
     "a demonstration's attribute `success` is false; it is used (the option mask chooses others)"
 )
+# LIBERO's macros_image_convention -> the options that do not fit it, and those that do.
+_FLIPS = {"opengl": (("none",), "vertical or rotate"), "opencv": (("vertical", "rotate"), "none")}
+_UPSIDE_DOWN = (
+    "macros_image_convention is {} and the option flip {}, so that pictures are upside down; set "
+    "flip to {}"
+)
 _TWICE = (
     "two names of demonstrations lead to the same group of one file; both are episodes, so the "
     "validation split may hold what is trained on"
@@ -177,8 +183,12 @@ def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> li
             for actions in EPISODE_ACTIONS:
                 if isinstance(file.get(actions), h5py.Dataset) and mask is None:
                     return [_Demo(id, path, "/", actions, place=hdf5.place(file))]
-            found = f"no group `data`, but {_members(file)}" if data is None else "an array `data`"
-            raise ValueError(f"{path} has no demonstrations: it has {found}{_hint(file)}")
+            found = (
+                f"no group `data`, but {hdf5.listed(file)}" if data is None else "an array `data`"
+            )
+            raise ValueError(
+                f"{path} has no demonstrations: it has {found}{hdf5.other_layout(file)}"
+            )
         names = [name for name in data if _is_demonstration(data, name)]
         if mask is not None:
             if f"mask/{mask}" not in file:
@@ -190,7 +200,7 @@ def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> li
             names = [n for n in names if n in chosen]
         if not names:
             raise ValueError(
-                f"{path} has no demonstrations (data/demo_<number>), but {_members(data)} in data"
+                f"{path} has no demonstrations (data/demo_<number>), but {hdf5.listed(data)} in data"
             )
         names.sort(key=lambda n: ([int(number) for number in _NUMBER.findall(n)], n))
         return [_followed(path, data, name, f"{id}/{name}") for name in names]
@@ -214,26 +224,6 @@ def _followed(path: Path, data: h5py.Group, name: str, id: str) -> _Demo:
     if not isinstance(node, h5py.Group):
         return _Demo(id, path, fault=f"{path}: {name} is not a group")
     return _Demo(id, path, f"/data/{name}", place=hdf5.place(node))
-
-
-def _members(group: h5py.Group, most: int = 8) -> str:
-    names = sorted(group)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}" if names else "nothing"
-
-
-def _hint(file: h5py.File) -> str:
-    """What a file in another layout is, and what can be done with it."""
-    if "traj_0/actions" in file:
-        return (
-            ". It is a trajectory file of ManiSkill, whose rate and cameras are described in a "
-            "JSON file beside it; convert it to LeRobot"
-        )
-    if "observation/timestamp" in file and "action/cartesian_position" in file:
-        return ". It is a raw trajectory of DROID; use DROID's RLDS or LeRobot release"
-    if "transforms/camera" in file:
-        return ". It is a pose file of EgoDex; give the folder with the videos"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -263,6 +253,10 @@ class _Dataset:
             rate = self._rate(demo, group, described)
             times = step_times(length, rate or 1)
             findings += hdf5.step_findings(arrays, length, rate)
+            drawn = [string(node.attrs.get("macros_image_convention", "")) for node in described]
+            for convention, (wrong, right) in _FLIPS.items():
+                if convention in drawn and self.flip in wrong:
+                    findings.append(_UPSIDE_DOWN.format(convention, self.flip, right))
             texts, parts = self._texts(demo, group, described, arrays, times, findings)
             streams = {}
             for key, array in arrays.items():
@@ -433,7 +427,7 @@ def _length(
     """The number of actions, which must be what the file declares."""
     actions = arrays.get(demo.actions)
     if actions is None or not actions.shape:
-        raise ValueError(f"{demo.where} has no array `{demo.actions}`, but {_members(group)}")
+        raise ValueError(f"{demo.where} has no array `{demo.actions}`, but {hdf5.listed(group)}")
     length = len(actions)
     if length == 0:
         raise ValueError(f"{demo.where} is empty; leave it out")
