@@ -200,7 +200,7 @@ def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> li
             names = [n for n in names if n in chosen]
         if not names:
             raise ValueError(
-                f"{path} has no demonstrations (data/demo_<number>), but {hdf5.listed(data)} in data"
+                f"{path} has no demonstrations (data/demo_<number>), but {hdf5.listed(data)} there"
             )
         names.sort(key=lambda n: ([int(number) for number in _NUMBER.findall(n)], n))
         return [_followed(path, data, name, f"{id}/{name}") for name in names]
