@@ -186,11 +186,27 @@ def _misfits(episode: Episode, dataset: ConfigDict) -> Iterator[str]:
                             f"{key}: {of} goes beyond closed = {part.closed:g} and open = "
                             f"{part.open:g}, to which it is clipped"
                         )
-                elif values.dtype.kind == "f":
+                    continue
+                if part.represent == "values" and _are_lost_in_float32(flat):
+                    yield (
+                        f"{key}: {of} has numbers so large that float32, in which they are kept, "
+                        "loses their changes; subtract a constant, or take them as a delta"
+                    )
+                if values.dtype.kind == "f":
                     for text in seams(flat):
                         yield f"{key}: of {of}, {_TIMES.sub('', text)}"
 
 
+def _are_lost_in_float32(values: np.ndarray) -> bool:
+    """Whether rounding [n, d] changes a large number about as much as a step does."""
+    large = values[:, np.abs(values).max(axis=0) > _LARGE]
+    with np.errstate(all="ignore"):  # whether numbers are finite is checked elsewhere
+        error, steps = large - large.astype(np.float32), np.diff(large, axis=0)
+        lost = np.mean(error**2, axis=0) > 0.1 * np.mean(steps**2, axis=0)
+    return bool((lost & (steps != 0).any(axis=0)).any())
+
+
+_LARGE = 2000.0  # smaller ones are rounded by less than 1e-4
 _BEYOND, _OFTEN = 0.1, 0.01  # of a gripper's range; share of its values
 _TIMES = re.compile(r" \(\d+ times\)")  # differs between episodes, which are to be counted
 

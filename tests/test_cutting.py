@@ -188,6 +188,21 @@ def test_pictures_of_different_sizes_are_an_error():
         cut_episode(changing, _dataset(), CLIP, IO)
 
 
+def test_numbers_that_float32_cannot_tell_apart_are_a_finding():
+    times, steps = np.arange(N, dtype=np.int64) * 50_000_000, np.arange(N)[:, None]
+    for values, said in (
+        (4.1e6 + 0.02 * steps, True),  # metres of a map
+        (1.7e9 + 0.05 * steps, True),
+        (2**26 + steps, True),  # counts of an encoder
+        (0.7 + 1e-9 * steps, False),  # at rest in a simulator
+        (4.1e6 + 5.0 * steps, False),
+        (np.full((N, 1), 0.1), False),
+    ):
+        episode = _episode(state=Stream(times, np.tile(values, 3)))
+        findings = cut_episode(episode, _dataset(), CLIP, IO).findings
+        assert len(findings) == said and all("float32" in finding for finding in findings)
+
+
 def test_a_camera_that_is_slower_than_the_clip_is_a_finding():
     episode = _episode()
     few = np.arange(0, N, 4)
