@@ -6,29 +6,27 @@ instants, `vectors.py` its vectors.
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.episode import NANOSECONDS, ODD_TEXT, Episode
+from data_pipelines import findings
+from data_pipelines.episode import Episode
+from data_pipelines.findings import BLACK, Asked
 from data_pipelines.frames import resize_area
 from data_pipelines.representations import Part
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.windows import (
     WindowSpec,
     anchors,
-    in_pause,
     nearest_indices,
     request_times,
 )
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
-_OVERSHOOT, _RARE = 0.1, 0.01  # of a gripper's range; share of its values
-_SAME_RATE = 1.25  # ratio of two rates from which they differ
-BLACK = 4.0  # mean grey level below which a picture is black
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
 
@@ -89,32 +87,32 @@ def cut_episode(
         np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
     )
     frames = np.empty((len(used), clip.height, clip.width, 3), np.uint8)
+    sizes: dict[str, tuple[int, ...]] = {}  # of each camera's pictures
     black = list(names)  # the cameras that have shown nothing yet
     for start in range(0, len(used), _DECODE_FRAMES):
         part = used[start : start + _DECODE_FRAMES]
         pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
+        for name, some in pictures.items():
+            if sizes.setdefault(name, some.shape[1:3]) != some.shape[1:3]:
+                both = f"{list(sizes[name])} and {list(some.shape[1:3])}"
+                raise ValueError(f"{name} has pictures of different sizes, {both}")
         black = [name for name in black if pictures[name].mean() < BLACK]
         frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
-    asked = [(name, times, clip.fps) for name in names]
+    asked = [Asked(name, times, clip.fps) for name in names]
     texts = texts_at(episode, at)
     given = [(episode.instructions or ("",))[i].strip() for i in np.unique(texts)]
-    findings = [f"{name} is black throughout an episode" for name in black]
-    if not all(given):
-        findings.append("there are windows without an instruction; they have the empty text")
-    if any(map(ODD_TEXT.fullmatch, given)):
-        findings.append("instructions are Python's b'...', [...], None or nan; correct the texts")
-    findings += [
-        *_rates(episode, dataset, policy_io),
-        *_clipped(episode, dataset),
-        *_pauses(episode, dataset, policy_io, at, asked),
-    ]
     return EpisodeWindows(
         frames,
         clips.reshape(times.shape),
         columns,
         texts,
         sectioned=bool(episode.sections),
-        findings=tuple(findings),
+        findings=(
+            *(f"{name} is black throughout an episode" for name in black),
+            *findings.in_texts(given),
+            *findings.in_times(episode, dataset, policy_io, at, asked),
+            *findings.in_numbers(episode, dataset),
+        ),
     )
 
 
@@ -134,63 +132,6 @@ def vector_streams(dataset: ConfigDict) -> tuple[str, ...]:
     vectors = [parse(dataset[key], key) for key in ("action", "proprio")]
     found = [name for part in (streams, bases) for parts in vectors for name in part(parts)]
     return tuple(dict.fromkeys(found))
-
-
-def _rates(episode: Episode, dataset: ConfigDict, policy_io: ConfigDict) -> Iterator[str]:
-    """A sentence for each stream of plain actions whose rate is not that of the policy."""
-    fps = policy_io.action.fps
-    parts = [p for p in parse(dataset.action, "action") if p.represent == "values"]
-    for name in streams([p for p in parts if p.interpolation in ("nearest", "previous")]):
-        share = float(np.median(np.diff(episode.streams[name].timestamps))) * fps / NANOSECONDS
-        if not 1 / _SAME_RATE < share < _SAME_RATE:
-            taken = "fewer values per second than policy_io.action.fps, so each is taken again"
-            lost = "more values per second than policy_io.action.fps, so some are left out"
-            yield (
-                f"{name} has {taken if share > 1 else lost}: right for positions, but commands of "
-                "how far to move then move another distance"
-            )
-
-
-def _clipped(episode: Episode, dataset: ConfigDict) -> Iterator[str]:
-    """A sentence for each gripper many of whose values are not between closed and open."""
-    for part in [part for key in ("action", "proprio") for part in parse(dataset[key], key)]:
-        if part.represent != "gripper":
-            continue
-        values = np.asarray(episode.streams[part.streams[0]].values)
-        flat = values.reshape(len(values), -1)[:, part.columns or slice(None)]
-        opening = (flat - part.closed) / (part.open - part.closed)
-        if np.mean((opening < -_OVERSHOOT) | (opening > 1 + _OVERSHOOT)) > _RARE:
-            yield (
-                f"{part.streams[0]}: the gripper has values that are not between closed = "
-                f"{part.closed:g} and open = {part.open:g}; they were clipped"
-            )
-
-
-def _pauses(
-    episode: Episode,
-    dataset: ConfigDict,
-    policy_io: ConfigDict,
-    anchor: np.ndarray,
-    asked: list[tuple[str, np.ndarray, float]],
-) -> tuple[str, ...]:
-    """A sentence for each stream in whose pauses windows ask for values.
-
-    `asked` holds the cameras, the instants that the windows ask of them, and their rate.
-    """
-    for key, look in (("action", "future"), ("proprio", "past")):
-        for part in parse(dataset[key], key):
-            if part.interpolation != "previous":  # a value that holds until the next one
-                io = policy_io[key]
-                shift = io.get("shift", 0.0) + part.shift
-                spec = WindowSpec(key, io.horizon, io.fps, shift, look=look)
-                asked += [(name, request_times(spec, anchor), io.fps) for name in part.streams]
-    stamps = {name: stream.timestamps for name, stream in episode.streams.items()}
-    paused = [name for name, times, fps in asked if in_pause(stamps[name], times, fps).any()]
-    return tuple(
-        f"{name} pauses within an episode: what windows ask for in the pause is made of the "
-        "values at its edges"
-        for name in dict.fromkeys(paused)
-    )
 
 
 def texts_at(episode: Episode, anchor: np.ndarray) -> np.ndarray:
@@ -238,6 +179,10 @@ def cut_numbers(
     at = anchors(episode.streams[names[0]].timestamps, acting, anchor_fps)
     if len(at) == 0:
         raise ValueError("the video and the actions do not overlap in time")
+    for name in used:
+        times = episode.streams[name].timestamps
+        if at[-1] < times[0] or at[0] > times[-1]:
+            raise ValueError(f"the video and {name} do not overlap in time")
 
     try:
         check_names([*action, *proprio], episode.names)

@@ -107,7 +107,9 @@ def _findings(frame: av.VideoFrame, stream: av.VideoStream) -> Iterator[str]:
             f"video has the wide colours of {_WIDE[primaries]}, which are used like BT.709, so "
             "that they look pale; convert it to BT.709"
         )
-    if any(component.is_alpha for component in frame.format.components):
+    # Of VP8 and VP9, FFmpeg decodes the colours only.
+    hidden = stream.metadata.get("alpha_mode") == "1"
+    if hidden or any(component.is_alpha for component in frame.format.components):
         yield "video has transparent parts; the colours stored there are used"
     if frame.interlaced_frame:
         yield (

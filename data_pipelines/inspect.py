@@ -28,7 +28,7 @@ from data_pipelines.inspect_episode import (
     listed,
     spread,
 )
-from data_pipelines.representations import Mode
+from data_pipelines.representations import Mode, seams
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.statistics import collapsed, compute_statistics
 
@@ -150,6 +150,10 @@ def inspect_dataset(
             found.add_problem("constant dimension", ALL, f"{name}: {listed(values)}")
     for name, parts in numbers.items():
         same = [values for values in parts if values.shape[1:] == parts[0].shape[1:]]
+        if found.streams[name].dtype.startswith("float"):
+            for what in seams(np.stack([values[0] for values in same]).astype(np.float64)):
+                text = f"{name}, between the first values of episodes: {what}"
+                found.add_problem("jump between two values of one angle", ALL, text)
         for i, what in lost(np.concatenate(same), Mode.VARIANCE):
             text = f"{name}: dimension {i} {what}"
             found.add_problem("lost when VARIANCE, the default, normalises it", ALL, text)

@@ -6,7 +6,7 @@ Every error becomes a problem of the episode.
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import combinations, product
 from typing import Any, NamedTuple
 
 import av
@@ -14,8 +14,9 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
-from data_pipelines.cutting import BLACK, check_finite, cut_numbers
+from data_pipelines.cutting import check_finite, cut_numbers
 from data_pipelines.episode import NANOSECONDS, ODD_TEXT, Episode, Stream
+from data_pipelines.findings import BLACK
 from data_pipelines.pickles import PickleRefused
 from data_pipelines.representations import seams
 from data_pipelines.shards import StoredTexts
@@ -297,9 +298,11 @@ def _check_times(summary: EpisodeSummary, episode: Episode) -> None:
 
 
 def _check_lengths(summary: EpisodeSummary, episode: Episode, names: list[str]) -> None:
-    for camera, name in product(episode.cameras, names):
-        pair = episode.streams[camera].timestamps, episode.streams[name].timestamps
-        if name in episode.cameras or min(map(len, pair)) < 3:
+    cameras = [name for name in names if name in episode.cameras]
+    numbers = [name for name in names if name not in episode.cameras]
+    for first, second in (*product(episode.cameras, numbers), *combinations(cameras, 2)):
+        pair = episode.streams[first].timestamps, episode.streams[second].timestamps
+        if min(map(len, pair)) < 3:
             continue
         periods = [usual_steps(times) for times in pair]
         if any(
@@ -307,12 +310,14 @@ def _check_lengths(summary: EpisodeSummary, episode: Episode, names: list[str]) 
             > _SAME_PERIODS * max(p[end] for p in periods)
             for end in (0, -1)
         ):
-            video, numbers = (
+            both = second in cameras
+            here, there = (
                 f"from {t[0] / NANOSECONDS:.3f} to {t[-1] / NANOSECONDS:.3f} s ({len(t)} {what})"
-                for t, what in zip(pair, ("frames", "samples"))
+                for t, what in zip(pair, ("frames", "frames" if both else "samples"))
             )
-            text = f"{camera} {video}, {name} {numbers}"
-            summary.add_problem("video and numbers of different length", text)
+            kind = "videos" if both else "video and numbers"
+            text = f"{first} {here}, {second} {there}"
+            summary.add_problem(f"{kind} of different length", text)
 
 
 def spread(total: int, count: int) -> np.ndarray:

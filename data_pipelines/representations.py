@@ -257,6 +257,8 @@ def rotation_matrices(values: np.ndarray, form: str) -> np.ndarray:
     """
     lead = values.shape[:-1]
     flat = np.asarray(values, np.float64).reshape(-1, ROTATION_WIDTHS[form])
+    if not np.isfinite(flat).all():
+        raise ValueError("the stored rotations hold NaN or infinity")
     if form == "matrix":
         matrices = flat.reshape(*lead, 3, 3)
         _check_matrices(matrices)
@@ -285,6 +287,8 @@ _CRUDE = 0.05  # how far stored rotations may be from exact ones
 
 def _check_matrices(matrices: np.ndarray) -> None:
     """Raises ValueError unless matrices [..., 3, 3] are rotations."""
+    if not np.isfinite(matrices).all():
+        raise ValueError("the stored matrices hold NaN or infinity")
     error = np.abs(matrices @ matrices.swapaxes(-1, -2) - np.eye(3)).max(initial=0)
     if not error < _CRUDE or not np.linalg.det(matrices).min(initial=1.0) > 0:
         raise ValueError(

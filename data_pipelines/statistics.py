@@ -168,9 +168,10 @@ def _erased(statistics: Statistics, mode: Mode) -> list[tuple[int, str] | None]:
     kept = np.minimum(high, grid[-1]) - np.maximum(low, grid[0])
     beyond, middle = np.maximum(grid - high, low - grid), grid[P98] - grid[P2]
     constant = middle < np.maximum(_FLAT, _RESOLUTION * np.abs(grid[P2 : P98 + 1]).max(0))
+    rare = np.abs(grid - np.median(grid, axis=0)) > 1e-3 * span
     # What counts: rare values beside a constant; values so far out that they are of another kind
     # (a Gaussian's largest are clamped, too); most values, because one huge value moved the mean.
-    lost = constant & (kept < 1e-3 * span)
+    lost = constant & ((rare & (beyond > 0.1 * span)).sum(0) > 0.5 * rare.sum(0))
     lost |= (beyond > 1.5 * np.maximum(kept, 0.0)).mean(0) > 2 * _RARE
     lost |= (beyond[P2 : P98 + 1] > 1e-3 * middle).mean(0) > 0.02
     lost &= span > np.maximum(_FLAT, _RESOLUTION * np.abs(grid).max(0))

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from av.video.frame import PictureType
 from av.video.reformatter import VideoReformatter
 from PIL import Image, UnidentifiedImageError
 
@@ -82,6 +83,7 @@ class Decoder:
         self._decoded = self._container.decode(self._stream)
         self._last: av.VideoFrame | None = None
         self._at: int | None = None  # the time of the last frame
+        self._damaged = False  # the last frame, or one that it may refer to
 
     def _frame(self, pts: int) -> np.ndarray:
         """A view of one frame as it is to be shown, valid until the next."""
@@ -105,20 +107,26 @@ class Decoder:
         if pts < last or ahead > DECODE_ON:
             self._container.seek(key, stream=self._stream, backward=True)
             self._decoded = self._container.decode(self._stream)
+            self._damaged = False
             self.seeks += 1
             try:
-                return self._decode_to(pts)
+                return self._decode_to(pts, sought=True)
             except ValueError:
                 # FFmpeg cannot seek everywhere in every container, such as MPEG-TS: from the start.
                 self.close()
                 self._open()
         self._decode_to(pts)
 
-    def _decode_to(self, pts: int) -> None:
+    def _decode_to(self, pts: int, sought: bool = False) -> None:
         # A frame that is in the index but not in the file is an error: returning its neighbour
         # instead would shift the images against the actions.
         latest = None
         for found in self._decoded:
+            # H.264 may be refreshed bit by bit: players begin anywhere, but the pictures are wrong.
+            if sought and latest is None and found.pict_type in (PictureType.P, PictureType.B):
+                raise ValueError("its keyframe refers to frames before it")
+            # FFmpeg shows a damaged frame all the same, and marks only that one.
+            self._damaged = found.is_corrupt or (self._damaged and not found.key_frame)
             time = getattr(found, self._index.clock)
             if time is None or (latest is not None and time <= latest):
                 self.close()
@@ -130,6 +138,10 @@ class Decoder:
             self.close()
             end = "the file ends" if latest is None or latest < pts else f"next is {latest}"
             raise ValueError(unreadable(self._path, f"frame at {pts} is missing, {end}"))
+        if self._damaged:
+            self.close()
+            seconds = float(pts * self._index.time_base)
+            raise ValueError(unreadable(self._path, f"the frame at {seconds:.3f} s is damaged"))
         self._last, self._at = found, pts
 
 

@@ -151,6 +151,7 @@ def _with_display(place: VideoPlace, index: VideoIndex, stream: av.VideoStream) 
 
 # In an AVI, which stores decoding times only. FFmpeg works out the order of older codecs.
 _UNORDERED = ("h264", "hevc")
+_EBML = (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67")  # Matroska's header, and its segment
 _MPEG4_FRAME = b"\0\0\1\xb6"  # the start code of a frame in MPEG-4 part 2
 
 
@@ -206,9 +207,14 @@ def _check_whole(
     `found` is the number of packets, and `ends` the time at which the last of them ends.
     """
     declared = stream.frames
-    if _is("avi", stream):  # it counts empty chunks, too, which repeat the last frame
-        if _is_short_riff(place):
-            raise ValueError(unreadable(place, f"it is truncated after {found} frames"))
+    if (_is("avi", stream) or _is("matroska", stream)) and _is_short(place):
+        raise ValueError(unreadable(place, f"it is truncated after {found} frames"))
+    if _is("avi", stream):
+        # It declares empty chunks, too, which repeat the last frame; its index does not. Without
+        # those that are lost to damage, all later frames would be too early.
+        indexed = sum(entry.size > 0 for entry in stream.index_entries)
+        if found < indexed:
+            raise ValueError(unreadable(place, f"it has {found} of {indexed} frames"))
     elif found < declared:  # or an edit list ends before the last of them
         with open_video(place, ignore_editlist="1") as container:
             found = sum(p.size > 0 for p in container.demux(video_streams(container)[0]))
@@ -227,18 +233,26 @@ def _check_whole(
             raise ValueError(unreadable(place, f"it ends at {there:.2f} s of {should_end:.2f} s"))
 
 
-def _is_short_riff(place: VideoPlace) -> bool:
-    """Whether an AVI ends before its last RIFF chunk does."""
+def _is_short(place: VideoPlace) -> bool:
+    """Whether an AVI or Matroska file ends before its last RIFF chunk or its segment does."""
     inside = isinstance(place, FileRange)
     path, at, size = (place.path, place.offset, place.size) if inside else (place, 0, None)
     with path.open("rb") as file:
         end = at + (path.stat().st_size if size is None else size)
         while at + 8 <= end:
             file.seek(at)
-            head = file.read(8)
-            if head[:4] != b"RIFF" or head[4:] == b"\xff" * 4:  # or written into a pipe
+            head = file.read(12)
+            if head[:4] == b"RIFF" and head[4:8] != b"\xff" * 4:  # not written into a pipe
+                at += 8 + int.from_bytes(head[4:8], "little")
+                continue
+            if head[:4] not in _EBML:
                 break
-            at += 8 + int.from_bytes(head[4:], "little")
+            # The leading zero bits of the length say how many bytes it has; all ones is unknown.
+            width = 9 - head[4].bit_length()
+            length = int.from_bytes(head[4 : 4 + width], "big") - (1 << 7 * width)
+            if width > 8 or length == (1 << 7 * width) - 1:
+                break
+            at += 4 + width + length
     return at > end
 
 

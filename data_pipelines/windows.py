@@ -132,6 +132,18 @@ def in_pause(timestamps: np.ndarray, times: np.ndarray, fps: float) -> np.ndarra
     return distance > np.maximum(1.5 * usual, NANOSECONDS / fps / 2)
 
 
+def is_outside(timestamps: np.ndarray, times: np.ndarray, fps: float) -> np.ndarray:
+    """Where an instant is far, as of `in_pause`, before a stream or after it: bool [*times.shape].
+
+    A window's instants may be; its anchor is only if the stream begins late or ends early.
+    """
+    usual = usual_steps(timestamps)
+    first, last = (usual[0], usual[-1]) if len(usual) else (0.0, 0.0)
+    least = NANOSECONDS / fps / 2
+    before, after = timestamps[0] - times, times - timestamps[-1]
+    return (before > np.maximum(1.5 * first, least)) | (after > np.maximum(1.5 * last, least))
+
+
 def read_window(
     stream: Stream, spec: WindowSpec, anchor: np.ndarray | int
 ) -> tuple[np.ndarray, np.ndarray]:

@@ -141,7 +141,9 @@ def test_a_gripper_of_another_range_is_a_finding(low, high, said):
     part = dict(stream="state", represent="gripper", columns=(2,), closed=0.0, open=0.08)
     io = ConfigDict({**IO.to_dict(), "proprio": dict(horizon=2, fps=20, dim=1)})
     findings = cut_episode(episode, _dataset(proprio=(part,)), CLIP, io).findings
-    assert ["closed = 0 and open = 0.08; they were clipped" in f for f in findings] == [True] * said
+    assert ["beyond closed = 0 and open = 0.08, to which it is" in f for f in findings] == [
+        True
+    ] * said
 
 
 def test_windows_without_an_instruction_are_a_finding():
@@ -199,6 +201,73 @@ def test_a_camera_that_shows_nothing_is_a_finding():
     dark.data[0] = 1
     (finding,) = cut_episode(episode, dataset, CLIP, IO).findings
     assert finding == "wrist is black throughout an episode"
+
+
+def test_a_stream_that_is_not_there_at_the_present_is_a_finding_or_an_error():
+    """The edges of an episode are repeated in all windows, but those of one stream in few."""
+    episode, dataset = _episode(), _dataset(("front", "side"))
+    delta = dict(stream="action", columns=(0, 1, 2), represent="delta", base="state")
+    based = _dataset(action=(delta, dict(pad=1)), proprio="")
+    for name, asks in (("side", dataset), ("state", dataset), ("state", based)):
+        stream = episode.streams[name]
+        half = len(stream.values) // 2
+        for some in (slice(half), slice(half, None)):
+            times = stream.timestamps[some]
+            values = stream.values[some] if name == "state" else Frames(len(times))
+            short = _episode(**{name: Stream(times, values)})
+            (finding,) = cut_episode(short, asks, CLIP, IO).findings
+            assert finding.startswith(f"{name} begins later than an episode or ends earlier")
+        other = _episode(**{name: Stream(stream.timestamps + 10**12, stream.values)})
+        with pytest.raises(ValueError, match=f"the video and {name} do not overlap in time"):
+            cut_numbers(other, asks, IO)
+
+
+def test_pictures_of_different_sizes_are_an_error():
+    episode, small = _episode(), Frames(N, 32, 48)
+
+    class Changing(Frames):
+        def read(self, indices):
+            return super().read(indices) if max(indices) < N // 2 else small.read(indices)
+
+    changing = _episode(front=Stream(episode.streams["front"].timestamps, Changing(N)))
+    with pytest.raises(ValueError, match=r"front has pictures of different sizes, \[64, 96\] and"):
+        cut_episode(changing, _dataset(), CLIP, IO)
+
+
+def test_numbers_that_float32_cannot_tell_apart_are_a_finding():
+    times, steps = np.arange(N, dtype=np.int64) * 50_000_000, np.arange(N)[:, None]
+    for values, said in (
+        (4.1e6 + 0.02 * steps, True),  # metres of a map
+        (1.7e9 + 0.05 * steps, True),
+        (2**26 + steps, True),  # counts of an encoder
+        (0.7 + 1e-9 * steps, False),  # at rest in a simulator
+        (4.1e6 + 5.0 * steps, False),
+        (np.full((N, 1), 0.1), False),
+    ):
+        episode = _episode(state=Stream(times, np.tile(values, 3)))
+        findings = cut_episode(episode, _dataset(), CLIP, IO).findings
+        assert len(findings) == said and all("float32" in finding for finding in findings)
+
+
+def test_a_camera_that_is_slower_than_the_clip_is_a_finding():
+    episode = _episode()
+    few = np.arange(0, N, 4)
+    slow = _episode(front=Stream(episode.streams["front"].timestamps[few], Frames(len(few))))
+    (finding,) = cut_episode(slow, _dataset(), CLIP, IO).findings
+    assert finding.startswith("front has fewer than clip.fps = 10 frames per second")
+
+
+def test_an_angle_that_jumps_is_a_finding_unless_its_part_says_how_it_wraps():
+    turning = np.mod(np.linspace(2, 4.4, N) + np.pi, 2 * np.pi) - np.pi
+    episode = _episode()
+    values = np.column_stack([episode.streams["state"].values[:, :2], turning])
+    episode = _episode(state=Stream(episode.streams["state"].timestamps, values))
+    (finding,) = cut_episode(episode, _dataset(), CLIP, IO).findings
+    assert finding.startswith("proprio: of state, dimension 2 jumps by 2π: an angle that wraps")
+    part = dict(stream="state", columns=(2,))
+    for change, count in (({}, 1), (dict(wrap=(-np.pi, np.pi)), 0)):
+        asks = _dataset(proprio=(part | change, dict(pad=2)))
+        assert len(cut_episode(episode, asks, CLIP, IO).findings) == count
 
 
 def test_several_cameras_fill_one_frame():

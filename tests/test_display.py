@@ -186,6 +186,11 @@ def test_what_looks_different_in_a_player_is_a_finding(tmp_path):
         ("fields.mp4", dict(plain, options={"x264-params": "tff=1"}), "interlaced"),
         ("wide_pixels.mp4", dict(plain, aspect=Fraction(4, 3)), r"not square \(4:3\)"),
         ("alpha.mkv", dict(kind="bgra", rows=[[1]], codec="ffv1"), "transparent"),
+        (
+            "alpha.webm",  # of which the decoder gives the colours only
+            dict(kind="yuva420p", rows=[[100, 90, 80, 0]], codec="libvpx-vp9", colorspace=1),
+            "transparent",
+        ),
         ("plain.mp4", dict(plain, colorspace=1, color_trc=1, color_primaries=1), None),
     ):
         video = VideoFile(save_samples(tmp_path / name, **given))

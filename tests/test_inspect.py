@@ -242,6 +242,31 @@ def test_episodes_that_differ_from_the_first_are_named():
     assert found.readable == 5
 
 
+def test_a_quaternion_of_either_sign_is_named_though_no_episode_has_both():
+    times = np.arange(20, dtype=np.int64) * 10**8
+    half = np.linspace(0.2, 0.4, 20)[:, None]
+    turn = np.concatenate([np.sin(half), 0.1 + 0 * half, 0 * half, np.cos(half)], 1)
+    turn /= np.linalg.norm(turn, axis=1, keepdims=True)
+    for signs, found in (((1, 1, 1), False), ((1, -1, 1), True)):
+        episodes = [
+            replace(_episode(str(i), times), streams={"rotation": Stream(times, sign * turn)})
+            for i, sign in enumerate(signs)
+        ]
+        kinds = _kinds(inspect_dataset(episodes, "set", "in memory"))
+        assert ("jump between two values of one angle" in kinds) == found
+
+
+def test_cameras_of_different_length_are_named():
+    times, video = np.arange(20, dtype=np.int64) * 10**8, np.stack(_moving(0, 20))
+    episode = _episode("a", times, video=video)
+    for some in (slice(12), slice(8, None), slice(None)):
+        wrist = Stream(times[some], video[some])
+        streams = {"front": episode.streams["front"], "wrist": wrist}
+        both = replace(episode, streams=streams, cameras=("front", "wrist"))
+        kinds = _kinds(inspect_dataset([both], "set", "in memory"))
+        assert ("videos of different length" in kinds) == (some != slice(None))
+
+
 def test_what_an_encoding_job_would_not_use_is_listed(tmp_path):
     times = np.arange(10, dtype=np.int64) * 10**8
     episodes = [_episode(name, times) for name in "abc"]

@@ -5,6 +5,8 @@ import json
 import os
 import pickle
 import re
+import subprocess
+import sys
 
 import h5py
 import numpy as np
@@ -178,7 +180,7 @@ def encoded(frames, kind: str) -> list[bytes]:
 
 def test_every_kind_of_camera_is_read_or_named(tmp_path):
     frames = clip(40)
-    jpegs, pngs = encoded(frames, "jpeg"), encoded(frames, "png")
+    jpegs, pngs, webps = (encoded(frames, kind) for kind in ("jpeg", "png", "webp"))
     longest = max(map(len, jpegs))
     deep = encoded(np.full((STEPS, 16, 24), 900, np.uint16), "png")
     rgba = np.concatenate([frames, np.full((STEPS, 16, 24, 1), 255, np.uint8)], -1)
@@ -194,6 +196,9 @@ def test_every_kind_of_camera_is_read_or_named(tmp_path):
         padded = [np.frombuffer(f.ljust(longest, b"\0"), np.uint8) for f in jpegs]  # ALOHA
         obs["jpeg_padded"] = np.stack(padded)
         obs["jpeg_opaque"] = np.array([np.void(f.ljust(longest, b"\0")) for f in jpegs])
+        longest = max(map(len, webps))
+        obs["webp_fixed"] = np.array(webps, f"S{longest}")
+        obs["webp_padded"] = [np.frombuffer(f.ljust(longest, b"\0"), np.uint8) for f in webps]
         obs["rgba"], obs["rgba_chw"] = rgba, np.moveaxis(rgba, -1, 1)
         obs["chw"] = np.moveaxis(frames, -1, 1)
         obs["grey"], obs["grey_1"], obs["grey_1hw"] = grey, grey[..., None], grey[:, None]
@@ -201,7 +206,10 @@ def test_every_kind_of_camera_is_read_or_named(tmp_path):
         obs["depth"] = np.zeros((STEPS, 16, 24, 1), np.float32)
         obs["depth_map"] = np.zeros((STEPS, 64, 80), np.uint16)
         obs["doubt"] = np.zeros((STEPS, 4, 16, 4), np.uint8)
-        obs.create_dataset("empty", (STEPS,), h5py.vlen_dtype(np.uint8))
+        empty = obs.create_dataset("empty", (STEPS,), h5py.vlen_dtype(np.uint8))
+        empty[1] = np.frombuffer(jpegs[1], np.uint8)
+        padded[0] = np.zeros_like(padded[0])
+        obs["empty_padded"] = np.stack(padded)
         obs["notes"] = ["a"] * STEPS
         obs["words"] = np.array([b"ab"] * STEPS)
         obs["complex"] = np.ones(STEPS) * 1j
@@ -214,6 +222,7 @@ def test_every_kind_of_camera_is_read_or_named(tmp_path):
     exact = {"rgb", "rgba", "rgba_chw", "chw", "png_ragged"}
     greys = {"grey", "grey_1", "grey_1hw"}
     lossy = {"jpeg_ragged", "jpeg_fixed", "jpeg_padded", "jpeg_opaque"}
+    lossy |= {"webp_fixed", "webp_padded"}
     assert set(episode.cameras) == {f"obs/{name}" for name in exact | greys | lossy}
     chosen = [4, 0, 4]
     for name in exact | greys | lossy:
@@ -231,6 +240,7 @@ def test_every_kind_of_camera_is_read_or_named(tmp_path):
         "depth_map": "uint16 [64, 80]: a map, such as depth",
         "doubt": "which axis has the colours is in doubt",
         "empty": "its first picture is empty",
+        "empty_padded": "its first picture is empty",
         "notes": "text",
         "words": "text",
         "complex": "complex128, not numbers",
@@ -280,6 +290,38 @@ def test_a_missing_filter_and_a_damaged_chunk_cost_their_array(tmp_path):
     assert "filter that is not installed" in episode.left_out["packed"]
 
 
+def test_what_was_never_written_is_no_zeros(tmp_path):
+    """Writers that allocate the longest episode first, and are stopped before it is full."""
+    path = write(tmp_path / "a.hdf5", {"demo_0": 40, "demo_1": 60})
+    with h5py.File(path, "a") as file:
+        obs = file["data/demo_0/obs"]
+        late = obs.create_dataset("late", (STEPS, 16, 24, 3), "u1", chunks=(1, 16, 24, 3))
+        late[: STEPS - 2] = 9
+        obs.create_dataset("never", (STEPS, 3), "f4")
+        obs.create_dataset("zeros", data=np.zeros((STEPS, 3)), chunks=(1, 3), compression="gzip")
+        del file["data/demo_1/actions"]
+        file.create_dataset("data/demo_1/actions", (STEPS, 7), "f4", chunks=(2, 7))[:2] = 1
+    first, second = open_it(path)
+    assert first.left_out.keys() == {"obs/late", "obs/never"}
+    for name, part in {"obs/late": f"2 of its {STEPS} chunks", "obs/never": "all of it"}.items():
+        assert f"its writer left out {part}, where HDF5 would read 0" in first.left_out[name]
+    assert "left out 2 of its 3 chunks" in second.left_out["actions"]
+
+
+def test_a_file_that_is_being_written_is_not_called_damaged(tmp_path):
+    path = tmp_path / "a.hdf5"
+    code = "import h5py, os, sys; f = h5py.File(sys.argv[1], 'w', libver='latest'); f['data'] = 1; "
+    code += "f.flush(); print(1, flush=True); sys.stdin.read(1); os._exit(0)"
+    pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], **pipes) as writer:
+        writer.stdout.readline()
+        with pytest.raises(ValueError, match=r"unable to lock.* HDF5_USE_FILE_LOCKING=FALSE"):
+            open_it(path)
+        writer.communicate(b"x")
+    with pytest.raises(ValueError, match=r"did not close it: wait, or run h5clear"):
+        open_it(path)
+
+
 def rate(path, **options):
     return 1e9 / open_it(path, fps=None, **options)[0].streams["actions"].timestamps[1]
 
@@ -297,8 +339,16 @@ def test_the_rate_is_what_the_file_says_or_is_asked_for(tmp_path):
     assert rate(args(type=1, env_kwargs={})) == 20  # robosuite's own
     path = write(tmp_path / "raw.hdf5", {"demo_1": 1}, env="Lift", repository_version="1.4")
     assert rate(path) == 20  # as robosuite's own script writes
+    array = np.array([json.dumps({"type": 1, "env_kwargs": {"control_freq": 15}})], object)
+    assert rate(write(tmp_path / "b.hdf5", {"demo_1": 1}, env_args=array)) == pytest.approx(15)
+    info = json.dumps({"env_name": "Lift", "control_freq": 10})
+    path = write(
+        tmp_path / "raw.hdf5", {"demo_1": 1}, env="Lift", repository_version="1.4", env_info=info
+    )
+    assert rate(path) == 10
     for unknown in (
         {"type": 2},
+        {"type": 1, "env_kwargs": '{"control_freq": 15}'},  # JSON in JSON
         {"type": 2, "sim_args": {"dt": 0.01}},
         {"type": 3, "env_kwargs": {}},
     ):
@@ -312,6 +362,30 @@ def test_the_rate_is_what_the_file_says_or_is_asked_for(tmp_path):
     with pytest.raises(ValueError, match=r"rates disagree, .*control_freq.* 15.*; set the option"):
         rate(both)
     assert open_it(both)[0].streams["actions"].timestamps[1] == 100_000_000
+
+
+def test_times_in_a_file_that_are_not_those_of_its_rate_are_a_finding(tmp_path):
+    path = write(tmp_path / "a.hdf5", {"demo_0": 1}, fps=10)
+    assert rate(path) == 10
+    times = 1.7e9 + np.arange(STEPS) / 10
+    for values, options, said in (
+        (times, {}, ""),
+        (1e3 * times, {}, ""),
+        (np.round(1e9 * times).astype(np.int64), {}, ""),
+        (times + 3 * (np.arange(STEPS) > 2), {}, "obs/timestamp has pauses"),
+        (times, {"fps": 20}, "obs/timestamp says another rate than 20 steps per second"),
+        (np.zeros(STEPS), {}, ""),
+    ):
+        with h5py.File(path, "a") as file:
+            file.pop("data/demo_0/obs/timestamp", None)
+            file["data/demo_0/obs/timestamp"] = values
+        findings = open_it(path, **{"fps": None} | options)[0].findings
+        assert len(findings) == bool(said) and "".join(findings).startswith(said)
+    with h5py.File(path, "a") as file:
+        file["data/demo_0/is_pad"] = np.arange(STEPS) > 3
+        file["data/demo_0/valid"] = np.ones(STEPS)
+    (finding,) = open_it(path)[0].findings
+    assert finding.startswith("is_pad tells some steps from others, perhaps as padding")
 
 
 def test_a_linked_demonstration_has_the_rate_and_text_of_its_own_file(tmp_path):

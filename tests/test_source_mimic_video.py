@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import zarr
 from safetensors.numpy import save_file
+from zarr.codecs import ShardingCodec
 
 from data_pipelines.episode import FrameReader
 from data_pipelines.sources.formats import detect
@@ -246,6 +247,34 @@ def test_chunks_of_zeros_that_zarr_3_leaves_out_need_the_option(tmp_path):
     check(open_it(path, sparse=True)[0], arrays)
 
 
+@pytest.mark.parametrize("location", ["start", "end"])
+def test_chunks_that_a_shard_lacks_are_no_zeros(tmp_path, location):
+    """A writer that was stopped; what is beyond the array's end is rightly not there."""
+    path = write_zarr(tmp_path / "a.zarr")
+    for name, steps in {"whole": STEPS, "part": STEPS - 22}.items():
+        shards = ShardingCodec(chunk_shape=(8, 3), index_location=location)
+        array = zarr.create_array(
+            path / name,
+            shape=(STEPS, 3),
+            dtype="f4",
+            chunks=(32, 3),
+            serializer=shards,
+            compressors=None,
+        )
+        array[:steps] = 1 + np.arange(steps * 3).reshape(steps, 3)
+        shutil.copytree(path / "gripper_lowdim_timestamps", path / f"{name}_timestamps")
+    episode = open_it(path)[0]
+    assert episode.streams["whole"].values[-1].tolist() == [208, 209, 210]
+    assert "2 chunks in the shard c/1/0 are missing" in episode.left_out["part"]
+    assert not open_it(path, sparse=True)[0].streams["part"].values[-1].any()
+
+
+def test_a_truncated_chunk_that_is_not_compressed_is_called_so(tmp_path):
+    path = write_zarr(tmp_path / "a.zarr", compressors=None)
+    os.truncate(path / "gripper_lowdim/0", 10)
+    assert "chunk 0 is truncated after 10 bytes" in lost(open_it(path)[0], "gripper_lowdim")
+
+
 def test_chunks_in_folders_are_found_and_missed(tmp_path):
     nested = {"chunk_key_encoding": {"name": "v2", "separator": "/"}}
     path = write_zarr(tmp_path / "a.zarr", **nested)
@@ -394,6 +423,18 @@ def test_an_opened_dataset_can_be_sent_away_and_shared_by_threads(tmp_path, writ
 
     with ThreadPoolExecutor(6) as threads:
         assert all(threads.map(same, range(30)))
+
+
+@pytest.mark.filterwarnings("ignore:.*Zarr V3 spec")
+@pytest.mark.parametrize("dtype", [str, "<U20", "S20"])
+@pytest.mark.parametrize("format", [2, 3])
+def test_text_of_every_dtype_is_read(tmp_path, dtype, format):
+    path = write_zarr(tmp_path / "a.zarr")
+    zarr.create_array(path / "language_instruction", shape=(1,), dtype=dtype, zarr_format=format)[
+        :
+    ] = np.array(["pick it up"], object if dtype is str else dtype)
+    (episode,) = open_it(path)
+    assert episode.instructions == ("pick it up",) and type(episode.instructions[0]) is str
 
 
 def test_instructions_with_times_belong_to_them(tmp_path):

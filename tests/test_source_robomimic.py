@@ -100,6 +100,15 @@ def test_pictures_are_turned_as_asked_for(file):
         open_it(file, flip="upside_down")
 
 
+def test_pictures_that_are_upside_down_are_a_finding(tmp_path):
+    for convention, flip in (("opengl", "none"), ("opencv", "vertical")):
+        path = write_libero(tmp_path, macros_image_convention=convention)
+        (finding,) = open_it(path, flip=flip)[0].findings
+        assert f"is {convention} and the option flip {flip}" in finding
+        other = "none" if flip == "vertical" else "rotate"
+        assert open_it(path, flip=other)[0].findings == ()
+
+
 def test_the_rate_is_the_files_unless_it_is_given(tmp_path):
     def rate(path, **options):
         return 1e9 / open_it(path, **options)[0].streams["actions"].timestamps[1]
@@ -146,7 +155,7 @@ def test_a_failed_demonstration_is_said_to_be_one(tmp_path):
     with h5py.File(path, "a") as file:
         for demo, success in (("demo_1", True), ("demo_2", False)):
             file[f"data/{demo}"].attrs["success"] = success
-    found = [episode.findings for episode in open_it(path)]
+    found = [episode.findings for episode in open_it(path, flip="rotate")]
     assert found[:2] == [(), ()] and "`success` is false" in found[2][0]
 
 
@@ -219,6 +228,11 @@ def test_other_hdf5_files_are_not_taken_for_demonstrations(tmp_path):
     assert not recognises(tmp_path) and not recognises(tmp_path / "0.hdf5")
     with pytest.raises(ValueError, match="it has no group `data`"):
         open_it(tmp_path)
+    for key, said in {"data": "it has an array `data`", "data/demo_0/action": "but action"}.items():
+        with h5py.File(tmp_path / "0.hdf5", "w") as file:
+            file[key] = np.zeros((3, 4))
+        with pytest.raises(ValueError, match=said):
+            open_it(tmp_path)[0]
     (tmp_path / "empty").mkdir()
     assert not recognises(tmp_path / "empty")
     with pytest.raises(ValueError, match=r"has no \.hdf5 or \.h5 file"):

@@ -231,6 +231,11 @@ def test_what_is_no_such_folder_says_why(folder, tmp_path):
     (folder / "metas").rmdir()
     with pytest.raises(ValueError, match="has videos but no captions"):
         open_dataset("video_folder", folder, "a", "human")
+    with pytest.raises(ValueError, match=r"video has videos without captions; write a text each"):
+        detect(folder)
+    for path in (folder / "video", folder / "video/a.mp4"):
+        with pytest.raises(ValueError, match=r"captions; move them into .*metas/a\.txt"):
+            detect(path)
 
 
 def test_the_layout_of_cosmos_is_read(folder):

@@ -92,6 +92,17 @@ def test_tars_of_every_kind(tmp_path, video, format):
     )
 
 
+def test_shards_that_are_not_read_or_not_there_are_named(tmp_path, video, caplog):
+    for name in ("a-000.tar", "a-001.tar", "a-003.tar", "b-7.tar", "deep/b.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write_tar(tmp_path / name, {"1.mp4": video, "1.txt": b"go"})
+    assert len(open_it(tmp_path)) == 4
+    assert [record.args[1] for record in caplog.records] == ["deep", "2"]
+    caplog.clear()
+    assert len(open_it(tmp_path, shards="a-00[01].tar")) == 2
+    assert [record.args[1] for record in caplog.records] == ["deep"]
+
+
 def test_a_broken_sample_leaves_the_others_usable(tmp_path, video):
     files = {
         "no_text.mp4": video,

@@ -143,6 +143,49 @@ def test_a_damaged_file_is_named_in_one_error(path, tmp_path):
         len(VideoFile(tmp_path / "absent.mp4"))
 
 
+def save(path, codec: str, frames, b_frames: int = 2, **options):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options={"threads": "1", **options})
+        stream.height, stream.width = frames[0].shape[:2]
+        stream.pix_fmt, stream.max_b_frames = "yuv420p", b_frames
+        for frame in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(frame, "rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("codec", ["libx264", "mpeg4"])
+def test_no_picture_is_made_of_damaged_data(tmp_path, codec):
+    """A decoder conceals what is damaged, in that picture and in those that refer to it."""
+    path = save(tmp_path / "a.mp4", codec, moving_blocks(), 0, g="10")
+    sound, content = VideoFile(path).read(range(COUNT)), path.read_bytes()
+    rng, refused = np.random.default_rng(0), 0
+    for at in np.linspace(0.2, 0.7, 5) * len(content):
+        path.write_bytes(content[: int(at)] + rng.bytes(64) + content[int(at) + 64 :])
+        video = VideoFile(path)
+        for number in range(COUNT):
+            try:
+                picture = video.read([number])[0]
+            except ValueError as error:
+                assert "a.mp4: not a readable video" in str(error)
+                refused += 1
+            else:
+                assert np.abs(picture.astype(int) - sound[number]).mean() < 1
+    assert 5 <= refused < COUNT
+
+
+def test_a_keyframe_that_is_none_is_not_begun_at(tmp_path):
+    """H.264 that is refreshed column by column marks where a player may begin all the same."""
+    wide = np.random.default_rng(0).integers(0, 255, (16, 16, 3)).repeat(8, 0).repeat(8, 1)
+    frames = [np.roll(wide.astype(np.uint8), -3 * i, 1) for i in range(60)]
+    options = {"x264-params": "intra-refresh=1:keyint=12"}
+    path = save(tmp_path / "a.mp4", "libx264", frames, 0, **options)
+    with av.open(str(path)) as container:
+        decoded = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
+    for number in (57, 30, 59, 22, 54):
+        np.testing.assert_array_equal(VideoFile(path).read([number])[0], decoded[number])
+
+
 @pytest.mark.parametrize("size", [(18, 38), (50, 66)])  # rows that FFmpeg pads
 def test_frames_are_those_of_pyav(tmp_path, size):
     rng = np.random.default_rng(0)

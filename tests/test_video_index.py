@@ -276,9 +276,21 @@ def test_a_truncated_file_is_refused_in_every_container(tmp_path):
         assert len(read_index(path).pts) == 40
         (tmp_path / "in.tar").write_bytes(b"x" * 512 + content + b"y" * 512)
         assert len(read_index(FileRange(tmp_path / "in.tar", 512, len(content), "a")).pts) == 40
-        path.write_bytes(content[: len(content) * 2 // 3])
-        with pytest.raises(ValueError, match=rf"{path.name}: not a readable video"):
-            read_index(path)
+        ends = [len(content) * 2 // 3, *([len(content) - 9] if path.suffix != ".mp4" else ())]
+        for end in ends:
+            path.write_bytes(content[:end])
+            with pytest.raises(ValueError, match=rf"{path.name}: not a readable video"):
+                read_index(path)
+
+
+def test_frames_that_an_avi_has_lost_do_not_move_the_later_ones(tmp_path):
+    path = save_avi(tmp_path / "a.avi", PAUSED)
+    content = bytearray(path.read_bytes())
+    at = content.index(b"00dc", len(content) // 2)
+    content[at : at + 200] = bytes(200)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"a\.avi: not a readable video \(it has \d+ of 40 frames"):
+        read_index(path)
 
 
 def test_b_frames_in_an_avi_are_refused(tmp_path):

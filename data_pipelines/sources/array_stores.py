@@ -9,6 +9,8 @@ has codecs that execute code, and refuses the metadata that zarr 2 wrote for byt
 
 import itertools
 import json
+import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -25,8 +27,9 @@ _GRIDS = ("chunks", "chunk_grid")  # of format 2, of format 3
 
 # The codecs that may unpack a chunk. numcodecs has others, and one of them is pickle, which would
 # execute code in the dataset (only the newest versions refuse that themselves).
-CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta", "vlen-bytes"}
-CODECS |= {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
+CODECS = {"blosc", "lz4", "zstd", "gzip", "zlib", "bz2", "lzma", "shuffle", "delta"}
+TEXTS = {"vlen-bytes", "vlen-utf8"}
+CODECS |= TEXTS | {"bytes", "transpose", "crc32c", "sharding_indexed"}  # format 3's
 
 
 def open_store(path: Path, sparse: bool = False) -> "ArrayStore":
@@ -153,8 +156,10 @@ class ZarrStore:
 
         zarr itself reads missing chunks as zeros, and Blosc reads past the end of truncated ones.
         """
-        array = self._array(key)
-        blosc = _codecs(self._metadata[key])[-1:] == ["blosc"]
+        array, about = self._array(key), self._metadata[key]
+        blosc = _codecs(about)[-1:] == ["blosc"]
+        plain = set(_codecs(about)) <= {"bytes", "transpose"}  # not compressed
+        whole = math.prod(array.chunks) * array.dtype.itemsize
         counts = (-(-n // size) for n, size in zip(array.shape, array.shards or array.chunks))
         for place in itertools.product(*map(range, counts)):
             name = array.metadata.encode_chunk_key(place)
@@ -170,7 +175,13 @@ class ZarrStore:
                     f"chunk {name} is missing; copy it again, or set the option sparse=True if "
                     "chunks of zeros were left out, as zarr 3 does"
                 ) from None
-            if size == 0 or (blosc and int.from_bytes(header[12:16], "little") != size):
+            if not self._sparse and (lost := _lost_in_shard(file, about, place)):
+                raise ValueError(
+                    f"{lost} chunks in the shard {name} are missing; copy it again, or set the "
+                    "option sparse=True if chunks of zeros were left out, as zarr 3 does"
+                )
+            stated = int.from_bytes(header[12:16], "little") if blosc else whole if plain else size
+            if size == 0 or stated != size:
                 if placeholder := reason(file, ""):
                     raise ValueError(f"chunk {name}: {placeholder}")
                 raise ValueError(f"chunk {name} is truncated after {size} bytes; copy it again")
@@ -183,7 +194,7 @@ class ZarrStore:
         if unknown := [codec for codec in codecs if codec not in CODECS]:
             raise ValueError(f"the codec {unknown[0]!r} is refused; allowed are {sorted(CODECS)}")
         if about.get("dtype") == "|O":
-            if "vlen-bytes" not in codecs:
+            if not TEXTS.intersection(codecs):
                 raise ValueError("it has objects, not numbers")
             about = about | {"fill_value": ""}  # zarr 2 wrote 0 for byte strings
         import zarr  # takes half a second, and most commands do not need it
@@ -191,6 +202,30 @@ class ZarrStore:
 
         place = StorePath(LocalStore(self.path, read_only=True), key)
         return zarr.Array(zarr.AsyncArray(metadata=about, store_path=place))
+
+
+def _lost_in_shard(file: Path, about: dict, place: tuple[int, ...]) -> int:
+    """The number of chunks that a shard lacks, but for those beyond the array's end."""
+    codecs = {codec["name"]: codec for codec in about.get("codecs", ())}
+    if list(codecs) != ["sharding_indexed"]:
+        return 0
+    inside = codecs["sharding_indexed"]["configuration"]
+    shard = np.array(about["chunk_grid"]["configuration"]["chunk_shape"])
+    counts = shard // inside["chunk_shape"]
+    begins = np.indices(counts).reshape(len(counts), -1).T * inside["chunk_shape"]
+    wanted = (begins + np.array(place) * shard < about["shape"]).all(axis=1)
+    # The index has the place and the size of each chunk, 2**64 - 1 if there is none.
+    length = 16 * len(wanted)
+    names = [codec["name"] for codec in inside.get("index_codecs", ())]
+    with file.open("rb") as content:
+        if inside.get("index_location", "end") == "end":
+            end = content.seek(0, os.SEEK_END)
+            content.seek(max(end - length - 4 * ("crc32c" in names), 0))
+        data = content.read(length)
+    if len(data) < length:
+        return 0  # zarr says what is wrong
+    index = np.frombuffer(data, "<u8").reshape(-1, 2)
+    return int((wanted & (index == 2**64 - 1).all(axis=1)).sum())
 
 
 def _json(file: Path) -> dict:

@@ -91,7 +91,8 @@ def detect(path: Path) -> str:
         raise ValueError(f"there is no folder or file {path}; give a dataset's folder or file")
     found = [name for name, format in FORMATS.items() if format.recognises(path)]
     if not found:
-        whys = (explain(path) for explain in (_placeholder, robomimic.explain, mimic_video.explain))
+        explanations = (robomimic.explain, mimic_video.explain, video_folder.explain)
+        whys = (explain(path) for explain in (_placeholder, *explanations))
         if why := next(filter(None, whys), ""):
             raise ValueError(why)
     if len(found) != 1:

@@ -4,11 +4,14 @@ Arrays and groups may be links into other files. An array is always read by its 
 that was opened: HDF5 follows the links, and its path in the file they lead to may be another one.
 """
 
+import json
+import math
 import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -20,6 +23,15 @@ from data_pipelines.sources import pictures
 
 FLIPS = {"none": np.s_[:], "vertical": np.s_[:, ::-1], "rotate": np.s_[:, ::-1, ::-1]}
 _FAULTS = (OSError, KeyError, RuntimeError)  # what h5py raises for damage and for broken links
+_AGAIN = "copy or write it again"
+_REMEDIES = (
+    (
+        "unable to lock file",
+        "if no other program writes it, its file system has no locks: set "
+        "HDF5_USE_FILE_LOCKING=FALSE",
+    ),
+    ("already open for write", "its writer did not close it: wait, or run h5clear -s on a copy"),
+)
 _DEEPEST = 12  # groups within groups
 
 
@@ -58,9 +70,9 @@ def named_faults(path: Path) -> Iterator[None]:
     except _FAULTS as error:
         if placeholder := reason(path, ""):
             raise ValueError(f"{path}: {placeholder}") from error
-        raise ValueError(
-            f"{path}: not a readable HDF5 file ({reason(path, error)}); copy or write it again"
-        ) from error
+        text = reason(path, error)
+        remedy = next((remedy for words, remedy in _REMEDIES if words in text), _AGAIN)
+        raise ValueError(f"{path}: not a readable HDF5 file ({text}); {remedy}") from error
 
 
 class Hdf5Frames(Frames):
@@ -100,7 +112,7 @@ class Hdf5Frames(Frames):
 
 
 class Hdf5Images(ImageFrames):
-    """Frames of an array of JPEG or PNG files; the arguments are those of `Hdf5Frames`."""
+    """Frames of an array of JPEG, PNG or WebP files; the arguments are those of `Hdf5Frames`."""
 
     def __init__(
         self,
@@ -118,7 +130,9 @@ class Hdf5Images(ImageFrames):
     def encoded(self, number: int) -> bytes:
         """One image as it is stored, perhaps with padding behind it."""
         with self._pool.open(self.where) as file:
-            return _bytes(file[self._key][number])
+            some = file[self._key][number : number + 1]
+        # Of one element, NumPy would drop the zeros at the end, which may belong to the image.
+        return _bytes(some[0] if some.dtype.hasobject else some)
 
     def name(self, number: int) -> str:
         """The file and the image in it."""
@@ -219,7 +233,7 @@ def values(
     opaque = array.dtype.kind in "SV" and not array.dtype.names
     if array.ndim == 1 and (one_byte or opaque):
         first = _bytes(array[0])
-        if array.dtype.kind == "S" and not first.startswith((pictures.JPEG, pictures.PNG)):
+        if array.dtype.kind == "S" and not pictures.is_encoded(first):
             raise ValueError("text, which is not a stream")
         if why := pictures.encoded_fault(first):
             raise ValueError(why)
@@ -227,9 +241,9 @@ def values(
     if array.dtype.names or array.dtype.kind not in "biuf":
         raise ValueError(_not_numbers(array.dtype))
     if array.ndim == 2 and array.dtype == np.uint8 and array.shape[1] > len(pictures.PNG):
-        start = array[0, :32].tobytes()
-        if start.startswith((pictures.JPEG, pictures.PNG)):  # padded to the longest one
-            if why := pictures.encoded_fault(start):
+        starts = [array[row, :32].tobytes() for row in (0, len(array) // 2, len(array) - 1)]
+        if any(map(pictures.is_encoded, starts)):  # padded to the longest one
+            if why := pictures.encoded_fault(starts[0] if any(starts[0]) else b""):
                 raise ValueError(why)
             return Hdf5Images(*place, flip, bgr)
     if order := pictures.axes(array.dtype, array.shape):
@@ -280,7 +294,25 @@ def _unreadable(array: h5py.Dataset) -> str:
                 f"it is compressed with a filter that is not installed ({name.decode()}, {code}); "
                 "write it with gzip, for example with h5repack -f GZIP=4"
             )
-    return _virtual_fault(array) if array.is_virtual else ""
+    return _virtual_fault(array) if array.is_virtual else _unwritten(array)
+
+
+def _unwritten(array: h5py.Dataset) -> str:
+    """Why HDF5 would read its fill value in parts of an array: a writer that ended early.
+
+    What was never written of a chunk that holds other values is not known.
+    """
+    if array.chunks:
+        counts = (-(-n // size) for n, size in zip(array.shape, array.chunks))
+        chunks = math.prod(counts)
+        missing = chunks - array.id.get_num_chunks()
+        part = f"{missing} of its {chunks} chunks"
+    else:
+        missing, part = array.size and not array.id.get_storage_size(), "all of it"
+    if not missing:
+        return ""
+    instead = "nothing" if array.fillvalue is None else array.fillvalue
+    return f"its writer left out {part}, where HDF5 would read {instead}; write the file again"
 
 
 def _virtual_fault(array: h5py.Dataset) -> str:
@@ -310,3 +342,66 @@ def _virtual_fault(array: h5py.Dataset) -> str:
         if short:
             return f"its part {part.dset_name} in the file {part.file_name} is too short"
     return "" if filled == array.size else "it is a virtual dataset whose parts do not fill it"
+
+
+def listed(group: h5py.Group, most: int = 8) -> str:
+    """The names of a group's first members, and how many there are besides."""
+    names = sorted(group)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{', '.join(names[:most])}{more}" if names else "nothing"
+
+
+def other_layout(file: h5py.File) -> str:
+    """What a file in another layout is, and what can be done with it."""
+    if "traj_0/actions" in file:
+        return (
+            ". It is a trajectory file of ManiSkill, whose rate and cameras are described in a "
+            "JSON file beside it; convert it to LeRobot"
+        )
+    if "observation/timestamp" in file and "action/cartesian_position" in file:
+        return ". It is a raw trajectory of DROID; use DROID's RLDS or LeRobot release"
+    if "transforms/camera" in file:
+        return ". It is a pose file of EgoDex; give the folder with the videos"
+    return ""
+
+
+_CLOCKS = ("timestamp", "timestamps")
+_PADDING = ("mask", "pad_mask", "padding_mask", "is_pad", "action_is_pad", "valid", "is_valid")
+_UNITS = 10.0 ** np.array([0, -3, -6, -9])  # seconds
+
+
+def step_findings(arrays: dict[str, h5py.Dataset], steps: int, rate: float | None) -> Iterator[str]:
+    """Where a file's own times of its steps are not even ones at this rate, or it marks steps."""
+    for key, array in arrays.items():
+        name = key.rpartition("/")[2].lower()
+        if array.shape not in ((steps,), (steps, 1)) or array.dtype.kind not in "biuf":
+            continue
+        if name in _PADDING and len(np.unique(array[()])) == 2:
+            yield f"{key} tells some steps from others, perhaps as padding, but all are used"
+        if name not in _CLOCKS:
+            continue
+        gaps = np.diff(array[()].ravel().astype(np.float64))
+        usual = np.median(gaps) if len(gaps) else 0.0
+        if not usual > 0 or rate is None:
+            continue
+        if not (np.abs(usual * _UNITS * rate - 1) < 0.1).any():
+            yield f"{key} says another rate than {rate:g} steps per second, which is taken"
+        elif gaps.max() > 2.5 * usual:
+            yield f"{key} has pauses, but the steps are taken as even"
+
+
+def json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
+    """A JSON object in an attribute; empty if it is missing or something else."""
+    text = string(group.attrs.get(key, "{}"))  # outside `try`: another encoding is an error
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def string(value: Any) -> str:
+    """A text that h5py may return as bytes, as str, or in an array of one."""
+    if isinstance(value, np.ndarray) and value.size == 1:
+        value = value.item()
+    return value.decode("utf-8") if isinstance(value, bytes) else str(value)

@@ -205,11 +205,13 @@ def _instructions(
     if INSTRUCTION not in shapes:
         return (), (("",), ())
     rows, where = store.read(INSTRUCTION), f"{store.path} ({INSTRUCTION})"
+    kind = f"{rows.dtype} {list(rows.shape)}"
     if rows.dtype == np.uint8:
         rows = [row.tobytes().rstrip(b"\0") for row in np.atleast_2d(rows)]
-    if not all(isinstance(row, bytes) for row in rows):
-        raise ValueError(f"{where}: {rows.dtype} {list(rows.shape)} is not text")
-    texts = tuple(decode_text(row, where) for row in rows)
+    rows = np.atleast_1d(np.asarray(rows, object))
+    if not all(isinstance(row, bytes | str) for row in rows):
+        raise ValueError(f"{where}: {kind} is not text")
+    texts = tuple(row if isinstance(row, str) else decode_text(row, where) for row in rows)
     times = store.read(INSTRUCTION + TIMES) if INSTRUCTION + TIMES in shapes else np.zeros(1)
     if len(set(texts)) > 1 and len(np.unique(times)) > 1:
         if len(times) != len(texts) or (np.diff(times.astype(np.float64)) <= 0).any():

@@ -48,15 +48,20 @@ def rgb(frames: np.ndarray, order: str) -> np.ndarray:
     return np.repeat(frames, 3, -1) if frames.shape[-1] == 1 else frames[..., :3]
 
 
+def is_encoded(image: bytes) -> bool:
+    """Whether these bytes begin as a JPEG, PNG or WebP does."""
+    return image.startswith((JPEG, PNG)) or (image[:4], image[8:12]) == (b"RIFF", b"WEBP")
+
+
 def encoded_fault(image: bytes) -> str:
     """Why these bytes are not a picture that can be decoded, by their beginning; "" if they are."""
     if image.startswith(PNG):
         bits, colours = image[24:25], image[25:26]  # of the header chunk; 0 and 4 are grey
         deep = bits > b"\x08" and colours in (b"\0", b"\4")
         return "grey pictures of more than 8 bits, such as depth" if deep else ""
-    if image.startswith(JPEG):
+    if is_encoded(image):
         return ""
-    return "bytes that are neither JPEG nor PNG" if image else "its first picture is empty"
+    return "bytes that are no JPEG, PNG or WebP" if image else "its first picture is empty"
 
 
 class ArrayFrames(Frames):

@@ -9,8 +9,8 @@ LIBERO, robosuite, MimicGen, RoboCasa and IsaacLab write this layout. A file wit
 `EPISODE_ACTIONS` instead of `data` is one episode. A stream is named by the array's path below the
 demonstration: "actions", "obs/agentview_rgb", "observations/images/cam_high".
 
-Cameras are uint8 arrays, [T, h, w, 3] and the like (`pictures.py`), or JPEG and PNG files. What
-neither is nor holds one number or vector per action is in `Episode.left_out`.
+Cameras are uint8 arrays, [T, h, w, 3] and the like (`pictures.py`), or JPEG, PNG or WebP files.
+What neither is nor holds one number or vector per action is in `Episode.left_out`.
 
 LIBERO's own files store images as OpenGL draws them, bottom row first; `flip="vertical"` puts them
 upright. mimic-video and OpenVLA rotate them by 180 degrees instead, which swaps left and right;
@@ -21,7 +21,6 @@ In LIBERO's own files the observation of a row follows its action; an action `sh
 0.05 s, pairs it with the next action. In robomimic's files it precedes the action.
 """
 
-import json
 import os
 import re
 from collections import Counter
@@ -39,7 +38,7 @@ from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream
 from data_pipelines.frames import Frames
 from data_pipelines.sources import hdf5
 from data_pipelines.sources.files import UNKNOWN_RATE, Visit, glance, sections, step_times, walk
-from data_pipelines.sources.hdf5 import FLIPS, Hdf5Pool
+from data_pipelines.sources.hdf5 import FLIPS, Hdf5Pool, json_attribute, string
 
 SUFFIXES = (".hdf5", ".h5")
 STYLES = ("stored", "release")
@@ -49,12 +48,19 @@ EPISODE_ACTIONS = ("action", "joint_action/vector")
 ROBOSUITE_HZ = 20.0
 _ROBOSUITE = 1  # the number of this kind of environment in robomimic
 _LIBEROS = ("problem_info", "bddl_file_name", "macros_image_convention")  # attributes of its files
+_RATES = ("fps", "hz", "frequency", "control_freq", "control_frequency")  # other attributes
 _SCENE = re.compile(r"^[A-Z_]+_SCENE\d+_")
 _NUMBER = re.compile(r"\d+")
 _TEXTS = ("language_instruction", "language_raw", "instruction")  # in a demonstration
 _NEXT = "next_obs/"
 _FAILED = (
     "a demonstration's attribute `success` is false; it is used (the option mask chooses others)"
+)
+# LIBERO's macros_image_convention -> the options that do not fit it, and those that do.
+_FLIPS = {"opengl": (("none",), "vertical or rotate"), "opencv": (("vertical", "rotate"), "none")}
+_UPSIDE_DOWN = (
+    "macros_image_convention is {} and the option flip {}, so that pictures are upside down; set "
+    "flip to {}"
 )
 _TWICE = (
     "two names of demonstrations lead to the same group of one file; both are episodes, so the "
@@ -177,22 +183,24 @@ def _demonstrations(pool: Hdf5Pool, path: Path, id: str, mask: str | None) -> li
             for actions in EPISODE_ACTIONS:
                 if isinstance(file.get(actions), h5py.Dataset) and mask is None:
                     return [_Demo(id, path, "/", actions, place=hdf5.place(file))]
+            found = (
+                f"no group `data`, but {hdf5.listed(file)}" if data is None else "an array `data`"
+            )
             raise ValueError(
-                f"{path} has no demonstrations: it has no group `data`, but {_members(file)}"
-                f"{_hint(file)}"
+                f"{path} has no demonstrations: it has {found}{hdf5.other_layout(file)}"
             )
         names = [name for name in data if _is_demonstration(data, name)]
         if mask is not None:
             if f"mask/{mask}" not in file:
                 known = sorted(file["mask"]) if "mask" in file else "none"
                 raise ValueError(f"{path} has no mask {mask!r}; its masks are {known}")
-            chosen = {_string(n) for n in file[f"mask/{mask}"][()]}
+            chosen = {string(n) for n in file[f"mask/{mask}"][()]}
             if missing := sorted(chosen.difference(names)):
                 raise ValueError(f"{path}: the mask {mask!r} lists {missing[0]}, which is missing")
             names = [n for n in names if n in chosen]
         if not names:
             raise ValueError(
-                f"{path} has no demonstrations (data/demo_<number>), but {_members(data)} in data"
+                f"{path} has no demonstrations (data/demo_<number>), but {hdf5.listed(data)} there"
             )
         names.sort(key=lambda n: ([int(number) for number in _NUMBER.findall(n)], n))
         return [_followed(path, data, name, f"{id}/{name}") for name in names]
@@ -216,26 +224,6 @@ def _followed(path: Path, data: h5py.Group, name: str, id: str) -> _Demo:
     if not isinstance(node, h5py.Group):
         return _Demo(id, path, fault=f"{path}: {name} is not a group")
     return _Demo(id, path, f"/data/{name}", place=hdf5.place(node))
-
-
-def _members(group: h5py.Group, most: int = 8) -> str:
-    names = sorted(group)
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return f"{', '.join(names[:most])}{more}" if names else "nothing"
-
-
-def _hint(file: h5py.File) -> str:
-    """What a file in another layout is, and what can be done with it."""
-    if "traj_0/actions" in file:
-        return (
-            ". It is a trajectory file of ManiSkill, whose rate and cameras are described in a "
-            "JSON file beside it; convert it to LeRobot"
-        )
-    if "observation/timestamp" in file and "action/cartesian_position" in file:
-        return ". It is a raw trajectory of DROID; use DROID's RLDS or LeRobot release"
-    if "transforms/camera" in file:
-        return ". It is a pose file of EgoDex; give the folder with the videos"
-    return ""
 
 
 @dataclass(frozen=True)
@@ -264,6 +252,11 @@ class _Dataset:
             length = _length(demo, group, arrays, findings)
             rate = self._rate(demo, group, described)
             times = step_times(length, rate or 1)
+            findings += hdf5.step_findings(arrays, length, rate)
+            drawn = [string(node.attrs.get("macros_image_convention", "")) for node in described]
+            for convention, (wrong, right) in _FLIPS.items():
+                if convention in drawn and self.flip in wrong:
+                    findings.append(_UPSIDE_DOWN.format(convention, self.flip, right))
             texts, parts = self._texts(demo, group, described, arrays, times, findings)
             streams = {}
             for key, array in arrays.items():
@@ -310,6 +303,9 @@ class _Dataset:
             stated |= {f"{name} of {node.file.filename}": r for name, r in _stated_rates(node)}
         if len({round(rate, 6) for rate in stated.values()}) > 1:
             raise ValueError(f"{demo.where}: the rates disagree, {stated}; set the option fps")
+        others = ((node, name) for node in described for name in _RATES if name in node.attrs)
+        for node, name in () if stated else others:
+            stated[name] = _positive(node, name, np.asarray(node.attrs[name]).tolist())
         if stated:
             return next(iter(stated.values()))
         if any(_is_robosuites(node) for node in described):
@@ -354,10 +350,13 @@ class _Dataset:
 
 def _stated_rates(group: h5py.Group) -> Iterator[tuple[str, float]]:
     """The rates that a group's attributes state."""
-    about = _json_attribute(group, "env_args")
+    about = json_attribute(group, "env_args")
     kwargs, physics = about.get("env_kwargs"), about.get("sim_args")
-    if isinstance(kwargs, dict) and kwargs.get("control_freq") is not None:
-        yield "control_freq", _positive(group, "control_freq", kwargs["control_freq"])
+    info = json_attribute(group, "env_info")  # of robosuite's own recordings
+    for name, stated in (("env_kwargs", kwargs), ("env_args", about), ("env_info", info)):
+        if isinstance(stated, dict) and stated.get("control_freq") is not None:
+            rate = _positive(group, "control_freq", stated["control_freq"])
+            yield f"control_freq in {name}", rate
     if isinstance(physics, dict) and {"dt", "decimation"} <= physics.keys():
         seconds = [_positive(group, name, physics[name]) for name in ("dt", "decimation")]
         # In floating point 1 / (0.01 * 5) is not exactly 20.
@@ -375,22 +374,25 @@ def _positive(group: h5py.Group, name: str, value: Any) -> float:
 
 def _is_robosuites(group: h5py.Group) -> bool:
     """Whether attributes say that robosuite wrote this: LIBERO's, robomimic's, its own."""
-    kind = _json_attribute(group, "env_args").get("type")
+    about = json_attribute(group, "env_args")
+    if "control_freq" in string(group.attrs.get("env_args", "")):
+        return False  # what it says of the rate could not be read
+    kind = about.get("type")
     own = {"env", "repository_version"} <= group.attrs.keys()
     return own or kind == _ROBOSUITE or any(name in group.attrs for name in _LIBEROS)
 
 
 def _stated_texts(group: h5py.Group, described: list[h5py.Group]) -> dict[str, tuple[str, ...]]:
     """Instructions by where they are stated, the nearest to the demonstration first."""
-    found = {"ep_meta": _json_attribute(group, "ep_meta").get("lang")}  # RoboCasa's
+    found = {"ep_meta": json_attribute(group, "ep_meta").get("lang")}  # RoboCasa's
     for name in _TEXTS:
-        found[name] = _string(group.attrs[name]) if name in group.attrs else None
+        found[name] = string(group.attrs[name]) if name in group.attrs else None
         array = group.get(name) if name in group else None
         if isinstance(array, h5py.Dataset) and h5py.check_string_dtype(array.dtype):
-            found[name] = [_string(text) for text in np.ravel(array[()])] if array.size == 1 else ()
+            found[name] = [string(text) for text in np.ravel(array[()])] if array.size == 1 else ()
     for place, node in zip(("problem_info", "problem_info of the listing file"), described):
-        found[place] = _json_attribute(node, "problem_info").get("language_instruction")  # LIBERO's
-        found |= {f"env_args of {place}": _json_attribute(node, "env_args").get("prompt")}
+        found[place] = json_attribute(node, "problem_info").get("language_instruction")  # LIBERO's
+        found |= {f"env_args of {place}": json_attribute(node, "env_args").get("prompt")}
     return {name: texts for name, value in found.items() if (texts := _sentences(value))}
 
 
@@ -414,7 +416,7 @@ def _texts_of_steps(arrays: Mapping[str, h5py.Dataset], steps: int) -> list[tupl
     columns = []
     for key, array in arrays.items():
         if _is_text(key, array) and array.shape == (steps,) and steps > 1:
-            columns.append([_string(value).strip() for value in array[()]])
+            columns.append([string(value).strip() for value in array[()]])
     rows = zip(*columns)
     return [tuple(dict.fromkeys(filter(None, row))) for row in rows]
 
@@ -425,14 +427,14 @@ def _length(
     """The number of actions, which must be what the file declares."""
     actions = arrays.get(demo.actions)
     if actions is None or not actions.shape:
-        raise ValueError(f"{demo.where} has no array `{demo.actions}`")
+        raise ValueError(f"{demo.where} has no array `{demo.actions}`, but {hdf5.listed(group)}")
     length = len(actions)
     if length == 0:
         raise ValueError(f"{demo.where} is empty; leave it out")
     if "num_samples" in group.attrs:  # LIBERO has strings and numbers
         try:
             (declared,) = np.ravel(group.attrs["num_samples"])
-            declared = float(_string(declared))
+            declared = float(string(declared))
         except ValueError:
             findings.append("num_samples is not a number; the number of actions is taken")
         else:
@@ -442,18 +444,3 @@ def _length(
                     "or write the file again"
                 )
     return length
-
-
-def _json_attribute(group: h5py.Group, key: str) -> dict[str, Any]:
-    """A JSON object in an attribute; empty if it is missing or something else."""
-    text = _string(group.attrs.get(key, "{}"))  # outside `try`: another encoding is an error
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _string(value: Any) -> str:
-    """A text that h5py may return as bytes or as str."""
-    return value.decode("utf-8") if isinstance(value, bytes) else str(value)

@@ -49,6 +49,19 @@ def recognises(path: Path) -> bool:
     return False
 
 
+def explain(path: Path) -> str:
+    """Why this is no folder of captioned videos; "" if it has no videos."""
+    folder = path if path.is_dir() else path.parent
+    if path.is_file() and not _is_video(path.name):
+        return ""
+    for videos in (folder, *(folder / name for name in FOLDERS)):
+        if name := next(filter(_is_video, sorted(_listed(videos))), None):
+            place = f"move them into {folder / FOLDERS[0]} and " if videos == folder else ""
+            example = folder / "metas" / f"{Path(name).stem}.txt"
+            return f"{videos} has videos without captions; {place}write a text each ({example})"
+    return ""
+
+
 def open_video_folder(
     path: Path, *, name: str, embodiment: str, camera_in_name: bool = False, embeddings: bool = True
 ) -> Sequence[Episode]:

@@ -10,6 +10,7 @@ in place. Videos named `<key>.<camera>.mp4` become one stream per camera; `<key>
 """
 
 import json
+import logging
 import os
 import re
 import tarfile
@@ -28,6 +29,8 @@ from data_pipelines.episode import Episode, LazyEpisodes, reason
 from data_pipelines.sources.files import decode_text, repeat_marks
 from data_pipelines.video import VideoFile, VideoPool
 from data_pipelines.video_index import VIDEO_SUFFIXES, FileRange
+
+log = logging.getLogger(__name__)
 
 STREAM = "video"
 COMPRESSED = (".tar.gz", ".tar.zst", ".tar.xz", ".tar.bz2", ".tgz")
@@ -81,11 +84,34 @@ def _shard_files(path: Path, pattern: str) -> list[Path]:
             files.append(path / name)
     if not files:
         raise ValueError(f"{path} is not a folder of tar shards: no file is named {pattern}")
+    deeper = [e.name for e in path.iterdir() if e.is_dir() and any(e.glob("*.tar"))]
+    if deeper:
+        log.warning("%s: folders with shards are not read: %s", path, ", ".join(sorted(deeper)))
+    if gaps := _gaps([file.name for file in files]):
+        some = ", ".join(map(str, gaps[:_NAMED])) + (" and more" if len(gaps) > _NAMED else "")
+        log.warning("%s: no shard has the number %s; are all of them there?", path, some)
     return files
+
+
+def _gaps(names: list[str]) -> list[int]:
+    """The numbers that are missing between those of shards named alike."""
+    found: dict[tuple[str, str], set[int]] = {}
+    for name in names:
+        if parts := _NUMBERED.fullmatch(name):
+            found.setdefault((parts[1], parts[3]), set()).add(int(parts[2]))
+    return sorted(
+        number
+        for numbers in found.values()
+        if max(numbers) - min(numbers) < 2 * len(numbers)  # or they are dates, say
+        for number in range(min(numbers), max(numbers))
+        if number not in numbers
+    )
 
 
 # WebDataset's rule: the key ends at the first dot of the file's name and includes its folders.
 _NAME = re.compile(r"((?:.*/)?[^/.]+)\.([^/]+)")
+_NUMBERED = re.compile(r"(.*?)(\d+)(\D*)")  # the last number in a shard's name
+_NAMED = 5  # numbers in a message
 _LONGEST_PADDING = 1 << 20  # bytes of zeros at the end; tar writes 10,240 unless told otherwise
 # How a compressed file begins, and what uncompresses it.
 _MAGICS = {b"\x1f\x8b": "gunzip", b"(\xb5/\xfd": "unzstd", b"\xfd7zXZ": "unxz", b"BZh": "bunzip2"}
