@@ -250,6 +250,20 @@ def test_a_picture_that_is_not_read_is_said_once():
     assert not told(session(spec=SPEC), **history)[1]  # that and an equal picture
 
 
+def test_states_of_another_rate_than_the_pictures_come_with_the_message():
+    """Those of earlier messages would be four times as far apart as in training."""
+    spec = SessionSpec(observed_frames=2, proprio_horizon=3, fps=20.0, proprio_fps=80.0)
+    with pytest.raises(RequestError, match=r"3 states, 80 per second, .* 20 per second"):
+        session(spec=spec).observe(message())
+    one, states = session(spec=spec), np.arange(6, dtype=np.float32).reshape(3, 2)
+    sent = {"state": states[-1], "observation/state_history": states}
+    for _ in range(2):
+        np.testing.assert_array_equal(one.observe(message(**sent)).observation.proprio, states)
+    one = session(spec=replace(spec, proprio_fps=20.0))
+    seen = [one.observe(message(state=(n, n))).observation.proprio[:, 0] for n in range(4)]
+    np.testing.assert_array_equal(seen, [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]])
+
+
 @pytest.mark.parametrize(
     "more, words",
     [

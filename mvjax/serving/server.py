@@ -328,6 +328,8 @@ def make_server(
         clip=(clip.height, clip.width),
         camera_size=camera_size,
         camera=camera,
+        fps=clip.fps,
+        proprio_fps=io.proprio.fps,
         proprio=Ranges.of(policy.normalizer, "proprio", names[0]),
         actions=learned,
     )
