@@ -73,6 +73,8 @@ def prepare(
         WeightsError: Lists every tensor that is missing, unknown or of a wrong shape or type.
     """
     kind, tensors, adapted = source.kind, source.tensors, has_adapters(source.tensors)
+    if adapted and not 0 < alpha < np.inf:
+        raise WeightsError(f"its adapters are scaled by --lora_alpha, above 0; got {alpha:g}.")
     merged = merge_adapters(tensors, alpha) if adapted else tensors
     config = kind.infer(source.layout, merged, source.hints)
     if adapted and lora == "keep":
