@@ -71,7 +71,8 @@ class Session:
     A message with `observation/image_history` is complete in itself and does not change the
     episode. A single picture is appended to those of the episode's earlier messages (so the
     messages' rate is the pictures'), and the first one is repeated as in training if there are too
-    few. So are the states, unless the message has their history. A new prompt, `"reset": True` or a jump of the robot begins a new episode.
+    few. So are the states, unless the message has their history. A new prompt, `"reset": True` or
+    a jump of the robot begins a new episode.
 
     Args:
         adapter: of the client.
