@@ -85,6 +85,19 @@ def test_a_misspelt_task_is_named_before_the_policy_is_loaded(monkeypatch, tmp_p
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("tasks", [(), "", ("push-v3", "push-v3"), ("push-v3,push-v3",)])
+def test_a_task_counts_once_and_there_is_one(tasks, tmp_path):
+    """A task named twice would be played once and counted twice, in a narrower interval."""
+    protocol = {"suite": "metaworld", "tasks": tasks}
+    config = ConfigDict({"evaluation": protocol, "policy_io": {"action": {"fps": 80.0}}})
+    run = SimpleNamespace(config=config), tmp_path / "action", tmp_path
+    with pytest.raises(ValueError, match=r"evaluation\.tasks must be one or more"):
+        next(closed_loop.evaluate(*run, closed_loop.settings_for("expert", [0], 10)))
+    config.evaluation = {"suite": "metaworld", "tasks": "fly"}  # and no tuple of letters
+    with pytest.raises(ValueError, match="task 'fly'"):
+        next(closed_loop.evaluate(*run, closed_loop.settings_for("expert", [0], 10)))
+
+
 @pytest.mark.parametrize("name", SUITES)
 def test_every_suite_follows_the_protocol_and_knows_its_tasks(name):
     suite = SUITES[name]

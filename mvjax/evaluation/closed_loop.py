@@ -87,7 +87,12 @@ def evaluate(
             f"{suite.control_hz}: set policy_io.action.fps to that and train again."
         )
     # --config.evaluation.tasks=a,b puts one string into the tuple.
-    tasks = [task.strip() for task in ",".join(protocol.tasks).split(",") if task.strip()]
+    given = [protocol.tasks] if isinstance(protocol.tasks, str) else protocol.tasks
+    tasks = [task.strip() for task in ",".join(given).split(",") if task.strip()]
+    if not tasks or len(set(tasks)) < len(tasks):  # an episode counts once
+        raise ValueError(
+            f"evaluation.tasks must be one or more, each named once; got {protocol.tasks!r}."
+        )
     for task in tasks:  # before the policy is loaded and compiled, which takes minutes
         suite.check_task(task)
     if {"policy", "oracle"} & {setting.mode for setting in settings.values()}:
