@@ -44,6 +44,17 @@ def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -
     }
 
 
+def test_a_state_of_the_policys_own_vector_holds_a_rotation():
+    """Not set, a quaternion with zeros, or degrees: as many numbers, and within the data's range."""
+    adapter = make_adapter("plain", trained_robot(config_of(*LIBERO, 10, 10, "libero_panda")))
+    state = np.array([[0.1, 0.2, 1.0, 0, 1, 0, -1, 0, 0, 0.03]], np.float32)
+    np.testing.assert_array_equal(adapter.proprio(state), state)
+    for wrong in ((0, 0, 0, 0, 0, 0), (0.5, 0.5, 0.5, 0.5, 0, 0), (1, 0, 0, 1, 0, 0)):
+        state[0, 3:9] = wrong
+        with pytest.raises(ValueError, match=r"numbers 3 to 8 must be the first two rows"):
+            adapter.proprio(state)
+
+
 def test_libero_as_the_release_sees_it():
     """The published layout: position, two rows of the rotation, first finger."""
     adapter = make_adapter("libero", trained_robot(libero_action.get_config("goal")))

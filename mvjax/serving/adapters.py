@@ -64,11 +64,17 @@ class Adapter:
 def plain(robot: Robot) -> Adapter:
     """This package's own client: one picture, the policy's own vectors."""
     single_camera(robot, "--client=plain")
+
+    def proprio(states: np.ndarray) -> np.ndarray:
+        check_rotations(robot.proprio, states)
+        return states
+
     return Adapter(
         name="plain",
         image=("observation/image",),
         state=("observation/state",),
         state_size=robot.proprio_dim,
+        proprio=proprio,
     )
 
 
@@ -314,6 +320,21 @@ def converted(
         return np.concatenate(flat, axis=1).astype(np.float32)
 
     return replace(adapter, proprio=proprio, actions=actions)
+
+
+def check_rotations(parts: Sequence[Part], vectors: np.ndarray) -> None:
+    """Raises ValueError where a policy's vectors [..., dim] hold no rotation, but should."""
+    widths = dims(parts, vectors.shape[-1]) if parts else ()
+    for part, end in zip(parts, np.cumsum(widths)):
+        if part.represent not in ("rotation", "pose", "relative_pose"):
+            continue
+        rows = vectors[..., end - 6 : end].reshape(*vectors.shape[:-1], 2, 3)
+        if np.abs(rows @ rows.swapaxes(-1, -2) - np.eye(2)).max() > 0.05:
+            raise ValueError(
+                f"numbers {end - 6} to {end - 1} must be the first two rows of a rotation matrix "
+                f"({'/'.join(part.streams)}), which are of length 1 and at right angles; got "
+                f"{np.round(vectors[..., end - 6 : end].reshape(-1, 6)[-1], 3).tolist()}."
+            )
 
 
 def check_angles(parts: Sequence[Part], values: Mapping[str, np.ndarray]) -> None:

@@ -94,6 +94,7 @@ class Session:
         """Begins a new episode."""
         self._episode = _Episode((), (), None)
         self._names: Iterator[tuple[str, int]] | None = None  # of the queries of this episode
+        self._still: tuple[np.ndarray, np.ndarray] | None = None  # a picture, the first state of it
 
     def observe(self, message: Mapping[str, Any]) -> Seen:
         """Reads a message; a refused one does not change the episode.
@@ -161,6 +162,7 @@ class Session:
         if not np.isfinite(proprio).all():
             raise RequestError("The state has numbers that are too large.")
         if (known := self._spec.proprio) is not None:
+            self._note_still(pictures[-1], proprio[-1], known)
             if clipped := known.clips(proprio):
                 self.notices.add("state_clipped")
             # Two kinds: a slight excess, which is common, must not hide other units.
@@ -172,6 +174,15 @@ class Session:
         if self._view is not None:
             pictures = self._view(pictures, self.notices)
         return Observation(pictures, proprio, adapter.prompt(prompt))
+
+    def _note_still(self, picture: np.ndarray, state: np.ndarray, known: Ranges) -> None:
+        if self._still is None or not np.array_equal(picture, self._still[0]):
+            self._still = picture.copy(), state
+        elif known.differ(state, self._still[1]):
+            self.notices.add(
+                "picture_still",
+                "The picture has not changed while the robot moved: has the camera stopped?",
+            )
 
     def _check_last(
         self, message: Mapping[str, Any], picture: np.ndarray | None, state: np.ndarray
