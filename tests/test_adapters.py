@@ -45,7 +45,7 @@ def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -
 
 
 def test_a_state_of_the_policys_own_vector_holds_a_rotation():
-    """Not set, a quaternion with zeros, or degrees: as many numbers, and within the data's range."""
+    """Not set, a quaternion and zeros, or degrees: as many numbers, and within the data."""
     adapter = make_adapter("plain", trained_robot(config_of(*LIBERO, 10, 10, "libero_panda")))
     state = np.array([[0.1, 0.2, 1.0, 0, 1, 0, -1, 0, 0, 0.03]], np.float32)
     np.testing.assert_array_equal(adapter.proprio(state), state)
