@@ -229,6 +229,7 @@ def test_an_unknown_client_is_named():
         ("aloha", "observation.images.top", ("images", "cam_high")),
         ("libero", "obs/eye_in_hand_rgb", ("observation/wrist_image",)),
         ("libero", "observation.images.agentview", ("observation/image",)),
+        ("libero", "observation.images.image2", ("observation/wrist_image",)),
         ("droid", "steps/observation/wrist_image_left", ("observation/wrist_image_left",)),
     ],
 )

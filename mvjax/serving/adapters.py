@@ -87,7 +87,8 @@ EPISODE_JUMP_M = 0.2
 _SCENE, _WRIST = ("observation/image",), ("observation/wrist_image",)
 _LIBERO_CAMERAS = {
     **dict.fromkeys(("workspace_rgb", "agentview", "agentview_rgb", "image"), _SCENE),
-    **dict.fromkeys(("wrist_image", "eye_in_hand_rgb", "robot0_eye_in_hand"), _WRIST),
+    # The wrist is image2 in the LeRobot releases of LIBERO.
+    **dict.fromkeys(("wrist_image", "eye_in_hand_rgb", "robot0_eye_in_hand", "image2"), _WRIST),
 }
 
 
