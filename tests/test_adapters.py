@@ -10,7 +10,13 @@ from ml_collections import ConfigDict
 from scipy.spatial.transform import Rotation
 
 from configs import libero_action
-from data_pipelines.embodiments import aloha, droid_franka, libero_panda, widowx
+from data_pipelines.embodiments import (
+    aloha,
+    droid_franka,
+    libero_panda,
+    metaworld_sawyer,
+    widowx,
+)
 from mvjax.policy.robot import check_suite, check_trained, trained_robot
 from mvjax.serving.adapters import make_adapter
 from mvjax.serving.notices import Notices, Ranges
@@ -343,6 +349,30 @@ def test_a_policy_of_records_that_said_otherwise_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"trained on records .*'values' there, 'delta' here"):
         check_trained(config, meta, tmp_path)
     check_trained(config, meta | {"data_fingerprint": ["beef"]}, tmp_path)  # encoded again since
+
+
+def test_a_suite_takes_its_own_numbers_in_their_order(caplog):
+    """Of equal widths and representations."""
+    suite = ("metaworld", "metaworld_sawyer", "observation.images.corner", (64, 64))
+    sawyer, clip = metaworld_sawyer, dict(height=64, width=64)
+
+    def check(action, proprio):
+        robot = trained_robot(config_of(proprio, action, 4, 4, "metaworld_sawyer", "corner"))
+        check_suite(robot, *suite, clip)
+
+    check(sawyer.ACTION, sawyer.PROPRIO)
+    check("action", "observation.state")
+    in_two = tuple(dict(stream="action", columns=columns) for columns in ((0, 1, 2), (3,)))
+    check(in_two, sawyer.PROPRIO)
+    assert not caplog.text
+    for action, proprio in (
+        ((dict(stream="action", columns=(3, 0, 1, 2)),), sawyer.PROPRIO),
+        (sawyer.ACTION, (dict(stream="observation.state", columns=(4, 5, 6, 7)),)),
+    ):
+        with pytest.raises(ValueError, match=r"is .*\[0\], .* trained with .*\[[34]\], "):
+            check(action, proprio)
+    check(sawyer.ACTION, "observation.environment")
+    assert "learned from observation.environment as values, whose names the suite" in caplog.text
 
 
 def test_a_suite_shows_its_own_robot(caplog):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.cutting import Rows, camera_rows
-from data_pipelines.representations import Mode, Part
+from data_pipelines.representations import REPRESENTATIONS, Mode, Part
 from data_pipelines.settings import differences, plain
 from data_pipelines.vectors import dims, parse
 
@@ -214,6 +214,9 @@ def check_suite(
             f"{described(robot.proprio)} and {described(robot.action)}: describe them as in "
             f"data_pipelines/embodiments/{embodiment}.py, and train again."
         )
+    for name in ("ACTION", "PROPRIO"):
+        known = [parse(value) for key, value in vars(own).items() if key.endswith(name)]
+        _check_numbers(robot, name.lower(), known, who)
     if is_on_the_hand(trained):
         raise ValueError(
             f"{_capital(who)} shows its robot from outside, but this policy was trained on the "
@@ -231,6 +234,36 @@ def check_suite(
             " which is right only if the pictures of training were, too.",
             *(suite, *size, clip["height"], clip["width"]),
         )
+
+
+def _check_numbers(robot: Robot, vector: str, known: Sequence[tuple[Part, ...]], who: str) -> None:
+    """Raises ValueError for a vector of a suite's streams, but with other or permuted numbers."""
+    parts, dim = getattr(robot, vector), getattr(robot, f"{vector}_dim")
+    taken = _taken(parts, dim)
+    alike = [one for one in known if {n[0] for n in _taken(one, dim)} == {n[0] for n in taken}]
+    if not alike:
+        log.warning(
+            "the %s of the policy was learned from %s, whose names %s does not know: the numbers "
+            "must be its own, in its order.",
+            *(vector, described(parts), who),
+        )
+    elif taken not in [_taken(one, dim) for one in alike]:
+        raise ValueError(
+            f"the {vector} of {who} is {', '.join(labels(alike[0], dim))}, but this policy was "
+            f"trained with {', '.join(labels(parts, dim))}: train with the suite's."
+        )
+
+
+def _taken(parts: Sequence[Part], dim: int) -> list[tuple[Any, ...]]:
+    """What each number of a vector is: the last word of its stream, and the column."""
+    taken: list[tuple[Any, ...]] = []
+    for part, width in zip(parts, dims(parts, dim)):
+        stream = "/".join(map(last_word, part.streams))
+        stored = REPRESENTATIONS[part.represent].stored_width(part) or width
+        columns = part.columns or tuple(range(stored))
+        single = part.represent in ("values", "delta", "gripper")
+        taken += [(stream, c) for c in columns] if single else [(stream, columns, part.rotation)]
+    return taken
 
 
 def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
