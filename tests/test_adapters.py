@@ -17,14 +17,14 @@ from data_pipelines.embodiments import (
     metaworld_sawyer,
     widowx,
 )
-from mvjax.policy.robot import check_suite, check_trained, trained_robot
+from mvjax.policy.robot import check_gripper, check_suite, check_trained, trained_robot
 from mvjax.serving.adapters import make_adapter
-from mvjax.serving.notices import Notices, Ranges
-from mvjax.serving.server import check_gripper
+from mvjax.serving.notices import Notices
 from mvjax.serving.session import RequestError, Session, SessionSpec
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 LIBERO = libero_panda.PROPRIO, libero_panda.ACTION
+GRIPPER = dict(stream="a", columns=(6,), represent="gripper", closed=1.0, open=-1.0)
 SENSES = SessionSpec(observed_frames=5, proprio_horizon=1)
 
 
@@ -97,18 +97,32 @@ def test_libero_in_the_clients_own_numbers():
     np.testing.assert_array_equal(session.actions(chunk, seen), chunk)
 
 
+@pytest.mark.parametrize(
+    "config, number",
+    [
+        (("observation.state", "action", 8, 7), 6),
+        ((*LIBERO, 10, 10), 9),
+        ((libero_panda.HDF5_PROPRIO, libero_panda.HDF5_ACTION, 10, 10), 9),
+        ((libero_panda.LEROBOT_PROPRIO, libero_panda.LEROBOT_ACTION, 10, 10), 9),
+        (("state", (dict(stream="a", columns=(6,)), dict(stream="a", columns=range(6))), 8, 7), 0),
+        (("state", (dict(stream="a", columns=range(6)), GRIPPER), 8, 7), None),  # converted
+    ],
+)
+def test_where_the_gripper_of_a_libero_policy_is(config, number):
+    state, action, *widths = config
+    if number in (0, None):
+        action = tuple(part | dict(columns=tuple(part["columns"])) for part in action)
+    adapter = make_adapter("libero", trained_robot(config_of(state, action, *widths, "libero")))
+    assert adapter.signed_gripper == number
+
+
 def test_a_gripper_from_0_to_1_is_not_sent_to_a_client_with_a_signed_one():
-    fields = "observation.state", "action", 8, 7
-    adapter = make_adapter("libero", trained_robot(config_of(*fields, "libero_panda")))
-    low, high = np.full((2, 7), -1.0), np.ones((2, 7))
-    ranges = Ranges(low, high, low, high, [f"action[{i}]" for i in range(7)])
-    check_gripper(adapter, ranges)
-    check_gripper(adapter, None)
-    low[:, 6] = 0
-    with pytest.raises(ValueError, match=r"learned action\[6\] from data .* never below 0"):
-        check_gripper(adapter, ranges)
-    binary = make_adapter("libero", trained_robot(config_of(*LIBERO, 10, 10, "libero_panda")))
-    check_gripper(binary, ranges)  # it is converted, and its sign is made here
+    """Every command would close it; one that only closes has no other number than 1."""
+    for least in (-1.0, -0.01, 1.0):
+        check_gripper(least, "action[6]", "--client=libero")
+    for least in (0.0, 0.04):
+        with pytest.raises(ValueError, match=r"learned action\[6\] from data .* never below 0"):
+            check_gripper(least, "action[6]", "--client=libero")
 
 
 def test_libero_episodes_begin_where_the_arm_jumps_home():

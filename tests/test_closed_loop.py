@@ -5,8 +5,10 @@ import dataclasses
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny_policy import run_config, save_run
@@ -96,6 +98,20 @@ def test_a_task_counts_once_and_there_is_one(tasks, tmp_path):
     config.evaluation = {"suite": "metaworld", "tasks": "fly"}  # and no tuple of letters
     with pytest.raises(ValueError, match="task 'fly'"):
         next(closed_loop.evaluate(*run, closed_loop.settings_for("expert", [0], 10)))
+
+
+def test_a_gripper_that_would_always_be_closed_is_not_played():
+    for name, least, refused in (
+        ("libero", -1, False),
+        ("libero", 1, False),  # demonstrations of one grasp
+        ("libero", 0, True),
+        ("metaworld", 0, False),  # its gripper is a force
+    ):
+        low = np.array([[-1] * 9 + [least]] * 2, float)
+        policy = SimpleNamespace(normalizer=SimpleNamespace(statistics={"actions": {"min": low}}))
+        check = pytest.raises(ValueError, match="never below 0: train on -1 to 1")
+        with check if refused else nullcontext():
+            closed_loop._check_gripper(policy, SUITES[name], name)
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -236,6 +236,22 @@ def check_suite(
         )
 
 
+def check_gripper(least: float, number: str, who: str) -> None:
+    """Raises ValueError for a gripper from 0 to 1 where negative numbers open it.
+
+    Args:
+        least: the smallest value that training saw; 1 of a gripper that only closes.
+        number: its name.
+        who: takes the actions.
+    """
+    if 0 <= least < 0.5:  # it would always be closed
+        raise ValueError(
+            f"{_capital(who)} opens the gripper with a negative number and closes it with a "
+            f"positive one, but this policy learned {number} from data that are never below "
+            f"{least:g}: train on -1 to 1."
+        )
+
+
 def _check_numbers(robot: Robot, vector: str, known: Sequence[tuple[Part, ...]], who: str) -> None:
     """Raises ValueError for a vector of a suite's streams, but with other or permuted numbers."""
     parts, dim = getattr(robot, vector), getattr(robot, f"{vector}_dim")

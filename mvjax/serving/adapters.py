@@ -44,8 +44,8 @@ class Adapter:
         control_hz: actions that the client executes per second; 0 if unknown.
         execute: actions of a chunk that the client executes as openpi's examples set it; 0 if
             unknown.
-        signed_gripper: the policy's action that the client opens with when it is negative and
-            closes with when it is positive, if the client takes it as it is.
+        signed_gripper: the number of the policy's action that opens the client's gripper when it is
+            negative and closes it when it is positive; None if it is converted.
     """
 
     name: str
@@ -122,10 +122,10 @@ def libero(robot: Robot) -> Adapter:
         posed = converted(
             own, Robot(*parts, 10, 10), lambda s: dict(zip(names, np.split(s, [3, 6], axis=-1)))
         )
+        posed = replace(posed, signed_gripper=9)
     else:
         posed = in_own_layout(own, robot, action_size=7)
-        columns = [c for part in robot.action for c in part.columns or range(7)]
-        posed = replace(posed, signed_gripper=columns.index(6))
+        posed = replace(posed, signed_gripper=_number_of(robot, 6))
     if (robot.proprio_dim, robot.action_dim) != (10, 10):
         return posed
 
@@ -368,6 +368,16 @@ def _columns(parts: Sequence[Part], dim: int) -> set[int]:
         stored = REPRESENTATIONS[part.represent].stored_width(part) or width
         taken |= set(part.columns or (() if part.pad else range(stored)))
     return taken
+
+
+def _number_of(robot: Robot, column: int) -> int | None:
+    """The number of a policy's action that is a column of its only stream, as it is."""
+    widths = dims(robot.action, robot.action_dim)
+    for part, width, end in zip(robot.action, widths, np.cumsum(widths)):
+        columns = list(part.columns or range(width))
+        if part.represent == "values" and column in columns:
+            return int(end) - width + columns.index(column)
+    return None
 
 
 def _meaning(parts: Sequence[Part]) -> list[Part]:
