@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.atomic import write_text
-from data_pipelines.episode import PerTask
+from data_pipelines.episode import PerTask, reason
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode, Part
 from data_pipelines.statistics import (
@@ -154,8 +154,14 @@ class Normalizers:
 
 
 def load_normalizers(path: Path) -> Normalizers:
-    """Reads what `Normalizers.save` or `Normalizer.save` wrote."""
-    content = json.loads(Path(path).read_text())
+    """Reads what `Normalizers.save` or `Normalizer.save` wrote; OSError if it is damaged."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no statistics")
+    except ValueError as error:
+        why = reason(path, error)
+        raise OSError(f"{path} is damaged ({why}); bring back a copy of the run's.") from error
     meta = content.get("meta", {})
     each = content.get("embodiments", {meta.get("embodiment", ""): content})
     normalizers = {}
