@@ -319,6 +319,8 @@ def test_datasets_of_one_robot_must_mean_the_same():
     config = config_of("state", "action", 4, 4, video=("a", "b"))
     config.datasets.view = dict(config.datasets.robot.to_dict(), video="a")
     assert trained_robot(config).rows == (("a",),)
+    config.embodiment = None  # as "": it is the only one, and its cameras are known
+    assert trained_robot(config).rows == (("a",),)
     delta = dict(stream="action", represent="delta", base="state")
     config.datasets.view.action = (delta,)
     with pytest.raises(ValueError, match=r"'robot' and 'view' .* differently .*as delta"):

@@ -53,9 +53,9 @@ def trained_robot(config: Any) -> Robot:
         ValueError: it is not among the datasets with actions, there are several to choose from, or
             two of its datasets describe it differently.
     """
-    io, wanted = config.policy_io, config.get("embodiment", "")
+    io, wanted = config.policy_io, config.get("embodiment") or ""
     acting = {key: dataset for key, dataset in config.datasets.items() if dataset.action}
-    names = list(dict.fromkeys(dataset.get("embodiment", "") for dataset in acting.values()))
+    names = list(dict.fromkeys(dataset.get("embodiment") or "" for dataset in acting.values()))
     known = ", ".join(map(repr, names))
     if wanted and wanted not in names:
         raise ValueError(
@@ -73,13 +73,13 @@ def trained_robot(config: Any) -> Robot:
             parse(dataset.proprio, "proprio"),
             io.action.dim,
             io.proprio.dim,
-            embodiment=dataset.get("embodiment", ""),
+            embodiment=dataset.get("embodiment") or "",
             dataset=key,
             rows=camera_rows(dataset.video) if "video" in dataset else (),
             action_fps=io.action.get("fps", 0.0),
         )
         for key, dataset in acting.items()
-        if wanted in ("", dataset.get("embodiment", ""))
+        if wanted in ("", dataset.get("embodiment") or "")
     ]
     if not robots:
         return Robot((), (), io.action.dim, io.proprio.dim, embodiment=wanted)
