@@ -391,6 +391,22 @@ def test_a_suite_takes_its_own_numbers_in_their_order(caplog):
     assert "learned from observation.environment as values, whose names the suite" in caplog.text
 
 
+@pytest.mark.parametrize("flip", ["rotate", "vertical", None])
+def test_pictures_that_were_not_turned_for_training_are_said(caplog, flip):
+    """LIBERO's files lie upside down; its suite and openpi's client turn them by 180 degrees."""
+    hdf5 = libero_panda.HDF5_PROPRIO, libero_panda.HDF5_ACTION
+    config = config_of(*hdf5, 10, 10, "libero_panda", "obs/agentview_rgb")
+    config.datasets.robot.format = "robomimic_hdf5"
+    if flip:
+        config.datasets.robot.options = dict(flip=flip)
+    robot, clip = trained_robot(config), dict(height=480, width=640)
+    suite = ("libero", "libero_panda", "observation.images.agentview", (480, 640), clip)
+    for check in (lambda: check_suite(robot, *suite), lambda: make_adapter("libero", robot)):
+        caplog.clear()
+        check()
+        assert ("upside down or mirrored" in caplog.text) == (flip != "rotate")
+
+
 def test_a_suite_shows_its_own_robot(caplog):
     clip = dict(height=480, width=640)
     suite = ("libero", "libero_panda", "observation.images.agentview", (480, 640), clip)

@@ -34,6 +34,7 @@ class Robot:
         dataset: the dataset whose words these are.
         rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown.
         action_fps: actions per second; 0 if unknown.
+        flip: how HDF5 files were read (`options.flip`); "" for other formats.
     """
 
     action: tuple[Part, ...]
@@ -44,6 +45,7 @@ class Robot:
     dataset: str = ""
     rows: Rows = ()
     action_fps: float = 0.0
+    flip: str = ""
 
 
 def trained_robot(config: Any) -> Robot:
@@ -77,6 +79,7 @@ def trained_robot(config: Any) -> Robot:
             dataset=key,
             rows=camera_rows(dataset.video) if "video" in dataset else (),
             action_fps=io.action.get("fps", 0.0),
+            flip=_flip(dataset),
         )
         for key, dataset in acting.items()
         if wanted in ("", dataset.get("embodiment") or "")
@@ -95,6 +98,26 @@ def trained_robot(config: Any) -> Robot:
             )
     # Of several views that were learned as videos of their own, one is enough.
     return min(robots, key=lambda robot: len(_cells(robot)) > 1)
+
+
+def _flip(dataset: Any) -> str:
+    hdf5 = dataset.get("format") == "robomimic_hdf5"
+    return (dataset.get("options") or {}).get("flip", "none") if hdf5 else ""
+
+
+def check_turned(robot: Robot, who: str) -> None:
+    """Warns if LIBERO's pictures were not turned for training as `who` turns them.
+
+    Its files hold them upside down, and turning is not mirroring. Whether other files do, they do
+    not say.
+    """
+    if robot.flip not in ("", "rotate"):
+        log.warning(
+            "the policy was trained on HDF5 files with the option flip=%r, but %s shows pictures "
+            "that are turned by 180 degrees, as flip='rotate' turns LIBERO's own: it sees them "
+            "upside down or mirrored unless the files differ from LIBERO's.",
+            *(robot.flip, who),
+        )
 
 
 def single_camera(robot: Robot, who: str) -> str:
@@ -228,6 +251,8 @@ def check_suite(
             "same view.",
             *(trained, suite, camera),
         )
+    if embodiment == "libero_panda":
+        check_turned(robot, who)
     if not same_aspect(size, (clip["height"], clip["width"])):
         log.warning(
             "the pictures of the suite %r are %dx%d, but the policy sees %dx%d: they are stretched,"

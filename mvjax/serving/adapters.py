@@ -17,6 +17,7 @@ from data_pipelines.vectors import bases, dims, parse, restore, streams, vector
 from mvjax.policy.robot import (
     Robot,
     check_embodiment,
+    check_turned,
     described,
     is_on_the_hand,
     last_word,
@@ -102,6 +103,7 @@ def libero(robot: Robot) -> Adapter:
     mimic-video's instructions. One with 8 and 7 was trained in the client's own layout.
     """
     check_embodiment(robot, "--client=libero", "libero", "libero_panda")
+    check_turned(robot, "--client=libero")
     own = Adapter(
         name="libero",
         image=picture("libero", robot, _LIBERO_CAMERAS),
