@@ -170,6 +170,10 @@ def test_the_settings_beside_a_file_are_read_as_those_of_its_folder(folders):
         (file,) = folder.glob("*.safetensors")
         one, other = (prepare(open_source(path, Hints())).config for path in (folder, file))
         assert one == other
+    texts = write_published(here, TEXT, "diffusers", random_tensors(TEXT, "diffusers"))
+    (texts / "spiece.model").write_bytes(b"its vocabulary")
+    write(prepare(open_source(next(texts.glob("*.safetensors")), Hints())), here / "t5")
+    assert (here / "t5" / "spiece.model").read_bytes() == b"its vocabulary"
     for text, words in (('"x"', "holds no settings"), ("<!DOCTYPE html>", "is damaged")):
         (folder / "config.json").write_text(text)
         assert words in refused(file, out / "x") and words in refused(folder, out / "x")
