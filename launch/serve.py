@@ -23,6 +23,7 @@ from mvjax.policy.robot import trained_robot
 from mvjax.serving.adapters import CLIENTS, make_adapter
 from mvjax.serving.batching import Batching
 from mvjax.serving.server import PolicyServer, Serving, make_server
+from mvjax.serving.session import read_prompt
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
@@ -60,6 +61,8 @@ def main() -> None:
         api_key=api_key(),
         message_bytes=MAX_MESSAGE.value * 2**20,
     )
+    if PROMPT.value:
+        read_prompt({"prompt": PROMPT.value}, "")  # else every client would be told
     size = camera_size(CAMERA_SIZE.value)
     experiment = Experiment.from_config(config)
     sampling = experiment.sampling(stop_step=STOP_STEP.value)

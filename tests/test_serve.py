@@ -92,6 +92,7 @@ def check_robot(command, running, flags):
         (["--checkpoint=x", "--port=70000"], "70000"),
         (["--checkpoint=x", "--api_key_file=nothing"], "nothing"),
         (["--checkpoint=x", "--window_ms=nan"], "--window_ms must be a finite number, got nan"),
+        (["--checkpoint=x", "--port=0", "--prompt= "], "'prompt' has no visible character"),
         ([], "--checkpoint must be given"),
     ],
 )
