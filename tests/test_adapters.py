@@ -391,6 +391,18 @@ def test_a_suite_takes_its_own_numbers_in_their_order(caplog):
     assert "learned from observation.environment as values, whose names the suite" in caplog.text
 
 
+def test_a_policy_of_earlier_states_is_not_shown_the_present_one():
+    earlier = tuple(part | dict(shift=-0.1) for part in metaworld_sawyer.PROPRIO)
+    config = config_of(earlier, metaworld_sawyer.ACTION, 4, 4, "metaworld_sawyer", "corner")
+    suite = ("metaworld", "metaworld_sawyer", "corner", (64, 64), dict(height=64, width=64))
+    with pytest.raises(ValueError, match=r"observation.state of -0.1 s from the present"):
+        check_suite(trained_robot(config), *suite)
+    config = config_of("state", "action", 8, 7, "libero")
+    config.policy_io.proprio.shift = -0.05
+    with pytest.raises(ValueError, match=r"state of -0.05 s .* but --client=libero shows"):
+        make_adapter("libero", trained_robot(config))
+
+
 @pytest.mark.parametrize("flip", ["rotate", "vertical", None])
 def test_pictures_that_were_not_turned_for_training_are_said(caplog, flip):
     """LIBERO's files lie upside down; its suite and openpi's client turn them by 180 degrees."""

@@ -28,7 +28,8 @@ class Robot:
     """A robot as the datasets of a policy describe it.
 
     Attributes:
-        action, proprio: the parts (`data_pipelines.vectors`) of the policy's vectors.
+        action, proprio: the parts (`data_pipelines.vectors`) of the policy's vectors; the shifts of
+            `proprio` are from the present.
         action_dim, proprio_dim: their widths.
         embodiment: its name, `dataset.embodiment`; "" if the datasets do not name it.
         dataset: the dataset whose words these are.
@@ -72,7 +73,10 @@ def trained_robot(config: Any) -> Robot:
     robots = [
         Robot(
             parse(dataset.action, "action"),
-            parse(dataset.proprio, "proprio"),
+            tuple(
+                replace(part, shift=part.shift + io.proprio.get("shift", 0.0))
+                for part in parse(dataset.proprio, "proprio")
+            ),
             io.action.dim,
             io.proprio.dim,
             embodiment=dataset.get("embodiment") or "",
@@ -118,6 +122,16 @@ def check_turned(robot: Robot, who: str) -> None:
             "upside down or mirrored unless the files differ from LIBERO's.",
             *(robot.flip, who),
         )
+
+
+def check_present(robot: Robot, who: str) -> None:
+    """Raises ValueError for a policy of states of another moment than `who` shows it."""
+    for part in robot.proprio:
+        if part.shift:
+            raise ValueError(
+                f"This policy was trained on {'/'.join(part.streams)} of {part.shift:g} s from the "
+                f"present (shift), but {who} shows it the present state: train without."
+            )
 
 
 def single_camera(robot: Robot, who: str) -> str:
@@ -251,6 +265,7 @@ def check_suite(
             "same view.",
             *(trained, suite, camera),
         )
+    check_present(robot, who)
     if embodiment == "libero_panda":
         check_turned(robot, who)
     if not same_aspect(size, (clip["height"], clip["width"])):

@@ -17,6 +17,7 @@ from data_pipelines.vectors import bases, dims, parse, restore, streams, vector
 from mvjax.policy.robot import (
     Robot,
     check_embodiment,
+    check_present,
     check_turned,
     described,
     is_on_the_hand,
@@ -233,6 +234,8 @@ def make_adapter(client: str, robot: Robot) -> Adapter:
     """
     if client not in CLIENTS:
         raise ValueError(f"The client must be one of {', '.join(CLIENTS)}, got {client!r}.")
+    if client != "plain":  # whose vectors are the client's own affair
+        check_present(robot, f"--client={client}")
     adapter = CLIENTS[client](robot)
     if adapter.control_hz and robot.action_fps and adapter.control_hz != robot.action_fps:
         log.warning(
