@@ -20,11 +20,12 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.atomic import write_text
-from data_pipelines.episode import PerTask
+from data_pipelines.episode import PerTask, reason
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode, Part
 from data_pipelines.statistics import (
     NAMES,
+    PERCENTILES,
     Affine,
     Statistics,
     affine_of,
@@ -153,8 +154,14 @@ class Normalizers:
 
 
 def load_normalizers(path: Path) -> Normalizers:
-    """Reads what `Normalizers.save` or `Normalizer.save` wrote."""
-    content = json.loads(Path(path).read_text())
+    """Reads what `Normalizers.save` or `Normalizer.save` wrote; OSError if it is damaged."""
+    try:
+        content = json.loads(Path(path).read_text())
+        if not isinstance(content, dict):
+            raise ValueError("it holds no statistics")
+    except ValueError as error:
+        why = reason(path, error)
+        raise OSError(f"{path} is damaged ({why}); bring back a copy of the run's.") from error
     meta = content.get("meta", {})
     each = content.get("embodiments", {meta.get("embodiment", ""): content})
     normalizers = {}
@@ -362,14 +369,44 @@ def released_normalizer(path: Path) -> Normalizer:
         raise ValueError(f"{path} is not a file of statistics: {lacking}")
     statistics, modes, streams = {}, {}, _released_streams(path, content)
     for name, keys in streams.items():
+        for key in keys:
+            _check_released(path, key, content[key])
         try:
             statistics[name] = concat_statistics(content, keys)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: the entries {', '.join(keys)} lack {error}.") from error
+        except ValueError as error:
+            raise ValueError(
+                f"{path}: the entries {', '.join(keys)} do not go together ({error})."
+            ) from error
         dims = [np.shape(content[key]["mean"])[-1] for key in keys]
         modes[name] = [m for m, dim in zip(_RELEASED_MODES.values(), dims) for _ in range(dim)]
     fingerprint = f"released {hashlib.sha256(text).hexdigest()[:16]}"
     return Normalizer(statistics, modes, fingerprint, streams)
+
+
+def _check_released(path: Path, key: str, entry: Mapping[str, Any]) -> None:
+    """Raises ValueError unless an entry of released statistics can normalise anything."""
+    if lacking := [name for name in NAMES if name not in entry]:
+        raise ValueError(f"{path}: the entry {key} lacks {', '.join(lacking)}.")
+    shape = np.shape(entry["mean"])
+    for name in NAMES:
+        values, expected = entry[name], shape
+        if name == "percentiles":
+            expected = (PERCENTILES, *shape)
+        try:
+            values = np.asarray(values, np.float64)
+        except (TypeError, ValueError):
+            values = np.array(np.nan)
+        if values.shape != expected or not np.isfinite(values).all():
+            raise ValueError(
+                f"{path}: {name} of the entry {key} must be finite numbers of the shape "
+                f"{list(expected)}; copy or download the file again."
+            )
+    low, high, spread = (np.asarray(entry[n]) for n in ("clamp_min", "clamp_max", "std_clamped"))
+    if (low > high).any() or (spread < 0).any():
+        raise ValueError(
+            f"{path}: the entry {key} has a clamp_min above clamp_max or a std_clamped below 0; "
+            "copy or download the file again."
+        )
 
 
 def strange_streams(normalizer: Normalizer, key: str, names: Sequence[str]) -> list[str]:

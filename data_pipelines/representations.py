@@ -71,7 +71,15 @@ class Representation:
 
     def load(self, part: Part, numbers: np.ndarray) -> np.ndarray:
         """Turns stored numbers [..., w] into the form, [..., w] or [..., 4, 4]."""
-        return numbers if part.wrap is None else np.unwrap(numbers, period=_turn(part), axis=-2)
+        if part.wrap is None:
+            return numbers
+        largest = np.abs(numbers).max(initial=0)
+        if largest > _MOST_TURNS * _turn(part):  # turns may have been counted on
+            raise ValueError(
+                f"wrap={part.wrap} says that a turn is {_turn(part):.4g}, but there is an angle of "
+                f"{largest:.4g}: are these degrees?"
+            )
+        return np.unwrap(numbers, period=_turn(part), axis=-2)
 
     def store(self, part: Part, form: np.ndarray) -> np.ndarray:
         """The inverse of `load`."""
@@ -192,6 +200,9 @@ class _RelativePose(_Pose):
 
     def recover(self, part, numbers, base):
         return base[..., None, :, :] @ super().recover(part, numbers, None)
+
+
+_MOST_TURNS = 10  # of an angle that wraps
 
 
 def _turn(part: Part) -> float:

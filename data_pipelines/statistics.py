@@ -24,7 +24,8 @@ Statistics = Mapping[str, np.ndarray]
 _SCALARS = ("min", "max", "mean", "std", "clamp_min", "clamp_max", "mean_clamped", "std_clamped")
 NAMES = (*_SCALARS, "percentiles")
 P2, P98 = 20, 980  # indices of 2 % and 98 % among the percentiles
-_PERCENTS = np.linspace(0.0, 100.0, 1001)
+PERCENTILES = 1001  # how many, from 0 to 100 %
+_PERCENTS = np.linspace(0.0, 100.0, PERCENTILES)
 _ROW = len(_SCALARS) + len(_PERCENTS)  # numbers per dimension
 
 

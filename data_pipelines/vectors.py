@@ -37,6 +37,7 @@ Usage (all functions are pure):
     proprio = vector(parts, history, now, dim)          like `read`, from a robot's values
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -385,12 +386,13 @@ def _are_names(value: Any) -> bool:
 
 
 def _are_columns(value: Any) -> bool:
-    are_whole = isinstance(value, tuple) and all(_is_number(v) and v == int(v) >= 0 for v in value)
+    are_whole = isinstance(value, tuple) and all(type(v) is int and v >= 0 for v in value)
     return are_whole and 0 < len(set(value)) == len(value)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and math.isfinite(value)
 
 
 _CHANGED = ("stream", "base", "base_columns", "normalize")  # the others are fields of `Part`
@@ -420,5 +422,5 @@ _VALUES = {
         "the smallest and the largest angle, such as (-3.14159265, 3.14159265)",
     ),
     "normalize": (lambda v: v in list(Mode), f"one of {', '.join(Mode)}"),
-    "pad": (lambda v: _are_columns((v,)) and v > 0, "a number of dimensions"),
+    "pad": (lambda v: _are_columns((v,)) and v > 0, "a whole number of dimensions"),
 }

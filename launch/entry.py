@@ -10,6 +10,7 @@ A command defines its flags at the top, then `def main(...)`, and ends with
 
 import difflib
 import errno
+import math
 import os
 import re
 import sys
@@ -122,7 +123,11 @@ def _log_to_stderr() -> None:
 
 def _parse(arguments: Sequence[str]) -> list[str]:
     try:
-        return flags.FLAGS(_normalised(arguments))
+        rest = flags.FLAGS(_normalised(arguments))
+        for name, value in flags.FLAGS.flag_values_dict().items():
+            if isinstance(value, float) and not math.isfinite(value):  # absl's bounds let NaN pass
+                raise ValueError(f"--{name} must be a finite number, got {value}.")
+        return rest
     except SystemExit as end:  # absl ends --help with code 1
         raise SystemExit(0 if end.code == 1 else end.code) from None
     except Exception as error:  # a configuration file is a program: it may raise anything

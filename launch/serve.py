@@ -23,6 +23,7 @@ from mvjax.policy.robot import trained_robot
 from mvjax.serving.adapters import CLIENTS, make_adapter
 from mvjax.serving.batching import Batching
 from mvjax.serving.server import PolicyServer, Serving, make_server
+from mvjax.serving.session import read_prompt
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
@@ -60,6 +61,8 @@ def main() -> None:
         api_key=api_key(),
         message_bytes=MAX_MESSAGE.value * 2**20,
     )
+    if PROMPT.value:
+        read_prompt({"prompt": PROMPT.value}, "")  # else every client would be told
     size = camera_size(CAMERA_SIZE.value)
     experiment = Experiment.from_config(config)
     sampling = experiment.sampling(stop_step=STOP_STEP.value)
@@ -91,12 +94,15 @@ def camera_size(text: str) -> tuple[int, int] | None:
 
 def api_key() -> str:
     """Returns the key of --api_key_file or MVJAX_API_KEY: a command line is visible to all."""
-    if not API_KEY_FILE.value:
-        return os.environ.get("MVJAX_API_KEY", "")
-    key = Path(API_KEY_FILE.value).read_text().strip()
-    if not key:
-        raise ValueError(f"--api_key_file: {API_KEY_FILE.value} is empty.")
-    return key
+    if API_KEY_FILE.value:
+        name, key = f"--api_key_file: {API_KEY_FILE.value}", Path(API_KEY_FILE.value).read_text()
+    elif (key := os.environ.get("MVJAX_API_KEY")) is not None:
+        name = "MVJAX_API_KEY"
+    else:
+        return ""
+    if not key.strip():  # such as a secret that was not found: not a server for everyone
+        raise ValueError(f"{name} is empty: give a key, or neither of the two for none.")
+    return key.strip()
 
 
 def check_address(host: str, port: int) -> None:

@@ -24,7 +24,7 @@ from mvjax.flow import Sampling
 from mvjax.models.action_decoder import ActionDecoderConfig
 from mvjax.models.lora import LoRA
 from mvjax.models.network import Network
-from mvjax.models.presets import decoder_network, video_network
+from mvjax.models.presets import PUBLISHED_LORA_TARGETS, decoder_network, video_network
 from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, make_mesh, make_rules, split_ways
 from mvjax.ranges import check_ranges
@@ -85,13 +85,19 @@ class Experiment:
         rank, alpha = config.lora.rank, config.lora.alpha
         if rank and not alpha:
             raise ValueError("lora.alpha is 0: the adapters would change nothing.")
+        targets = config.lora.targets
+        if rank and not (targets and set(targets) <= set(PUBLISHED_LORA_TARGETS)):
+            raise ValueError(
+                f"lora.targets must be one or more of {', '.join(PUBLISHED_LORA_TARGETS)}, the "
+                f"layers that can have adapters; got {targets!r}."
+            )
         # A text projection lets the network's text width differ from text.dim.
         fields = {"text_dim": config.text.dim, **config.video_model}
         fields["rope_ratio_thw"] = tuple(fields["rope_ratio_thw"])
         model = VideoDiTConfig(
             **fields,
             latent_channels=CHANNELS,
-            lora=LoRA(rank, alpha, tuple(config.lora.targets)) if rank else None,
+            lora=LoRA(rank, alpha, tuple(targets)) if rank else None,
         )
         if model.text_input_dim != config.text.dim:
             raise ValueError(

@@ -4,6 +4,7 @@
 anything else. What several settings must have in common is checked where they meet.
 """
 
+import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -206,23 +207,60 @@ RULES: dict[str, Rule] = {
 }
 
 
+# Other settings of the sections above; those of `options` belong to the format.
+_NAMES = {
+    "lora.targets",
+    "backbone.checkpoint",
+    "evaluation.suite",
+    "evaluation.tasks",
+    "recording.*.tasks",
+    *(
+        f"datasets.*.{name}"
+        for name in ("name", "records", "format", "path", "options", "embodiment", "video")
+    ),
+    *("datasets.*.action", "datasets.*.proprio"),
+}
+_KNOWN = {*RULES, *_NAMES}
+_SECTIONS = {name.partition(".")[0] for name in _KNOWN if "." in name}
+
+
 def check_ranges(config: Mapping[str, Any]) -> None:
     """Raises ValueError for the first setting out of its range, naming it, its value and the range.
+
+    A setting that no one reads is most likely misspelt, so it is refused, too; sections of one's
+    own are not.
 
     Args:
         config: Whole or in part, with every reference resolved.
     """
     for name, value in settings(config):
         rule = rule_of(name)
+        if rule is None:
+            _check_name(name)
         if rule is not None and not rule.holds(value):
             raise ValueError(f"{name} must be {rule}, got {value!r}.")
 
 
 def rule_of(name: str) -> Rule | None:
     """The rule of a setting by its dotted name, or None."""
+    return RULES.get(name) or RULES.get(_general(name))
+
+
+def _general(name: str) -> str:
+    """datasets.robot.weight -> datasets.*.weight."""
     parts = name.split(".")
-    middle = ".".join([parts[0], "*", *parts[2:]]) if len(parts) > 2 else name
-    return RULES.get(name) or RULES.get(middle)
+    return ".".join([parts[0], "*", *parts[2:]]) if len(parts) > 2 else name
+
+
+def _check_name(name: str) -> None:
+    """Raises ValueError for a setting that is unknown in a section that is known."""
+    general, section = _general(name), name.partition(".")[0]
+    known = {other for other in _KNOWN if other.startswith(f"{section}.")}
+    if section not in _SECTIONS or general in known or general.startswith("datasets.*.options."):
+        return
+    close = difflib.get_close_matches(general, known, 1)
+    meant = f"; did you mean {close[0].rpartition('.')[2]!r}?" if close else "."
+    raise ValueError(f"the configuration has no setting {name!r}{meant}")
 
 
 def settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

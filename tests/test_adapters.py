@@ -10,15 +10,21 @@ from ml_collections import ConfigDict
 from scipy.spatial.transform import Rotation
 
 from configs import libero_action
-from data_pipelines.embodiments import aloha, droid_franka, libero_panda, widowx
-from mvjax.policy.robot import check_suite, check_trained, trained_robot
+from data_pipelines.embodiments import (
+    aloha,
+    droid_franka,
+    libero_panda,
+    metaworld_sawyer,
+    widowx,
+)
+from mvjax.policy.robot import check_gripper, check_suite, check_trained, trained_robot
 from mvjax.serving.adapters import make_adapter
-from mvjax.serving.notices import Notices, Ranges
-from mvjax.serving.server import check_gripper
+from mvjax.serving.notices import Notices
 from mvjax.serving.session import RequestError, Session, SessionSpec
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 LIBERO = libero_panda.PROPRIO, libero_panda.ACTION
+GRIPPER = dict(stream="a", columns=(6,), represent="gripper", closed=1.0, open=-1.0)
 SENSES = SessionSpec(observed_frames=5, proprio_horizon=1)
 
 
@@ -42,6 +48,17 @@ def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -
         "prompt": "pick up the black bowl and place it on the plate",
         **more,
     }
+
+
+def test_a_state_of_the_policys_own_vector_holds_a_rotation():
+    """Not set, a quaternion and zeros, or degrees: as many numbers, and within the data."""
+    adapter = make_adapter("plain", trained_robot(config_of(*LIBERO, 10, 10, "libero_panda")))
+    state = np.array([[0.1, 0.2, 1.0, 0, 1, 0, -1, 0, 0, 0.03]], np.float32)
+    np.testing.assert_array_equal(adapter.proprio(state), state)
+    for wrong in ((0, 0, 0, 0, 0, 0), (0.5, 0.5, 0.5, 0.5, 0, 0), (1, 0, 0, 1, 0, 0)):
+        state[0, 3:9] = wrong
+        with pytest.raises(ValueError, match=r"numbers 3 to 8 must be the first two rows"):
+            adapter.proprio(state)
 
 
 def test_libero_as_the_release_sees_it():
@@ -80,18 +97,32 @@ def test_libero_in_the_clients_own_numbers():
     np.testing.assert_array_equal(session.actions(chunk, seen), chunk)
 
 
+@pytest.mark.parametrize(
+    "config, number",
+    [
+        (("observation.state", "action", 8, 7), 6),
+        ((*LIBERO, 10, 10), 9),
+        ((libero_panda.HDF5_PROPRIO, libero_panda.HDF5_ACTION, 10, 10), 9),
+        ((libero_panda.LEROBOT_PROPRIO, libero_panda.LEROBOT_ACTION, 10, 10), 9),
+        (("state", (dict(stream="a", columns=(6,)), dict(stream="a", columns=range(6))), 8, 7), 0),
+        (("state", (dict(stream="a", columns=range(6)), GRIPPER), 8, 7), None),  # converted
+    ],
+)
+def test_where_the_gripper_of_a_libero_policy_is(config, number):
+    state, action, *widths = config
+    if number in (0, None):
+        action = tuple(part | dict(columns=tuple(part["columns"])) for part in action)
+    adapter = make_adapter("libero", trained_robot(config_of(state, action, *widths, "libero")))
+    assert adapter.signed_gripper == number
+
+
 def test_a_gripper_from_0_to_1_is_not_sent_to_a_client_with_a_signed_one():
-    fields = "observation.state", "action", 8, 7
-    adapter = make_adapter("libero", trained_robot(config_of(*fields, "libero_panda")))
-    low, high = np.full((2, 7), -1.0), np.ones((2, 7))
-    ranges = Ranges(low, high, low, high, [f"action[{i}]" for i in range(7)])
-    check_gripper(adapter, ranges)
-    check_gripper(adapter, None)
-    low[:, 6] = 0
-    with pytest.raises(ValueError, match=r"learned action\[6\] from data .* never below 0"):
-        check_gripper(adapter, ranges)
-    binary = make_adapter("libero", trained_robot(config_of(*LIBERO, 10, 10, "libero_panda")))
-    check_gripper(binary, ranges)  # it is converted, and its sign is made here
+    """Every command would close it; one that only closes has no other number than 1."""
+    for least in (-1.0, -0.01, 1.0):
+        check_gripper(least, "action[6]", "--client=libero")
+    for least in (0.0, 0.04):
+        with pytest.raises(ValueError, match=r"learned action\[6\] from data .* never below 0"):
+            check_gripper(least, "action[6]", "--client=libero")
 
 
 def test_libero_episodes_begin_where_the_arm_jumps_home():
@@ -218,6 +249,7 @@ def test_an_unknown_client_is_named():
         ("aloha", "observation.images.top", ("images", "cam_high")),
         ("libero", "obs/eye_in_hand_rgb", ("observation/wrist_image",)),
         ("libero", "observation.images.agentview", ("observation/image",)),
+        ("libero", "observation.images.image2", ("observation/wrist_image",)),
         ("droid", "steps/observation/wrist_image_left", ("observation/wrist_image_left",)),
     ],
 )
@@ -287,6 +319,8 @@ def test_datasets_of_one_robot_must_mean_the_same():
     config = config_of("state", "action", 4, 4, video=("a", "b"))
     config.datasets.view = dict(config.datasets.robot.to_dict(), video="a")
     assert trained_robot(config).rows == (("a",),)
+    config.embodiment = None  # as "": it is the only one, and its cameras are known
+    assert trained_robot(config).rows == (("a",),)
     delta = dict(stream="action", represent="delta", base="state")
     config.datasets.view.action = (delta,)
     with pytest.raises(ValueError, match=r"'robot' and 'view' .* differently .*as delta"):
@@ -331,6 +365,58 @@ def test_a_policy_of_records_that_said_otherwise_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"trained on records .*'values' there, 'delta' here"):
         check_trained(config, meta, tmp_path)
     check_trained(config, meta | {"data_fingerprint": ["beef"]}, tmp_path)  # encoded again since
+
+
+def test_a_suite_takes_its_own_numbers_in_their_order(caplog):
+    """Of equal widths and representations."""
+    suite = ("metaworld", "metaworld_sawyer", "observation.images.corner", (64, 64))
+    sawyer, clip = metaworld_sawyer, dict(height=64, width=64)
+
+    def check(action, proprio):
+        robot = trained_robot(config_of(proprio, action, 4, 4, "metaworld_sawyer", "corner"))
+        check_suite(robot, *suite, clip)
+
+    check(sawyer.ACTION, sawyer.PROPRIO)
+    check("action", "observation.state")
+    in_two = tuple(dict(stream="action", columns=columns) for columns in ((0, 1, 2), (3,)))
+    check(in_two, sawyer.PROPRIO)
+    assert not caplog.text
+    for action, proprio in (
+        ((dict(stream="action", columns=(3, 0, 1, 2)),), sawyer.PROPRIO),
+        (sawyer.ACTION, (dict(stream="observation.state", columns=(4, 5, 6, 7)),)),
+    ):
+        with pytest.raises(ValueError, match=r"is .*\[0\], .* trained with .*\[[34]\], "):
+            check(action, proprio)
+    check(sawyer.ACTION, "observation.environment")
+    assert "learned from observation.environment as values, whose names the suite" in caplog.text
+
+
+def test_a_policy_of_earlier_states_is_not_shown_the_present_one():
+    earlier = tuple(part | dict(shift=-0.1) for part in metaworld_sawyer.PROPRIO)
+    config = config_of(earlier, metaworld_sawyer.ACTION, 4, 4, "metaworld_sawyer", "corner")
+    suite = ("metaworld", "metaworld_sawyer", "corner", (64, 64), dict(height=64, width=64))
+    with pytest.raises(ValueError, match=r"observation.state of -0.1 s from the present"):
+        check_suite(trained_robot(config), *suite)
+    config = config_of("state", "action", 8, 7, "libero")
+    config.policy_io.proprio.shift = -0.05
+    with pytest.raises(ValueError, match=r"state of -0.05 s .* but --client=libero shows"):
+        make_adapter("libero", trained_robot(config))
+
+
+@pytest.mark.parametrize("flip", ["rotate", "vertical", None])
+def test_pictures_that_were_not_turned_for_training_are_said(caplog, flip):
+    """LIBERO's files lie upside down; its suite and openpi's client turn them by 180 degrees."""
+    hdf5 = libero_panda.HDF5_PROPRIO, libero_panda.HDF5_ACTION
+    config = config_of(*hdf5, 10, 10, "libero_panda", "obs/agentview_rgb")
+    config.datasets.robot.format = "robomimic_hdf5"
+    if flip:
+        config.datasets.robot.options = dict(flip=flip)
+    robot, clip = trained_robot(config), dict(height=480, width=640)
+    suite = ("libero", "libero_panda", "observation.images.agentview", (480, 640), clip)
+    for check in (lambda: check_suite(robot, *suite), lambda: make_adapter("libero", robot)):
+        caplog.clear()
+        check()
+        assert ("upside down or mirrored" in caplog.text) == (flip != "rotate")
 
 
 def test_a_suite_shows_its_own_robot(caplog):

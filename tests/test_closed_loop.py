@@ -5,8 +5,10 @@ import dataclasses
 import json
 import math
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ml_collections import ConfigDict
 from tiny_policy import run_config, save_run
@@ -83,6 +85,33 @@ def test_a_misspelt_task_is_named_before_the_policy_is_loaded(monkeypatch, tmp_p
     with pytest.raises(ValueError, match=r"unknown .* task 'fly'"):
         next(evaluated)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("tasks", [(), "", ("push-v3", "push-v3"), ("push-v3,push-v3",)])
+def test_a_task_counts_once_and_there_is_one(tasks, tmp_path):
+    """A task named twice would be played once and counted twice, in a narrower interval."""
+    protocol = {"suite": "metaworld", "tasks": tasks}
+    config = ConfigDict({"evaluation": protocol, "policy_io": {"action": {"fps": 80.0}}})
+    run = SimpleNamespace(config=config), tmp_path / "action", tmp_path
+    with pytest.raises(ValueError, match=r"evaluation\.tasks must be one or more"):
+        next(closed_loop.evaluate(*run, closed_loop.settings_for("expert", [0], 10)))
+    config.evaluation = {"suite": "metaworld", "tasks": "fly"}  # and no tuple of letters
+    with pytest.raises(ValueError, match="task 'fly'"):
+        next(closed_loop.evaluate(*run, closed_loop.settings_for("expert", [0], 10)))
+
+
+def test_a_gripper_that_would_always_be_closed_is_not_played():
+    for name, least, refused in (
+        ("libero", -1, False),
+        ("libero", 1, False),  # demonstrations of one grasp
+        ("libero", 0, True),
+        ("metaworld", 0, False),  # its gripper is a force
+    ):
+        low = np.array([[-1] * 9 + [least]] * 2, float)
+        policy = SimpleNamespace(normalizer=SimpleNamespace(statistics={"actions": {"min": low}}))
+        check = pytest.raises(ValueError, match="never below 0: train on -1 to 1")
+        with check if refused else nullcontext():
+            closed_loop._check_gripper(policy, SUITES[name], name)
 
 
 @pytest.mark.parametrize("name", SUITES)

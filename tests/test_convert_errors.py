@@ -2,6 +2,7 @@
 
 import atexit
 import json
+import math
 import os
 import pickle
 import resource
@@ -13,11 +14,12 @@ import ml_dtypes
 import numpy as np
 import pytest
 from published import CONFIGS, prefixed, published_shapes, random_tensors, tensor, write_published
+from test_convert import lora_tensors, released_statistics
 
 from data_pipelines.normalize import released_normalizer
 from mvjax.weights.convert import prepare, write
 from mvjax.weights.files import TorchTensor
-from mvjax.weights.kinds import ACTION, TEXT, VIDEO, Hints
+from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints
 from mvjax.weights.pt_files import write_pt
 from mvjax.weights.source import open_source, open_weights
 
@@ -144,6 +146,37 @@ def test_adapters_alone_are_not_weights(folders):
     name = "base_model.model.blocks.0.self_attn.q_proj.lora_A.weight"
     write_pt(here / "adapter_model.bin", {name: tensor(np.zeros((3, 4), np.float32))})
     assert "holds LoRA adapters" in refused(here / "adapter_model.bin", out / "x")
+    for number, name in enumerate(
+        ("blocks.0.cross_attn.q_proj", "transformer_blocks.0.attn1.to_q")
+    ):
+        halves = {f"{name}.lora_{ab}.weight": tensor(np.zeros((3, 4), np.float32)) for ab in "AB"}
+        write_pt(here / f"{number}.pt", halves)  # as recognised layers of a video DiT
+        assert "holds LoRA adapters" in refused(here / f"{number}.pt", out / "x")
+
+
+@pytest.mark.parametrize("alpha", [0, -6, math.nan, math.inf])
+def test_adapters_are_scaled_by_a_positive_number(folders, alpha):
+    here, _ = folders
+    source = write_published(here, VIDEO, "nvidia", lora_tensors())
+    for lora in ("merge", "keep"):
+        with pytest.raises(ValueError, match="--lora_alpha, above 0; got"):
+            prepare(open_source(source, HINTS), alpha=alpha, lora=lora)
+
+
+def test_the_settings_beside_a_file_are_read_as_those_of_its_folder(folders):
+    here, out = folders
+    for kind in (VAE, VIDEO):
+        folder = write_published(here, kind, "diffusers", random_tensors(kind, "diffusers"))
+        (file,) = folder.glob("*.safetensors")
+        one, other = (prepare(open_source(path, Hints())).config for path in (folder, file))
+        assert one == other
+    texts = write_published(here, TEXT, "diffusers", random_tensors(TEXT, "diffusers"))
+    (texts / "spiece.model").write_bytes(b"its vocabulary")
+    write(prepare(open_source(next(texts.glob("*.safetensors")), Hints())), here / "t5")
+    assert (here / "t5" / "spiece.model").read_bytes() == b"its vocabulary"
+    for text, words in (('"x"', "holds no settings"), ("<!DOCTYPE html>", "is damaged")):
+        (folder / "config.json").write_text(text)
+        assert words in refused(file, out / "x") and words in refused(folder, out / "x")
 
 
 def test_a_tokenizer_that_was_not_downloaded_is_not_copied(folders):
@@ -242,6 +275,27 @@ def test_statistics_of_another_layout_are_refused(folders, complains):
     here, out = folders
     (here / "stats.json").write_text(json.dumps({"action/joints": {"mean": [[0.0]]}}))
     with pytest.raises(ValueError, match="position, rotation and gripper entry"):
+        released_normalizer(here / "stats.json")
+    content = released_statistics(here / "good.json")
+    for name, value, words in (
+        ("std_clamped", np.nan, "finite numbers of the shape"),  # actions would be NaN
+        ("std_clamped", None, "finite numbers of the shape"),
+        ("mean_clamped", np.inf, "finite numbers of the shape"),
+        ("std_clamped", -1.0, "a std_clamped below 0"),
+        ("clamp_min", 1e9, "clamp_min above clamp_max"),
+    ):
+        entry = content["action/eef_pos_lowdim"]
+        wrong = entry | {name: value and np.full_like(entry[name], value).tolist()}
+        changed = content | {"action/eef_pos_lowdim": wrong}
+        (here / "stats.json").write_text(json.dumps(changed))
+        with pytest.raises(ValueError, match=words) as error:
+            released_normalizer(here / "stats.json")
+        assert "action/eef_pos_lowdim" in str(error.value)
+    hundred = {
+        key: entry | {"percentiles": entry["percentiles"][::10]} for key, entry in content.items()
+    }
+    (here / "stats.json").write_text(json.dumps(hundred))
+    with pytest.raises(ValueError, match=r"percentiles .* \[1001, 15, 3\]"):
         released_normalizer(here / "stats.json")
     (here / "stats.json").write_text('{"action/')
     complains("is damaged", "launch.convert", here / "stats.json", out / "x")

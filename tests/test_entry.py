@@ -133,6 +133,9 @@ def test_mistakes_in_the_other_commands(complains):
     complains("is fitted into a .npz file", *fit, "--config.tokenizer=weights/nothing")
     complains("nothing/tokenizer.npz", *encode, "--config.run_dir=nothing")
     complains("leave --retry_skipped out", *fit, "--retry-skipped")
+    record = "launch.record", "--out=x", "--kind=robot", "--tasks=door-open-v3", "--episodes=1"
+    for value in ("nan", "inf"):  # bounds let NaN pass
+        complains(f"--noise must be a finite number, got {value}", *record, f"--noise={value}")
     predictions = "launch.evaluate", ACTION, "--suite=predictions"
     complains("0 is not a positive", *predictions, "--moments=0")
     complains("--checkpoint must be given", *predictions, "--out=y")

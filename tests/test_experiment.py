@@ -74,6 +74,14 @@ def test_sections_that_the_stage_does_not_use_are_not_checked():
         ("video", {"rules.embed": ("nowhere",)}, "nowhere"),
         ("video", {"sampler.sigma_min": 90.0}, "Noise levels must go down"),
         ("video", {"lora.rank": 4, "lora.alpha": 0.0}, "lora.alpha is 0"),
+        (
+            "video",
+            {"lora.rank": 4, "lora.targets": ("to_q", "to_v")},
+            "lora.targets must be .*q_proj",
+        ),
+        # --config.lora.targets=q_proj,v_proj is one string in a tuple, and none of the layers.
+        ("video", {"lora.rank": 4, "lora.targets": ("q_proj,v_proj",)}, "lora.targets must be"),
+        ("video", {"lora.rank": 4, "lora.targets": ()}, "lora.targets must be"),
         ("video", {"policy_io.action.horizon": 0}, "policy_io.action.horizon"),
         ("video", {"flow.min_condition_latents": 3}, "min_condition_latents is 3"),
         ("action", {"context_layer": 3}, "context_layer is 3.* blocks 1 to 2"),

@@ -85,6 +85,19 @@ def test_released_statistics_need_modes(tmp_path):
         load_normalizers(tmp_path / "bridge.json")
 
 
+def test_a_damaged_normalizer_is_named(tmp_path):
+    path = tmp_path / "normalizer.json"
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 40\n"
+    for text, words in (
+        (pointer, "git lfs pull"),
+        ("", "Expecting value"),
+        ("[]", "no statistics"),
+    ):
+        path.write_text(text)
+        with pytest.raises(OSError, match=rf"normalizer\.json is damaged \(.*{words}"):
+            load_normalizers(path)
+
+
 def test_wrong_shapes_and_keys_are_explained():
     normalizer = Normalizer({"actions": STATISTICS}, {"actions": Mode.VARIANCE})
     with pytest.raises(ValueError, match=r"\(800, 2, 4\).*\[\.\.\., 3, 4\]"):

@@ -98,6 +98,34 @@ def test_what_no_run_can_want_is_refused_before_anything_runs(setting, value, wo
     assert str(error.value).startswith(f"{setting} must be ")
 
 
+@pytest.mark.parametrize(
+    ("setting", "meant"),
+    [
+        ("optimizer.lerning_rate", "learning_rate"),
+        ("training.bacth_size", "batch_size"),
+        ("policy_io.action.horizn", "horizon"),
+        ("datasets.robot.wieght", "weight"),
+        ("lora.target", "targets"),
+        ("clip.hight", "height"),
+    ],
+)
+def test_a_misspelt_setting_of_a_file_is_not_ignored(setting, meant):
+    """A configuration in Python takes any name; the run would have had the default."""
+    for stage in ("video", "action"):
+        config = tiny_config(stage)
+        *sections, name = setting.split(".")
+        section = config
+        for part in sections:
+            section = section[part]
+        section[name] = 3
+        with pytest.raises(ValueError, match=f"no setting '{setting}'; did you mean '{meant}'"):
+            Experiment.from_config(config)
+    config = tiny_config("video")
+    config.notes = dict(author="me", number=3)  # a section of one's own
+    config.datasets.robot.options = dict(flip="rotate", more=dict(fps=3))
+    Experiment.from_config(config)
+
+
 @pytest.mark.parametrize(("name", "argument"), CONFIGS)
 def test_configurations_are_in_range_and_none_of_their_numbers_was_forgotten(name, argument):
     config = importlib.import_module(f"configs.{name}").get_config(*[argument] if argument else [])

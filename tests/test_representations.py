@@ -227,6 +227,16 @@ def test_angles_between_two_samples_are_between_them():
     assert np.abs(_read(stored, dict(stream="x", interpolation="linear"), 2, fps=20)).min() < 1
 
 
+def test_degrees_do_not_wrap_as_radians():
+    """They would be folded to a noise of ±π; turns that were counted on are angles."""
+    part = dict(stream="x", wrap=(-PI, PI))
+    with pytest.raises(ValueError, match=r"a turn is 6\.283, but .* an angle of 252.1: are these"):
+        _read(np.degrees(ANGLES), part, 2, fps=20)
+    np.testing.assert_allclose(
+        _read(ANGLES + 6 * PI, part, 2, fps=20), _read(ANGLES, part, 2, fps=20), atol=1e-5
+    )
+
+
 def test_jumps_between_two_values_of_one_angle_are_found():
     for values, words in (
         (wrapped(ANGLES, -PI, PI), ["dimension 0 jumps by 2π (1 times)", "dimension 1 jumps"]),

@@ -91,11 +91,22 @@ def check_robot(command, running, flags):
         (["--checkpoint=x", "--stop_step=99"], "stop_step must be between 0 and video_steps"),
         (["--checkpoint=x", "--port=70000"], "70000"),
         (["--checkpoint=x", "--api_key_file=nothing"], "nothing"),
+        (["--checkpoint=x", "--window_ms=nan"], "--window_ms must be a finite number, got nan"),
+        (["--checkpoint=x", "--port=0", "--prompt= "], "'prompt' has no visible character"),
         ([], "--checkpoint must be given"),
     ],
 )
 def test_mistakes_in_the_command(complains, flags, words):
     complains(words, "launch.serve", ACTION, *flags)
+
+
+def test_a_key_that_is_empty_opens_the_server_to_nobody(command, complains, tmp_path):
+    """Such as a secret that a cluster did not find."""
+    flags = (ACTION, "--checkpoint=x", "--port=0")
+    said = command("launch.serve", *flags, environment={"MVJAX_API_KEY": "\n"})
+    assert said.code == 2 and "MVJAX_API_KEY is empty" in said.err
+    (tmp_path / "key").write_text(" \n")
+    complains("key is empty", "launch.serve", *flags, f"--api_key_file={tmp_path}/key")
 
 
 def test_a_policy_of_several_cameras_is_refused_before_it_is_loaded(complains, tmp_path):

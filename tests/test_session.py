@@ -174,6 +174,41 @@ def test_a_black_first_picture_decides_nothing(clip):
     assert len(said) == 1 and "28" in said[0]
 
 
+@pytest.mark.parametrize(
+    "picture, words",
+    [
+        (np.full((64, 64, 3), 128, np.uint8), "one colour"),
+        (np.full((64, 64, 3), (0, 0, 255), np.uint8), "one colour"),  # of a card without a camera
+        ((scene(64, 64) / 255).round().astype(np.uint8), "no value above 1 of 255"),
+        (scene(64, 64), ""),
+    ],
+)
+def test_a_picture_that_shows_nothing_is_said(picture, words):
+    said = told(session(spec=replace(SPEC, clip=(64, 64))), **{"observation/image": picture})[1]
+    assert [words in sentence for sentence in said] == ([True] if words else [])
+
+
+def test_a_camera_that_has_stopped_is_said():
+    """Bit for bit the same picture, while the arm moves farther than it trembles."""
+    for history in (False, True):
+        one = session(spec=replace(SPEC, clip=(64, 64), proprio=ranges()))
+        for number, (state, seed, words) in enumerate(
+            [
+                ((0.1, 0.5), 0, ""),
+                ((0.101, 0.52), 0, ""),
+                ((0.2, 0.5), 1, ""),
+                ((0.2, 0.53), 1, ""),
+                ((0.2, 0.56), 1, "has not changed while the robot moved"),
+                ((0.2, 0.9), 1, ""),  # said once
+            ]
+        ):
+            sent = {"observation/image": scene(64, 64, seed)}
+            if history:
+                sent["observation/image_history"] = np.stack([scene(64, 64, seed)] * 2)
+            said = told(one, state=state, **sent)[1]
+            assert [words in sentence for sentence in said] == ([True] if words else []), number
+
+
 def test_a_large_camera_is_not_what_the_policy_sees():
     one = session(spec=replace(SPEC, clip=(64, 64), camera_size=(1080, 1920)))
     assert told(one, **{"observation/image": scene(216, 384)})[1] == []
@@ -248,6 +283,20 @@ def test_a_picture_that_is_not_read_is_said_once():
     assert not told(one, **wrist)[1]
     history = {"observation/image_history": np.stack([PICTURE] * 2)}
     assert not told(session(spec=SPEC), **history)[1]  # that and an equal picture
+
+
+def test_states_of_another_rate_than_the_pictures_come_with_the_message():
+    """Those of earlier messages would be four times as far apart as in training."""
+    spec = SessionSpec(observed_frames=2, proprio_horizon=3, fps=20.0, proprio_fps=80.0)
+    with pytest.raises(RequestError, match=r"3 states, 80 per second, .* 20 per second"):
+        session(spec=spec).observe(message())
+    one, states = session(spec=spec), np.arange(6, dtype=np.float32).reshape(3, 2)
+    sent = {"state": states[-1], "observation/state_history": states}
+    for _ in range(2):
+        np.testing.assert_array_equal(one.observe(message(**sent)).observation.proprio, states)
+    one = session(spec=replace(spec, proprio_fps=20.0))
+    seen = [one.observe(message(state=(n, n))).observation.proprio[:, 0] for n in range(4)]
+    np.testing.assert_array_equal(seen, [[0, 0, 0], [0, 0, 1], [0, 1, 2], [1, 2, 3]])
 
 
 @pytest.mark.parametrize(

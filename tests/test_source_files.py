@@ -71,3 +71,20 @@ def test_few_hdf5_files_stay_open(tmp_path):
     (tmp_path / "0.hdf5").unlink()
     with pytest.raises(ValueError, match=r"0\.hdf5: the file is missing"):
         pickle.loads(pickle.dumps(readers))[0].read([0])
+
+
+@pytest.mark.parametrize(
+    ("format", "option", "words"),
+    [
+        ("lerobot", {"texts": "language_instruction_2"}, "a list of names"),  # not of letters
+        ("bridge_raw", {"cameras": "images0"}, "a list of names"),
+        ("mimic_episodes", {"sparse": "False"}, "True or False"),
+        ("video_folder", {"camera_in_name": 1}, "True or False"),
+        ("clip_list", {"narration_seconds": -4.0}, "a positive number"),
+        ("clip_list", {"fps": float("inf")}, "a positive number"),
+    ],
+)
+def test_an_option_of_another_type_is_refused(tmp_path, format, option, words):
+    ((name, value),) = option.items()
+    with pytest.raises(ValueError, match=f"the option {name} is {value!r}; give {words}"):
+        open_dataset(format, tmp_path, "some", "arm", option)

@@ -208,7 +208,7 @@ def test_a_rate_that_nothing_tells_is_not_guessed(tmp_path):
         file.rename(folder / file.name.replace("arm_array", name))
         episode = open_dataset("rlds", folder, "robots", "arm")[0]
         assert re.search(rf"\({name}\) does not say .*options\.fps", episode.unknown_rate)
-    for wrong in (0, -5, "5 Hz", float("nan")):
+    for wrong in (0, -5, "5 Hz", float("nan"), True):
         with pytest.raises(ValueError, match=r"the option fps is .*; give a positive number"):
             open_dataset("rlds", ARM, "robots", "arm", {"fps": wrong})
 

@@ -94,6 +94,20 @@ def test_saved_and_loaded_is_the_same(tokenizer, tmp_path):
         load_linear_tokenizer(tmp_path / "none.npz")
 
 
+def test_a_file_that_is_no_tokenizer_is_named(tokenizer, tmp_path):
+    save_linear_tokenizer(tmp_path / "whole.npz", tokenizer)
+    whole, path = (tmp_path / "whole.npz").read_bytes(), tmp_path / "tokenizer.npz"
+    pointer = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 40\n"
+    other = "neither an .npz file"
+    for content, words in ((pointer, "git lfs pull"), (b"", other), (whole[:-99], other)):
+        path.write_bytes(content)
+        with pytest.raises(OSError, match=f"tokenizer.npz cannot be read: .*{words}"):
+            load_linear_tokenizer(path)
+    np.savez(path, weights=np.zeros(3))
+    with pytest.raises(OSError, match=r"neither an \.npz file of launch\.encode"):
+        load_linear_tokenizer(path)
+
+
 def test_wrong_video_is_explained(tokenizer):
     with pytest.raises(ValueError, match=r"12 frames .* use 1 \+ 4k frames"):
         tokenizer.encode(clips(1)[:, :12])

@@ -79,10 +79,21 @@ def open_dataset(
             f"{where}: the format {format!r} has no options {sorted(unknown)}; it has "
             f"{sorted(known) or 'none'}"
         )
-    fps = options.get("fps")
-    if fps is not None and not (isinstance(fps, int | float) and 0 < fps < math.inf):
-        raise ValueError(f"{where}: the option fps is {fps!r}; give a positive number")
+    for key, value in options.items():
+        if wanted := _unfit(value, str(opener.__annotations__[key])):
+            raise ValueError(f"{where}: the option {key} is {value!r}; give {wanted}")
     return opener(Path(path), name=name, embodiment=embodiment, **options)
+
+
+def _unfit(value: Any, annotation: str) -> str:
+    """What an option of this type must be, if a value of it is not; "" if it fits."""
+    is_bool = isinstance(value, bool)
+    if value is not None and "float" in annotation:
+        is_number = isinstance(value, int | float) and not is_bool
+        return "" if is_number and 0 < value < math.inf else "a positive number"
+    if value is not None and "Sequence" in annotation:  # a string is one, of letters
+        return "a list of names" if isinstance(value, str) else ""
+    return "True or False" if "bool" in annotation and not is_bool else ""
 
 
 def detect(path: Path) -> str:

@@ -18,12 +18,13 @@ from mvjax.evaluation.rollout import (
     run_rollouts,
     write_setting,
 )
-from mvjax.evaluation.suites.suite import SUITES, Convert, worker_versions
+from mvjax.evaluation.suites.suite import SUITES, Convert, Suite, worker_versions
 from mvjax.experiment import Experiment
 from mvjax.identity import claim, digest_of, here
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Act, Observation, ObservationSpec
-from mvjax.policy.robot import check_suite, trained_robot
+from mvjax.policy.policy import Policy
+from mvjax.policy.robot import check_gripper, check_suite, trained_robot
 from mvjax.training.bridge import find_checkpoint
 
 
@@ -87,7 +88,12 @@ def evaluate(
             f"{suite.control_hz}: set policy_io.action.fps to that and train again."
         )
     # --config.evaluation.tasks=a,b puts one string into the tuple.
-    tasks = [task.strip() for task in ",".join(protocol.tasks).split(",") if task.strip()]
+    given = [protocol.tasks] if isinstance(protocol.tasks, str) else protocol.tasks
+    tasks = [task.strip() for task in ",".join(given).split(",") if task.strip()]
+    if not tasks or len(set(tasks)) < len(tasks):  # an episode counts once
+        raise ValueError(
+            f"evaluation.tasks must be one or more, each named once; got {protocol.tasks!r}."
+        )
     for task in tasks:  # before the policy is loaded and compiled, which takes minutes
         suite.check_task(task)
     if {"policy", "oracle"} & {setting.mode for setting in settings.values()}:
@@ -127,6 +133,7 @@ def evaluate(
                 sampling = experiment.sampling(stop_step=setting.stop_step, oracle=oracle)
                 if policy is None:
                     policy = load_policy(experiment, checkpoint, sampling, protocol.workers)
+                    _check_gripper(policy, suite, protocol.suite)
                 policy = policy.sampled(sampling)
                 what["policy"] = {**policy.identity["what"], "sampling": asdict(sampling)}
                 where |= policy.identity["where"]
@@ -156,6 +163,14 @@ def evaluate(
                 processes=jax.process_count(),
             )
             yield setting, results
+
+
+def _check_gripper(policy: Policy, suite: Suite, name: str) -> None:
+    """Raises ValueError for a policy whose gripper would always be closed in a suite."""
+    statistics, number = policy.normalizer.statistics.get("actions"), suite.signed_gripper
+    if statistics is not None and number is not None:
+        least = np.min(np.asarray(statistics["min"])[..., number])
+        check_gripper(least, f"number {number} of its actions", f"the suite {name!r}")
 
 
 def _act_in_simulator(

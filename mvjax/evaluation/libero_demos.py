@@ -97,6 +97,10 @@ def moving_actions(actions: np.ndarray) -> np.ndarray:
 
 def _demonstrations(source: Path) -> list[Demo]:
     files = [source] if source.is_file() else sorted(source.rglob("*.hdf5"))
+    by_task: dict[str, Path] = {}
+    for file in files:
+        if (other := by_task.setdefault(file.stem, file)) != file:
+            raise ValueError(f"{other} and {file} are of one task: give the folder of one of them")
     demos = []
     for file in files:
         with h5py.File(file) as data:

@@ -8,6 +8,8 @@ fit is closed-form: a covariance and its eigenvectors.
 `NgramTextEncoder` stands in for T5: hashed character n-grams.
 """
 
+import zipfile
+import zlib
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
 from pathlib import Path
@@ -19,6 +21,7 @@ import numpy as np
 
 from data_pipelines.atomic import write_npz
 from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL, check_frames
+from data_pipelines.episode import reason
 
 Array = jax.Array
 
@@ -73,13 +76,18 @@ def load_linear_tokenizer(path: Path) -> LinearTokenizer:
             f"There is no fitted tokenizer at {path}; fit one (launch.encode --only=tokenizer), or "
             "convert a Wan VAE into that folder (launch.convert)."
         )
-    with np.load(path) as arrays:
-        return LinearTokenizer(
-            *(
-                Projection(*(jnp.asarray(arrays[f"{part}.{name}"]) for name in Projection._fields))
-                for part in LinearTokenizer._fields
+    try:
+        with np.load(path) as arrays:
+            return LinearTokenizer(
+                *(
+                    Projection(*(jnp.asarray(arrays[f"{part}.{n}"]) for n in Projection._fields))
+                    for part in LinearTokenizer._fields
+                )
             )
-        )
+    except (ValueError, EOFError, LookupError, zipfile.BadZipFile, zlib.error) as error:
+        # NumPy takes whatever it does not know for a pickle.
+        why = reason(path, "neither an .npz file of launch.encode nor the folder of a Wan VAE")
+        raise OSError(f"the tokenizer {path} cannot be read: {why}.") from error
 
 
 def fit_linear_tokenizer(clips: Iterable[np.ndarray]) -> LinearTokenizer:

@@ -71,7 +71,8 @@ class WanVAEConfig:
             ("num_res_blocks", self.num_res_blocks >= 1, "1 or more"),
             ("latent_mean", len(mean) == channels, f"{channels} numbers, one per channel"),
             ("latent_std", len(std) == channels, f"{channels} numbers, one per channel"),
-            ("latent_std", min(std, default=0) > 0, "positive"),
+            ("latent_mean", all(map(math.isfinite, mean)), "finite"),
+            ("latent_std", all(0 < value < math.inf for value in std), "positive and finite"),
             ("chunk", self.chunk >= 0, "a number of latent frames, or 0 for the whole clip"),
         ):
             if not holds:

@@ -289,7 +289,7 @@ def _normalizer(decoder: Checkpoint, config: Any) -> Normalizer:
             f"{path} has been changed since its decoder was trained with it: restore the file of "
             "that run."
         )
-    normalizer = normalizers.of(config.get("embodiment", ""))
+    normalizer = normalizers.of(config.get("embodiment") or "")
     for key, io in (("actions", config.policy_io.action), ("proprio", config.policy_io.proprio)):
         try:
             normalizer.normalize(key, np.zeros((io.horizon, io.dim), np.float32))
@@ -318,7 +318,7 @@ def _check_given(normalizer: Normalizer, path: Path, decoder: Checkpoint, config
             f"{path} was given to another decoder than that beside it: remove it and run {again}."
         )
     for dataset in config.datasets.values():
-        asked = config.get("embodiment", "") in ("", dataset.embodiment)
+        asked = (config.get("embodiment") or "") in ("", dataset.embodiment)
         # Only in the release's own format do names of streams and of statistics compare.
         if not asked or not dataset.action or dataset.format != "mimic_episodes":
             continue

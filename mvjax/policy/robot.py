@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.cutting import Rows, camera_rows
-from data_pipelines.representations import Mode, Part
+from data_pipelines.representations import REPRESENTATIONS, Mode, Part
 from data_pipelines.settings import differences, plain
 from data_pipelines.vectors import dims, parse
 
@@ -28,12 +28,14 @@ class Robot:
     """A robot as the datasets of a policy describe it.
 
     Attributes:
-        action, proprio: the parts (`data_pipelines.vectors`) of the policy's vectors.
+        action, proprio: the parts (`data_pipelines.vectors`) of the policy's vectors; the shifts of
+            `proprio` are from the present.
         action_dim, proprio_dim: their widths.
         embodiment: its name, `dataset.embodiment`; "" if the datasets do not name it.
         dataset: the dataset whose words these are.
         rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown.
         action_fps: actions per second; 0 if unknown.
+        flip: how HDF5 files were read (`options.flip`); "" for other formats.
     """
 
     action: tuple[Part, ...]
@@ -44,6 +46,7 @@ class Robot:
     dataset: str = ""
     rows: Rows = ()
     action_fps: float = 0.0
+    flip: str = ""
 
 
 def trained_robot(config: Any) -> Robot:
@@ -53,9 +56,9 @@ def trained_robot(config: Any) -> Robot:
         ValueError: it is not among the datasets with actions, there are several to choose from, or
             two of its datasets describe it differently.
     """
-    io, wanted = config.policy_io, config.get("embodiment", "")
+    io, wanted = config.policy_io, config.get("embodiment") or ""
     acting = {key: dataset for key, dataset in config.datasets.items() if dataset.action}
-    names = list(dict.fromkeys(dataset.get("embodiment", "") for dataset in acting.values()))
+    names = list(dict.fromkeys(dataset.get("embodiment") or "" for dataset in acting.values()))
     known = ", ".join(map(repr, names))
     if wanted and wanted not in names:
         raise ValueError(
@@ -70,16 +73,20 @@ def trained_robot(config: Any) -> Robot:
     robots = [
         Robot(
             parse(dataset.action, "action"),
-            parse(dataset.proprio, "proprio"),
+            tuple(
+                replace(part, shift=part.shift + io.proprio.get("shift", 0.0))
+                for part in parse(dataset.proprio, "proprio")
+            ),
             io.action.dim,
             io.proprio.dim,
-            embodiment=dataset.get("embodiment", ""),
+            embodiment=dataset.get("embodiment") or "",
             dataset=key,
             rows=camera_rows(dataset.video) if "video" in dataset else (),
             action_fps=io.action.get("fps", 0.0),
+            flip=_flip(dataset),
         )
         for key, dataset in acting.items()
-        if wanted in ("", dataset.get("embodiment", ""))
+        if wanted in ("", dataset.get("embodiment") or "")
     ]
     if not robots:
         return Robot((), (), io.action.dim, io.proprio.dim, embodiment=wanted)
@@ -95,6 +102,36 @@ def trained_robot(config: Any) -> Robot:
             )
     # Of several views that were learned as videos of their own, one is enough.
     return min(robots, key=lambda robot: len(_cells(robot)) > 1)
+
+
+def _flip(dataset: Any) -> str:
+    hdf5 = dataset.get("format") == "robomimic_hdf5"
+    return (dataset.get("options") or {}).get("flip", "none") if hdf5 else ""
+
+
+def check_turned(robot: Robot, who: str) -> None:
+    """Warns if LIBERO's pictures were not turned for training as `who` turns them.
+
+    Its files hold them upside down, and turning is not mirroring. Whether other files do, they do
+    not say.
+    """
+    if robot.flip not in ("", "rotate"):
+        log.warning(
+            "the policy was trained on HDF5 files with the option flip=%r, but %s shows pictures "
+            "that are turned by 180 degrees, as flip='rotate' turns LIBERO's own: it sees them "
+            "upside down or mirrored unless the files differ from LIBERO's.",
+            *(robot.flip, who),
+        )
+
+
+def check_present(robot: Robot, who: str) -> None:
+    """Raises ValueError for a policy of states of another moment than `who` shows it."""
+    for part in robot.proprio:
+        if part.shift:
+            raise ValueError(
+                f"This policy was trained on {'/'.join(part.streams)} of {part.shift:g} s from the "
+                f"present (shift), but {who} shows it the present state: train without."
+            )
 
 
 def single_camera(robot: Robot, who: str) -> str:
@@ -214,6 +251,9 @@ def check_suite(
             f"{described(robot.proprio)} and {described(robot.action)}: describe them as in "
             f"data_pipelines/embodiments/{embodiment}.py, and train again."
         )
+    for name in ("ACTION", "PROPRIO"):
+        known = [parse(value) for key, value in vars(own).items() if key.endswith(name)]
+        _check_numbers(robot, name.lower(), known, who)
     if is_on_the_hand(trained):
         raise ValueError(
             f"{_capital(who)} shows its robot from outside, but this policy was trained on the "
@@ -225,12 +265,61 @@ def check_suite(
             "same view.",
             *(trained, suite, camera),
         )
+    check_present(robot, who)
+    if embodiment == "libero_panda":
+        check_turned(robot, who)
     if not same_aspect(size, (clip["height"], clip["width"])):
         log.warning(
             "the pictures of the suite %r are %dx%d, but the policy sees %dx%d: they are stretched,"
             " which is right only if the pictures of training were, too.",
             *(suite, *size, clip["height"], clip["width"]),
         )
+
+
+def check_gripper(least: float, number: str, who: str) -> None:
+    """Raises ValueError for a gripper from 0 to 1 where negative numbers open it.
+
+    Args:
+        least: the smallest value that training saw; 1 of a gripper that only closes.
+        number: its name.
+        who: takes the actions.
+    """
+    if 0 <= least < 0.5:  # it would always be closed
+        raise ValueError(
+            f"{_capital(who)} opens the gripper with a negative number and closes it with a "
+            f"positive one, but this policy learned {number} from data that are never below "
+            f"{least:g}: train on -1 to 1."
+        )
+
+
+def _check_numbers(robot: Robot, vector: str, known: Sequence[tuple[Part, ...]], who: str) -> None:
+    """Raises ValueError for a vector of a suite's streams, but with other or permuted numbers."""
+    parts, dim = getattr(robot, vector), getattr(robot, f"{vector}_dim")
+    taken = _taken(parts, dim)
+    alike = [one for one in known if {n[0] for n in _taken(one, dim)} == {n[0] for n in taken}]
+    if not alike:
+        log.warning(
+            "the %s of the policy was learned from %s, whose names %s does not know: the numbers "
+            "must be its own, in its order.",
+            *(vector, described(parts), who),
+        )
+    elif taken not in [_taken(one, dim) for one in alike]:
+        raise ValueError(
+            f"the {vector} of {who} is {', '.join(labels(alike[0], dim))}, but this policy was "
+            f"trained with {', '.join(labels(parts, dim))}: train with the suite's."
+        )
+
+
+def _taken(parts: Sequence[Part], dim: int) -> list[tuple[Any, ...]]:
+    """What each number of a vector is: the last word of its stream, and the column."""
+    taken: list[tuple[Any, ...]] = []
+    for part, width in zip(parts, dims(parts, dim)):
+        stream = "/".join(map(last_word, part.streams))
+        stored = REPRESENTATIONS[part.represent].stored_width(part) or width
+        columns = part.columns or tuple(range(stored))
+        single = part.represent in ("values", "delta", "gripper")
+        taken += [(stream, c) for c in columns] if single else [(stream, columns, part.rotation)]
+    return taken
 
 
 def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:

@@ -17,6 +17,8 @@ from data_pipelines.vectors import bases, dims, parse, restore, streams, vector
 from mvjax.policy.robot import (
     Robot,
     check_embodiment,
+    check_present,
+    check_turned,
     described,
     is_on_the_hand,
     last_word,
@@ -44,8 +46,8 @@ class Adapter:
         control_hz: actions that the client executes per second; 0 if unknown.
         execute: actions of a chunk that the client executes as openpi's examples set it; 0 if
             unknown.
-        signed_gripper: the policy's action that the client opens with when it is negative and
-            closes with when it is positive, if the client takes it as it is.
+        signed_gripper: the number of the policy's action that opens the client's gripper when it is
+            negative and closes it when it is positive; None if it is converted.
     """
 
     name: str
@@ -64,11 +66,17 @@ class Adapter:
 def plain(robot: Robot) -> Adapter:
     """This package's own client: one picture, the policy's own vectors."""
     single_camera(robot, "--client=plain")
+
+    def proprio(states: np.ndarray) -> np.ndarray:
+        check_rotations(robot.proprio, states)
+        return states
+
     return Adapter(
         name="plain",
         image=("observation/image",),
         state=("observation/state",),
         state_size=robot.proprio_dim,
+        proprio=proprio,
     )
 
 
@@ -81,7 +89,8 @@ EPISODE_JUMP_M = 0.2
 _SCENE, _WRIST = ("observation/image",), ("observation/wrist_image",)
 _LIBERO_CAMERAS = {
     **dict.fromkeys(("workspace_rgb", "agentview", "agentview_rgb", "image"), _SCENE),
-    **dict.fromkeys(("wrist_image", "eye_in_hand_rgb", "robot0_eye_in_hand"), _WRIST),
+    # The wrist is image2 in the LeRobot releases of LIBERO.
+    **dict.fromkeys(("wrist_image", "eye_in_hand_rgb", "robot0_eye_in_hand", "image2"), _WRIST),
 }
 
 
@@ -95,6 +104,7 @@ def libero(robot: Robot) -> Adapter:
     mimic-video's instructions. One with 8 and 7 was trained in the client's own layout.
     """
     check_embodiment(robot, "--client=libero", "libero", "libero_panda")
+    check_turned(robot, "--client=libero")
     own = Adapter(
         name="libero",
         image=picture("libero", robot, _LIBERO_CAMERAS),
@@ -115,10 +125,10 @@ def libero(robot: Robot) -> Adapter:
         posed = converted(
             own, Robot(*parts, 10, 10), lambda s: dict(zip(names, np.split(s, [3, 6], axis=-1)))
         )
+        posed = replace(posed, signed_gripper=9)
     else:
         posed = in_own_layout(own, robot, action_size=7)
-        columns = [c for part in robot.action for c in part.columns or range(7)]
-        posed = replace(posed, signed_gripper=columns.index(6))
+        posed = replace(posed, signed_gripper=_number_of(robot, 6))
     if (robot.proprio_dim, robot.action_dim) != (10, 10):
         return posed
 
@@ -224,6 +234,8 @@ def make_adapter(client: str, robot: Robot) -> Adapter:
     """
     if client not in CLIENTS:
         raise ValueError(f"The client must be one of {', '.join(CLIENTS)}, got {client!r}.")
+    if client != "plain":  # whose vectors are the client's own affair
+        check_present(robot, f"--client={client}")
     adapter = CLIENTS[client](robot)
     if adapter.control_hz and robot.action_fps and adapter.control_hz != robot.action_fps:
         log.warning(
@@ -316,6 +328,21 @@ def converted(
     return replace(adapter, proprio=proprio, actions=actions)
 
 
+def check_rotations(parts: Sequence[Part], vectors: np.ndarray) -> None:
+    """Raises ValueError where a policy's vectors [..., dim] hold no rotation, but should."""
+    widths = dims(parts, vectors.shape[-1]) if parts else ()
+    for part, end in zip(parts, np.cumsum(widths)):
+        if part.represent not in ("rotation", "pose", "relative_pose"):
+            continue
+        rows = vectors[..., end - 6 : end].reshape(*vectors.shape[:-1], 2, 3)
+        if np.abs(rows @ rows.swapaxes(-1, -2) - np.eye(2)).max() > 0.05:
+            raise ValueError(
+                f"numbers {end - 6} to {end - 1} must be the first two rows of a rotation matrix "
+                f"({'/'.join(part.streams)}), which are of length 1 and at right angles; got "
+                f"{np.round(vectors[..., end - 6 : end].reshape(-1, 6)[-1], 3).tolist()}."
+            )
+
+
 def check_angles(parts: Sequence[Part], values: Mapping[str, np.ndarray]) -> None:
     """Raises ValueError for angles that are larger than those of any rotation in radians."""
     # axis-angle is at most a full turn; Euler angles may have been counted on.
@@ -346,6 +373,16 @@ def _columns(parts: Sequence[Part], dim: int) -> set[int]:
         stored = REPRESENTATIONS[part.represent].stored_width(part) or width
         taken |= set(part.columns or (() if part.pad else range(stored)))
     return taken
+
+
+def _number_of(robot: Robot, column: int) -> int | None:
+    """The number of a policy's action that is a column of its only stream, as it is."""
+    widths = dims(robot.action, robot.action_dim)
+    for part, width, end in zip(robot.action, widths, np.cumsum(widths)):
+        columns = list(part.columns or range(width))
+        if part.represent == "values" and column in columns:
+            return int(end) - width + columns.index(column)
+    return None
 
 
 def _meaning(parts: Sequence[Part]) -> list[Part]:

@@ -88,6 +88,11 @@ class Ranges:
         room = 1e-5 * (1 + np.abs(values))
         return bool(((values < self.clip_low - room) | (values > self.clip_high + room)).any())
 
+    def differ(self, one: np.ndarray, other: np.ndarray) -> bool:
+        """Returns whether two values [dim] are apart by a twentieth of what training saw."""
+        extent = self.high.max(axis=0) - self.low.min(axis=0)
+        return bool((np.abs(one - other) > 0.05 * np.maximum(extent, _LEAST)).any())
+
     def beyond(self, values: np.ndarray, margin: float) -> str:
         """Returns the dimensions outside the training data, in words; "" if there is none.
 
@@ -138,8 +143,19 @@ class View:
             self._shape, self._edges = shape, None
         if 4 * max(shape) < min(self._clip):
             notices.add("picture_small", self._small())
-        if not pictures[-1].any():
+        newest = pictures[-1]
+        if not newest.any():
             notices.add("picture_black", "The picture is black; is the camera covered?")
+        elif newest.max() == 1:  # floats of 0 to 1 that became integers
+            notices.add(
+                "picture_black",
+                "The picture has no value above 1 of 255: were colours from 0 to 1 not multiplied "
+                "by 255?",
+            )
+        elif (newest[0] == newest[0, 0]).all() and (newest == newest[0, 0]).all():
+            notices.add(
+                "picture_black", "The picture is of one colour throughout; does the camera work?"
+            )
         if not pictures.any():  # says nothing about bars
             return pictures
         first = self._edges is None

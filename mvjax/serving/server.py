@@ -27,7 +27,13 @@ from websockets.http11 import Request, Response
 
 from mvjax.identity import digest_of
 from mvjax.policy.policy import Policy
-from mvjax.policy.robot import described, labels, single_camera, trained_robot
+from mvjax.policy.robot import (
+    check_gripper,
+    described,
+    labels,
+    single_camera,
+    trained_robot,
+)
 from mvjax.serving.adapters import Adapter
 from mvjax.serving.batching import Batcher, Batching, PolicyError, act_in_sizes
 from mvjax.serving.notices import Notices, Ranges, Totals
@@ -286,7 +292,9 @@ def make_server(
     camera = single_camera(robot, "the server")  # before anything is compiled
     names = labels(robot.proprio, robot.proprio_dim), labels(robot.action, robot.action_dim)
     learned = Ranges.of(policy.normalizer, "actions", names[1])
-    check_gripper(adapter, learned)
+    if (number := adapter.signed_gripper) is not None and learned is not None:
+        who = f"--client={adapter.name}"
+        check_gripper(np.min(learned.low[..., number]), learned.labels[number], who)
     batching = batching or Batching()
     act = act_in_sizes(policy, batching.sizes)
     metadata = {
@@ -328,21 +336,9 @@ def make_server(
         clip=(clip.height, clip.width),
         camera_size=camera_size,
         camera=camera,
+        fps=clip.fps,
+        proprio_fps=io.proprio.fps,
         proprio=Ranges.of(policy.normalizer, "proprio", names[0]),
         actions=learned,
     )
     return PolicyServer(serving, adapter, spec, batcher, metadata, what)
-
-
-def check_gripper(adapter: Adapter, learned: Ranges | None) -> None:
-    """Raises ValueError if a policy's gripper never goes below 0, where the client opens it."""
-    if adapter.signed_gripper is None or learned is None:
-        return
-    least = np.min(learned.low[..., adapter.signed_gripper])
-    if least >= 0:  # such as 0 to 1, of which the client would always close it
-        raise ValueError(
-            f"--client={adapter.name} opens the gripper with a negative number and closes it with "
-            f"a positive one, but this policy learned {learned.labels[adapter.signed_gripper]} "
-            f"from data that are never below {least:g}: train on the client's own convention, "
-            "-1 to 1."
-        )

@@ -34,6 +34,7 @@ class SessionSpec:
         clip: height and width of what the policy sees; None: pictures of any aspect will do.
         camera_size: height and width of the training pictures; None: they have the clip's aspect.
         camera: the name of the camera that the policy was trained on.
+        fps, proprio_fps: pictures and states per second in the histories; 0 if unknown.
         proprio, actions: what training saw of the vectors, if it is known.
     """
 
@@ -43,6 +44,8 @@ class SessionSpec:
     clip: tuple[int, int] | None = None
     camera_size: tuple[int, int] | None = None
     camera: str = ""
+    fps: float = 0.0
+    proprio_fps: float = 0.0
     proprio: Ranges | None = None
     actions: Ranges | None = None
 
@@ -68,7 +71,8 @@ class Session:
     A message with `observation/image_history` is complete in itself and does not change the
     episode. A single picture is appended to those of the episode's earlier messages (so the
     messages' rate is the pictures'), and the first one is repeated as in training if there are too
-    few. A new prompt, `"reset": True` or a jump of the robot begins a new episode.
+    few. So are the states, unless the message has their history. A new prompt, `"reset": True` or
+    a jump of the robot begins a new episode.
 
     Args:
         adapter: of the client.
@@ -90,6 +94,7 @@ class Session:
         """Begins a new episode."""
         self._episode = _Episode((), (), None)
         self._names: Iterator[tuple[str, int]] | None = None  # of the queries of this episode
+        self._still: tuple[np.ndarray, np.ndarray] | None = None  # a picture, the first state of it
 
     def observe(self, message: Mapping[str, Any]) -> Seen:
         """Reads a message; a refused one does not change the episode.
@@ -108,8 +113,9 @@ class Session:
             return Seen(self._named(observation), states[-1])
         picture = read_picture(find(message, adapter.image), "/".join(adapter.image))
         state = self._state(message)
-        if STATE_HISTORY in message:
-            self._check_last(message, None, self._state_history(message)[-1])
+        history = self._state_history(message) if self._needs_states(message) else None
+        if history is not None:
+            self._check_last(message, None, history[-1])
         pictures, states = (), ()
         begins = self._begins(prompt, picture, state)
         if not begins:
@@ -119,7 +125,7 @@ class Session:
         states = (*states, state.copy())[-spec.proprio_horizon :]
         observation = self._observation(
             _padded(pictures, spec.observed_frames),
-            _padded(states, spec.proprio_horizon),
+            _padded(states, spec.proprio_horizon) if history is None else history,
             prompt,
         )
         self._note_unread(message, adapter.image)
@@ -156,6 +162,7 @@ class Session:
         if not np.isfinite(proprio).all():
             raise RequestError("The state has numbers that are too large.")
         if (known := self._spec.proprio) is not None:
+            self._note_still(pictures[-1], proprio[-1], known)
             if clipped := known.clips(proprio):
                 self.notices.add("state_clipped")
             # Two kinds: a slight excess, which is common, must not hide other units.
@@ -167,6 +174,15 @@ class Session:
         if self._view is not None:
             pictures = self._view(pictures, self.notices)
         return Observation(pictures, proprio, adapter.prompt(prompt))
+
+    def _note_still(self, picture: np.ndarray, state: np.ndarray, known: Ranges) -> None:
+        if self._still is None or not np.array_equal(picture, self._still[0]):
+            self._still = picture.copy(), state
+        elif known.differ(state, self._still[1]):
+            self.notices.add(
+                "picture_still",
+                "The picture has not changed while the robot moved: has the camera stopped?",
+            )
 
     def _check_last(
         self, message: Mapping[str, Any], picture: np.ndarray | None, state: np.ndarray
@@ -222,6 +238,19 @@ class Session:
             return self._state(message)[None]
         value = find(message, [STATE_HISTORY])
         return read_numbers(value, STATE_HISTORY, (horizon, self._adapter.state_size))
+
+    def _needs_states(self, message: Mapping[str, Any]) -> bool:
+        """Whether the states are those of the message; the messages have the pictures' rate."""
+        spec = self._spec
+        if STATE_HISTORY not in message and spec.proprio_horizon > 1:
+            if spec.fps != spec.proprio_fps:
+                raise RequestError(
+                    f"This policy reads {spec.proprio_horizon} states, {spec.proprio_fps:g} per "
+                    f"second, but the states of earlier messages are {spec.fps:g} per second, as "
+                    f"their pictures: send {STATE_HISTORY!r} [{spec.proprio_horizon}, "
+                    f"{self._adapter.state_size}], too."
+                )
+        return STATE_HISTORY in message
 
     def _begins(self, prompt: str, picture: np.ndarray, state: np.ndarray) -> bool:
         pictures, states, before = self._episode

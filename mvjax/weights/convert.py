@@ -31,7 +31,7 @@ from mvjax.models.t5 import FILES as TOKENIZER_FILES
 from mvjax.training.bridge import find_checkpoint, read_meta
 from mvjax.training.checkpoint import check_match, leaf_paths, library_versions
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
-from mvjax.weights.kinds import ACTION, KINDS, NO_LORA, Config, Kind, with_adapters_config
+from mvjax.weights.kinds import ACTION, KINDS, NO_LORA, TEXT, Config, Kind, with_adapters_config
 from mvjax.weights.match import Parameter, check_shapes, collapse, match
 from mvjax.weights.names import Layout, Rule, has_adapters, merge_adapters
 from mvjax.weights.pt_files import write_pt
@@ -73,6 +73,8 @@ def prepare(
         WeightsError: Lists every tensor that is missing, unknown or of a wrong shape or type.
     """
     kind, tensors, adapted = source.kind, source.tensors, has_adapters(source.tensors)
+    if adapted and not 0 < alpha < np.inf:
+        raise WeightsError(f"its adapters are scaled by --lora_alpha, above 0; got {alpha:g}.")
     merged = merge_adapters(tensors, alpha) if adapted else tensors
     config = kind.infer(source.layout, merged, source.hints)
     if adapted and lora == "keep":
@@ -109,7 +111,8 @@ def write(
         FileExistsError, OSError: See `write_streamed`.
     """
     source = conversion.source
-    files = [source.path / name for name in TOKENIZER_FILES] if source.path.is_dir() else []
+    folder = source.path if source.path.is_dir() else source.path.parent
+    files = [folder / name for name in TOKENIZER_FILES] if source.kind is TEXT else []
     tokenizer_files = [path for path in files if path.is_file()]
     for path in tokenizer_files:
         if "Git LFS" in (why := reason(path, "")):

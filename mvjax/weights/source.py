@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -185,12 +185,15 @@ def open_source(path: Path, hints: Hints, *, ema: bool = False) -> Source:
             unused.append(name)
         else:
             names[known] = name
-    published = path / "config.json"
-    if path.is_dir() and published.is_file():
+    published = (path if path.is_dir() else path.parent) / "config.json"
+    if layout == "diffusers" and published.is_file():
         try:
-            hints = dataclasses.replace(hints, published=json.loads(published.read_text()))
+            described = json.loads(published.read_text())
         except ValueError as error:
             raise _damaged(published, error) from error
+        if not isinstance(described, dict):
+            raise _damaged(published, ValueError("it holds no settings"))
+        hints = dataclasses.replace(hints, published=described)
     kept = {known: tensors[name] for known, name in names.items()}
     return Source(path, kind, layout, kept, names, unused, hints)
 
@@ -213,13 +216,14 @@ def _without_prefix(
     return taken, [name for name, short in names.items() if not short.startswith(wanted)]
 
 
-def _recognise(path: Path, tensors: Iterable[str]) -> tuple[Kind, str]:
-    for kind in KINDS:
+def _recognise(path: Path, tensors: Collection[str]) -> tuple[Kind, str]:
+    adapters = [name for name in tensors if "lora_" in name]
+    for kind in KINDS if len(adapters) < len(tensors) else ():  # else their layers may match
         for layout, signature in kind.signatures.items():
             if any(re.search(signature, name) for name in tensors):
                 return kind, layout
     shown = collapse(tensors)
-    if any("lora_A" in name or "lora_B" in name for name in tensors):
+    if adapters:
         raise WeightsError(
             f"{path} holds LoRA adapters of layers called {', '.join(shown[:3])}, without the "
             "weights that they adapt; merge them in PyTorch, and convert the result."

@@ -105,6 +105,8 @@ class Suite:
         camera: the name of the pictures in a LeRobot dataset.
         packages: those whose versions may change an episode.
         convert: makes the policy's actions the simulator's.
+        signed_gripper: the number of the policy's action that opens the gripper when it is negative
+            and closes it when it is positive; None if it has no such command.
         interpreter: returns the Python that has the simulator, or raises if there is none.
     """
 
@@ -117,6 +119,7 @@ class Suite:
     camera: str
     packages: tuple[str, ...] = ("mujoco", "numpy")
     convert: Convert = lambda chunk, proprio: chunk
+    signed_gripper: int | None = None
     interpreter: Callable[[], Path] = lambda: Path(sys.executable)
 
 
@@ -141,6 +144,7 @@ SUITES = {
         camera="observation.images.agentview",
         packages=("hf-libero", "robosuite", "bddl", "mujoco", "gymnasium", "numpy"),
         convert=libero.libero_commands,
+        signed_gripper=9,
         interpreter=libero.libero_python,
     ),
 }
