@@ -1,8 +1,10 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import forked
@@ -295,6 +297,33 @@ def test_a_checkpoint_that_cannot_be_written_once_ends_no_run(tmp_path, monkeypa
     fails |= {2, 4}
     with pytest.raises(OSError, match="No space left"):
         train_toy(tmp_path / "twice", toy_config(steps=6))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_write_that_fails_in_the_background_ends_no_run_unless_it_fails_again(
+    tmp_path, monkeypatch, caplog
+):
+    """Tensorstore tells of a full quota with a ValueError, when the next checkpoint is due."""
+    save, fails = Store.save, {2}
+    infinite = resource.RLIM_INFINITY
+
+    def limited(store, step, *arguments):
+        while store._manager.is_saving_in_progress():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000 if step in fails else infinite, infinite))
+        save(store, step, *arguments)
+
+    monkeypatch.setattr(Store, "save", limited)
+    config, stage = toy_config(steps=6), toy_stage(width=200)
+    try:
+        train_toy(tmp_path, config, stage=stage)
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+        assert "could not be written" in caplog.text and "step 4 is saved" in caplog.text
+        fails |= {2, 4}
+        with pytest.raises(OSError, match="File too large"):
+            train_toy(tmp_path / "twice", toy_config(steps=8), stage=stage)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (infinite, infinite))
 
 
 def test_a_finished_run_with_other_settings_is_not_trained_again(tmp_path, caplog):

@@ -122,7 +122,8 @@ def train(
                         except OSError as error:
                             # The next checkpoint may fit on the disk again; two that fail stop the
                             # run, and so does the last one.
-                            if jax.process_count() > 1 or (pause is None and (final or failed)):
+                            hopeless = final or failed or store.failing
+                            if jax.process_count() > 1 or (pause is None and hopeless):
                                 raise
                             log_once(f"step {step} cannot be saved ({error}); trying again later.")
                             failed = pause is None
