@@ -25,6 +25,7 @@ from mvjax.evaluation import offline
 from mvjax.evaluation.held_out import (
     Moment,
     Window,
+    check_held_out,
     content_of,
     held_out_moments,
     windows_at,
@@ -32,6 +33,7 @@ from mvjax.evaluation.held_out import (
 from mvjax.evaluation.offline import summarise, window_errors, write_offline
 from mvjax.evaluation.predictions import psnr, ssim
 from mvjax.identity import read_identity
+from mvjax.training.bridge import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -262,3 +264,27 @@ def test_moments_are_spread_over_held_out_episodes(caplog):
     assert content_of(data[5]) == content_of(episodes(12)[5]) != content_of(other)
     with pytest.raises(ValueError, match=r"has no held-out episode: config\.validation_share is 0"):
         held_out_moments(data, dataset, 0.0, 2)
+
+
+def test_an_episode_that_was_trained_on_is_not_held_out(monkeypatch, caplog, tmp_path):
+    """Neither with a larger share than the decoder's, nor in silence with one of the backbone."""
+
+    def trained(share, name="d"):
+        config = {"validation_share": share, "datasets": {name: {}}, "backbone": {"checkpoint": ""}}
+        return ConfigDict(config), Checkpoint(tmp_path, 1, {"config": config})
+
+    decoder = trained(0.04)[1]
+    check_held_out(trained(0.04)[0], decoder)
+    check_held_out(trained(0.01)[0], decoder)
+    check_held_out(trained(1.0, "new")[0], decoder)  # all of it is new to the decoder
+    check_held_out(trained(1.0)[0], Checkpoint(tmp_path, 1, {"config": {}, "converted": "x"}))
+    with pytest.raises(ValueError, match=r"validation_share is 0.5, but .* was trained with 0.04"):
+        check_held_out(trained(0.5)[0], decoder)
+    config = trained(0.04)[0]
+    config.backbone.checkpoint = "video"
+    seen = iter([trained(0.04)[1], trained(0.0)[1]])
+    monkeypatch.setattr("mvjax.evaluation.held_out.find_checkpoint", lambda path: next(seen))
+    check_held_out(config, decoder)
+    assert not caplog.text
+    check_held_out(config, decoder)
+    assert "has seen videos of the held-out episodes" in caplog.text

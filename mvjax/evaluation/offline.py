@@ -31,13 +31,21 @@ from data_pipelines.lock import run_lock
 from data_pipelines.settings import plain
 from data_pipelines.sources.formats import open_config
 from mvjax.evaluation.figures import curves_figure
-from mvjax.evaluation.held_out import Moment, Window, content_of, held_out_moments, windows_at
+from mvjax.evaluation.held_out import (
+    Moment,
+    Window,
+    check_held_out,
+    content_of,
+    held_out_moments,
+    windows_at,
+)
 from mvjax.evaluation.predictions import psnr, ssim
 from mvjax.experiment import Experiment
 from mvjax.flow import Trajectory, advance, schedule, start
 from mvjax.identity import FILE, claim, described
 from mvjax.policy.load import load_policy
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, Weights, medoid, to_pixels
+from mvjax.training.bridge import find_checkpoint
 
 _UNREADABLE = "unreadable"  # key of the reason in the file of a moment that could not be read
 
@@ -67,9 +75,11 @@ def evaluate_offline(
         The summary of `summarise` and the "identity", in every process.
 
     Raises:
-        ValueError: the folder holds the results of another policy; names what differs.
+        ValueError: the folder holds the results of another policy; names what differs. Or the
+            policy was trained on episodes that would count as held out.
         OSError: another process evaluates into the folder.
     """
+    check_held_out(experiment.config, find_checkpoint(checkpoint))
     # Process 0 writes for all.
     with run_lock(folder) if jax.process_index() == 0 else nullcontext():
         return _evaluate(experiment, checkpoint, folder, stop_steps, count, batch)

@@ -13,12 +13,13 @@ from data_pipelines.episode import Episode
 from data_pipelines.lock import run_lock
 from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
-from mvjax.evaluation.held_out import held_out_episodes
+from mvjax.evaluation.held_out import check_held_out, held_out_episodes
 from mvjax.experiment import Experiment
 from mvjax.identity import claim
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
+from mvjax.training.bridge import find_checkpoint
 
 PEAK = 255.0
 UPSCALE = 3  # small frames are hard to look at: every pixel becomes 3x3
@@ -74,10 +75,12 @@ def predict(experiment: Experiment, checkpoint: Path, folder: Path, count: int) 
     The folder holds those of one video model, and one process writes there at a time.
 
     Raises:
-        ValueError: the folder holds predictions of another one; names what differs.
+        ValueError: the folder holds predictions of another one; names what differs. Or the model
+            was trained on episodes that would count as held out.
         OSError: another process writes into the folder.
     """
     config = experiment.config
+    check_held_out(config, find_checkpoint(checkpoint))
     with run_lock(folder):
         policy = load_policy(experiment, checkpoint, experiment.sampling(), batch_size=1)
         what = dict(policy.identity["what"], sampling=asdict(policy.model.sampling))
