@@ -45,7 +45,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, ended = folder / LOCK, threading.Event()
-    mine = {"id": uuid.uuid4().hex, **_machine(), "process": os.getpid()}
+    mine = {"id": uuid.uuid4().hex, **_machine(), **_numbering(), "process": os.getpid()}
     mine["since"] = time.strftime("%F %T %z")
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -75,12 +75,14 @@ def _take(path: Path, mine: Owner, locked: bool | None) -> None:
     """Writes the lock file, in the place of one whose owner has ended."""
     if locked is False:
         raise _refusal(path)
-    seen = None
+    seen, began = None, time.monotonic()
     while not _create(path, json.dumps(mine)):
         owner, beat, age = _owner(path), *_heartbeat(path)
         if beat is None:  # released just now
             continue
-        if age >= STALE or _has_ended(owner, locked):
+        # Watched for as long, too: after a clock was set back, the last heartbeat is yet to come.
+        silent = max(age, time.monotonic() - began if beat == seen else 0.0)
+        if silent >= STALE or _has_ended(owner, locked):
             log.info(f"taking {path.parent} over from {_name(owner)}, which has ended.")
             write_text(path, json.dumps(mine))
             time.sleep(_SETTLING)  # the last one who writes has it
@@ -89,9 +91,9 @@ def _take(path: Path, mine: Owner, locked: bool | None) -> None:
             return
         if seen is None:
             log.info(
-                f"{path} names {_name(owner)}, whose last heartbeat was {age:.0f} s ago; waiting "
-                f"for the next one, at most {STALE - age:.0f} s. If that process has ended, or the "
-                "folder is a copy, delete the file."
+                f"{path} names {_name(owner)}, whose last heartbeat was {silent:.0f} s ago; "
+                f"waiting for the next one, at most {STALE - silent:.0f} s. If that process has "
+                "ended, or the folder is a copy, delete the file."
             )
             seen = beat
         elif beat != seen:
@@ -133,6 +135,12 @@ def _machine() -> dict[str, str]:
     return {"host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else ""}
 
 
+def _numbering() -> dict[str, str]:
+    """Within what a process has its number: containers on one machine number their own."""
+    namespace = Path("/proc/self/ns/pid")
+    return {"numbering": os.readlink(namespace) if namespace.is_symlink() else ""}
+
+
 def _beat(path: Path, mine: Owner, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with suppress(OSError):  # a beat that fails is no reason to stop
@@ -171,9 +179,11 @@ def _has_ended(owner: Owner, locked: bool | None) -> bool:
     """Whether an owner on this machine has ended; of another machine, that is not known."""
     if not owner or {name: owner.get(name) for name in _machine()} != _machine():
         return False
-    # The system's lock has the last word. Without it, our own number is that of an earlier
-    # process, such as the first one of a container.
-    if locked or owner["process"] == os.getpid():
+    if locked:  # the system's lock has the last word
+        return True
+    if owner.get("numbering") != _numbering()["numbering"]:
+        return False
+    if owner["process"] == os.getpid():  # our own number is that of an earlier process
         return True
     try:
         with suppress(PermissionError):  # it runs, for another user
