@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import forked
 import jax
@@ -31,7 +32,7 @@ from mvjax.evaluation.held_out import (
     windows_at,
 )
 from mvjax.evaluation.offline import summarise, window_errors, write_offline
-from mvjax.evaluation.predictions import psnr, ssim
+from mvjax.evaluation.predictions import psnr, ssim, write_predictions
 from mvjax.identity import read_identity
 from mvjax.training.bridge import Checkpoint
 
@@ -288,3 +289,21 @@ def test_an_episode_that_was_trained_on_is_not_held_out(monkeypatch, caplog, tmp
     assert not caplog.text
     check_held_out(config, decoder)
     assert "has seen videos of the held-out episodes" in caplog.text
+
+
+def test_predictions_of_all_episodes_have_files_of_their_own(tmp_path):
+    """Two datasets of LeRobot have episodes of one name; ids may be paths, texts may be long."""
+    policy = SimpleNamespace(predict_video=lambda seen: np.zeros((1, 13, 48, 32, 3), np.uint8))
+    config = tiny_policy()[1]
+    config.validation_share = 1.0
+    ids, text = ("a/b", "a_b", "x" * 300), "open/close the drawer, " + 20 * "slowly "
+    for name in ("one", "two"):
+        dataset = ConfigDict(dict(name=name, video="v", action="a", proprio="p"))
+        data = [
+            dataclasses.replace(episode, id=id, instructions=(text,))
+            for id, episode in zip(ids, episodes(3))
+        ]
+        write_predictions(policy, data, dataset, config, tmp_path, 3)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 2 * 2 * 3
+    assert "open_close_the_drawer_slowly_slowly_slo_one_a_b_true.mp4" in names
