@@ -132,9 +132,8 @@ def evaluate(
                 where |= policy.identity["where"]
                 controller = partial(_act_in_simulator, policy.act, suite.convert)
             begun = has_results(folder / name)
-            claim(
-                folder / name, what, where, begun=begun, process=process, apart="--out or --variant"
-            )
+            apart = "--out or --variant" if callable(controller) else "--out"  # no variants of it
+            claim(folder / name, what, where, begun=begun, process=process, apart=apart)
             if callable(controller):
                 policy.warm_up()
             if process == 0:

@@ -104,6 +104,8 @@ class Suite:
         embodiment: the robot's name in a LeRobot dataset.
         camera: the name of the pictures in a LeRobot dataset.
         packages: those whose versions may change an episode.
+        contents: returns digests of files that decide an episode and have no version, by name; in
+            the Python that has the simulator.
         convert: makes the policy's actions the simulator's.
         interpreter: returns the Python that has the simulator, or raises if there is none.
     """
@@ -116,6 +118,7 @@ class Suite:
     embodiment: str
     camera: str
     packages: tuple[str, ...] = ("mujoco", "numpy")
+    contents: Callable[[], dict[str, str]] = dict
     convert: Convert = lambda chunk, proprio: chunk
     interpreter: Callable[[], Path] = lambda: Path(sys.executable)
 
@@ -140,6 +143,7 @@ SUITES = {
         embodiment="libero_panda",
         camera="observation.images.agentview",
         packages=("hf-libero", "robosuite", "bddl", "mujoco", "gymnasium", "numpy"),
+        contents=libero_scene.contents,
         convert=libero.libero_commands,
         interpreter=libero.libero_python,
     ),
@@ -150,20 +154,28 @@ def versions(name: str) -> dict[str, str]:
     """What an episode of a suite depends on beside the policy, in the Python that calls this.
 
     Returns:
-        "python", each of the suite's packages ("none" where it is not installed), "gl_backend" and
-        "gl_renderer".
+        "python", each of the suite's packages ("none" where it is not installed), its contents,
+        "gl_backend" and "gl_renderer".
     """
-    return {"python": platform.python_version(), **package_versions(name), **renderer()}
+    packages, contents = package_versions(name), SUITES[name].contents()
+    return {"python": platform.python_version(), **packages, **contents, **renderer()}
 
 
 def package_versions(name: str) -> dict[str, str]:
-    """The versions of a suite's packages; "none" where one is not installed."""
+    """The versions of a suite's packages; "none" where one is not installed.
+
+    One that was installed from a repository has its commit, too: many have the same version.
+    """
     found = {}
     for package in SUITES[name].packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed = importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "none"
+            continue
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        commit = origin.get("vcs_info", {}).get("commit_id", "")[:12]
+        found[package] = f"{installed.version} {commit}".strip()
     return found
 
 
