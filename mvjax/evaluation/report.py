@@ -29,14 +29,9 @@ from data_pipelines.atomic import write_json, write_text
 from data_pipelines.html import file_uri, render
 from mvjax.evaluation.closed_loop import SuccessRate, mean_success, success_rate, success_table
 from mvjax.evaluation.figures import Curve, loss_figure, success_figure
-from mvjax.evaluation.rollout import (
-    EpisodeResult,
-    Setting,
-    read_results,
-    read_setting,
-    whole_lines,
-)
+from mvjax.evaluation.rollout import EpisodeResult, Setting, read_results, read_setting
 from mvjax.identity import described, different, digest_of, environment, read_identity
+from mvjax.training.metrics import read_records
 
 STAGES = {"Stage 1: video model": "video", "Stage 2: action decoder": "action"}
 ROLLOUTS_PER_TASK = 3
@@ -53,7 +48,7 @@ def build_report(run_dir: Path, out: Path) -> None:
         "losses": {
             title: loss_figure(curves, f"{title}: loss") if curves else None
             for title, folder in STAGES.items()
-            for curves in [_read_losses(run_dir / folder / "metrics.jsonl")]
+            for curves in [_read_losses(run_dir / folder)]
         },
         "study": study,
         "study_figure": study
@@ -225,11 +220,10 @@ def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
 # The rest of a run folder.
 
 
-def _read_losses(metrics: Path) -> dict[str, Curve]:
+def _read_losses(workdir: Path) -> dict[str, Curve]:
     """The finite values of every name that ends in "loss"."""
     points: dict[str, dict[int, float]] = {}
-    for line in whole_lines(metrics).splitlines():
-        row = json.loads(line)
+    for row in read_records(workdir):
         for name, value in row.items():
             if name.endswith("loss") and isinstance(value, int | float) and np.isfinite(value):
                 points.setdefault(name, {})[row["step"]] = value  # a resumed step counts once
