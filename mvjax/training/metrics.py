@@ -70,14 +70,11 @@ class MetricsWriter:
             package = require_wandb(wandb)
 
             def open_wandb() -> Sink:
-                id_file = workdir / "wandb_id"  # an interrupted run continues under its own id
-                if not id_file.exists():
-                    write_text(id_file, uuid.uuid4().hex[:12])
                 return WandB(
                     package,
                     project=wandb,
                     name=workdir.name,
-                    id=id_file.read_text().strip(),
+                    id=_wandb_id(workdir / "wandb_id"),
                     dir=str(workdir),
                     resume="allow",
                     config=config,
@@ -131,6 +128,18 @@ class MetricsWriter:
             self._journal.close()
         for channel in self._channels:
             channel.close()
+
+
+def _wandb_id(file: Path) -> str:
+    """The id of a run: its own when it continues, a new one for a copy of its folder."""
+    said = file.read_text().splitlines() if file.exists() else []
+    id, *place = said or [uuid.uuid4().hex[:12]]
+    if place and (original := Path(place[0]) / file.name).exists():  # moved, it is there no more
+        if not original.samefile(file) and original.read_text().startswith(id):
+            id = uuid.uuid4().hex[:12]
+    if [id, here := str(file.parent.absolute())] != said:
+        write_text(file, f"{id}\n{here}\n")
+    return id
 
 
 class _Journal:
