@@ -271,7 +271,8 @@ def test_an_episode_that_was_trained_on_is_not_held_out(monkeypatch, caplog, tmp
     """Neither with a larger share than the decoder's, nor in silence with one of the backbone."""
 
     def trained(share, name="d"):
-        config = {"validation_share": share, "datasets": {name: {}}, "backbone": {"checkpoint": ""}}
+        config = {"validation_share": share, "datasets": {name: {"name": name}}}
+        config["backbone"] = {"checkpoint": ""}
         return ConfigDict(config), Checkpoint(tmp_path, 1, {"config": config})
 
     decoder = trained(0.04)[1]
@@ -281,6 +282,10 @@ def test_an_episode_that_was_trained_on_is_not_held_out(monkeypatch, caplog, tmp
     check_held_out(trained(1.0)[0], Checkpoint(tmp_path, 1, {"config": {}, "converted": "x"}))
     with pytest.raises(ValueError, match=r"validation_share is 0.5, but .* was trained with 0.04"):
         check_held_out(trained(0.5)[0], decoder)
+    config = trained(0.04)[0]
+    config.datasets.copy = config.datasets.d
+    with pytest.raises(ValueError, match=r"datasets.copy and .d have the same name, 'd'"):
+        check_held_out(config, decoder)
     config = trained(0.04)[0]
     config.backbone.checkpoint = "video"
     seen = iter([trained(0.04)[1], trained(0.0)[1]])

@@ -42,8 +42,16 @@ def check_held_out(config: ConfigDict, checkpoint: Checkpoint) -> None:
 
     Raises:
         ValueError: the decoder learned from episodes that would count as held out. A backbone that
-            did is a warning, since some are trained on all video. Converted weights pass.
+            did is a warning, since some are trained on all video. Converted weights pass. Or two
+            datasets have one name, by which their episodes are told apart.
     """
+    named: dict[str, str] = {}
+    for key, dataset in config.datasets.items():
+        if (other := named.setdefault(dataset.name, key)) != key:
+            raise ValueError(
+                f"config.datasets.{other} and .{key} have the same name, {dataset.name!r}: give "
+                f"one another with --config.datasets.{key}.name=NAME."
+            )
     if share := _larger_share(config, checkpoint):
         raise ValueError(
             f"config.validation_share is {config.validation_share}, but {checkpoint.directory} was "
