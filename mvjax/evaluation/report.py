@@ -45,6 +45,7 @@ def build_report(run_dir: Path, out: Path) -> None:
     study, command = _read_study(run_dir / "study" / "results.json"), run_dir / "command.txt"
     run = {
         "predictions": list(_read_predictions(run_dir / "predictions")),
+        "predicted_by": read_identity(run_dir / "predictions"),
         "losses": {
             title: loss_figure(curves, f"{title}: loss") if curves else None
             for title, folder in STAGES.items()
@@ -85,7 +86,7 @@ def _write(out: Path, title: str, results: Path, run: dict[str, Any] | None = No
         tasks=[(task, [column.get(task) for column in rates]) for task in tasks],
         sweep=_sweep(evaluations),
         identities=_identities(evaluations),
-        mixed=_mixed(evaluations),
+        mixed=_mixed(evaluations, (run or {}).get("predicted_by")),
         run=run,
         percent=percent,
         interval=interval,
@@ -180,9 +181,9 @@ def _identities(evaluations: Sequence[Evaluated]) -> list[tuple[str, dict[str, s
     return [("; ".join(labels), dict(identity)) for identity, labels in groups.items()]
 
 
-def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
+def _mixed(evaluations: Sequence[Evaluated], predicted: dict[str, Any] | None = None) -> list[str]:
     """Sentences on results that this page puts together although they are not of one policy, one
-    simulator or the same tasks: within a setting, and between settings.
+    simulator or the same tasks: within a setting, between settings, and predicted videos.
     """
     said, first = [], {}
     for e in evaluations[1:]:
@@ -214,6 +215,14 @@ def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
             if unlike := different(before, part):
                 both = f"“{label}” (there) and “{e.setting.label}” (here)"
                 said.append(f"{both} differ in the {name}: {unlike}.")
+    if predicted and "policy" in first:
+        label, policy = first["policy"]
+        networks = [
+            {name: what[name] for name in ("backbone", "tokenizer", "text_encoder")}
+            for what in (policy, predicted["what"])
+        ]
+        if unlike := different(*networks):
+            said.append(f"“{label}” (there) and the predicted videos (here) differ: {unlike}.")
     return said
 
 
