@@ -142,8 +142,10 @@ def _say_repeated(path: Path, repeated: int, other: int) -> None:
 
 def append_result(path: Path, result: EpisodeResult) -> None:
     """Appends one line in one write, so that a kill can tear only the last line."""
+    line = json.dumps(asdict(result)).encode() + b"\n"
     with path.open("ab", buffering=0) as file:
-        file.write(json.dumps(asdict(result)).encode() + b"\n")
+        while line:  # a disk that is all but full takes a part of it, and says so at the next write
+            line = line[file.write(line) :]
 
 
 def whole_lines(path: Path) -> bytes:
