@@ -16,6 +16,7 @@ from run_records import without_times
 from toy_training import toy_config, toy_loader, train_toy
 
 from data_pipelines.atomic import wait_until
+from data_pipelines.progress import Bar
 from launch.entry import _Stderr
 from mvjax.training import channels
 from mvjax.training.channels import Channel, TensorBoard
@@ -198,6 +199,9 @@ def test_a_log_on_a_full_disk_stops_nothing(tmp_path, monkeypatch):
         record = logging.makeLogRecord({"msg": "text"})
         _Stderr().emit(record)
         assert train_toy(tmp_path)["step"] == 4
+        with Bar(range(3), file=full) as bar:  # as of an encoding job or an evaluation
+            bar.write("skipped", file=full)
+            assert list(bar) == [0, 1, 2]
         monkeypatch.undo()
         with pytest.raises(OSError):  # what is left in it cannot be written either
             full.close()

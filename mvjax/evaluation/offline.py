@@ -23,11 +23,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_json, write_npz, write_text
 from data_pipelines.html import render
 from data_pipelines.lock import run_lock
+from data_pipelines.progress import Bar
 from data_pipelines.settings import plain
 from data_pipelines.sources.formats import open_config
 from mvjax.evaluation.figures import curves_figure
@@ -132,7 +132,7 @@ def _evaluate(
     if left:
         found = window_errors(policy, windows(left), stop_steps)
         bar = dict(total=len(share), initial=len(share) - len(left), unit="moment")
-        for window, errors in tqdm(found, **bar, disable=jax.process_index() > 0):
+        for window, errors in Bar(found, **bar, disable=jax.process_index() > 0):
             write_npz(files[window.moment], **asdict(errors))
     wait_until(lambda: all(file.exists() for file in files.values()))
 

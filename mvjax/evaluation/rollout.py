@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_json
+from data_pipelines.progress import Bar
 from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 from mvjax.evaluation.suites.suite import MakeSimulator
 from mvjax.evaluation.worker import Job, Order, Outcome, Query
@@ -216,7 +216,7 @@ def run_rollouts(
     share = orders[process::processes]
     left = [order for order in share if (order.task, order.seed) not in done]
     simulators: list[WorkerProcess] = []
-    with tqdm(
+    with Bar(
         total=len(share), initial=len(share) - len(left), unit="episode", disable=process > 0
     ) as bar:
         try:

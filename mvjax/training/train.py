@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from data_pipelines.lock import run_lock
+from data_pipelines.progress import Bar
 from mvjax.experiment import Experiment
 from mvjax.identity import digest
 from mvjax.models.network import merge
@@ -204,32 +204,13 @@ def _mark_finished(workdir: Path, step: int | None) -> None:
         (workdir / FINISHED).write_text(f"{step}\n")
 
 
-class _Bar(tqdm):
-    """A bar that fails in silence: it may be drawn into a log on a full disk."""
-
-    def display(self, *arguments: Any, **named: Any) -> None:
-        with suppress(OSError):
-            super().display(*arguments, **named)
-
-    def clear(self, *arguments: Any, **named: Any) -> None:
-        with suppress(OSError):
-            super().clear(*arguments, **named)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            super().close()
-
-
-def _progress_bar(name: str, first: int, steps: int) -> tqdm:
+def _progress_bar(name: str, first: int, steps: int) -> Bar:
     settings = dict(total=steps, initial=first, desc=name, unit="step")
     interval = 0.5 if sys.stderr.isatty() else 30
-    try:
-        return _Bar(**settings, mininterval=interval, disable=jax.process_index() != 0)
-    except OSError:
-        return _Bar(**settings, disable=True)
+    return Bar(**settings, mininterval=interval, disable=jax.process_index() != 0)
 
 
-def _show(bar: tqdm, latest: Record | None) -> None:
+def _show(bar: Bar, latest: Record | None) -> None:
     """Puts the newest record beside the bar; stops a run whose gradient stays non-finite."""
     if latest is None:
         return
