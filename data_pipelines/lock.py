@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between two beats
 STALE = 180.0  # seconds without a beat, after which an owner counts as ended
+_WATCHED = 2.5 * HEARTBEAT  # seconds in which no beat is seen, before that is believed
 _SETTLING = 1.0  # seconds in which several processes may take over the same folder
 _POLL = 1.0
 
@@ -37,7 +38,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Keeps a folder to this process.
 
     What an ended process has left behind is taken over: at once on the same machine. Of another
-    machine, whether it has ended is seen from its heartbeat, which may take up to `STALE` seconds.
+    machine, whether it has ended is seen from its heartbeat, which takes up to `STALE` seconds.
 
     Raises:
         OSError: another process owns the folder; the message says which one, and since when.
@@ -80,9 +81,11 @@ def _take(path: Path, mine: Owner, locked: bool | None) -> None:
         owner, beat, age = _owner(path), *_heartbeat(path)
         if beat is None:  # released just now
             continue
-        # Watched for as long, too: after a clock was set back, the last heartbeat is yet to come.
-        silent = max(age, time.monotonic() - began if beat == seen else 0.0)
-        if silent >= STALE or _has_ended(owner, locked):
+        # Many file systems take the time of a beat from the machine that beats, whose clock may be
+        # another one, or was set: what counts is that no beat is seen.
+        watched = time.monotonic() - began if beat == seen else 0.0
+        silent = max(age, watched)
+        if (silent >= STALE and watched >= _WATCHED) or _has_ended(owner, locked):
             log.info(f"taking {path.parent} over from {_name(owner)}, which has ended.")
             write_text(path, json.dumps(mine))
             time.sleep(_SETTLING)  # the last one who writes has it
@@ -92,8 +95,8 @@ def _take(path: Path, mine: Owner, locked: bool | None) -> None:
         if seen is None:
             log.info(
                 f"{path} names {_name(owner)}, whose last heartbeat was {silent:.0f} s ago; "
-                f"waiting for the next one, at most {STALE - silent:.0f} s. If that process has "
-                "ended, or the folder is a copy, delete the file."
+                f"waiting for the next one, at most {max(STALE - silent, _WATCHED):.0f} s. If that "
+                "process has ended, or the folder is a copy, delete the file."
             )
             seen = beat
         elif beat != seen:

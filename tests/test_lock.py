@@ -34,6 +34,7 @@ lock.HEARTBEAT, lock._flock = 0.3, lambda descriptor: None
 def quick(monkeypatch):
     monkeypatch.setattr(lock, "_SETTLING", 0.01)
     monkeypatch.setattr(lock, "_POLL", 0.01)
+    monkeypatch.setattr(lock, "_WATCHED", 0.05)
 
 
 @pytest.fixture(params=[True, None], ids=["with_flock", "without"])
@@ -100,6 +101,16 @@ def test_an_owner_on_another_machine_that_beats_is_left_alone(tmp_path, flock, o
     beat.start()
     assert refused(tmp_path, "process 1 on")
     assert json.loads((tmp_path / LOCK).read_text())["id"] == "x"
+    beat.join()
+
+
+def test_an_owner_whose_clock_is_late_is_left_alone(tmp_path, flock, monkeypatch):
+    """Its beats have the time of five minutes ago, by the clock of this machine."""
+    monkeypatch.setattr(lock, "_WATCHED", 5.0)
+    lock_of(tmp_path, age=300, host="other")
+    beat = threading.Timer(0.2, os.utime, [tmp_path / LOCK, (time.time() - 299,) * 2])
+    beat.start()
+    assert refused(tmp_path, "process 1 on other")
     beat.join()
 
 
