@@ -22,7 +22,7 @@ from mvjax.training.checkpoint import Store
 from mvjax.training.damage import CheckpointMismatch
 from mvjax.training.metrics import read_records
 from mvjax.training.step import abstract_state, make_optimizer
-from mvjax.training.train import TrainingDiverged
+from mvjax.training.train import TrainingDiverged, _say_end_of_schedule
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -234,6 +234,19 @@ def test_settings_of_the_optimizer_may_change_on_resume(tmp_path, caplog, before
         adam = store.restore(abstract).state.opt_state.inner[1]
     assert int(adam.count) == 4
     assert bool(params_of(tmp_path, use_ema=True))
+
+
+def test_a_run_that_is_longer_than_its_schedule_says_so(caplog):
+    """As one that is continued with training.steps alone."""
+    caplog.set_level("INFO", "mvjax")
+    optimizer = toy_config().optimizer
+    _say_end_of_schedule(optimizer, optimizer.decay_steps)
+    assert not caplog.text
+    _say_end_of_schedule(optimizer, 60)
+    assert "after step 50 the learning rate stays at 0.001." in caplog.text
+    optimizer.final_fraction = 0.0
+    _say_end_of_schedule(optimizer, 60)
+    assert "stays at 0, and nothing is learned." in caplog.text
 
 
 def test_an_average_that_is_begun_on_resume_begins_with_the_parameters(tmp_path):

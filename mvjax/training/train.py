@@ -92,6 +92,7 @@ def train(
         state = first_state(experiment, stage, optimizer, abstract, store, loader, description)
         batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, experiment.rules))
         first = saved = int(state.step)
+        _say_end_of_schedule(config.optimizer, settings.steps)
         failed = False  # the last attempt to save
         timer = Throughput(stage, settings.batch_size, first)
         traces = workdir / "profile" if profile else None
@@ -192,6 +193,17 @@ def train(
     _mark_finished(workdir, settings.steps)
     assert writer.latest is not None  # the last step is always logged
     return writer.latest
+
+
+def _say_end_of_schedule(optimizer: Any, steps: int) -> None:
+    """Says from where on the learning rate stays as it is, as of a run that is made longer."""
+    end = optimizer.decay_steps
+    if optimizer.schedule != "constant" and end < steps:
+        rate = optimizer.learning_rate * optimizer.final_fraction
+        log_once(
+            f"optimizer.decay_steps is {end}, but training.steps {steps}: after step {end} the "
+            f"learning rate stays at {rate:g}{'' if rate else ', and nothing is learned'}."
+        )
 
 
 def _mark_finished(workdir: Path, step: int | None) -> None:
