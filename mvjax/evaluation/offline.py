@@ -43,6 +43,7 @@ from mvjax.evaluation.predictions import psnr, ssim
 from mvjax.experiment import Experiment
 from mvjax.flow import Trajectory, advance, schedule, start
 from mvjax.identity import FILE, claim, described
+from mvjax.parallel import everywhere
 from mvjax.policy.load import load_policy
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, Weights, medoid, to_pixels
 from mvjax.training.bridge import find_checkpoint
@@ -61,8 +62,9 @@ def evaluate_offline(
     """Evaluates a policy on the held-out episodes of every dataset with actions.
 
     The processes of a job share the episodes and the folder; each holds the whole policy on its own
-    devices. An episode that cannot be read is left out and named in the results. The folder holds
-    the results of one policy (`mvjax.identity`), and one job writes there at a time.
+    devices. An episode that cannot be read is left out and named in the results, and is tried again
+    by the next call. The folder holds the results of one policy (`mvjax.identity`), and one job
+    writes there at a time.
 
     Args:
         experiment, checkpoint: a stage-2 run and its training directory.
@@ -128,6 +130,10 @@ def _evaluate(
     by_episode = [list(of_one) for _, of_one in groupby(files, _episode)]
     ours = by_episode[jax.process_index() :: jax.process_count()]
     share = [moment for of_one in ours for moment in of_one]
+    for file in (files[moment] for moment in share):
+        if file.exists() and _reason(file):  # it may have been a network that was away
+            file.unlink()
+    everywhere(True)  # no process takes those for the results of this job
     left = [moment for moment in share if not files[moment].exists()]
     if left:
         found = window_errors(policy, windows(left), stop_steps)
@@ -176,16 +182,22 @@ def _read(files: Mapping[Moment, Path]) -> tuple[list[WindowErrors], list[str]]:
     """The errors on file, and the reasons why other moments have none."""
     errors, unreadable = [], []
     for file in files.values():
-        with np.load(file) as kept:
-            if _UNREADABLE in kept:
-                unreadable.append(str(kept[_UNREADABLE]))
-            else:
+        if reason := _reason(file):
+            unreadable.append(reason)
+        else:
+            with np.load(file) as kept:
                 errors.append(WindowErrors(**kept))
     if not errors:
         raise ValueError(
             f"None of the {len(unreadable)} held-out moments could be read: {unreadable[0]}."
         )
     return errors, list(dict.fromkeys(unreadable))
+
+
+def _reason(file: Path) -> str:
+    """Why a moment could not be read; "" for one with errors."""
+    with np.load(file) as kept:
+        return str(kept[_UNREADABLE]) if _UNREADABLE in kept else ""
 
 
 # The errors, computed on the policy's devices.
