@@ -1,5 +1,6 @@
 """Success rates of a trained policy in a simulator, for each setting: a mode and a stop step."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -25,6 +26,8 @@ from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Act, Observation, ObservationSpec
 from mvjax.policy.robot import check_suite, trained_robot
 from mvjax.training.bridge import find_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def settings_for(
@@ -96,6 +99,14 @@ def evaluate(
         check_suite(robot, protocol.suite, *shown, config.clip)
         find_checkpoint(checkpoint)  # before `folder` is made
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
+    process = jax.process_index()
+    beyond = sum(seed >= suite.states for seed in seeds) if suite.states else 0
+    if beyond and process == 0:
+        log.warning(
+            "the suite %r has %d initial states per task; %d of the %d seeds draw others, which "
+            "published results are not of.",
+            *(protocol.suite, suite.states, beyond, len(seeds)),
+        )
     proprio = config.policy_io.proprio
     spec = ObservationSpec(
         observed_frames=experiment.clip.observed_frames,
@@ -104,7 +115,6 @@ def evaluate(
         proprio_fps=proprio.fps,
         execute=protocol.execute,
     )
-    process = jax.process_index()
     # What draws is recorded only: many pictures differ by roundings, from one machine to the next.
     simulator, drawn = {}, {}
     for name, version in worker_versions(protocol.suite).items():

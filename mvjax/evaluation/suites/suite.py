@@ -103,6 +103,8 @@ class Suite:
         size: default height and width of recorded pictures in pixels.
         embodiment: the robot's name in a LeRobot dataset.
         camera: the name of the pictures in a LeRobot dataset.
+        states: number of the initial states in which the suite is evaluated, by seed; larger seeds
+            draw others. 0 if all seeds draw.
         packages: those whose versions may change an episode.
         contents: returns digests of files that decide an episode and have no version, by name; in
             the Python that has the simulator.
@@ -117,6 +119,7 @@ class Suite:
     size: tuple[int, int]
     embodiment: str
     camera: str
+    states: int = 0
     packages: tuple[str, ...] = ("mujoco", "numpy")
     contents: Callable[[], dict[str, str]] = dict
     convert: Convert = lambda chunk, proprio: chunk
@@ -142,6 +145,7 @@ SUITES = {
         size=(480, 640),
         embodiment="libero_panda",
         camera="observation.images.agentview",
+        states=50,
         packages=("hf-libero", "robosuite", "bddl", "mujoco", "gymnasium", "numpy"),
         contents=libero_scene.contents,
         convert=libero.libero_commands,
