@@ -222,8 +222,8 @@ def claim(
     stored = read_identity(folder)
     if begun and stored is None:
         raise ValueError(
-            f"{folder} holds results of an earlier version, which do not say what they are results "
-            f"of. They can be read, but not continued: {remedy}"
+            f"{folder} holds results without {FILE}, as those of earlier versions: they do not say "
+            f"what they are results of. They can be read, but not continued: {remedy}"
         )
     if begun and (found := different(stored["what"], what)):
         raise ValueError(f"{folder} holds the results of something else: {found}; {remedy}")
