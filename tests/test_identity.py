@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import shutil
+import threading
 
 import forked
 import jax
@@ -326,6 +327,16 @@ def test_a_folder_takes_the_results_of_one_identity(tmp_path, caplog):
     assert read_identity(tmp_path)["what"] == ours
     claim(tmp_path, other, there, begun=False)  # it was stopped before its first result
     assert read_identity(tmp_path) == {"what": other, "where": [there]}
+
+
+def test_a_process_with_other_versions_says_for_what_it_waits(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(identity, "PATIENCE", 0.0)
+    claim(tmp_path, {"mujoco": "3.2"}, {}, begun=False)
+    late = threading.Timer(0.5, claim, [tmp_path, {"mujoco": "3.3"}, {}], {"begun": False})
+    late.start()
+    claim(tmp_path, {"mujoco": "3.3"}, {}, begun=False, process=1)
+    assert caplog.text.count("process 1 still waits for process 0") == 1
+    assert "mujoco is '3.2' there, '3.3' here" in caplog.text
 
 
 def test_results_of_earlier_versions_are_not_continued(tmp_path):

@@ -216,9 +216,8 @@ def run_rollouts(
     share = orders[process::processes]
     left = [order for order in share if (order.task, order.seed) not in done]
     simulators: list[WorkerProcess] = []
-    with Bar(
-        total=len(share), initial=len(share) - len(left), unit="episode", disable=process > 0
-    ) as bar:
+    counts = dict(total=len(share), initial=len(share) - len(left))
+    with Bar(**counts, unit="episode", disable=process > 0) as bar:
         try:
             job = Job(make_simulator, spec, mode, oracle_frames, max_steps)
             for _ in range(min(workers or os.cpu_count() or 1, len(left))):
