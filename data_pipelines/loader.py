@@ -168,7 +168,7 @@ def make_loader(
     names = [f"{d.name} {n + 1}" if n else d.name for d, n in zip(datasets, before)]
 
     def mixture(first: Mapping[str, int]) -> grain.MapDataset:
-        chosen = normalizers, episodes_per_task, [first[name] for name in names]
+        chosen = normalizers, episodes_per_task, [first.get(name, 0) for name in names]
         return record_mixture(datasets, weights, seed, split, *chosen, **further)
 
     order = dict(seed=seed, episodes_per_task=episodes_per_task)
