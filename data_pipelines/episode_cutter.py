@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 import numpy as np
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from data_pipelines.cutting import (
     EpisodeWindows,
@@ -19,6 +18,7 @@ from data_pipelines.cutting import (
     vector_streams,
 )
 from data_pipelines.episode import BadShare, Episode, split_of
+from data_pipelines.progress import Bar
 from data_pipelines.shards import Row, StoredTexts, TextEncoder, count
 
 Window = tuple[np.ndarray, dict[str, np.ndarray]]  # frames uint8 [t, h, w, 3], numeric columns
@@ -102,7 +102,7 @@ def _windows(index: int, cuts: EpisodeWindows) -> Iterator[Window]:
         yield cuts.frames[shown], numbers
 
 
-def report_skipped(row: Row, progress: tqdm) -> None:
+def report_skipped(row: Row, progress: Bar) -> None:
     """Prints why an episode was skipped, above the progress bar."""
     if "reason" in row:
         progress.write(f"skipped episode {row['id']}: {row['reason']}", file=sys.stderr)
@@ -145,7 +145,7 @@ def sample_clips(
         for cut in cutters
         for i in np.linspace(0, len(cut.episodes) - 1, min(episodes_per_source, len(cut.episodes)))
     ]
-    with tqdm(chosen, desc="fit tokenizer", unit="episode") as progress:
+    with Bar(chosen, desc="fit tokenizer", unit="episode") as progress:
         for cut, index in progress:
             row, windows = cut(index)
             report_skipped(row, progress)

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.episode import Episode
 from data_pipelines.inspect_episode import (
@@ -28,6 +27,7 @@ from data_pipelines.inspect_episode import (
     listed,
     spread,
 )
+from data_pipelines.progress import Bar
 from data_pipelines.representations import Mode, seams
 from data_pipelines.sources.formats import open_dataset
 from data_pipelines.statistics import collapsed, compute_statistics
@@ -107,7 +107,7 @@ def inspect_dataset(
     sectioned, unknown = 0, {}
     numbers: dict[str, list[np.ndarray]] = defaultdict(list)
     summaries = _summaries(episodes, chosen, decoded, thorough, wanted)
-    for episode in tqdm(summaries, desc="inspect", unit="episode", total=len(chosen)):
+    for episode in Bar(summaries, desc="inspect", unit="episode", total=len(chosen)):
         found.problems += episode.problems
         found.left_out.update(episode.left_out.items())
         for text in episode.findings:

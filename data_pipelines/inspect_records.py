@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.inspect import ALL, LOSS_ROWS, Inspection, lost
 from data_pipelines.inspect_episode import (
@@ -18,6 +17,7 @@ from data_pipelines.inspect_episode import (
     spread,
 )
 from data_pipelines.normalize import VECTORS, dimension_names
+from data_pipelines.progress import Bar
 from data_pipelines.records import RecordDataset, read_columns
 from data_pipelines.vectors import modes, parse
 
@@ -116,7 +116,7 @@ def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> 
         text = f"the manifest lists {counted} records, the shards hold {total}"
         found.add_problem("records missing", ALL, text)
     chosen = spread(total, total if thorough else _SAMPLED_RECORDS)
-    for index in tqdm(chosen, desc="inspect", unit="record"):
+    for index in Bar(chosen, desc="inspect", unit="record"):
         try:
             record = dataset[int(index)]
         except Exception as error:

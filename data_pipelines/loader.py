@@ -163,13 +163,16 @@ def make_loader(
         An iterator over the dicts of `record_mixture`, batched, all float32.
     """
     further = dict(mask_padding=mask_padding, max_bad_share=max_bad_share)
+    # A name may be given twice; each has a place of its own all the same.
+    before = [[d.name for d in datasets[:i]].count(one.name) for i, one in enumerate(datasets)]
+    names = [f"{d.name} {n + 1}" if n else d.name for d, n in zip(datasets, before)]
 
     def mixture(first: Mapping[str, int]) -> grain.MapDataset:
-        chosen = normalizers, episodes_per_task, [first.get(d.name, 0) for d in datasets]
+        chosen = normalizers, episodes_per_task, [first.get(name, 0) for name in names]
         return record_mixture(datasets, weights, seed, split, *chosen, **further)
 
     order = dict(seed=seed, episodes_per_task=episodes_per_task)
-    order["weights"] = {d.name: float(weight) for d, weight in zip(datasets, weights)}
+    order["weights"] = {name: float(weight) for name, weight in zip(names, weights)}
     chosen = range(batch_size) if rows is None else [int(row) for row in rows]
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch_batches)
     return Batches(mixture, order, batch_size, chosen, options)

@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 LOCK = ".lock"
 HEARTBEAT = 10.0  # seconds between two beats
 STALE = 180.0  # seconds without a beat, after which an owner counts as ended
+_WATCHED = 2.5 * HEARTBEAT  # seconds in which no beat is seen, before that is believed
 _SETTLING = 1.0  # seconds in which several processes may take over the same folder
 _POLL = 1.0
 
@@ -37,7 +38,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     """Keeps a folder to this process.
 
     What an ended process has left behind is taken over: at once on the same machine. Of another
-    machine, whether it has ended is seen from its heartbeat, which may take up to `STALE` seconds.
+    machine, whether it has ended is seen from its heartbeat, which takes up to `STALE` seconds.
 
     Raises:
         OSError: another process owns the folder; the message says which one, and since when.
@@ -45,7 +46,7 @@ def run_lock(folder: Path) -> Iterator[None]:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     path, ended = folder / LOCK, threading.Event()
-    mine = {"id": uuid.uuid4().hex, **_machine(), "process": os.getpid()}
+    mine = {"id": uuid.uuid4().hex, **_machine(), **_numbering(), "process": os.getpid()}
     mine["since"] = time.strftime("%F %T %z")
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -75,12 +76,16 @@ def _take(path: Path, mine: Owner, locked: bool | None) -> None:
     """Writes the lock file, in the place of one whose owner has ended."""
     if locked is False:
         raise _refusal(path)
-    seen = None
+    seen, began = None, time.monotonic()
     while not _create(path, json.dumps(mine)):
         owner, beat, age = _owner(path), *_heartbeat(path)
         if beat is None:  # released just now
             continue
-        if age >= STALE or _has_ended(owner, locked):
+        # Many file systems take the time of a beat from the machine that beats, whose clock may be
+        # another one, or was set: what counts is that no beat is seen.
+        watched = time.monotonic() - began if beat == seen else 0.0
+        silent = max(age, watched)
+        if (silent >= STALE and watched >= _WATCHED) or _has_ended(owner, locked):
             log.info(f"taking {path.parent} over from {_name(owner)}, which has ended.")
             write_text(path, json.dumps(mine))
             time.sleep(_SETTLING)  # the last one who writes has it
@@ -89,9 +94,9 @@ def _take(path: Path, mine: Owner, locked: bool | None) -> None:
             return
         if seen is None:
             log.info(
-                f"{path} names {_name(owner)}, whose last heartbeat was {age:.0f} s ago; waiting "
-                f"for the next one, at most {STALE - age:.0f} s. If that process has ended, or the "
-                "folder is a copy, delete the file."
+                f"{path} names {_name(owner)}, whose last heartbeat was {silent:.0f} s ago; "
+                f"waiting for the next one, at most {max(STALE - silent, _WATCHED):.0f} s. If that "
+                "process has ended, or the folder is a copy, delete the file."
             )
             seen = beat
         elif beat != seen:
@@ -133,6 +138,12 @@ def _machine() -> dict[str, str]:
     return {"host": socket.gethostname(), "boot": boot.read_text().strip() if boot.exists() else ""}
 
 
+def _numbering() -> dict[str, str]:
+    """Within what a process has its number: containers on one machine number their own."""
+    namespace = Path("/proc/self/ns/pid")
+    return {"numbering": os.readlink(namespace) if namespace.is_symlink() else ""}
+
+
 def _beat(path: Path, mine: Owner, ended: threading.Event) -> None:
     while not ended.wait(HEARTBEAT):
         with suppress(OSError):  # a beat that fails is no reason to stop
@@ -171,9 +182,11 @@ def _has_ended(owner: Owner, locked: bool | None) -> bool:
     """Whether an owner on this machine has ended; of another machine, that is not known."""
     if not owner or {name: owner.get(name) for name in _machine()} != _machine():
         return False
-    # The system's lock has the last word. Without it, our own number is that of an earlier
-    # process, such as the first one of a container.
-    if locked or owner["process"] == os.getpid():
+    if locked:  # the system's lock has the last word
+        return True
+    if owner.get("numbering") != _numbering()["numbering"]:
+        return False
+    if owner["process"] == os.getpid():  # our own number is that of an earlier process
         return True
     try:
         with suppress(PermissionError):  # it runs, for another user

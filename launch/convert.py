@@ -14,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 from absl import flags
-from tqdm import tqdm
 
 from data_pipelines.normalize import looks_like_statistics, released_normalizer
+from data_pipelines.progress import Bar
 from launch.entry import run
 from mvjax.models.layers import PRECISIONS
 from mvjax.training.checkpoint import checkpoint_folder
@@ -117,9 +117,9 @@ def _hints() -> Hints:
     return Hints((t, h, w), PROPRIO.value, PRECISION.value)
 
 
-def _bar(nbytes: int) -> tqdm:
+def _bar(nbytes: int) -> Bar:
     # The delay keeps the bar away from an error at the start.
-    return tqdm(total=nbytes, desc="tensors", delay=0.5, unit="B", unit_scale=True)
+    return Bar(total=nbytes, desc="tensors", delay=0.5, unit="B", unit_scale=True)
 
 
 if __name__ == "__main__":

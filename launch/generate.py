@@ -17,9 +17,9 @@ from pathlib import Path
 import numpy as np
 from absl import flags
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from data_pipelines.clip import Clip
+from data_pipelines.progress import Bar
 from data_pipelines.video import read_observed, write_video
 from launch.entry import path_flag, run
 from mvjax.flow import Sampling
@@ -88,7 +88,7 @@ def main() -> None:
     model = load_video_model(checkpoint, config.video_model.precision)
     out.parent.mkdir(parents=True, exist_ok=True)
     ends = []
-    with tqdm(total=sampling.evaluations, desc="denoise", unit="step", smoothing=0) as bar:
+    with Bar(total=sampling.evaluations, desc="denoise", unit="step", smoothing=0) as bar:
 
         def progress(done: int) -> None:
             if done == 1:  # compiled, too: the time left is estimated from the later steps

@@ -20,13 +20,13 @@ import ml_dtypes
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_npz
 from data_pipelines.clip import Clip
 from data_pipelines.episode import BadShare, Episode
 from data_pipelines.episode_cutter import LEAST_EPISODES, EpisodeCutter, Window, report_skipped
 from data_pipelines.lock import run_lock
+from data_pipelines.progress import Bar
 from data_pipelines.provenance import difference, encoding_settings
 from data_pipelines.records import RecordDataset, RecordWriter
 from data_pipelines.shards import (
@@ -166,7 +166,7 @@ def _encode(
         for row in finished_rows(shard):
             count(row, bad)
     total = sum(len(span) for span in shards.values())
-    with tqdm(total=total, desc=title, unit="episode", disable=not title) as progress:
+    with Bar(total=total, desc=title, unit="episode", disable=not title) as progress:
         for shard, span in shards.items():
             if shard in finished:
                 progress.update(len(span))
@@ -213,7 +213,7 @@ def _encode_shard(
     tokenizer: VideoTokenizer,
     batch_size: int,
     bad: BadShare,
-    progress: tqdm,
+    progress: Bar,
 ) -> None:
     """Writes both files of a shard."""
     rows: list[Row] = []

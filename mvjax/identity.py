@@ -10,8 +10,10 @@ the same "what".
 import hashlib
 import json
 import logging
+import math
 import os
 import platform
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -24,7 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.atomic import wait_until, write_json
+from data_pipelines.atomic import write_json
 from data_pipelines.settings import differences, plain
 from mvjax import __version__
 
@@ -32,6 +34,7 @@ log = logging.getLogger(__name__)
 
 FILE = "identity.json"
 SHOWN = 6  # differences listed per message
+PATIENCE = 60.0  # seconds after which a process says for what it waits
 
 PACKAGES = (
     "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "mujoco", "metaworld",
@@ -222,13 +225,23 @@ def claim(
     stored = read_identity(folder)
     if begun and stored is None:
         raise ValueError(
-            f"{folder} holds results of an earlier version, which do not say what they are results "
-            f"of. They can be read, but not continued: {remedy}"
+            f"{folder} holds results without {FILE}, as those of earlier versions: they do not say "
+            f"what they are results of. They can be read, but not continued: {remedy}"
         )
     if begun and (found := different(stored["what"], what)):
         raise ValueError(f"{folder} holds the results of something else: {found}; {remedy}")
     if process > 0:
-        return wait_until(lambda: (read_identity(folder) or {}).get("what") == what)
+        late = time.monotonic() + PATIENCE
+        while (found := (read_identity(folder) or {}).get("what")) != what:
+            if time.monotonic() > late:  # machines with other versions would wait for ever
+                late = math.inf
+                log.warning(
+                    "process %d still waits for process 0: %s is not there, or of something else "
+                    "than is evaluated here: %s.",
+                    *(process, folder / FILE, different(found or {}, what)),
+                )
+            time.sleep(0.2)
+        return
     places = stored["where"] if begun else []
     if where not in places:
         if places:

@@ -1,11 +1,13 @@
 """What people look at while a run trains may fail, for a while or for good; the run goes on."""
 
+import errno
 import logging
 import os
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +16,7 @@ from run_records import without_times
 from toy_training import toy_config, toy_loader, train_toy
 
 from data_pipelines.atomic import wait_until
+from data_pipelines.progress import Bar
 from launch.entry import _Stderr
 from mvjax.training import channels
 from mvjax.training.channels import Channel, TensorBoard
@@ -105,6 +108,25 @@ def test_records_half_written_are_completed(tmp_path):
     assert records.read_text().count("\n") == 6 and '"step": 99' not in records.read_text()
 
 
+def test_records_that_cannot_be_read_wait_and_spoilt_ones_are_left_out(tmp_path, monkeypatch):
+    """As after a power failure, and on a network that is away when the run continues."""
+    train_toy(tmp_path, toy_config(steps=2))
+    records, read, away = tmp_path / "metrics.jsonl", Path.read_bytes, [True]
+    with records.open("ab") as file:
+        file.write(b'\0\0\0\n\xff\xfe\x80\n5\n{"loss": 1}\n')
+
+    def read_bytes(path):
+        if path == records and away:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    happens = lambda batch: away.clear() if batch == 4 else None  # noqa: E731
+    train_toy(tmp_path, toy_config(steps=6), loader=Eventful(happens))
+    assert [r["step"] for r in read_records(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert len(records.read_text().splitlines()) == 6
+
+
 def test_a_full_disk_costs_tensorboard_only_what_does_not_fit(tmp_path, caplog):
     if sys.platform != "linux" or os.geteuid() != 0:
         pytest.skip("only root on Linux may mount a small disk")
@@ -177,6 +199,9 @@ def test_a_log_on_a_full_disk_stops_nothing(tmp_path, monkeypatch):
         record = logging.makeLogRecord({"msg": "text"})
         _Stderr().emit(record)
         assert train_toy(tmp_path)["step"] == 4
+        with Bar(range(3), file=full) as bar:  # as of an encoding job or an evaluation
+            bar.write("skipped", file=full)
+            assert list(bar) == [0, 1, 2]
         monkeypatch.undo()
         with pytest.raises(OSError):  # what is left in it cannot be written either
             full.close()

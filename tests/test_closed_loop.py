@@ -165,6 +165,16 @@ def play(run, checkpoint="action", mode="policy", **settings):
         )
 
 
+def test_seeds_beyond_the_states_of_a_suite_are_said(run, monkeypatch, caplog):
+    """LIBERO has 50: more episodes per task are played from placements of their own."""
+    suite = closed_loop.SUITES["metaworld"]
+    for states, said in ((3, False), (2, True)):
+        suite = dataclasses.replace(suite, states=states)
+        monkeypatch.setitem(closed_loop.SUITES, "metaworld", suite)
+        play(run, mode="none")
+        assert ("1 of the 2 seeds draw others" in caplog.text) == said
+
+
 def test_a_folder_holds_the_results_of_one_policy_in_one_simulator(run, monkeypatch, caplog):
     (first,) = play(run).values()
     folder = run / "out" / "policy_k0"

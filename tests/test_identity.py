@@ -3,8 +3,11 @@
 python tests/test_identity.py prints the digest of `tree` spread over all devices.
 """
 
+import errno
 import json
+import os
 import shutil
+import threading
 
 import forked
 import jax
@@ -22,12 +25,14 @@ from mvjax.experiment import Experiment
 from mvjax.identity import claim, digest, digest_of_json, digest_of_sums, piece_sums, read_identity
 from mvjax.policy import load
 from mvjax.policy.load import load_policy
+from mvjax.training import damage
 from mvjax.training.bridge import (
     backbone_checkpoint,
     backbone_identity,
     find_checkpoint,
     load_backbone,
     stored_digest,
+    trained_backbone,
 )
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.damage import CheckpointMismatch
@@ -160,6 +165,23 @@ def test_a_decoder_stays_with_the_step_it_was_trained_on(video_run, tmp_path, ca
         chosen(moved, known)
     shutil.copytree(video_run / "checkpoints" / "3", moved / "checkpoints" / "30")
     assert chosen(moved, known).step == 30  # although step 3 is another one by now
+
+
+def test_a_run_that_cannot_be_read_for_a_while_is_not_a_new_one(video_run, tmp_path, monkeypatch):
+    """It would be continued on the newest step of its backbone."""
+    shutil.copytree(video_run, tmp_path / "run")
+    assert trained_backbone(tmp_path / "run") == {} and trained_backbone(tmp_path) is None
+    newest = tmp_path / "run/checkpoints/5/meta/metadata"
+    newest.write_text(newest.read_text()[:-20])
+    monkeypatch.setattr(damage, "PAUSES", (0.0,))
+    assert trained_backbone(tmp_path / "run") == {}  # of the one before
+
+    def away(item):
+        raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+    monkeypatch.setattr("mvjax.training.bridge.read_json", away)
+    with pytest.raises(OSError, match="nothing shows that it is damaged"):
+        trained_backbone(tmp_path / "run")
 
 
 def test_the_same_adapters_with_another_alpha_are_another_backbone(lora_run, tmp_path):
@@ -305,6 +327,16 @@ def test_a_folder_takes_the_results_of_one_identity(tmp_path, caplog):
     assert read_identity(tmp_path)["what"] == ours
     claim(tmp_path, other, there, begun=False)  # it was stopped before its first result
     assert read_identity(tmp_path) == {"what": other, "where": [there]}
+
+
+def test_a_process_with_other_versions_says_for_what_it_waits(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr(identity, "PATIENCE", 0.0)
+    claim(tmp_path, {"mujoco": "3.2"}, {}, begun=False)
+    late = threading.Timer(0.5, claim, [tmp_path, {"mujoco": "3.3"}, {}], {"begun": False})
+    late.start()
+    claim(tmp_path, {"mujoco": "3.3"}, {}, begun=False, process=1)
+    assert caplog.text.count("process 1 still waits for process 0") == 1
+    assert "mujoco is '3.2' there, '3.3' here" in caplog.text
 
 
 def test_results_of_earlier_versions_are_not_continued(tmp_path):

@@ -24,7 +24,7 @@ from mvjax.evaluation.libero_demos import moving_actions, regenerate
 from mvjax.evaluation.rollout import run_rollouts
 from mvjax.evaluation.suites.libero import Libero, axis_angle, libero_commands, libero_python
 from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE, max_steps, split_task, suite_tasks
-from mvjax.evaluation.suites.suite import worker_versions
+from mvjax.evaluation.suites.suite import versions, worker_versions
 from mvjax.policy.observation import ObservationSpec
 from mvjax.serving.adapters import EPISODE_JUMP_M
 
@@ -146,6 +146,27 @@ def test_the_simulators_versions_are_those_of_its_own_python(python, monkeypatch
     found = worker_versions("libero")
     assert (found["robosuite"], found["hf-libero"]) == ("1.4.0", "0.1.4")
     assert found["numpy"].startswith("1.") and found["gl_renderer"]
+
+
+def test_other_tasks_in_the_place_of_liberos_are_another_simulator(tmp_path, monkeypatch):
+    """LIBERO-PRO is copied over LIBERO's files; and a package of a repository has its commit."""
+    root = tmp_path / "libero/libero"
+    for name in ("bddl_files/libero_goal/a.bddl", "init_files/libero_goal/a.pruned_init"):
+        (root / name).parent.mkdir(parents=True)
+        (root / name).write_text("(define (problem))")
+    (tmp_path / "libero/__init__.py").touch()
+    info = tmp_path / "hf_libero-0.1.4.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: hf-libero\nVersion: 0.1.4\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = versions("libero")
+    assert before["hf-libero"] == "0.1.4" and before == versions("libero")
+    (root / "init_files/libero_goal/a.pruned_init").write_text("(define (moved))")
+    moved = versions("libero")
+    assert {k for k in before if before[k] != moved[k]} == {"tasks"}
+    origin = {"url": "https://x/y", "vcs_info": {"vcs": "git", "commit_id": "0123456789abcdef"}}
+    (info / "direct_url.json").write_text(json.dumps(origin))
+    assert versions("libero")["hf-libero"] == "0.1.4 0123456789ab"
 
 
 def test_actions_that_do_nothing_are_dropped_as_the_release_does():

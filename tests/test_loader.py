@@ -123,6 +123,15 @@ def test_other_weights_go_on_with_what_is_left_of_each_dataset(datasets):
         assert own == [index for _, index in alone]
 
 
+def test_two_datasets_of_one_name_have_places_of_their_own(datasets):
+    """As in a configuration whose second section was copied from the first."""
+    datasets[1].name = datasets[0].name
+    before, after = (_loader(datasets, weights=w, batch_size=1) for w in ([3.0, 1.0], [1.0, 3.0]))
+    take(before, 20)
+    after.set_state(json.loads(json.dumps(before.get_state())))
+    assert sorted(after.get_state()["first"].values()) == [5, 15]
+
+
 def test_a_state_of_another_order_is_refused(datasets):
     state = _loader(datasets).get_state()
     for change, setting in (

@@ -34,6 +34,7 @@ lock.HEARTBEAT, lock._flock = 0.3, lambda descriptor: None
 def quick(monkeypatch):
     monkeypatch.setattr(lock, "_SETTLING", 0.01)
     monkeypatch.setattr(lock, "_POLL", 0.01)
+    monkeypatch.setattr(lock, "_WATCHED", 0.05)
 
 
 @pytest.fixture(params=[True, None], ids=["with_flock", "without"])
@@ -54,7 +55,8 @@ def another_process(folder, program=OWNER):
 
 def lock_of(folder, age=0.0, **changes):
     """A lock file as another process writes it, its last heartbeat `age` seconds ago."""
-    record = {"id": "x", **lock._machine(), "process": 1, "since": "2026-11-01 10:00:00"}
+    record = {"id": "x", **lock._machine(), **lock._numbering(), "process": 1}
+    record["since"] = "2026-11-01 10:00:00"
     (folder / LOCK).write_text(json.dumps(record | changes))
     os.utime(folder / LOCK, (time.time() - age,) * 2)
 
@@ -102,6 +104,16 @@ def test_an_owner_on_another_machine_that_beats_is_left_alone(tmp_path, flock, o
     beat.join()
 
 
+def test_an_owner_whose_clock_is_late_is_left_alone(tmp_path, flock, monkeypatch):
+    """Its beats have the time of five minutes ago, by the clock of this machine."""
+    monkeypatch.setattr(lock, "_WATCHED", 5.0)
+    lock_of(tmp_path, age=300, host="other")
+    beat = threading.Timer(0.2, os.utime, [tmp_path / LOCK, (time.time() - 299,) * 2])
+    beat.start()
+    assert refused(tmp_path, "process 1 on other")
+    beat.join()
+
+
 def test_without_the_systems_lock_a_dead_process_is_known_by_its_number(tmp_path, monkeypatch):
     monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
     with subprocess.Popen(["true"]) as ended:
@@ -115,6 +127,27 @@ def test_without_the_systems_lock_a_dead_process_is_known_by_its_number(tmp_path
     with another_process(tmp_path, WITHOUT_FLOCK + OWNER) as owner:
         assert refused(tmp_path, f"process {owner.pid} on")
     assert taken(tmp_path) and list(tmp_path.iterdir()) == []
+
+
+def test_a_number_of_another_container_is_no_process_of_this_one(tmp_path, monkeypatch):
+    """As of containers with the host's name on a network disk, where all are number 1."""
+    monkeypatch.setattr(lock, "_flock", lambda descriptor: None)
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    for process in (os.getpid(), ended.pid):
+        lock_of(tmp_path, process=process, numbering="pid:[1]")
+        beat = threading.Timer(0.2, os.utime, [tmp_path / LOCK])
+        beat.start()
+        assert refused(tmp_path, f"process {process} on")
+        beat.join()
+
+
+def test_a_clock_that_was_set_back_keeps_no_folder(tmp_path, flock, monkeypatch, caplog):
+    caplog.set_level("INFO", "data_pipelines")
+    monkeypatch.setattr(lock, "STALE", 0.3)
+    lock_of(tmp_path, age=-3600, host="other")
+    assert taken(tmp_path)
+    assert "last heartbeat was 0 s ago; waiting for the next one, at most 0 s" in caplog.text
 
 
 def test_of_two_that_take_a_folder_over_one_has_it(tmp_path, flock, monkeypatch):

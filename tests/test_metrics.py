@@ -1,6 +1,7 @@
 """What a run writes down about itself."""
 
 import json
+import shutil
 import sys
 import time
 
@@ -14,7 +15,7 @@ from data_pipelines.clip import Clip
 from mvjax.experiment import Experiment
 from mvjax.models.flops import step_flops
 from mvjax.training import metrics
-from mvjax.training.metrics import MetricsWriter, read_records
+from mvjax.training.metrics import MetricsWriter, _wandb_id, read_records
 from mvjax.training.objectives import error_by_level, named_levels
 from mvjax.training.run import run
 from mvjax.training.train import train
@@ -114,8 +115,23 @@ def test_wandb_runs_are_continued(tmp_path, monkeypatch):
         writer.close()
         time.sleep(1.1)  # wandb names a run's folder by the second
     runs = [p for p in (tmp_path / "wandb").iterdir() if p.name.startswith("offline-run")]
-    number = (tmp_path / "wandb_id").read_text()
+    number = (tmp_path / "wandb_id").read_text().splitlines()[0]
     assert len(runs) == 2 and all(number in run.name for run in runs) and wandb.run is None
+
+
+def test_a_copied_run_is_another_one_at_wandb_and_a_moved_one_is_not(tmp_path):
+    first, copy, moved = (tmp_path / name for name in ("first", "copy", "moved"))
+    first.mkdir()
+    id = _wandb_id(first / "wandb_id")
+    shutil.copytree(first, copy)
+    other = _wandb_id(copy / "wandb_id")
+    assert other != id and other == _wandb_id(copy / "wandb_id")
+    first.rename(moved)
+    assert _wandb_id(moved / "wandb_id") == id
+    shutil.copytree(moved, first)  # a copy, although it lies where the run began
+    assert _wandb_id(first / "wandb_id") != id == _wandb_id(moved / "wandb_id")
+    (moved / "wandb_id").write_text("of an earlier version")
+    assert _wandb_id(moved / "wandb_id") == "of an earlier version"
 
 
 def test_wandb_that_is_not_installed_is_explained_before_any_data_is_read(tmp_path, monkeypatch):

@@ -1,6 +1,7 @@
 """Offline evaluation: its errors are those of the policy itself, and are on its page."""
 
 import dataclasses
+import errno
 import functools
 import itertools
 import json
@@ -8,6 +9,7 @@ import os
 import shutil
 import signal
 from fractions import Fraction
+from types import SimpleNamespace
 
 import forked
 import jax
@@ -25,13 +27,15 @@ from mvjax.evaluation import offline
 from mvjax.evaluation.held_out import (
     Moment,
     Window,
+    check_held_out,
     content_of,
     held_out_moments,
     windows_at,
 )
 from mvjax.evaluation.offline import summarise, window_errors, write_offline
-from mvjax.evaluation.predictions import psnr, ssim
+from mvjax.evaluation.predictions import psnr, ssim, write_predictions
 from mvjax.identity import read_identity
+from mvjax.training.bridge import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -159,16 +163,23 @@ def compiled_once(folder):
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
-def killed_at_the_third_moment(folder):
+def killed_at_the_fourth_moment(folder):
+    """After its disk was away for the third one."""
     compiled_once(folder)
     written, write = itertools.count(1), offline.write_npz
+    opened, windows = itertools.count(1), offline.windows_at
 
     def write_or_die(path, **arrays):
-        if next(written) == 3:
+        if next(written) == 4:
             os.kill(os.getpid(), signal.SIGKILL)
         write(path, **arrays)
 
-    offline.write_npz = write_or_die
+    def windows_or_error(*arguments):
+        if next(opened) == 2:
+            raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+        return windows(*arguments)
+
+    offline.write_npz, offline.windows_at = write_or_die, windows_or_error
 
 
 def test_processes_share_the_moments_and_a_killed_one_goes_on(run, tmp_path):
@@ -190,13 +201,14 @@ def test_processes_share_the_moments_and_a_killed_one_goes_on(run, tmp_path):
 
     command = arguments(run, tmp_path / "one")
     moments = tmp_path / "one" / "moments"
-    killed = functools.partial(killed_at_the_third_moment, tmp_path)
+    killed = functools.partial(killed_at_the_fourth_moment, tmp_path)
     assert forked.run(*command, prepare=killed).code == -signal.SIGKILL
     before = {path: path.stat().st_mtime_ns for path in moments.glob("*.npz")}
-    assert len(before) == 2 and not (tmp_path / "one" / "offline.json").exists()
+    assert len(before) == 3 and not (tmp_path / "one" / "offline.json").exists()
     again = forked.run(*command, prepare=quick)
     assert again.code == 0, again.err
-    assert {path: path.stat().st_mtime_ns for path in before} == before
+    again_at = {path: path.stat().st_mtime_ns for path in before}
+    assert len(again_at.items() - before.items()) == 1  # what could not be read is tried again
 
     tables = [(tmp_path / name / "offline.json").read_bytes() for name in ("one", "two")]
     assert tables[0] == tables[1]
@@ -262,3 +274,50 @@ def test_moments_are_spread_over_held_out_episodes(caplog):
     assert content_of(data[5]) == content_of(episodes(12)[5]) != content_of(other)
     with pytest.raises(ValueError, match=r"has no held-out episode: config\.validation_share is 0"):
         held_out_moments(data, dataset, 0.0, 2)
+
+
+def test_an_episode_that_was_trained_on_is_not_held_out(monkeypatch, caplog, tmp_path):
+    """Neither with a larger share than the decoder's, nor in silence with one of the backbone."""
+
+    def trained(share, name="d"):
+        config = {"validation_share": share, "datasets": {name: {"name": name}}}
+        config["backbone"] = {"checkpoint": ""}
+        return ConfigDict(config), Checkpoint(tmp_path, 1, {"config": config})
+
+    decoder = trained(0.04)[1]
+    check_held_out(trained(0.04)[0], decoder)
+    check_held_out(trained(0.01)[0], decoder)
+    check_held_out(trained(1.0, "new")[0], decoder)  # all of it is new to the decoder
+    check_held_out(trained(1.0)[0], Checkpoint(tmp_path, 1, {"config": {}, "converted": "x"}))
+    with pytest.raises(ValueError, match=r"validation_share is 0.5, but .* was trained with 0.04"):
+        check_held_out(trained(0.5)[0], decoder)
+    config = trained(0.04)[0]
+    config.datasets.copy = config.datasets.d
+    with pytest.raises(ValueError, match=r"datasets.copy and .d have the same name, 'd'"):
+        check_held_out(config, decoder)
+    config = trained(0.04)[0]
+    config.backbone.checkpoint = "video"
+    seen = iter([trained(0.04)[1], trained(0.0)[1]])
+    monkeypatch.setattr("mvjax.evaluation.held_out.find_checkpoint", lambda path: next(seen))
+    check_held_out(config, decoder)
+    assert not caplog.text
+    check_held_out(config, decoder)
+    assert "has seen videos of the held-out episodes" in caplog.text
+
+
+def test_predictions_of_all_episodes_have_files_of_their_own(tmp_path):
+    """Two datasets of LeRobot have episodes of one name; ids may be paths, texts may be long."""
+    policy = SimpleNamespace(predict_video=lambda seen: np.zeros((1, 13, 48, 32, 3), np.uint8))
+    config = tiny_policy()[1]
+    config.validation_share = 1.0
+    ids, text = ("a/b", "a_b", "x" * 300), "open/close the drawer, " + 20 * "slowly "
+    for name in ("one", "two"):
+        dataset = ConfigDict(dict(name=name, video="v", action="a", proprio="p"))
+        data = [
+            dataclasses.replace(episode, id=id, instructions=(text,))
+            for id, episode in zip(ids, episodes(3))
+        ]
+        write_predictions(policy, data, dataset, config, tmp_path, 3)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert len(names) == 2 * 2 * 3
+    assert "open_close_the_drawer_slowly_slowly_slo_one_a_b_true.mp4" in names

@@ -8,6 +8,7 @@ import re
 import numpy as np
 import pytest
 
+from data_pipelines.atomic import write_json
 from mvjax.evaluation.report import build_evaluation_report, build_report, write_environment
 from mvjax.evaluation.rollout import (
     EpisodeResult,
@@ -16,6 +17,7 @@ from mvjax.evaluation.rollout import (
     read_results,
     write_setting,
 )
+from mvjax.identity import FILE
 
 TASKS = ("drawer-close-v3", "window-open-v3")
 VOID = {"meta", "br"}
@@ -168,6 +170,25 @@ def test_a_report_says_that_results_are_not_of_one_identity(run):
     append_result(folder / "results.jsonl", dataclasses.replace(result, task="door-close-v3"))
     said = Page(build_evaluation_report(run / "evaluation").read_text()).text
     assert said.count("not played on the same tasks: only one of them has door-close-v3.") == 1
+
+
+def test_a_report_says_that_predicted_videos_are_of_another_model(run):
+    networks = {"tokenizer": {"digest": "t"}, "text_encoder": {"name": "n"}}
+    where = {"packages": {}, "devices": "1 x cpu", "mvjax": "0.1.0"}
+
+    def claimed(folder, **what):
+        write_json(run / folder / FILE, {"what": what, "where": [where]})
+
+    backbone = {"step": 9, "digest": "new"}
+    policy = {**networks, "backbone": backbone, "decoder": {"step": 5, "digest": "d"}}
+    simulator = dict(suite="metaworld", simulator={}, protocol={})
+    claimed("evaluation/policy", **simulator, policy=policy)
+    for digest, told in (("new", False), ("old", True)):
+        claimed("predictions", **networks, backbone=backbone | {"digest": digest})
+        build_report(run, run / "report.html")
+        said = Page((run / "report.html").read_text()).text
+        words = "predicted videos (here) differ: backbone.digest is 'new' there, 'old' here"
+        assert (words in said) == told
 
 
 def test_a_report_of_an_unfinished_run_says_what_is_missing(tmp_path):

@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -199,6 +200,18 @@ def _runs(pid):
         return Path(f"/proc/{pid}/cmdline").read_bytes() != b""  # as that of a zombie is
     except OSError:
         return False
+
+
+def test_a_result_that_does_not_fit_on_the_disk_is_an_error(tmp_path):
+    """A file system without room for a line takes its beginning, and no error is raised yet."""
+    result = EpisodeResult("toy", "push", 1, True, 9, 1, 0.5, "policy", "abc", None)
+    infinite = resource.RLIM_INFINITY
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, infinite))
+        with pytest.raises(OSError, match="File too large"):
+            append_result(tmp_path / "results.jsonl", result)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (infinite, infinite))
 
 
 def test_results_of_another_configuration_are_not_mixed_in(tmp_path):

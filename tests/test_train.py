@@ -1,8 +1,10 @@
 import errno
 import json
 import os
+import resource
 import shutil
 import signal
+import time
 from pathlib import Path
 
 import forked
@@ -20,7 +22,7 @@ from mvjax.training.checkpoint import Store
 from mvjax.training.damage import CheckpointMismatch
 from mvjax.training.metrics import read_records
 from mvjax.training.step import abstract_state, make_optimizer
-from mvjax.training.train import TrainingDiverged
+from mvjax.training.train import TrainingDiverged, _say_end_of_schedule
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -234,6 +236,19 @@ def test_settings_of_the_optimizer_may_change_on_resume(tmp_path, caplog, before
     assert bool(params_of(tmp_path, use_ema=True))
 
 
+def test_a_run_that_is_longer_than_its_schedule_says_so(caplog):
+    """As one that is continued with training.steps alone."""
+    caplog.set_level("INFO", "mvjax")
+    optimizer = toy_config().optimizer
+    _say_end_of_schedule(optimizer, optimizer.decay_steps)
+    assert not caplog.text
+    _say_end_of_schedule(optimizer, 60)
+    assert "after step 50 the learning rate stays at 0.001." in caplog.text
+    optimizer.final_fraction = 0.0
+    _say_end_of_schedule(optimizer, 60)
+    assert "stays at 0, and nothing is learned." in caplog.text
+
+
 def test_an_average_that_is_begun_on_resume_begins_with_the_parameters(tmp_path):
     train_toy(tmp_path, toy_config(steps=2, ema_decay=0.0))
     start = params_of(tmp_path)["up"]["kernel"]
@@ -295,6 +310,33 @@ def test_a_checkpoint_that_cannot_be_written_once_ends_no_run(tmp_path, monkeypa
     fails |= {2, 4}
     with pytest.raises(OSError, match="No space left"):
         train_toy(tmp_path / "twice", toy_config(steps=6))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_write_that_fails_in_the_background_ends_no_run_unless_it_fails_again(
+    tmp_path, monkeypatch, caplog
+):
+    """Tensorstore tells of a full quota with a ValueError, when the next checkpoint is due."""
+    save, fails = Store.save, {2}
+    infinite = resource.RLIM_INFINITY
+
+    def limited(store, step, *arguments):
+        while store._manager.is_saving_in_progress():
+            time.sleep(0.01)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (30_000 if step in fails else infinite, infinite))
+        save(store, step, *arguments)
+
+    monkeypatch.setattr(Store, "save", limited)
+    config, stage = toy_config(steps=6), toy_stage(width=200)
+    try:
+        train_toy(tmp_path, config, stage=stage)
+        assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["4", "6"]
+        assert "could not be written" in caplog.text and "step 4 is saved" in caplog.text
+        fails |= {2, 4}
+        with pytest.raises(OSError, match="File too large"):
+            train_toy(tmp_path / "twice", toy_config(steps=8), stage=stage)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (infinite, infinite))
 
 
 def test_a_finished_run_with_other_settings_is_not_trained_again(tmp_path, caplog):

@@ -1,5 +1,6 @@
 """Success rates of a trained policy in a simulator, for each setting: a mode and a stop step."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
@@ -26,6 +27,8 @@ from mvjax.policy.observation import Act, Observation, ObservationSpec
 from mvjax.policy.policy import Policy
 from mvjax.policy.robot import check_gripper, check_suite, trained_robot
 from mvjax.training.bridge import find_checkpoint
+
+log = logging.getLogger(__name__)
 
 
 def settings_for(
@@ -102,6 +105,14 @@ def evaluate(
         check_suite(robot, protocol.suite, *shown, config.clip)
         find_checkpoint(checkpoint)  # before `folder` is made
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
+    process = jax.process_index()
+    beyond = sum(seed >= suite.states for seed in seeds) if suite.states else 0
+    if beyond and process == 0:
+        log.warning(
+            "the suite %r has %d initial states per task; %d of the %d seeds draw others, which "
+            "published results are not of.",
+            *(protocol.suite, suite.states, beyond, len(seeds)),
+        )
     proprio = config.policy_io.proprio
     spec = ObservationSpec(
         observed_frames=experiment.clip.observed_frames,
@@ -110,7 +121,6 @@ def evaluate(
         proprio_fps=proprio.fps,
         execute=protocol.execute,
     )
-    process = jax.process_index()
     # What draws is recorded only: many pictures differ by roundings, from one machine to the next.
     simulator, drawn = {}, {}
     for name, version in worker_versions(protocol.suite).items():
@@ -139,9 +149,8 @@ def evaluate(
                 where |= policy.identity["where"]
                 controller = partial(_act_in_simulator, policy.act, suite.convert)
             begun = has_results(folder / name)
-            claim(
-                folder / name, what, where, begun=begun, process=process, apart="--out or --variant"
-            )
+            apart = "--out or --variant" if callable(controller) else "--out"  # no variants of it
+            claim(folder / name, what, where, begun=begun, process=process, apart=apart)
             if callable(controller):
                 policy.warm_up()
             if process == 0:

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from data_pipelines.cutting import camera_rows, cut_episode
 from data_pipelines.episode import Episode, split_of
 from mvjax.policy.observation import Observation
+from mvjax.training.bridge import Checkpoint, find_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -34,6 +35,46 @@ class Window:
     moment: Moment
     observation: Observation  # with the true future
     actions: np.ndarray  # raw units [horizon, dim]
+
+
+def check_held_out(config: ConfigDict, checkpoint: Checkpoint) -> None:
+    """Compares `config.validation_share` with what a decoder and its backbone were trained with.
+
+    Raises:
+        ValueError: the decoder learned from episodes that would count as held out. A backbone that
+            did is a warning, since some are trained on all video. Converted weights pass. Or two
+            datasets have one name, by which their episodes are told apart.
+    """
+    named: dict[str, str] = {}
+    for key, dataset in config.datasets.items():
+        if (other := named.setdefault(dataset.name, key)) != key:
+            raise ValueError(
+                f"config.datasets.{other} and .{key} have the same name, {dataset.name!r}: give "
+                f"one another with --config.datasets.{key}.name=NAME."
+            )
+    if share := _larger_share(config, checkpoint):
+        raise ValueError(
+            f"config.validation_share is {config.validation_share}, but {checkpoint.directory} was "
+            f"trained with {share[0]}: it learned from episodes that would count as held out. Use "
+            "that share, or train again with this one."
+        )
+    if config.backbone.checkpoint:
+        backbone = find_checkpoint(config.backbone.checkpoint)
+        if share := _larger_share(config, backbone):
+            log.warning(
+                "config.validation_share is %s, but the video model in %s was trained with %s: it "
+                "has seen videos of the held-out episodes.",
+                *(config.validation_share, backbone.directory, share[0]),
+            )
+
+
+def _larger_share(config: ConfigDict, checkpoint: Checkpoint) -> list[float]:
+    """The share of its training, if fewer episodes of these datasets were held out there."""
+    trained = checkpoint.meta["config"]
+    if not set(trained.get("datasets", ())) & set(config.datasets):
+        return []
+    share = trained.get("validation_share", config.validation_share)
+    return [share] if share < config.validation_share else []
 
 
 def held_out_episodes(

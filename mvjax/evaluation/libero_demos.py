@@ -19,9 +19,9 @@ from typing import Any
 
 import h5py
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.atomic import replacing, write_json
+from data_pipelines.progress import Bar
 from data_pipelines.settings import differences
 from data_pipelines.sources.files import UNFINISHED
 from data_pipelines.video import write_video
@@ -70,7 +70,7 @@ def regenerate(
     replayed = _open_folder(out, staging, demos, size)
     if not (out / REPORT).exists():
         left = [demo for demo in demos if not (staging / demo.name).is_dir()]
-        with tqdm(total=len(demos), initial=len(demos) - len(left), unit="episode") as bar:
+        with Bar(total=len(demos), initial=len(demos) - len(left), unit="episode") as bar:
             if left:
                 with worker_pool(min(workers, len(left))) as submit:
                     for future in as_completed(submit(_regenerate_one, left, staging, size)):

@@ -23,21 +23,30 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_json, write_npz, write_text
 from data_pipelines.html import render
 from data_pipelines.lock import run_lock
+from data_pipelines.progress import Bar
 from data_pipelines.settings import plain
 from data_pipelines.sources.formats import open_config
 from mvjax.evaluation.figures import curves_figure
-from mvjax.evaluation.held_out import Moment, Window, content_of, held_out_moments, windows_at
+from mvjax.evaluation.held_out import (
+    Moment,
+    Window,
+    check_held_out,
+    content_of,
+    held_out_moments,
+    windows_at,
+)
 from mvjax.evaluation.predictions import psnr, ssim
 from mvjax.experiment import Experiment
 from mvjax.flow import Trajectory, advance, schedule, start
 from mvjax.identity import FILE, claim, described
+from mvjax.parallel import everywhere
 from mvjax.policy.load import load_policy
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, Weights, medoid, to_pixels
+from mvjax.training.bridge import find_checkpoint
 
 _UNREADABLE = "unreadable"  # key of the reason in the file of a moment that could not be read
 
@@ -53,8 +62,9 @@ def evaluate_offline(
     """Evaluates a policy on the held-out episodes of every dataset with actions.
 
     The processes of a job share the episodes and the folder; each holds the whole policy on its own
-    devices. An episode that cannot be read is left out and named in the results. The folder holds
-    the results of one policy (`mvjax.identity`), and one job writes there at a time.
+    devices. An episode that cannot be read is left out and named in the results, and is tried again
+    by the next call. The folder holds the results of one policy (`mvjax.identity`), and one job
+    writes there at a time.
 
     Args:
         experiment, checkpoint: a stage-2 run and its training directory.
@@ -67,9 +77,11 @@ def evaluate_offline(
         The summary of `summarise` and the "identity", in every process.
 
     Raises:
-        ValueError: the folder holds the results of another policy; names what differs.
+        ValueError: the folder holds the results of another policy; names what differs. Or the
+            policy was trained on episodes that would count as held out.
         OSError: another process evaluates into the folder.
     """
+    check_held_out(experiment.config, find_checkpoint(checkpoint))
     # Process 0 writes for all.
     with run_lock(folder) if jax.process_index() == 0 else nullcontext():
         return _evaluate(experiment, checkpoint, folder, stop_steps, count, batch)
@@ -118,11 +130,15 @@ def _evaluate(
     by_episode = [list(of_one) for _, of_one in groupby(files, _episode)]
     ours = by_episode[jax.process_index() :: jax.process_count()]
     share = [moment for of_one in ours for moment in of_one]
+    for file in (files[moment] for moment in share):
+        if file.exists() and _reason(file):  # it may have been a network that was away
+            file.unlink()
+    everywhere(True)  # no process takes those for the results of this job
     left = [moment for moment in share if not files[moment].exists()]
     if left:
         found = window_errors(policy, windows(left), stop_steps)
         bar = dict(total=len(share), initial=len(share) - len(left), unit="moment")
-        for window, errors in tqdm(found, **bar, disable=jax.process_index() > 0):
+        for window, errors in Bar(found, **bar, disable=jax.process_index() > 0):
             write_npz(files[window.moment], **asdict(errors))
     wait_until(lambda: all(file.exists() for file in files.values()))
 
@@ -166,16 +182,22 @@ def _read(files: Mapping[Moment, Path]) -> tuple[list[WindowErrors], list[str]]:
     """The errors on file, and the reasons why other moments have none."""
     errors, unreadable = [], []
     for file in files.values():
-        with np.load(file) as kept:
-            if _UNREADABLE in kept:
-                unreadable.append(str(kept[_UNREADABLE]))
-            else:
+        if reason := _reason(file):
+            unreadable.append(reason)
+        else:
+            with np.load(file) as kept:
                 errors.append(WindowErrors(**kept))
     if not errors:
         raise ValueError(
             f"None of the {len(unreadable)} held-out moments could be read: {unreadable[0]}."
         )
     return errors, list(dict.fromkeys(unreadable))
+
+
+def _reason(file: Path) -> str:
+    """Why a moment could not be read; "" for one with errors."""
+    with np.load(file) as kept:
+        return str(kept[_UNREADABLE]) if _UNREADABLE in kept else ""
 
 
 # The errors, computed on the policy's devices.

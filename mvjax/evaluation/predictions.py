@@ -1,5 +1,6 @@
 """Predicted video against the true future: PSNR, SSIM, and pairs of videos to look at."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -13,12 +14,13 @@ from data_pipelines.episode import Episode
 from data_pipelines.lock import run_lock
 from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
-from mvjax.evaluation.held_out import held_out_episodes
+from mvjax.evaluation.held_out import check_held_out, held_out_episodes
 from mvjax.experiment import Experiment
-from mvjax.identity import claim
+from mvjax.identity import claim, digest_of
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
+from mvjax.training.bridge import find_checkpoint
 
 PEAK = 255.0
 UPSCALE = 3  # small frames are hard to look at: every pixel becomes 3x3
@@ -74,10 +76,12 @@ def predict(experiment: Experiment, checkpoint: Path, folder: Path, count: int) 
     The folder holds those of one video model, and one process writes there at a time.
 
     Raises:
-        ValueError: the folder holds predictions of another one; names what differs.
+        ValueError: the folder holds predictions of another one; names what differs. Or the model
+            was trained on episodes that would count as held out.
         OSError: another process writes into the folder.
     """
     config = experiment.config
+    check_held_out(config, find_checkpoint(checkpoint))
     with run_lock(folder):
         policy = load_policy(experiment, checkpoint, experiment.sampling(), batch_size=1)
         what = dict(policy.identity["what"], sampling=asdict(policy.model.sampling))
@@ -102,8 +106,9 @@ def write_predictions(
 ) -> None:
     """Writes `<name>_predicted.mp4` and `<name>_true.mp4` of `count` held-out episodes.
 
-    They are spread over the held-out episodes of a dataset. The clip starts a third into the
-    episode: the observed frames, then the fully denoised or the true future.
+    Named by instruction, dataset and episode, they are spread over the held-out episodes of the
+    dataset. The clip starts a third into the episode: the observed frames, then the fully denoised
+    or the true future.
     """
     held_out = list(held_out_episodes(episodes, dataset, config.validation_share))
     chosen = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)
@@ -121,5 +126,13 @@ def write_predictions(
         predicted = policy.predict_video([seen])[0]
         for kind, frames in (("predicted", predicted), ("true", true)):
             large = frames.repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)
-            name = f"{instruction.replace(' ', '_')}_{episode.id}_{kind}.mp4"
-            write_video(folder / name, large, fps=max(round(config.clip.fps / 4), 1), crf=18)
+            path = folder / f"{_name(instruction, dataset.name, episode.id)}_{kind}.mp4"
+            write_video(path, large, fps=max(round(config.clip.fps / 4), 1), crf=18)
+
+
+def _name(instruction: str, dataset: str, id: str) -> str:
+    """A file name, another one for every episode: texts are of any length, ids may be paths."""
+    safe = re.sub(r"[^a-zA-Z0-9_.-]+", "_", id)
+    if safe != id or len(id) > 80:
+        safe = f"{safe[-60:]}_{digest_of(id)[:6]}"
+    return "_".join([re.sub(r"\W+", "_", instruction[:40]), dataset, safe])

@@ -25,10 +25,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.atomic import replacing, write_json
 from data_pipelines.lock import LOCK
+from data_pipelines.progress import Bar
 from data_pipelines.settings import differences
 from data_pipelines.sources.files import MANIFEST, UNFINISHED
 from data_pipelines.video import VideoFile, write_video
@@ -188,7 +188,7 @@ def _record_units(
     total = recording.episodes * len(recording.tasks)
     done = total - sum(unit.count for unit in units)
     title = str(staging.parent)
-    bar = tqdm(total=total, initial=done, unit="episode", disable=not progress, desc=title)
+    bar = Bar(total=total, initial=done, unit="episode", disable=not progress, desc=title)
     frames, began = 0, time.monotonic()
     with bar, worker_pool(min(workers, len(units))) as submit:
         for future in as_completed(submit(record_unit, units, recording, staging)):

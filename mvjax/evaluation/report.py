@@ -29,14 +29,9 @@ from data_pipelines.atomic import write_json, write_text
 from data_pipelines.html import file_uri, render
 from mvjax.evaluation.closed_loop import SuccessRate, mean_success, success_rate, success_table
 from mvjax.evaluation.figures import Curve, loss_figure, success_figure
-from mvjax.evaluation.rollout import (
-    EpisodeResult,
-    Setting,
-    read_results,
-    read_setting,
-    whole_lines,
-)
+from mvjax.evaluation.rollout import EpisodeResult, Setting, read_results, read_setting
 from mvjax.identity import described, different, digest_of, environment, read_identity
+from mvjax.training.metrics import read_records
 
 STAGES = {"Stage 1: video model": "video", "Stage 2: action decoder": "action"}
 ROLLOUTS_PER_TASK = 3
@@ -50,10 +45,11 @@ def build_report(run_dir: Path, out: Path) -> None:
     study, command = _read_study(run_dir / "study" / "results.json"), run_dir / "command.txt"
     run = {
         "predictions": list(_read_predictions(run_dir / "predictions")),
+        "predicted_by": read_identity(run_dir / "predictions"),
         "losses": {
             title: loss_figure(curves, f"{title}: loss") if curves else None
             for title, folder in STAGES.items()
-            for curves in [_read_losses(run_dir / folder / "metrics.jsonl")]
+            for curves in [_read_losses(run_dir / folder)]
         },
         "study": study,
         "study_figure": study
@@ -90,7 +86,7 @@ def _write(out: Path, title: str, results: Path, run: dict[str, Any] | None = No
         tasks=[(task, [column.get(task) for column in rates]) for task in tasks],
         sweep=_sweep(evaluations),
         identities=_identities(evaluations),
-        mixed=_mixed(evaluations),
+        mixed=_mixed(evaluations, (run or {}).get("predicted_by")),
         run=run,
         percent=percent,
         interval=interval,
@@ -185,9 +181,9 @@ def _identities(evaluations: Sequence[Evaluated]) -> list[tuple[str, dict[str, s
     return [("; ".join(labels), dict(identity)) for identity, labels in groups.items()]
 
 
-def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
+def _mixed(evaluations: Sequence[Evaluated], predicted: dict[str, Any] | None = None) -> list[str]:
     """Sentences on results that this page puts together although they are not of one policy, one
-    simulator or the same tasks: within a setting, and between settings.
+    simulator or the same tasks: within a setting, between settings, and predicted videos.
     """
     said, first = [], {}
     for e in evaluations[1:]:
@@ -219,17 +215,24 @@ def _mixed(evaluations: Sequence[Evaluated]) -> list[str]:
             if unlike := different(before, part):
                 both = f"“{label}” (there) and “{e.setting.label}” (here)"
                 said.append(f"{both} differ in the {name}: {unlike}.")
+    if predicted and "policy" in first:
+        label, policy = first["policy"]
+        networks = [
+            {name: what[name] for name in ("backbone", "tokenizer", "text_encoder")}
+            for what in (policy, predicted["what"])
+        ]
+        if unlike := different(*networks):
+            said.append(f"“{label}” (there) and the predicted videos (here) differ: {unlike}.")
     return said
 
 
 # The rest of a run folder.
 
 
-def _read_losses(metrics: Path) -> dict[str, Curve]:
+def _read_losses(workdir: Path) -> dict[str, Curve]:
     """The finite values of every name that ends in "loss"."""
     points: dict[str, dict[int, float]] = {}
-    for line in whole_lines(metrics).splitlines():
-        row = json.loads(line)
+    for row in read_records(workdir):
         for name, value in row.items():
             if name.endswith("loss") and isinstance(value, int | float) and np.isfinite(value):
                 points.setdefault(name, {})[row["step"]] = value  # a resumed step counts once

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from data_pipelines.atomic import wait_until, write_json
+from data_pipelines.progress import Bar
 from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 from mvjax.evaluation.suites.suite import MakeSimulator
 from mvjax.evaluation.worker import Job, Order, Outcome, Query
@@ -142,8 +142,10 @@ def _say_repeated(path: Path, repeated: int, other: int) -> None:
 
 def append_result(path: Path, result: EpisodeResult) -> None:
     """Appends one line in one write, so that a kill can tear only the last line."""
+    line = json.dumps(asdict(result)).encode() + b"\n"
     with path.open("ab", buffering=0) as file:
-        file.write(json.dumps(asdict(result)).encode() + b"\n")
+        while line:  # a disk that is all but full takes a part of it, and says so at the next write
+            line = line[file.write(line) :]
 
 
 def whole_lines(path: Path) -> bytes:
@@ -214,9 +216,8 @@ def run_rollouts(
     share = orders[process::processes]
     left = [order for order in share if (order.task, order.seed) not in done]
     simulators: list[WorkerProcess] = []
-    with tqdm(
-        total=len(share), initial=len(share) - len(left), unit="episode", disable=process > 0
-    ) as bar:
+    counts = dict(total=len(share), initial=len(share) - len(left))
+    with Bar(**counts, unit="episode", disable=process > 0) as bar:
         try:
             job = Job(make_simulator, spec, mode, oracle_frames, max_steps)
             for _ in range(min(workers or os.cpu_count() or 1, len(left))):

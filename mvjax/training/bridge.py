@@ -5,7 +5,6 @@ read, straight onto the reader's own mesh and dtype: each device reads its part,
 state is never touched.
 """
 
-import contextlib
 import dataclasses
 import logging
 from collections.abc import Callable, Mapping, Sequence
@@ -36,7 +35,12 @@ from mvjax.training.checkpoint import (
     read_json,
     stored_tree,
 )
-from mvjax.training.damage import CheckpointDamaged, CheckpointMismatch, damage_reported
+from mvjax.training.damage import (
+    CheckpointDamaged,
+    CheckpointMismatch,
+    damage_reported,
+    is_damage,
+)
 
 log = logging.getLogger(__name__)
 
@@ -267,9 +271,12 @@ def backbone_identity(experiment: Experiment, checkpoint: Checkpoint | None) -> 
 def trained_backbone(workdir: Path) -> dict[str, Any] | None:
     """What a stage-2 run has stored of its backbone; None for a new run, {} for an old one."""
     for step in reversed(checkpoint_steps(workdir)):
-        with contextlib.suppress(OSError):  # a damaged one is reported when the run resumes
+        try:
             return read_meta(workdir, step=step).get("backbone", {})
-    return None
+        except OSError as error:
+            if not is_damage(error):  # a run that is not read is not a new one
+                raise
+    return None  # what is damaged is reported when the run resumes
 
 
 def _described(trained: Mapping[str, Any]) -> str:

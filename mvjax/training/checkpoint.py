@@ -31,6 +31,7 @@ from mvjax.training.damage import (
     is_damage,
     one_line,
     patiently,
+    system_errors,
     unreadable,
 )
 
@@ -85,6 +86,7 @@ class Store:
             cleanup_tmp_directories=True,
         )
         self._manager = _Manager(self.folder, options=options)
+        self.failing = False  # whether the checkpoint before the newest could not be written
 
     def __enter__(self) -> "Store":
         return self
@@ -124,25 +126,30 @@ class Store:
             raise OSError(errno.ENOSPC, needed, str(self.folder))
         is_bytes = isinstance(position, bytes)
         stored = {"bytes": position.decode("latin-1")} if is_bytes else {"json": position}
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.PyTreeSave(arrays),
-                data=ocp.args.JsonSave(stored),
-                meta=ocp.args.JsonSave(meta),
-            ),
+        items = ocp.args.Composite(
+            state=ocp.args.PyTreeSave(arrays),
+            data=ocp.args.JsonSave(stored),
+            meta=ocp.args.JsonSave(meta),
         )
+        with system_errors():
+            self._manager.save(step, args=items)
 
     def finish(self) -> None:
         """Waits until what is being written is on the disk; raises what has failed."""
-        self._manager.wait_until_finished()
+        with system_errors():
+            self._manager.wait_until_finished()
 
     def _wait_for_the_one_before(self, step: int) -> None:
         try:
-            self._manager.wait_until_finished()
+            self.finish()
+            self.failing = False
         except OSError as error:
-            if jax.process_count() > 1:  # the others may have written their part
+            # Of several processes, the others may have written their part.
+            if jax.process_count() > 1 or self.failing:
                 raise
+            self.failing = True
+            for part in self.folder.glob("*.orbax-checkpoint-tmp"):  # it takes room from this one
+                shutil.rmtree(part, ignore_errors=True)
             log.warning(
                 f"the checkpoint before could not be written ({one_line(error)}); step {step} is "
                 "saved in its place."

@@ -106,6 +106,23 @@ def _number(error: BaseException) -> int | None:
     return int(told[1]) if told else None
 
 
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Around what writes: an error of the system that Orbax hides is raised as the OSError it is.
+
+    Tensorstore tells a full quota or a network that is gone as a ValueError.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        numbers = [number for e in _reasons(error) if (number := _number(e))]
+        if not numbers and not _may_pass(error):
+            raise
+        raise OSError(*numbers[-1:] or [errno.EIO], one_line(error)) from error
+
+
 def unreadable(where: Path, error: Exception) -> Exception:
     """What to raise for an error that came while the checkpoint at `where` was read.
 

@@ -57,8 +57,7 @@ class MetricsWriter:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        kept = [record for record in read_records(workdir) if record["step"] <= resume_step]
-        self._journal = _Journal(workdir / "metrics.jsonl", kept)
+        self._journal = _Journal(workdir, resume_step)
         purge = [resume_step + 1]  # once
 
         def open_board() -> Sink:
@@ -71,14 +70,11 @@ class MetricsWriter:
             package = require_wandb(wandb)
 
             def open_wandb() -> Sink:
-                id_file = workdir / "wandb_id"  # an interrupted run continues under its own id
-                if not id_file.exists():
-                    write_text(id_file, uuid.uuid4().hex[:12])
                 return WandB(
                     package,
                     project=wandb,
                     name=workdir.name,
-                    id=id_file.read_text().strip(),
+                    id=_wandb_id(workdir / "wandb_id"),
                     dir=str(workdir),
                     resume="allow",
                     config=config,
@@ -134,15 +130,27 @@ class MetricsWriter:
             channel.close()
 
 
+def _wandb_id(file: Path) -> str:
+    """The id of a run: its own when it continues, a new one for a copy of its folder."""
+    said = file.read_text().splitlines() if file.exists() else []
+    id, *place = said or [uuid.uuid4().hex[:12]]
+    if place and (original := Path(place[0]) / file.name).exists():  # moved, it is there no more
+        if not original.samefile(file) and original.read_text().startswith(id):
+            id = uuid.uuid4().hex[:12]
+    if [id, here := str(file.parent.absolute())] != said:
+        write_text(file, f"{id}\n{here}\n")
+    return id
+
+
 class _Journal:
     """The file `metrics.jsonl`: records that cannot be written yet wait for the next one."""
 
-    def __init__(self, path: Path, kept: Sequence[Record]):
-        """Replaces the file by the records that are kept."""
-        self._path, self._kept = path, "".join(json.dumps(record) + "\n" for record in kept)
+    def __init__(self, workdir: Path, resume_step: int):
+        """Drops the records of steps after `resume_step`."""
+        self._path, self._resume_step = workdir / "metrics.jsonl", resume_step
         self._size: int | None = None  # of what is whole; None before the first write
         self._waiting: list[str] = []
-        self._effort = BestEffort(f"writing {path}", "the run goes on, and its records wait")
+        self._effort = BestEffort(f"writing {self._path}", "the run goes on, and its records wait")
         self._write()
 
     def write(self, record: Record) -> None:
@@ -160,9 +168,11 @@ class _Journal:
 
     def _write(self) -> None:
         with self._effort:
-            if self._size is None:
-                write_text(self._path, self._kept)
-                self._size = len(self._kept)
+            if self._size is None:  # here, since reading may fail as well
+                found = read_records(self._path.parent)
+                kept = [json.dumps(r) + "\n" for r in found if r["step"] <= self._resume_step]
+                write_text(self._path, "".join(kept))
+                self._size = self._path.stat().st_size
             # Opened each time: on a network a file that stays open may become stale.
             with self._path.open("ab") as file:
                 if file.tell() > self._size:  # what an attempt that failed has left
@@ -183,12 +193,14 @@ def require_wandb(project: str) -> ModuleType:
 
 
 def read_records(workdir: Path) -> list[Record]:
-    """The records of `metrics.jsonl`, oldest first; a line cut off by a crash is left out."""
+    """The records of `metrics.jsonl`, oldest first; lines that a crash has spoilt are left out."""
     path = Path(workdir) / "metrics.jsonl"
     records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(json.JSONDecodeError):
-            records.append(json.loads(line))
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):  # no text, or no JSON
+            record = json.loads(line)
+            if isinstance(record, dict) and "step" in record:
+                records.append(record)
     return records
 
 

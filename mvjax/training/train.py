@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from tqdm import tqdm
 
 from data_pipelines.lock import run_lock
+from data_pipelines.progress import Bar
 from mvjax.experiment import Experiment
 from mvjax.identity import digest
 from mvjax.models.network import merge
@@ -92,6 +92,7 @@ def train(
         state = first_state(experiment, stage, optimizer, abstract, store, loader, description)
         batches = device_batches(loader, sharding_tree(stage.batch_axes, mesh, experiment.rules))
         first = saved = int(state.step)
+        _say_end_of_schedule(config.optimizer, settings.steps)
         failed = False  # the last attempt to save
         timer = Throughput(stage, settings.batch_size, first)
         traces = workdir / "profile" if profile else None
@@ -122,7 +123,8 @@ def train(
                         except OSError as error:
                             # The next checkpoint may fit on the disk again; two that fail stop the
                             # run, and so does the last one.
-                            if jax.process_count() > 1 or (pause is None and (final or failed)):
+                            hopeless = final or failed or store.failing
+                            if jax.process_count() > 1 or (pause is None and hopeless):
                                 raise
                             log_once(f"step {step} cannot be saved ({error}); trying again later.")
                             failed = pause is None
@@ -193,6 +195,17 @@ def train(
     return writer.latest
 
 
+def _say_end_of_schedule(optimizer: Any, steps: int) -> None:
+    """Says from where on the learning rate stays as it is, as of a run that is made longer."""
+    end = optimizer.decay_steps
+    if optimizer.schedule != "constant" and end < steps:
+        rate = optimizer.learning_rate * optimizer.final_fraction
+        log_once(
+            f"optimizer.decay_steps is {end}, but training.steps {steps}: after step {end} the "
+            f"learning rate stays at {rate:g}{'' if rate else ', and nothing is learned'}."
+        )
+
+
 def _mark_finished(workdir: Path, step: int | None) -> None:
     """Writes the last step of a finished run; None removes the file of an unfinished one."""
     if jax.process_index() != 0:
@@ -203,32 +216,13 @@ def _mark_finished(workdir: Path, step: int | None) -> None:
         (workdir / FINISHED).write_text(f"{step}\n")
 
 
-class _Bar(tqdm):
-    """A bar that fails in silence: it may be drawn into a log on a full disk."""
-
-    def display(self, *arguments: Any, **named: Any) -> None:
-        with suppress(OSError):
-            super().display(*arguments, **named)
-
-    def clear(self, *arguments: Any, **named: Any) -> None:
-        with suppress(OSError):
-            super().clear(*arguments, **named)
-
-    def close(self) -> None:
-        with suppress(OSError):
-            super().close()
-
-
-def _progress_bar(name: str, first: int, steps: int) -> tqdm:
+def _progress_bar(name: str, first: int, steps: int) -> Bar:
     settings = dict(total=steps, initial=first, desc=name, unit="step")
     interval = 0.5 if sys.stderr.isatty() else 30
-    try:
-        return _Bar(**settings, mininterval=interval, disable=jax.process_index() != 0)
-    except OSError:
-        return _Bar(**settings, disable=True)
+    return Bar(**settings, mininterval=interval, disable=jax.process_index() != 0)
 
 
-def _show(bar: tqdm, latest: Record | None) -> None:
+def _show(bar: Bar, latest: Record | None) -> None:
     """Puts the newest record beside the bar; stops a run whose gradient stays non-finite."""
     if latest is None:
         return

@@ -9,6 +9,7 @@ into which it downloads them once.
 
 import contextlib
 import functools
+import hashlib
 import importlib
 import importlib.util
 import io
@@ -86,6 +87,22 @@ class Scene:
         self.initial_states = _read_initial_states(states)
         self.env = _make_environment(root / "bddl_files" / self.bddl)
         self.problem = type(self.env).__name__
+
+
+def contents() -> dict[str, str]:
+    """The digest of LIBERO's tasks and initial states.
+
+    Suites of perturbed tasks (LIBERO-PRO, LIBERO-plus) are put in their place, under the same names
+    and the same version.
+    """
+    found = importlib.util.find_spec("libero")
+    if found is None:
+        return {}
+    root, tasks = Path(found.submodule_search_locations[0], "libero"), hashlib.sha256()
+    for pattern in ("benchmark/*.py", "bddl_files/*/*.bddl", "init_files/*/*.pruned_init"):
+        for path in sorted(root.glob(pattern)):
+            tasks.update(f"{path.relative_to(root)} ".encode() + path.read_bytes())
+    return {"tasks": tasks.hexdigest()[:16]}
 
 
 def find_task(name: str) -> str:

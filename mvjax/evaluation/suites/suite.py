@@ -103,7 +103,11 @@ class Suite:
         size: default height and width of recorded pictures in pixels.
         embodiment: the robot's name in a LeRobot dataset.
         camera: the name of the pictures in a LeRobot dataset.
+        states: number of the initial states in which the suite is evaluated, by seed; larger seeds
+            draw others. 0 if all seeds draw.
         packages: those whose versions may change an episode.
+        contents: returns digests of files that decide an episode and have no version, by name; in
+            the Python that has the simulator.
         convert: makes the policy's actions the simulator's.
         signed_gripper: the number of the policy's action that opens the gripper when it is negative
             and closes it when it is positive; None if it has no such command.
@@ -117,7 +121,9 @@ class Suite:
     size: tuple[int, int]
     embodiment: str
     camera: str
+    states: int = 0
     packages: tuple[str, ...] = ("mujoco", "numpy")
+    contents: Callable[[], dict[str, str]] = dict
     convert: Convert = lambda chunk, proprio: chunk
     signed_gripper: int | None = None
     interpreter: Callable[[], Path] = lambda: Path(sys.executable)
@@ -142,7 +148,9 @@ SUITES = {
         size=(480, 640),
         embodiment="libero_panda",
         camera="observation.images.agentview",
+        states=50,
         packages=("hf-libero", "robosuite", "bddl", "mujoco", "gymnasium", "numpy"),
+        contents=libero_scene.contents,
         convert=libero.libero_commands,
         signed_gripper=9,
         interpreter=libero.libero_python,
@@ -154,20 +162,28 @@ def versions(name: str) -> dict[str, str]:
     """What an episode of a suite depends on beside the policy, in the Python that calls this.
 
     Returns:
-        "python", each of the suite's packages ("none" where it is not installed), "gl_backend" and
-        "gl_renderer".
+        "python", each of the suite's packages ("none" where it is not installed), its contents,
+        "gl_backend" and "gl_renderer".
     """
-    return {"python": platform.python_version(), **package_versions(name), **renderer()}
+    packages, contents = package_versions(name), SUITES[name].contents()
+    return {"python": platform.python_version(), **packages, **contents, **renderer()}
 
 
 def package_versions(name: str) -> dict[str, str]:
-    """The versions of a suite's packages; "none" where one is not installed."""
+    """The versions of a suite's packages; "none" where one is not installed.
+
+    One that was installed from a repository has its commit, too: many have the same version.
+    """
     found = {}
     for package in SUITES[name].packages:
         try:
-            found[package] = importlib.metadata.version(package)
+            installed = importlib.metadata.distribution(package)
         except importlib.metadata.PackageNotFoundError:
             found[package] = "none"
+            continue
+        origin = json.loads(installed.read_text("direct_url.json") or "{}")
+        commit = origin.get("vcs_info", {}).get("commit_id", "")[:12]
+        found[package] = f"{installed.version} {commit}".strip()
     return found
 
 
