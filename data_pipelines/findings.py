@@ -55,10 +55,11 @@ def in_times(
     for name, _, fps in cameras:
         if np.median(usual_steps(stamps[name])) > _SLOW * NANOSECONDS / fps:
             yield f"{name} has fewer than clip.fps = {fps:g} frames per second: clips repeat them"
-    fps, acting = policy_io.action.fps, parse(dataset.action, "action")
+    acting = parse(dataset.action, "action")
     plain = [p for p in acting if p.represent == "values" and p.interpolation != "linear"]
     for name in streams(plain):
-        share = float(np.median(np.diff(stamps[name]))) * fps / NANOSECONDS
+        period = float(np.median(np.diff(stamps[name]))) / NANOSECONDS
+        share = period * policy_io.action.fps
         if not 1 / _SAME_RATE < share < _SAME_RATE:
             taken = "fewer values per second than policy_io.action.fps, so each is taken again"
             lost = "more values per second than policy_io.action.fps, so some are left out"
