@@ -20,7 +20,8 @@ from ml_collections import config_flags
 from launch.entry import run
 from mvjax.experiment import Experiment
 from mvjax.parallel import abstract_mesh
-from mvjax.pods.compile import USUAL_MFU, batch_size, before_compiling, table
+from mvjax.pods.compile import Estimate, batch_size, before_compiling
+from mvjax.pods.report import table
 from mvjax.pods.topology import pod_size
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.step import make_program
@@ -106,7 +107,7 @@ def _shapes(arguments: str) -> dict[str, Any]:
     program = make_program(experiment, abstract_mesh(config.mesh, devices), abstract_backbone)
     then = dict(topology=values.topology, slices=values.slices, stage=experiment.stage)
     then["remat"] = experiment.video.remat
-    return then | before_compiling(experiment, program, kind, USUAL_MFU)
+    return then | before_compiling(experiment, program, kind)
 
 
 def _estimate(name: str, arguments: str) -> bool:
