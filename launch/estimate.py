@@ -1,4 +1,4 @@
-"""Says what a training run or a policy needs on a TPU pod, by compiling it for it; no TPU is needed.
+"""Says what a training run or a policy needs on a TPU pod, by compiling it; no TPU is needed.
 
     mvjax estimate --config=configs/bridge_video.py --topology=v6e:2x4 --batch_per_chip=1
     mvjax estimate --config=configs/bridge_action.py --topology=v6e:1x1 --policy --batches=1,8

@@ -104,9 +104,8 @@ def estimate_queries(
     model, weights = _abstract_policy(experiment, mesh)
     inputs = _abstract_inputs(experiment, model, mesh, batch)
     with jax.set_mesh(mesh), use_rules(rules):
-        found = {name: _compiled(*stage) for name, stage in _stages(model, weights, inputs).items()}
-        act = _compiled(lambda w, i: model.act(w, i), weights, inputs)
-    costs = {name: _cost(made, devices) for name, made in found.items()}
+        stages = _stages(model, weights, inputs)
+        act, _ = _compiled(lambda w, i: model.act(w, i), weights, inputs)
     hlo, memory, whole = act.as_text(), act.memory_analysis(), _cost(act, devices)
     return QueryEstimate(
         device=kind.name,
@@ -118,7 +117,7 @@ def estimate_queries(
         action_steps=model.sampling.action_steps,
         seconds=whole.seconds,
         queries_per_second=queries / whole.seconds.middle,
-        stages={name: made.seconds for name, made in costs.items()},
+        stages={name: _cost(made, devices).seconds for name, made in stages.items()},
         parts=whole.parts,
         peak_bytes=memory.peak_memory_in_bytes,
         hbm_bytes=kind.hbm_bytes,
@@ -229,33 +228,28 @@ def _abstract_inputs(
     return Inputs(**{name: placed(name, shape) for name, shape in shapes._asdict().items()})
 
 
-def _stages(model: VideoActionModel, weights: Any, i: Inputs) -> dict[str, tuple[Any, ...]]:
-    """The stages of a query, one after the other: a function and its arguments as shapes."""
+# --- Programs ---
+
+
+def _stages(model: VideoActionModel, weights: Any, i: Inputs) -> dict[str, Any]:
+    """The stages of a query as compiled programs; each takes what the one before leaves."""
     tokenizer, backbone, decoder = weights
 
     def choose(decoder, context_kv, proprio, noise):
         sigma = jnp.full((len(proprio), 1), model.sampling.stop_sigma)
         return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
-    clean = _result(model.encode, tokenizer, i.video)
-    hidden = _result(model.context, backbone, clean, i.text, i.video_noise)
-    context_kv = _result(model.keys_values, decoder, hidden)
-    return {
-        "encode": (model.encode, tokenizer, i.video),
-        "video": (model.context, backbone, clean, i.text, i.video_noise),
-        "context": (model.keys_values, decoder, hidden),
-        "actions": (choose, decoder, context_kv, i.proprio, i.action_noise),
-    }
+    encode, clean = _compiled(model.encode, tokenizer, i.video)
+    video, hidden = _compiled(model.context, backbone, clean, i.text, i.video_noise)
+    context, context_kv = _compiled(model.keys_values, decoder, hidden)
+    actions, _ = _compiled(choose, decoder, context_kv, i.proprio, i.action_noise)
+    return dict(encode=encode, video=video, context=context, actions=actions)
 
 
-def _result(function: Callable[..., Any], *arguments: Any) -> Any:
-    """The shapes of a function's results, sharded as the compiler would leave them."""
-    return jax.eval_shape(function, *arguments)
-
-
-def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
+def _compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
+    """The compiled program, and its results as shapes with the shardings it gives them."""
     try:
-        return jax.jit(function).lower(*arguments).compile()
+        made = jax.jit(function).lower(*arguments).compile()
     except jax.errors.JaxRuntimeError as error:
         text = str(error)
         if "Hbm" not in text and "RESOURCE_EXHAUSTED" not in text:
@@ -266,6 +260,12 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> Any:
             f"the policy's weights and a batch of queries need {total}; use fewer --batches or "
             "more chips (--topology) with config.mesh.fsdp."
         ) from error
+    results = jax.tree.map(
+        lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+        jax.eval_shape(function, *arguments),
+        made.output_shardings,
+    )
+    return made, results
 
 
 def _cost(compiled: Any, devices: Sequence[jax.Device]) -> Cost:
