@@ -311,7 +311,7 @@ def test_other_blocks_are_scaled_by_their_area_and_it_says_so():
     found = costs(splash("splash_mha_fwd", block_q=1280, block_kv=3840), table=TABLE)
     assert found.seconds.low == pytest.approx(STEPS * 5000 / 1.75e9)
     assert found.notes == (
-        "splash_fwd with blocks of 1280 x 3840 on v6e: scaled from those of "
+        "cycles of splash_fwd with blocks of 1280 x 3840 on v6e are scaled from those of "
         "1280 x 1280 (640 at a time)",
     )
 

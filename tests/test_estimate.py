@@ -145,7 +145,6 @@ def test_habits_of_the_tpu_compiler():
         ([VIDEO], "--topology must be given."),
         ([VIDEO, "--topology=v5e"], "'v5e' is not known"),
         (["--topology=v5e:4x4"], "--config must be given."),
-        ([VIDEO, "--topology=v5e:4x4", "--mfu=0.4"], "--mfu"),
         ([ACTION, "--topology=v5e:4x4", "--policy", "--batches=0"], "must be numbers of queries"),
         ([ACTION, "--topology=v5e:4x4", "--policy", "--search"], "not with --slices, --search"),
         ([VIDEO, "--topology=v5e:4x4", "--slices=0"], "at least 1, got 0"),

@@ -75,6 +75,7 @@ _MOVES = {
     "concatenate",
     "fusion",
 }
+_SLICES = {"slice", "dynamic-slice", "gather"}
 _PRODUCT = {"convolution", "dot"}
 _ASYNCHRONOUS = {"send", "recv", "copy-start", "slice-start", "async-start", "async-update"}
 
@@ -285,6 +286,8 @@ class _Work:
         return moved / (self.chip.hbm_bandwidth * HBM_SHARE)
 
     def _bytes_read(self, instruction: Instruction) -> float:
+        if instruction.op in _SLICES:
+            return _padded(instruction.results)
         made = self.program.computations[instruction.computation]
         fused = instruction.called[0] if instruction.op == "fusion" else None
         total = 0.0
@@ -313,7 +316,7 @@ class _Work:
         for user in inside.values():
             if name not in user.operands:
                 continue
-            if user.op in ("slice", "dynamic-slice", "gather"):
+            if user.op in _SLICES:
                 total += _padded(user.results)
             elif user.op == "dynamic-update-slice" and user.operands[0] == name:
                 pass  # updated in place
