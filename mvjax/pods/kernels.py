@@ -137,7 +137,7 @@ def _splash(
 
 
 def _sizes(blocks: Mapping[str, Any]) -> str:
-    """ "1280 x 1280 (640 at a time)": queries, keys, and keys that are computed together."""
+    """Queries, keys, and keys that are computed together: "1280 x 1280 (640 at a time)"."""
     compute = blocks.get("block_kv_compute")
     together = f" ({compute} at a time)" if compute else ""
     return f"{blocks['block_q']} x {blocks['block_kv']}{together}"
