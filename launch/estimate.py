@@ -54,7 +54,12 @@ MAX_COMPILES = flags.DEFINE_integer(
 POLICY = flags.DEFINE_bool("policy", False, "Estimate the policy's queries, not a train step.")
 BATCHES = flags.DEFINE_list("batches", ["1", "8"], "With --policy: queries at a time.")
 JSON = flags.DEFINE_string("json", None, "File that receives the figures.")
-HLO = flags.DEFINE_string("hlo", None, "File that receives the text of the compiled program.")
+HLO = flags.DEFINE_string(
+    "hlo",
+    None,
+    "File that receives the text of the compiled program; with --policy one for each stage of the "
+    "first batch, FILE.encode.hlo and so on.",
+)
 
 
 def main() -> None:
@@ -108,7 +113,9 @@ def _policy(experiment: Experiment) -> None:
     made = [estimate_queries(experiment, devices, int(size)) for size in BATCHES.value]
     print(query_report(TOPOLOGY.value, made))
     if HLO.value:
-        Path(HLO.value).write_text(made[0].hlo)
+        for stage, text in made[0].hlo.items():
+            file = Path(HLO.value)
+            file.with_name(f"{file.stem}.{stage}{file.suffix}").write_text(text)
     if JSON.value:
         queries = [one.figures for one in made]
         write_json(Path(JSON.value), dict(topology=TOPOLOGY.value, queries=queries))

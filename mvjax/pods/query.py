@@ -1,10 +1,12 @@
 """Compiles a policy's query for TPUs that are not here: how long does an answer take?
 
 Weights and inputs are shapes with shardings, as for the train step; see `mvjax.pods.cost` for how
-the times are made. They are the chips' own: preparing frames, sending them to the chips and
-starting the program take the host's time, which comes on top.
+the times are made. The stages of a query are compiled one by one, as `VideoActionModel` has them; a
+policy runs them as one program. Times are the chips' own: preparing frames, sending them to the
+chips and starting the program take the host's time, which comes on top.
 """
 
+import math
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +26,7 @@ from mvjax.models.stand_ins import LinearTokenizer, Projection
 from mvjax.parallel import chip, sharding_tree, spec, split_ways, use_rules
 from mvjax.pods.collectives import collectives
 from mvjax.pods.compile import DoesNotFit
-from mvjax.pods.cost import Cost, Range, cost
+from mvjax.pods.cost import PARTS, Cost, Range, cost
 from mvjax.pods.hlo import HLO
 from mvjax.pods.report import PART_NAMES, as_bytes, as_lines, between
 from mvjax.pods.topology import generation
@@ -44,15 +46,16 @@ class QueryEstimate:
         batch_size: Queries that are computed: `queries`, padded to what the devices can share.
         stop_step, action_steps: Evaluations of the video DiT before the one that is read, and of
             the action decoder.
-        seconds: From the inputs on the chips to the chunks on the chips, as one program.
+        seconds: From the inputs on the chips to the chunks on the chips.
         queries_per_second: At the middle of it.
-        stages: Seconds of encode, video, context and actions, each as a program of its own.
-        parts: Seconds of the one program by kind of work (`mvjax.pods.cost.PARTS`).
-        peak_bytes: The most memory of a device in use at once, weights included.
+        stages: The same by stage: encode, video, context and actions. They add up.
+        parts: The same by kind of work (`mvjax.pods.cost.PARTS`). They add up.
+        weight_bytes: Of tokenizer, video DiT and decoder on a device.
+        peak_bytes: With what the most demanding stage needs beside them.
         hbm_bytes: The memory of the device.
         notes: What the times were made from where a kernel's cycles were not known exactly.
         compile_seconds: On this machine.
-        hlo: The one program's text; not among the figures.
+        hlo: The program's text of each stage; not among the figures.
     """
 
     device: str
@@ -66,11 +69,12 @@ class QueryEstimate:
     queries_per_second: float
     stages: dict[str, Range]
     parts: dict[str, Range]
+    weight_bytes: int
     peak_bytes: int
     hbm_bytes: int
     notes: tuple[str, ...]
     compile_seconds: float
-    hlo: str = field(default="", repr=False)
+    hlo: dict[str, str] = field(default_factory=dict, repr=False)
 
     @property
     def figures(self) -> dict[str, Any]:
@@ -81,7 +85,7 @@ class QueryEstimate:
 def estimate_queries(
     experiment: Experiment, devices: Sequence[jax.Device], queries: int
 ) -> QueryEstimate:
-    """Compiles the answer to a batch of queries, and each stage of it, for devices of a pod.
+    """Compiles the stages of the answer to a batch of queries for devices of a pod.
 
     Args:
         experiment: Of stage 2; no checkpoint that it names is read.
@@ -105,8 +109,15 @@ def estimate_queries(
     inputs = _abstract_inputs(experiment, model, mesh, batch)
     with jax.set_mesh(mesh), use_rules(rules):
         stages = _stages(model, weights, inputs)
-        act, _ = _compiled(lambda w, i: model.act(w, i), weights, inputs)
-    hlo, memory, whole = act.as_text(), act.memory_analysis(), _cost(act, devices)
+    hlo = {name: made.as_text() for name, made in stages.items()}
+    costs = {name: _cost(text, devices) for name, text in hlo.items()}
+    nothing = Range(0.0, 0.0, 0.0)
+    seconds = sum((made.seconds for made in costs.values()), nothing)
+    parts = {p: sum((made.parts[p] for made in costs.values()), nothing) for p in PARTS}
+    beside = max(
+        made.memory_analysis().peak_memory_in_bytes - _bytes_of(weights[_WEIGHTS_OF[name]])
+        for name, made in stages.items()
+    )
     return QueryEstimate(
         device=kind.name,
         devices=len(devices),
@@ -115,13 +126,14 @@ def estimate_queries(
         batch_size=batch,
         stop_step=model.sampling.stop_step,
         action_steps=model.sampling.action_steps,
-        seconds=whole.seconds,
-        queries_per_second=queries / whole.seconds.middle,
-        stages={name: _cost(made, devices).seconds for name, made in stages.items()},
-        parts=whole.parts,
-        peak_bytes=memory.peak_memory_in_bytes,
+        seconds=seconds,
+        queries_per_second=queries / seconds.middle,
+        stages={name: made.seconds for name, made in costs.items()},
+        parts=parts,
+        weight_bytes=_bytes_of(weights),
+        peak_bytes=_bytes_of(weights) + beside,
         hbm_bytes=kind.hbm_bytes,
-        notes=whole.notes,
+        notes=tuple(dict.fromkeys(note for made in costs.values() for note in made.notes)),
         compile_seconds=time.perf_counter() - start,
         hlo=hlo,
     )
@@ -144,15 +156,15 @@ def query_report(topology: str, estimates: Sequence[QueryEstimate]) -> str:
             ),
             (
                 "latency",
-                f"{between(found.seconds, 1e3)} ms by the compiled program, "
+                f"{between(found.seconds, 1e3)} ms by the compiled programs, "
                 f"{found.queries_per_second:.3g} queries/s; the host's time comes on top",
             ),
-            ("stages", f"{', '.join(stages)} ms, each compiled alone"),
+            ("stages", f"{', '.join(stages)} ms"),
             ("where", f"{', '.join(parts)} ms"),
             (
                 "memory",
-                f"peak {as_bytes(found.peak_bytes)} of {as_bytes(found.hbm_bytes)} per chip "
-                f"({share:.0%})",
+                f"weights {as_bytes(found.weight_bytes)}, peak {as_bytes(found.peak_bytes)} of "
+                f"{as_bytes(found.hbm_bytes)} per chip ({share:.0%})",
             ),
             *(("note", note) for note in found.notes),
             ("compiled", f"in {found.compile_seconds:.0f} s"),
@@ -230,6 +242,9 @@ def _abstract_inputs(
 
 # --- Programs ---
 
+# Which of a policy's weights (tokenizer, video DiT, decoder) a stage reads.
+_WEIGHTS_OF = {"encode": 0, "video": 1, "context": 2, "actions": 2}
+
 
 def _stages(model: VideoActionModel, weights: Any, i: Inputs) -> dict[str, Any]:
     """The stages of a query as compiled programs; each takes what the one before leaves."""
@@ -268,6 +283,14 @@ def _compiled(function: Callable[..., Any], *arguments: Any) -> tuple[Any, Any]:
     return made, results
 
 
-def _cost(compiled: Any, devices: Sequence[jax.Device]) -> Cost:
-    text, kind = HLO(compiled.as_text()), devices[0].device_kind
+def _bytes_of(tree: Any) -> int:
+    """Of arrays on one device, without the compiler's padding."""
+    return sum(
+        math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def _cost(hlo: str, devices: Sequence[jax.Device]) -> Cost:
+    text, kind = HLO(hlo), devices[0].device_kind
     return cost(text, generation(kind), chip(kind), collectives(text, len(devices)))
