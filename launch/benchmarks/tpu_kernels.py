@@ -1,0 +1,367 @@
+r"""Counts the cycles of the Pallas kernels on each TPU generation, by compiling them; no TPU is needed.
+
+    nice python -m launch.benchmarks.tpu_kernels            # makes mvjax/pods/kernel_cycles.json anew
+    nice python -m launch.benchmarks.tpu_kernels --blocks --generations=v6e
+
+A kernel is one loop over the steps of its grid. libtpu writes the final program of that loop, and a
+bundle of instructions takes one cycle, so the bundles of a step are its cycles, without waits for
+memory. `mvjax estimate` reads the table. --blocks prints the time of attention for many block sizes
+instead, which the block sizes of mvjax.models.attention are chosen from. A kernel takes about ten
+seconds and 1 GB; all of the table, about ten minutes. Needs libtpu: pip install 'mvjax[tpu]'.
+"""
+
+import datetime
+import importlib.metadata
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from absl import flags
+
+from data_pipelines.atomic import write_json
+from launch.entry import run
+
+TABLE = Path(__file__).parents[2] / "mvjax" / "pods" / "kernel_cycles.json"
+# One host of each generation, its megacores (chips whose two cores are one device), Hz, bytes/s.
+GENERATIONS = {
+    "v4": ("v4:2x2x1", 2, 1.05e9, 1.228e12),
+    "v5e": ("v5e:2x2", 1, 1.5e9, 0.819e12),
+    "v5p": ("v5p:2x2x1", 2, 1.75e9, 2.765e12),
+    "v6e": ("v6e:2x2", 1, 1.75e9, 1.638e12),
+    "tpu7x": ("tpu7x:2x2x1", 1, 2.2e9, 3.69e12),
+}
+_DUMP = (
+    "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
+    "--xla_jf_dump_llo_pass_label_regex=.*(final_bundles|final_hlo).*"
+)
+# What launch.estimate sets: libtpu looks for no TPU, and several processes may load it.
+_ENVIRONMENT = dict(
+    JAX_PLATFORMS="cpu",
+    TPU_SKIP_MDS_QUERY="1",
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
+    TPU_ACCELERATOR_TYPE="v5litepod-4",
+    TPU_WORKER_HOSTNAMES="localhost",
+    TPU_WORKER_ID="0",
+    TPU_PROCESS_BOUNDS="1,1,1",
+    TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
+)
+HEADS, HEAD_DIM = 16, 128
+
+# Blocks to compile: of queries, of keys, of keys that are worked on at a time. Today's come first.
+FORWARD = [
+    (1280, 1280, 640),
+    (1280, 512, 512),
+    (1280, 3840, 1920),
+    (640, 1280, 640),
+    (640, 512, 512),
+    (512, 512, 512),
+    (1280, 1920, 640),
+    (1280, 3840, 640),
+    (1280, 1920, 1920),
+    (1280, 3840, 1280),
+    (1920, 1920, 640),
+    (1920, 3840, 640),
+    (1920, 3840, 1920),
+    (640, 3840, 640),
+    (640, 3840, 1920),
+    (640, 1920, 640),
+    (1920, 512, 512),
+    (3840, 1280, 640),
+]
+BACKWARD = [
+    (1280, 1280, 640),
+    (1280, 512, 512),
+    (1280, 3840, 384),
+    (640, 1280, 640),
+    (640, 512, 512),
+    (512, 512, 512),
+    (1280, 1920, 384),
+    (1280, 1920, 640),
+    (1280, 3840, 640),
+    (1920, 1920, 384),
+    (1920, 1920, 640),
+    (1920, 3840, 384),
+    (640, 1920, 640),
+    (640, 3840, 384),
+    (640, 3840, 640),
+    (1920, 512, 512),
+]
+TEXT = [(1280, 512, 512), (640, 512, 512), (1920, 512, 512)]
+_BOTH = ("splash_dq", "splash_dkv")
+SPLIT = {
+    blocks: _BOTH
+    for blocks in [(1280, 1280, 640), (512, 512, 512), (640, 1280, 640), (1920, 1920, 640)]
+}
+
+BLOCKS = flags.DEFINE_bool("blocks", False, "Compare block sizes instead of making the table.")
+CHOSEN = flags.DEFINE_list("generations", list(GENERATIONS), "TPU generations.")
+COMPILE = flags.DEFINE_string("compile", None, "Used by the command itself: a kernel, as JSON.")
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel to compile: splash_fwd, splash_bwd (fused), splash_dq, splash_dkv, norm_rope_*.
+
+    Attributes:
+        name: of the kernel.
+        generation: of the TPU.
+        queries, keys: lengths; for norm_rope, `queries` is the number of rows.
+        block_q, block_kv, block_kv_compute: blocks; not used by norm_rope.
+    """
+
+    name: str
+    generation: str
+    queries: int = 19200
+    keys: int = 19200
+    block_q: int = 1280
+    block_kv: int = 1280
+    block_kv_compute: int = 640
+
+
+@dataclass(frozen=True)
+class Cycles:
+    """What the final program of a kernel says.
+
+    Attributes:
+        grid: steps along each axis, on one core.
+        step: cycles of a step.
+        edge: cycles that only the first and the last step along the grid's last axis take, in sum.
+    """
+
+    grid: tuple[int, ...]
+    step: int
+    edge: int
+
+    @property
+    def per_step(self) -> float:
+        """Cycles of a step, on average."""
+        return self.step + self.edge / self.grid[-1]
+
+
+class DoesNotFit(RuntimeError):
+    """The blocks of a kernel need more memory of the chip than the compiler gives a kernel."""
+
+
+# --- Counting ---
+
+_BUNDLE = re.compile(r" *(0x[0-9a-f]+|0)\s+(?:LB|LH|LE|PB|PF|CT)?\s*:((?: >)*) ", re.MULTILINE)
+_JUMP = re.compile(r"sbr\.rel \(!?%p\w+\) target = \$region(\d+)")
+_START = re.compile(r"(?:Start|Start/End empty) region (\d+)")
+# A conditional part as long as this is work on data; a shorter one starts or awaits a copy.
+_WORK = 60
+
+
+def count_cycles(bundles: str) -> Cycles:
+    """Counts the cycles of a kernel in the text of its final bundles.
+
+    The grid is one loop. Of the parts of its body that a jump may skip, the longest is the work of
+    a step; other long ones begin or finish a row of steps.
+
+    Raises:
+        ValueError: if the text has no grid or has a loop inside a step, which is not counted.
+    """
+    bounds = re.search(r"iteration_bounds: \(([\d, ]+)\)", bundles)
+    starts = list(_BUNDLE.finditer(bundles))
+    depths = [start[2].count(">") for start in starts]
+    if bounds is None or 1 not in depths:
+        raise ValueError("the text of a kernel's final bundles has a grid and a loop; found none.")
+    if max(depths) > 1:
+        raise ValueError("the kernel has a loop inside a step of its grid, which is not counted.")
+    first, step = depths.index(1), depths.count(1)
+    ends = [start.start() for start in starts[1:]] + [len(bundles)]
+    body = [
+        bundles[start.start() : end] for start, end, depth in zip(starts, ends, depths) if depth
+    ]
+    begins = {region: i for i, text in enumerate(body) for region in _START.findall(text)}
+    parts = [
+        (i, begins[region])
+        for i, text in enumerate(body)
+        for region in _JUMP.findall(text)
+        if begins.get(region, first) > i
+    ]
+    grid = tuple(int(size) for size in bounds[1].replace(" ", "").split(",") if size)
+    return Cycles(grid, step, 0) if not parts else _without_edges(grid, step, parts)
+
+
+def _without_edges(grid: tuple[int, ...], step: int, parts: list[tuple[int, int]]) -> Cycles:
+    length = lambda part: part[1] - part[0]  # noqa: E731
+    whole, *inner = sorted(parts, key=length, reverse=True)
+    work = inner[0] if inner and length(inner[0]) > length(whole) / 2 else whole
+    edge = sum(
+        length(part)
+        for part in inner
+        if length(part) >= _WORK and (part[1] <= work[0] or part[0] >= work[1])
+    )
+    return Cycles(grid, step - edge, edge)
+
+
+# --- Compiling ---
+
+
+def measure(kernel: Kernel) -> Cycles:
+    """Compiles a kernel in a process of its own and counts its cycles.
+
+    Raises:
+        DoesNotFit: if its blocks are too large.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"LIBTPU_INIT_ARGS": _DUMP.format(folder=folder)}
+        # libtpu reads its options once, when it is loaded.
+        child = subprocess.run(
+            [sys.executable, "-m", __spec__.name, f"--compile={json.dumps(asdict(kernel))}"],
+            env=os.environ | _ENVIRONMENT | options,
+            capture_output=True,
+            text=True,
+        )
+        if child.returncode:
+            if re.search("out of memory|exceed.*(vmem|limit)", child.stderr, re.IGNORECASE):
+                raise DoesNotFit(f"{kernel} does not fit.")
+            raise RuntimeError(f"{kernel} does not compile:\n{child.stderr[-2000:]}")
+        word = {"splash_bwd": "splash_mha_dkv"}.get(kernel.name, kernel.name)
+        word = re.sub("^splash_(?=fwd|dq|dkv)", "splash_mha_", word)
+        found = [
+            path
+            for path in Path(folder).glob(f"*{word}*final_bundles.txt")
+            if "schedule" not in path.name
+        ]
+        if len(found) != 1:
+            raise RuntimeError(f"libtpu wrote {len(found)} programs of {word}, expected one.")
+        return count_cycles(found[0].read_text())
+
+
+def _compile(kernel: Kernel) -> None:
+    # Imported here: only the child may load libtpu, after its options are set.
+    import jax
+    import jax.numpy as jnp
+
+    from mvjax.pods.topology import pod_devices
+
+    device = pod_devices(GENERATIONS[kernel.generation][0])[0]
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)  # noqa: E731
+    heads = lambda length: array(HEADS, length, HEAD_DIM)  # noqa: E731
+    keys = heads(kernel.keys), heads(kernel.keys)
+    attention = _attention(kernel)
+    if kernel.name == "splash_fwd":
+        function, arguments = lambda *x: jax.vjp(attention, *x), (heads(kernel.queries), *keys)
+    else:
+        function = lambda dy, *x: jax.vjp(attention, *x)[1](dy)  # noqa: E731
+        arguments = heads(kernel.queries), heads(kernel.queries), *keys
+    jax.jit(function).lower(*arguments).compile()
+
+
+def _attention(kernel: Kernel):
+    from jax.experimental.pallas.ops.tpu.splash_attention import (
+        splash_attention_kernel,
+        splash_attention_mask,
+    )
+
+    small = dict(q=128, kv=128, kv_compute=128)  # of the kernels that are not counted: any
+    ours = dict(q=kernel.block_q, kv=kernel.block_kv, kv_compute=kernel.block_kv_compute)
+    sizes = {
+        "block_" + name: size
+        for name, size in (ours if kernel.name == "splash_fwd" else small).items()
+    }
+    backward = small if kernel.name in ("splash_fwd", "splash_dq") else ours
+    dkv = dict(
+        block_q_dkv=backward["q"],
+        block_kv_dkv=backward["kv"],
+        block_kv_dkv_compute=backward["kv_compute"],
+    )
+    if kernel.name in ("splash_dq", "splash_dkv"):
+        dq = ours if kernel.name == "splash_dq" else small
+        dkv |= dict(block_q_dq=dq["q"], block_kv_dq=dq["kv"])
+    mask = splash_attention_mask.FullMask((kernel.queries, kernel.keys))
+    return splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask([mask] * HEADS),
+        block_sizes=splash_attention_kernel.BlockSizes(
+            **sizes, **dkv, use_fused_bwd_kernel=kernel.name not in ("splash_dq", "splash_dkv")
+        ),
+        head_shards=1,
+        q_seq_shards=1,
+    )
+
+
+# --- The table ---
+
+
+def kernels(generation: str) -> Iterator[Kernel]:
+    """What the table has of a generation."""
+    for forward, blocks in [(True, each) for each in FORWARD] + [
+        (False, each) for each in BACKWARD
+    ]:
+        sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), blocks))
+        # A length that the blocks divide; the number of keys of the text is one block.
+        queries = blocks[0] * math.ceil(19200 / blocks[0])
+        keys = blocks[1] * (1 if blocks in TEXT else math.ceil(19200 / blocks[1]))
+        for name in ["splash_fwd"] if forward else ["splash_bwd", *SPLIT.get(blocks, ())]:
+            yield Kernel(name, generation, queries, keys, **sizes)
+
+
+def make_table(generations: list[str]) -> None:
+    """Adds to the table what it lacks of these generations; all of it after a new libtpu."""
+    libtpu = importlib.metadata.version("libtpu")
+    table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    if table.get("about", {}).get("libtpu") != libtpu:
+        table = {"about": {"too_large": {}}}
+    table["about"] |= {
+        "command": "python -m launch.benchmarks.tpu_kernels",
+        "libtpu": libtpu,
+        "jax": importlib.metadata.version("jax"),
+        "made": str(datetime.date.today()),
+    }
+    for generation in generations:
+        rows = table.setdefault(generation, [])
+        too_large = table["about"]["too_large"].setdefault(generation, [])
+        known = [_key(row) for row in [*rows, *too_large]]
+        for kernel in kernels(generation):
+            row = _row(kernel)
+            if _key(row) in known:
+                continue
+            try:
+                cycles = measure(kernel)
+            except DoesNotFit:
+                too_large.append(row)
+                print(generation, *_key(row), "does not fit", flush=True)
+            else:
+                rows.append(
+                    row | {"cycles_per_step": round(cycles.per_step, 1), "edge_cycles": cycles.edge}
+                )
+                print(generation, *_key(row), f"{cycles.per_step:.0f}", flush=True)
+            write_json(TABLE, table)
+
+
+def _row(kernel: Kernel) -> dict:
+    row = asdict(kernel)
+    del row["generation"]
+    return {"kernel": row.pop("name"), "head_dim": HEAD_DIM} | row
+
+
+def _key(row: dict) -> tuple:
+    return tuple(
+        row.get(name) for name in ("kernel", "block_q", "block_kv", "block_kv_compute", "rows")
+    )
+
+
+def main() -> None:
+    """Makes the table or compares block sizes."""
+    if COMPILE.value:
+        _compile(Kernel(**json.loads(COMPILE.value)))
+        return
+    unknown = set(CHOSEN.value) - set(GENERATIONS)
+    if unknown:
+        raise ValueError(
+            f"--generations takes some of {', '.join(GENERATIONS)}; got {', '.join(unknown)}."
+        )
+    make_table(CHOSEN.value)
+
+
+if __name__ == "__main__":
+    run(main)
