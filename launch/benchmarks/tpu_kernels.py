@@ -1,7 +1,7 @@
-r"""Counts the cycles of the Pallas kernels on each TPU generation, by compiling them; no TPU is needed.
+r"""Counts the cycles of the Pallas kernels on each TPU generation by compiling them, without a TPU.
 
-    nice python -m launch.benchmarks.tpu_kernels            # makes mvjax/pods/kernel_cycles.json anew
-    nice python -m launch.benchmarks.tpu_kernels --blocks --generations=v6e
+    nice python -m launch.benchmarks.tpu_kernels
+    python -m launch.benchmarks.tpu_kernels --blocks
 
 A kernel is one loop over the steps of its grid. libtpu writes the final program of that loop, and a
 bundle of instructions takes one cycle, so the bundles of a step are its cycles, without waits for
@@ -108,6 +108,8 @@ COMPILE = flags.DEFINE_string("compile", None, "Used by the command itself: a ke
 @dataclass(frozen=True)
 class Kernel:
     """One kernel to compile: splash_fwd, splash_bwd (fused), splash_dq, splash_dkv, norm_rope_*.
+
+    A name that ends in "_segmented" is the variant that masks padded keys.
 
     Attributes:
         name: of the kernel.
@@ -224,8 +226,7 @@ def measure(kernel: Kernel) -> Cycles:
             if re.search("out of memory|exceed.*(vmem|limit)", child.stderr, re.IGNORECASE):
                 raise DoesNotFit(f"{kernel} does not fit.")
             raise RuntimeError(f"{kernel} does not compile:\n{child.stderr[-2000:]}")
-        word = {"splash_bwd": "splash_mha_dkv"}.get(kernel.name, kernel.name)
-        word = re.sub("^splash_(?=fwd|dq|dkv)", "splash_mha_", word)
+        word = kernel.name.replace("bwd", "dkv").replace("splash_", "splash_mha_")
         found = [
             path
             for path in Path(folder).glob(f"*{word}*final_bundles.txt")
@@ -249,7 +250,7 @@ def _compile(kernel: Kernel) -> None:
     heads = lambda length: array(HEADS, length, HEAD_DIM)  # noqa: E731
     keys = heads(kernel.keys), heads(kernel.keys)
     attention = _attention(kernel)
-    if kernel.name == "splash_fwd":
+    if kernel.name.startswith("splash_fwd"):
         function, arguments = lambda *x: jax.vjp(attention, *x), (heads(kernel.queries), *keys)
     else:
         function = lambda dy, *x: jax.vjp(attention, *x)[1](dy)  # noqa: E731
@@ -258,35 +259,43 @@ def _compile(kernel: Kernel) -> None:
 
 
 def _attention(kernel: Kernel):
+    import jax.numpy as jnp
     from jax.experimental.pallas.ops.tpu.splash_attention import (
         splash_attention_kernel,
         splash_attention_mask,
     )
 
+    phase = kernel.name.removesuffix("_segmented")
     small = dict(q=128, kv=128, kv_compute=128)  # of the kernels that are not counted: any
     ours = dict(q=kernel.block_q, kv=kernel.block_kv, kv_compute=kernel.block_kv_compute)
     sizes = {
-        "block_" + name: size
-        for name, size in (ours if kernel.name == "splash_fwd" else small).items()
+        "block_" + name: size for name, size in (ours if phase == "splash_fwd" else small).items()
     }
-    backward = small if kernel.name in ("splash_fwd", "splash_dq") else ours
+    backward = small if phase in ("splash_fwd", "splash_dq") else ours
     dkv = dict(
         block_q_dkv=backward["q"],
         block_kv_dkv=backward["kv"],
         block_kv_dkv_compute=backward["kv_compute"],
     )
-    if kernel.name in ("splash_dq", "splash_dkv"):
-        dq = ours if kernel.name == "splash_dq" else small
+    if phase in ("splash_dq", "splash_dkv"):
+        dq = ours if phase == "splash_dq" else small
         dkv |= dict(block_q_dq=dq["q"], block_kv_dq=dq["kv"])
     mask = splash_attention_mask.FullMask((kernel.queries, kernel.keys))
-    return splash_attention_kernel.make_splash_mha(
+    attention = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * HEADS),
         block_sizes=splash_attention_kernel.BlockSizes(
-            **sizes, **dkv, use_fused_bwd_kernel=kernel.name not in ("splash_dq", "splash_dkv")
+            **sizes, **dkv, use_fused_bwd_kernel=phase not in ("splash_dq", "splash_dkv")
         ),
         head_shards=1,
         q_seq_shards=1,
     )
+    if phase == kernel.name:
+        return attention
+    segments = splash_attention_kernel.SegmentIds(
+        jnp.zeros(kernel.queries, jnp.int32),
+        (jnp.arange(kernel.keys) == kernel.keys - 1).astype(jnp.int32),  # as if one were padding
+    )
+    return lambda q, k, v: attention(q, k, v, segment_ids=segments)
 
 
 # --- The table ---
