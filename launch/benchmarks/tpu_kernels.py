@@ -42,7 +42,7 @@ _DUMP = (
     "--xla_jf_dump_llo_pass_label_regex=.*(final_bundles|final_hlo).*"
 )
 # What launch.estimate sets: libtpu looks for no TPU, and several processes may load it.
-_ENVIRONMENT = dict(
+ENVIRONMENT = dict(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",
@@ -218,7 +218,7 @@ def measure(kernel: Kernel) -> Cycles:
         # libtpu reads its options once, when it is loaded.
         child = subprocess.run(
             [sys.executable, "-m", __spec__.name, f"--compile={json.dumps(asdict(kernel))}"],
-            env=os.environ | _ENVIRONMENT | options,
+            env=os.environ | ENVIRONMENT | options,
             capture_output=True,
             text=True,
         )
