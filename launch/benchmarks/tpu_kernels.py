@@ -116,6 +116,7 @@ class Kernel:
         generation: of the TPU.
         queries, keys: lengths; for norm_rope, `queries` is the number of rows.
         block_q, block_kv, block_kv_compute: blocks; not used by norm_rope.
+        causal: whether keys behind a query are masked.
     """
 
     name: str
@@ -125,6 +126,7 @@ class Kernel:
     block_q: int = 1280
     block_kv: int = 1280
     block_kv_compute: int = 640
+    causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,13 @@ class Cycles:
         grid: steps along each axis, on one core.
         step: cycles of a step.
         edge: cycles that only the first and the last step along the grid's last axis take, in sum.
+        idle: cycles of a step whose block is masked as a whole.
     """
 
     grid: tuple[int, ...]
     step: int
     edge: int
+    idle: int = 0
 
     @property
     def per_step(self) -> float:
@@ -201,7 +205,7 @@ def _without_edges(grid: tuple[int, ...], step: int, parts: list[tuple[int, int]
         for part in inner
         if length(part) >= _WORK and (part[1] <= work[0] or part[0] >= work[1])
     )
-    return Cycles(grid, step - edge, edge)
+    return Cycles(grid, step - edge, edge, step - edge - length(work))
 
 
 # --- Compiling ---
@@ -280,7 +284,8 @@ def _attention(kernel: Kernel):
     if phase in ("splash_dq", "splash_dkv"):
         dq = ours if phase == "splash_dq" else small
         dkv |= dict(block_q_dq=dq["q"], block_kv_dq=dq["kv"])
-    mask = splash_attention_mask.FullMask((kernel.queries, kernel.keys))
+    kind = splash_attention_mask.CausalMask if kernel.causal else splash_attention_mask.FullMask
+    mask = kind((kernel.queries, kernel.keys))
     attention = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask([mask] * HEADS),
         block_sizes=splash_attention_kernel.BlockSizes(
@@ -349,7 +354,7 @@ def make_table(generations: list[str]) -> None:
 
 def _row(kernel: Kernel) -> dict:
     row = asdict(kernel)
-    del row["generation"]
+    del row["generation"], row["causal"]
     return {"kernel": row.pop("name"), "head_dim": HEAD_DIM} | row
 
 
@@ -357,6 +362,69 @@ def _key(row: dict) -> tuple:
     return tuple(
         row.get(name) for name in ("kernel", "block_q", "block_kv", "block_kv_compute", "rows")
     )
+
+
+# --- Comparing block sizes ---
+
+LENGTHS = [(19200, 19200), (9600, 19200), (2400, 19200), (2400, 2400), (19200, 512), (2400, 512)]
+
+
+def compare_blocks(generation: str) -> str:
+    """Tables of the milliseconds that attention takes by block sizes, fastest first.
+
+    For 16 heads, all cores of a device at work. The fused backward pass includes the sum of the
+    partial dq that it makes for every block of keys.
+    """
+    rows = json.loads(TABLE.read_text())[generation]
+    lines = [f"## {generation}", ""]
+    for forward in (True, False):
+        for queries, keys in LENGTHS:
+            times = _milliseconds(rows, forward, queries, keys, generation)
+            best = sorted(times.items(), key=lambda item: item[1])[:6]
+            lines.append(
+                f"- {'forward' if forward else 'backward'} {queries:,} x {keys:,}: "
+                + ", ".join(
+                    f"{'/'.join(map(str, blocks))}{' split' * split} {ms:.2f}"
+                    for (blocks, split), ms in best
+                )
+            )
+    return "\n".join(lines)
+
+
+def _milliseconds(
+    rows: list[dict], forward: bool, queries: int, keys: int, generation: str
+) -> dict[tuple[tuple[int, ...], bool], float]:
+    _, cores, clock, bandwidth = GENERATIONS[generation]
+    found: dict[tuple[tuple[int, ...], bool], float] = {}
+    for row in rows:
+        kernel = row["kernel"]
+        if forward != (kernel == "splash_fwd") or kernel not in _AXES:
+            continue
+        blocks = row["block_q"], row["block_kv"], row["block_kv_compute"]
+        counts = -(-queries // blocks[0]), -(-keys // blocks[1])
+        padded = counts[0] * blocks[0] * counts[1] * blocks[1] / (queries * keys)
+        if padded > 1.3:
+            continue
+        last = counts[_AXES[kernel]]
+        measured = (row["queries"] // blocks[0], row["keys"] // blocks[1])[_AXES[kernel]]
+        cycles = row["cycles_per_step"] + row["edge_cycles"] * (1 / last - 1 / measured)
+        seconds = HEADS * counts[0] * counts[1] * cycles / cores / clock
+        if kernel == "splash_bwd":
+            # Written by the kernel beside its work, then read and summed.
+            one = HEADS * counts[0] * blocks[0] * HEAD_DIM * 2
+            seconds += (counts[1] + 1) * one / (0.85 * bandwidth)
+        key = blocks, kernel in ("splash_dq", "splash_dkv")
+        found[key] = found.get(key, 0) + 1e3 * seconds
+    whole = {
+        (r["block_q"], r["block_kv"], r["block_kv_compute"])
+        for r in rows
+        if r["kernel"] == "splash_dq"
+    }
+    return {key: ms for key, ms in found.items() if not key[1] or key[0] in whole}
+
+
+# The axis of queries (0) or keys (1) that a kernel's grid runs over last.
+_AXES = {"splash_fwd": 1, "splash_bwd": 0, "splash_dkv": 0, "splash_dq": 1}
 
 
 def main() -> None:
@@ -369,7 +437,10 @@ def main() -> None:
         raise ValueError(
             f"--generations takes some of {', '.join(GENERATIONS)}; got {', '.join(unknown)}."
         )
-    make_table(CHOSEN.value)
+    if BLOCKS.value:
+        print("\n\n".join(map(compare_blocks, CHOSEN.value)))
+    else:
+        make_table(CHOSEN.value)
 
 
 if __name__ == "__main__":
