@@ -52,53 +52,48 @@ ENVIRONMENT = dict(
     TPU_PROCESS_BOUNDS="1,1,1",
     TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
 )
-HEADS, HEAD_DIM = 16, 128
+HEADS, HEAD_DIM, _LENGTH = 16, 128, 19200
 
-# Blocks to compile: of queries, of keys, of keys that are worked on at a time. Today's come first.
+# Blocks to compile: of queries, of keys, of keys that are worked on at a time. A text is one block
+# of 512 keys.
 FORWARD = [
     (1280, 1280, 640),
-    (1280, 512, 512),
-    (1280, 3840, 1920),
-    (640, 1280, 640),
-    (640, 512, 512),
-    (512, 512, 512),
-    (1280, 1920, 640),
-    (1280, 3840, 640),
-    (1280, 1920, 1920),
     (1280, 3840, 1280),
-    (1920, 1920, 640),
-    (1920, 3840, 640),
-    (1920, 3840, 1920),
-    (640, 3840, 640),
     (640, 3840, 1920),
+    (1280, 512, 512),
+    (640, 512, 512),
+    (1280, 3840, 1920),
+    (640, 3840, 1280),
+    (640, 3840, 640),
     (640, 1920, 640),
+    (640, 1280, 640),
+    (640, 6400, 1280),
+    (384, 3840, 1920),
+    (1280, 1920, 640),
+    (1920, 1920, 640),
     (1920, 512, 512),
-    (3840, 1280, 640),
 ]
 BACKWARD = [
     (1280, 1280, 640),
-    (1280, 512, 512),
     (1280, 3840, 384),
-    (640, 1280, 640),
-    (640, 512, 512),
-    (512, 512, 512),
-    (1280, 1920, 384),
-    (1280, 1920, 640),
-    (1280, 3840, 640),
-    (1920, 1920, 384),
-    (1920, 1920, 640),
-    (1920, 3840, 384),
-    (640, 1920, 640),
-    (640, 3840, 384),
     (640, 3840, 640),
+    (1280, 512, 512),
+    (640, 512, 512),
+    (640, 3840, 384),
+    (640, 1920, 640),
+    (640, 1280, 640),
+    (640, 6400, 640),
+    (384, 3840, 640),
+    (1280, 3840, 640),
+    (1280, 1920, 640),
+    (1920, 3840, 384),
+    (1920, 1920, 384),
     (1920, 512, 512),
 ]
-TEXT = [(1280, 512, 512), (640, 512, 512), (1920, 512, 512)]
-_BOTH = ("splash_dq", "splash_dkv")
-SPLIT = {
-    blocks: _BOTH
-    for blocks in [(1280, 1280, 640), (512, 512, 512), (640, 1280, 640), (1920, 1920, 640)]
-}
+# For the pass in two kernels, and for lengths that are padded.
+SPLIT = [(1280, 1280, 640), (640, 3840, 640)]
+SEGMENTED = [(1280, 1280, 640)]
+_WAN = (1024, 1024, 256)  # of `launch.benchmarks.wan_step`
 
 BLOCKS = flags.DEFINE_bool("blocks", False, "Compare block sizes instead of making the table.")
 CHOSEN = flags.DEFINE_list("generations", list(GENERATIONS), "TPU generations.")
@@ -180,20 +175,19 @@ def count_cycles(bundles: str) -> Cycles:
         raise ValueError("the text of a kernel's final bundles has a grid and a loop; found none.")
     if max(depths) > 1:
         raise ValueError("the kernel has a loop inside a step of its grid, which is not counted.")
-    first, step = depths.index(1), depths.count(1)
+    # Empty bundles after a jump have no mark of the loop.
+    first, last = depths.index(1), len(depths) - depths[::-1].index(1)
     ends = [start.start() for start in starts[1:]] + [len(bundles)]
-    body = [
-        bundles[start.start() : end] for start, end, depth in zip(starts, ends, depths) if depth
-    ]
+    body = [bundles[starts[i].start() : ends[i]] for i in range(first, last)]
     begins = {region: i for i, text in enumerate(body) for region in _START.findall(text)}
     parts = [
         (i, begins[region])
         for i, text in enumerate(body)
         for region in _JUMP.findall(text)
-        if begins.get(region, first) > i
+        if begins.get(region, -1) > i
     ]
     grid = tuple(int(size) for size in bounds[1].replace(" ", "").split(",") if size)
-    return Cycles(grid, step, 0) if not parts else _without_edges(grid, step, parts)
+    return _without_edges(grid, len(body), parts) if parts else Cycles(grid, len(body), 0)
 
 
 def _without_edges(grid: tuple[int, ...], step: int, parts: list[tuple[int, int]]) -> Cycles:
@@ -308,15 +302,18 @@ def _attention(kernel: Kernel):
 
 def kernels(generation: str) -> Iterator[Kernel]:
     """What the table has of a generation."""
-    for forward, blocks in [(True, each) for each in FORWARD] + [
-        (False, each) for each in BACKWARD
-    ]:
-        sizes = dict(zip(("block_q", "block_kv", "block_kv_compute"), blocks))
-        # A length that the blocks divide; the number of keys of the text is one block.
-        queries = blocks[0] * math.ceil(19200 / blocks[0])
-        keys = blocks[1] * (1 if blocks in TEXT else math.ceil(19200 / blocks[1]))
-        for name in ["splash_fwd"] if forward else ["splash_bwd", *SPLIT.get(blocks, ())]:
-            yield Kernel(name, generation, queries, keys, **sizes)
+    wanted = [("splash_fwd", blocks) for blocks in FORWARD]
+    wanted += [("splash_bwd", blocks) for blocks in BACKWARD]
+    wanted += [(name, blocks) for blocks in SPLIT for name in ("splash_dq", "splash_dkv")]
+    wanted += [
+        (f"splash_{name}_segmented", blocks) for blocks in SEGMENTED for name in ("fwd", "bwd")
+    ]
+    if generation == "v5p":
+        wanted += [(f"splash_{name}_segmented", _WAN) for name in ("fwd", "dq", "dkv")]
+    for name, (q, kv, compute) in wanted:
+        # Lengths that the blocks divide.
+        queries, keys = (size * math.ceil(_LENGTH / size) for size in (q, kv))
+        yield Kernel(name, generation, queries, kv if kv == 512 else keys, q, kv, compute)
 
 
 def make_table(generations: list[str]) -> None:
