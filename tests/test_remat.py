@@ -10,6 +10,7 @@ import pytest
 from mvjax.models.attention import Attention
 from mvjax.models.layers import POLICIES, run_blocks, stack
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS, decoder_network, video_network
+from mvjax.training.memory import LADDER, kept_widths
 
 pytestmark = pytest.mark.usefixtures("quickly")
 SMALL = dict(width=48, num_blocks=6, num_heads=2, adaln_rank=4)
@@ -128,6 +129,12 @@ def test_each_policy_keeps_what_it_says():
     # Four linears of the self-attention, two of the other, 4 + 1 widths of the MLP; what depends
     # on latent frames and the text alone is small.
     assert (kept["dots"] - kept["attention"]) / of_every_block == pytest.approx(11, abs=0.2)
+    assert (kept["hidden"] - kept["attention"]) / of_every_block == pytest.approx(7, abs=0.2)
+    assert (kept["outputs"] - kept["attention"]) / of_every_block == pytest.approx(3, abs=0.2)
+    # What "auto" reckons with.
+    for remat in LADDER:
+        widths = kept_widths(remat, config.mlp_ratio) - kept_widths("full", config.mlp_ratio)
+        assert kept[remat] - kept["full"] == pytest.approx(widths * of_every_block, rel=0.02)
     assert kept["none"] > kept["dots"] + 4 * of_every_block
 
 
@@ -175,5 +182,5 @@ def test_running_a_part_of_the_blocks_does_not_copy_their_parameters():
 
 
 def test_an_unknown_policy_is_a_sentence():
-    with pytest.raises(ValueError, match="remat must be one of none, dots, attention, offload"):
+    with pytest.raises(ValueError, match="remat must be one of none, dots, hidden, outputs"):
         dataclasses.replace(ACTION_DECODERS["tiny"], remat="everything")

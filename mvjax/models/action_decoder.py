@@ -110,17 +110,16 @@ class Block(nnx.Module):
 
         shift, scale, gate = self.adaln_self_attn(embedding, shared)
         u = modulate(x, shift, scale)
-        x = x + gate * self.self_attn(u, self.self_attn.keys_values(u))
+        x = x + gate * self.self_attn(u, u)
 
         shift, scale, gate = self.adaln_mlp(embedding, shared)
         x = x + gate * self.mlp(modulate(x, shift, scale))
         return constrain(x, "batch", None, None)
 
     def _cross(self, u: Array, context: Array | KeysValues) -> Array:
-        ready = isinstance(context, tuple)
-        keys, values = context if ready else self.cross_attn.keys_values(context)
+        samples = len(jax.tree.leaves(context)[0])
         # Without positions or mask, the draws of one sample are simply more queries to its context.
-        y = self.cross_attn(u.reshape(keys.shape[0], -1, u.shape[-1]), (keys, values))
+        y = self.cross_attn(u.reshape(samples, -1, u.shape[-1]), context)
         return y.reshape(u.shape)
 
 

@@ -1,10 +1,11 @@
 """Attention, without a mask: which kernel computes it, how the kernel is sharded, and the module.
 
-In this order: `attend`, the one function that networks call; `on_shards`, a kernel's sharding; the
-kernels of each backend and the choice among them; the module `Attention`.
+In this order: `attend`, for queries, keys and values that are ready; `on_shards`, a kernel's
+sharding; the kernels and the choice among them; the module `Attention`.
 
-"xla" writes the logits of every query and key to memory; "cudnn" (NVIDIA GPUs) and "splash" (TPUs)
-keep them on the chip, which is what makes tens of thousands of tokens possible.
+"xla" writes the logits of every query and key to memory; "cudnn" (NVIDIA GPUs) and "splash" (TPUs,
+`mvjax.models.splash`) keep them on the chip, which is what makes tens of thousands of tokens
+possible.
 """
 
 import functools
@@ -14,30 +15,25 @@ import chex
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.ad_checkpoint import checkpoint_name
-from jax.experimental.pallas.ops.tpu.splash_attention import (
-    splash_attention_kernel,
-    splash_attention_mask,
-)
+from jax.sharding import PartitionSpec
 
-from mvjax.models.layers import ATTENTION, Linear, RMSNorm
+from mvjax.models.layers import ATTENTION, PROJECTED, Linear, RMSNorm, keep, linears
 from mvjax.models.lora import LoRA
+from mvjax.models.norm_rope import rotation_tables
 from mvjax.models.rope import rotate
-from mvjax.parallel import activation_spec, constrain
+from mvjax.models.splash import can_project, splash_projected, splash_unready
+from mvjax.parallel import activation_spec, constrain, platform, shard_shape
 
 Array = jax.Array
 Kernel = Callable[[Array, Array, Array], Array]  # q, k, v [b, length, heads, head_dim]
 KeysValues = tuple[Array, Array]
+Rope = tuple[Array, Array]  # cosines and sines of `rope_table`
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # Logits of a head up to this number stay with XLA: the decoder's few tokens, toy videos.
 FEW_LOGITS = 2**20
-LANES = 128  # TPU tiles: blocks and heads are multiples of it
-# Largest blocks that fit the 16 MB of on-chip memory that a v5e gives a kernel, in bfloat16.
-BLOCK, BLOCK_COMPUTE = 1280, 640
-# The backward pass in one kernel needs 5 matmuls instead of 7, but a partial dq per block of keys.
-PARTIAL_DQ_BYTES = 2 * 2**30
+CUDNN_HEAD_DIM = 128  # its largest
 
 
 def attend(
@@ -66,7 +62,7 @@ def attend(
         k = constrain(k_bmhd, "batch", None, "heads", None)
         v = constrain(v_bmhd, "batch", None, "heads", None)
         return xla(q, k, v, name)
-    on_device = functools.partial({"cudnn": cudnn, "splash": splash}[kernel], name=name)
+    on_device = functools.partial({"cudnn": cudnn, "splash": splash_unready}[kernel], name=name)
     return on_shards(on_device, q_blhd, k_bmhd, v_bmhd)
 
 
@@ -92,6 +88,45 @@ def on_shards(kernel: Kernel, q_blhd: Array, k_bmhd: Array, v_bmhd: Array) -> Ar
         local, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
     )
     return shards(q_blhd, k_bmhd, v_bmhd)
+
+
+_PROJECTED_AXES = ("batch", "length", "heads")  # of queries, keys, values [b, length, heads · 128]
+
+
+def splash_on_shards(
+    q: Array,
+    k: Array,
+    v: Array,
+    scales: tuple[Array, Array],
+    rope: Rope | None,
+    name: str | None = None,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """`splash_projected` on every device's share, as `on_shards` does for a kernel.
+
+    Args:
+        q, k, v: as projected, [b, length, heads · 128].
+        scales: of the norms of queries and keys.
+        rope: rotates queries and keys alike; their lengths are then the same.
+        name: see `attend`.
+        interpret: see `splash`.
+    """
+    whole = PartitionSpec()
+    queries, keys = (activation_spec(x.shape, *_PROJECTED_AXES) or whole for x in (q, k))
+    context = keys[1] if keys else None
+
+    def local(q, k, v, scales, rope):
+        tables = None if rope is None else rotation_tables(*rope)
+        return splash_projected(q, k, v, *scales, tables, name, context, interpret=interpret)
+
+    if not queries:
+        return local(q, k, v, scales, rope)
+    positions = PartitionSpec(queries[1])
+    shards = jax.shard_map(
+        local, in_specs=(queries, keys, keys, whole, positions), out_specs=queries, check_vma=False
+    )
+    return shards(q, k, v, scales, rope)
 
 
 def check_context(tokens: int) -> None:
@@ -141,27 +176,17 @@ def choose_kernel(requested: str, q: Array, k: Array) -> str:
     return "cudnn" if platform() == "gpu" and not cannot else "xla"
 
 
-def platform() -> str:
-    """What is compiled for: the devices of `jax.set_mesh`, else JAX's default ("cpu", "tpu", ...).
-
-    The mesh decides because a program for a TPU pod may be compiled on a machine without TPUs.
-    """
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    name = jax.default_backend() if device is None else device.platform
-    return "gpu" if name in ("cuda", "rocm") else name
-
-
 def _not_for_cudnn(q: Array) -> str:
     if q.dtype not in (jnp.bfloat16, jnp.float16):
         return f"precision 'bfloat16', got arrays of {q.dtype}"
-    if q.shape[-1] % 8 or q.shape[-1] > LANES:
-        return f"heads of a multiple of 8 and at most {LANES} channels, got {q.shape[-1]}"
+    if q.shape[-1] % 8 or q.shape[-1] > CUDNN_HEAD_DIM:
+        return f"heads of a multiple of 8 and at most {CUDNN_HEAD_DIM} channels, got {q.shape[-1]}"
     return ""
 
 
 def xla(q: Array, k: Array, v: Array, name: str | None = None) -> Array:
     """By XLA, anywhere; `name` as in `attend`."""
-    return _named(jax.nn.dot_product_attention(q, k, v, implementation="xla"), name)
+    return keep(jax.nn.dot_product_attention(q, k, v, implementation="xla"), name)
 
 
 def cudnn(q: Array, k: Array, v: Array, name: str | None = None) -> Array:
@@ -173,95 +198,12 @@ def cudnn(q: Array, k: Array, v: Array, name: str | None = None) -> Array:
         # The backward kernel needs the output and the softmax's sums. They can be kept only if
         # they are named here: with a name on the result alone, the forward kernel would run twice.
         y, pullback = jax.vjp(unnamed, q, k, v)
-        named = {id(x): x for x in (q, k, v)} | {id(y): _named(y, name)}
-        keep = lambda x: named[id(x)] if id(x) in named else _named(x, name)  # noqa: E731
-        return keep(y), jax.tree.map(keep, pullback)
+        named = {id(x): x for x in (q, k, v)} | {id(y): keep(y, name)}
+        same = lambda x: named[id(x)] if id(x) in named else keep(x, name)  # noqa: E731
+        return same(y), jax.tree.map(same, pullback)
 
     attention.defvjp(forward, lambda pullback, dy: pullback(dy))
     return attention(q, k, v)
-
-
-def _named(y: Array, name: str | None) -> Array:
-    return y if name is None else checkpoint_name(y, name)
-
-
-def splash(
-    q: Array, k: Array, v: Array, name: str | None = None, *, interpret: bool = False
-) -> Array:
-    """By splash attention, the flash attention of JAX's TPU kernels; `name` as in `attend`.
-
-    Lengths that blocks do not divide, and heads that are not a multiple of 128 channels, are padded
-    with zeros; padded keys are masked by a segment of their own.
-
-    Args:
-        q: queries [b, l, heads, head_dim].
-        k, v: keys and values [b, m, heads, head_dim].
-        name: see `attend`.
-        interpret: run on any backend, slowly, for tests.
-    """
-    (_, length, h, d), m = q.shape, k.shape[1]
-    sizes, queries, keys = _blocks(q, m)
-    kernel = splash_attention_kernel.make_splash_mha(
-        splash_attention_mask.MultiHeadMask([splash_attention_mask.FullMask((queries, keys))] * h),
-        block_sizes=sizes,
-        head_shards=1,
-        q_seq_shards=1,
-        residual_checkpoint_name=name,
-        interpret=interpret,
-    )
-    segments = None
-    if keys != m:
-        segments = splash_attention_kernel.SegmentIds(
-            jnp.zeros(queries, jnp.int32), (jnp.arange(keys) >= m).astype(jnp.int32)
-        )
-    # The kernel does not scale. In float32, so that the queries are rounded once and not twice.
-    scaled = (q.astype(jnp.float32) * d**-0.5).astype(q.dtype)
-    heads_first = _padded(scaled, queries), _padded(k, keys), _padded(v, keys)
-    y = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(*heads_first)
-    return y.swapaxes(1, 2)[:, :length, :, :d]
-
-
-def _padded(x_blhd: Array, length: int) -> Array:
-    """[b, heads, length, head_dim up to a multiple of 128], zeros added at the ends."""
-    x = x_blhd.swapaxes(1, 2)
-    return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, -x.shape[3] % LANES)))
-
-
-def _blocks(q: Array, m: int) -> tuple[splash_attention_kernel.BlockSizes, int, int]:
-    """Block sizes, and the lengths of queries and of the m keys padded to them."""
-    b, length, h, d = q.shape
-    wide = q.dtype.itemsize // 2  # float32 takes twice the memory
-    block_q, queries = fit_block(length, BLOCK // wide)
-    compute, keys = fit_block(m, BLOCK_COMPUTE // wide)
-    block_kv = 2 * compute if keys % (2 * compute) == 0 else compute
-    partial_dq = b * h * queries * (d + -d % LANES) * q.dtype.itemsize * (keys // block_kv)
-    fused = partial_dq <= PARTIAL_DQ_BYTES
-    dq = {} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}
-    sizes = splash_attention_kernel.BlockSizes(
-        block_q=block_q,
-        block_kv=block_kv,
-        block_kv_compute=compute,
-        block_q_dkv=block_q,
-        block_kv_dkv=block_kv,
-        block_kv_dkv_compute=compute,
-        use_fused_bwd_kernel=fused,
-        **dq,
-    )
-    return sizes, queries, keys
-
-
-def fit_block(length: int, target: int) -> tuple[int, int]:
-    """A block size and the least multiple of it that holds `length`.
-
-    Of the multiples of 128 between half of `target` and `target`, the one that pads least, and of
-    those the largest; a short length is one block.
-    """
-    whole = length + -length % LANES
-    if whole <= target:
-        return whole, whole
-    blocks = range(-(-target // 2 // LANES) * LANES, target + 1, LANES)
-    block = min(reversed(blocks), key=lambda size: -length % size)
-    return block, length + -length % block
 
 
 # --- The module ---
@@ -302,24 +244,54 @@ class Attention(nnx.Module):
         self.q_norm = RMSNorm(d // num_heads)
         self.k_norm = RMSNorm(d // num_heads)
 
-    # Two methods, so that keys and values of a context can be made once and attended to often.
+    def keys_values(self, context: Array, rope: Rope | None = None) -> KeysValues:
+        """Keys and values [b, m, heads, head_dim] of a context [b, m, d_context].
 
-    def keys_values(self, context: Array, rope: tuple[Array, Array] | None = None) -> KeysValues:
-        """Keys and values [b, m, heads, head_dim] of a context [b, m, d_context]."""
-        k = self.k_norm(heads(self.k_proj(context), self.num_heads))
-        if rope is not None:
-            k = rotate(k, *rope)
-        return k, heads(self.v_proj(context), self.num_heads)
+        For a context that is attended to often: `__call__` takes them in place of the context.
+        """
+        return self._keys_values(*linears(context, self.k_proj, self.v_proj), rope)
 
-    def __call__(
-        self, x: Array, keys_values: KeysValues, rope: tuple[Array, Array] | None = None
-    ) -> Array:
-        """Attends from `x` [b, l, d] to keys and values; returns [b, l, d]."""
-        q = self.q_norm(heads(self.q_proj(x), self.num_heads))
-        if rope is not None:
-            q = rotate(q, *rope)
+    def __call__(self, x: Array, context: Array | KeysValues, rope: Rope | None = None) -> Array:
+        """Attends from `x` [b, l, d] to a context; returns [b, l, d].
+
+        Args:
+            x: what queries are made of.
+            context: [b, m, d_context], in self-attention `x` itself; or its keys and values.
+            rope: rotates the queries, and the keys that are made here.
+        """
+        if isinstance(context, tuple):
+            return self._attend(self.q_proj(x), context, rope)
+        if context is x:
+            q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj)
+            k, v = keep(k, PROJECTED), keep(v, PROJECTED)
+        else:
+            q, (k, v) = self.q_proj(x), linears(context, self.k_proj, self.v_proj)
+        q = keep(q, PROJECTED)
+        if self._splash(q, k):
+            scales = self.q_norm.scale[...], self.k_norm.scale[...]
+            y = splash_on_shards(q, k, v, scales, rope, self.name)
+            return self.output_proj(y)
+        return self._attend(q, self._keys_values(k, v, rope), rope)
+
+    def _splash(self, q: Array, k: Array) -> bool:
+        """Whether the TPU's kernels take queries and keys as they are projected."""
+        shapes = (jax.eval_shape(lambda x: heads(x, self.num_heads), x) for x in (q, k))
+        if choose_kernel(self.kernel, *shapes) != "splash":
+            return False
+        lengths = (shard_shape(x.shape, *_PROJECTED_AXES)[1] for x in (q, k))
+        return can_project(q.shape[-1], self.num_heads, *lengths)
+
+    def _attend(self, q: Array, keys_values: KeysValues, rope: Rope | None) -> Array:
+        q = self._ready(q, self.q_norm, rope)
         y = attend(q, *keys_values, self.kernel, self.name)
-        return self.output_proj(y.reshape(*x.shape))
+        return self.output_proj(y.reshape(*y.shape[:2], -1))
+
+    def _keys_values(self, k: Array, v: Array, rope: Rope | None) -> KeysValues:
+        return self._ready(k, self.k_norm, rope), heads(v, self.num_heads)
+
+    def _ready(self, x: Array, norm: RMSNorm, rope: Rope | None) -> Array:
+        x = norm(heads(x, self.num_heads))
+        return x if rope is None else rotate(x, *rope)
 
 
 def heads(x: Array, count: int) -> Array:

@@ -12,9 +12,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from mvjax.models.lora import LoRA
+from mvjax.models.lora import LoRA, with_adapter
+from mvjax.parallel import platform
 
 Array = jax.Array
 Init = Callable[[Array, tuple[int, ...], int], Array]  # (key, shape, fan_in) -> kernel
@@ -121,22 +124,45 @@ class Linear(nnx.Module):
             self.lora_a = nnx.Param(a, axes=(axes[0], "lora"))
             self.lora_b = nnx.Param(jnp.zeros((lora.rank, d_out)), axes=("lora", axes[1]))
 
-    def __call__(self, x: Array) -> Array:
-        """Maps [..., d_in] to [..., d_out] in the dtype of `x`."""
-        shape = x.shape
-        # For the kernel's gradient XLA transposes what has several leading dimensions in memory,
-        # which on a CPU costs more than the product. Over several devices they may be split, and
-        # must stay apart.
-        if jax.sharding.get_abstract_mesh().size <= 1:
-            x = x.reshape(-1, shape[-1])
+    def __call__(self, x: Array, low: Array | None = None) -> Array:
+        """Maps [..., d_in] to [..., d_out] in the dtype of `x`.
+
+        `low` is x A, flat, where it has been computed already (`linears`).
+        """
+        shape, x = x.shape, flat(x)
         # Kernels that learn are float32 and cast at use: the optimizer needs their last digits.
-        y = x @ self.kernel[...].astype(x.dtype)
+        kernel = self.kernel[...].astype(x.dtype)
         if self.adapted:
-            low = x @ self.lora_a[...].astype(x.dtype)
-            y += (low @ self.lora_b[...].astype(x.dtype)) * self.lora_scale
+            low = x @ self.lora_a[...].astype(x.dtype) if low is None else low
+            b = (self.lora_scale * self.lora_b[...]).astype(x.dtype)
+            y = with_adapter(x, low, kernel, b)
+        else:
+            y = x @ kernel
         if self.bias is not None:
             y += self.bias[...].astype(x.dtype)
         return y.reshape(*shape[:-1], y.shape[-1])
+
+
+def flat(x: Array) -> Array:
+    """[..., d] as [rows, d] on a single device.
+
+    For the kernel's gradient XLA transposes what has several leading dimensions in memory, which on
+    a CPU costs more than the product. Over several devices they may be split, and must stay apart.
+    """
+    return x.reshape(-1, x.shape[-1]) if jax.sharding.get_abstract_mesh().size <= 1 else x
+
+
+def linears(x: Array, *layers: Linear) -> list[Array]:
+    """Several layers of one input; their adapters read it in one product.
+
+    A product with a few hundred columns takes a TPU as long as the reading of its input does.
+    """
+    if not (len(layers) > 1 and all(layer.adapted for layer in layers)):
+        return [layer(x) for layer in layers]
+    down = [layer.lora_a[...].astype(x.dtype) for layer in layers]
+    low = flat(x) @ jnp.concatenate(down, axis=1)
+    ends = np.cumsum([a.shape[1] for a in down])[:-1]
+    return [layer(x, part) for layer, part in zip(layers, jnp.split(low, ends, axis=-1))]
 
 
 # --- Norms and activations: computed in float32, rounded once at their end ---
@@ -218,7 +244,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Maps [..., d] to [..., d]."""
-        return self.layer2(gelu(self.layer1(x)))
+        return self.layer2(gelu(keep(self.layer1(x), HIDDEN)))
 
 
 # --- adaLN-LoRA: how the noise level steers every sublayer ---
@@ -246,6 +272,15 @@ class Modulation(nnx.Module):
         """
         m = self.up(self.down(silu(embedding)))
         return jnp.split(m + shared[..., : m.shape[-1]], self.chunks, axis=-1)
+
+
+def apart(x: Array) -> Array:
+    """`x`, computed for itself on TPUs, forward and backward; put around a product.
+
+    Gates and modulation are per frame. Fused into a product, they leave XLA windows of 16 rows,
+    which fill a few per cent of the MXU.
+    """
+    return jax.lax.optimization_barrier(x) if platform() == "tpu" else x
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
@@ -279,19 +314,28 @@ class FinalLayer(nnx.Module):
 
 # --- Stacks of blocks, and what of them is kept for the backward pass ---
 
-ATTENTION = "attention"  # the name that attention outputs are kept by
+# Names that results of a block may be kept by.
+ATTENTION = "attention"  # what attention over many keys gives, and its softmax's sums
+OUTPUT = "output"  # what a sublayer gives to its gate
+HIDDEN = "hidden"  # the MLP's first product
+PROJECTED = "projected"  # queries, keys and values as they leave their layers
 
-_KEEP_ATTENTION = jax.checkpoint_policies.save_only_these_names(ATTENTION)
+_named = jax.checkpoint_policies.save_only_these_names
 POLICIES = {
     # Everything is kept; the fastest where it fits.
     "none": None,
     # The outputs of linears and of attention; norms, activations and rotations are repeated.
-    "dots": jax.checkpoint_policies.save_from_both_policies(
-        jax.checkpoint_policies.dots_with_no_batch_dims_saveable, _KEEP_ATTENTION
-    ),
+    "dots": _named(ATTENTION, OUTPUT, HIDDEN, PROJECTED),
+    # Less memory for some of the products again: of all that could be kept, what a sublayer gives
+    # saves the most arithmetic per byte (the MLP's second product), then the MLP's first.
+    "hidden": _named(ATTENTION, OUTPUT, HIDDEN),
+    "outputs": _named(ATTENTION, OUTPUT),
     # The outputs of attention over many keys. All else is repeated, which is a third more matmuls
     # but not a third more attention. The choice for long videos.
-    "attention": _KEEP_ATTENTION,
+    "attention": _named(ATTENTION),
+    # Stage 1 chooses one by the memory of the devices (`mvjax.training.memory`). Where nothing is
+    # trained, or nothing was chosen, as "attention".
+    "auto": _named(ATTENTION),
     # As "attention", but kept in the host's pinned memory: 2 bytes less per token, block and
     # channel on the device (bfloat16) for two copies over the host's link.
     "offload": jax.checkpoint_policies.save_and_offload_only_these_names(
@@ -303,6 +347,11 @@ POLICIES = {
     # Nothing but the residual stream between blocks.
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+
+
+def keep(x: Array, name: str | None) -> Array:
+    """`x`, by a name that a policy may keep it by; None for none."""
+    return x if name is None else checkpoint_name(x, name)
 
 
 def check_remat(name: str) -> None:

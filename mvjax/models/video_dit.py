@@ -3,6 +3,7 @@
 In this order: sizes; the DiT block; the network; its embedding of time and its patches.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import chex
@@ -15,14 +16,17 @@ from data_pipelines.clip import PATCH
 from mvjax.models.attention import Attention, check_context, check_kernel
 from mvjax.models.layers import (
     MLP,
+    OUTPUT,
     FinalLayer,
     Linear,
     Modulation,
     RMSNorm,
+    apart,
     by_frame,
     check_remat,
     compute_dtype,
     gelu,
+    keep,
     modulate,
     rounded,
     run_blocks,
@@ -130,21 +134,14 @@ class Block(nnx.Module):
         x = by_frame(x, embedding)
         frames = x.shape
 
-        def modulation(layer: Modulation) -> list[Array]:
-            return [m[:, :, None] for m in layer(embedding, shared)]
+        def sublayer(x: Array, layer: Modulation, f: Callable[[Array], Array]) -> Array:
+            shift, scale, gate = (m[:, :, None] for m in layer(embedding, shared))
+            y = f(apart(modulate(x, shift, scale).reshape(tokens)))
+            return x + gate * keep(apart(y), OUTPUT).reshape(frames)
 
-        shift, scale, gate = modulation(self.adaln_self_attn)
-        u = modulate(x, shift, scale).reshape(tokens)
-        y = self.self_attn(u, self.self_attn.keys_values(u, rope), rope)
-        x = x + gate * y.reshape(frames)
-
-        shift, scale, gate = modulation(self.adaln_cross_attn)
-        u = modulate(x, shift, scale).reshape(tokens)
-        y = self.cross_attn(u, self.cross_attn.keys_values(text))
-        x = x + gate * y.reshape(frames)
-
-        shift, scale, gate = modulation(self.adaln_mlp)
-        x = x + gate * self.mlp(modulate(x, shift, scale))
+        x = sublayer(x, self.adaln_self_attn, lambda u: self.self_attn(u, u, rope))
+        x = sublayer(x, self.adaln_cross_attn, lambda u: self.cross_attn(u, text))
+        x = sublayer(x, self.adaln_mlp, self.mlp)
         # The residual stream is what lives between blocks: said here, it stays split over context.
         return constrain(x.reshape(tokens), "batch", "length", None)
 

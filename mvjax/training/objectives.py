@@ -28,6 +28,7 @@ from mvjax.models.lora import learns_with_lora
 from mvjax.models.network import Params
 from mvjax.models.presets import video_network
 from mvjax.training.bridge import Backbone, load_backbone
+from mvjax.training.memory import chosen_remat
 
 Batch = dict[str, jax.Array]
 Loss = tuple[jax.Array, dict[str, jax.Array]]
@@ -74,8 +75,17 @@ class Stage:
 
 
 def make_stage(experiment: Experiment, mesh: Mesh, backbone_of: Backbone = load_backbone) -> Stage:
-    """The stage of an experiment; `mesh` and `backbone_of` are for the backbone of stage 2."""
+    """The stage of an experiment.
+
+    Args:
+        experiment: Of either stage.
+        mesh: What stage 1 chooses its rematerialisation for, where that is "auto"; where stage 2
+            places its backbone.
+        backbone_of: Loads the backbone of stage 2.
+    """
     if experiment.stage == "video":
+        if experiment.video.remat == "auto" and mesh is not None:
+            experiment = experiment.changed({"video_model.remat": chosen_remat(experiment, mesh)})
         return video_stage(experiment)
     return action_stage(experiment, mesh, backbone_of)
 

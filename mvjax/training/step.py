@@ -16,7 +16,14 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from mvjax.experiment import Experiment
 from mvjax.models.network import Params, merge, split
-from mvjax.parallel import Axes, Rules, constrain, sharding_tree, use_rules
+from mvjax.parallel import (
+    Axes,
+    Rules,
+    compiler_options,
+    constrain,
+    sharding_tree,
+    use_rules,
+)
 from mvjax.training.bridge import Backbone, load_backbone
 from mvjax.training.objectives import Batch, Loss, Stage, make_stage
 
@@ -149,7 +156,7 @@ def compile_step(
     compiled = jax.jit(
         step, in_shardings=shardings, out_shardings=(shardings[0], whole), donate_argnums=0
     )
-    return compiled.lower(state, frozen, batch).compile()
+    return compiled.lower(state, frozen, batch).compile(compiler_options=compiler_options())
 
 
 # --- Micro-batches, for a batch too large for the devices: one after the other in the step ---

@@ -1,0 +1,178 @@
+"""Attention on TPUs: JAX's splash attention, heads first from projection to projection.
+
+`splash` is the kernel with its block sizes, and `splash_projected` the whole of it: queries, keys
+and values as they leave their linear layers, normalised, rotated and attended to.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
+
+from mvjax.models.norm_rope import HEAD_DIM, Tables, block_rows, norm_rope
+from mvjax.parallel import device_kind
+
+Array = jax.Array
+
+LANES = 128  # TPU tiles: blocks and heads are multiples of it
+# The backward pass in one kernel needs 5 matmuls instead of 7, but a partial dq per block of keys.
+PARTIAL_DQ_BYTES = 2 * 2**30
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of a block in bfloat16; of keys, the kernel multiplies `compute` at once.
+
+    Chosen by `python -m launch.benchmarks.tpu_kernels --blocks`.
+    """
+
+    queries: int = 1280
+    keys: int = 1280
+    compute: int = 640
+    backward_compute: int = 640
+
+
+# The default fits the 16 MB of on-chip memory that a v5e gives a kernel.
+BLOCKS = {"TPU v6 lite": Blocks(1280, 3840, 1920, 384)}
+MEGACORE = ("TPU v4", "TPU v5")  # two TensorCores that are one device
+
+
+def splash(
+    q: Array, k: Array, v: Array, name: str | None = None, *, interpret: bool = False
+) -> Array:
+    """softmax(q kᵀ) v, heads first; the caller scales the queries.
+
+    Lengths that blocks do not divide, and heads that are not a multiple of 128 channels, are padded
+    with zeros; padded keys are masked by a segment of their own.
+
+    Args:
+        q: queries [b, heads, l, head_dim].
+        k, v: keys and values [b, heads, m, head_dim].
+        name: by which a rematerialisation policy may keep what the backward pass needs.
+        interpret: run on any backend, slowly, for tests.
+    """
+    (b, h, length, d), m = q.shape, k.shape[2]
+    sizes, queries, keys = _block_sizes(q, m)
+    # The backward kernel's own grid is not split over the two TensorCores of a megacore chip; an
+    # axis of a vmap is. An odd number of samples would leave one of them idle for part of the time.
+    parts = 2 if device_kind() in MEGACORE and b % 2 and h % 2 == 0 else 1
+    kernel = splash_attention_kernel.make_splash_mha(
+        splash_attention_mask.MultiHeadMask(
+            [splash_attention_mask.FullMask((queries, keys))] * (h // parts)
+        ),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=name,
+        interpret=interpret,
+    )
+    segments = None
+    if keys != m:
+        segments = splash_attention_kernel.SegmentIds(
+            jnp.zeros(queries, jnp.int32), (jnp.arange(keys) >= m).astype(jnp.int32)
+        )
+
+    def ready(x: Array, rows: int) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, -d % LANES)))
+        return x.reshape(b * parts, h // parts, *x.shape[2:])
+
+    y = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(
+        ready(q, queries), ready(k, keys), ready(v, keys)
+    )
+    return y.reshape(b, h, *y.shape[2:])[:, :, :length, :d]
+
+
+def splash_unready(
+    q: Array, k: Array, v: Array, name: str | None = None, *, interpret: bool = False
+) -> Array:
+    """As `splash` for queries that are not scaled, in the layout [b, length, heads, head_dim]."""
+    # In float32, so that the queries are rounded once and not twice.
+    q = (q.astype(jnp.float32) * q.shape[-1] ** -0.5).astype(q.dtype)
+    y = splash(*(x.swapaxes(1, 2) for x in (q, k, v)), name, interpret=interpret)
+    return y.swapaxes(1, 2)
+
+
+def can_project(width: int, heads: int, queries: int, keys: int) -> bool:
+    """Whether `splash_projected` takes heads and lengths (of one device) like these."""
+    return width == heads * HEAD_DIM and all(block_rows(n) for n in (queries, keys))
+
+
+def splash_projected(
+    q: Array,
+    k: Array,
+    v: Array,
+    q_scale: Array,
+    k_scale: Array,
+    tables: Tables | None,
+    name: str | None = None,
+    context: str | tuple[str, ...] | None = None,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """softmax(q' k'ᵀ / √d) v of normalised, rotated q' and k', on one device.
+
+    Args:
+        q: queries as projected [b, l, heads · 128].
+        k, v: keys and values as projected [b, m, heads · 128].
+        q_scale, k_scale: of the RMS norms of a head [128].
+        tables: of `rotation_tables`, for queries and keys; None for no rotation.
+        name: see `splash`.
+        context: the mesh axes over which keys and values are gathered, if any.
+        interpret: run on any backend, slowly, for tests.
+
+    Returns:
+        [b, l, heads · 128].
+    """
+    q = norm_rope(q, q_scale, tables, HEAD_DIM**-0.5, interpret)
+    k = norm_rope(k, k_scale, tables, 1.0, interpret)
+    v = v.reshape(*v.shape[:2], -1, HEAD_DIM).swapaxes(1, 2)
+    if context is not None:
+        k, v = (jax.lax.all_gather(x, context, axis=2, tiled=True) for x in (k, v))
+    y = splash(q, k, v, name, interpret=interpret).swapaxes(1, 2)
+    return y.reshape(*y.shape[:2], -1)
+
+
+def _block_sizes(q: Array, m: int) -> tuple[splash_attention_kernel.BlockSizes, int, int]:
+    """Block sizes, and the lengths of queries and of the m keys padded to them."""
+    b, h, length, d = q.shape
+    wide = q.dtype.itemsize // 2  # float32 takes twice the memory
+    blocks = BLOCKS.get(device_kind(), Blocks())
+    block_q, queries = fit_block(length, blocks.queries // wide)
+    block_kv, keys = fit_block(m, blocks.keys // wide)
+    partial_dq = b * h * queries * (d + -d % LANES) * q.dtype.itemsize * (keys // block_kv)
+    fused = partial_dq <= PARTIAL_DQ_BYTES
+    dq = {} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}
+    sizes = splash_attention_kernel.BlockSizes(
+        block_q=block_q,
+        block_kv=block_kv,
+        block_kv_compute=_part(block_kv, blocks.compute // wide),
+        block_q_dkv=block_q,
+        block_kv_dkv=block_kv,
+        block_kv_dkv_compute=_part(block_kv, blocks.backward_compute // wide),
+        use_fused_bwd_kernel=fused,
+        **dq,
+    )
+    return sizes, queries, keys
+
+
+def fit_block(length: int, target: int) -> tuple[int, int]:
+    """A block size and the least multiple of it that holds `length`.
+
+    Of the multiples of 128 between half of `target` and `target`, the one that pads least, and of
+    those the largest; a short length is one block.
+    """
+    whole = length + -length % LANES
+    if whole <= target:
+        return whole, whole
+    blocks = range(-(-target // 2 // LANES) * LANES, target + 1, LANES)
+    block = min(reversed(blocks), key=lambda size: -length % size)
+    return block, length + -length % block
+
+
+def _part(block: int, target: int) -> int:
+    """The largest multiple of 128 up to `target` that divides a block."""
+    return next(n for n in range(min(block, target) // LANES * LANES, 0, -LANES) if block % n == 0)

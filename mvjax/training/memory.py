@@ -1,0 +1,100 @@
+"""What of a block is kept for the backward pass, where the configuration says remat="auto"."""
+
+import logging
+import math
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, Mesh
+
+from mvjax.experiment import Experiment
+from mvjax.models.lora import learns_with_lora
+from mvjax.models.network import split
+from mvjax.parallel import GB, chip, sharding_tree, split_ways
+
+log = logging.getLogger(__name__)
+
+# From the most that is kept to the least; each is slower than the one before, for less memory.
+# "none" keeps what costs nothing to compute again, and "offload" trusts the host's link.
+LADDER = ("dots", "hidden", "outputs", "attention", "full")
+SHARE = 0.92  # of the memory; the rest is the runtime's and the compiler's
+# Besides state and what is kept, a step needs room for the activations of the block at work and
+# their gradients: as many as this, each [tokens, width]. Compiled programs need 50 to 65.
+WORKING_ACTIVATIONS = 70
+
+
+def chosen_remat(experiment: Experiment, mesh: Mesh | AbstractMesh) -> str:
+    """The policy for stage 1 on this mesh: "auto" resolved, any other as it is.
+
+    The most that fits the memory of a device, by an estimate that is on the safe side; "attention"
+    where the memory is not known (a CPU, an unknown device).
+    """
+    remat = experiment.video.remat
+    if remat != "auto":
+        return remat
+    kind = chip(_device_kind(mesh))
+    if kind is None:
+        return "attention"
+    needed = {name: step_bytes(experiment, mesh, name) for name in LADDER}
+    fits = [name for name in LADDER if needed[name] <= SHARE * kind.hbm_bytes]
+    remat = fits[0] if fits else LADDER[-1]
+    log.info(
+        f"remat: {remat!r} was chosen for {kind.hbm_bytes / GB:.1f} GB of memory; a step may need "
+        f"{needed[remat] / GB:.1f} GB"
+    )
+    return remat
+
+
+def step_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh, remat: str) -> float:
+    """About what a step of stage 1 needs on a device."""
+    training, clip, model = experiment.config.training, experiment.clip, experiment.video
+    rules, samples = experiment.rules, training.batch_size / training.accumulate
+    clips = samples / split_ways("batch", mesh, rules)
+    tokens = clips * clip.tokens / split_ways("length", mesh, rules)
+    itemsize = 4 if model.dtype == "float32" else 2
+    activation = tokens * model.width * itemsize
+    state, block = _parameter_bytes(experiment, mesh)
+    kept = model.num_blocks * kept_widths(remat, model.mlp_ratio) * activation
+    # Of two blocks at a time the weights are gathered.
+    return state + 2 * block * itemsize + (WORKING_ACTIVATIONS + 1) * activation + kept
+
+
+def kept_widths(remat: str, mlp_ratio: int) -> int:
+    """Activations [tokens, width] that a block keeps: its input, and what the policy names."""
+    outputs, projected = 3, 4  # of three sublayers; q, k, v and the queries of the cross-attention
+    more = {
+        "full": 0,
+        "attention": 1,
+        "outputs": 1 + outputs,
+        "hidden": 1 + outputs + mlp_ratio,
+        "dots": 1 + outputs + mlp_ratio + projected,
+    }
+    return 1 + more[remat]
+
+
+def _parameter_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh) -> tuple[float, float]:
+    """Of the state and gradients on a device, and the number of parameters of one block."""
+    network = experiment.video_network
+    shardings = sharding_tree(network.axes, mesh, experiment.rules, network.abstract)
+    sizes = jax.tree.map(
+        lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)),
+        network.abstract,
+        shardings,
+    )
+    learns = learns_with_lora if experiment.video.lora else lambda path: True
+    trainable = _total(split(sizes, learns)[0])
+    averages = 1 if experiment.config.training.ema_decay > 0 else 0
+    # Parameters, and of those that learn a gradient, two moments and perhaps an average; float32.
+    state = 4 * (_total(sizes) + (3 + averages) * trainable)
+    blocks = jax.tree.map(lambda leaf: leaf.size, network.abstract["blocks"])
+    return state, _total(blocks) / experiment.video.num_blocks
+
+
+def _total(tree: Any) -> int:
+    return sum(jax.tree.leaves(tree))
+
+
+def _device_kind(mesh: Mesh | AbstractMesh) -> str:
+    if isinstance(mesh, AbstractMesh):
+        return mesh.abstract_device.device_kind if mesh.abstract_device else ""
+    return mesh.devices.flat[0].device_kind
