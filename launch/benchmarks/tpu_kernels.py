@@ -19,7 +19,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from absl import flags
 
 from data_pipelines.atomic import write_json
 from launch.entry import run
+from mvjax.models.norm_rope import block_rows
 
 TABLE = Path(__file__).parents[2] / "mvjax" / "pods" / "kernel_cycles.json"
 # One host of each generation, its megacores (chips whose two cores are one device), Hz, bytes/s.
@@ -67,11 +68,8 @@ FORWARD = [
     (640, 3840, 640),
     (640, 1920, 640),
     (640, 1280, 640),
-    (640, 6400, 1280),
-    (384, 3840, 1920),
     (1280, 1920, 640),
     (1920, 1920, 640),
-    (1920, 512, 512),
 ]
 BACKWARD = [
     (1280, 1280, 640),
@@ -79,16 +77,14 @@ BACKWARD = [
     (640, 3840, 640),
     (1280, 512, 512),
     (640, 512, 512),
+    (1280, 512, 256),
+    (640, 512, 256),
     (640, 3840, 384),
     (640, 1920, 640),
     (640, 1280, 640),
-    (640, 6400, 640),
-    (384, 3840, 640),
     (1280, 3840, 640),
     (1280, 1920, 640),
-    (1920, 3840, 384),
     (1920, 1920, 384),
-    (1920, 512, 512),
 ]
 # For the pass in two kernels, and for lengths that are padded.
 SPLIT = [(1280, 1280, 640), (640, 3840, 640)]
@@ -109,8 +105,9 @@ class Kernel:
     Attributes:
         name: of the kernel.
         generation: of the TPU.
-        queries, keys: lengths; for norm_rope, `queries` is the number of rows.
-        block_q, block_kv, block_kv_compute: blocks; not used by norm_rope.
+        queries, keys: lengths.
+        block_q, block_kv, block_kv_compute: blocks. Of norm_rope, which is over queries alone,
+            `block_q` is the rows of a block, and follows from the length.
         causal: whether keys behind a query are masked.
     """
 
@@ -224,7 +221,7 @@ def measure(kernel: Kernel) -> Cycles:
             if re.search("out of memory|exceed.*(vmem|limit)", child.stderr, re.IGNORECASE):
                 raise DoesNotFit(f"{kernel} does not fit.")
             raise RuntimeError(f"{kernel} does not compile:\n{child.stderr[-2000:]}")
-        word = kernel.name.replace("bwd", "dkv").replace("splash_", "splash_mha_")
+        word = kernel.name.replace("splash_bwd", "splash_dkv").replace("splash_", "splash_mha_")
         found = [
             path
             for path in Path(folder).glob(f"*{word}*final_bundles.txt")
@@ -247,12 +244,33 @@ def _compile(kernel: Kernel) -> None:
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)  # noqa: E731
     heads = lambda length: array(HEADS, length, HEAD_DIM)  # noqa: E731
     keys = heads(kernel.keys), heads(kernel.keys)
+    if kernel.name.startswith("norm_rope"):
+        _compile_norm_rope(kernel, array)
+        return
     attention = _attention(kernel)
     if kernel.name.startswith("splash_fwd"):
         function, arguments = lambda *x: jax.vjp(attention, *x), (heads(kernel.queries), *keys)
     else:
         function = lambda dy, *x: jax.vjp(attention, *x)[1](dy)  # noqa: E731
         arguments = heads(kernel.queries), heads(kernel.queries), *keys
+    jax.jit(function).lower(*arguments).compile()
+
+
+def _compile_norm_rope(kernel: Kernel, array: Callable) -> None:
+    import jax
+
+    from mvjax.models.norm_rope import norm_rope
+
+    x, scale = array(1, kernel.queries, HEADS * HEAD_DIM), array(HEAD_DIM)
+    tables = (array(kernel.queries, HEAD_DIM),) * 2
+    rope = lambda x, scale, *tables: norm_rope(x, scale, tables, HEAD_DIM**-0.5)  # noqa: E731
+    if kernel.name == "norm_rope_fwd":
+        function, arguments = rope, (x, scale, *tables)
+    else:
+        function = lambda dy, x, scale, *tables: jax.vjp(  # noqa: E731
+            lambda x, scale: rope(x, scale, *tables), x, scale
+        )[1](dy)
+        arguments = array(1, HEADS, kernel.queries, HEAD_DIM), x, scale, *tables
     jax.jit(function).lower(*arguments).compile()
 
 
@@ -314,6 +332,8 @@ def kernels(generation: str) -> Iterator[Kernel]:
         # Lengths that the blocks divide.
         queries, keys = (size * math.ceil(_LENGTH / size) for size in (q, kv))
         yield Kernel(name, generation, queries, kv if kv == 512 else keys, q, kv, compute)
+    for name in ("norm_rope_fwd", "norm_rope_bwd"):
+        yield Kernel(name, generation, _LENGTH, 0, block_rows(_LENGTH), 0, 0)
 
 
 def make_table(generations: list[str]) -> None:
@@ -352,6 +372,8 @@ def make_table(generations: list[str]) -> None:
 def _row(kernel: Kernel) -> dict:
     row = asdict(kernel)
     del row["generation"], row["causal"]
+    if kernel.name.startswith("norm_rope"):
+        row = {"name": kernel.name, "queries": kernel.queries, "rows": kernel.block_q}
     return {"kernel": row.pop("name"), "head_dim": HEAD_DIM} | row
 
 
