@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from launch.entry import run
 from mvjax.parallel import chip
 from mvjax.pods.cost import cost
-from mvjax.pods.hlo import Program
+from mvjax.pods.hlo import HLO
 from mvjax.pods.kernels import HBM_SHARE
 from mvjax.pods.topology import pod_devices
 
@@ -77,7 +77,7 @@ def product_seconds(generation: str, m: int, k: int, n: int) -> float:
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in ((m, k), (k, n))]
     compiled = jax.jit(jnp.matmul).lower(*shapes).compile()
     kind = chip(device.device_kind)
-    return cost(Program(compiled.as_text()), generation, kind).seconds.low
+    return cost(HLO(compiled.as_text()), generation, kind).seconds.low
 
 
 def causal_seconds(kernel: Kernel, heads: int) -> float:

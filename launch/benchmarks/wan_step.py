@@ -30,7 +30,7 @@ from mvjax.models.layers import layer_norm, run_blocks
 from mvjax.parallel import chip, make_mesh
 from mvjax.pods.collectives import collectives
 from mvjax.pods.cost import Cost, cost
-from mvjax.pods.hlo import Program
+from mvjax.pods.hlo import HLO
 from mvjax.pods.kernels import kernel_table
 from mvjax.pods.topology import generation, pod_devices
 
@@ -94,7 +94,7 @@ def estimate(devices: list[jax.Device]) -> Cost:
     with jax.set_mesh(mesh):
         out = jax.tree.map(lambda leaf: leaf.sharding, (stacked, tokens, text))
         compiled = jax.jit(step, out_shardings=out).lower(*arguments).compile()
-    program = Program(compiled.as_text())
+    program = HLO(compiled.as_text())
     kind = devices[0].device_kind
     name = generation(kind)
     # All of these kernels mask padding; the table lists that variant by a name of its own.

@@ -13,7 +13,7 @@ import re
 from collections import defaultdict
 from dataclasses import dataclass
 
-from mvjax.pods.hlo import Instruction, Program
+from mvjax.pods.hlo import HLO, Instruction
 
 KINDS = (
     "all-gather",
@@ -54,14 +54,14 @@ class Collective:
     exposed_bytes: float = 0.0
 
 
-def collectives(program: Program, devices: int) -> list[Collective]:
+def collectives(program: HLO, devices: int) -> list[Collective]:
     """The collectives of a program, largest first.
 
     An exchange overlaps other work if it has a start and a done, or a chain_id; those across slices
     always do.
 
     Args:
-        program: The compiled one.
+        program: The compiled one, all of it.
         devices: Number of devices of a slice; the group of a collective that names none.
     """
     totals: defaultdict[tuple[str, bool], list[float]] = defaultdict(lambda: [0, 0.0, 0.0])

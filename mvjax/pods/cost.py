@@ -24,7 +24,7 @@ from dataclasses import dataclass
 
 from mvjax.parallel import Chip
 from mvjax.pods.collectives import Collective, is_exchange
-from mvjax.pods.hlo import LANES, Array, Instruction, Program
+from mvjax.pods.hlo import HLO, LANES, Array, Instruction
 from mvjax.pods.kernels import HBM_SHARE, Table, is_kernel, kernel_table, kernel_time
 
 # Published kernels take 1.01 times the computed time forward and 1.28 times backward.
@@ -75,6 +75,7 @@ _MOVES = {
     "concatenate",
     "fusion",
 }
+_SLICES = {"slice", "dynamic-slice", "gather"}
 _PRODUCT = {"convolution", "dot"}
 _ASYNCHRONOUS = {"send", "recv", "copy-start", "slice-start", "async-start", "async-update"}
 
@@ -146,7 +147,7 @@ class Cost:
 
 
 def cost(
-    program: Program,
+    program: HLO,
     generation: str,
     chip: Chip,
     exchanges: Iterable[Collective] = (),
@@ -182,7 +183,7 @@ def cost(
 class _Work:
     """The time of a program, added up instruction by instruction."""
 
-    def __init__(self, program: Program, generation: str, chip: Chip, table: Table):
+    def __init__(self, program: HLO, generation: str, chip: Chip, table: Table):
         self.program, self.generation, self.chip, self.table = program, generation, chip, table
         self.parts: defaultdict[str, Range] = defaultdict(lambda: Range(0.0, 0.0, 0.0))
         self.notes: list[str] = []
@@ -228,18 +229,19 @@ class _Work:
             best = self.products_flops[instruction] / (peak * _GOOD_PRODUCT)
             return self.products_seconds[instruction] - best
 
-        worst = sorted(self.products_seconds, key=lost, reverse=True)[:_WORST]
-        return tuple(
-            Product(
-                instruction.name,
-                self.program.source(instruction),
-                _window(instruction),
-                self.products_runs[instruction],
-                seconds := self.products_seconds[instruction],
-                self.products_flops[instruction] / (seconds * peak) if seconds else 0.0,
+        def named(instruction: Instruction) -> Product:
+            seconds = self.products_seconds[instruction]
+            return Product(
+                name=instruction.name,
+                source=self.program.source(instruction),
+                window=_window(instruction),
+                runs=self.products_runs[instruction],
+                seconds=seconds,
+                peak_share=self.products_flops[instruction] / (seconds * peak) if seconds else 0.0,
             )
-            for instruction in worst
-        )
+
+        worst = sorted(self.products_seconds, key=lost, reverse=True)[:_WORST]
+        return tuple(map(named, worst))
 
     def _kernel(self, call: Instruction, times: int) -> None:
         read = [array for made in self.program.operands(call) for array in made.results]
@@ -284,6 +286,8 @@ class _Work:
         return moved / (self.chip.hbm_bandwidth * HBM_SHARE)
 
     def _bytes_read(self, instruction: Instruction) -> float:
+        if instruction.op in _SLICES:
+            return _padded(instruction.results)
         made = self.program.computations[instruction.computation]
         fused = instruction.called[0] if instruction.op == "fusion" else None
         total = 0.0
@@ -312,7 +316,7 @@ class _Work:
         for user in inside.values():
             if name not in user.operands:
                 continue
-            if user.op in ("slice", "dynamic-slice", "gather"):
+            if user.op in _SLICES:
                 total += _padded(user.results)
             elif user.op == "dynamic-update-slice" and user.operands[0] == name:
                 pass  # updated in place

@@ -80,7 +80,7 @@ def arrays(type_text: str) -> list[Array]:
     ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Instruction:
     """One instruction of a computation.
 
@@ -135,8 +135,11 @@ class Instruction:
         return found[1] if found else ""
 
 
-class Program:
-    """A program's computations.
+class HLO:
+    """A compiled program.
+
+    Args:
+        text: Of the optimised program (`compiled.as_text()`).
 
     Attributes:
         computations: By name: their instructions, by name.

@@ -119,7 +119,7 @@ def _splash(
     parallel = leading[:-1] if backward else leading
     cores = 2 if generation in MEGACORE else 1
     used = _cores(parallel) if cores == 2 else 1.0
-    what = f"{name} with blocks of {blocks.get('block_q', '?')} x {blocks.get('block_kv', '?')}"
+    what = f"{name} with blocks of {_sizes(blocks)}" if blocks else f"{name} with unknown blocks"
     nearest = _nearest(table.get(generation, ()), name, head_dim, blocks)
     if nearest is None:
         share = _FALLBACK_SHARE.get(generation, _FALLBACK_SHARE_NARROW)
@@ -131,11 +131,16 @@ def _splash(
     cycles = nearest["cycles_per_step"] * area / (nearest["block_q"] * nearest["block_kv"])
     steps = math.prod(leading) * -(-queries // blocks["block_q"]) * -(-keys // blocks["block_kv"])
     exact = all(nearest.get(key) == size for key, size in blocks.items())
-    sizes = f"{nearest['block_q']} x {nearest['block_kv']}"
-    if compute := nearest.get("block_kv_compute"):
-        sizes += f" ({compute} at a time)"
-    note = "" if exact else f"{what} on {generation}: scaled from those of {sizes}"
+    note = f"cycles of {what} on {generation} are scaled from those of {_sizes(nearest)}"
+    note = "" if exact else note
     return KernelTime(name, max(cycles * steps / used / chip.clock, memory), backward, note)
+
+
+def _sizes(blocks: Mapping[str, Any]) -> str:
+    """Queries, keys, and keys that are computed together: "1280 x 1280 (640 at a time)"."""
+    compute = blocks.get("block_kv_compute")
+    together = f" ({compute} at a time)" if compute else ""
+    return f"{blocks['block_q']} x {blocks['block_kv']}{together}"
 
 
 def _norm_rope(
@@ -170,14 +175,15 @@ def _blocks(call: Instruction, name: str) -> dict[str, int]:
         "block_kv": f"block_kv{suffix}",
         "block_kv_compute": f"block_kv{suffix}_compute",
     }
-    return {key: sizes[theirs] for key, theirs in keys.items() if sizes.get(theirs)}
+    found = {key: sizes[theirs] for key, theirs in keys.items() if sizes.get(theirs)}
+    return found if {"block_q", "block_kv"} <= found.keys() else {}
 
 
 def _nearest(
     entries: Sequence[Mapping[str, Any]], name: str, head_dim: int, blocks: Mapping[str, int]
 ) -> Mapping[str, Any] | None:
     """The entry of a kernel whose blocks are most like the given ones; None if there is none."""
-    if not {"block_q", "block_kv"} <= blocks.keys():
+    if not blocks:
         return None
     same = [e for e in entries if e["kernel"] == name and e.get("head_dim") == head_dim]
 
