@@ -10,19 +10,20 @@ its generation and goes through the rules of `mvjax estimate`; a whole training 
 import os
 from dataclasses import replace
 
-from launch.benchmarks.tpu_kernels import ENVIRONMENT, GENERATIONS, Kernel, measure
+from launch.benchmarks.tpu_compiler import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)  # before jax is imported
 
 import jax
 import jax.numpy as jnp
 
+from launch.benchmarks.tpu_kernels import TOPOLOGIES, Kernel, measure
 from launch.entry import run
 from mvjax.parallel import chip
 from mvjax.pods.cost import cost
 from mvjax.pods.hlo import HLO
-from mvjax.pods.kernels import HBM_SHARE
-from mvjax.pods.topology import pod_devices
+from mvjax.pods.kernels import HBM_SHARE, MEGACORE
+from mvjax.pods.topology import pod_devices, pod_size
 
 # Products [m, k] x [k, n] in bfloat16 and their measured microseconds.
 PRODUCTS: list[tuple[str, int, int, int, float]] = [
@@ -59,7 +60,8 @@ def main() -> None:
         blocks = f"{kernel.block_q}/{kernel.block_kv}/{kernel.block_kv_compute}"
         what = f"{kernel.name} {kernel.queries:,} causal, {heads} heads, blocks {blocks}, {source}"
         seconds = causal_seconds(kernel, heads)
-        seconds += moved / (HBM_SHARE * GENERATIONS[kernel.generation][3])
+        bandwidth = pod_size(TOPOLOGIES[kernel.generation])[1].hbm_bandwidth
+        seconds += moved / (HBM_SHARE * bandwidth)
         _print(kernel.generation, what, measured, 1e3 * seconds)
 
 
@@ -72,7 +74,7 @@ def _print(generation: str, what: str, measured: float, computed: float) -> None
 
 def product_seconds(generation: str, m: int, k: int, n: int) -> float:
     """The lower end of the estimate for a product of matrices in bfloat16."""
-    device = pod_devices(GENERATIONS[generation][0])[0]
+    device = pod_devices(TOPOLOGIES[generation])[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     shapes = [jax.ShapeDtypeStruct(s, jnp.bfloat16, sharding=sharding) for s in ((m, k), (k, n))]
     compiled = jax.jit(jnp.matmul).lower(*shapes).compile()
@@ -82,7 +84,8 @@ def product_seconds(generation: str, m: int, k: int, n: int) -> float:
 
 def causal_seconds(kernel: Kernel, heads: int) -> float:
     """The time of a causal kernel; its grid steps over masked blocks, too."""
-    cycles, (_, cores, clock, _) = measure(kernel), GENERATIONS[kernel.generation]
+    cycles, clock = measure(kernel), pod_size(TOPOLOGIES[kernel.generation])[1].clock
+    cores = 2 if kernel.generation in MEGACORE else 1
     rows, columns = kernel.queries // kernel.block_q, kernel.keys // kernel.block_kv
     visited = sum(
         (column * kernel.block_kv) < (row + 1) * kernel.block_q

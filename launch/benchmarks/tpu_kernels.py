@@ -5,9 +5,12 @@ r"""Counts the cycles of the Pallas kernels on each TPU generation by compiling 
 
 A kernel is one loop over the steps of its grid. libtpu writes the final program of that loop, and a
 bundle of instructions takes one cycle, so the bundles of a step are its cycles, without waits for
-memory. `mvjax estimate` reads the table. --blocks prints the time of attention for many block sizes
-instead, which the block sizes of mvjax.models.attention are chosen from. A kernel takes about ten
-seconds and 1 GB; all of the table, about ten minutes. Needs libtpu: pip install 'mvjax[tpu]'.
+memory. `mvjax estimate` reads the table, mvjax/pods/kernel_cycles.json. Kernels that it has already
+are kept; a new libtpu makes all of it anew. --blocks compares block sizes of attention by the table
+instead: those of mvjax.models.splash are chosen from that.
+
+A kernel takes about six seconds and 1 GB, all 170 of them 20 minutes. Needs libtpu: pip install
+'mvjax[tpu]'.
 """
 
 import datetime
@@ -23,35 +26,32 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 from absl import flags
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel,
+    splash_attention_mask,
+)
 
 from data_pipelines.atomic import write_json
+from launch.benchmarks.tpu_compiler import ENVIRONMENT
 from launch.entry import run
-from mvjax.models.norm_rope import block_rows
+from mvjax.models.norm_rope import block_rows, norm_rope
+from mvjax.pods.kernels import HBM_SHARE, MEGACORE
+from mvjax.pods.topology import pod_devices, pod_size
 
 TABLE = Path(__file__).parents[2] / "mvjax" / "pods" / "kernel_cycles.json"
-# One host of each generation, its megacores (chips whose two cores are one device), Hz, bytes/s.
-GENERATIONS = {
-    "v4": ("v4:2x2x1", 2, 1.05e9, 1.228e12),
-    "v5e": ("v5e:2x2", 1, 1.5e9, 0.819e12),
-    "v5p": ("v5p:2x2x1", 2, 1.75e9, 2.765e12),
-    "v6e": ("v6e:2x2", 1, 1.75e9, 1.638e12),
-    "tpu7x": ("tpu7x:2x2x1", 1, 2.2e9, 3.69e12),
+TOPOLOGIES = {  # one host of each generation
+    "v4": "v4:2x2x1",
+    "v5e": "v5e:2x2",
+    "v5p": "v5p:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
 }
 _DUMP = (
     "--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true "
     "--xla_jf_dump_llo_pass_label_regex=.*(final_bundles|final_hlo).*"
-)
-# What launch.estimate sets: libtpu looks for no TPU, and several processes may load it.
-ENVIRONMENT = dict(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_WORKER_ID="0",
-    TPU_PROCESS_BOUNDS="1,1,1",
-    TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
 )
 HEADS, HEAD_DIM, _LENGTH = 16, 128, 19200
 
@@ -92,7 +92,7 @@ SEGMENTED = [(1280, 1280, 640)]
 _WAN = (1024, 1024, 256)  # of `launch.benchmarks.wan_step`
 
 BLOCKS = flags.DEFINE_bool("blocks", False, "Compare block sizes instead of making the table.")
-CHOSEN = flags.DEFINE_list("generations", list(GENERATIONS), "TPU generations.")
+CHOSEN = flags.DEFINE_list("generations", list(TOPOLOGIES), "TPU generations.")
 COMPILE = flags.DEFINE_string("compile", None, "Used by the command itself: a kernel, as JSON.")
 
 
@@ -233,13 +233,7 @@ def measure(kernel: Kernel) -> Cycles:
 
 
 def _compile(kernel: Kernel) -> None:
-    # Imported here: only the child may load libtpu, after its options are set.
-    import jax
-    import jax.numpy as jnp
-
-    from mvjax.pods.topology import pod_devices
-
-    device = pod_devices(GENERATIONS[kernel.generation][0])[0]
+    device = pod_devices(TOPOLOGIES[kernel.generation])[0]
     sharding = jax.sharding.SingleDeviceSharding(device)
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=sharding)  # noqa: E731
     heads = lambda length: array(HEADS, length, HEAD_DIM)  # noqa: E731
@@ -257,10 +251,6 @@ def _compile(kernel: Kernel) -> None:
 
 
 def _compile_norm_rope(kernel: Kernel, array: Callable) -> None:
-    import jax
-
-    from mvjax.models.norm_rope import norm_rope
-
     x, scale = array(1, kernel.queries, HEADS * HEAD_DIM), array(HEAD_DIM)
     tables = (array(kernel.queries, HEAD_DIM),) * 2
     rope = lambda x, scale, *tables: norm_rope(x, scale, tables, HEAD_DIM**-0.5)  # noqa: E731
@@ -274,13 +264,7 @@ def _compile_norm_rope(kernel: Kernel, array: Callable) -> None:
     jax.jit(function).lower(*arguments).compile()
 
 
-def _attention(kernel: Kernel):
-    import jax.numpy as jnp
-    from jax.experimental.pallas.ops.tpu.splash_attention import (
-        splash_attention_kernel,
-        splash_attention_mask,
-    )
-
+def _attention(kernel: Kernel) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     phase = kernel.name.removesuffix("_segmented")
     small = dict(q=128, kv=128, kv_compute=128)  # of the kernels that are not counted: any
     ours = dict(q=kernel.block_q, kv=kernel.block_kv, kv_compute=kernel.block_kv_compute)
@@ -386,64 +370,55 @@ def _key(row: dict) -> tuple:
 # --- Comparing block sizes ---
 
 LENGTHS = [(19200, 19200), (9600, 19200), (2400, 19200), (2400, 2400), (19200, 512), (2400, 512)]
+_BACKWARD = {"fused": ("splash_bwd",), "split": ("splash_dq", "splash_dkv")}
 
 
 def compare_blocks(generation: str) -> str:
-    """Tables of the milliseconds that attention takes by block sizes, fastest first.
+    """Lists of the milliseconds that attention takes by block sizes, fastest first.
 
     For 16 heads, all cores of a device at work. The fused backward pass includes the sum of the
     partial dq that it makes for every block of keys.
     """
-    rows = json.loads(TABLE.read_text())[generation]
+    table = {_key(row): row for row in json.loads(TABLE.read_text())[generation]}
+    blocks = list(dict.fromkeys(key[1:4] for key in table if key[1] is not None))
     lines = [f"## {generation}", ""]
-    for forward in (True, False):
+    for what, kinds in {"forward": {"": ("splash_fwd",)}, "backward": _BACKWARD}.items():
         for queries, keys in LENGTHS:
-            times = _milliseconds(rows, forward, queries, keys, generation)
+            times = {}
+            for sizes in blocks:
+                for kind, names in kinds.items():
+                    rows = [table.get((name, *sizes, None)) for name in names]
+                    if all(rows) and _padding(sizes, queries, keys) < 1.3:
+                        seconds = [attention_seconds(r, queries, keys, generation) for r in rows]
+                        times["/".join(map(str, sizes)) + f" {kind}"] = 1e3 * sum(seconds)
             best = sorted(times.items(), key=lambda item: item[1])[:6]
-            lines.append(
-                f"- {'forward' if forward else 'backward'} {queries:,} x {keys:,}: "
-                + ", ".join(
-                    f"{'/'.join(map(str, blocks))}{' split' * split} {ms:.2f}"
-                    for (blocks, split), ms in best
-                )
-            )
+            listed = ", ".join(f"{name.strip()} {ms:.2f}" for name, ms in best)
+            lines.append(f"- {what} {queries:,} x {keys:,}: {listed}")
     return "\n".join(lines)
 
 
-def _milliseconds(
-    rows: list[dict], forward: bool, queries: int, keys: int, generation: str
-) -> dict[tuple[tuple[int, ...], bool], float]:
-    _, cores, clock, bandwidth = GENERATIONS[generation]
-    found: dict[tuple[tuple[int, ...], bool], float] = {}
-    for row in rows:
-        kernel = row["kernel"]
-        if forward != (kernel == "splash_fwd") or kernel not in _AXES:
-            continue
-        blocks = row["block_q"], row["block_kv"], row["block_kv_compute"]
-        counts = -(-queries // blocks[0]), -(-keys // blocks[1])
-        padded = counts[0] * blocks[0] * counts[1] * blocks[1] / (queries * keys)
-        if padded > 1.3:
-            continue
-        last = counts[_AXES[kernel]]
-        measured = (row["queries"] // blocks[0], row["keys"] // blocks[1])[_AXES[kernel]]
-        cycles = row["cycles_per_step"] + row["edge_cycles"] * (1 / last - 1 / measured)
-        seconds = HEADS * counts[0] * counts[1] * cycles / cores / clock
-        if kernel == "splash_bwd":
-            # Written by the kernel beside its work, then read and summed.
-            one = HEADS * counts[0] * blocks[0] * HEAD_DIM * 2
-            seconds += (counts[1] + 1) * one / (0.85 * bandwidth)
-        key = blocks, kernel in ("splash_dq", "splash_dkv")
-        found[key] = found.get(key, 0) + 1e3 * seconds
-    whole = {
-        (r["block_q"], r["block_kv"], r["block_kv_compute"])
-        for r in rows
-        if r["kernel"] == "splash_dq"
-    }
-    return {key: ms for key, ms in found.items() if not key[1] or key[0] in whole}
+def attention_seconds(row: dict, queries: int, keys: int, generation: str) -> float:
+    """The time of a kernel of the table for `HEADS` heads of other lengths."""
+    chip = pod_size(TOPOLOGIES[generation])[1]
+    blocks = row["block_q"], row["block_kv"]
+    counts = [-(-length // block) for length, block in zip((queries, keys), blocks)]
+    # The grid runs over keys last, or over queries; the ends of a row come once for as many steps.
+    last = 1 if row["kernel"] in ("splash_fwd", "splash_dq") else 0
+    measured = (row["queries"], row["keys"])[last] // blocks[last]
+    cycles = row["cycles_per_step"] + row["edge_cycles"] * (1 / counts[last] - 1 / measured)
+    cores = 2 if generation in MEGACORE else 1
+    seconds = HEADS * counts[0] * counts[1] * cycles / cores / chip.clock
+    if row["kernel"] == "splash_bwd":
+        dq = (
+            HEADS * counts[0] * blocks[0] * HEAD_DIM * 2
+        )  # bytes, of which each block of keys has one
+        seconds += (counts[1] + 1) * dq / (HBM_SHARE * chip.hbm_bandwidth)
+    return seconds
 
 
-# The axis of queries (0) or keys (1) that a kernel's grid runs over last.
-_AXES = {"splash_fwd": 1, "splash_bwd": 0, "splash_dkv": 0, "splash_dq": 1}
+def _padding(blocks: tuple[int, ...], queries: int, keys: int) -> float:
+    padded = [length + -length % block for length, block in zip((queries, keys), blocks[:2])]
+    return math.prod(padded) / (queries * keys)
 
 
 def main() -> None:
@@ -451,10 +426,10 @@ def main() -> None:
     if COMPILE.value:
         _compile(Kernel(**json.loads(COMPILE.value)))
         return
-    unknown = set(CHOSEN.value) - set(GENERATIONS)
+    unknown = set(CHOSEN.value) - set(TOPOLOGIES)
     if unknown:
         raise ValueError(
-            f"--generations takes some of {', '.join(GENERATIONS)}; got {', '.join(unknown)}."
+            f"--generations takes some of {', '.join(TOPOLOGIES)}; got {', '.join(unknown)}."
         )
     if BLOCKS.value:
         print("\n\n".join(map(compare_blocks, CHOSEN.value)))
