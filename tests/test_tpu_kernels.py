@@ -119,7 +119,7 @@ def test_cycles_grow_with_queries_times_keys():
         for name in ("splash_fwd", "splash_bwd"):
             large = [r for r in rows if r["kernel"] == name and r["block_kv"] >= 1280]
             each = [r["cycles_per_step"] / (r["block_q"] * r["block_kv"]) for r in large]
-            assert max(each) < 1.5 * min(each), (generation, name)
+            assert max(each) < 1.6 * min(each), (generation, name)
 
 
 @needs_libtpu
