@@ -1,9 +1,10 @@
-"""Says what a training run needs on a TPU pod, by compiling its step for it; no TPU is needed.
+"""Says what a training run or a policy needs on a TPU pod, by compiling it; no TPU is needed.
 
-    python -m launch.estimate --config=configs/bridge_video.py --topology=v5e:4x4 --batch_per_chip=1
+    mvjax estimate --config=configs/bridge_video.py --topology=v6e:2x4 --batch_per_chip=1
+    mvjax estimate --config=configs/bridge_action.py --topology=v6e:1x1 --policy --batches=1,8
 
-Several slices: --slices=4 --config.mesh.data=4. The best mesh and the largest batch: --search. Any
-setting can be changed as for `launch.train`. Needs libtpu: pip install 'mvjax[tpu]'.
+Several slices: --slices=4 --config.mesh.data=4. The best mesh, rematerialisation and batch:
+--search. Any setting can be changed as for `mvjax train`. Needs libtpu: pip install 'mvjax[tpu]'.
 """
 
 import os
@@ -21,7 +22,6 @@ os.environ.update(
     TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
 )
 
-from dataclasses import asdict
 from pathlib import Path
 
 import jax
@@ -30,7 +30,9 @@ from absl import flags
 from data_pipelines.atomic import write_json
 from launch.entry import config_flag, path_flag, run
 from mvjax.experiment import Experiment
-from mvjax.pods.compile import USUAL_MFU, batch_size, estimate, report
+from mvjax.pods.compile import batch_size, estimate
+from mvjax.pods.query import estimate_queries, query_report
+from mvjax.pods.report import report
 from mvjax.pods.search import Found, search
 from mvjax.pods.topology import pod_devices, pod_size
 
@@ -40,19 +42,32 @@ SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, joined along the d
 BATCH_PER_CHIP = flags.DEFINE_float(
     "batch_per_chip", None, "Clips per chip, in place of training.batch_size; 0.5: a clip on two."
 )
-MFU = flags.DEFINE_float("mfu", USUAL_MFU, "Share of the peak FLOP/s that the step reaches.")
 SEARCH = flags.DEFINE_bool(
-    "search", False, "Find the best mesh and, without --batch_per_chip, the largest batch."
+    "search",
+    False,
+    "Find the mesh and the rematerialisation that take least time per clip and, without "
+    "--batch_per_chip, the largest batch.",
 )
 MAX_COMPILES = flags.DEFINE_integer(
     "max_compiles", 12, "Most programs that --search may compile.", lower_bound=1
 )
+POLICY = flags.DEFINE_bool("policy", False, "Estimate the policy's queries, not a train step.")
+BATCHES = flags.DEFINE_list("batches", ["1", "8"], "With --policy: queries at a time.")
 JSON = flags.DEFINE_string("json", None, "File that receives the figures.")
+HLO = flags.DEFINE_string(
+    "hlo",
+    None,
+    "File that receives the text of the compiled program; with --policy one for each stage of the "
+    "first batch, FILE.encode.hlo and so on.",
+)
 
 
 def main() -> None:
     """Prints the estimate."""
     experiment = Experiment.from_config(CONFIG.value)
+    if POLICY.value:
+        _policy(experiment)
+        return
     devices = pod_devices(TOPOLOGY.value, SLICES.value)
     per_chip, ended = BATCH_PER_CHIP.value, []
     size = None if per_chip is None else batch_size(per_chip, len(devices))
@@ -63,11 +78,13 @@ def main() -> None:
     else:
         if size is not None:
             experiment = experiment.changed({"training.batch_size": size})
-        made = estimate(experiment, devices, MFU.value)
+        made = estimate(experiment, devices)
     print("\n".join([report(experiment, TOPOLOGY.value, made), *ended]))
+    if HLO.value:
+        Path(HLO.value).write_text(made.hlo)
     if JSON.value:
         about = dict(topology=TOPOLOGY.value, stage=experiment.stage, remat=experiment.video.remat)
-        write_json(Path(JSON.value), about | asdict(made))
+        write_json(Path(JSON.value), about | made.figures)
 
 
 def _search(experiment: Experiment, devices: list[jax.Device], size: int | None) -> Found:
@@ -76,10 +93,32 @@ def _search(experiment: Experiment, devices: list[jax.Device], size: int | None)
         devices=len(devices),
         slices=SLICES.value,
         hbm_bytes=pod_size(TOPOLOGY.value)[1].hbm_bytes,
-        compiled=lambda candidate: estimate(candidate, devices, MFU.value),
+        compiled=lambda candidate: estimate(candidate, devices),
         batch_size=size,
         max_compiles=MAX_COMPILES.value,
     )
+
+
+def _policy(experiment: Experiment) -> None:
+    if not all(size.isdecimal() and int(size) for size in BATCHES.value):
+        raise ValueError(
+            f"--batches must be numbers of queries, e.g. 1,8; got {','.join(BATCHES.value)!r}."
+        )
+    if SLICES.value != 1 or SEARCH.value or BATCH_PER_CHIP.value is not None:
+        raise ValueError(
+            "--policy answers queries on the chips of one slice: it goes with --batches, not with "
+            "--slices, --search or --batch_per_chip."
+        )
+    devices = pod_devices(TOPOLOGY.value)
+    made = [estimate_queries(experiment, devices, int(size)) for size in BATCHES.value]
+    print(query_report(TOPOLOGY.value, made))
+    if HLO.value:
+        for stage, text in made[0].hlo.items():
+            file = Path(HLO.value)
+            file.with_name(f"{file.stem}.{stage}{file.suffix}").write_text(text)
+    if JSON.value:
+        queries = [one.figures for one in made]
+        write_json(Path(JSON.value), dict(topology=TOPOLOGY.value, queries=queries))
 
 
 if __name__ == "__main__":

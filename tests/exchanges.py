@@ -6,6 +6,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from mvjax.pods.collectives import collectives
+from mvjax.pods.hlo import HLO
 
 mesh = jax.make_mesh((2, 4), ("a", "b"), axis_types=(AxisType.Auto,) * 2)
 
@@ -23,5 +24,5 @@ def local(w):  # [8, 32] of [64, 32]
 
 f = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=P(("a", "b")), out_specs=P()))
 text = f.lower(jax.ShapeDtypeStruct((64, 32), "float32")).compile().as_text()
-for c in collectives(text, 8):
+for c in collectives(HLO(text), 8):
     print(c.kind, c.across_slices, c.count, c.sent_bytes)

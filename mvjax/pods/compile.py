@@ -7,7 +7,7 @@ shardings, and the compiler needs no device.
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
@@ -17,10 +17,11 @@ from mvjax.models.flops import step_flops
 from mvjax.models.network import split
 from mvjax.parallel import GB, Chip, chip, slice_count
 from mvjax.pods.collectives import Collective, collectives
+from mvjax.pods.cost import Product, Range, cost
+from mvjax.pods.hlo import HLO
+from mvjax.pods.topology import generation
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.step import Program, make_program
-
-USUAL_MFU = 0.4  # published trainings of such networks on TPUs reach 0.3 to 0.5
 
 
 class DoesNotFit(ValueError):
@@ -47,10 +48,16 @@ class Estimate:
         link_seconds: The least time of the exchanges inside a slice, with all links busy.
         flops: Of one step, analytic, recomputation not counted.
         peak_flops: Of the device, per second.
-        mfu: The assumed share of `peak_flops`.
-        step_seconds: The time of the arithmetic of a step at that share.
-        clips_per_second: Of the whole pod at that step time.
+        step_seconds: The time of a step, see `mvjax.pods.cost`; exchanges between slices, the input
+            and the host's work are not in it.
+        mfu: The share of `peak_flops` that `flops` are in that time.
+        clips_per_second: Of the whole pod at the middle step time.
+        parts: Seconds by part of the step (`mvjax.pods.cost.PARTS`); they add up.
+        products_peak_share: Of `peak_flops`, of all matrix products in their own time.
+        worst_products: Those that lose most time.
+        notes: What the times were made from where a kernel's cycles were not known exactly.
         compile_seconds: Tracing and compiling, on this machine.
+        hlo: The program's text; not among the figures.
     """
 
     device: str
@@ -70,28 +77,33 @@ class Estimate:
     link_seconds: float
     flops: float
     peak_flops: float
-    mfu: float
-    step_seconds: float
+    step_seconds: Range
+    mfu: Range
     clips_per_second: float
+    parts: dict[str, Range]
+    products_peak_share: float
+    worst_products: tuple[Product, ...]
+    notes: tuple[str, ...]
     compile_seconds: float
+    hlo: str = field(default="", repr=False)
+
+    @property
+    def figures(self) -> dict[str, Any]:
+        """Everything but the program's text, as JSON values."""
+        return {key: value for key, value in asdict(self).items() if key != "hlo"}
 
 
-def estimate(
-    experiment: Experiment, devices: Sequence[jax.Device], mfu: float = USUAL_MFU
-) -> Estimate:
+def estimate(experiment: Experiment, devices: Sequence[jax.Device]) -> Estimate:
     """Compiles the train step of a configuration for the devices of `pod_devices`.
 
     Args:
         experiment: A training run; no data and no checkpoint that it names is read.
         devices: Of one or several slices.
-        mfu: Share of the peak FLOP/s to assume for the step time.
 
     Raises:
         DoesNotFit: If the step needs more memory than a device has.
         ValueError: If batch, mesh, network and devices do not go together.
     """
-    if not 0 < mfu <= 1:
-        raise ValueError(f"the MFU is a share of the peak, more than 0 and up to 1; got {mfu}.")
     kind, slices = chip(devices[0].device_kind), slice_count(devices)
     assert kind is not None  # every generation of `pod_devices` is in the table of chips
     program = make_program(experiment, experiment.mesh(devices), abstract_backbone)
@@ -101,28 +113,36 @@ def estimate(
     except jax.errors.JaxRuntimeError as error:
         raise _explained(error, experiment, program, kind) from error
     compile_seconds = time.perf_counter() - start
-    exchanges = collectives(compiled.as_text(), len(devices) // slices)
+    hlo, shapes = compiled.as_text(), before_compiling(experiment, program, kind)
+    text = HLO(hlo)
+    exchanges = collectives(text, len(devices) // slices)
     inside = sum(c.sent_bytes for c in exchanges if not c.across_slices)
+    found = cost(text, generation(devices[0].device_kind), kind, exchanges)
     memory = compiled.memory_analysis()
     return Estimate(
-        **before_compiling(experiment, program, kind, mfu),
+        **shapes,
         slices=slices,
         argument_bytes=memory.argument_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
         host_bytes=memory.host_temp_size_in_bytes,
         collectives=tuple(exchanges),
         link_seconds=inside / kind.link_bytes,
+        step_seconds=found.seconds,
+        mfu=found.seconds.share_of(shapes["flops"] / kind.peak_flops),
+        clips_per_second=shapes["batch_size"] / found.seconds.middle,
+        parts=found.parts,
+        products_peak_share=found.products_peak_share,
+        worst_products=found.worst_products,
+        notes=found.notes,
         compile_seconds=compile_seconds,
+        hlo=hlo,
     )
 
 
-def before_compiling(
-    experiment: Experiment, program: Program, kind: Chip, mfu: float
-) -> dict[str, Any]:
+def before_compiling(experiment: Experiment, program: Program, kind: Chip) -> dict[str, Any]:
     """The fields of an `Estimate` that follow from shapes and shardings; no compiler is needed."""
     devices, samples = program.mesh.size, experiment.config.training.batch_size
     flops = step_flops(experiment) * samples / devices
-    seconds = flops / (kind.peak_flops * mfu)
     return dict(
         device=kind.name,
         devices=devices,
@@ -135,9 +155,6 @@ def before_compiling(
         hbm_bytes=kind.hbm_bytes,
         flops=flops,
         peak_flops=kind.peak_flops,
-        mfu=mfu,
-        step_seconds=seconds,
-        clips_per_second=samples / seconds,
     )
 
 
@@ -177,97 +194,3 @@ def _explained(error: Exception, experiment: Experiment, program: Program, kind:
         f"{', '.join([*advice, 'fewer samples per chip (--batch_per_chip)'])}, a larger "
         "config.mesh.fsdp for the parameters, or config.mesh.context for long videos."
     )
-
-
-# --- Estimates as text ---
-
-
-def report(experiment: Experiment, topology: str, found: Estimate) -> str:
-    """Several lines: what was compiled, whether it fits, what it exchanges, how long it takes."""
-    per_chip = found.batch_size / found.devices
-    slices = f"{found.slices} x " if found.slices > 1 else ""
-    share = found.peak_bytes / found.hbm_bytes
-    fits = "fits" if share <= 1 else "DOES NOT FIT"
-    frozen = f", {_millions(found.frozen)} frozen in the backbone" if found.frozen else ""
-    host = f", {_bytes(found.host_bytes)} in the host" if found.host_bytes else ""
-    lora = experiment.video.lora
-    training = f"LoRA of rank {lora.rank}" if lora else "full training"
-    what = f"video, {training}" if experiment.stage == "video" else "action decoder"
-    rows = [
-        ("step", f"{what}, {experiment.clip.tokens:,} tokens per clip"),
-        ("pod", f"{slices}{topology}, {found.devices} x {found.device}"),
-        ("mesh", " ".join(f"{axis}={size}" for axis, size in found.mesh.items())),
-        ("batch", f"{found.batch_size} clips, {per_chip:g} per chip"),
-        (
-            "parameters",
-            f"{_millions(found.parameters)}, {_millions(found.trainable)} learn{frozen}",
-        ),
-        (
-            "memory",
-            f"arguments {_bytes(found.argument_bytes)}, peak {_bytes(found.peak_bytes)} of "
-            f"{_bytes(found.hbm_bytes)} per chip ({share:.0%}): {fits}{host}",
-        ),
-        (
-            "time",
-            f"{found.flops / 1e12:.4g} TFLOP per chip: {found.step_seconds:.3g} s per step at "
-            f"{found.mfu:.0%} of {found.peak_flops / 1e12:g} TFLOP/s, {found.clips_per_second:.3g} "
-            "clips/s in the pod",
-        ),
-        *zip(["exchange", *[""] * len(found.collectives)], _exchanges(found)),
-        ("compiled", f"in {found.compile_seconds:.0f} s"),
-    ]
-    return "\n".join(f"{name:<12}{text}" for name, text in rows)
-
-
-def _exchanges(found: Estimate) -> list[str]:
-    if not found.collectives:
-        return ["none"]
-    lines = []
-    for exchange in found.collectives:
-        where = " between slices" if exchange.across_slices else ""
-        size = _bytes(exchange.sent_bytes)
-        lines.append(f"{exchange.count:>6} x {exchange.kind}{where}, {size}")
-    floor = f"sent per chip and step; {found.link_seconds:.3g} s if all links are busy"
-    return [*lines, floor]
-
-
-def _millions(count: int) -> str:
-    return f"{count / 1e6:,.1f} M" if count < 1e9 else f"{count / 1e9:,.2f} G"
-
-
-def _bytes(count: float) -> str:
-    return f"{count / GB:.2f} GB" if count >= GB / 100 else f"{count / 2**20:.2f} MB"
-
-
-def table(estimates: dict[str, dict[str, Any]]) -> str:
-    """A Markdown table of estimates.
-
-    Args:
-        estimates: Arguments of `launch.estimate` -> what it wrote with --json; one line for each.
-    """
-    if not estimates:
-        return ""
-    head = (
-        "| pod | chips | mesh d·f·c·t | clips | peak GB | arguments GB | TFLOP | sent GB | s | "
-        "clips/s | `python -m launch.estimate ...` |\n|---|" + "---:|" * 9 + "---|\n"
-    )
-    return head + "".join(f"| {' | '.join(_cells(*line))} |\n" for line in estimates.items())
-
-
-def _cells(arguments: str, p: dict[str, Any]) -> list[str]:
-    across = sum(c["sent_bytes"] for c in p["collectives"] if c["across_slices"]) / GB
-    host = f" + {p['host_bytes'] / GB:.1f} in the host" if p["host_bytes"] else ""
-    inside = sum(c["sent_bytes"] for c in p["collectives"] if not c["across_slices"]) / GB
-    return [
-        f"{p['slices']} x {p['topology']}" if p["slices"] > 1 else p["topology"],
-        f"{p['devices']}",
-        "·".join(str(size) for size in p["mesh"].values()),
-        f"{p['batch_size']}",
-        f"{p['peak_bytes'] / GB:.1f} of {p['hbm_bytes'] / GB:.1f}{host}",
-        f"{p['argument_bytes'] / GB:.2f}",
-        f"{p['flops'] / 1e12:.0f}",
-        f"{inside:.1f}" + (f" + {across:.2f}" if across else ""),
-        f"{p['step_seconds']:.2f}",
-        f"{p['clips_per_second']:.3g}",
-        f"`{arguments}`",
-    ]

@@ -1,6 +1,7 @@
-"""Finds the best mesh and batch for a pod by compiling a few of them.
+"""Finds the best mesh, rematerialisation and batch for a pod by compiling a few of them.
 
-Two searches, one after the other: the mesh at the smallest batch, then the batch on that mesh.
+Three searches, one after the other: the mesh at the smallest batch; on that mesh, what the backward
+pass keeps; then the batch. What takes least time per clip is best (`Estimate.step_seconds.middle`).
 """
 
 import logging
@@ -8,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mvjax.experiment import Experiment
+from mvjax.models.layers import POLICIES
 from mvjax.parallel import MESH_AXES, abstract_mesh
 from mvjax.pods.compile import DoesNotFit, Estimate
 from mvjax.training.bridge import abstract_backbone
@@ -18,6 +20,9 @@ log = logging.getLogger(__name__)
 CONTEXTS = (1, 2, 4, 8)
 STATE_SHARE = 0.6  # of the memory; larger parameters and optimizer state leave too little
 FSDP_SIZES = 3  # tried per context
+# What the backward pass keeps, from the most to the least. "offload" is not among them: its time is
+# that of the host's link, which the compiler does not know.
+REMATS = ("none", "dots", "keep", "attention", "full")
 
 
 @dataclass(frozen=True)
@@ -30,9 +35,11 @@ class Found:
 
     @property
     def flags(self) -> str:
-        """The flags that give a training run this mesh and batch."""
+        """The flags that give a training run this mesh, rematerialisation and batch."""
         config = self.experiment.config
         sizes = [f"--config.mesh.{axis}={config.mesh[axis]}" for axis in MESH_AXES]
+        if self.experiment.stage == "video":
+            sizes.append(f"--config.video_model.remat={config.video_model.remat}")
         return " ".join([*sizes, f"--config.training.batch_size={config.training.batch_size}"])
 
 
@@ -46,17 +53,18 @@ def search(
     batch_size: int | None,
     max_compiles: int,
 ) -> Found:
-    """Compiles meshes, then batches on the best mesh; logs each of them.
+    """Compiles meshes, policies of remat and batches; logs each of them.
 
     Memory comes first: context parallelism is tried only where a clip per device does not fit, or
     where the batch is smaller than the pod. For each context three meshes are tried, from the
-    smallest fsdp that holds the state to the largest; the best has the least time per clip if
-    arithmetic and exchanges over all links come one after the other. The tensor axis stays as
-    configured. The growth of memory between two batches predicts the largest one; it is tried,
-    and then its neighbours until one fits and the next does not, or a clip takes longer.
+    smallest fsdp that holds the state to the largest; where none fits, policies that keep less are
+    tried on the last. The tensor axis stays as configured. On the best mesh those that keep more
+    are tried, from the most, up to the first that fits. The growth of memory between two batches
+    predicts the largest one; it is tried, and then its neighbours until one fits and the next does
+    not, or a clip takes longer.
 
     Args:
-        experiment: A training run; its mesh and batch are searched.
+        experiment: A training run; its mesh, `video_model.remat` and batch are searched.
         devices, slices: Of the whole pod.
         hbm_bytes: Memory of a device.
         compiled: An experiment -> its estimate; raises `DoesNotFit`.
@@ -72,6 +80,8 @@ def search(
         meshes = _candidates(experiment, devices, slices, context, batch_size, hbm_bytes)
         for candidate in meshes:
             best = _better(best, budget.compile(candidate))
+        if best is None and meshes:
+            best = _first(budget, _other_remats(meshes[0], keep_more=False))
         if best:
             break
     if not budget.made:
@@ -82,17 +92,18 @@ def search(
         )
     if best is None:
         raise DoesNotFit(
-            f"none of the {budget.made} programs tried fits; use config.video_model.remat='full', "
-            "a larger --topology, or a larger --max_compiles."
+            f"none of the {budget.made} programs tried fits; use a larger --topology or a larger "
+            "--max_compiles."
         )
+    best = _better(best, _first(budget, _other_remats(best[0], keep_more=True)))
     if batch_size is not None:
         return Found(*best, "the batch was given")
     return _largest_batch(best, budget)
 
 
 def seconds_per_clip(made: Estimate) -> float:
-    """Arithmetic and exchanges inside slices, one after the other."""
-    return (made.step_seconds + made.link_seconds) / made.batch_size
+    """The middle of the range, for all chips together."""
+    return made.step_seconds.middle / made.batch_size
 
 
 _Tried = tuple[Experiment, Estimate]
@@ -114,6 +125,8 @@ class _Budget:
         config = experiment.config
         sizes = " ".join(f"{axis}={config.mesh[axis]}" for axis in MESH_AXES)
         head = f"[{self.made}/{self._most}] {sizes}, {config.training.batch_size} clips"
+        if experiment.stage == "video":
+            head += f", remat {config.video_model.remat}"
         try:
             result = self._compiled(experiment)
         except DoesNotFit:
@@ -132,6 +145,26 @@ def _better(one: _Tried | None, other: _Tried | None) -> _Tried | None:
     if one is None or other is None:
         return one or other
     return other if seconds_per_clip(other[1]) < seconds_per_clip(one[1]) else one
+
+
+def _first(budget: _Budget, experiments: list[Experiment]) -> _Tried | None:
+    """The first that fits; the others are not compiled."""
+    return next(filter(None, map(budget.compile, experiments)), None)
+
+
+def _other_remats(experiment: Experiment, keep_more: bool) -> list[Experiment]:
+    """The experiment with policies that keep more, or less, than its own; the most first.
+
+    A policy that is not in `REMATS` ("auto", "offload") may keep more or less than any of them.
+    """
+    if experiment.stage != "video":  # nothing is kept of the frozen backbone
+        return []
+    own = experiment.config.video_model.remat
+    at = REMATS.index(own) if own in REMATS else None
+    others = REMATS if at is None else REMATS[:at] if keep_more else REMATS[at + 1 :]
+    # Keeping everything never fits where the search is worth its time.
+    names = [name for name in others if name in POLICIES and name != "none"]
+    return [experiment.changed({"video_model.remat": name}) for name in names]
 
 
 def _largest_batch(best: _Tried, budget: _Budget) -> Found:

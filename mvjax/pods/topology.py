@@ -78,6 +78,12 @@ def pod_size(topology: str, slices: int = 1) -> tuple[int, Chip]:
     return math.prod(sizes) * known.devices_per_chip * slices, chip(known.device_kind)
 
 
+def generation(device_kind: str) -> str:
+    """The generation of a TPU by jax's name for it, "TPU v5 lite" -> "v5e"; "" if not known."""
+    known = _GENERATIONS.items()
+    return next((name for name, kind in known if kind.device_kind == device_kind), "")
+
+
 def _parse(topology: str) -> tuple[str, list[int]]:
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", topology)
     generation = match[1] if match else ""
