@@ -1,6 +1,6 @@
 """How long a compiled TPU program takes, instruction by instruction, from its text.
 
-No TPU is needed and no efficiency is assumed. Of each instruction that runs on the TensorCore:
+No TPU is needed and no MFU is assumed. Of each instruction that runs on the TensorCore:
 
 - A Pallas kernel takes what its cycles say, see `mvjax.pods.kernels`.
 - A fusion with a matrix product takes the cycles that the compiler estimates for its window, or
