@@ -293,6 +293,11 @@ def _tokenizer(path: Path, sharding: NamedSharding, abstract: bool) -> LinearTok
             return network.bind(shapes)
         params = jax.jit(network.init)(jax.random.key(2))
         return jax.device_put(network.bind(params), sharding)
+    return jax.device_put(random_linear_tokenizer(), sharding)
+
+
+def random_linear_tokenizer() -> LinearTokenizer:
+    """A linear tokenizer that has been fitted to nothing."""
     rng = np.random.default_rng(2)
 
     def projection(features: int) -> Projection:
@@ -300,12 +305,13 @@ def _tokenizer(path: Path, sharding: NamedSharding, abstract: bool) -> LinearTok
         return Projection(np.zeros(features, np.float32), 3 * maps, maps.T)
 
     pixels = 3 * SPATIAL**2
-    tokenizer = LinearTokenizer(projection(pixels), projection(TEMPORAL * pixels))
-    return jax.device_put(tokenizer, sharding)
+    return LinearTokenizer(projection(pixels), projection(TEMPORAL * pixels))
 
 
 def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    # A weak type would make another program than the array does.
+    kind = dict(dtype=leaf.dtype, weak_type=leaf.weak_type)
+    return jax.ShapeDtypeStruct(leaf.shape, sharding=sharding, **kind)
 
 
 # --- The measurement ---
