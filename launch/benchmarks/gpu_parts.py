@@ -69,12 +69,14 @@ ROUNDS = flags.DEFINE_integer("rounds", 3, "Turns.", lower_bound=1)
 BATCHES = (1, 8)  # queries at a time
 WINDOW = 2.0  # seconds for which pictures are drawn
 _FOUND: dict[str, Any] = {}
+_WRITING = threading.Lock()
 
 
 def report(**found: Any) -> None:
     """Adds to the figures of this part, and writes them."""
-    _FOUND.update(found)
-    write_json(Path(OUT.value), _FOUND)
+    with _WRITING:
+        _FOUND.update(found)
+        write_json(Path(OUT.value), _FOUND)
 
 
 def make_experiment(stage: str, *, lora: bool = False) -> Experiment:
@@ -351,19 +353,18 @@ def _save(experiment: Experiment, workdir: Path, params: Params, extra: dict[str
 
 
 def rendering() -> None:
-    """Pictures alone, beside JAX in another process, and beside JAX in the same one."""
-    frames = _start("frames")
-    frames.stdout.readline()  # it draws
-    report(alone=_end(frames))
+    """Pictures alone, beside JAX in the same process, and beside JAX in another one."""
+    for name, part in (("alone", "frames"), ("one_process", "frames_beside_jax")):
+        process = _start(part)
+        process.stdout.readline()  # it draws
+        report(**{name: _end(process)})
+    # Only now does this process take most of the GPU's memory, as JAX does.
     with _Busy() as busy:
         report(jax_alone_per_second=busy.rate(WINDOW))
-        frames = _start("frames")
-        frames.stdout.readline()
+        process = _start("frames")
+        process.stdout.readline()
         rate = busy.rate(0.8 * WINDOW)
-        report(two_processes=_end(frames) | {"jax_per_second": rate})
-    frames = _start("frames_beside_jax")
-    frames.stdout.readline()
-    report(one_process=_end(frames))
+        report(two_processes=_end(process) | {"jax_per_second": rate})
 
 
 def draw_frames() -> None:
