@@ -18,6 +18,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,8 +238,10 @@ def _prepare_torch() -> float | None:
 
     torch.set_float32_matmul_precision("high")
     torch._dynamo.config.automatic_dynamic_shapes = False  # each batch size is compiled for itself
-    gpu = torch.cuda.is_available()
-    compiler = "torch.compile, default mode, " + ("each block" if gpu else "the whole network")
+    gpu, compiler = torch.cuda.is_available(), "torch.compile, default mode, each block"
+    if not gpu:  # traced as there, but a C++ compiler would take minutes
+        compiler = "torch.compile, aot_eager, the whole network"
+        torch.compile = partial(torch.compile, backend="aot_eager")
     report(torch=torch.__version__, compiler=compiler)
     if not gpu:
         return None
