@@ -50,6 +50,16 @@ def test_the_tables_are_printed_written_and_printed_again(rehearsed, command):
     assert command("launch.benchmarks.gpu", f"--table={out}").out.strip() == tables.strip()
 
 
+def test_pytorch_is_measured_alone(command, tmp_path):
+    pytest.importorskip("torch", reason="torch is not installed (requirements-torch.txt)")
+    pytest.importorskip("diffusers", reason="diffusers is not installed")
+    out = tmp_path / "day.json"
+    said = command("launch.benchmarks.gpu", "--rehearse", "--parts=video_torch", f"--out={out}")
+    assert said.code == 0, said
+    found = json.loads(out.read_text())["parts"]["video_torch"]["found"]
+    assert found["seconds_per_step"][0] > 0 and "torch.compile" in found["compiler"]
+
+
 def test_the_tables_of_a_whole_day():
     step = dict(samples_per_second=1.0, mfu=0.5, peak_mb=51200.0, planned_mb=40960.0)
     part = dict(p50=200.0, p95=210.0, cpu=1.0, tflop=1.0, mfu=0.4, count=9)
