@@ -26,6 +26,7 @@ def made(config, peak_bytes, seconds_per_clip=1.0):
         slices=1,
         mesh=dict(config.mesh),
         batch_size=config.training.batch_size,
+        kept=config.video_model.remat,
         parameters=0,
         trainable=0,
         frozen=0,

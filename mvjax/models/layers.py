@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from mvjax.models.lora import LoRA, with_adapter
 from mvjax.parallel import platform
@@ -133,9 +134,9 @@ class Linear(nnx.Module):
         # Kernels that learn are float32 and cast at use: the optimizer needs their last digits.
         kernel = self.kernel[...].astype(x.dtype)
         if self.adapted:
-            low = x @ self.lora_a[...].astype(x.dtype) if low is None else low
+            a = self.lora_a[...].astype(x.dtype)
             b = (self.lora_scale * self.lora_b[...]).astype(x.dtype)
-            y = with_adapter(x, low, kernel, b)
+            y = with_adapter(x, kernel, a, b, low)
         else:
             y = x @ kernel
         if self.bias is not None:
@@ -349,9 +350,26 @@ POLICIES = {
 }
 
 
+def row_major(x: Array) -> Array:
+    """`x`, laid out row by row on TPUs.
+
+    Left to choose, XLA would write some products transposed, at half their speed, for a later
+    product over all tokens that would take either layout.
+    """
+    if platform() != "tpu":
+        return x
+    return with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+
+
 def keep(x: Array, name: str | None) -> Array:
     """`x`, by a name that a policy may keep it by; None for none."""
-    return x if name is None else checkpoint_name(x, name)
+    if name is None:
+        return x
+    if platform() == "tpu" and __import__("os").environ.get("ROWMAJOR"):
+        from jax.experimental.layout import Layout, with_layout_constraint
+
+        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
+    return checkpoint_name(x, name)
 
 
 def check_remat(name: str) -> None:

@@ -37,50 +37,86 @@ def learns_with_lora(path: tuple[str, ...]) -> bool:
 # --- The product with an adapter ---
 
 
-def with_adapter(x: Array, low: Array, kernel: Array, b: Array) -> Array:
-    """x W + low B, for x [..., d_in], low [..., rank], W [d_in, d_out], B [rank, d_out]."""
-    # With the width split over `tensor`, the columns to be joined lie on different devices.
-    alone = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1
-    if platform() == "tpu" and alone:
-        return joined_product(x, low, kernel, b)
-    return x @ kernel + low @ b
+def with_adapter(x: Array, kernel: Array, a: Array, b: Array, low: Array | None = None) -> Array:
+    """x W + (x A) B.
+
+    On TPUs a product with the few columns of A, or rows of B, takes as long as the reading of x or
+    of the result, which is often longer than the product with W. There it is joined to that product
+    on the wider side, in the forward pass and in the backward pass.
+
+    Args:
+        x: [..., d_in].
+        kernel: W [d_in, d_out].
+        a, b: A [d_in, rank] and B [rank, d_out], scaled.
+        low: x A where it is known already.
+    """
+    # With the width split over `tensor`, what would be joined lies on different devices.
+    whole = jax.sharding.get_abstract_mesh().shape.get("tensor", 1) == 1
+    if platform() != "tpu" or not whole:
+        low = x @ a if low is None else low
+        return x @ kernel + low @ b
+    if low is None and x.shape[-1] > kernel.shape[-1]:
+        y, low = beside(x, kernel, a)
+        return y + low @ b
+    return below(x, x @ a if low is None else low, kernel, b)
 
 
 @jax.custom_vjp
-def joined_product(x: Array, low: Array, kernel: Array, b: Array) -> Array:
-    """`with_adapter` as one product, [x low] [W; B].
-
-    A product of its own with the few rows of B reads and writes the whole result for little
-    arithmetic: on TPUs it takes as long as that with W. The same holds for dy Bᵀ in the backward
-    pass.
-    """
-    return _beside(x, low) @ _below(kernel, b)
+def below(x: Array, low: Array, kernel: Array, b: Array) -> Array:
+    """x W + low B as one product, [x low] [W; B]."""
+    return _columns(x, low) @ _gathered(jnp.concatenate([kernel, b]))
 
 
-def _joined_forward(x, low, kernel, b):
-    return joined_product(x, low, kernel, b), (x, low, kernel, b)
+def _below_forward(x, low, kernel, b):
+    return below(x, low, kernel, b), (x, low, kernel, b)
 
 
-def _joined_backward(kept, dy):
+def _below_backward(kept, dy):
     x, low, kernel, b = kept
-    dx, dlow = jnp.split(dy @ _below(kernel, b).T, [x.shape[-1]], axis=-1)
+    joined = dy @ _gathered(jnp.concatenate([kernel, b])).T
+    dx, dlow = jnp.split(joined, [x.shape[-1]], axis=-1)
     # One by one, so that the compiler drops that of a kernel which does not learn.
-    rows = lambda y: y.reshape(-1, y.shape[-1])  # noqa: E731
-    return dx, dlow, rows(x).T @ rows(dy), rows(low).T @ rows(dy)
+    return dx, dlow, _inner(x, dy), _inner(low, dy)
 
 
-joined_product.defvjp(_joined_forward, _joined_backward)
+below.defvjp(_below_forward, _below_backward)
 
 
-def _beside(x: Array, low: Array) -> Array:
-    return jnp.concatenate([x, low], axis=-1)
+@jax.custom_vjp
+def beside(x: Array, kernel: Array, a: Array) -> tuple[Array, Array]:
+    """x W and x A as one product, x [W A]."""
+    joined = x @ _gathered(_columns(kernel, a))
+    return tuple(jnp.split(joined, [kernel.shape[-1]], axis=-1))
 
 
-def _below(kernel: Array, b: Array) -> Array:
-    # Gathered before they are joined: else parts of W would move between devices to make room.
-    return constrain(
-        jnp.concatenate([constrain(kernel, None, None), constrain(b, None, None)]), None, None
-    )
+def _beside_forward(x, kernel, a):
+    return beside(x, kernel, a), (x, kernel, a)
+
+
+def _beside_backward(kept, gradients):
+    x, kernel, a = kept
+    dx = _columns(*gradients) @ _gathered(_columns(kernel, a)).T
+    return dx, *(_inner(x, gradient) for gradient in gradients)
+
+
+beside.defvjp(_beside_forward, _beside_backward)
+
+
+def _columns(x: Array, y: Array) -> Array:
+    return jnp.concatenate([x, y], axis=-1)
+
+
+def _inner(x: Array, dy: Array) -> Array:
+    """xᵀ dy over all rows."""
+    return x.reshape(-1, x.shape[-1]).T @ dy.reshape(-1, dy.shape[-1])
+
+
+def _gathered(weights: Array) -> Array:
+    """Joined weights as an array of its own, whole on every device.
+
+    Split evenly, they would be moved about; joined inside the product, they would slow it down.
+    """
+    return jax.lax.optimization_barrier(constrain(weights, None, None))
 
 
 # --- Merging ---

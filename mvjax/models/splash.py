@@ -25,19 +25,21 @@ PARTIAL_DQ_BYTES = 2 * 2**30
 
 @dataclass(frozen=True)
 class Blocks:
-    """Rows of a block in bfloat16; of keys, the kernel multiplies `compute` at once.
+    """Rows of a block in bfloat16; of a block of keys, `compute` are multiplied at once.
 
-    Chosen by `python -m launch.benchmarks.tpu_kernels --blocks`.
+    The fastest for long videos, `python -m launch.benchmarks.tpu_kernels --blocks`. Few blocks of
+    keys also mean few partial dq.
     """
 
-    queries: int = 1280
-    keys: int = 1280
-    compute: int = 640
-    backward_compute: int = 640
+    queries: int
+    keys: int
+    compute: int
+    backward_compute: int
 
 
-# The default fits the 16 MB of on-chip memory that a v5e gives a kernel.
-BLOCKS = {"TPU v6 lite": Blocks(1280, 3840, 1920, 384)}
+_SMALL = Blocks(640, 3840, 1920, 640)  # what 16 MB of on-chip memory hold
+_LARGE = Blocks(1280, 3840, 1280, 384)
+BLOCKS = {"TPU v6 lite": _LARGE, "TPU7x": _LARGE}  # all others: small
 MEGACORE = ("TPU v4", "TPU v5")  # two TensorCores that are one device
 
 
@@ -140,9 +142,9 @@ def _block_sizes(q: Array, m: int) -> tuple[splash_attention_kernel.BlockSizes, 
     """Block sizes, and the lengths of queries and of the m keys padded to them."""
     b, h, length, d = q.shape
     wide = q.dtype.itemsize // 2  # float32 takes twice the memory
-    blocks = BLOCKS.get(device_kind(), Blocks())
+    blocks = BLOCKS.get(device_kind(), _SMALL)
     block_q, queries = fit_block(length, blocks.queries // wide)
-    block_kv, keys = fit_block(m, blocks.keys // wide)
+    block_kv, keys = fit_keys(m, blocks.keys // wide)
     partial_dq = b * h * queries * (d + -d % LANES) * q.dtype.itemsize * (keys // block_kv)
     fused = partial_dq <= PARTIAL_DQ_BYTES
     dq = {} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}
@@ -173,6 +175,21 @@ def fit_block(length: int, target: int) -> tuple[int, int]:
     return block, length + -length % block
 
 
+WHOLE, LARGE_PART = 640, 384  # keys that are multiplied at once, and as many as are worth padding
+
+
+def fit_keys(length: int, target: int) -> tuple[int, int]:
+    """As `fit_block`; a single block is lengthened by up to a tenth if it has large parts then."""
+    block, padded = fit_block(length, target)
+    if block != padded:
+        return block, padded
+    longer = range(block, min(target, block * 11 // 10) + 1, LANES)
+    block = next((size for size in longer if _part(size, WHOLE) >= LARGE_PART), block)
+    return block, block
+
+
 def _part(block: int, target: int) -> int:
-    """The largest multiple of 128 up to `target` that divides a block."""
+    """The largest multiple of 128 up to `target` that divides a block; a short block is whole."""
+    if block <= WHOLE:
+        return block
     return next(n for n in range(min(block, target) // LANES * LANES, 0, -LANES) if block % n == 0)

@@ -21,6 +21,7 @@ from mvjax.pods.cost import Product, Range, cost
 from mvjax.pods.hlo import HLO
 from mvjax.pods.topology import generation
 from mvjax.training.bridge import abstract_backbone
+from mvjax.training.memory import most_kept
 from mvjax.training.step import Program, make_program
 
 
@@ -37,6 +38,8 @@ class Estimate:
         devices, slices: Of the whole pod.
         mesh: Devices per axis.
         batch_size: Samples per step of the whole pod.
+        kept: What stage 1 keeps for the backward pass, `video_model.remat` with "auto" resolved; ""
+            in stage 2.
         parameters, trainable, frozen: Numbers of parameters: of the trained network, those of them
             that learn, and of the frozen backbone.
         array_bytes: State, frozen backbone and batch, by their shapes.
@@ -65,6 +68,7 @@ class Estimate:
     slices: int
     mesh: dict[str, int]
     batch_size: int
+    kept: str
     parameters: int
     trainable: int
     frozen: int
@@ -121,6 +125,7 @@ def estimate(experiment: Experiment, devices: Sequence[jax.Device]) -> Estimate:
     memory = compiled.memory_analysis()
     return Estimate(
         **shapes,
+        kept=_kept(experiment, program, kind),
         slices=slices,
         argument_bytes=memory.argument_size_in_bytes,
         peak_bytes=memory.peak_memory_in_bytes,
@@ -167,6 +172,13 @@ def batch_size(per_chip: float, devices: int) -> int:
             "the batch must be a whole number of them."
         )
     return round(size)
+
+
+def _kept(experiment: Experiment, program: Program, kind: Chip) -> str:
+    if experiment.stage != "video":
+        return ""
+    remat = experiment.video.remat
+    return most_kept(experiment, program.mesh, kind.hbm_bytes) if remat == "auto" else remat
 
 
 def _count(tree: Any) -> int:

@@ -147,7 +147,8 @@ def query_report(topology: str, estimates: Sequence[QueryEstimate]) -> str:
         axes = " ".join(f"{axis}={size}" for axis, size in found.mesh.items())
         share = found.peak_bytes / found.hbm_bytes
         stages = [f"{name} {_milliseconds(time)}" for name, time in found.stages.items()]
-        parts = [f"{name} {_milliseconds(found.parts[key])}" for key, name in PART_NAMES.items()]
+        spent = {name: found.parts[key] for key, name in PART_NAMES.items()}
+        parts = [f"{name} {_milliseconds(time)}" for name, time in spent.items() if time.high]
         rows += [
             (
                 "queries",

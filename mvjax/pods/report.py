@@ -28,7 +28,8 @@ def report(experiment: Experiment, topology: str, found: Estimate) -> str:
     host = f", {as_bytes(found.host_bytes)} in the host" if found.host_bytes else ""
     lora = experiment.video.lora
     training = f"LoRA of rank {lora.rank}" if lora else "full training"
-    what = f"video, {training}" if experiment.stage == "video" else "action decoder"
+    video = f"video, {training}, remat {found.kept}"
+    what = video if experiment.stage == "video" else "action decoder"
     rows = [
         ("step", f"{what}, {experiment.clip.tokens:,} tokens per clip"),
         ("pod", f"{slices}{topology}, {found.devices} x {found.device}"),
@@ -59,7 +60,8 @@ def _times(found: Estimate) -> list[tuple[str, str]]:
     seconds, mfu = found.step_seconds, found.mfu
     exposed = found.parts["exposed_exchanges"]
     hidden = max(found.link_seconds - exposed.low, 0.0)
-    where = [f"{name} {found.parts[key].middle:.3g} s" for key, name in PART_NAMES.items()]
+    spent = {name: found.parts[key].middle for key, name in PART_NAMES.items()}
+    where = [f"{name} {seconds:.3g} s" for name, seconds in spent.items() if seconds]
     worst = found.worst_products[:1]
     return [
         (

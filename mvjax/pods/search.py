@@ -9,10 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from mvjax.experiment import Experiment
-from mvjax.models.layers import POLICIES
 from mvjax.parallel import MESH_AXES, abstract_mesh
 from mvjax.pods.compile import DoesNotFit, Estimate
 from mvjax.training.bridge import abstract_backbone
+from mvjax.training.memory import LADDER, most_kept, step_bytes
 from mvjax.training.step import make_program
 
 log = logging.getLogger(__name__)
@@ -20,9 +20,6 @@ log = logging.getLogger(__name__)
 CONTEXTS = (1, 2, 4, 8)
 STATE_SHARE = 0.6  # of the memory; larger parameters and optimizer state leave too little
 FSDP_SIZES = 3  # tried per context
-# What the backward pass keeps, from the most to the least. "offload" is not among them: its time is
-# that of the host's link, which the compiler does not know.
-REMATS = ("none", "dots", "keep", "attention", "full")
 
 
 @dataclass(frozen=True)
@@ -59,9 +56,9 @@ def search(
     where the batch is smaller than the pod. For each context three meshes are tried, from the
     smallest fsdp that holds the state to the largest; where none fits, policies that keep less are
     tried on the last. The tensor axis stays as configured. On the best mesh those that keep more
-    are tried, from the most, up to the first that fits. The growth of memory between two batches
-    predicts the largest one; it is tried, and then its neighbours until one fits and the next does
-    not, or a clip takes longer.
+    are tried if they may fit, from the most, up to the first that does. The growth of memory
+    between two batches predicts the largest one; it is tried, and then its neighbours until one
+    fits and the next does not, or a clip takes longer.
 
     Args:
         experiment: A training run; its mesh, `video_model.remat` and batch are searched.
@@ -81,7 +78,7 @@ def search(
         for candidate in meshes:
             best = _better(best, budget.compile(candidate))
         if best is None and meshes:
-            best = _first(budget, _other_remats(meshes[0], keep_more=False))
+            best = _first(budget, _other_remats(meshes[0], devices, hbm_bytes, keep_more=False))
         if best:
             break
     if not budget.made:
@@ -95,7 +92,8 @@ def search(
             f"none of the {budget.made} programs tried fits; use a larger --topology or a larger "
             "--max_compiles."
         )
-    best = _better(best, _first(budget, _other_remats(best[0], keep_more=True)))
+    more = _other_remats(best[0], devices, hbm_bytes, keep_more=True)
+    best = _better(best, _first(budget, more))
     if batch_size is not None:
         return Found(*best, "the batch was given")
     return _largest_batch(best, budget)
@@ -152,18 +150,25 @@ def _first(budget: _Budget, experiments: list[Experiment]) -> _Tried | None:
     return next(filter(None, map(budget.compile, experiments)), None)
 
 
-def _other_remats(experiment: Experiment, keep_more: bool) -> list[Experiment]:
+def _other_remats(
+    experiment: Experiment, devices: int, hbm_bytes: int, keep_more: bool
+) -> list[Experiment]:
     """The experiment with policies that keep more, or less, than its own; the most first.
 
-    A policy that is not in `REMATS` ("auto", "offload") may keep more or less than any of them.
+    Those that keep more are left out if by `step_bytes`, which is on the safe side, they need a
+    tenth more memory than there is.
     """
-    if experiment.stage != "video":  # nothing is kept of the frozen backbone
-        return []
     own = experiment.config.video_model.remat
-    at = REMATS.index(own) if own in REMATS else None
-    others = REMATS if at is None else REMATS[:at] if keep_more else REMATS[at + 1 :]
-    # Keeping everything never fits where the search is worth its time.
-    names = [name for name in others if name in POLICIES and name != "none"]
+    if experiment.stage != "video" or own == "none":  # nothing is kept, or everything
+        return []
+    # "offload" keeps what "attention" keeps, in the host.
+    at = LADDER.index(own) if own in LADDER else LADDER.index("attention")
+    mesh = abstract_mesh(experiment.config.mesh, devices)
+    names = [
+        name
+        for name in (LADDER[:at] if keep_more else LADDER[at + 1 :])
+        if not keep_more or step_bytes(experiment, mesh, name) <= 1.1 * hbm_bytes
+    ]
     return [experiment.changed({"video_model.remat": name}) for name in names]
 
 
@@ -222,6 +227,9 @@ def _candidates(
         settings = {f"mesh.{axis}": size for axis, size in sizes.items()}
         candidate = experiment.changed(settings | {"training.batch_size": batch_size or least})
         mesh = abstract_mesh(sizes, devices)
+        if candidate.stage == "video" and config.video_model.remat == "auto":
+            remat = most_kept(candidate, mesh, hbm_bytes)
+            candidate = candidate.changed({"video_model.remat": remat})
         try:
             arguments = make_program(candidate, mesh, abstract_backbone).argument_bytes
         except ValueError:  # a dimension that fsdp does not divide

@@ -35,14 +35,18 @@ def chosen_remat(experiment: Experiment, mesh: Mesh | AbstractMesh) -> str:
     kind = chip(_device_kind(mesh))
     if kind is None:
         return "attention"
-    needed = {name: step_bytes(experiment, mesh, name) for name in LADDER}
-    fits = [name for name in LADDER if needed[name] <= SHARE * kind.hbm_bytes]
-    remat = fits[0] if fits else LADDER[-1]
+    remat = most_kept(experiment, mesh, kind.hbm_bytes)
     log.info(
         f"remat: {remat!r} was chosen for {kind.hbm_bytes / GB:.1f} GB of memory; a step may need "
-        f"{needed[remat] / GB:.1f} GB"
+        f"{step_bytes(experiment, mesh, remat) / GB:.1f} GB"
     )
     return remat
+
+
+def most_kept(experiment: Experiment, mesh: Mesh | AbstractMesh, hbm_bytes: int) -> str:
+    """The policy that keeps most of those that fit so much memory; the last if none does."""
+    fits = (r for r in LADDER if step_bytes(experiment, mesh, r) <= SHARE * hbm_bytes)
+    return next(fits, LADDER[-1])
 
 
 def step_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh, remat: str) -> float:
