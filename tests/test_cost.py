@@ -249,6 +249,7 @@ CYCLES = [
     {"kernel": "splash_fwd", **BLOCKS, "head_dim": 128, "cycles_per_step": 5000},
     {"kernel": "splash_bwd", **BLOCKS, "head_dim": 128, "cycles_per_step": 9000},
     {"kernel": "splash_dkv", **BLOCKS, "head_dim": 128, "cycles_per_step": 7000},
+    {"kernel": "splash_fwd_segmented", **BLOCKS, "head_dim": 128, "cycles_per_step": 6000},
     {"kernel": "norm_rope_fwd", "rows": 1280, "cycles_per_step": 2000},
 ]
 TABLE = {"v6e": CYCLES, "v5p": CYCLES}
@@ -289,6 +290,11 @@ def test_a_kernel_takes_its_cycles_at_every_step_of_its_grid():
     assert found.seconds.high == pytest.approx(1.25 * found.seconds.low)
     split = costs(backward(results=2), table=TABLE)  # without dq
     assert split.seconds.low == STEPS * 7000 / 1.75e9
+
+
+def test_masking_padded_keys_takes_more_cycles():
+    masked = forward().replace("%mask = s8[1,15,15]", "%mask = s32[19200,128]")
+    assert costs(masked, table=TABLE).seconds.low == STEPS * 6000 / 1.75e9
 
 
 @pytest.mark.parametrize(

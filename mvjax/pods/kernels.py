@@ -98,21 +98,24 @@ def kernel_time(
     # The fused backward kernel is the dkv kernel with dq as a third result.
     name = f"{found[1]}_{found[2]}"
     name = "splash_bwd" if name == "splash_dkv" and len(call.results) == 3 else name
-    heads = [array for array in floats if len(array.shape) >= 3]
-    return _splash(name, heads, _blocks(call, name), memory, generation, chip, table)
+    q, k = [array for array in floats if len(array.shape) >= 3][:2]
+    # Padded keys are masked by numbers of segments, one for each query and key.
+    masked = any(array.dtype == "s32" and q.shape[-2] in array.shape for array in operands)
+    return _splash(name, masked, q, k, _blocks(call, name), memory, generation, chip, table)
 
 
 def _splash(
     name: str,
-    operands: Sequence[Array],
+    masked: bool,
+    q: Array,
+    k: Array,
     blocks: Mapping[str, int],
     memory: float,
     generation: str,
     chip: Chip,
     table: Table,
 ) -> KernelTime:
-    q, k = operands[:2]  # [..., heads, length, head_dim]
-    *leading, queries, head_dim = q.shape
+    *leading, queries, head_dim = q.shape  # [..., heads, length, head_dim]
     keys, backward = k.shape[-2], name != "splash_fwd"
     # The grid's axis of heads is split over two cores in the forward kernel alone; an axis that
     # `vmap` puts in front (several clips, parts of the heads) in all of them.
@@ -120,7 +123,9 @@ def _splash(
     cores = 2 if generation in MEGACORE else 1
     used = _cores(parallel) if cores == 2 else 1.0
     what = f"{name} with blocks of {_sizes(blocks)}" if blocks else f"{name} with unknown blocks"
-    nearest = _nearest(table.get(generation, ()), name, head_dim, blocks)
+    entries = table.get(generation, ())
+    nearest = _nearest(entries, f"{name}_segmented", head_dim, blocks) if masked else None
+    nearest = nearest or _nearest(entries, name, head_dim, blocks)
     if nearest is None:
         share = _FALLBACK_SHARE.get(generation, _FALLBACK_SHARE_NARROW)
         flops = _FLOPS[name] * math.prod(leading) * queries * keys * head_dim
