@@ -10,6 +10,7 @@ observations on the host to actions on the host. Our query is one program betwee
 import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import chain
@@ -37,7 +38,7 @@ from mvjax.parallel import sharding_tree, split_ways
 from mvjax.pods.compile import DoesNotFit
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, medoid
-from mvjax.training.bridge import load_backbone
+from mvjax.training.bridge import abstract_backbone, load_backbone
 
 # --- The parts of a query, ours and PyTorch's, each to be called and timed alone ---
 
@@ -55,23 +56,58 @@ class Part:
     before: Callable[[], Any] = lambda: None
 
 
+def compile_parts(policy: Policy, inputs: Inputs) -> dict[str, Any]:
+    """The compiled programs of a query, by part; the whole is "query".
+
+    Args:
+        policy: Its weights may be shapes with shardings.
+        inputs: A full batch.
+
+    Raises:
+        DoesNotFit: If the compiler asks for more memory than is free.
+    """
+    model, (tokenizer, backbone, decoder) = policy.model, policy.weights
+
+    def compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, Any]:
+        """A program, and its result as shapes where it will lie."""
+        lowered = jax.jit(function).lower(*args)
+        program = lowered.compile()
+        _check_memory(program.memory_analysis())
+        result = jax.tree.map(
+            lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+            lowered.out_info,
+            program.output_shardings,
+        )
+        return program, result
+
+    def choose(decoder, context_kv, proprio, noise):
+        sigma = jnp.full((len(proprio), 1), model.sampling.stop_sigma)
+        return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
+
+    def whole() -> Any:
+        with policy.devices():
+            return compiled(lambda w, i: model.act(w, i), policy.weights, inputs)[0]
+
+    # The compiler is outside Python's lock: the whole takes no longer than its parts.
+    with ThreadPoolExecutor(1) as beside, policy.devices():
+        query = beside.submit(whole)
+        encode, clean = compiled(model.encode, tokenizer, inputs.video)
+        args = backbone, clean, inputs.text, inputs.video_noise
+        video, hidden = compiled(model.context, *args)
+        context, kv = compiled(model.keys_values, decoder, hidden)
+        actions, _ = compiled(choose, decoder, kv, inputs.proprio, inputs.action_noise)
+        programs = {"encode": encode, "video": video, "context": context, "actions": actions}
+        return programs | {"query": query.result()}
+
+
 def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, Part]:
     """The parts of a query to a policy, compiled for a full batch of observations.
 
     Raises:
         DoesNotFit: If the compiler asks for more memory than is free.
     """
-    model, weights = policy.model, policy.weights
+    weights = policy.weights
     tokenizer, backbone, decoder = weights
-
-    def compiled(function: Callable[..., Any], *args: Any) -> Callable[..., Any]:
-        program = jax.jit(function).lower(*args).compile()
-        _check_memory(program.memory_analysis())
-        return lambda *args: jax.block_until_ready(program(*args))
-
-    def choose(decoder, context_kv, proprio, noise):
-        sigma = jnp.full((len(proprio), 1), model.sampling.stop_sigma)
-        return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
     def prepare(_: Any = None) -> Inputs:
         return jax.block_until_ready(policy.inputs(observations, with_future=False))
@@ -79,17 +115,14 @@ def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, 
     def fetch(chunks: Any) -> np.ndarray:
         return policy.normalizer.unnormalize("actions", np.asarray(chunks))
 
-    with policy.devices():
-        i = prepare()
-        act = compiled(lambda w, i: model.act(w, i), weights, i)
-        chunks = act(weights, i)
-        encode = compiled(model.encode, tokenizer, i.video)
-        clean = encode(tokenizer, i.video)
-        video = compiled(model.context, backbone, clean, i.text, i.video_noise)
-        hidden = video(backbone, clean, i.text, i.video_noise)
-        context = compiled(model.keys_values, decoder, hidden)
-        kv = jax.eval_shape(model.keys_values, decoder, hidden)
-        actions = compiled(choose, decoder, kv, i.proprio, i.action_noise)
+    i = prepare()
+    encode, video, context, actions, act = (
+        lambda *args, program=program: jax.block_until_ready(program(*args))
+        for program in compile_parts(policy, i).values()
+    )
+    chunks = act(weights, i)
+    clean = encode(tokenizer, i.video)
+    hidden = video(backbone, clean, i.text, i.video_noise)
     read = lambda _=None: context(decoder, hidden)  # noqa: E731
     return {
         "prepare": Part(prepare),
@@ -186,7 +219,9 @@ class NoiseTextEncoder:
         return np.stack([rng.standard_normal(size, np.float32) for rng in generators])
 
 
-def untrained_policy(experiment: Experiment, sampling: Sampling, batch_size: int = 1) -> Policy:
+def untrained_policy(
+    experiment: Experiment, sampling: Sampling, batch_size: int = 1, *, abstract: bool = False
+) -> Policy:
     """The policy that `load_policy` would give, with random weights.
 
     The tokenizer is linear where the configuration names an .npz file, else a Wan VAE of the
@@ -197,6 +232,7 @@ def untrained_policy(experiment: Experiment, sampling: Sampling, batch_size: int
         experiment: A stage-2 run; its checkpoints and data are not read.
         sampling: Its noise and numbers of steps.
         batch_size: Queries per compiled batch; rounded up to what the devices can share.
+        abstract: Make shapes with shardings of the networks' weights, to compile with.
 
     Raises:
         ValueError: If the configuration is not one of stage 2.
@@ -209,12 +245,16 @@ def untrained_policy(experiment: Experiment, sampling: Sampling, batch_size: int
     experiment = experiment.changed({"backbone.checkpoint": ""})
     config, rules, decoder = experiment.config, experiment.rules, experiment.decoder_network
     mesh = experiment.mesh(jax.local_devices())
+    whole = NamedSharding(mesh, PartitionSpec())
     shardings = sharding_tree(decoder.axes, mesh, rules, decoder.abstract)
     with jax.set_mesh(mesh):
-        video_dit, backbone_params = load_backbone(experiment, mesh)
-        decoder_params = jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(1))
-        whole = NamedSharding(mesh, PartitionSpec())
-        tokenizer = jax.device_put(_tokenizer(Path(config.tokenizer)), whole)
+        if abstract:
+            video_dit, backbone_params = abstract_backbone(experiment, mesh)
+            decoder_params = jax.tree.map(_placed, decoder.abstract, shardings)
+        else:
+            video_dit, backbone_params = load_backbone(experiment, mesh)
+            decoder_params = jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(1))
+        tokenizer = _tokenizer(Path(config.tokenizer), whole, abstract)
     ways = split_ways("batch", mesh, rules)
     return Policy(
         model=VideoActionModel(
@@ -245,10 +285,19 @@ def random_observations(policy: Policy, count: int) -> list[Observation]:
     ]
 
 
-def _tokenizer(path: Path) -> LinearTokenizer | WanVAE:
+def _tokenizer(path: Path, sharding: NamedSharding, abstract: bool) -> LinearTokenizer | WanVAE:
     if path.suffix != ".npz":
         network = Network(lambda key: WanVAE(WAN_VAES["wan21"], key))
-        return network.bind(jax.jit(network.init)(jax.random.key(2)))
+        if abstract:
+            shapes = jax.tree.map(lambda leaf: _placed(leaf, sharding), network.abstract)
+            return network.bind(shapes)
+        params = jax.jit(network.init)(jax.random.key(2))
+        return jax.device_put(network.bind(params), sharding)
+    return jax.device_put(random_linear_tokenizer(), sharding)
+
+
+def random_linear_tokenizer() -> LinearTokenizer:
+    """A linear tokenizer that has been fitted to nothing."""
     rng = np.random.default_rng(2)
 
     def projection(features: int) -> Projection:
@@ -257,6 +306,12 @@ def _tokenizer(path: Path) -> LinearTokenizer | WanVAE:
 
     pixels = 3 * SPATIAL**2
     return LinearTokenizer(projection(pixels), projection(TEMPORAL * pixels))
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, sharding: NamedSharding) -> jax.ShapeDtypeStruct:
+    # A weak type would make another program than the array does.
+    kind = dict(dtype=leaf.dtype, weak_type=leaf.weak_type)
+    return jax.ShapeDtypeStruct(leaf.shape, sharding=sharding, **kind)
 
 
 # --- The measurement ---
@@ -273,6 +328,7 @@ class Latency:
         cpu: Mean processor time, of all threads together.
         tflop: Analytic operations of the batch, 1e12; None for parts on the host.
         mfu: The share of the device's peak that they use at p50; None on a CPU.
+        count: Repetitions.
     """
 
     p50: float
@@ -280,6 +336,7 @@ class Latency:
     cpu: float
     tflop: float | None
     mfu: float | None
+    count: int
 
 
 @dataclass(frozen=True)
@@ -399,7 +456,10 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def measure(
-    competitors: dict[str, dict[str, Part]], policy: Policy, rounds: int
+    competitors: dict[str, dict[str, Part]],
+    policy: Policy,
+    rounds: int,
+    peak: float | None = None,
 ) -> list[PolicySpeed]:
     """Measures the parts of each implementation in turns.
 
@@ -407,6 +467,7 @@ def measure(
         competitors: Name of an implementation -> its parts.
         policy: Gives the batch size and the operations.
         rounds: Turns of each; in a turn every part is repeated for half a second, at least once.
+        peak: Of a device in FLOP/s, where it is not a device of JAX.
     """
     measurements = {
         (name, part): partial(_turn, found)
@@ -414,7 +475,7 @@ def measure(
         for part, found in parts.items()
     }
     taken = take_turns(measurements, rounds)
-    flops, peak = part_flops(policy), peak_flops(jax.devices()[0])
+    flops, peak = part_flops(policy), peak or peak_flops(jax.devices()[0])
     answers = []
     for name, parts in competitors.items():
         latencies = {
@@ -446,4 +507,5 @@ def _latency(
     p50, p95 = np.percentile(wall, (50, 95)).tolist()
     batch = flops * policy.batch_size if flops else None
     mfu = batch / (p50 / 1e3) / (peak * policy.mesh.size) if batch and peak else None
-    return Latency(p50, p95, float(cpu.mean()), batch / 1e12 if batch else None, mfu)
+    tflop = batch / 1e12 if batch else None
+    return Latency(p50, p95, float(cpu.mean()), tflop, mfu, len(times))

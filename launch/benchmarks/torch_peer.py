@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from flax import nnx
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from data_pipelines.frames import resize_area
 from launch.benchmarks.torch_networks import (
@@ -30,7 +31,7 @@ from mvjax.models.wan_vae import WanVAE
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
 from mvjax.weights.kinds import decoder_rules
-from mvjax.weights.names import video_dit_diffusers, wan_vae_diffusers
+from mvjax.weights.names import Rules, video_dit_diffusers, wan_vae_diffusers
 
 # --- The objectives of both stages, as modules that return a loss ---
 
@@ -54,7 +55,7 @@ class TorchVideoObjective(nn.Module):
 
     def compile_networks(self) -> None:
         """Uses `torch.compile`."""
-        self.trained.compile()
+        self.trained.compile_network()
 
     def forward(self, batch: Batch) -> Tensor:
         """The loss of latents [b, t, h, w, c] and text [b, l, d]."""
@@ -89,7 +90,7 @@ class TorchActionObjective(nn.Module):
 
     def compile_networks(self) -> None:
         """Uses `torch.compile`."""
-        self.backbone.compile()
+        self.backbone.compile_network()
         self.trained.compile_parts()
 
     def forward(self, batch: Batch) -> Tensor:
@@ -141,7 +142,12 @@ OBJECTIVES = {"video": TorchVideoObjective, "action": TorchActionObjective}
 
 
 class TorchStep:
-    """A `Competitor` in PyTorch, on random data."""
+    """A `Competitor` in PyTorch, on random data.
+
+    Attributes:
+        recomputes: Whether the blocks of the video DiT are computed again in the backward pass,
+            since their activations did not fit.
+    """
 
     name = "PyTorch"
 
@@ -179,7 +185,19 @@ class TorchStep:
         }
         if "action_mask" in self._batch:
             self._batch["action_mask"].fill_(1)
-        self.run(2)
+        self.recomputes = False
+        try:
+            self.run(2)
+        except torch.OutOfMemoryError:
+            if experiment.stage != "video":
+                raise
+            self.recomputes = True
+        if self.recomputes:  # outside `except`, which holds on to the activations
+            self._optimizer.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            self._objective.trained.net.enable_gradient_checkpointing()
+            self.run(2)
         self.prepare_seconds = time.perf_counter() - start
 
     def run(self, steps: int) -> float:
@@ -209,6 +227,43 @@ class TorchStep:
             torch._foreach_lerp_(self._average, self._parameters, 1 - self._ema_decay)
 
 
+def choose_attention(heads: int, tokens: int, head_dim: int) -> dict[str, float]:
+    """Lets PyTorch use the faster of its attention kernels for Hopper and its like.
+
+    Args:
+        heads, tokens, head_dim: Of the self-attention, in bfloat16, batch 1.
+
+    Returns:
+        Milliseconds of "flash" and "cudnn", forward and backward; a kernel that does not run on
+        this GPU is left out. Kernels that are left for short sequences are not affected.
+    """
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION}
+    q, k, v = (
+        torch.randn(1, heads, tokens, head_dim, device="cuda", dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    times: dict[str, float] = {}
+    for name, backend in backends.items():
+        inputs = [x.requires_grad_() for x in (q, k, v)]
+        try:
+            with sdpa_kernel(backend):
+                for count in (1, 5):  # the first one is not measured
+                    torch.cuda.synchronize()
+                    start = time.perf_counter()
+                    for _ in range(count):
+                        y = nn.functional.scaled_dot_product_attention(*inputs)
+                        torch.autograd.grad(y, inputs, y)
+                    torch.cuda.synchronize()
+            times[name] = (time.perf_counter() - start) / count * 1e3
+        except RuntimeError:
+            continue
+    if times:
+        best = min(times, key=lambda name: times[name])
+        torch.backends.cuda.enable_flash_sdp(best == "flash")
+        torch.backends.cuda.enable_cudnn_sdp(best == "cudnn")
+    return times
+
+
 # --- The policy, with our weights ---
 
 Context = list[tuple[Tensor, Tensor]]
@@ -224,7 +279,7 @@ class TorchPolicy:
         """Takes the sizes, the weights and the sampling of a policy.
 
         Args:
-            policy: One without oracle.
+            policy: One without oracle. Where its weights are shapes, random ones are taken.
             compiled: Use `torch.compile` for the video DiT and the decoder.
         """
         self._policy, self._model = policy, policy.model
@@ -232,19 +287,20 @@ class TorchPolicy:
         backbone, decoder = self._model.backbone.config, self._model.decoder.config
         self._dtype = getattr(torch, backbone.dtype)
         tokenizer, backbone_params, decoder_params = policy.weights
-        self._tokenizer = self._on_device(_tokenizer(tokenizer))
+        with self.device:  # initialising billions of numbers takes a CPU minutes
+            self._tokenizer = self._on_device(_tokenizer(tokenizer))
+            video_dits = [TorchVideoDiT(backbone, self._model.layer)]
+            if self._model.sampling.stop_step:
+                video_dits.append(TorchVideoDiT(backbone))
+            self._decoder = TorchActionDecoder(decoder)
         self._pixels = getattr(torch, getattr(tokenizer, "config", decoder).dtype)
         if isinstance(tokenizer, WanVAE):
             self._tokenizer.to(self._pixels)
-        video_dits = [TorchVideoDiT(backbone, self._model.layer)]
-        if self._model.sampling.stop_step:
-            video_dits.append(TorchVideoDiT(backbone))
         for net in video_dits:
             rules = video_dit_diffusers(bool(backbone.text_projection_dim))
-            load_params(net.net, backbone_params, rules)
+            _take(net.net, backbone_params, rules)
             self._on_device(net).to(self._dtype)
-        self._decoder = TorchActionDecoder(decoder)
-        load_params(self._decoder, decoder_params, decoder_rules(decoder))
+        _take(self._decoder, decoder_params, decoder_rules(decoder))
         self._decoder_dtype = getattr(torch, decoder.dtype)
         self._on_device(self._decoder).to(self._decoder_dtype)
         self._decoder.t_embedder["pair"].frequency = self._decoder.t_embedder["pair"].frequency.to(
@@ -252,7 +308,7 @@ class TorchPolicy:
         )
         if compiled:
             for net in video_dits:
-                net.compile()
+                net.compile_network()
             self._decoder.compile_parts()
         self._read, self._velocity = video_dits[0], video_dits[-1]
 
@@ -341,6 +397,11 @@ def _tokenizer(tokenizer: Any) -> nn.Module:
     if isinstance(tokenizer, LinearTokenizer):
         return TorchLinearTokenizer(tokenizer)
     module = TorchWanVAE(tokenizer.config)
-    params = jax.device_get(nnx.to_pure_dict(nnx.state(tokenizer)))
-    load_params(module.net, params, wan_vae_diffusers(tokenizer.config))
+    params = nnx.to_pure_dict(nnx.state(tokenizer))
+    _take(module.net, params, wan_vae_diffusers(tokenizer.config))
     return module
+
+
+def _take(module: nn.Module, params: Any, rules: Rules) -> None:
+    if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(params)):
+        load_params(module, jax.device_get(params), rules)

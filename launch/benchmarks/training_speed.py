@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from statistics import median
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -72,6 +72,9 @@ class OurStep:
     """The train step of a configuration, compiled for the devices of this machine.
 
     The networks are untrained and the batch is noise: neither changes the time.
+
+    Attributes:
+        planned_mb: See the function; None where the backend does not tell.
     """
 
     name = "mvjax"
@@ -89,6 +92,7 @@ class OurStep:
             )
         self._batch, self._frozen = _noise(program.batch), program.stage.frozen
         self._step = program.compile()
+        self.planned_mb = planned_mb(self._step)
         self.flops = program.stage.flops * settings.batch_size
         self.batch_size = settings.batch_size
         self.run(2)
@@ -109,16 +113,31 @@ class OurStep:
         return stats["peak_bytes_in_use"] / 2**20 if "peak_bytes_in_use" in stats else None
 
 
-def compare(competitors: list[Competitor], steps: int, rounds: int) -> list[Speed]:
-    """Measures competitors in turns of some steps each."""
+def planned_mb(compiled: Any) -> float | None:
+    """Memory that the compiler plans for a program: arguments, results and all between them."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    both = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return (both + plan.temp_size_in_bytes) / 2**20
+
+
+def compare(
+    competitors: list[Competitor], steps: int, rounds: int, peak: float | None = None
+) -> list[Speed]:
+    """Measures competitors in turns of some steps each.
+
+    `peak` is that of all devices in FLOP/s, where they are not the devices of JAX.
+    """
     taken = take_turns({one: lambda one=one: one.run(steps) / steps for one in competitors}, rounds)
-    peak = peak_flops(jax.devices()[0])
+    if peak is None and (known := peak_flops(jax.devices()[0])):
+        peak = known * jax.device_count()
     return [
         Speed(
             name=one.name,
             seconds_per_step=seconds,
             samples_per_second=one.batch_size / median(seconds),
-            mfu=one.flops / median(seconds) / (peak * jax.device_count()) if peak else None,
+            mfu=one.flops / median(seconds) / peak if peak else None,
             peak_mb=one.peak_mb,
             prepare_seconds=one.prepare_seconds,
         )

@@ -8,7 +8,6 @@ import orbax.
 
 import dataclasses
 import errno
-import importlib.metadata
 import json
 import logging
 import os
@@ -23,7 +22,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 from orbax.checkpoint import checkpoint_managers
 
-from mvjax.identity import digest
+from mvjax.identity import digest, package_versions
 from mvjax.parallel import everywhere
 from mvjax.training.damage import (
     CheckpointDamaged,
@@ -241,7 +240,7 @@ def checkpoint_folder(workdir: Path) -> Path:
 
 def library_versions() -> dict[str, str]:
     """Package name -> installed version, stored beside every checkpoint."""
-    return {name: importlib.metadata.version(name) for name in PACKAGES}
+    return {name: version for name, version in package_versions(PACKAGES).items() if version}
 
 
 # --- Reading arrays: what is stored against what is asked for ---
