@@ -34,7 +34,7 @@ MEMORY_HIGH = 1.5
 # Low: all links of a chip are busy. High: a ring uses two of a torus' four (half of its links).
 EXCHANGES_HIGH = 2.0
 
-# Cycles of the vector unit per 1,024 elements of erf, on all cores of a device together: counted for
+# Cycles of the vector unit per 1,024 elements of erf, all cores of a device together: counted for
 # v5p, v5e and v6e, taken for v4 and TPU7x from the one most like them.
 _ERF_CYCLES = {"v4": 5.6, "v5p": 5.6, "v5e": 11.0, "v6e": 1.8, "tpu7x": 1.8}
 
