@@ -40,30 +40,39 @@ BIG = "--config=configs/cosmos14b_video.py"
 # A file of an earlier version that lacks one of these is computed again.
 _FIGURES = {field.name for field in fields(Estimate) if field.name != "hlo"}
 ONE, HALF = "--batch_per_chip=1", "--batch_per_chip=0.5"
+LONG = "--batch_per_chip=0.125 --config.mesh.context=8 --config.clip.future_frames=236"
 
 # Title of a table, and its lines: a name and the arguments of launch.estimate.
 TABLES: dict[str, dict[str, str]] = {
     "Stage 1, 2B, LoRA of rank 256 and the adaLN weights": {
-        "lora_v5e_8": f"{LORA} --topology=v5e:2x4 {ONE} --config.video_model.remat=full",
+        "lora_v5e_8": f"{LORA} --topology=v5e:2x4 {ONE}",
         "lora_v6e_8": f"{LORA} --topology=v6e:2x4 {ONE}",
         "lora_v6e_8_offload": f"{LORA} --topology=v6e:2x4 {ONE} --config.video_model.remat=offload",
         "lora_v5p_8": f"{LORA} --topology=v5p:2x2x2 {ONE}",
+        "lora_tpu7x_4": f"{LORA} --topology=tpu7x:2x2x1 {ONE}",
         "lora_v6e_64": f"{LORA} --topology=v6e:8x8 {ONE}",
         "lora_v5e_128": f"{LORA} --topology=v5e:8x16 {HALF} --config.mesh.context=2",
     },
     "Stage 1, 2B, all parameters": {
-        "full_v5e_16": f"{FULL} --topology=v5e:4x4 {ONE} --config.video_model.remat=full",
+        "full_v5e_16": f"{FULL} --topology=v5e:4x4 {ONE}",
         "full_v6e_8": f"{FULL} --topology=v6e:2x4 {ONE}",
         "full_v5p_8": f"{FULL} --topology=v5p:2x2x2 {ONE}",
+        "full_v5p_64": f"{FULL} --topology=v5p:4x4x4 {ONE}",
         "full_v6e_256": f"{FULL} --topology=v6e:16x16 {ONE}",
         "full_v5p_512": f"{FULL} --topology=v5p:8x8x8 {ONE} --config.mesh.data=8",
         "full_v6e_1024": f"{FULL} --topology=v6e:16x16 --slices=4 {ONE} --config.mesh.data=4",
         "full_v5p_4096": f"{FULL} --topology=v5p:16x16x16 {ONE} --config.mesh.data=64",
     },
+    "Stage 1, 2B, all parameters, videos of 241 frames, eight chips a clip": {
+        "long_v5p_8": f"{FULL} --topology=v5p:2x2x2 {LONG}",
+        "long_v6e_16": f"{FULL} --topology=v6e:4x4 {LONG}",
+    },
     "Stage 2, the action decoder on the frozen 2B backbone": {
         "decoder_v5e_8": f"{DECODER} --topology=v5e:2x4 {ONE}",
-        "decoder_v6e_8": f"{DECODER} --topology=v6e:2x4 --batch_per_chip=3",
-        "decoder_v5p_8": f"{DECODER} --topology=v5p:2x2x2 --batch_per_chip=8",
+        "decoder_v6e_8": f"{DECODER} --topology=v6e:2x4 {ONE}",
+        "decoder_v6e_8_3": f"{DECODER} --topology=v6e:2x4 --batch_per_chip=3",
+        "decoder_v5p_8": f"{DECODER} --topology=v5p:2x2x2 {ONE}",
+        "decoder_v5p_8_8": f"{DECODER} --topology=v5p:2x2x2 --batch_per_chip=8",
         "decoder_v5e_256": f"{DECODER} --topology=v5e:16x16 {ONE}",
     },
     "Stage 1, 14B, all parameters": {  # the configuration shares a clip between two chips
