@@ -1,7 +1,7 @@
 """Says what a training run or a policy needs on a TPU pod, by compiling it; no TPU is needed.
 
     python -m launch.estimate --config=configs/bridge_video.py --topology=v6e:2x4 --batch_per_chip=1
-    python -m launch.estimate --config=configs/bridge_action.py --topology=v6e:1x1 --policy --batches=1,8
+    python -m launch.estimate --config=configs/bridge_action.py --topology=v6e:1x1 --policy
 
 Several slices: --slices=4 --config.mesh.data=4. The best mesh, rematerialisation and batch:
 --search. Any setting can be changed as for `launch.train`. Needs libtpu: pip install 'mvjax[tpu]'.
