@@ -2,13 +2,15 @@
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import lora_config
 from tiny_stages import build_stage, tiny_batch, tiny_config, train_tiny
 
 from mvjax.experiment import Experiment
-from mvjax.models.lora import LoRA, learns_with_lora, merge_lora
+from mvjax.models.layers import Linear, linears
+from mvjax.models.lora import LoRA, below, beside, learns_with_lora, merge_lora
 from mvjax.models.network import merge, split
 from mvjax.models.presets import video_network
 from mvjax.training.bridge import abstract_params, restore_params
@@ -124,3 +126,37 @@ def test_the_optimizer_holds_nothing_for_fixed_parameters():
     params = jax.eval_shape(stage.init, jax.random.key(0))
     learning = split(params, stage.trainable)[0]
     assert all("lora" in path or "adaln" in path for path in paths(learning))
+
+
+@pytest.mark.parametrize("joined", ["below", "beside"])
+def test_joined_products_equal_separate_ones(joined):
+    """Values and all gradients, also of the kernel, for inputs with several leading dimensions."""
+    rng = np.random.default_rng(0)
+    shapes = dict(x=(2, 30, 16), kernel=(16, 24), a=(16, 4), b=(4, 24))
+    arrays = [0.2 * rng.standard_normal(s).astype("float32") for s in shapes.values()]
+
+    def separate(x, kernel, a, b):
+        return jnp.sum(jnp.sin(x @ kernel + (x @ a) @ b))
+
+    def together(x, kernel, a, b):
+        if joined == "below":
+            return jnp.sum(jnp.sin(below(x, x @ a, kernel, b)))
+        y, low = beside(x, kernel, a)
+        return jnp.sum(jnp.sin(y + low @ b))
+
+    ours, theirs = (jax.grad(f, argnums=(0, 1, 2, 3))(*arrays) for f in (together, separate))
+    for one, other in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
+
+
+def test_layers_of_one_input_share_the_product_with_their_adapters():
+    lora = LoRA(4, 8.0, ("q", "k"))
+    layers = [
+        Linear(jax.random.key(i), 16, 24, ("embed", "heads"), name=name, lora=lora)
+        for i, name in enumerate("qk")
+    ]
+    for layer in layers:  # B starts at zero
+        layer.lora_b[...] = jax.random.normal(jax.random.key(2), layer.lora_b[...].shape)
+    x = jax.random.normal(jax.random.key(3), (2, 5, 16))
+    for together, layer in zip(linears(x, *layers), layers, strict=True):
+        np.testing.assert_allclose(together, layer(x), rtol=1e-5, atol=1e-5)

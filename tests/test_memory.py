@@ -1,0 +1,69 @@
+"""Remat "auto": what is kept for the backward pass follows from the memory of the devices."""
+
+import jax
+import pytest
+
+from configs import bridge_video, cosmos14b_video
+from mvjax.experiment import Experiment
+from mvjax.parallel import GB, MESH_AXES
+from mvjax.training.memory import chosen_remat, most_kept, step_bytes
+from mvjax.training.objectives import make_stage
+
+
+def pod(kind, **sizes):
+    """A mesh of devices of one kind, none of which is here."""
+    shape = [sizes.get(axis, 1) for axis in MESH_AXES]
+    types = (jax.sharding.AxisType.Auto,) * len(shape)
+    device = jax.sharding.AbstractDevice(device_kind=kind, num_cores=1, platform="tpu")
+    return jax.sharding.AbstractMesh(tuple(shape), MESH_AXES, types, abstract_device=device)
+
+
+def published(clips, config=bridge_video, **settings):
+    experiment = Experiment.from_config(config.get_config())
+    return experiment.changed({"training.batch_size": clips} | settings)
+
+
+@pytest.mark.parametrize(
+    ("kind", "remat"),
+    [
+        ("TPU v5", "dots"),
+        ("TPU v6 lite", "hidden"),
+        ("TPU v5 lite", "attention"),
+        ("cpu", "attention"),
+    ],
+)
+def test_the_most_that_fits_is_kept(kind, remat):
+    assert chosen_remat(published(8), pod(kind, fsdp=8)) == remat
+
+
+# As the compiler of libtpu 0.0.50 says for one clip per chip of eight.
+@pytest.mark.parametrize(
+    ("remat", "peak_gb"), [("hidden", 23.6), ("dots", 31.8), ("attention", 9.4)]
+)
+def test_the_estimate_is_a_little_above_what_compiled_programs_need(remat, peak_gb):
+    needed = step_bytes(published(8), pod("TPU v6 lite", fsdp=8), remat) / GB
+    assert peak_gb <= needed <= 1.25 * peak_gb
+
+
+def test_more_clips_keep_less_and_more_chips_more():
+    kept = [chosen_remat(published(clips), pod("TPU v5", fsdp=8)) for clips in (16, 24, 48, 80)]
+    assert kept == ["dots", "hidden", "attention", "full"]
+    assert chosen_remat(published(48), pod("TPU v5", fsdp=16)) == "hidden"
+    assert chosen_remat(published(48), pod("TPU v5", fsdp=8, context=2)) == "hidden"
+
+
+def test_the_14b_and_given_memory():
+    experiment, mesh = published(16, cosmos14b_video), pod("TPU v5", fsdp=16, context=2)
+    assert chosen_remat(experiment, mesh) == "dots"
+    assert most_kept(experiment, mesh, 42 * GB) == "outputs"
+
+
+def test_what_is_configured_stays():
+    experiment = published(8, **{"video_model.remat": "full"})
+    assert chosen_remat(experiment, pod("TPU v5", fsdp=8)) == "full"
+
+
+def test_stage_1_is_trained_with_the_choice(caplog):
+    caplog.set_level("INFO")
+    make_stage(published(8), pod("TPU v5", fsdp=8))
+    assert "remat: 'dots' was chosen for 95.7 GB" in caplog.text
