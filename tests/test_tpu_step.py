@@ -1,9 +1,9 @@
 """The step as the TPU compiler makes it stays as fast as it is: a slower program fails here.
 
 Two blocks of the published 2B with one clip on each of four chips. Bounds are some per cent from
-what the compiler of libtpu 0.0.50 gives: the share of the peak that matrix products reach, the bytes
-that pass through the memory beside kernels and products, the peak of the memory, the number of
-kernels. A bound that is passed means that the program became slower, not that the network computes
+what the compiler of libtpu 0.0.50 gives: the share of the peak that matrix products reach, the
+bytes that pass through the memory beside kernels and products, the peak of the memory, the number
+of kernels. A bound that is passed means that the program became slower, not that the network computes
 something else. `python tests/tpu_blocks.py` prints all figures.
 """
 

@@ -95,10 +95,11 @@ def kernel_time(
     if found[3]:
         name = f"{found[3]}_{found[4]}"
         return _norm_rope(name, floats, memory, generation, chip, table)
-    # The fused backward kernel is the dkv kernel with dq as a third result.
     name = f"{found[1]}_{found[2]}"
-    name = "splash_bwd" if name == "splash_dkv" and len(call.results) == 3 else name
     q, k = [array for array in floats if len(array.shape) >= 3][:2]
+    # The fused backward kernel is the dkv kernel with dq as a third result, beside its scratch.
+    results = [array for array in call.results if len(array.shape) >= len(k.shape)]
+    name = "splash_bwd" if name == "splash_dkv" and len(results) == 3 else name
     # Padded keys are masked by numbers of segments, one for each query and key.
     masked = any(array.dtype == "s32" and q.shape[-2] in array.shape for array in operands)
     return _splash(name, masked, q, k, _blocks(call, name), memory, generation, chip, table)
