@@ -3,8 +3,8 @@
 Two blocks of the published 2B with one clip on each of four chips. Bounds are some per cent from
 what the compiler of libtpu 0.0.50 gives: the share of the peak that matrix products reach, the
 bytes that pass through the memory beside kernels and products, the peak of the memory, the number
-of kernels. A bound that is passed means that the program became slower, not that the network computes
-something else. `python tests/tpu_blocks.py` prints all figures.
+of kernels. A bound that is passed means a slower program, not that the network computes something
+else. `python tests/tpu_blocks.py` prints all figures.
 """
 
 import importlib.util

@@ -59,7 +59,8 @@ def as_lines(rows: list[tuple[str, str]]) -> str:
 def _times(found: Estimate) -> list[tuple[str, str]]:
     seconds, mfu = found.step_seconds, found.mfu
     exposed = found.parts["exposed_exchanges"]
-    hidden = max(found.link_seconds - exposed.low, 0.0)
+    hidden = found.link_seconds - exposed.low
+    hidden = hidden if hidden > seconds.low / 1000 else 0.0
     spent = {name: found.parts[key].middle for key, name in PART_NAMES.items()}
     where = [f"{name} {seconds:.3g} s" for name, seconds in spent.items() if seconds]
     worst = found.worst_products[:1]
