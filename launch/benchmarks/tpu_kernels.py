@@ -9,7 +9,7 @@ memory. `mvjax estimate` reads the table, mvjax/pods/kernel_cycles.json. Kernels
 are kept; a new libtpu makes all of it anew. --blocks compares block sizes of attention by the table
 instead: those of mvjax.models.splash are chosen from that.
 
-A kernel takes about six seconds and 1 GB, all 170 of them 20 minutes. Needs libtpu: pip install
+A kernel takes about six seconds and 1 GB, all 190 of them 20 minutes. Needs libtpu: pip install
 'mvjax[tpu]'.
 """
 
@@ -63,6 +63,8 @@ FORWARD = [
     (640, 3840, 1920),
     (1280, 512, 512),
     (640, 512, 512),
+    (1280, 2560, 1280),
+    (640, 2560, 1280),
     (1280, 3840, 1920),
     (640, 3840, 1280),
     (640, 3840, 640),
@@ -79,6 +81,8 @@ BACKWARD = [
     (640, 512, 512),
     (1280, 512, 256),
     (640, 512, 256),
+    (1280, 2560, 256),
+    (640, 2560, 640),
     (640, 3840, 384),
     (640, 1920, 640),
     (640, 1280, 640),
