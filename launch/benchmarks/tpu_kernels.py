@@ -337,11 +337,11 @@ def make_table(generations: list[str]) -> None:
         "made": str(datetime.date.today()),
     }
     for generation in generations:
-        rows = table.setdefault(generation, [])
         too_large = table["about"]["too_large"].setdefault(generation, [])
-        known = [_key(row) for row in [*rows, *too_large]]
-        for kernel in kernels(generation):
-            row = _row(kernel)
+        fits = {_key(row): row for row in table.get(generation, [])}
+        known = fits.keys() | {_key(row) for row in too_large}
+        wanted = [(kernel, _row(kernel)) for kernel in kernels(generation)]
+        for kernel, row in wanted:
             if _key(row) in known:
                 continue
             try:
@@ -350,10 +350,11 @@ def make_table(generations: list[str]) -> None:
                 too_large.append(row)
                 print(generation, *_key(row), "does not fit", flush=True)
             else:
-                rows.append(
-                    row | {"cycles_per_step": round(cycles.per_step, 1), "edge_cycles": cycles.edge}
-                )
+                counted = {"cycles_per_step": round(cycles.per_step, 1), "edge_cycles": cycles.edge}
+                fits[_key(row)] = row | counted
                 print(generation, *_key(row), f"{cycles.per_step:.0f}", flush=True)
+            # In the order of the list, whichever was counted first.
+            table[generation] = [fits[_key(r)] for _, r in wanted if _key(r) in fits]
             write_json(TABLE, table)
 
 
