@@ -9,7 +9,7 @@ memory. `mvjax estimate` reads the table, mvjax/pods/kernel_cycles.json. Kernels
 are kept; a new libtpu makes all of it anew. --blocks compares block sizes of attention by the table
 instead: those of mvjax.models.splash are chosen from that.
 
-A kernel takes about six seconds and 1 GB, all 170 of them 20 minutes. Needs libtpu: pip install
+A kernel takes about six seconds and 1 GB, all 190 of them 20 minutes. Needs libtpu: pip install
 'mvjax[tpu]'.
 """
 
@@ -63,6 +63,8 @@ FORWARD = [
     (640, 3840, 1920),
     (1280, 512, 512),
     (640, 512, 512),
+    (1280, 2560, 1280),
+    (640, 2560, 1280),
     (1280, 3840, 1920),
     (640, 3840, 1280),
     (640, 3840, 640),
@@ -79,6 +81,8 @@ BACKWARD = [
     (640, 512, 512),
     (1280, 512, 256),
     (640, 512, 256),
+    (1280, 2560, 256),
+    (640, 2560, 640),
     (640, 3840, 384),
     (640, 1920, 640),
     (640, 1280, 640),
@@ -333,11 +337,11 @@ def make_table(generations: list[str]) -> None:
         "made": str(datetime.date.today()),
     }
     for generation in generations:
-        rows = table.setdefault(generation, [])
         too_large = table["about"]["too_large"].setdefault(generation, [])
-        known = [_key(row) for row in [*rows, *too_large]]
-        for kernel in kernels(generation):
-            row = _row(kernel)
+        fits = {_key(row): row for row in table.get(generation, [])}
+        known = fits.keys() | {_key(row) for row in too_large}
+        wanted = [(kernel, _row(kernel)) for kernel in kernels(generation)]
+        for kernel, row in wanted:
             if _key(row) in known:
                 continue
             try:
@@ -346,10 +350,11 @@ def make_table(generations: list[str]) -> None:
                 too_large.append(row)
                 print(generation, *_key(row), "does not fit", flush=True)
             else:
-                rows.append(
-                    row | {"cycles_per_step": round(cycles.per_step, 1), "edge_cycles": cycles.edge}
-                )
+                counted = {"cycles_per_step": round(cycles.per_step, 1), "edge_cycles": cycles.edge}
+                fits[_key(row)] = row | counted
                 print(generation, *_key(row), f"{cycles.per_step:.0f}", flush=True)
+            # In the order of the list, whichever was counted first.
+            table[generation] = [fits[_key(r)] for _, r in wanted if _key(r) in fits]
             write_json(TABLE, table)
 
 
