@@ -9,18 +9,9 @@ Several slices: --slices=4 --config.mesh.data=4. The best mesh, rematerialisatio
 
 import os
 
-# Compiling for a TPU pod on any machine: jax itself stays on the CPU, libtpu looks for no TPU and
-# no metadata server of a cloud, and several of these may run at once. jax reads this on import.
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-    TPU_ACCELERATOR_TYPE="v5litepod-4",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_WORKER_ID="0",
-    TPU_PROCESS_BOUNDS="1,1,1",
-    TPU_CHIPS_PER_PROCESS_BOUNDS="2,2,1",
-)
+from launch.tpu_compiler import ENVIRONMENT
+
+os.environ.update(ENVIRONMENT)  # jax and libtpu read it on import
 
 from pathlib import Path
 

@@ -10,7 +10,7 @@ its generation and goes through the rules of `mvjax estimate`; a whole training 
 import os
 from dataclasses import replace
 
-from launch.benchmarks.tpu_compiler import ENVIRONMENT
+from launch.tpu_compiler import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)  # before jax is imported
 

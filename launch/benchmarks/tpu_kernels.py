@@ -35,8 +35,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from data_pipelines.atomic import write_json
-from launch.benchmarks.tpu_compiler import ENVIRONMENT
 from launch.entry import run
+from launch.tpu_compiler import ENVIRONMENT
 from mvjax.models.norm_rope import block_rows, norm_rope
 from mvjax.pods.kernels import HBM_SHARE, MEGACORE
 from mvjax.pods.topology import pod_devices, pod_size

@@ -13,7 +13,7 @@ and 3 GB. Needs libtpu: pip install 'mvjax[tpu]'.
 import functools
 import os
 
-from launch.benchmarks.tpu_compiler import ENVIRONMENT
+from launch.tpu_compiler import ENVIRONMENT
 
 os.environ.update(ENVIRONMENT)  # before jax is imported
 
