@@ -1,6 +1,7 @@
 """Attention on TPUs, interpreted: it equals the plain layers, on one device and on eight."""
 
 import dataclasses
+import functools
 import re
 
 import forked
@@ -57,12 +58,12 @@ def assert_close(ours, theirs, bound):
         assert np.linalg.norm(a - b) <= bound * np.linalg.norm(b), i
 
 
-def projected(keys=256, heads=2, dtype="float32"):
+def projected(keys=256, queries=256, heads=2, dtype="float32"):
     """q, k, v as projected, both scales, and a gradient of the result."""
     width = heads * HEAD_DIM
-    q, k, v = (drawn(2, n, width, dtype=dtype) for n in (256, keys, keys))
+    q, k, v = (drawn(2, n, width, dtype=dtype) for n in (queries, keys, keys))
     scales = (1 + drawn(HEAD_DIM, scale=0.3), 1 - drawn(HEAD_DIM, scale=0.2))
-    return (q, jnp.flip(k, 1), jnp.flip(v, 2), *scales), drawn(2, 256, width, dtype=dtype)
+    return (q, jnp.flip(k, 1), jnp.flip(v, 2), *scales), drawn(2, queries, width, dtype=dtype)
 
 
 def kernels(rope):
@@ -74,15 +75,16 @@ def kernels(rope):
 
 def main():
     """On eight devices (a program of its own, because their number is fixed at the start)."""
-    arguments, gradient = projected(heads=2)
-    arguments = jax.tree.map(lambda x: jnp.concatenate([x] * 4, 1) if x.ndim == 3 else x, arguments)
-    gradient = jnp.concatenate([gradient] * 4, 1)
     rope = rope_table((16, 4, 16), HEAD_DIM, (1.0, 3.0, 3.0))
-    expected = result_and_gradients(lambda *a: layers(*a, rope), arguments, gradient)
-    for mesh in (dict(fsdp=2, context=2, tensor=2), dict(context=8)):
-        with jax.set_mesh(make_mesh(mesh)), use_rules(make_rules()):
-            ours = result_and_gradients(kernels(rope), arguments, gradient)
-        assert_close(ours, expected, 1e-5)
+    everywhere, long = dict(fsdp=2, context=2, tensor=2), dict(context=8)
+    for keys, turned, meshes in ((1024, rope, (everywhere, long)), (256, None, (long,))):
+        arguments, gradient = projected(keys, queries=1024)
+        plain = functools.partial(layers, rope=turned)
+        expected = result_and_gradients(plain, arguments, gradient)
+        for mesh in meshes:
+            with jax.set_mesh(make_mesh(mesh)), use_rules(make_rules()):
+                ours = result_and_gradients(kernels(turned), arguments, gradient)
+            assert_close(ours, expected, 1e-5)
 
 
 def test_on_eight_devices_as_the_layers_on_one():

@@ -33,6 +33,7 @@ KERNELS = ("auto", "xla", "cudnn", "splash")
 
 # Logits of a head up to this number stay with XLA: the decoder's few tokens, toy videos.
 FEW_LOGITS = 2**20
+SHORT = 512  # keys that are cheaper to make everywhere than to gather
 CUDNN_HEAD_DIM = 128  # its largest
 
 
@@ -90,9 +91,6 @@ def on_shards(kernel: Kernel, q_blhd: Array, k_bmhd: Array, v_bmhd: Array) -> Ar
     return shards(q_blhd, k_bmhd, v_bmhd)
 
 
-_PROJECTED_AXES = ("batch", "length", "heads")  # of queries, keys, values [b, length, heads · 128]
-
-
 def splash_on_shards(
     q: Array,
     k: Array,
@@ -112,21 +110,28 @@ def splash_on_shards(
         name: see `attend`.
         interpret: see `splash`.
     """
-    whole = PartitionSpec()
-    queries, keys = (activation_spec(x.shape, *_PROJECTED_AXES) or whole for x in (q, k))
-    context = keys[1] if keys else None
+    queries, keys = (activation_spec(x.shape, *_projected_axes(x)) for x in (q, k))
 
     def local(q, k, v, scales, rope):
         tables = None if rope is None else rotation_tables(*rope)
+        context = None if keys is None else keys[1]
         return splash_projected(q, k, v, *scales, tables, name, context, interpret=interpret)
 
-    if not queries:
+    if queries is None:
         return local(q, k, v, scales, rope)
-    positions = PartitionSpec(queries[1])
+    whole, positions = PartitionSpec(), PartitionSpec(queries[1])
     shards = jax.shard_map(
         local, in_specs=(queries, keys, keys, whole, positions), out_specs=queries, check_vma=False
     )
     return shards(q, k, v, scales, rope)
+
+
+def _projected_axes(x: Array) -> tuple[str | None, ...]:
+    """Logical axes of queries, keys or values [b, length, heads · 128] as projected.
+
+    A text is so short that every device has all of it.
+    """
+    return "batch", "length" if x.shape[1] > SHORT else None, "heads"
 
 
 def check_context(tokens: int) -> None:
@@ -278,7 +283,7 @@ class Attention(nnx.Module):
         shapes = (jax.eval_shape(lambda x: heads(x, self.num_heads), x) for x in (q, k))
         if choose_kernel(self.kernel, *shapes) != "splash":
             return False
-        lengths = (shard_shape(x.shape, *_PROJECTED_AXES)[1] for x in (q, k))
+        lengths = (shard_shape(x.shape, *_projected_axes(x))[1] for x in (q, k))
         return can_project(q.shape[-1], self.num_heads, *lengths)
 
     def _attend(self, q: Array, keys_values: KeysValues, rope: Rope | None) -> Array:
