@@ -16,7 +16,7 @@ from mvjax.models.layers import RMSNorm
 from mvjax.models.norm_rope import HEAD_DIM, block_rows, norm_rope, rotation_tables
 from mvjax.models.presets import VIDEO_DITS, video_network
 from mvjax.models.rope import rope_table, rotate
-from mvjax.models.splash import LANES, fit_block, splash
+from mvjax.models.splash import LANES, fit_block, fit_keys, splash
 from mvjax.parallel import make_mesh, make_rules, use_rules
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -136,6 +136,15 @@ def test_every_generation_computes_the_same(kind, samples, monkeypatch):
 )
 def test_rows_of_a_block_divide_the_length_or_there_is_no_kernel(length, rows):
     assert block_rows(length) == rows
+
+
+@pytest.mark.parametrize(
+    ("length", "blocks", "padded"),
+    [(19_200, 3840, 19_200), (512, 512, 512), (2400, 2560, 2560), (73_200, 3200, 73_600)],
+)
+def test_blocks_of_keys_have_large_parts(length, blocks, padded):
+    """73,200 keys are 22 blocks of 3,328 almost exactly, but those have parts of 256 at most."""
+    assert fit_keys(length, 3840, 640) == (blocks, padded)
 
 
 @pytest.mark.parametrize("target", [640, 1280, 1920, 3840])

@@ -144,7 +144,7 @@ def _block_sizes(q: Array, m: int) -> tuple[splash_attention_kernel.BlockSizes, 
     wide = q.dtype.itemsize // 2  # float32 takes twice the memory
     blocks = BLOCKS.get(device_kind(), _SMALL)
     block_q, queries = fit_block(length, blocks.queries // wide)
-    block_kv, keys = fit_keys(m, blocks.keys // wide)
+    block_kv, keys = fit_keys(m, blocks.keys // wide, blocks.backward_compute // wide)
     partial_dq = b * h * queries * (d + -d % LANES) * q.dtype.itemsize * (keys // block_kv)
     fused = partial_dq <= PARTIAL_DQ_BYTES
     dq = {} if fused else {"block_q_dq": block_q, "block_kv_dq": block_kv}
@@ -175,17 +175,26 @@ def fit_block(length: int, target: int) -> tuple[int, int]:
     return block, length + -length % block
 
 
-WHOLE, LARGE_PART = 640, 384  # keys that are multiplied at once, and as many as are worth padding
+WHOLE = 640  # keys of a short block that are multiplied at once
 
 
-def fit_keys(length: int, target: int) -> tuple[int, int]:
-    """As `fit_block`; a single block is lengthened by up to a tenth if it has large parts then."""
-    block, padded = fit_block(length, target)
-    if block != padded:
-        return block, padded
-    longer = range(block, min(target, block * 11 // 10) + 1, LANES)
-    block = next((size for size in longer if _part(size, WHOLE) >= LARGE_PART), block)
-    return block, block
+def fit_keys(length: int, target: int, part: int) -> tuple[int, int]:
+    """As `fit_block` for keys, of which a block multiplies up to `part` at once.
+
+    Padding costs in proportion, and so do small parts: 40 keys' worth for each. A short length is
+    one block, lengthened by up to a tenth where its parts are larger then.
+    """
+    whole = length + -length % LANES
+    if whole <= target:
+        blocks = range(whole, min(target, whole * 11 // 10) + 1, LANES)
+    else:
+        blocks = range(-(-target // 2 // LANES) * LANES, target + 1, LANES)
+
+    def cost(block: int) -> float:
+        return (length + -length % block) * (1 + 40 / _part(block, part))
+
+    block = min(reversed(blocks), key=cost)
+    return block, length + -length % block
 
 
 def _part(block: int, target: int) -> int:

@@ -321,7 +321,7 @@ class _Work:
                 total += _padded(user.results)
             elif user.op == "dynamic-update-slice" and user.operands[0] == name:
                 pass  # updated in place
-            elif user.op == "bitcast":
+            elif user.op == "bitcast" or _retiles(user):
                 total += self._used_bytes(computation, user.name, whole)
             elif user.op == "fusion":
                 index = user.operands.index(name)
@@ -347,12 +347,17 @@ class _Work:
         """What is written of a result: the update, if it is an array that is updated in place."""
         inside = self.program.computations[computation]
         made = inside.get(name)
-        while made is not None and made.op == "bitcast":
+        while made is not None and (made.op == "bitcast" or _retiles(made)):
             made = inside.get(made.operands[0])
         if made is None or made.op != "dynamic-update-slice":
             return result.padded_bytes
         update = inside.get(made.operands[1])
         return _padded(update.results) if update else 0.0
+
+
+def _retiles(instruction: Instruction) -> bool:
+    """Whether an instruction inside a fusion only reads its operand in other tiles (TPU7x)."""
+    return instruction.op == "fusion" and "output_to_operand_aliasing" in instruction.text
 
 
 def _exchanges(op: str) -> bool:
