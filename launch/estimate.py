@@ -55,6 +55,10 @@ HLO = flags.DEFINE_string(
 
 def main() -> None:
     """Prints the estimate."""
+    for name, file in (("json", JSON.value), ("hlo", HLO.value)):
+        # Before the compiler's minutes, not after them.
+        if file and not Path(file).absolute().parent.is_dir():
+            raise ValueError(f"--{name}={file} is in no folder that exists; make the folder first.")
     experiment = Experiment.from_config(CONFIG.value)
     if POLICY.value:
         _policy(experiment)

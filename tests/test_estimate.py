@@ -148,6 +148,7 @@ def test_habits_of_the_tpu_compiler():
         ([ACTION, "--topology=v5e:4x4", "--policy", "--batches=0"], "must be numbers of queries"),
         ([ACTION, "--topology=v5e:4x4", "--policy", "--search"], "not with --slices, --search"),
         ([VIDEO, "--topology=v5e:4x4", "--slices=0"], "at least 1, got 0"),
+        ([VIDEO, "--topology=v5e:4x4", "--hlo=nowhere/a.hlo"], "in no folder that exists"),
     ],
 )
 def test_mistakes_in_the_command(complains, arguments, words):
