@@ -65,7 +65,6 @@ TABLES: dict[str, dict[str, str]] = {
     },
     "Stage 1, 2B, all parameters, videos of 253 frames, eight chips a clip": {
         "long_v5p_8": f"{FULL} --topology=v5p:2x2x2 {LONG}",
-        "long_v6e_16": f"{FULL} --topology=v6e:4x4 {LONG}",
     },
     "Stage 2, the action decoder on the frozen 2B backbone": {
         "decoder_v5e_8": f"{DECODER} --topology=v5e:2x4 {ONE}",
