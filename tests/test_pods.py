@@ -1,5 +1,6 @@
 """The search for a mesh and a batch, and the tables of docs/pods.md; nothing is compiled here."""
 
+import json
 from dataclasses import replace
 from unittest import mock
 
@@ -7,6 +8,8 @@ import pytest
 
 from configs import quickstart_video
 from launch.benchmarks.pod_tables import DOCS, TABLES, changes, file_of, with_tables
+from launch.benchmarks.pretraining_cost import END as COST_END
+from launch.benchmarks.pretraining_cost import with_table
 from mvjax.experiment import Experiment
 from mvjax.parallel import GB
 from mvjax.pods.collectives import Collective
@@ -224,3 +227,23 @@ def test_the_report_lists_times_and_every_exchange():
     assert any("worst: 2.7% in layers.py:88 MLP, window 16 x 2048" in line for line in lines)
     assert any(line.startswith("note ") and "softmax" in line for line in lines)
     assert any("peak 0.50 GB of 1.00 GB per chip (50%): fits" in line for line in lines)
+
+
+def test_the_page_of_pretraining_shows_what_the_files_say():
+    page = (DOCS / "pretraining.md").read_text()
+    assert with_table(page) == page, "run `python -m launch.benchmarks.pretraining_cost`"
+
+
+def test_the_cost_of_pretraining_is_proportional_to_hours_and_price():
+    """An hour is 3600 s · 5 fps / 61 frames = 295 clips; the table has a row for each pod."""
+
+    def cells(row):
+        return [cell.strip() for cell in row.strip("| \n").split("|")]
+
+    page = with_table("<!-- begin: launch.benchmarks.pretraining_cost -->\nx" + COST_END + "y", 4.0)
+    rows = [cells(row) for row in page.splitlines()[3:-2]]
+    assert rows[0][:3] == ["1,000", "295 k", "5.7 G"] and "$4 a chip-hour" in page
+    made = json.loads(file_of("full_v6e_256").read_text())
+    low = 1000 * 3600 * 5 / 61 * made["step_seconds"]["low"] / 3600  # a clip per chip and step
+    assert float(rows[0][6].partition(" to ")[0]) == pytest.approx(low, rel=0.05)
+    assert page.endswith("y") and len(rows) == 20

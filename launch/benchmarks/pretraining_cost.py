@@ -42,7 +42,7 @@ def with_table(page: str, price: float = PRICE) -> str:
     """The page with the table made from the files."""
     clip = Experiment.from_config(bridge_video.get_config()).clip
     head = (
-        "| hours of video | clips | tokens | network | pod | chips | chip-hours | days | "
+        "| hours of video | clips | tokens | network | pod | chips | chip-hours | time | "
         f"cost at ${price:g} a chip-hour |\n|---:|---:|---:|---|---|---:|---:|---:|---:|\n"
     )
     per_hour = clips_per_hour(Experiment.from_config(bridge_video.get_config()))
@@ -74,7 +74,7 @@ def _row(
         f"{made['slices']} x {made['topology']}" if made["slices"] > 1 else made["topology"],
         f"{chips:,}",
         _range(chip_hours),
-        _range([h / chips / 24 for h in chip_hours]),
+        _time([h / chips for h in chip_hours]),
         _range([h * price for h in chip_hours], "$"),
     ]
     return f"| {' | '.join(cells)} |\n"
@@ -82,6 +82,11 @@ def _row(
 
 def _range(ends: list[float], unit: str = "") -> str:
     return " to ".join(f"{unit}{_short(end)}" for end in ends)
+
+
+def _time(hours: list[float]) -> str:
+    days = hours[-1] >= 48
+    return f"{_range([h / 24 for h in hours] if days else hours)} {'days' if days else 'h'}"
 
 
 def _short(number: float) -> str:
