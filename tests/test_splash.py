@@ -76,9 +76,13 @@ def kernels(rope):
 def main():
     """On eight devices (a program of its own, because their number is fixed at the start)."""
     rope = rope_table((16, 4, 16), HEAD_DIM, (1.0, 3.0, 3.0))
-    everywhere, long = dict(fsdp=2, context=2, tensor=2), dict(context=8)
-    for keys, turned, meshes in ((1024, rope, (everywhere, long)), (256, None, (long,))):
-        arguments, gradient = projected(keys, queries=1024)
+    everywhere, long, heads = dict(fsdp=2, context=2, tensor=2), dict(context=8), dict(context=4)
+    for keys, turned, count, meshes in (
+        (1024, rope, 2, (everywhere, long)),  # keys and values are gathered
+        (1024, rope, 4, (dict(fsdp=2) | heads,)),  # heads are exchanged for the whole sequence
+        (256, None, 4, (long, dict(tensor=2) | heads)),  # a text is whole everywhere
+    ):
+        arguments, gradient = projected(keys, queries=1024, heads=count)
         plain = functools.partial(layers, rope=turned)
         expected = result_and_gradients(plain, arguments, gradient)
         for mesh in meshes:

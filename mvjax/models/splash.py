@@ -123,7 +123,8 @@ def splash_projected(
         q_scale, k_scale: of the RMS norms of a head [128].
         tables: of `rotation_tables`, for queries and keys; None for no rotation.
         name: see `splash`.
-        context: the mesh axes over which keys and values are gathered, if any.
+        context: the mesh axis that splits the sequences, if any: heads are exchanged for them, or
+            keys and values are gathered.
         interpret: run on any backend, slowly, for tests.
 
     Returns:
@@ -132,10 +133,23 @@ def splash_projected(
     q = norm_rope(q, q_scale, tables, HEAD_DIM**-0.5, interpret)
     k = norm_rope(k, k_scale, tables, 1.0, interpret)
     v = v.reshape(*v.shape[:2], -1, HEAD_DIM).swapaxes(1, 2)
-    if context is not None:
+    ways = 1 if context is None else jax.lax.axis_size(context)
+    # Few of the heads and whole sequences (Ulysses): four arrays of a device's size are sent, where
+    # gathering sends two for each device of the axis. In self-attention, which rotates, queries are
+    # split as keys are.
+    exchange = ways > 2 and q.shape[1] % ways == 0 and tables is not None
+    if exchange:
+        q, k, v = (_exchanged(x, context, 1, 2) for x in (q, k, v))
+    elif ways > 1:
         k, v = (jax.lax.all_gather(x, context, axis=2, tiled=True) for x in (k, v))
-    y = splash(q, k, v, name, interpret=interpret).swapaxes(1, 2)
+    y = splash(q, k, v, name, interpret=interpret)
+    y = (_exchanged(y, context, 2, 1) if exchange else y).swapaxes(1, 2)
     return y.reshape(*y.shape[:2], -1)
+
+
+def _exchanged(x: Array, context: str | tuple[str, ...], split: int, joined: int) -> Array:
+    """[b, heads, l, 128] with one axis split over the devices and another put together."""
+    return jax.lax.all_to_all(x, context, split, joined, tiled=True)
 
 
 def _block_sizes(q: Array, m: int) -> tuple[splash_attention_kernel.BlockSizes, int, int]:
