@@ -122,7 +122,12 @@ def test_cycles_grow_with_queries_times_keys():
             assert max(each) < 1.6 * min(each), (generation, name)
 
 
+about = json.loads(TABLE.read_text())["about"]
+other_jax = jax.__version__.split(".")[:2] != about["jax"].split(".")[:2]
+
+
 @needs_libtpu
+@pytest.mark.skipif(other_jax, reason=f"the kernels of jax {about['jax']} are other programs")
 def test_a_kernel_compiled_now_has_the_cycles_of_the_table():
     wanted = ("splash_fwd", 640, 512)
     row = next(
