@@ -423,6 +423,7 @@ class Chip:
             0 where not stated here.
         clock: of a TPU, Hz: its peak over the FLOPs of its matrix units in a cycle; 0 for a GPU.
         hbm_bandwidth: bytes/s between that memory and the cores; 0 for a GPU.
+        cores: TensorCores of a TPU device; two that are one device are called megacore.
     """
 
     name: str
@@ -431,13 +432,14 @@ class Chip:
     link_bytes: float = 0.0
     clock: float = 0.0
     hbm_bandwidth: float = 0.0
+    cores: int = 1
 
 
 # Sources: Google Cloud's pages of the TPU versions, NVIDIA's data sheets (dense, not sparse).
 _TPUS = {
-    "TPU v4": Chip("TPU v4", 275e12, int(30.75 * GB), 300e9, 1.05e9, 1228e9),
+    "TPU v4": Chip("TPU v4", 275e12, int(30.75 * GB), 300e9, 1.05e9, 1228e9, 2),
     "TPU v5 lite": Chip("TPU v5e", 197e12, int(15.75 * GB), 200e9, 1.5e9, 819e9),
-    "TPU v5": Chip("TPU v5p", 459e12, int(95.73 * GB), 600e9, 1.75e9, 2765e9),
+    "TPU v5": Chip("TPU v5p", 459e12, int(95.73 * GB), 600e9, 1.75e9, 2765e9, 2),
     "TPU v6 lite": Chip("TPU v6e", 918e12, int(31.24 * GB), 400e9, 1.75e9, 1638e9),
     "TPU7x": Chip("TPU7x core", 1153.5e12, int(94.74 * GB), 600e9, 2.2e9, 3690e9),
 }

@@ -17,11 +17,13 @@ from mvjax.models.attention import (
     xla,
 )
 from mvjax.models.presets import VIDEO_DITS
-from mvjax.models.splash import splash_unready
+from mvjax.models.splash import splash_length_first
 from mvjax.parallel import make_mesh, make_rules, use_rules
 
 pytestmark = pytest.mark.usefixtures("quickly")
-interpreted = functools.partial(splash_unready, interpret=True)  # the TPU's kernel, without a TPU
+interpreted = functools.partial(
+    splash_length_first, interpret=True
+)  # the TPU's kernel, without a TPU
 
 
 def arrays(samples, queries, keys, heads, head_dim, dtype="float32"):

@@ -10,7 +10,7 @@ from tiny_stages import build_stage, tiny_batch, tiny_config, train_tiny
 
 from mvjax.experiment import Experiment
 from mvjax.models.layers import Linear, linears
-from mvjax.models.lora import LoRA, below, beside, learns_with_lora, merge_lora
+from mvjax.models.lora import LoRA, joined_inputs, joined_outputs, learns_with_lora, merge_lora
 from mvjax.models.network import merge, split
 from mvjax.models.presets import video_network
 from mvjax.training.bridge import abstract_params, restore_params
@@ -128,7 +128,7 @@ def test_the_optimizer_holds_nothing_for_fixed_parameters():
     assert all("lora" in path or "adaln" in path for path in paths(learning))
 
 
-@pytest.mark.parametrize("joined", ["below", "beside"])
+@pytest.mark.parametrize("joined", ["joined_inputs", "joined_outputs"])
 def test_joined_products_equal_separate_ones(joined):
     """Values and all gradients, also of the kernel, for inputs with several leading dimensions."""
     rng = np.random.default_rng(0)
@@ -139,9 +139,9 @@ def test_joined_products_equal_separate_ones(joined):
         return jnp.sum(jnp.sin(x @ kernel + (x @ a) @ b))
 
     def together(x, kernel, a, b):
-        if joined == "below":
-            return jnp.sum(jnp.sin(below(x, x @ a, kernel, b)))
-        y, low = beside(x, kernel, a)
+        if joined == "joined_inputs":
+            return jnp.sum(jnp.sin(joined_inputs(x, x @ a, kernel, b)))
+        y, low = joined_outputs(x, kernel, a)
         return jnp.sum(jnp.sin(y + low @ b))
 
     ours, theirs = (jax.grad(f, argnums=(0, 1, 2, 3))(*arrays) for f in (together, separate))

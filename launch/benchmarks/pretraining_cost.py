@@ -40,14 +40,14 @@ def clips_per_hour(experiment: Experiment) -> float:
 
 def with_table(page: str, price: float = PRICE) -> str:
     """The page with the table made from the files."""
-    clip = Experiment.from_config(bridge_video.get_config()).clip
+    experiment = Experiment.from_config(bridge_video.get_config())
     head = (
         "| hours of video | clips | tokens | network | pod | chips | chip-hours | time | "
         f"cost at ${price:g} a chip-hour |\n|---:|---:|---:|---|---|---:|---:|---:|---:|\n"
     )
-    per_hour = clips_per_hour(Experiment.from_config(bridge_video.get_config()))
+    per_hour, tokens = clips_per_hour(experiment), experiment.clip.tokens
     rows = [
-        _row(hours, hours * per_hour, clip.tokens, network, _figures(name), price)
+        _row(hours, hours * per_hour, tokens, network, _figures(name), price)
         for hours in HOURS
         for network, names in RUNS.items()
         for name in names

@@ -22,7 +22,7 @@ from launch.entry import run
 from mvjax.parallel import chip
 from mvjax.pods.cost import cost
 from mvjax.pods.hlo import HLO
-from mvjax.pods.kernels import HBM_SHARE, MEGACORE
+from mvjax.pods.kernels import HBM_SHARE
 from mvjax.pods.topology import pod_devices, pod_size
 
 # Products [m, k] x [k, n] in bfloat16 and their measured microseconds.
@@ -84,8 +84,7 @@ def product_seconds(generation: str, m: int, k: int, n: int) -> float:
 
 def causal_seconds(kernel: Kernel, heads: int) -> float:
     """The time of a causal kernel; its grid steps over masked blocks, too."""
-    cycles, clock = measure(kernel), pod_size(TOPOLOGIES[kernel.generation])[1].clock
-    cores = 2 if kernel.generation in MEGACORE else 1
+    cycles, kind = measure(kernel), pod_size(TOPOLOGIES[kernel.generation])[1]
     rows, columns = kernel.queries // kernel.block_q, kernel.keys // kernel.block_kv
     visited = sum(
         (column * kernel.block_kv) < (row + 1) * kernel.block_q
@@ -94,9 +93,8 @@ def causal_seconds(kernel: Kernel, heads: int) -> float:
     )
     lines = rows if kernel.name == "splash_fwd" else columns
     idle = rows * columns - visited
-    return (
-        heads * (visited * cycles.step + idle * cycles.idle + lines * cycles.edge) / cores / clock
-    )
+    steps = visited * cycles.step + idle * cycles.idle + lines * cycles.edge
+    return heads * steps / kind.cores / kind.clock
 
 
 if __name__ == "__main__":

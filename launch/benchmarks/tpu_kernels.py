@@ -38,7 +38,7 @@ from data_pipelines.atomic import write_json
 from launch.entry import run
 from launch.tpu_compiler import ENVIRONMENT
 from mvjax.models.norm_rope import block_rows, norm_rope
-from mvjax.pods.kernels import HBM_SHARE, MEGACORE
+from mvjax.pods.kernels import HBM_SHARE
 from mvjax.pods.topology import pod_devices, pod_size
 
 TABLE = Path(__file__).parents[2] / "mvjax" / "pods" / "kernel_cycles.json"
@@ -411,12 +411,9 @@ def attention_seconds(row: dict, queries: int, keys: int, generation: str) -> fl
     last = 1 if row["kernel"] in ("splash_fwd", "splash_dq") else 0
     measured = (row["queries"], row["keys"])[last] // blocks[last]
     cycles = row["cycles_per_step"] + row["edge_cycles"] * (1 / counts[last] - 1 / measured)
-    cores = 2 if generation in MEGACORE else 1
-    seconds = HEADS * counts[0] * counts[1] * cycles / cores / chip.clock
+    seconds = HEADS * counts[0] * counts[1] * cycles / chip.cores / chip.clock
     if row["kernel"] == "splash_bwd":
-        dq = (
-            HEADS * counts[0] * blocks[0] * HEAD_DIM * 2
-        )  # bytes, of which each block of keys has one
+        dq = HEADS * counts[0] * blocks[0] * HEAD_DIM * 2  # bytes; each block of keys has one
         seconds += (counts[1] + 1) * dq / (HBM_SHARE * chip.hbm_bandwidth)
     return seconds
 

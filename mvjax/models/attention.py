@@ -21,7 +21,7 @@ from mvjax.models.layers import ATTENTION, PROJECTED, Linear, RMSNorm, keep, lin
 from mvjax.models.lora import LoRA
 from mvjax.models.norm_rope import rotation_tables
 from mvjax.models.rope import rotate
-from mvjax.models.splash import can_project, splash_projected, splash_unready
+from mvjax.models.splash import can_project, splash_length_first, splash_projected
 from mvjax.parallel import activation_spec, constrain, platform, shard_shape
 
 Array = jax.Array
@@ -63,7 +63,9 @@ def attend(
         k = constrain(k_bmhd, "batch", None, "heads", None)
         v = constrain(v_bmhd, "batch", None, "heads", None)
         return xla(q, k, v, name)
-    on_device = functools.partial({"cudnn": cudnn, "splash": splash_unready}[kernel], name=name)
+    on_device = functools.partial(
+        {"cudnn": cudnn, "splash": splash_length_first}[kernel], name=name
+    )
     return on_shards(on_device, q_blhd, k_bmhd, v_bmhd)
 
 

@@ -56,22 +56,22 @@ def with_adapter(x: Array, kernel: Array, a: Array, b: Array, low: Array | None 
         low = x @ a if low is None else low
         return x @ kernel + low @ b
     if low is None and x.shape[-1] > kernel.shape[-1]:
-        y, low = beside(x, kernel, a)
+        y, low = joined_outputs(x, kernel, a)
         return y + low @ b
-    return below(x, x @ a if low is None else low, kernel, b)
+    return joined_inputs(x, x @ a if low is None else low, kernel, b)
 
 
 @jax.custom_vjp
-def below(x: Array, low: Array, kernel: Array, b: Array) -> Array:
+def joined_inputs(x: Array, low: Array, kernel: Array, b: Array) -> Array:
     """x W + low B as one product, [x low] [W; B]."""
     return _columns(x, low) @ _gathered(jnp.concatenate([kernel, b]))
 
 
-def _below_forward(x, low, kernel, b):
-    return below(x, low, kernel, b), (x, low, kernel, b)
+def _joined_inputs_forward(x, low, kernel, b):
+    return joined_inputs(x, low, kernel, b), (x, low, kernel, b)
 
 
-def _below_backward(kept, dy):
+def _joined_inputs_backward(kept, dy):
     x, low, kernel, b = kept
     joined = dy @ _gathered(jnp.concatenate([kernel, b])).T
     dx, dlow = jnp.split(joined, [x.shape[-1]], axis=-1)
@@ -79,27 +79,27 @@ def _below_backward(kept, dy):
     return dx, dlow, _inner(x, dy), _inner(low, dy)
 
 
-below.defvjp(_below_forward, _below_backward)
+joined_inputs.defvjp(_joined_inputs_forward, _joined_inputs_backward)
 
 
 @jax.custom_vjp
-def beside(x: Array, kernel: Array, a: Array) -> tuple[Array, Array]:
+def joined_outputs(x: Array, kernel: Array, a: Array) -> tuple[Array, Array]:
     """x W and x A as one product, x [W A]."""
     joined = x @ _gathered(_columns(kernel, a))
     return tuple(jnp.split(joined, [kernel.shape[-1]], axis=-1))
 
 
-def _beside_forward(x, kernel, a):
-    return beside(x, kernel, a), (x, kernel, a)
+def _joined_outputs_forward(x, kernel, a):
+    return joined_outputs(x, kernel, a), (x, kernel, a)
 
 
-def _beside_backward(kept, gradients):
+def _joined_outputs_backward(kept, gradients):
     x, kernel, a = kept
     dx = _columns(*gradients) @ _gathered(_columns(kernel, a)).T
     return dx, *(_inner(x, gradient) for gradient in gradients)
 
 
-beside.defvjp(_beside_forward, _beside_backward)
+joined_outputs.defvjp(_joined_outputs_forward, _joined_outputs_backward)
 
 
 def _columns(x: Array, y: Array) -> Array:

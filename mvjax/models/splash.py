@@ -14,7 +14,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from mvjax.models.norm_rope import HEAD_DIM, Tables, block_rows, norm_rope
-from mvjax.parallel import device_kind
+from mvjax.parallel import chip, device_kind
 
 Array = jax.Array
 
@@ -40,7 +40,6 @@ class Blocks:
 _SMALL = Blocks(640, 3840, 1920, 640)  # what 16 MB of on-chip memory hold
 _LARGE = Blocks(1280, 3840, 1280, 384)
 BLOCKS = {"TPU v6 lite": _LARGE, "TPU7x": _LARGE}  # all others: small
-MEGACORE = ("TPU v4", "TPU v5")  # two TensorCores that are one device
 
 
 def splash(
@@ -61,7 +60,8 @@ def splash(
     sizes, queries, keys = _block_sizes(q, m)
     # The backward kernel's own grid is not split over the two TensorCores of a megacore chip; an
     # axis of a vmap is. An odd number of samples would leave one of them idle for part of the time.
-    parts = 2 if device_kind() in MEGACORE and b % 2 and h % 2 == 0 else 1
+    device = chip(device_kind())
+    parts = 2 if device and device.cores == 2 and b % 2 and h % 2 == 0 else 1
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask(
             [splash_attention_mask.FullMask((queries, keys))] * (h // parts)
@@ -88,7 +88,7 @@ def splash(
     return y.reshape(b, h, *y.shape[2:])[:, :, :length, :d]
 
 
-def splash_unready(
+def splash_length_first(
     q: Array, k: Array, v: Array, name: str | None = None, *, interpret: bool = False
 ) -> Array:
     """As `splash` for queries that are not scaled, in the layout [b, length, heads, head_dim]."""

@@ -24,7 +24,6 @@ from mvjax.pods.hlo import LANES, Array, Instruction
 Table = Mapping[str, Sequence[Mapping[str, Any]]]  # generation -> entries
 
 HBM_SHARE = 0.85  # of the published memory bandwidth that a long stream reaches
-MEGACORE = ("v4", "v5p")  # two TensorCores that are one device
 
 _KERNEL = re.compile(r"(splash)_\w*?(fwd|dkv|dq)|(norm_rope)_(fwd|bwd)")
 _METADATA = re.compile(r'"xprof_metadata":"(\{.*?\})"')
@@ -121,8 +120,7 @@ def _splash(
     # The grid's axis of heads is split over two cores in the forward kernel alone; an axis that
     # `vmap` puts in front (several clips, parts of the heads) in all of them.
     parallel = leading[:-1] if backward else leading
-    cores = 2 if generation in MEGACORE else 1
-    used = _cores(parallel) if cores == 2 else 1.0
+    used = _cores(parallel) if chip.cores == 2 else 1.0
     what = f"{name} with blocks of {_sizes(blocks)}" if blocks else f"{name} with unknown blocks"
     entries = table.get(generation, ())
     nearest = _nearest(entries, f"{name}_segmented", head_dim, blocks) if masked else None
@@ -130,7 +128,7 @@ def _splash(
     if nearest is None:
         share = _FALLBACK_SHARE.get(generation, _FALLBACK_SHARE_NARROW)
         flops = _FLOPS[name] * math.prod(leading) * queries * keys * head_dim
-        seconds = flops / (chip.peak_flops * share) * cores / used
+        seconds = flops / (chip.peak_flops * share) * chip.cores / used
         note = f"no cycles of {what}, heads of {head_dim}, on {generation}: {share:.0%} of the peak"
         return KernelTime(name, max(seconds, memory), backward, f"{note} is assumed")
     area = blocks["block_q"] * blocks["block_kv"]
@@ -165,8 +163,7 @@ def _norm_rope(
     # One step handles so many rows of one head, and every axis of the grid is split over the cores.
     largest, entry = max(array.size for array in operands), entries[0]
     steps = largest / (entry["rows"] * LANES)
-    cores = 2 if generation in MEGACORE else 1
-    seconds = entry["cycles_per_step"] * steps / cores / chip.clock
+    seconds = entry["cycles_per_step"] * steps / chip.cores / chip.clock
     return KernelTime(name, max(seconds, memory), backward)
 
 
