@@ -15,6 +15,7 @@ from launch.entry import config_flag, path_flag, run
 from mvjax import parallel
 from mvjax.experiment import Experiment
 from mvjax.training import run as training
+from mvjax.training.memory import keep_freed_memory
 
 CONFIG = config_flag()
 WORKDIR = path_flag("workdir", "Folder that receives checkpoints and metrics.")
@@ -23,6 +24,7 @@ PROFILE = flags.DEFINE_bool("profile", False, "Trace three steps into WORKDIR/pr
 
 def main() -> None:
     """Trains `config.stage` in `--workdir`."""
+    keep_freed_memory()
     with parallel.initialized():
         training.run(
             Experiment.from_config(CONFIG.value), Path(WORKDIR.value), profile=PROFILE.value

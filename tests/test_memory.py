@@ -1,4 +1,9 @@
-"""Remat "auto": what is kept for the backward pass follows from the memory of the devices."""
+"""What is kept for the backward pass follows from the memory of the devices; and a CPU's own."""
+
+import os
+import platform
+import subprocess
+import sys
 
 import jax
 import pytest
@@ -67,3 +72,47 @@ def test_stage_1_is_trained_with_the_choice(caplog):
     caplog.set_level("INFO")
     make_stage(published(8), pod("TPU v5", fsdp=8))
     assert "remat: 'dots' was chosen for 95.7 GB" in caplog.text
+
+
+STEPS = """
+import resource, sys
+import jax, numpy as np
+from mvjax.training.memory import keep_freed_memory
+
+assert sys.argv[1] == "as it is" or keep_freed_memory()
+step = jax.jit(lambda x: jax.numpy.cumsum(x[::-1]) + x)  # takes temporaries
+x = jax.numpy.ones(2**24)
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    x = step(x).block_until_ready()
+before = faults()
+for _ in range(5):
+    x = step(x).block_until_ready()
+print((faults() - before) // 5)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked")
+def test_a_process_that_trains_on_a_cpu_keeps_what_a_step_frees():
+    """Counted by the kernel: pages that a step waits for; x alone has 16,384 of 4 kB."""
+
+    def faults(how):
+        environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+        done = subprocess.run(
+            [sys.executable, "-c", STEPS, how],
+            env=environment | {"JAX_PLATFORMS": "cpu"},
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stderr[-2000:]
+        return int(done.stdout)
+
+    assert faults("as it is") > 10_000
+    assert faults("kept") < 500
+
+
+def test_an_accelerators_host_is_left_alone():
+    code = "from mvjax.training.memory import keep_freed_memory as keep; assert not keep()"
+    subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"JAX_PLATFORMS": "tpu,cpu"}, check=True
+    )

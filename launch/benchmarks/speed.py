@@ -30,6 +30,7 @@ from launch.benchmarks.policy_speed import measure_policy, policy_table
 from launch.benchmarks.training_speed import OurStep, Speed, compare
 from launch.entry import config_flag, run
 from mvjax.experiment import Experiment
+from mvjax.training.memory import keep_freed_memory
 
 CONFIG = config_flag()
 STEPS = flags.DEFINE_integer("steps", 10, "Training steps per turn.", lower_bound=1)
@@ -54,6 +55,8 @@ OUT = flags.DEFINE_string("out", None, "JSON file that receives the figures.")
 
 def main() -> None:
     """Prints a table."""
+    if not (DATA.value or POLICY.value):
+        keep_freed_memory()  # as the train command does; PyTorch shares it
     experiment = Experiment.from_config(CONFIG.value)
     if DATA.value:
         with tempfile.TemporaryDirectory() as folder:
