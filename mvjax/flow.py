@@ -16,7 +16,7 @@ the one denoising loop); the actions' loss and how they are sampled; the setting
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -293,7 +293,16 @@ def action_loss(
     return (mask * error).sum(axis=(1, 2)) / jnp.maximum(mask.sum(axis=(1, 2)), 1)
 
 
-def sample_actions(velocity: Callable[[Array, Array], Array], noise: Array, steps: int) -> Array:
+def euler_times(steps: int) -> np.ndarray:
+    """Flow times at which `sample_actions` evaluates the velocity: 1, ..., 1 / steps."""
+    # Summed in float32, as released: the decoder's time features have periods down to 0.004 and
+    # are rounded to bfloat16, so a last digit of the time can turn into one of theirs.
+    return np.cumsum([1.0] + [-1 / steps] * (steps - 1), dtype=np.float32)
+
+
+def sample_actions(
+    velocity: Callable[[Array, Any], Array], noise: Array, steps: int, levels: Any = None
+) -> Array:
     """Integrates from noise (t = 1) to actions (t = 0) with `steps` Euler steps.
 
     Args:
@@ -301,17 +310,18 @@ def sample_actions(velocity: Callable[[Array, Array], Array], noise: Array, step
         noise: [b, horizon, dim]; the sample keeps its dtype from step to step (the release's is
             bfloat16), while every step is computed in float32.
         steps: number of steps; the release uses 10.
+        levels: arrays [steps, ...], of which `velocity` gets a step's entry in place of the time:
+            what it has computed from all `euler_times` at once.
     """
-    # Summed in float32, as released: the decoder's time features have periods down to 0.004 and
-    # are rounded to bfloat16, so a last digit of the time can turn into one of theirs.
-    times = np.cumsum([1.0] + [-1 / steps] * (steps - 1), dtype=np.float32)
 
-    def step(x, time):
+    def step(x, time_and_level):
+        time, level = time_and_level
         wide, time = x.astype(jnp.float32), jnp.full((x.shape[0], 1), time)
-        wide -= velocity(scale_noisy_actions(wide, time), time) / steps
+        noisy = scale_noisy_actions(wide, time)
+        wide -= velocity(noisy, time if levels is None else level) / steps
         return wide.astype(x.dtype), None
 
-    return jax.lax.scan(step, noise, times)[0]
+    return jax.lax.scan(step, noise, (euler_times(steps), levels))[0]
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,14 @@ from tiny_stages import tiny_batch, tiny_config
 
 from data_pipelines.clip import Clip
 from mvjax.experiment import Experiment
-from mvjax.models.flops import action_decoder_flops, peak_flops, step_flops, video_dit_flops
+from mvjax.flow import euler_times, sample_actions
+from mvjax.models.flops import (
+    action_decoder_flops,
+    peak_flops,
+    sampling_flops,
+    step_flops,
+    video_dit_flops,
+)
 from mvjax.models.network import merge, split
 from mvjax.models.presets import (
     ACTION_DECODERS,
@@ -84,6 +91,14 @@ def test_the_decoder_equals_the_traced_products(draws):
         return net(proprio, actions, sigma, sigma, net.context_keys_values(context))
 
     assert action_decoder_flops(decoder, 24, draws) == traced(decode, network.abstract)
+
+    def sample(params):
+        net = network.bind(params)
+        levels, kv = net.levels(euler_times(5), 80.0), net.context_keys_values(context)
+        velocity = lambda x, level: net.at_levels(level, proprio, x, kv)  # noqa: E731
+        return sample_actions(velocity, actions, 5, levels)
+
+    assert sum(sampling_flops(decoder, 24, draws, 5)) == traced(sample, network.abstract)
 
 
 @pytest.mark.parametrize(("stage", "rank"), [("video", 0), ("video", 4), ("action", 0)])

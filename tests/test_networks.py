@@ -16,7 +16,7 @@ from data_pipelines.clip import Clip
 from mvjax import flow
 from mvjax.flow import Sampling
 from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig, Embedder
-from mvjax.models.layers import gelu
+from mvjax.models.layers import RMSNorm, gelu, layer_norm
 from mvjax.models.network import Network
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
 from mvjax.policy.policy import VideoActionModel
@@ -175,10 +175,16 @@ def test_the_policy_reads_the_published_context(dit, decoder, k):
 def test_the_policy_samples_the_published_actions(dit, decoder):
     golden, _, network, params = decoder
     model = VideoActionModel(Clip(48, 64, 1, 8, 5.0), 2, dit[2], network, Sampling())
-    noise = golden["sample.noise"][:, None]
-    inputs = (golden[f"in.{name}"] for name in ("context_bnd", "video_sigma_b1", "state_bod"))
-    ours = jax.jit(model.actions)(params, *inputs, noise)[:, 0]
-    assert relative_rms(ours, golden["sample.actions_normalized"]) < 1e-5
+    context, sigmas, state = (
+        golden[f"in.{k}"] for k in ("context_bnd", "video_sigma_b1", "state_bod")
+    )
+    noise, sample = golden["sample.noise"][:, None], jax.jit(model.actions)
+    # A query has one noise level of the video; those of the golden samples differ.
+    ours = [
+        sample(params, context[i : i + 1], sigma, state[i : i + 1], noise[i : i + 1])[0, 0]
+        for i, sigma in enumerate(sigmas[:, 0])
+    ]
+    assert relative_rms(np.stack(ours), golden["sample.actions_normalized"]) < 1e-5
 
 
 def test_action_decoder_velocity_and_hidden_states(decoder):
@@ -240,6 +246,62 @@ def test_draws_share_one_context(decoder):
     both, alone = outputs(params, golden["in.context_bnd"])
     for r in range(2):
         np.testing.assert_allclose(both[r::2], alone[r], rtol=1e-5, atol=1e-6)
+
+
+def test_modulation_of_all_steps_at_once_is_that_of_each_step(decoder):
+    """A level made beside others gives what the decoder gives at its action time."""
+    golden, _, network, params = decoder
+    proprio, noisy = golden["in.state_bod"], golden["in.noisy_actions_bha"]
+    times, sigma = flow.euler_times(3), np.float32(2.5)
+
+    @jax.jit
+    def both(params, context):
+        net = network.bind(params)
+        kv, levels = net.context_keys_values(context), net.levels(times, sigma)
+        column = lambda x: jnp.full((len(proprio), 1), x)  # noqa: E731
+        return [
+            (
+                net.at_levels(jax.tree.map(lambda m, i=i: m[i], levels), proprio, noisy, kv),
+                net(proprio, noisy, column(time), column(sigma), kv),
+            )
+            for i, time in enumerate(times)
+        ]
+
+    for ours, alone in both(params, golden["in.context_bnd"]):
+        assert relative_rms(ours, alone) < 1e-6
+
+
+def test_gradients_of_norms_are_those_of_their_formulas():
+    """Norms have gradients of their own; autodiff of the formula is the reference."""
+
+    def rms(x, scale):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+    def centred(x, scale):
+        x = x - jnp.mean(x, axis=-1, keepdims=True)
+        return rms(x, jnp.ones_like(scale))
+
+    def rms_norm(x, scale):
+        norm = RMSNorm(x.shape[-1])
+        norm.scale[...] = scale
+        return norm(x)
+
+    rng = np.random.default_rng(0)
+    x, weight = (rng.normal(3, 2, (2, 5, 4, 8)).astype(np.float32) for _ in range(2))
+    scale = rng.normal(1, 0.5, 8).astype(np.float32)
+    pairs = (rms_norm, rms), (lambda x, scale: layer_norm(x), centred)
+    for ours, formula in pairs:
+        theirs, given = (
+            jax.jit(jax.grad(lambda x, s, f=f: jnp.sum(weight * f(x, s)), argnums=(0, 1)))(x, scale)
+            for f in (formula, ours)
+        )
+        for a, b in zip(given, theirs):
+            assert np.linalg.norm(a - b) <= 2e-6 * np.linalg.norm(b) + 1e-12
+        # In bfloat16 a gradient is rounded once.
+        narrow = jax.grad(lambda x, f=ours: jnp.sum(weight * f(x, scale).astype(jnp.float32)))
+        rounded = jnp.asarray(x, jnp.bfloat16)
+        wide = jax.grad(lambda x, f=formula: jnp.sum(weight * f(x, scale)))
+        assert relative_rms(narrow(rounded), wide(rounded.astype(jnp.float32))) < 4e-3
 
 
 def is_jaxpr(value):

@@ -29,7 +29,7 @@ from data_pipelines.representations import Mode
 from launch.benchmarks.training_speed import take_turns
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
-from mvjax.models.flops import action_decoder_flops, peak_flops, video_dit_flops
+from mvjax.models.flops import peak_flops, sampling_flops, video_dit_flops
 from mvjax.models.network import Network
 from mvjax.models.presets import WAN_VAES, video_network
 from mvjax.models.stand_ins import LinearTokenizer, Projection
@@ -81,7 +81,7 @@ def compile_parts(policy: Policy, inputs: Inputs) -> dict[str, Any]:
         return program, result
 
     def choose(decoder, context_kv, proprio, noise):
-        sigma = jnp.full((len(proprio), 1), model.sampling.stop_sigma)
+        sigma = jnp.float32(model.sampling.stop_sigma)
         return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
     def whole() -> Any:
@@ -171,8 +171,9 @@ def part_flops(policy: Policy) -> dict[str, float]:
     clip, backbone, decoder = model.clip, model.backbone.config, model.decoder.config
     text = policy.text_encoder.encode(["text"]).shape[1]
     video = partial(video_dit_flops, backbone, clip.latent_shape[:3], text)
-    keys_values = 4.0 * decoder.num_blocks * clip.tokens * decoder.context_dim * decoder.width
-    one_step = action_decoder_flops(decoder, clip.tokens, sampling.draws) - keys_values
+    keys_values, actions = sampling_flops(
+        decoder, clip.tokens, sampling.draws, sampling.action_steps
+    )
     frames = (1, clip.observed_frames, clip.height, clip.width, 3)
     encode = jax.jit(model.encode).lower(policy.weights[0], jax.ShapeDtypeStruct(frames, np.uint8))
     flops = {
@@ -180,7 +181,7 @@ def part_flops(policy: Policy) -> dict[str, float]:
         "encode": (encode.cost_analysis() or {}).get("flops", 0.0),
         "video": sampling.stop_step * video() + video(layers=model.layer),
         "context": keys_values,
-        "actions": sampling.action_steps * one_step,
+        "actions": actions,
     }
     return flops | {"query": sum(flops.values())}
 

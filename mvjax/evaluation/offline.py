@@ -263,7 +263,7 @@ def _encode(model: VideoActionModel, weights: Weights, video: jax.Array) -> jax.
 def _act(model, weights: Weights, x, clean, sigma, inputs: Inputs) -> jax.Array:
     level = jnp.full((len(x), 1), sigma)
     context = model.read(weights[1], x, clean, level, inputs.text)
-    chunks = model.actions(weights[2], context, level, inputs.proprio, inputs.action_noise)
+    chunks = model.actions(weights[2], context, sigma, inputs.proprio, inputs.action_noise)
     return medoid(chunks)
 
 

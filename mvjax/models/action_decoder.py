@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from math import log, sqrt
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -83,6 +84,21 @@ class ActionDecoderConfig:
         return compute_dtype(self.precision)
 
 
+class Levels(NamedTuple):
+    """What pairs of noise levels, of actions and video, do to the decoder.
+
+    Proprioception has one time and all actions of a chunk another: two rows, whatever the chunk's
+    length. They are not per sample: every sample is at the same levels.
+
+    Attributes:
+        blocks: shift, scale and gate of every sublayer of every block, [s, num_blocks, 2, d].
+        final: shift and scale of the final layer, [s, 2, d].
+    """
+
+    blocks: Any
+    final: list[Array]
+
+
 class Block(nnx.Module):
     """Cross-attention to the video context, self-attention, MLP; modulated per token."""
 
@@ -97,23 +113,25 @@ class Block(nnx.Module):
         self.adaln_self_attn = Modulation(keys[4], config.time_rank, d, rank, 3)
         self.adaln_mlp = Modulation(keys[5], config.time_rank, d, rank, 3)
 
+    def modulations(self, embedding: Array, shared: Array) -> list[list[Array]]:
+        """Shift, scale and gate of the three sublayers, a row for each time of `embedding`."""
+        layers = self.adaln_cross_attn, self.adaln_self_attn, self.adaln_mlp
+        return [layer(embedding, shared) for layer in layers]
+
     def __call__(
-        self, x: Array, embedding: Array, shared: Array, context: Array | KeysValues
+        self, x: Array, modulations: list[list[Array]], context: Array | KeysValues
     ) -> Array:
         """One block on tokens x [b·r, n, d] whose context is shared by the r draws of a sample.
 
-        The context is normalised hidden states, or this block's keys and values of them.
+        The modulations are per token; the context is normalised hidden states, or this block's keys
+        and values of them.
         """
         # The context first, as published; the video DiT attends to its text second.
-        shift, scale, gate = self.adaln_cross_attn(embedding, shared)
-        x = x + gate * self._cross(modulate(x, shift, scale), context)
-
-        shift, scale, gate = self.adaln_self_attn(embedding, shared)
-        u = modulate(x, shift, scale)
-        x = x + gate * self.self_attn(u, u)
-
-        shift, scale, gate = self.adaln_mlp(embedding, shared)
-        x = x + gate * self.mlp(modulate(x, shift, scale))
+        cross_attn, self_attn, mlp = modulations
+        x = x + cross_attn[2] * self._cross(modulate(x, *cross_attn[:2]), context)
+        u = modulate(x, *self_attn[:2])
+        x = x + self_attn[2] * self.self_attn(u, u)
+        x = x + mlp[2] * self.mlp(modulate(x, *mlp[:2]))
         return constrain(x, "batch", None, None)
 
     def _cross(self, u: Array, context: Array | KeysValues) -> Array:
@@ -187,37 +205,71 @@ class ActionDecoder(nnx.Module):
         Returns:
             float32 [b, action_horizon, action_dim].
         """
-        b, p, _ = proprio.shape
-        chex.assert_shape(action_time, (b, 1))
-        # Proprioception is clean: its tokens have a time of their own, near 0.
-        times = jnp.broadcast_to(action_time, (b, noisy_actions.shape[1]))
-        times = jnp.concatenate([jnp.full((b, p), PROPRIO_TIME), times], axis=1)
-        out = self.tokens(proprio, noisy_actions, times, video_sigma, context, drop_proprio)
-        return out[:, p:]
+        chex.assert_shape(action_time, (len(proprio), 1))
+        time = self._time(_with_proprio(action_time), video_sigma)
+        out = self._tokens(proprio, noisy_actions, time, context, drop_proprio)
+        return out[:, self.config.proprio_horizon :]
+
+    def levels(self, action_times: Array, video_sigma: Array) -> Levels:
+        """The decoder's modulation at s action times [s] and one noise level of the video.
+
+        It depends on nothing else: `at_levels` takes it, so that sampling computes it once for all
+        Euler steps, queries and draws.
+        """
+        sigma = jnp.full((len(action_times), 1), video_sigma)
+        time = self._time(_with_proprio(action_times[:, None]), sigma)
+        blocks = jax.vmap(lambda block: block.modulations(*time), out_axes=1)(self.blocks)
+        return Levels(blocks, self.final_layer.adaln(*time))
+
+    def at_levels(
+        self, levels: Levels, proprio: Array, noisy_actions: Array, context: Array | KeysValues
+    ) -> Array:
+        """As `__call__`, with one entry of `levels` in place of the noise levels."""
+        out = self._tokens(proprio, noisy_actions, levels, context, None)
+        return out[:, self.config.proprio_horizon :]
 
     def tokens(
         self, proprio, noisy_actions, token_times, video_sigma, context, drop_proprio=None
     ) -> Array:
         """As `__call__`, with a flow time for every token [b, n]; the output of all n tokens."""
-        embedding, shared = self._time(token_times, video_sigma)
-        x = self._embed(proprio, noisy_actions, drop_proprio)
-        x = self._run(x, embedding, shared, context, self.config.num_blocks)
-        return self.final_layer(x, embedding, shared).astype(jnp.float32)
+        time = self._time(token_times, video_sigma)
+        return self._tokens(proprio, noisy_actions, time, context, drop_proprio)
 
     def hidden(
         self, proprio, noisy_actions, token_times, video_sigma, context, *, layer: int
     ) -> Array:
         """The residual stream [b, n, width] after block `layer`; arguments as in `tokens`."""
-        embedding, shared = self._time(token_times, video_sigma)
-        x = self._embed(proprio, noisy_actions, None)
-        return self._run(x, embedding, shared, context, layer)
+        time = self._time(token_times, video_sigma)
+        return self._run(self._embed(proprio, noisy_actions, None), time, context, layer)
 
-    def _time(self, token_times: Array, video_sigma: Array) -> tuple[Array, Array]:
-        chex.assert_shape(video_sigma, (len(token_times), 1))
+    def _tokens(self, proprio, noisy_actions, time, context, drop_proprio) -> Array:
+        x = self._embed(proprio, noisy_actions, drop_proprio)
+        x = self._run(x, time, context, self.config.num_blocks)
+        final = time.final if isinstance(time, Levels) else self.final_layer.adaln(*time)
+        return self.final_layer(x, *self._per_token(final)).astype(jnp.float32)
+
+    def _time(self, times: Array, video_sigma: Array) -> tuple[Array, Array]:
+        """The time embedding [b, k, rank] and the modulation that all sublayers share [b, k, 3 d].
+
+        k is 2, for proprioception and actions, or the number of tokens.
+        """
+        chex.assert_shape(video_sigma, (len(times), 1))
         dtype = time_dtype(self.config.precision)
-        z, shared = self.t_embedder(token_times, video_sigma / (1 + video_sigma), dtype)
+        z, shared = self.t_embedder(times, video_sigma / (1 + video_sigma), dtype)
         both = self.t_embedding_norm(z), shared
         return tuple(constrain(e.astype(self.config.dtype), "batch", None, None) for e in both)
+
+    def _per_token(self, modulation: Any) -> Any:
+        """[..., k, d] of `_time` as [..., tokens, d]."""
+        p, a = self.config.proprio_horizon, self.config.action_horizon
+        is_action = np.arange(p + a)[:, None] >= p
+
+        def spread(m: Array) -> Array:
+            if m.shape[-2] == p + a:
+                return m
+            return jnp.where(is_action, m[..., 1:, :], m[..., :1, :])
+
+        return jax.tree.map(spread, modulation)
 
     def _embed(self, proprio: Array, noisy_actions: Array, drop_proprio: Array | None) -> Array:
         config = self.config
@@ -236,16 +288,23 @@ class ActionDecoder(nnx.Module):
     def _normalised(self, context: Array) -> Array:
         return self.context_norm(context.astype(self.config.dtype))
 
-    def _run(self, x, embedding, shared, context: Array | KeysValues, layer: int) -> Array:
-        ready = isinstance(context, tuple)
+    def _run(self, x, time, context: Array | KeysValues, layer: int) -> Array:
+        ready, known = isinstance(context, tuple), isinstance(time, Levels)
         keys_values, whole = (context, None) if ready else (None, self._normalised(context))
 
-        # Keys and values are scanned with their blocks; the context itself is the same for all.
-        def step(x, block_and_kv):
-            block, kv = block_and_kv
-            return block(x, embedding, shared, kv if ready else whole)
+        # What differs from block to block is scanned with the blocks.
+        def step(x, block_and_its):
+            block, kv, modulations = block_and_its
+            modulations = modulations if known else block.modulations(*time)
+            return block(x, self._per_token(modulations), kv if ready else whole)
 
-        return run_blocks(step, x, (self.blocks, keys_values), layer, self.config.remat)
+        each = self.blocks, keys_values, time.blocks if known else None
+        return run_blocks(step, x, each, layer, self.config.remat)
+
+
+def _with_proprio(action_time: Array) -> Array:
+    """[b, 1] as [b, 2]: proprioception is clean, so its tokens have a time of their own, near 0."""
+    return jnp.concatenate([jnp.full_like(action_time, PROPRIO_TIME), action_time], axis=1)
 
 
 def embedder_widths(d_in: int, d: int) -> list[int]:

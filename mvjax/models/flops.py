@@ -67,7 +67,19 @@ def video_dit_flops(
 
 def action_decoder_flops(config: ActionDecoderConfig, context_tokens: int, draws: int) -> float:
     """Operations of a forward pass over one sample with `draws` draws of action noise."""
-    return _action_decoder(config, context_tokens, draws).forward
+    return _action_decoder(config, context_tokens, draws, draws).forward
+
+
+def sampling_flops(
+    config: ActionDecoderConfig, context_tokens: int, draws: int, steps: int
+) -> tuple[float, float]:
+    """Operations of a query in the decoder: keys and values of the context, and the Euler steps.
+
+    All draws are at the same noise level in a step.
+    """
+    keys_values = _action_decoder(config, context_tokens, 0, 0).forward
+    whole = _action_decoder(config, context_tokens, steps * draws, steps).forward
+    return keys_values, whole - keys_values
 
 
 def step_flops(experiment: Any) -> float:
@@ -82,7 +94,9 @@ def step_flops(experiment: Any) -> float:
         return _video_dit(model, latents, text, None, model.lora).training
     backbone = _video_dit(model, latents, text, config.context_layer, None)  # adapters are merged
     draws = config.flow.action_draws
-    return backbone.forward + _action_decoder(experiment.decoder, clip.tokens, draws).training
+    return (
+        backbone.forward + _action_decoder(experiment.decoder, clip.tokens, draws, draws).training
+    )
 
 
 def peak_flops(device: jax.Device) -> float | None:
@@ -129,7 +143,10 @@ def _video_dit(
     return total + (config.num_blocks if layers is None else layers) * block
 
 
-def _action_decoder(config: ActionDecoderConfig, context_tokens: int, draws: int) -> Products:
+def _action_decoder(
+    config: ActionDecoderConfig, context_tokens: int, chunks: int, levels: int
+) -> Products:
+    """Of one context, some noisy chunks that attend to it, and the noise levels they are at."""
     d, time_rank, rank = config.width, config.time_rank, config.adaln_rank
     p, a = config.proprio_horizon, config.action_horizon
     n = p + a
@@ -137,20 +154,20 @@ def _action_decoder(config: ActionDecoderConfig, context_tokens: int, draws: int
     def kernel(rows: int, d_in: int, d_out: int) -> Products:
         return Products(learned=2.0 * rows * d_in * d_out)
 
-    def modulation(chunks: int) -> Products:
-        return kernel(n, time_rank, rank) + kernel(n, rank, chunks * d)
+    def modulation(count: int) -> Products:  # once for proprioception, once for the actions
+        return kernel(2, time_rank, rank) + kernel(2, rank, count * d)
 
     def embedder(rows: int, dim: int) -> Products:
         return sum(
             (kernel(rows, *sizes) for sizes in pairwise(embedder_widths(dim, d))), Products()
         )
 
-    # Keys and values of the context are made once; everything else once for every draw.
     keys_values = 2 * kernel(context_tokens, config.context_dim, d)
     hidden = config.mlp_ratio * d
     block = Products(learned=4.0 * n * (n + context_tokens) * d) + 6 * kernel(n, d, d)
-    block += kernel(n, d, hidden) + kernel(n, hidden, d) + 3 * modulation(3)
-    per_draw = embedder(p, config.proprio_dim) + embedder(a, config.action_dim)
-    per_draw += kernel(n + 1, d, d) + kernel(n + 1, d, time_rank)  # times of the tokens and video
-    per_draw += kernel(n, time_rank, 3 * d) + modulation(2) + kernel(n, d, config.action_dim)
-    return config.num_blocks * keys_values + draws * (per_draw + config.num_blocks * block)
+    block += kernel(n, d, hidden) + kernel(n, hidden, d)
+    chunk = embedder(p, config.proprio_dim) + embedder(a, config.action_dim)
+    chunk += kernel(n, d, config.action_dim) + config.num_blocks * block
+    level = kernel(2 + 1, d, d) + kernel(2 + 1, d, time_rank)  # both times and the video's
+    level += kernel(2, time_rank, 3 * d) + modulation(2) + config.num_blocks * 3 * modulation(3)
+    return config.num_blocks * keys_values + chunks * chunk + levels * level

@@ -168,6 +168,9 @@ def linears(x: Array, *layers: Linear) -> list[Array]:
 
 # --- Norms and activations: computed in float32, rounded once at their end ---
 
+# All keep only their input and, of norms, one number per row for the gradient: what autodiff would
+# keep is several times as large as the input.
+
 
 class RMSNorm(nnx.Module):
     """x / rms(x) · scale over the last axis, eps 1e-6."""
@@ -177,16 +180,51 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalises [..., d]."""
-        wide = x.astype(jnp.float32)
-        wide *= jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
-        return (wide * self.scale[...].astype(jnp.float32)).astype(x.dtype)
+        return _rms_norm(x, self.scale[...])
 
 
+def _rms_norm_and_kept(x: Array, scale: Array) -> tuple[Array, tuple[Array, ...]]:
+    wide = x.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
+    return (wide * inverse * scale.astype(jnp.float32)).astype(x.dtype), (x, inverse, scale)
+
+
+def _rms_norm_gradient(kept: tuple[Array, ...], gradient: Array) -> tuple[Array, Array]:
+    x, inverse, scale = kept
+    unit, gradient = x.astype(jnp.float32) * inverse, gradient.astype(jnp.float32)
+    of_scale = jnp.sum(gradient * unit, axis=tuple(range(x.ndim - 1)))
+    scaled = gradient * scale.astype(jnp.float32)
+    along = jnp.mean(scaled * unit, axis=-1, keepdims=True)
+    return (inverse * (scaled - unit * along)).astype(x.dtype), of_scale.astype(scale.dtype)
+
+
+_rms_norm = jax.custom_vjp(lambda x, scale: _rms_norm_and_kept(x, scale)[0])
+_rms_norm.defvjp(_rms_norm_and_kept, _rms_norm_gradient)
+
+
+@jax.custom_vjp
 def layer_norm(x: Array) -> Array:
     """Parameter-free layer norm over the last axis, eps 1e-6."""
+    return _layer_norm_and_kept(x)[0]
+
+
+def _layer_norm_and_kept(x: Array) -> tuple[Array, tuple[Array, ...]]:
     wide = x.astype(jnp.float32)
-    wide -= jnp.mean(wide, axis=-1, keepdims=True)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    mean = jnp.mean(wide, axis=-1, keepdims=True)
+    wide -= mean
+    inverse = jax.lax.rsqrt(jnp.mean(wide**2, axis=-1, keepdims=True) + 1e-6)
+    return (wide * inverse).astype(x.dtype), (x, mean, inverse)
+
+
+def _layer_norm_gradient(kept: tuple[Array, ...], gradient: Array) -> tuple[Array]:
+    x, mean, inverse = kept
+    unit, gradient = (x.astype(jnp.float32) - mean) * inverse, gradient.astype(jnp.float32)
+    along = jnp.mean(gradient * unit, axis=-1, keepdims=True)
+    gradient -= jnp.mean(gradient, axis=-1, keepdims=True)
+    return ((inverse * (gradient - unit * along)).astype(x.dtype),)
+
+
+layer_norm.defvjp(_layer_norm_and_kept, _layer_norm_gradient)
 
 
 class LayerNorm(nnx.Module):
@@ -201,10 +239,6 @@ class LayerNorm(nnx.Module):
         wide = layer_norm(x.astype(jnp.float32))
         wide = wide * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
         return wide.astype(x.dtype)
-
-
-# Both activations keep only their input for the gradient: what is as wide as the MLP's hidden layer
-# should not be kept twice.
 
 
 @jax.custom_vjp
@@ -307,10 +341,10 @@ class FinalLayer(nnx.Module):
         self.adaln = Modulation(keys[0], d_embedding, d, rank, 2)
         self.linear = Linear(keys[1], d, d_out, ("embed", None))
 
-    def __call__(self, x: Array, embedding: Array, shared: Array) -> Array:
-        """Maps tokens [b, l, d] to [b, l, d_out]; the others as for `Modulation`."""
-        shift, scale = (m[:, :, None] for m in self.adaln(embedding, shared))
-        return self.linear(modulate(by_frame(x, embedding), shift, scale).reshape(x.shape))
+    def __call__(self, x: Array, shift: Array, scale: Array) -> Array:
+        """Maps tokens [b, ..., d], of which shift and scale are `adaln`'s, to [b, l, d_out]."""
+        x = modulate(x, shift, scale)
+        return self.linear(x.reshape(x.shape[0], -1, x.shape[-1]))
 
 
 # --- Stacks of blocks, and what of them is kept for the backward pass ---
@@ -320,6 +354,8 @@ ATTENTION = "attention"  # what attention over many keys gives, and its softmax'
 OUTPUT = "output"  # what a sublayer gives to its gate
 HIDDEN = "hidden"  # the MLP's first product
 PROJECTED = "projected"  # queries, keys and values as they leave their layers
+
+FEW_BLOCKS = 8  # compiled one by one on a CPU
 
 _named = jax.checkpoint_policies.save_only_these_names
 POLICIES = {
@@ -363,13 +399,7 @@ def row_major(x: Array) -> Array:
 
 def keep(x: Array, name: str | None) -> Array:
     """`x`, by a name that a policy may keep it by; None for none."""
-    if name is None:
-        return x
-    if platform() == "tpu" and __import__("os").environ.get("ROWMAJOR"):
-        from jax.experimental.layout import Layout, with_layout_constraint
-
-        x = with_layout_constraint(x, Layout(tuple(range(x.ndim))))
-    return checkpoint_name(x, name)
+    return x if name is None else checkpoint_name(x, name)
 
 
 def check_remat(name: str) -> None:
@@ -402,9 +432,11 @@ def run_blocks(
     if remat != "none":
         # Inside a scan there is nothing that common-subexpression elimination could undo.
         body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
-    # A scan, so that one block is compiled however many there are.
+    # A scan, so that one block is compiled however many there are. A CPU copies what a scan keeps
+    # for the backward pass to and from the stacks of all blocks: there a few blocks are unrolled.
     if count == jax.tree.leaves(blocks)[0].shape[0]:
-        return jax.lax.scan(body, x, blocks)[0]
+        few = remat == "none" and count <= FEW_BLOCKS and platform() == "cpu"
+        return jax.lax.scan(body, x, blocks, unroll=count if few else 1)[0]
 
     # Scanning over a slice of the stack would copy the parameters of these blocks.
     def indexed(x, i):

@@ -47,7 +47,7 @@ class VideoDiTConfig:
 
     Attributes:
         text_dim: width of the text that the cross-attention reads.
-        rope_ratio_thw: rotary extrapolation ratios, see `mvjax.models.attention.rope_table`.
+        rope_ratio_thw: rotary extrapolation ratios, see `mvjax.models.rope.rope_table`.
         text_projection_dim: width of the text that enters, projected to `text_dim` (Predict2.5:
             100352); 0 where it enters as it is (Predict2).
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
@@ -209,7 +209,9 @@ class VideoDiT(nnx.Module):
         embedding, shared = self._time(timesteps)
         x = self._embed(latents, timesteps, text, condition_mask, padding_mask)
         x = self._run(x, latents.shape, embedding, shared, text, self.config.num_blocks)
-        return unpatchify(self.final_layer(x, embedding, shared), latents.shape).astype(jnp.float32)
+        shift, scale = (m[:, :, None] for m in self.final_layer.adaln(embedding, shared))
+        x = self.final_layer(by_frame(x, embedding), shift, scale)
+        return unpatchify(x, latents.shape).astype(jnp.float32)
 
     def _time(self, timesteps: Array) -> tuple[Array, Array]:
         """The time embedding [b, t, d] and the modulation that all sublayers share [b, t, 3 d]."""

@@ -252,7 +252,7 @@ def _stages(model: VideoActionModel, weights: Any, i: Inputs) -> dict[str, Any]:
     tokenizer, backbone, decoder = weights
 
     def choose(decoder, context_kv, proprio, noise):
-        sigma = jnp.full((len(proprio), 1), model.sampling.stop_sigma)
+        sigma = jnp.float32(model.sampling.stop_sigma)
         return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
     encode, clean = _compiled(model.encode, tokenizer, i.video)

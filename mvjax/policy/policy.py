@@ -22,6 +22,7 @@ from mvjax.flow import (
     Trajectory,
     condition_mask,
     denoise,
+    euler_times,
     network_input,
     published_noise,
     sample_actions,
@@ -130,7 +131,7 @@ class VideoActionModel:
         Args:
             params: of the action decoder.
             context: hidden states of `context`.
-            sigma: its noise level [b, 1].
+            sigma: its noise level, one number.
             proprio: normalised [b, proprio_horizon, dim].
             noise: standard normal [b, draws, horizon, dim].
         """
@@ -146,12 +147,13 @@ class VideoActionModel:
     ) -> Array:
         """Samples chunks as `actions` does, from the keys and values of the context."""
         decoder, draws = self.decoder.bind(params), noise.shape[1]
-        proprio, sigma = (jnp.repeat(x, draws, axis=0) for x in (proprio, sigma))
-        velocity = lambda a, time: decoder(proprio, a, time, sigma, context_kv)  # noqa: E731
+        proprio, steps = jnp.repeat(proprio, draws, axis=0), self.sampling.action_steps
+        levels = decoder.levels(euler_times(steps), sigma)
+        velocity = lambda a, level: decoder.at_levels(level, proprio, a, context_kv)  # noqa: E731
         sample = noise.reshape(-1, *noise.shape[2:])
         if self.decoder.config.precision == "published":
             sample = sample.astype(jnp.bfloat16)  # the release integrates in bfloat16
-        chunks = sample_actions(velocity, sample, self.sampling.action_steps)
+        chunks = sample_actions(velocity, sample, steps, levels)
         return chunks.reshape(noise.shape).astype(jnp.float32)
 
     @partial(jax.jit, static_argnums=0)
@@ -187,7 +189,7 @@ class VideoActionModel:
         return self._chunks(decoder, context, inputs), to_pixels(tokenizer, end.x)
 
     def _chunks(self, decoder: Params, context: Array, inputs: Inputs) -> Array:
-        sigma = self._sigma(len(context))
+        sigma = jnp.float32(self.sampling.stop_sigma)
         return medoid(self.actions(decoder, context, sigma, inputs.proprio, inputs.action_noise))
 
     def _true_future(self, clean: Array, noise: Array) -> Array:
