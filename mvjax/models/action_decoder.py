@@ -216,10 +216,15 @@ class ActionDecoder(nnx.Module):
         It depends on nothing else: `at_levels` takes it, so that sampling computes it once for all
         Euler steps, queries and draws.
         """
-        sigma = jnp.full((len(action_times), 1), video_sigma)
-        time = self._time(_with_proprio(action_times[:, None]), sigma)
-        blocks = jax.vmap(lambda block: block.modulations(*time), out_axes=1)(self.blocks)
-        return Levels(blocks, self.final_layer.adaln(*time))
+        # One sample with the times of all steps: as samples, steps would be split over devices.
+        times = _with_proprio(action_times[:, None]).reshape(1, -1)
+        time = self._time(times, jnp.full((1, 1), video_sigma))
+
+        def by_step(modulations: Any) -> Any:
+            return jax.tree.map(lambda m: m.reshape(-1, 2, m.shape[-1]), modulations)
+
+        blocks = jax.vmap(lambda block: by_step(block.modulations(*time)), out_axes=1)(self.blocks)
+        return Levels(blocks, by_step(self.final_layer.adaln(*time)))
 
     def at_levels(
         self, levels: Levels, proprio: Array, noisy_actions: Array, context: Array | KeysValues
@@ -251,7 +256,7 @@ class ActionDecoder(nnx.Module):
     def _time(self, times: Array, video_sigma: Array) -> tuple[Array, Array]:
         """The time embedding [b, k, rank] and the modulation that all sublayers share [b, k, 3 d].
 
-        k is 2, for proprioception and actions, or the number of tokens.
+        k is 2, for proprioception and actions, or the number of tokens, or twice that of steps.
         """
         chex.assert_shape(video_sigma, (len(times), 1))
         dtype = time_dtype(self.config.precision)

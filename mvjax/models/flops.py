@@ -67,7 +67,7 @@ def video_dit_flops(
 
 def action_decoder_flops(config: ActionDecoderConfig, context_tokens: int, draws: int) -> float:
     """Operations of a forward pass over one sample with `draws` draws of action noise."""
-    return _action_decoder(config, context_tokens, draws, draws).forward
+    return _action_decoder(config, context_tokens, draws, draws, draws).forward
 
 
 def sampling_flops(
@@ -77,8 +77,8 @@ def sampling_flops(
 
     All draws are at the same noise level in a step.
     """
-    keys_values = _action_decoder(config, context_tokens, 0, 0).forward
-    whole = _action_decoder(config, context_tokens, steps * draws, steps).forward
+    keys_values = _action_decoder(config, context_tokens, 0, 0, 0).forward
+    whole = _action_decoder(config, context_tokens, steps * draws, steps, 1).forward
     return keys_values, whole - keys_values
 
 
@@ -95,7 +95,8 @@ def step_flops(experiment: Any) -> float:
     backbone = _video_dit(model, latents, text, config.context_layer, None)  # adapters are merged
     draws = config.flow.action_draws
     return (
-        backbone.forward + _action_decoder(experiment.decoder, clip.tokens, draws, draws).training
+        backbone.forward
+        + _action_decoder(experiment.decoder, clip.tokens, draws, draws, draws).training
     )
 
 
@@ -144,9 +145,12 @@ def _video_dit(
 
 
 def _action_decoder(
-    config: ActionDecoderConfig, context_tokens: int, chunks: int, levels: int
+    config: ActionDecoderConfig, context_tokens: int, chunks: int, times: int, sigmas: int
 ) -> Products:
-    """Of one context, some noisy chunks that attend to it, and the noise levels they are at."""
+    """Of one context, noisy chunks that attend to it, and their noise levels.
+
+    `times` are those of actions, `sigmas` the video's noise levels that are embedded beside them.
+    """
     d, time_rank, rank = config.width, config.time_rank, config.adaln_rank
     p, a = config.proprio_horizon, config.action_horizon
     n = p + a
@@ -168,6 +172,7 @@ def _action_decoder(
     block += kernel(n, d, hidden) + kernel(n, hidden, d)
     chunk = embedder(p, config.proprio_dim) + embedder(a, config.action_dim)
     chunk += kernel(n, d, config.action_dim) + config.num_blocks * block
-    level = kernel(2 + 1, d, d) + kernel(2 + 1, d, time_rank)  # both times and the video's
-    level += kernel(2, time_rank, 3 * d) + modulation(2) + config.num_blocks * 3 * modulation(3)
-    return config.num_blocks * keys_values + chunks * chunk + levels * level
+    level = kernel(2, d, d) + kernel(2, d, time_rank) + kernel(2, time_rank, 3 * d)
+    level += modulation(2) + config.num_blocks * 3 * modulation(3)
+    levels = times * level + sigmas * (kernel(1, d, d) + kernel(1, d, time_rank))
+    return config.num_blocks * keys_values + chunks * chunk + levels
