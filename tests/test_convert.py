@@ -25,7 +25,7 @@ from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
 from mvjax.training.bridge import abstract_params, read_meta, restore_params, stored_digest
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.weights.convert import prepare, prepare_export, write, write_export
-from mvjax.weights.files import TorchTensor
+from mvjax.weights.files import TorchTensor, WeightsError
 from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints, video_sections
 from mvjax.weights.pt_files import write_pt
 from mvjax.weights.source import Source, open_source, open_weights
@@ -77,6 +77,11 @@ def test_a_second_conversion_leaves_the_first_ones_files_alone(tmp_path):
     with run_lock(tmp_path / "ours"), pytest.raises(OSError, match="is writing to"):
         convert(source, tmp_path / "ours")
     assert being_written.is_dir()
+
+
+def test_a_kind_without_the_diffusers_layout_says_which_it_has():
+    with pytest.raises(WeightsError, match=r"no action decoder is .* written as mimic-video"):
+        ACTION.published({})
 
 
 def test_bfloat16_stays_bfloat16_and_a_cast_is_asked_for(tmp_path):

@@ -94,7 +94,10 @@ print((faults() - before) // 5)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked")
 def test_a_process_that_trains_on_a_cpu_keeps_what_a_step_frees():
-    """Counted by the kernel: pages that a step waits for; x alone has 16,384 of 4 kB."""
+    """Counted by the kernel: pages that a step waits for.
+
+    x alone has 16,384 of 4 kB, and 32 where the kernel gives pages of 2 MB unasked.
+    """
 
     def faults(how):
         environment = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
@@ -107,8 +110,9 @@ def test_a_process_that_trains_on_a_cpu_keeps_what_a_step_frees():
         assert done.returncode == 0, done.stderr[-2000:]
         return int(done.stdout)
 
-    assert faults("as it is") > 10_000
-    assert faults("kept") < 500
+    before = faults("as it is")
+    assert before > 32
+    assert faults("kept") < before / 20
 
 
 def test_an_accelerators_host_is_left_alone():

@@ -168,8 +168,8 @@ def linears(x: Array, *layers: Linear) -> list[Array]:
 
 # --- Norms and activations: computed in float32, rounded once at their end ---
 
-# All keep only their input and, of norms, one number per row for the gradient: what autodiff would
-# keep is several times as large as the input.
+# For the gradient they keep their input and, of norms, one or two numbers per row: what autodiff
+# would keep is several times as large as the input.
 
 
 class RMSNorm(nnx.Module):
@@ -355,8 +355,6 @@ OUTPUT = "output"  # what a sublayer gives to its gate
 HIDDEN = "hidden"  # the MLP's first product
 PROJECTED = "projected"  # queries, keys and values as they leave their layers
 
-FEW_BLOCKS = 8  # compiled one by one on a CPU
-
 _named = jax.checkpoint_policies.save_only_these_names
 POLICIES = {
     # Everything is kept; the fastest where it fits.
@@ -411,6 +409,9 @@ def check_remat(name: str) -> None:
 def stack(make_block: Callable[[Array], Any], key: Array, count: int) -> Any:
     """Builds `count` blocks with one call of `make_block(key)`, stacked on a leading layer axis."""
     return jax.vmap(make_block)(jax.random.split(key, count))
+
+
+FEW_BLOCKS = 8  # so many are compiled one by one on a CPU
 
 
 def run_blocks(

@@ -64,8 +64,11 @@ class Kind(ABC):
         """Returns the network without weights."""
 
     def published(self, config: Config) -> Config:
-        """Returns the `config.json` of the layout "diffusers", for kinds that have that layout."""
-        raise NotImplementedError
+        """Returns the `config.json` of the layout "diffusers"; WeightsError without that layout."""
+        raise WeightsError(
+            f"no {self.title} is published in the layout 'diffusers'; this kind can be written as "
+            f"{', '.join(self.exports)}."
+        )
 
 
 # State of Transformer Engine, counters and buffers in files of NVIDIA and mimic-video.
