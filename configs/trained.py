@@ -9,11 +9,10 @@ to the folder in which the run was trained.
 """
 
 from pathlib import Path
-from typing import Any
 
 from ml_collections import ConfigDict
 
-from mvjax.training.bridge import read_meta
+from mvjax.training.bridge import trained_config
 
 
 def get_config(workdir: str) -> ConfigDict:
@@ -23,19 +22,6 @@ def get_config(workdir: str) -> ConfigDict:
         ValueError: if it is not one, or holds converted weights.
     """
     try:
-        config = read_meta(Path(workdir)).get("config", {})
+        return trained_config(Path(workdir))
     except OSError as error:
         raise ValueError(str(error)) from error
-    if "training" not in config:
-        raise ValueError(
-            f"{workdir} holds converted weights, which know nothing but their network; give "
-            "--config=FILE.py, e.g. configs/bridge_action.py."
-        )
-    return ConfigDict(_with_tuples(config))
-
-
-def _with_tuples(value: Any) -> Any:
-    """JSON made lists of the tuples; only tuples can be changed on a command line."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(entry) for key, entry in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value

@@ -18,10 +18,9 @@ from configs import trained
 from data_pipelines.normalize import load_normalizers
 from data_pipelines.records import RecordDataset
 from mvjax.experiment import Experiment
-from mvjax.flow import Sampling
 from mvjax.parallel import make_mesh
 from mvjax.policy import policy as policy_module
-from mvjax.policy.load import load_policy
+from mvjax.policy.load import load_trained
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
 from mvjax.training.checkpoint import leaf_paths
@@ -110,10 +109,6 @@ def test_stage_2_gets_the_same_backbone(expected):
 
 
 def test_the_policy_gives_the_same_chunks(expected, monkeypatch):
-    config = trained.get_config(str(ROOT / "action"))
-    policy = load_policy(
-        Experiment.from_config(config), ROOT / "action", Sampling(**config.sampler), batch_size=1
-    )
     observation = Observation(
         expected["observation/frames"],
         expected["observation/proprio"],
@@ -125,10 +120,11 @@ def test_the_policy_gives_the_same_chunks(expected, monkeypatch):
     digest.update(observation.frames.tobytes() + observation.proprio.tobytes())
     seed = int.from_bytes(digest.digest(), "big")
     monkeypatch.setattr(policy_module, "_query_seeds", lambda *_: (seed, seed))
+    video_steps = int(trained.get_config(str(ROOT / "action")).sampler.video_steps)
     chunks = []
-    for stop_step in (0, int(config.sampler.video_steps)):
-        sampling = Sampling(**config.sampler, stop_step=stop_step)
-        chunks.append(policy.sampled(sampling).act([observation])[0])
+    for stop_step in (0, video_steps):
+        policy = load_trained(ROOT / "action", stop_step)
+        chunks.append(policy.act([observation])[0])
         np.testing.assert_allclose(chunks[-1], expected[f"chunk/{stop_step}"], rtol=1e-5, atol=1e-6)
     assert np.abs(chunks[0] - chunks[1]).max() > 1e-3  # the video is read
 

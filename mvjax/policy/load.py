@@ -35,6 +35,7 @@ from mvjax.training.bridge import (
     load_backbone,
     load_decoder,
     restore_params,
+    trained_config,
 )
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.damage import CheckpointMismatch
@@ -157,6 +158,28 @@ def _fingerprint(params: Params) -> str:
         if leaf.nbytes <= _SMALL:  # all that earlier versions compared; the digest is of all
             digest.update(name.encode() + np.asarray(leaf).tobytes())
     return digest.hexdigest()[:16]
+
+
+def load_trained(directory: str | Path, stop_step: int = 0, batch_size: int = 1) -> Policy:
+    """Loads the policy of a stage-2 run with the configuration that it was trained with.
+
+    Relative paths in that configuration (backbone, tokenizer) belong to the folder in which the run
+    was trained: call this from there.
+
+    Args:
+        directory: its training directory, such as "runs/quickstart/action".
+        stop_step: K, denoising steps of the video before the policy acts on it.
+        batch_size: queries per compiled batch.
+
+    Raises:
+        ValueError: it holds converted weights; give `load_policy` a configuration.
+        CheckpointMismatch: something does not belong to the decoder; the message names it.
+        OSError: a file is missing or damaged.
+    """
+    experiment = Experiment.from_config(trained_config(Path(directory)))
+    return load_policy(
+        experiment, Path(directory), experiment.sampling(stop_step=stop_step), batch_size
+    )
 
 
 def load_policy(

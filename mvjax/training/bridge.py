@@ -117,6 +117,31 @@ def read_meta(directory: Path, *, step: int | None = None) -> dict[str, Any]:
         return read_json(where / "meta")
 
 
+def trained_config(directory: Path) -> ConfigDict:
+    """The configuration that a run was trained with, as its newest checkpoint holds it.
+
+    Relative paths in it belong to the folder in which the run was trained.
+
+    Raises:
+        FileNotFoundError: If it is no training directory.
+        ValueError: If it holds converted weights, which know nothing but their network.
+    """
+    config = read_meta(directory).get("config", {})
+    if "training" not in config:
+        raise ValueError(
+            f"{directory} holds converted weights, which know nothing but their network; give "
+            "--config=FILE.py, e.g. configs/bridge_action.py."
+        )
+    return ConfigDict(_with_tuples(config))
+
+
+def _with_tuples(value: Any) -> Any:
+    """JSON made lists of the tuples; only tuples can be changed on a command line."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(entry) for key, entry in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
+
+
 def step_folder(directory: Path, step: int | None) -> Path:
     """The folder of a checkpoint, the newest if `step` is None.
 
