@@ -1,4 +1,4 @@
-"""The README's pictures: they are those that the code draws, and small enough for its first page."""
+"""The README's pictures: those that the code draws, and small enough for a first page."""
 
 import runpy
 from pathlib import Path
