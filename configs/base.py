@@ -1,6 +1,6 @@
 """The skeleton of every configuration: its sections, and the settings that all recipes share.
 
-`mimic_video.py` (published) and `quickstart.py` (tiny) fill it in.
+`mimic_video.py` (published sizes) and `quickstart.py` (tiny sizes) complete it.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from mvjax.parallel import DEFAULT_RULES
 
 
 def skeleton(run_dir: str) -> ConfigDict:
-    """The shared settings; `config.get_ref("run_dir")` begins the paths that follow run_dir."""
+    """The shared settings; paths that follow run_dir start with `config.get_ref("run_dir")`."""
     config = ConfigDict()
     config.run_dir = FieldReference(run_dir)  # where records and the runs of both stages go
     config.max_bad_share = 0.05  # of unreadable episodes or records; above it the work stops

@@ -2,13 +2,13 @@
 
     python -m launch.train --config=configs/bridge_action.py --workdir=runs/bridge/action
 
-reads the backbone of configs/bridge_video.py. On Cosmos-Predict2 as NVIDIA released it, the other
-published variant:
+reads the backbone that configs/bridge_video.py trains. The other published variant uses
+Cosmos-Predict2 as NVIDIA released it:
 
     python -m launch.train --config=configs/bridge_action.py:pretrained \
         --workdir=runs/bridge/action_pretrained
 
-Data and weights: as configs/bridge_video.py, with the same records. Chips and memory: see
+Data and weights: as for configs/bridge_video.py, with the same records. Chips and memory:
 docs/pods.md.
 """
 

@@ -3,12 +3,12 @@
     python -m launch.encode --config=configs/bridge_video.py
     python -m launch.train --config=configs/bridge_video.py --workdir=runs/bridge/video
 
-Full fine-tuning instead: --config.lora.rank=0 and a smaller --config.optimizer.learning_rate.
+For full fine-tuning, set --config.lora.rank=0 and a smaller --config.optimizer.learning_rate.
 
 Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: the release's
-episodes in data/bridge; for other formats and more cameras see configs/mimic_video.py. All of it is
-two million windows, 5 TB of records; `--config.datasets.bridge.anchor_fps=1` takes every fifth.
-Chips and memory: see docs/pods.md.
+episodes in data/bridge; for other formats and more cameras, see configs/mimic_video.py. The whole
+dataset is two million windows, which make 5 TB of records. To take every fifth window, set
+`--config.datasets.bridge.anchor_fps=1`. Chips and memory: docs/pods.md.
 """
 
 from ml_collections import ConfigDict

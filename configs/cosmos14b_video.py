@@ -3,18 +3,18 @@
     python -m launch.encode --config=configs/bridge_video.py
     python -m launch.train --config=configs/cosmos14b_video.py --workdir=runs/bridge/video14b
 
-trains all 14 billion parameters; adapters of rank 32 instead:
+trains all 14 billion parameters. With adapters of rank 32 instead:
 
     python -m launch.train --config=configs/cosmos14b_video.py:lora --workdir=runs/bridge/lora14b
 
-Source: the documentation and the example experiments of Cosmos-Predict2, for the optimizer, the
-learning rates, the loss and the adapters. NVIDIA trains 1,000 steps of 4 clips of 93 frames, every
-fifth without its text, and leaves the adaLN weights alone beside adapters. Here clips and text are
-mimic-video's, the adaLN weights learn as there, and steps and batch are a starting point.
-mimic-video published no 14B backbone.
+The optimizer, the learning rates, the loss and the adapters are those of the documentation and the
+example experiments of Cosmos-Predict2. NVIDIA trains 1,000 steps of 4 clips of 93 frames, every
+fifth clip without its text, and does not train the adaLN weights beside adapters. Here the clips
+and the text are those of mimic-video, and the adaLN weights are trained as in mimic-video. The
+number of steps and the batch size are a starting point. mimic-video published no 14B backbone.
 
 Weights: weights/cosmos14b (converted like weights/cosmos2b, docs/weights.md). Data: the records of
-configs/bridge_video.py. Chips and memory: see docs/pods.md.
+configs/bridge_video.py. Chips and memory: docs/pods.md.
 """
 
 from ml_collections import ConfigDict

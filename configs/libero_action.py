@@ -3,11 +3,11 @@
     python -m launch.train --config=configs/libero_action.py:goal,tenth \
         --workdir=runs/libero_goal/action_tenth
 
-After the colon: the suite (goal, object, spatial) and the share of its demonstrations (full, half,
-tenth, one: 50, 25, 5, 1 per task). The backbone is that of configs/libero_video.py of this suite,
-trained on all demonstrations, as published.
+After the colon follow the suite (goal, object, spatial) and the share of its demonstrations (full,
+half, tenth, one: 50, 25, 5, 1 per task). The backbone is what configs/libero_video.py trains for
+this suite on all demonstrations, as published.
 
-Data and weights: as configs/libero_video.py, with the same records. Chips and memory: see
+Data and weights: as for configs/libero_video.py, with the same records. Chips and memory:
 docs/pods.md.
 """
 

@@ -1,4 +1,4 @@
-"""A small policy on LIBERO, from demonstrations to closed loop: what both stages share.
+"""A small policy on LIBERO, from demonstrations to evaluation: what both stages share.
 
     bash launch/libero.sh
     python -m launch.record --suite=libero --kind=robot \
@@ -12,13 +12,14 @@
     python -m launch.evaluate --config=configs/libero_small_action.py \
         --checkpoint=runs/libero_small/action --out=runs/libero_small/evaluation
 
-The scripted expert by the release's protocol, on all ten tasks of a suite:
+To evaluate the scripted expert by the release's protocol on all ten tasks of a suite:
 
     python -m launch.evaluate --config=configs/libero_small.py:spatial --modes=expert \
         --out=runs/expert_spatial
 
-Networks and training are the quickstart's, with LIBERO's rates and ten numbers of the released
-policies. Two CPU cores, about half an hour, under 6 GB, most of it for simulation.
+Networks and training are those of the quickstart, with LIBERO's rates and the ten action numbers of
+the released policies. It takes about half an hour on two CPU cores, most of it for simulation, and
+under 6 GB.
 """
 
 from ml_collections import ConfigDict

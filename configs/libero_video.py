@@ -3,13 +3,13 @@
     python -m launch.encode --config=configs/libero_video.py:goal
     python -m launch.train --config=configs/libero_video.py:goal --workdir=runs/libero_goal/video
 
-After the colon: the suite, goal, object or spatial. The released video models saw all 50
-demonstrations per task, also those under the decoders that saw fewer; a share (half, tenth, one)
-may follow all the same: `configs/libero_video.py:goal,tenth`.
+After the colon follows the suite: goal, object or spatial. The released video models saw all 50
+demonstrations per task, even where the decoder on top saw fewer. A share (half, tenth, one) may
+follow nevertheless: `configs/libero_video.py:goal,tenth`.
 
 Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: the release's
-episodes of a suite in data/libero_<suite>; for other formats see configs/mimic_video.py. A suite is
-some 60,000 windows, 150 GB of records. Chips and memory: see docs/pods.md.
+episodes of a suite in data/libero_<suite>; for other formats, see configs/mimic_video.py. A suite
+is about 60,000 windows, which make 150 GB of records. Chips and memory: docs/pods.md.
 """
 
 from ml_collections import ConfigDict

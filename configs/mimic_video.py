@@ -1,9 +1,10 @@
-"""What the published configurations share: lengths, networks, data, the two recipes.
+"""What the published configurations share: lengths, networks, data, and the two recipes.
 
-Everything follows the first public release of mimic-video, its file names where code and paper
-disagree (batch sizes, steps). Data are the release's own episodes, one .zarr or .safetensors each
-(format "mimic_episodes"). Where data have another format, the robot's file in
-data_pipelines/embodiments may know their streams; LIBERO's own HDF5 files are
+Everything follows the first public release of mimic-video. Where its code and the paper disagree
+(batch sizes, steps), the file names of the release decide. The data are the release's own episodes,
+one .zarr or .safetensors file each (format "mimic_episodes"). For data in another format, look into
+the file of the robot in data_pipelines/embodiments: it may name their streams. For LIBERO's own
+HDF5 files, write
 
     config.datasets.libero_goal.update(
         format="robomimic_hdf5",
@@ -13,9 +14,10 @@ data_pipelines/embodiments may know their streams; LIBERO's own HDF5 files are
         proprio=libero_panda.HDF5_PROPRIO,
     )
 
-and BridgeData V2 as recorded has the format "bridge_raw", the video "images0", widowx.RAW_ACTION
-and widowx.RAW_PROPRIO. For any other streams, describe the parts (data_pipelines/vectors.py).
-Stage 1 was published with every camera of Bridge as a video of its own: a dataset for each,
+BridgeData V2 as recorded has the format "bridge_raw", the video "images0", widowx.RAW_ACTION and
+widowx.RAW_PROPRIO. For other streams, describe the vectors (data_pipelines/vectors.py).
+
+In the published stage 1, every camera of Bridge is a video of its own. Add a dataset for each:
 
     for camera in ("images1", "images2"):
         config.datasets[camera] = dict(
@@ -27,11 +29,11 @@ Stage 1 was published with every camera of Bridge as a video of its own: a datas
             records=config.get_ref("run_dir") + f"/records/{camera}",
         )
 
-whose episodes without that camera are skipped (`config.max_bad_share` says how many may be).
+Episodes without that camera are skipped; `config.max_bad_share` is the largest share that may be.
 
-Weights: `python -m launch.convert` puts the released files where these configurations look for
-them (docs/weights.md, "A whole release"). Records hold 2.5 MB of latents per window; one encoding
-serves both stages, and `--config.datasets.NAME.anchor_fps` thins the windows.
+Weights: `python -m launch.convert` puts the released files where these configurations look for them
+(docs/weights.md). Records hold 2.5 MB of latents per window. One encoding serves both stages. To
+take fewer windows, lower `--config.datasets.NAME.anchor_fps`.
 """
 
 from ml_collections import ConfigDict, FieldReference, config_dict
@@ -110,7 +112,7 @@ def bridge() -> ConfigDict:
 
 
 def libero(suite: str, share: str) -> ConfigDict:
-    """A LIBERO suite, regenerated at 480x640 and 20 Hz: 3 s of actions, the first of them now.
+    """A LIBERO suite, regenerated at 480x640 and 20 Hz: 3 s of actions, the first without delay.
 
     Args:
         suite: goal, object or spatial.
@@ -181,21 +183,21 @@ def action_stage(
 
 
 def video_model(preset: str) -> dict:
-    """The section of a named video DiT, without what other sections say."""
-    # Not all activations of 19,200 tokens fit a chip: as many are kept as do.
+    """The section of a named video DiT, without the settings of other sections."""
+    # Not all activations of 19,200 tokens fit a chip: "auto" keeps as many as fit.
     return video_section(VIDEO_DITS[preset]) | {"remat": "auto"}
 
 
 def libero_protocol(suite: str, workers: int = 8) -> dict:
     """The section `evaluation` for a LIBERO suite, as the release evaluates.
 
-    A suite's ten tasks, initial states 0, 1, ... of fifty, 220, 280 or 300 control steps of
-    which five are executed per query. The release's default is 5 episodes per task; the paper's
-    tables are of 50: `--config.evaluation.episodes_per_task=50`.
+    The ten tasks of a suite, from initial states 0, 1, ... of fifty. An episode has 220, 280 or 300
+    control steps, and each query executes five of them. The release's default is 5 episodes per
+    task; the tables of the paper have 50: `--config.evaluation.episodes_per_task=50`.
 
     Args:
         suite: spatial, object, goal, 10 or 90.
-        workers: simulator processes, which is also how many queries are answered at once.
+        workers: number of simulator processes, and of queries that are answered together.
     """
     return dict(
         suite="libero",

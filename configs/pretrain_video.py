@@ -3,30 +3,32 @@
     python -m launch.encode --config=configs/pretrain_video.py
     python -m launch.train --config=configs/pretrain_video.py --workdir=runs/pretrain/video
 
-goes on from Cosmos-Predict2; from random weights:
+continues the training of Cosmos-Predict2. From random weights:
 
     python -m launch.train --config=configs/pretrain_video.py:scratch \
         --workdir=runs/pretrain/scratch
 
-and first, on a laptop, the same data through every step with tiny networks and small clips (no
-weights are needed, but a tokenizer is fitted):
+First try the same data on a laptop, with tiny networks and small clips. This needs no weights, but
+a tokenizer is fitted:
 
     python -m launch.encode --config=configs/pretrain_video.py:rehearsal --only=tokenizer
     python -m launch.encode --config=configs/pretrain_video.py:rehearsal
     python -m launch.train --config=configs/pretrain_video.py:rehearsal \
         --workdir=runs/rehearsal/video
 
-Everything learns. The result is a backbone like any other: `--config.init_from=runs/pretrain/video`
-in stage 1, `--config.backbone.checkpoint=runs/pretrain/video` in stage 2.
+All parameters are trained. Use the result like any other backbone:
+`--config.init_from=runs/pretrain/video` in stage 1,
+`--config.backbone.checkpoint=runs/pretrain/video` in stage 2.
 
-Not a published recipe. Learning rate (0.6 · 2^-14.5, falling to half of it), weight decay and noise
-are those of NVIDIA's own training (its noise is σ = √latent frames · exp(N(ln 4, 1.2)), here with
-the spread 1); the rest is a starting point.
+This is not a published recipe. The learning rate (0.6 · 2^-14.5, falling to half of it), the weight
+decay and the noise are those of NVIDIA's own training (its noise is σ = √latent frames ·
+exp(N(ln 4, 1.2)), here with the spread 1). The rest is a starting point.
 
 Weights: weights/cosmos2b (not for scratch), weights/wan_vae, weights/t5_11b (docs/weights.md).
 Data: data/human, a folder of videos and captions; data/robot, a LeRobot v3.0 dataset, of which only
-the video is read (docs/data.md). More datasets are more entries of `config.datasets`; `weight` is a
-dataset's share of the windows, whatever its size. Chips and memory: see docs/pods.md.
+the video is read (docs/data.md). For more datasets, add entries to `config.datasets`. `weight` sets
+the share of the windows that come from a dataset, whatever its size. Chips and memory:
+docs/pods.md.
 """
 
 from ml_collections import ConfigDict

@@ -1,9 +1,10 @@
 """Everything the quickstart's phases share: data, lengths, networks, evaluation.
 
-`bash launch/quickstart.sh` runs all phases; `configs/quickstart_video.py` and
-`configs/quickstart_action.py` add what the two training stages need. Memory: under 6 GB; two CPU
-cores, no accelerator. The recipe is tuned for minutes, not for records: a real simulator
-(Meta-World v3), 64x64 video, networks of about two million parameters with the released structure.
+`bash launch/quickstart.sh` runs all phases. `configs/quickstart_video.py` and
+`configs/quickstart_action.py` add what the two training stages need. It needs two CPU cores, under
+6 GB of memory and no accelerator. The recipe is made for minutes, not for the best success rate: a
+real simulator (Meta-World v3), 64x64 video, and networks of about two million parameters with the
+released structure.
 """
 
 from ml_collections import ConfigDict
@@ -32,11 +33,11 @@ VIDEO_TASKS = (
 
 
 def get_config(size: str = "full") -> ConfigDict:
-    """The shared sections; lengths that follow from others are derived by `data_pipelines.clip`.
+    """The shared sections; `data_pipelines.clip` derives the lengths that follow from others.
 
     Args:
         size: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute
-            (`--config=configs/quickstart.py:smoke`); its policy has learned nothing.
+            (`--config=configs/quickstart.py:smoke`). Its policy has learned nothing.
     """
     if size not in ("", "full", "smoke"):
         raise ValueError(f"The quickstart's size must be full or smoke, got {size!r}.")

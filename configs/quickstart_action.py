@@ -2,7 +2,7 @@
 
     python -m launch.train --config=configs/quickstart_action.py --workdir=runs/quickstart/action
 
-Two CPU cores, about two minutes, under 2 GB.
+It takes about two minutes on two CPU cores, and under 2 GB.
 """
 
 from ml_collections import ConfigDict

@@ -2,12 +2,12 @@
 
     python -m launch.train --config=configs/quickstart_video.py --workdir=runs/quickstart/video
 
-With LoRA instead of full training, from a trained backbone:
+With LoRA instead of full training, starting from a trained backbone:
 
     python -m launch.train --config=configs/quickstart_video.py --workdir=runs/quickstart/lora \
         --config.lora.rank=8 --config.init_from=runs/quickstart/video
 
-Two CPU cores, about two minutes, under 2 GB.
+It takes about two minutes on two CPU cores, and under 2 GB.
 """
 
 from ml_collections import ConfigDict

@@ -2,10 +2,10 @@
 
     python -m launch.serve --checkpoint=runs/quickstart/action
 
-`launch.serve` and `launch.evaluate` take it by themselves where no --config is given; settings can
-be changed as ever: `--config.evaluation.episodes_per_task=50`. By name it is
-`--config=trained:runs/quickstart/action`. The paths in it are those of then: relative ones belong
-to the folder in which the run was trained.
+`launch.serve` and `launch.evaluate` use it if no --config is given. Settings are changed as usual:
+`--config.evaluation.episodes_per_task=50`. Its name is `--config=trained:runs/quickstart/action`.
+The paths in it are those of the training: relative paths start in the folder where the run was
+trained.
 """
 
 from pathlib import Path

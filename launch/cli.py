@@ -22,17 +22,19 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "quickstart": Command("data, both training stages, a robot driven and a report", "sim"),
-    "inspect": Command("say what is in a dataset and what is wrong with it"),
-    "encode": Command("encode datasets once into latents, text and numbers"),
+    "quickstart": Command(
+        "run everything: data, both training stages, a simulated robot, a report", "sim"
+    ),
+    "inspect": Command("show what is in a dataset and what is wrong with it"),
+    "encode": Command("encode datasets once into records of latents, text and actions"),
     "train": Command("train one stage: the video model or the action decoder"),
-    "convert": Command("convert PyTorch weights, in both directions"),
+    "convert": Command("convert weights between PyTorch files and checkpoints of this project"),
     "generate": Command("generate a video from a picture and a prompt"),
     "evaluate": Command("evaluate a policy in a simulator or on held-out episodes", "sim"),
     "record": Command("record demonstrations in a simulator", "sim"),
     "serve": Command("serve a policy to robots", "serve"),
-    "estimate": Command("say what a training run needs on a TPU pod, without one", "tpu"),
-    "local": Command("run a command in several processes of this machine"),
+    "estimate": Command("estimate memory and time of a run on a TPU pod, without a TPU", "tpu"),
+    "local": Command("run a command in several processes on this machine"),
 }
 
 # Packages that another extra brings than the one the command usually needs.
@@ -89,7 +91,7 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "`mvjax COMMAND --help` describes a command and its flags.",
+            "`mvjax COMMAND --help` shows what a command does and its flags.",
             "`mvjax --version` prints the version.",
         ]
     )

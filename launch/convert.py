@@ -1,13 +1,14 @@
-"""Converts weights between PyTorch's files and checkpoints of this project, in both directions.
+"""Converts weights between PyTorch files and checkpoints of this project, in both directions.
 
     python -m launch.convert SOURCE DEST
     python -m launch.convert SOURCE DEST --to=diffusers|nvidia|mimic-video
 
-SOURCE is recognised by its content: a .pt of NVIDIA or mimic-video with a video DiT, action decoder
-or VAE, a folder of diffusers or Hugging Face (also T5), or a dataset's released statistics (into
-DEST/normalizer.json). With --to, SOURCE is a training directory or converted checkpoint. DEST is
-what `launch.train`, `launch.evaluate` and `launch.generate` take as a checkpoint. PyTorch need not
-be installed, and no code inside a file is ever run.
+The first command imports. SOURCE is recognised by its content: a .pt file of NVIDIA or mimic-video
+with a video DiT, action decoder or VAE; a folder of diffusers or Hugging Face (also T5); or the
+released statistics of a dataset (written to DEST/normalizer.json). `launch.train`,
+`launch.evaluate` and `launch.generate` take DEST as a checkpoint. The second command exports:
+SOURCE is a training directory or a converted checkpoint. PyTorch need not be installed, and code
+inside a file is never run.
 """
 
 from pathlib import Path
@@ -34,11 +35,15 @@ from mvjax.weights.kinds import Hints
 from mvjax.weights.source import open_source
 
 TO = flags.DEFINE_enum(
-    "to", None, TARGETS, "Layout in which SOURCE, a checkpoint of this project, is exported."
+    "to", None, TARGETS, "Export SOURCE, a checkpoint of this project, in this layout."
 )
-LORA = flags.DEFINE_enum("lora", "merge", ("merge", "keep"), "Merge LoRA adapters, or keep them.")
-ALPHA = flags.DEFINE_float("lora_alpha", 32.0, "LoRA alpha of the adapters; files do not store it.")
-EMA = flags.DEFINE_bool("ema", False, "Take the moving average of an NVIDIA file (net_ema.*).")
+LORA = flags.DEFINE_enum(
+    "lora", "merge", ("merge", "keep"), "Merge LoRA adapters into the weights, or keep them."
+)
+ALPHA = flags.DEFINE_float(
+    "lora_alpha", 32.0, "LoRA alpha of the adapters, which files do not store."
+)
+EMA = flags.DEFINE_bool("ema", False, "Use the moving average in an NVIDIA file (net_ema.*).")
 DTYPE = flags.DEFINE_enum(
     "dtype", "", ("", "float32", "bfloat16"), "Type of the written weights; default: as in SOURCE."
 )

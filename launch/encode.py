@@ -3,15 +3,15 @@
     python -m launch.encode --config=configs/quickstart.py --only=tokenizer
     python -m launch.encode --config=configs/quickstart.py
 
-The first fits the linear tokenizer of small networks (config.tokenizer is a .npz file) to a sample
-of all datasets' clips; a converted Wan VAE needs no such step. Later:
+The first command fits the linear tokenizer of small networks (config.tokenizer is a .npz file) to a
+sample of the clips of all datasets. A converted Wan VAE does not need it. Afterwards:
 
-    python -m launch.encode --config=... --only=text      # the text embeddings again, latents stay
+    python -m launch.encode --config=... --only=text      # new text embeddings, same latents
     python -m launch.encode --config=... --retry_skipped  # episodes that were repaired since
 
-Run the same command again to go on where an earlier call was stopped. Several processes (also of
-several machines that share the folder) divide the work among them: start it in all of them, as
-`launch.train`. Each uses all of its accelerators.
+To continue an encoding that was stopped, run the same command again. Several processes divide the
+work, also on several machines that share the folder: start the command in all of them, as for
+`launch.train`. Each process uses all of its accelerators.
 """
 
 from pathlib import Path
@@ -36,10 +36,10 @@ ONLY = flags.DEFINE_enum(
     "only",
     "",
     ("", "tokenizer", "text"),
-    "tokenizer: only fit it; text: only embed the texts of finished records again.",
+    "tokenizer: only fit the tokenizer; text: only embed the texts of finished records again.",
 )
 RETRY = flags.DEFINE_bool(
-    "retry_skipped", False, "Encode shards again whose skipped episodes can be read now."
+    "retry_skipped", False, "Encode again the shards whose skipped episodes can be read now."
 )
 
 _FINDINGS = 20  # told at the end of a job

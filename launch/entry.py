@@ -41,8 +41,8 @@ def config_flag(required: bool = True) -> flags.FlagHolder:
     """
     holder = config_flags.DEFINE_config_file(
         "config",
-        help_string="A Python file, or the name of one of configs/ (quickstart_video); "
-        "--config.a.b=value changes a setting of it.",
+        help_string="A configuration: a Python file, or the name of a file in configs/, such as "
+        "quickstart_video. --config.a.b=value changes a setting.",
     )
     if required:
         flags.mark_flag_as_required("config")
@@ -80,7 +80,7 @@ def run(main: Callable[..., int | None], positional: tuple[str, ...] = ()) -> No
         try:
             return main(*values)
         except KeyboardInterrupt:
-            stop("stopped; run the same command again to go on.", 130)
+            stop("stopped; run the same command again to continue.", 130)
         except (ValueError, OSError, RuntimeError, ImportError, AttributeError) as error:
             sentence = _sentence(error)
             if sentence is None or os.environ.get("MVJAX_TRACEBACK"):

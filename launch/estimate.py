@@ -1,10 +1,12 @@
-"""Says what a training run or a policy needs on a TPU pod, by compiling it; no TPU is needed.
+"""Estimates memory and time of a training step or a query on a TPU pod, without a TPU.
 
     python -m launch.estimate --config=configs/bridge_video.py --topology=v6e:2x4 --batch_per_chip=1
     python -m launch.estimate --config=configs/bridge_action.py --topology=v6e:1x1 --policy
 
-Several slices: --slices=4 --config.mesh.data=4. The best mesh, rematerialisation and batch:
---search. Any setting can be changed as for `launch.train`. Needs libtpu: pip install 'mvjax[tpu]'.
+The program is compiled, not run, which takes minutes. For several slices, add --slices=4
+--config.mesh.data=4. --search finds the mesh, the rematerialisation and the batch. Settings are
+changed as for `launch.train`. How to read the output: docs/pods.md. Needs libtpu: pip install
+'mvjax[tpu]'.
 """
 
 import os
@@ -28,28 +30,34 @@ from mvjax.pods.search import Found, search
 from mvjax.pods.topology import pod_devices, pod_size
 
 CONFIG = config_flag()
-TOPOLOGY = path_flag("topology", "TPU generation and chips of a slice: v5e:4x4, v5p:8x8x8.")
+TOPOLOGY = path_flag(
+    "topology", "TPU generation and chips of a slice, such as v5e:4x4 or v5p:8x8x8."
+)
 SLICES = flags.DEFINE_integer("slices", 1, "Number of slices, joined along the data axis.")
 BATCH_PER_CHIP = flags.DEFINE_float(
-    "batch_per_chip", None, "Clips per chip, in place of training.batch_size; 0.5: a clip on two."
+    "batch_per_chip",
+    None,
+    "Clips per chip, instead of training.batch_size; 0.5: two chips share a clip.",
 )
 SEARCH = flags.DEFINE_bool(
     "search",
     False,
-    "Find the mesh and the rematerialisation that take least time per clip and, without "
+    "Find the mesh and the rematerialisation with the least time per clip and, without "
     "--batch_per_chip, the largest batch.",
 )
 MAX_COMPILES = flags.DEFINE_integer(
-    "max_compiles", 12, "Most programs that --search may compile.", lower_bound=1
+    "max_compiles", 12, "Largest number of programs that --search compiles.", lower_bound=1
 )
-POLICY = flags.DEFINE_bool("policy", False, "Estimate the policy's queries, not a train step.")
-BATCHES = flags.DEFINE_list("batches", ["1", "8"], "With --policy: queries at a time.")
-JSON = flags.DEFINE_string("json", None, "File that receives the figures.")
+POLICY = flags.DEFINE_bool(
+    "policy", False, "Estimate queries of the policy instead of a training step."
+)
+BATCHES = flags.DEFINE_list("batches", ["1", "8"], "With --policy: numbers of queries at a time.")
+JSON = flags.DEFINE_string("json", None, "JSON file to write the figures to.")
 HLO = flags.DEFINE_string(
     "hlo",
     None,
-    "File that receives the text of the compiled program; with --policy one for each stage of the "
-    "first batch, FILE.encode.hlo and so on.",
+    "File to write the text of the compiled program to; with --policy, one file for each stage of "
+    "the first batch, such as FILE.encode.hlo.",
 )
 
 

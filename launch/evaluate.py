@@ -3,25 +3,26 @@ r"""Evaluates a trained policy, in a simulator or on held-out episodes.
     python -m launch.evaluate --checkpoint=runs/quickstart/action \
         --out=runs/quickstart/evaluation --modes=policy --stop_steps=0,5,10
 
-plays the tasks of config.evaluation (of the run's own configuration, unless --config names another)
-and writes the success to a folder. Modes: policy (its own predicted video, partially denoised for
---stop_steps evaluations), oracle (the expert's true future video in its place), expert (the
-scripted expert), none (zero actions). A stopped evaluation goes on where it was when the same
-command is given again. Beside its results lies identity.json: the weights, settings and simulator
-versions that they belong to, and where they were computed. An evaluation of anything else into the
-same folder is refused; with --variant=WORD other checkpoints, layers or shares of the data are
-evaluated into it, and its report.html holds all that is there.
+runs the tasks of config.evaluation in their simulator and writes success rates, videos and a report
+to --out. The configuration is that of the run unless --config names another one. Modes: policy (the
+video that the policy predicts, denoised for --stop_steps steps), oracle (the true future video of
+the expert instead), expert (the scripted expert), none (zero actions). To continue an evaluation
+that was stopped, run the same command again. identity.json in --out names the weights, settings and
+simulator versions of the results, and where they were computed. An evaluation of anything else into
+the same folder is refused. With --variant=WORD, other checkpoints, layers or shares of the data can
+share the folder, and report.html shows all of them.
 
     python -m launch.evaluate --suite=offline --checkpoint=runs/quickstart/action \
         --out=runs/quickstart/offline
 
-compares the policy's actions with those of held-out demonstrations, for true and for generated
-video at every stop step, and writes offline.html and offline.json.
+compares the actions of the policy with those of held-out demonstrations, for true video and for
+generated video at every stop step, and writes offline.html and offline.json.
 
     python -m launch.evaluate --suite=predictions --checkpoint=runs/quickstart/action \
         --out=runs/quickstart/predictions
 
-writes pairs of .mp4 files: the predicted and the true video of held-out episodes.
+writes pairs of .mp4 files: the predicted and the true video of held-out episodes. More:
+docs/policy.md, docs/libero.md.
 """
 
 from pathlib import Path
@@ -42,20 +43,22 @@ from mvjax.experiment import Experiment
 
 CONFIG = config_flag()
 CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
-OUT = path_flag("out", "Folder of the results; a simulator's have a sub-folder per setting.")
+OUT = path_flag(
+    "out", "Folder for the results; results of a simulator have a sub-folder per setting."
+)
 MODES = flags.DEFINE_list("modes", ["policy"], "One or more of policy, oracle, expert, none.")
 STOP_STEPS = flags.DEFINE_list(
     "stop_steps",
     None,
-    "Denoising steps of the video before acting, e.g. 0,5,10; default 0, offline all.",
+    "Denoising steps of the video before acting, such as 0,5,10; default 0, offline all.",
 )
 VARIANT = flags.DEFINE_string(
     "variant",
     "",
-    "A word that keeps the results of another checkpoint, layer or share of the data apart.",
+    "A word that separates the results of another checkpoint, layer or share of the data.",
 )
 SUITE = flags.DEFINE_string(
-    "suite", "", '"offline", "predictions", or another simulator than the configuration names.'
+    "suite", "", '"offline", "predictions", or a simulator other than that of the configuration.'
 )
 MOMENTS = flags.DEFINE_integer(
     "moments",
@@ -63,7 +66,9 @@ MOMENTS = flags.DEFINE_integer(
     "Held-out moments per dataset; default 32, predictions 4.",
     lower_bound=1,
 )
-BATCH = flags.DEFINE_integer("batch", 8, "Offline: moments computed together.", lower_bound=1)
+BATCH = flags.DEFINE_integer(
+    "batch", 8, "With --suite=offline: moments computed together.", lower_bound=1
+)
 
 
 def main() -> None:

@@ -3,8 +3,8 @@ r"""Generates a video from a picture or the end of a video, and a prompt.
     python -m launch.generate --checkpoint=runs/quickstart/video --image=start.png \
         --prompt="open the drawer" --out=video.mp4
 
-The checkpoint is a stage-1 training directory, whose settings are the defaults, or a converted one,
-which also needs --tokenizer and --text_encoder (or --text_embedding):
+The checkpoint is a stage-1 training directory, whose settings are the defaults, or a converted
+checkpoint, which also needs --tokenizer and --text_encoder (or --text_embedding):
 
     python -m launch.generate --checkpoint=weights/cosmos2b --tokenizer=weights/wan_vae \
         --text_encoder=weights/t5_11b --image=start.jpg --prompt="A robot arm opens the drawer." \
@@ -37,28 +37,33 @@ from mvjax.policy.generate import (
 CHECKPOINT = path_flag("checkpoint", "Stage-1 training directory, or converted video DiT.")
 IMAGE = path_flag("image", "First frame, or a video whose last frames are observed.")
 TILED = flags.DEFINE_bool(
-    "tiled", False, "The image is tiled from the cameras, as the model's training pictures were."
+    "tiled", False, "The image is a tiling of several cameras, as in the training of the model."
 )
 OUT = path_flag("out", "The .mp4 file to write.")
 PROMPT = flags.DEFINE_string("prompt", None, "Description of the video.")
 EMBEDDING = flags.DEFINE_string(
-    "text_embedding", None, "Embedding in place of --prompt: .npy file of float [tokens, dim]."
+    "text_embedding", None, "Embedding instead of --prompt: a .npy file of floats [tokens, dim]."
 )
-NEGATIVE = flags.DEFINE_string("negative_prompt", None, "Description of what to avoid.")
+NEGATIVE = flags.DEFINE_string(
+    "negative_prompt", None, "Description of what the video should not show."
+)
 GUIDANCE = flags.DEFINE_float(
-    "guidance", 0.0, "Guidance strength away from --negative_prompt; 0: none, twice as fast.", 0
+    "guidance",
+    0.0,
+    "Strength of guidance away from --negative_prompt; 0: none, which is twice as fast.",
+    0,
 )
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Converted Wan VAE, or linear tokenizer.")
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Converted T5.")
 # The defaults of the following flags are the checkpoint's.
 HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels, a multiple of 16.")
 WIDTH = flags.DEFINE_integer("width", None, "Width in pixels, a multiple of 16.")
-FRAMES = flags.DEFINE_integer("frames", None, "Number of frames, observed ones included: 1 + 4k.")
+FRAMES = flags.DEFINE_integer("frames", None, "Number of frames, including observed ones: 1 + 4k.")
 FPS = flags.DEFINE_integer("fps", None, "Frames per second.", lower_bound=1)
 STEPS = flags.DEFINE_integer("steps", None, "Denoising steps.", lower_bound=1)
 SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "Noise level at which denoising starts.")
 SEED = flags.DEFINE_integer("seed", None, "Seed of the noise.", 0, 2**32 - 1)
-PRECISION = flags.DEFINE_enum("precision", None, PRECISIONS, "Arithmetic of the video DiT.")
+PRECISION = flags.DEFINE_enum("precision", None, PRECISIONS, "Precision of the video DiT.")
 
 
 def main() -> None:

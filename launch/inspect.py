@@ -4,10 +4,10 @@
     python -m launch.inspect DATASET --format=lerobot --option=key=value --out=report.html
     python -m launch.inspect NAME --config=quickstart_video
 
-DATASET is a folder or file of any format, or a records folder of `launch.encode`; with --config it
-is the name of a dataset in the configuration, and what its encoding job would skip is listed, too.
-Reads metadata, numbers and a few frames of up to --episodes episodes; --thorough decodes every
-frame. Unreadable episodes are listed.
+DATASET is a folder or file of any supported format, or a folder of records of `launch.encode`. With
+--config, it is the name of a dataset in the configuration, and what encoding would skip is listed
+too. The command reads metadata, numbers and a few frames of up to --episodes episodes; --thorough
+decodes every frame. Unreadable episodes are listed. Formats: docs/formats.md.
 """
 
 import json
@@ -27,8 +27,10 @@ from launch.entry import config_flag, run
 CONFIG = config_flag(required=False)
 FORMAT = flags.DEFINE_enum("format", None, sorted(FORMATS), "Format of DATASET; default: detected.")
 OPTION = flags.DEFINE_multi_string("option", [], "KEY=VALUE for the format; may be repeated.")
-OUT = flags.DEFINE_string("out", None, "HTML file to write; default: none.")
-EPISODES = flags.DEFINE_integer("episodes", 1000, "Most episodes to read; 0: all.", lower_bound=0)
+OUT = flags.DEFINE_string("out", None, "HTML page to write; default: none.")
+EPISODES = flags.DEFINE_integer(
+    "episodes", 1000, "Largest number of episodes to read; 0: all.", lower_bound=0
+)
 THOROUGH = flags.DEFINE_bool("thorough", False, "Decode every frame.")
 STRICT = flags.DEFINE_bool("strict", False, "Exit with 1 if there is any problem.")
 

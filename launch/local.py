@@ -1,11 +1,11 @@
-"""Runs a command in several processes of this machine that work together.
+"""Runs a command in several processes on this machine that work together.
 
-    python -m launch.local --processes=4 -- launch.train --config=configs/... --workdir=runs/...
+    python -m launch.local --processes=4 -- train --config=configs/... --workdir=runs/...
 
-After -- stands a module or a command of `mvjax` (train), and its arguments. With GPUs each process
-gets one of them, in order; on a CPU they share the cores. Only process 0 writes to the screen. If a
-process dies, the others are stopped and one sentence says which it was and why; run the same
-command again to continue. Ctrl-C or SIGTERM lets all of them save the same step and end.
+After -- follow a command of `mvjax` (train) or a module, and its arguments. With GPUs, each process
+gets one of them, in order. On a CPU, the processes share the cores. Only process 0 prints. If a
+process dies, the others are stopped and one sentence says which process it was and why; run the
+same command again to continue. On Ctrl-C or SIGTERM all processes save the same step and exit.
 """
 
 import contextlib

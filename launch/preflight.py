@@ -1,8 +1,9 @@
 """Checks a machine before a long run: python -m launch.preflight --run-dir=runs/quickstart.
 
-Every check prints one sentence. The exit code is 0 where everything needed is there (warnings
-allowed) and 2 where something is missing. Unlike the other commands, this file needs no package and
-parses on every Python since 3.7, so that a wrong Python gets a sentence, too: hence `argparse`.
+Each check prints one sentence. The exit code is 0 if everything needed is there (warnings are
+allowed) and 2 if something is missing. Unlike the other commands, this file needs no package and
+parses on every Python since 3.7, so that a wrong Python gets a sentence too. It therefore uses
+`argparse`.
 """
 
 from __future__ import annotations

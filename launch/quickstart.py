@@ -1,9 +1,9 @@
-"""The quickstart: data from a simulator, two training stages, a robot driven, a report.
+"""The quickstart: data from a simulator, both training stages, a robot in simulation, a report.
 
-    bash launch/quickstart.sh                 set-up, then all of this
-    python -m launch.quickstart --study       also the sample-efficiency study (longer)
+    bash launch/quickstart.sh                 sets up the environment and runs all of this
+    python -m launch.quickstart --study       adds the sample-efficiency study (takes longer)
 
-Every phase is a command of its own, printed before it runs; phases that are done are not repeated.
+Each phase is a command, which is printed before it runs. Phases that are done are not repeated.
 """
 
 import json
@@ -34,8 +34,12 @@ from launch.preflight import find_rendering_backend, require
 from mvjax.evaluation.report import build_report, write_environment
 from mvjax.evaluation.rollout import read_results
 
-RUN_DIR = flags.DEFINE_string("run_dir", "runs/quickstart", "Folder of the run.")
-SIZE = flags.DEFINE_enum("size", "full", ("full", "smoke"), "smoke: a few steps of every phase.")
+RUN_DIR = flags.DEFINE_string(
+    "run_dir", "runs/quickstart", "Folder for everything that the quickstart writes."
+)
+SIZE = flags.DEFINE_enum(
+    "size", "full", ("full", "smoke"), "full, or smoke: a few steps of every phase."
+)
 STUDY = flags.DEFINE_bool("study", False, "Add the sample-efficiency study.")
 
 SAMPLE_SECONDS = 0.5  # between two looks at the memory of a phase
@@ -297,7 +301,7 @@ def run_phases(phases: Sequence[Phase], record: Path) -> None:
             rows[phase.name] = row
             write_json(record, [rows[p.name] for p in phases if p.name in rows])
             if code != 0 or signals:
-                log.error("'%s' stopped; run the same command again to go on.", phase.name)
+                log.error("'%s' stopped; run the same command again to continue.", phase.name)
                 raise SystemExit(128 + signals[0] if signals else code)
 
 

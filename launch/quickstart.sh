@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole quickstart with one command, set-up included: bash launch/quickstart.sh [--study] [...]
-# Every flag goes to `python -m launch.quickstart`. Paths in flags are relative to the repository.
+# The whole quickstart with one command, including set-up: bash launch/quickstart.sh [--study] [...]
+# All flags go to `python -m launch.quickstart`. Paths in flags are relative to the repository.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/setup.sh"
 

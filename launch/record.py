@@ -1,21 +1,22 @@
-r"""Records demonstrations of a simulator's scripted expert, or replays existing ones.
+r"""Records demonstrations of the scripted expert of a simulator, or replays existing ones.
 
     python -m launch.record --out=data/robot --kind=robot \
         --tasks=drawer-open-v3,door-open-v3 --episodes=24
 
 records Meta-World. `robot` writes LeRobot v3.0 with the frame, action and state of every control
-step (80 Hz); `video` writes captioned .mp4 files at 20 fps from a slightly moved camera, for video
-without actions. Two cores record about 120 frames per second; no accelerator is used.
+step (80 Hz). `video` writes .mp4 files with captions at 20 fps from a slightly moved camera, for
+training on video without actions. Two cores record about 120 frames per second; no accelerator is
+used.
 
-A recording that was stopped at any moment is resumed by the same command, and ends with the same
-bytes as one that was not.
+To continue a recording that was stopped, run the same command again. The result has the same bytes
+as a recording that was not stopped.
 
     python -m launch.record --suite=libero --out=data/libero --kind=robot \
         --tasks=object-2,object-4 --episodes=20
 
-records LIBERO (`bash launch/libero.sh` first) at 20 Hz, from random placements: none is among the
-50 in which LIBERO is evaluated. `hdf5` writes LIBERO's own layout, a file per task, whose simulator
-states allow the episodes to be replayed. It takes about 10 seconds per episode and core.
+records LIBERO (run `bash launch/libero.sh` first) at 20 Hz, from random placements. None of them is
+among the 50 in which LIBERO is evaluated. `hdf5` writes LIBERO's own layout, one file per task; its
+simulator states allow the episodes to be replayed. An episode takes about 10 seconds on one core.
 
     python -m launch.record --suite=libero --out=data/libero_spatial_regenerated \
         --regenerate=datasets/libero_spatial
@@ -23,7 +24,7 @@ states allow the episodes to be replayed. It takes about 10 seconds per episode 
 replays the demonstrations of LIBERO's HDF5 files (`<task>_demo.hdf5`), as mimic-video's release
 prepares them: actions without an effect are dropped, only successful episodes are kept, and the
 pictures of both cameras are 480x640. It writes LeRobot v3.0 at 20 Hz, and `regenerated.json` with
-the result of every demonstration. It takes about 20 seconds per demonstration and core.
+the result of every demonstration. A demonstration takes about 20 seconds on one core.
 """
 
 import re
@@ -38,14 +39,18 @@ from mvjax.evaluation.record import Recording, record_dataset
 from mvjax.evaluation.suites.libero import in_libero_python
 from mvjax.evaluation.suites.suite import SUITES
 
-OUT = path_flag("out", "The dataset's folder.")
+OUT = path_flag("out", "Folder of the dataset.")
 SUITE = flags.DEFINE_enum("suite", "metaworld", list(SUITES), "The simulator.")
-KIND = flags.DEFINE_enum("kind", None, ["robot", "video", "hdf5"], "The format of the dataset.")
-TASKS = flags.DEFINE_list("tasks", [], "The tasks, such as drawer-open-v3,door-open-v3.")
-EPISODES = flags.DEFINE_integer("episodes", None, "Successful episodes per task.", lower_bound=1)
-NOISE = flags.DEFINE_float("noise", 0.1, "Standard deviation of the noise on actions.", 0)
-SEED = flags.DEFINE_integer("seed", 0, "Seed of placements and noise.", lower_bound=0)
-REGENERATE = flags.DEFINE_string("regenerate", None, "LIBERO's .hdf5 files to replay instead.")
+KIND = flags.DEFINE_enum("kind", None, ["robot", "video", "hdf5"], "Format of the dataset.")
+TASKS = flags.DEFINE_list("tasks", [], "Tasks, such as drawer-open-v3,door-open-v3.")
+EPISODES = flags.DEFINE_integer(
+    "episodes", None, "Number of successful episodes per task.", lower_bound=1
+)
+NOISE = flags.DEFINE_float("noise", 0.1, "Standard deviation of the noise on the actions.", 0)
+SEED = flags.DEFINE_integer("seed", 0, "Seed of the placements and of the noise.", lower_bound=0)
+REGENERATE = flags.DEFINE_string(
+    "regenerate", None, "LIBERO's .hdf5 file, or a folder of them, to replay."
+)
 WORKERS = flags.DEFINE_integer("workers", 2, "Number of simulator processes.", lower_bound=1)
 SIZE = flags.DEFINE_string("size", None, "Height x width in pixels, such as 128x128.")
 

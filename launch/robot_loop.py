@@ -1,10 +1,10 @@
-"""An example of a robot that asks a policy server: Meta-World takes the place of the robot.
+"""An example of a robot that queries a policy server. Meta-World stands in for the robot.
 
     python -m launch.serve --checkpoint=runs/quickstart/action
     python -m launch.robot_loop --server=ws://localhost:8000 --task=drawer-close-v3
 
-The robot keeps moving while the next chunk is computed; with --nooverlap it waits for every answer.
-This side needs no jax: a robot needs `mvjax.serving.client` only.
+The robot keeps moving while the server computes the next chunk; with --nooverlap it waits for every
+answer. This program does not need JAX: a robot needs only `mvjax.serving.client`.
 """
 
 import time

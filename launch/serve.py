@@ -1,9 +1,9 @@
-r"""Serves a trained policy to robots and simulators, in openpi's websocket protocol.
+r"""Serves a trained policy to robots and simulators over openpi's websocket protocol.
 
     python -m launch.serve --checkpoint=runs/quickstart/action --port=8000
 
-`--client=libero`, `aloha` and `droid` are for openpi's clients of these robots. docs/serving.md
-describes the messages, and what to take care of on a robot.
+`--client=libero`, `aloha` and `droid` serve openpi's clients of these robots. docs/serving.md
+describes the messages, and what to check before you use a robot.
 """
 
 import asyncio
@@ -28,11 +28,13 @@ from mvjax.serving.session import read_prompt
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
 CLIENT = flags.DEFINE_enum("client", "plain", list(CLIENTS), "The kind of client.")
-HOST = flags.DEFINE_string("host", "0.0.0.0", "Address to listen on; 0.0.0.0: all.")
+HOST = flags.DEFINE_string("host", "0.0.0.0", "Address to listen on; 0.0.0.0: all addresses.")
 PORT = flags.DEFINE_integer("port", 8000, "Port; 0: any free one.", 0, 65535)
 STOP_STEP = flags.DEFINE_integer("stop_step", 0, "Video denoising steps before acting.", 0)
 BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["1", "8"], "Batch sizes to compile.")
-WINDOW = flags.DEFINE_float("window_ms", 5.0, "Longest wait of a query for a batch, ms.", 0.0)
+WINDOW = flags.DEFINE_float(
+    "window_ms", 5.0, "Longest time that a query waits for a batch, in ms.", 0.0
+)
 MAX_CLIENTS = flags.DEFINE_integer("max_clients", 64, "Maximum number of connections.", 1)
 MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", 32, "Maximum size of a message, MiB.", 1)
 CAMERA_SIZE = flags.DEFINE_string(

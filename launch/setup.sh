@@ -1,12 +1,12 @@
-# Set-up shared by quickstart.sh, test.sh, libero.sh and .ci/run: sourced by them, never run by itself.
-# It leaves its caller in the repository's folder.
+# Set-up shared by quickstart.sh, test.sh, libero.sh and .ci/run. They source it; it is never run by
+# itself. It leaves its caller in the folder of the repository.
 #
-#   ensure_environment requirements.txt    makes or repairs .venv and leaves its Python in $python
+#   ensure_environment requirements.txt    makes or repairs .venv and sets $python to its Python
 #   ensure_gl                              finds (or installs) off-screen OpenGL, exports MUJOCO_GL
 #
-# What a person may set:
+# You may set:
 #   PYTHON=/path/to/python3.12    the interpreter, instead of the newest one that runs
-#   MVJAX_VENV=/path/to/folder    the environment's folder, instead of .venv in the repository
+#   MVJAX_VENV=/path/to/folder    the folder of the environment, instead of .venv in the repository
 #   MUJOCO_GL=egl|osmesa          the renderer, instead of the first one that works
 #
 # Works with the bash 3.2 of macOS: no associative arrays, no empty arrays under `set -u`.

@@ -1,10 +1,10 @@
-"""Trains one stage.
+"""Trains one stage: the video model (stage 1) or the action decoder (stage 2).
 
     python -m launch.train --config=configs/quickstart_video.py --workdir=runs/quickstart/video
 
-Any setting can be changed on the command line: --config.optimizer.learning_rate=1e-4. Run the same
-command again to continue an interrupted run. On several machines, start it in all of them:
-docs/clusters.md.
+Change any setting on the command line: --config.optimizer.learning_rate=1e-4. To continue a run
+that stopped, repeat its command. To train on several machines, start the command on all of them:
+docs/clusters.md. Settings, losses and checkpoints: docs/training.md.
 """
 
 from pathlib import Path
@@ -18,8 +18,10 @@ from mvjax.training import run as training
 from mvjax.training.memory import keep_freed_memory
 
 CONFIG = config_flag()
-WORKDIR = path_flag("workdir", "Folder that receives checkpoints and metrics.")
-PROFILE = flags.DEFINE_bool("profile", False, "Trace three steps into WORKDIR/profile.")
+WORKDIR = path_flag("workdir", "Folder for checkpoints and logs.")
+PROFILE = flags.DEFINE_bool(
+    "profile", False, "Write a profiler trace of three steps to WORKDIR/profile."
+)
 
 
 def main() -> None:

@@ -84,7 +84,7 @@ def test_a_failure_stops_with_its_code_and_advice_and_the_next_call_goes_on(tmp_
     with pytest.raises(SystemExit) as stopped:
         run_phases(phases, record)
     assert stopped.value.code == 7
-    assert "'fragile' stopped; run the same command again to go on." in caplog.messages
+    assert "'fragile' stopped; run the same command again to continue." in caplog.messages
     rows = read(record)
     assert [row["finished"] for row in rows.values()] == [True, False] and not after.exists()
     spent = rows["fragile"]["seconds"]

@@ -1,7 +1,7 @@
-"""The speed of the data pipeline, each figure beside the machine's own speed, measured in turns.
+"""The speed of the data pipeline, each figure beside the speed of the machine, measured in turns.
 
-All data is written here first: records and videos of the released sizes, filled with noise. The
-files have just been written, so both sides read from the page cache.
+The benchmark first writes its own data: records and videos of the released sizes, filled with
+noise. The files have just been written, so both sides read from the page cache.
 """
 
 import threading

@@ -1,13 +1,13 @@
-"""All that a day with one GPU should answer, in eight minutes: `bash launch/benchmarks/gpu.sh`.
+"""Measures everything of interest on one GPU in eight minutes: `bash launch/benchmarks/gpu.sh`.
 
     bash launch/benchmarks/gpu.sh --wheels=wheels --out=gpu.json       # on a machine with one GPU
-    bash launch/benchmarks/gpu.sh --rehearse                           # tiny, on any CPU
-    python -m launch.benchmarks.gpu --table=gpu.json                   # the tables once more
+    bash launch/benchmarks/gpu.sh --rehearse                           # tiny networks, on any CPU
+    python -m launch.benchmarks.gpu --table=gpu.json                   # print the tables again
 
-Every part runs in a process of its own (`launch.benchmarks.gpu_parts`), so that one that fails,
-aborts or hangs is a result, and so that JAX and PyTorch never share the GPU. The JSON file is
-written after every part; Markdown tables for docs/performance.md lie beside it. The parts are in
-order of importance: one for which no time is left is skipped, and `--parts=` measures it alone.
+Each part runs in its own process (`launch.benchmarks.gpu_parts`), so that a part that fails, aborts
+or hangs is a result, and so that JAX and PyTorch never share the GPU. After every part the JSON
+file is written, and beside it Markdown tables for docs/performance.md. The parts are in order of
+importance. A part for which no time is left is skipped; `--parts=` measures it alone.
 """
 
 import datetime
@@ -68,13 +68,15 @@ PARTS = {
     "policy_torch": Part("queries, PyTorch", 50, 110, TORCH),
 }
 
-REHEARSE = flags.DEFINE_bool("rehearse", False, "Tiny networks on the CPU, to try everything.")
+REHEARSE = flags.DEFINE_bool("rehearse", False, "Use tiny networks on the CPU, to try everything.")
 ONLY = flags.DEFINE_list("parts", [], f"Only these, of {', '.join(PARTS)}; all by default.")
 OUT = flags.DEFINE_string("out", "gpu.json", "JSON file; tables go to the same name with .md.")
 SECONDS = flags.DEFINE_float(
-    "seconds", 465, "After so many seconds nothing runs any more.", lower_bound=1
+    "seconds", 465, "Stop everything after this many seconds.", lower_bound=1
 )
-SPENT = flags.DEFINE_float("spent", 0, "Seconds of those that were spent before.", lower_bound=0)
+SPENT = flags.DEFINE_float(
+    "spent", 0, "How many of these seconds were spent before.", lower_bound=0
+)
 CHECKPOINT = flags.DEFINE_string(
     "checkpoint", "", "Stage-1 directory of a 2B whose loading is measured; random if ''."
 )

@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A day with one GPU in eight minutes, without a network:
+# Measures everything of interest on one GPU in eight minutes, without a network:
 #
 #   bash launch/benchmarks/gpu.sh [--wheels=DIR] [--rehearse] [--out=gpu.json] [...]
 #
-# The machine's Python (PYTHON=..., else .venv's, else python3) has JAX and PyTorch with their CUDA
-# libraries; what else it lacks comes as wheels in DIR (docs/performance.md says which). They go to a
-# folder of their own: nothing that is installed there changes. Other flags go to
-# `python -m launch.benchmarks.gpu`.
+# The Python of the machine (PYTHON=..., else that of .venv, else python3) needs JAX and PyTorch with
+# their CUDA libraries. Other packages that it lacks come as wheels in DIR (docs/performance.md lists
+# them). They are installed into a temporary folder: the packages of the machine do not change. Other
+# flags go to `python -m launch.benchmarks.gpu`.
 set -euo pipefail
 began=$SECONDS
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"

@@ -1,10 +1,10 @@
-"""One part of a day with a GPU, in a process of its own: `launch.benchmarks.gpu` starts it.
+"""One part of the measurements on a GPU, in its own process: `launch.benchmarks.gpu` starts it.
 
     python -m launch.benchmarks.gpu_parts --part=video_lora --out=lora.json --folder=day
 
-A part writes what it has found whenever there is more, so that nothing is lost when it is ended. A
-process has either JAX or PyTorch on the GPU. Networks are untrained and data is noise; --rehearse
-takes tiny networks on the CPU.
+A part writes its figures whenever there are new ones, so that nothing is lost when it is ended. A
+process has either JAX or PyTorch on the GPU. Networks are untrained and data is noise. --rehearse
+uses tiny networks on the CPU.
 """
 
 import json

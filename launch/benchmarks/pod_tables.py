@@ -3,8 +3,8 @@
     nice python -m launch.benchmarks.pod_tables
 
 A line is computed if it has no file yet, or if figures that need no compiler (parameters, shapes
-and shardings, FLOPs, the chip) differ from its file; remove a file to compute its line again. One
-line takes two to ten minutes and 3 GB on two cores. --lines=v5e makes only the lines with that in
+and shardings, FLOPs, the chip) differ from its file. To compute a line again, remove its file. One
+line takes two to ten minutes and 3 GB on two cores. --lines=v5e makes only the lines with v5e in
 their name.
 """
 
@@ -30,7 +30,7 @@ from mvjax.training.step import make_program
 DOCS = Path(__file__).parents[2] / "docs"
 BEGIN, END = (f"<!-- {word}: launch.benchmarks.pod_tables -->\n" for word in ("begin", "end"))
 CHOSEN = flags.DEFINE_string(
-    "lines", "", "Make only lines with this in their name; all by default."
+    "lines", "", "Make only the lines with this text in their name; all by default."
 )
 
 LORA = "--config=configs/bridge_video.py"

@@ -2,9 +2,8 @@
 
     prepare → encode → video → context → actions → fetch
 
-are measured one by one, each as a program of its own, and all together as `query`: from
-observations on the host to actions on the host. Our query is one program between `prepare` and
-`fetch`.
+are measured one by one, each as its own program, and all together as `query`: from observations on
+the host to actions on the host. In mvjax, a query is one program between `prepare` and `fetch`.
 """
 
 import dataclasses

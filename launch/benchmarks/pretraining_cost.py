@@ -1,4 +1,4 @@
-"""Makes the table of docs/pretraining.md: what a pass over so many hours of video costs.
+"""Makes the table of docs/pretraining.md: the cost of one pass over so many hours of video.
 
     python -m launch.benchmarks.pretraining_cost --price=2.0
 

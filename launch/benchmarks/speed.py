@@ -6,11 +6,11 @@ r"""Measures a training step on the devices of this machine, beside the same net
     python -m launch.benchmarks.speed --config=configs/bridge_video.py --data --minutes=10
     python -m launch.benchmarks.speed --config=configs/bridge_action.py --policy --batches=1,8
 
-Data and checkpoints are not needed: the networks are untrained, the batch is noise. PyTorch takes
-part where torch and diffusers are installed (requirements-torch.txt); both are measured in turns.
---data measures the speed of the data pipeline instead: records and videos of noise, of the
-configuration's sizes, beside a plain read of the same bytes and PyAV alone. --policy measures the
-latency of a query, by part; on a GPU half of the memory is then left to PyTorch.
+Data and checkpoints are not needed: the networks are untrained and the batch is noise. If torch and
+diffusers are installed (requirements-torch.txt), PyTorch is measured too, in turns with JAX.
+--data measures the data pipeline instead: records and videos of noise, in the sizes of the
+configuration, beside a plain read of the same bytes and PyAV alone. --policy measures the latency
+of a query, by part; on a GPU it leaves half of the memory to PyTorch.
 """
 
 import importlib.util
@@ -35,22 +35,28 @@ from mvjax.training.memory import keep_freed_memory
 CONFIG = config_flag()
 STEPS = flags.DEFINE_integer("steps", 10, "Training steps per turn.", lower_bound=1)
 ROUNDS = flags.DEFINE_integer("rounds", 5, "Turns of each implementation.", lower_bound=1)
-TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch, too, where it is installed.")
+TORCH = flags.DEFINE_bool("torch", True, "Measure PyTorch too, if it is installed.")
 COMPILE = flags.DEFINE_bool("torch_compile", True, "Use torch.compile.")
 DATA = flags.DEFINE_bool("data", False, "Measure the data pipeline instead of a step.")
 MINUTES = flags.DEFINE_float(
-    "minutes", 1.0, "With --data: minutes of watching the memory; 0: none.", lower_bound=0
+    "minutes",
+    1.0,
+    "With --data: minutes for which the memory is watched; 0: not at all.",
+    lower_bound=0,
 )
 RECORDS = flags.DEFINE_integer("records", 200, "With --data: records to read.", lower_bound=60)
 ROWS = flags.DEFINE_integer(
-    "rows", 1_000_000, "With --data: action chunks for the normalizer's statistics.", lower_bound=1
+    "rows",
+    1_000_000,
+    "With --data: action chunks for the statistics of the normalizer.",
+    lower_bound=1,
 )
 POLICY = flags.DEFINE_bool("policy", False, "Measure queries to the policy instead of a step.")
 BATCHES = flags.DEFINE_list("batches", ["1", "8", "64"], "With --policy: queries per batch.")
 STOP_STEP = flags.DEFINE_integer(
     "stop_step", 0, "With --policy: denoising steps of the video before it is read."
 )
-OUT = flags.DEFINE_string("out", None, "JSON file that receives the figures.")
+OUT = flags.DEFINE_string("out", None, "JSON file to write the figures to.")
 
 
 def main() -> None:

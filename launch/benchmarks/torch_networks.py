@@ -1,7 +1,7 @@
-"""Our networks in PyTorch, as the reference for tests and benchmarks.
+"""The networks of mvjax in PyTorch, as the reference for tests and benchmarks.
 
-The video DiT and the Wan VAE are those of diffusers. No package has the action decoder; it is
-implemented here, under the names of mimic-video's files.
+The video DiT and the Wan VAE are those of diffusers. No package has the action decoder, so it is
+implemented here, with the parameter names of mimic-video's files.
 """
 
 import dataclasses

@@ -1,8 +1,8 @@
-"""The same training step and the same policy in PyTorch, from diffusers' networks and our decoder.
+"""The same training step and policy in PyTorch, from diffusers' networks and our decoder.
 
-The step does all the work of ours: it draws and adds noise, computes the loss of the stage, clips
-the gradient by its norm, updates with AdamW, and keeps a moving average where ours has one. But in
-stage 1 it always trains the whole network, also where our run trains adapters.
+The step does all the work of the JAX step: it draws and adds noise, computes the loss of the stage,
+clips the gradient by its norm, updates with AdamW, and keeps a moving average where the JAX step
+has one. But in stage 1 it always trains the whole network, even where the JAX run trains LoRA.
 """
 
 import time

@@ -3,7 +3,7 @@
     python -m launch.benchmarks.tpu_accuracy
 
 The measurements and their sources are in docs/estimate_accuracy.md. Each operation is compiled for
-its generation and goes through the rules of `mvjax estimate`; a whole training step is in
+its generation and goes through the rules of `mvjax estimate`. A whole training step is compared in
 `launch.benchmarks.wan_step`. Takes a few minutes and 1 GB. Needs libtpu: pip install 'mvjax[tpu]'.
 """
 

@@ -5,12 +5,12 @@ r"""Counts the cycles of the Pallas kernels on each TPU generation by compiling 
 
 A kernel is one loop over the steps of its grid. libtpu writes the final program of that loop, and a
 bundle of instructions takes one cycle, so the bundles of a step are its cycles, without waits for
-memory. `mvjax estimate` reads the table, mvjax/pods/kernel_cycles.json. Kernels that it has already
-are kept; a new libtpu makes all of it anew. --blocks compares block sizes of attention by the table
-instead: those of mvjax.models.splash are chosen from that.
+memory. `mvjax estimate` reads the table, mvjax/pods/kernel_cycles.json. Kernels that the table has
+already are kept; a new libtpu makes the whole table anew. --blocks compares block sizes of
+attention by the table instead. The block sizes in mvjax.models.splash were chosen this way.
 
-A kernel takes about six seconds and 1 GB, all 190 of them 20 minutes. Needs libtpu: pip install
-'mvjax[tpu]'.
+A kernel takes about six seconds and 1 GB; all 190 of them take 20 minutes. Needs libtpu: pip
+install 'mvjax[tpu]'.
 """
 
 import datetime

@@ -1,8 +1,8 @@
 """Compares a converted checkpoint with PyTorch: its parameters, and the outputs it computes.
 
-Needs torch, diffusers and transformers (`pip install 'mvjax[torch]'`), imported when used. Every
-parameter must equal bit for bit the tensor that PyTorch reads from the source, and the outputs for
-random inputs must agree in float32.
+Every parameter must equal, bit for bit, the tensor that PyTorch reads from the source, and the
+outputs for random inputs must agree in float32. Needs torch, diffusers and transformers (`pip
+install 'mvjax[torch]'`), which are imported when used.
 """
 
 import io

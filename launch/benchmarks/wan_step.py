@@ -4,8 +4,8 @@
 
 Wan 2.1 14B on a v5p-8 (four chips): 36.0 s per step for one clip of 75,600 tokens. The forty blocks
 are written here as MaxDiffusion had them when it published that (commit f5f212f2), with its blocks
-of splash attention, its sharding and full rematerialisation, and go through the same compiler and
-the same rules as a program of `mvjax estimate`. What stands around the blocks (embeddings, the
+of splash attention, its sharding and full rematerialisation. They go through the same compiler and
+the same rules as a program of `mvjax estimate`. What is outside the blocks (embeddings, the
 optimizer, dropout) is left out; it takes well under a second. Compiling takes about two minutes
 and 3 GB. Needs libtpu: pip install 'mvjax[tpu]'.
 """

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# What a pod of a JobSet runs: launch.train, with an exit code that Kubernetes understands.
+# Runs launch.train in a pod of a JobSet, with an exit code that Kubernetes understands.
 #
-# A run that SIGTERM interrupted (a preemption, a drained node) has saved everything and ends with
-# code 0, which a JobSet takes for the end of the work. Here it ends with 143 as long as the last
-# step is not reached, so that it is started again and continues.
+# A run that SIGTERM interrupted (a preemption, a drained node) has saved its step and exits with
+# code 0, which a JobSet takes for the end of the work. This script exits with 143 instead until the
+# last step is reached, so that the run is started again and continues.
 
 set -uo pipefail
 python=${PYTHON:-python}

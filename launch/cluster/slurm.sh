@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# One process per GPU on Slurm; JAX reads the rest from Slurm's variables.
+# Starts one process per GPU on Slurm. JAX reads the rest from Slurm's variables.
 #
 #   sbatch --nodes=2 --gpus-per-node=8 --ntasks-per-node=8 launch/cluster/slurm.sh \
 #       --config=configs/bridge_video.py --workdir=/shared/runs/bridge
 #
-# Submit from the repository. The folder and the data must be on a disk that all nodes share. Slurm
-# sends SIGTERM 10 minutes before the time limit and before a preemption: the step is saved, and
-# the same line continues the run. Ask for GPUs per node, not per task: JAX gives every process of a
-# node its own.
+# Submit from the repository. --workdir and the data must be on a disk that all nodes share. Slurm
+# sends SIGTERM 10 minutes before the time limit and before a preemption. The run then saves its
+# step, and the same command continues it. Ask for GPUs per node, not per task: JAX gives every
+# process of a node its own GPU.
 #SBATCH --job-name=mvjax
 #SBATCH --cpus-per-task=8
 #SBATCH --time=24:00:00

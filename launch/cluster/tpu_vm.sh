@@ -4,15 +4,15 @@
 #   TPU=my-pod ZONE=us-east5-a launch/cluster/tpu_vm.sh \
 #       --config=configs/bridge_video.py --workdir=/mnt/runs/bridge
 #
-# Make the pod first, and put the code and the data on every machine (docs/clusters.md):
+# First make the pod, and put the code and the data on every machine (docs/clusters.md):
 #
 #   gcloud compute tpus queued-resources create my-pod --node-id=my-pod --zone=us-east5-a \
 #       --accelerator-type=v5p-128 --runtime-version=v2-alpha-tpuv5
 #
-# Several slices: a queued resource made with --node-count=4 --node-prefix=my-pod; give its name as
-# QUEUED instead of TPU, and --config.mesh.data=4.
+# For several slices, make the queued resource with --node-count=4 --node-prefix=my-pod, give its
+# name as QUEUED instead of TPU, and add --config.mesh.data=4.
 #
-# If one machine fails, the others stop within a minute; the same line continues the run.
+# If one machine fails, the others stop within a minute. The same command continues the run.
 
 set -euo pipefail
 : "${ZONE:?the zone of the pod}"

@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# A run on a GKE cluster with xpk, which writes the JobSet of gke_jobset.yaml by itself.
+# Starts a run on a GKE cluster with xpk, which writes a JobSet such as gke_jobset.yaml by itself.
 #
-#   CLUSTER=my-cluster NAME=bridge-1 TPU_TYPE=v5p-128 SLICES=2 launch/cluster/xpk.sh \
-#       --config=configs/bridge_video.py --config.mesh.data=2 --workdir=/mnt/runs/bridge
+#   CLUSTER=my-cluster NAME=bridge-1 TPU_TYPE=v5p-128 SLICES=2 IMAGE=my-image \
+#       launch/cluster/xpk.sh --config=configs/bridge_video.py --config.mesh.data=2 \
+#       --workdir=/mnt/runs/bridge
 #
-# IMAGE is a container with this repository as its working folder, and --workdir is on storage that
-# was attached to the cluster (docs/clusters.md). Project and zone are those of `gcloud config`.
+# IMAGE is a container image with this repository as its working folder. --workdir is on storage that
+# is attached to the cluster (docs/clusters.md). Project and zone are those of `gcloud config`.
 
 set -euo pipefail
 : "${CLUSTER:?the name of the GKE cluster}" "${NAME:?a new name for the workload}"
