@@ -72,6 +72,10 @@ def videos(tmp_path):
 
 @pytest.fixture
 def robot(tmp_path):
+    return write_robot(tmp_path)
+
+
+def write_robot(tmp_path):
     """A LeRobot dataset: NaN in the second episode, a gap in the third, one dimension constant."""
     episodes = []
     for number in range(4):

@@ -31,9 +31,7 @@ def loss_figure(curves: Mapping[str, Curve], title: str) -> Markup:
     """Draws losses over steps: the logged values faint, their running mean bold."""
     figure, axes = _axes("step", "loss")
     top, said = 0.0, []
-    for (name, (steps, losses)), colour, dash in zip(
-        curves.items(), cycle(SERIES), cycle(DASHES)
-    ):
+    for (name, (steps, losses)), colour, dash in zip(curves.items(), cycle(SERIES), cycle(DASHES)):
         smooth = _running_mean(losses, max(1, len(losses) // 25))
         keep = np.unique(np.linspace(0, len(steps) - 1, POINTS_DRAWN).astype(int))
         axes.plot(steps[keep], losses[keep], color=colour, alpha=0.25, linewidth=0.7)

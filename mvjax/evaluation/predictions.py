@@ -107,10 +107,10 @@ def write_predictions(
 ) -> None:
     """Writes `<name>_predicted.mp4` and `<name>_true.mp4` of `count` held-out episodes.
 
-    `<name>.json` says in full what they show: instruction, dataset, episode and the seconds from
-    the start of the episode to the last observed frame. Named by instruction, dataset and episode, they are spread over the held-out episodes of the
-    dataset. The clip starts a third into the episode: the observed frames, then the fully denoised
-    or the true future.
+    `<name>.json` says in full what they show: instruction, dataset, episode, and the seconds from
+    the first frame of the episode to the last observed one. Named by instruction, dataset and
+    episode, they are spread over the held-out episodes of the dataset. The clip starts a third into
+    the episode: the observed frames, then the fully denoised or the true future.
     """
     held_out = list(held_out_episodes(episodes, dataset, config.validation_share))
     chosen = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)
