@@ -132,8 +132,9 @@ _LOOK = r"""async (selector) => {
   const wide = document.documentElement.scrollWidth;
   if (wide > innerWidth) found.push(`the page scrolls sideways: ${wide} > ${innerWidth} pixels`);
   const scrolls = (e) => ["auto", "scroll", "hidden"].includes(getComputedStyle(e).overflowX);
+  // Themes let a wide block reach the edge of the window: only a section holds what is in it.
   for (const box of all("section").concat(content)) {
-    const outer = box.getBoundingClientRect();
+    const outer = box === content ? { left: 0, right: innerWidth } : box.getBoundingClientRect();
     const walk = (e) => {
       if (!e.checkVisibility() || e.className === "skip") return;
       const inner = e.getBoundingClientRect();

@@ -324,4 +324,4 @@ def test_predictions_of_all_episodes_have_files_of_their_own(tmp_path):
     shown = json.loads(
         (tmp_path / "open_close_the_drawer_slowly_slowly_slo_one_a_b.json").read_text()
     )
-    assert shown == {"instruction": text, "dataset": "one", "episode": "a_b", "seconds": 0.0}
+    assert shown == {"instruction": text, "dataset": "one", "episode": "a_b", "seconds": 0.15}
