@@ -62,16 +62,16 @@ def page_problems(
         scheme: "light" or "dark".
         root: the folder of the site that the page belongs to; default: the page's own.
         content: a selector of the part that is checked, such as "article" where the rest of the
-            page is a theme's. Requests, errors and the page's width are always checked.
+            page is a theme's. Requests, errors, landmarks and the page's width are always checked.
         screenshots: a folder that receives a picture of the whole page.
     """
     found: list[str] = []
     with opened(browser, path, found, root=root, width=width, scheme=scheme) as page:
-        if screenshots:
+        found += page.evaluate(_LOOK, content)
+        if screenshots:  # now that pictures and videos are there
             screenshots.mkdir(parents=True, exist_ok=True)
             picture = screenshots / f"{path.stem}_{scheme}_{width}.png"
             page.screenshot(path=picture, full_page=True)
-        found += page.evaluate(_LOOK, content)
         found += _axe(page, content)
         found += _keyboard(page, content)
     return found

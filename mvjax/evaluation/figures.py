@@ -20,7 +20,8 @@ if TYPE_CHECKING:  # matplotlib is imported for the first figure: an evaluation 
 
 SIZE_INCHES = (4.2, 2.7)  # 302 points: at a phone's width, 9-point text is 9 pixels or more
 LEGEND_ROW_INCHES = 0.17
-MARKERS = ("o", "s", "^", "D", "v")
+# As many as have no divisor in common with the colours: a combination returns late.
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 POINTS_DRAWN = 400
 

@@ -1,7 +1,7 @@
 """The report of a run: one self-contained HTML file with results, videos, losses and times.
 
-It needs no network and no other file, and JavaScript only for videos that play by themselves: where
-scripts are blocked, the reader starts them. It can be built at any time: a part that the
+It needs no network and no other file. A short script plays the videos that are in view; where
+scripts are blocked, the reader starts them. The report can be built at any time: a part that the
 run has not produced yet is replaced by a line that says so. The template is
 `templates/report.html`; the data come from the run folder:
 
