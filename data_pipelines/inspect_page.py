@@ -25,7 +25,6 @@ if TYPE_CHECKING:  # loaded when the first figure is drawn
     from matplotlib.axes import Axes
 
 _DIMENSIONS = 32  # shown of each stream
-_COLOUR = "#0b62c4"
 _WIDTH, _HEIGHT = 240, 90  # of a figure, points
 _BINS = 24
 
@@ -68,7 +67,7 @@ def _curves(found: Inspection, episode: EpisodeSummary) -> dict[str, list[Markup
             # All episodes share the axis of a dimension, unless the first one lacks the dimension.
             known = stream.low is not None and i < stream.low.size
             low, high = (stream.low[i], stream.high[i]) if known else (finite.min(), finite.max())
-            title = f"{episode.id}, {name} {i}"
+            title = f"{episode.id}, {name} {i}: from {finite.min():.3g} to {finite.max():.3g}"
             figures[name].append(_curve(times, column, low, high, title))
     return figures
 
@@ -78,7 +77,9 @@ def _curve(times: np.ndarray, values: np.ndarray, low: float, high: float, title
     end = float(times[-1]) or 1.0
     high = high if high > low else low + 1.0
     axes = _axes((0, end), ["0", f"{end:.3g} s"], (low, high), [f"{low:.3g}", f"{high:.3g}"])
-    axes.plot(times, values, color=_COLOUR, linewidth=1.4, clip_on=False, zorder=3)  # over the axes
+    axes.plot(
+        times, values, color=html.SERIES[0], linewidth=1.4, clip_on=False, zorder=3
+    )  # over the axes
     return html.figure_svg(axes.figure, title)
 
 
@@ -87,8 +88,9 @@ def _histogram(values: Sequence[float], unit: str) -> Markup:
     counts, edges = np.histogram(values, bins=min(_BINS, len(set(values))))
     ends, most = (edges[0], edges[-1]), counts.max()
     axes = _axes(ends, [f"{ends[0]:.4g}", f"{ends[1]:.4g} {unit}"], (0, most), ["0", f"{most:,}"])
-    axes.bar(edges[:-1], counts, 0.95 * np.diff(edges), align="edge", color=_COLOUR)
-    return html.figure_svg(axes.figure, "Lengths of the episodes")
+    axes.bar(edges[:-1], counts, 0.95 * np.diff(edges), align="edge", color=html.SERIES[0])
+    title = f"Lengths of the episodes: from {ends[0]:.4g} to {ends[1]:.4g} {unit}"
+    return html.figure_svg(axes.figure, title)
 
 
 def _axes(x: tuple, x_labels: list[str], y: tuple, y_labels: list[str]) -> "Axes":
@@ -98,8 +100,8 @@ def _axes(x: tuple, x_labels: list[str], y: tuple, y_labels: list[str]) -> "Axes
     figure = Figure(figsize=(_WIDTH / 72, _HEIGHT / 72))
     axes = figure.add_axes((46 / _WIDTH, 18 / _HEIGHT, 190 / _WIDTH, 64 / _HEIGHT))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color("#d0d7de")
-    axes.tick_params(length=0, labelsize=10, labelcolor="#57606a", pad=4)
+    axes.spines[["left", "bottom"]].set_color(html.LINE)
+    axes.tick_params(length=0, labelsize=10, pad=4)
     axes.set(xlim=x, ylim=y)
     axes.set_yticks(y, y_labels)
     axes.set_xticks(x, x_labels)

@@ -319,5 +319,9 @@ def test_predictions_of_all_episodes_have_files_of_their_own(tmp_path):
         ]
         write_predictions(policy, data, dataset, config, tmp_path, 3)
     names = {path.name for path in tmp_path.iterdir()}
-    assert len(names) == 2 * 2 * 3
+    assert len(names) == 3 * 2 * 3
     assert "open_close_the_drawer_slowly_slowly_slo_one_a_b_true.mp4" in names
+    shown = json.loads(
+        (tmp_path / "open_close_the_drawer_slowly_slowly_slo_one_a_b.json").read_text()
+    )
+    assert shown == {"instruction": text, "dataset": "one", "episode": "a_b", "seconds": 0.15}

@@ -47,7 +47,7 @@ class Page(html.parser.HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ["style"]:
+        if self.open[-1:] not in (["style"], ["script"]):
             self.words.append(data)
 
 
@@ -82,7 +82,11 @@ def write_metrics(folder, steps=300):
 
 @pytest.fixture
 def run(tmp_path):
-    run = tmp_path / "quickstart"
+    return write_run(tmp_path / "quickstart")
+
+
+def write_run(run):
+    """A run folder with all that a report shows."""
     evaluation(run, "policy", Setting("stop after 0 steps", "policy", 0), (19, 15))
     evaluation(run, "stop5", Setting("stop after 5 steps", "policy", 5), (20, 16), 0.9)
     evaluation(run, "oracle", Setting("true future", "oracle"), (20, 20))
@@ -95,6 +99,10 @@ def run(tmp_path):
             write_clip(run / "evaluation" / "policy" / "videos" / f"{task}_{seed}.mp4", 200)
     write_clip(run / "predictions" / "drawer <1>_predicted.mp4", 100)
     write_clip(run / "predictions" / "drawer <1>_true.mp4", 220)
+    write_clip(run / "predictions" / "x_predicted.mp4", 100)
+    write_clip(run / "predictions" / "x_true.mp4", 220)
+    shown = dict(instruction="open the <drawer>", dataset="robot", episode="e7", seconds=0.35)
+    (run / "predictions" / "x.json").write_text(json.dumps(shown))
     write_metrics(run / "video")
     write_metrics(run / "action")
     phases = [{"name": "train video", "seconds": 75.2, "peak_mb": 1450}]
@@ -117,12 +125,13 @@ def test_report_is_one_self_contained_page(run):
     text = out.read_text()
     page = Page(text)
     assert all(link.startswith(("data:", "#")) for link in page.links), page.links
-    assert not re.search(r"url\((?!#)|@import|<script|<link|<iframe|<img", text)
+    assert not re.search(r"url\((?!#)|@import|<script\s|<link|<iframe|<img", text)
+    assert text.count("<script>") == 1  # plays the videos
     assert text.count("<svg") == 4  # two stages, the sweep, the study
-    assert len(page.videos) == 2 * 2 + 2
+    assert len(page.videos) == 2 * 2 + 2 * 2
     for video in page.videos:
         assert video["src"].startswith("data:video/mp4;base64,") and len(video["src"]) > 500
-        assert {"autoplay", "loop", "muted", "playsinline"} <= set(video)
+        assert {"controls", "loop", "muted", "playsinline", "aria-label"} <= set(video)
     assert [p.name for p in run.glob("report*")] == ["report.html"]
     build_report(run, out)
     assert out.read_text() == text  # the same run, the same page
@@ -143,6 +152,7 @@ def test_report_says_the_numbers(run):
         "half: stop after 0 steps 0 77.5 %",
         "90 ms",  # 0.9 s over 10 queries
         "drawer <1>",
+        "open the <drawer> Predicted True robot, e7, at 0.35 s",
         "1 min 15 s 1.4 GB",
         "1 h 2 min 640 MB",
         "103/120",

@@ -341,13 +341,17 @@ def write_offline(folder: Path, summary: dict[str, Any]) -> Path:
         return curves_figure({name: curve}, x_label, y_label, title)
 
     def by_frame(values: list[float], name: str) -> str:
-        return along(values, name, "future frame", name, name)
+        return along(values, name, "future frame", name, f"{name} by future frame")
 
+    errors = summary["generated_video"]["mse"]
+    at = int(np.argmin(errors))
+    best = {"step": int(steps[at]), "mse": errors[at], "true": summary["true_video"]["mse"][at]}
     page = render(
         "offline.html",
         "mvjax.evaluation",
         title=f"Offline evaluation of {summary['label']}",
         **summary,
+        best=best,
         evaluated={k: v for k, v in described(summary.get("identity")).items() if v != "–"},
         error_by_stop_step=curves_figure(
             by_stop_step, "stop step K of the video", "action error", "Error by stop step"

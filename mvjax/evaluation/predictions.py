@@ -9,8 +9,9 @@ import numpy as np
 import scipy
 from ml_collections import ConfigDict
 
-from data_pipelines.cutting import camera_rows, cut_episode
-from data_pipelines.episode import Episode
+from data_pipelines.atomic import write_json
+from data_pipelines.cutting import camera_rows, cameras, cut_episode
+from data_pipelines.episode import NANOSECONDS, Episode
 from data_pipelines.lock import run_lock
 from data_pipelines.sources.formats import open_config
 from data_pipelines.video import write_video
@@ -106,9 +107,10 @@ def write_predictions(
 ) -> None:
     """Writes `<name>_predicted.mp4` and `<name>_true.mp4` of `count` held-out episodes.
 
-    Named by instruction, dataset and episode, they are spread over the held-out episodes of the
-    dataset. The clip starts a third into the episode: the observed frames, then the fully denoised
-    or the true future.
+    `<name>.json` says in full what they show: instruction, dataset, episode, and the seconds from
+    the first frame of the episode to the last observed one. Named by instruction, dataset and
+    episode, they are spread over the held-out episodes of the dataset. The clip starts a third into
+    the episode: the observed frames, then the fully denoised or the true future.
     """
     held_out = list(held_out_episodes(episodes, dataset, config.validation_share))
     chosen = np.linspace(0, len(held_out) - 1, min(count, len(held_out))).astype(int)
@@ -119,14 +121,20 @@ def write_predictions(
         third = len(cuts.clips) // 3
         true = cuts.frames[cuts.clips[third]]
         observed = true[: config.clip.observed_frames]
-        instruction = episode.instructions_at(int(cuts.columns["anchor"][third]))[0]
+        anchor = int(cuts.columns["anchor"][third])
+        instruction = episode.instructions_at(anchor)[0]
         proprio = np.zeros((io.horizon, io.dim), np.float32)  # the video model does not read it
         rows = camera_rows(dataset.video)
         seen = Observation(observed, proprio, instruction, None, (episode.id, 0), rows)
         predicted = policy.predict_video([seen])[0]
+        name = _name(instruction, dataset.name, episode.id)
+        shown = dict(instruction=instruction, dataset=dataset.name, episode=episode.id)
+        start = int(episode.streams[cameras(rows)[0]].timestamps[0])
+        seconds = round((anchor - start) / NANOSECONDS, 3)
+        write_json(folder / f"{name}.json", shown | {"seconds": seconds})
         for kind, frames in (("predicted", predicted), ("true", true)):
             large = frames.repeat(UPSCALE, axis=1).repeat(UPSCALE, axis=2)
-            path = folder / f"{_name(instruction, dataset.name, episode.id)}_{kind}.mp4"
+            path = folder / f"{name}_{kind}.mp4"
             write_video(path, large, fps=max(round(config.clip.fps / 4), 1), crf=18)
 
 

@@ -1,6 +1,7 @@
 """The report of a run: one self-contained HTML file with results, videos, losses and times.
 
-It needs no network, no JavaScript and no other file. It can be built at any time: a part that the
+It needs no network and no other file. A short script plays the videos that are in view; where
+scripts are blocked, the reader starts them. The report can be built at any time: a part that the
 run has not produced yet is replaced by a line that says so. The template is
 `templates/report.html`; the data come from the run folder:
 
@@ -8,7 +9,8 @@ run has not produced yet is replaced by a line that says so. The template is
   `mvjax.evaluation.rollout` and `mvjax.identity`;
 - `<stage>/metrics.jsonl` of the stages `video` and `action`: one JSON object per logged step with
   "step" and any number of names ending in "loss", which are drawn;
-- `predictions/<name>_predicted.mp4` and `<name>_true.mp4`: pairs of videos (H.264);
+- `predictions/<name>_predicted.mp4` and `<name>_true.mp4`: pairs of videos (H.264), and
+  `<name>.json` of `mvjax.evaluation.predictions`, which earlier versions did not write;
 - `phases.json`: [{"name": "train video", "seconds": 75.2, "peak_mb": 1450}, ...] in the order they
   ran, peak_mb optional;
 - `study/results.json`: [{"label": "trained on video", "demonstrations": 10, "successes": 103,
@@ -251,13 +253,17 @@ def _read_study(file: Path) -> dict[str, list[tuple[int, SuccessRate]]]:
     return {label: sorted(points, key=lambda p: p[0]) for label, points in curves.items()}
 
 
-def _read_predictions(folder: Path) -> Iterator[tuple[str, str, str]]:
-    """Name, predicted and true video of every complete pair."""
+def _read_predictions(folder: Path) -> Iterator[tuple[dict[str, str], str, str]]:
+    """Title and moment, predicted and true video of every complete pair."""
     for predicted in sorted(folder.glob("*_predicted.mp4")):
         name = predicted.name.removesuffix("_predicted.mp4")
         true = predicted.with_name(f"{name}_true.mp4")
         if true.exists():
-            yield name, file_uri(predicted, "video/mp4"), file_uri(true, "video/mp4")
+            shown = {"title": name, "moment": ""}
+            if about := _read_json(folder / f"{name}.json", None):
+                where = f"{about['dataset']}, {about['episode']}, at {about['seconds']:.2f} s"
+                shown = {"title": about["instruction"] or "(no instruction)", "moment": where}
+            yield shown, file_uri(predicted, "video/mp4"), file_uri(true, "video/mp4")
 
 
 def _read_json(path: Path, otherwise: Any) -> Any:
@@ -266,15 +272,17 @@ def _read_json(path: Path, otherwise: Any) -> Any:
 
 # Numbers for readers.
 
+_SPACE = "\N{NO-BREAK SPACE}"  # a number and its unit stay on one line
+
 
 def percent(fraction: float) -> str:
     """Formats a fraction as a percentage, with a decimal unless that is 0."""
-    return f"{100 * fraction:.1f}".removesuffix(".0") + " %"
+    return f"{100 * fraction:.1f}".removesuffix(".0") + f"{_SPACE}%"
 
 
 def interval(rate: SuccessRate) -> str:
     """Formats the Wilson interval in whole percent."""
-    return f"{100 * rate.low:.0f}–{100 * rate.high:.0f} %"
+    return f"{100 * rate.low:.0f}–{100 * rate.high:.0f}{_SPACE}%"
 
 
 def duration(seconds: float) -> str:
