@@ -4,8 +4,8 @@
     python -m launch.convert SOURCE DEST --to=diffusers|nvidia|mimic-video
 
 SOURCE is recognised by its content: a .pt of NVIDIA or mimic-video with a video DiT, action decoder
-or VAE, a folder of diffusers or Hugging Face (also T5), or a dataset's released statistics (into
-DEST/normalizer.json). With --to, SOURCE is a training directory or converted checkpoint. DEST is
+or VAE, a folder of diffusers or Hugging Face (also T5), or a dataset's released statistics or a
+run's normalizer.json (into DEST/normalizer.json). With --to, SOURCE is a training directory or converted checkpoint. DEST is
 what `launch.train`, `launch.evaluate` and `launch.generate` take as a checkpoint. PyTorch need not
 be installed, and no code inside a file is ever run.
 """
@@ -98,9 +98,11 @@ def _export(source: Path, destination: Path) -> None:
 
 def _statistics(source: Path, destination: Path) -> None:
     normalizer = released_normalizer(source)
-    for key, names in normalizer.streams.items():
-        steps, dim = np.shape(normalizer.statistics[key]["mean"])
-        print(f"{source}: {key} of {steps} steps and {dim} numbers ({', '.join(names)})")
+    for key, statistics in normalizer.statistics.items():
+        steps, dim = np.shape(statistics["mean"])
+        names = normalizer.streams.get(key, ())  # of the release's streams
+        named = f" ({', '.join(names)})" if names else ""
+        print(f"{source}: {key} of {steps} steps and {dim} numbers{named}")
     print(f"into {destination / 'normalizer.json'}")
     if not DRY_RUN.value:
         give_statistics(normalizer, destination)

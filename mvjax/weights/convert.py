@@ -358,7 +358,7 @@ def describe_conversion(conversion: Conversion, destination: Path) -> str:
         f"{source.path}: {source.kind.title} ({source.layout} names), "
         f"{conversion.num_parameters:,} parameters, {_count_tensors(source.tensors)}",
         *_settings(conversion.config),
-        f"into {destination}: {conversion.nbytes / 1e9:.2f} GB",
+        f"into {destination}: {_size(conversion.nbytes)}",
     ]
     if source.dropped:
         names = collapse(source.dropped)
@@ -372,13 +372,17 @@ def describe_export(export: Export, source: Path, destination: Path) -> str:
     size = sum(tensor.nbytes for tensor in export.tensors.values())
     form = "folder" if export.layout == "diffusers" else "file"
     written = f"into the {form} {destination} ({export.layout} names): "
-    written += f"{_count_tensors(export.tensors)}, {size / 1e9:.2f} GB"
+    written += f"{_count_tensors(export.tensors)}, {_size(size)}"
     return "\n".join([f"{source}: {export.kind.title}", *_settings(export.config), written])
 
 
 def _count_tensors(tensors: Tensors) -> str:
     kinds = Counter(str(tensor.dtype) for tensor in tensors.values())
     return f"{len(tensors)} tensors ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _settings(config: Config) -> list[str]:
