@@ -161,7 +161,7 @@ def load_normalizers(path: Path) -> Normalizers:
             raise ValueError("it holds no statistics")
     except ValueError as error:
         why = reason(path, error)
-        raise OSError(f"{path} is damaged ({why}); bring back a copy of the run's.") from error
+        raise OSError(f"{path} is damaged ({why}); restore a copy of the run's.") from error
     meta = content.get("meta", {})
     each = content.get("embodiments", {meta.get("embodiment", ""): content})
     normalizers = {}

@@ -5,9 +5,9 @@
 
 SOURCE is recognised by its content: a .pt of NVIDIA or mimic-video with a video DiT, action decoder
 or VAE, a folder of diffusers or Hugging Face (also T5), or a dataset's released statistics or a
-run's normalizer.json (into DEST/normalizer.json). With --to, SOURCE is a training directory or converted checkpoint. DEST is
-what `launch.train`, `launch.evaluate` and `launch.generate` take as a checkpoint. PyTorch need not
-be installed, and no code inside a file is ever run.
+run's normalizer.json (into DEST/normalizer.json). With --to, SOURCE is a training directory or
+converted checkpoint. DEST is what `launch.train`, `launch.evaluate` and `launch.generate` take as a
+checkpoint. PyTorch need not be installed, and no code inside a file is ever run.
 """
 
 from pathlib import Path

@@ -106,9 +106,9 @@ def test_statistics_of_another_robot_are_not_given_to_a_decoder(released, tmp_pa
     with pytest.raises(WeightsError, match=r"another robot.* actions are \[60, 10\].*\[4, 10\]"):
         give_statistics(longer, released / "action")
     fitting = statistics_file(tmp_path / "bridge.json")
-    with pytest.raises(FileExistsError, match="has its statistics"):
+    with pytest.raises(FileExistsError, match="To give the decoder other statistics"):
         give_statistics(fitting, released / "action")
-    for holds, words in (("video", "stage 'video'"), ("nothing", "holds none: convert that first")):
+    for holds, words in (("video", "stage 'video'"), ("nothing", "holds none: convert it first")):
         with pytest.raises(WeightsError, match=words):
             give_statistics(fitting, released / holds)
     assert not (released / "video" / "normalizer.json").exists()
@@ -129,7 +129,7 @@ def test_a_converted_decoder_takes_its_own_statistics_alone(released, tmp_path, 
 
     load()
     for change, words in (
-        ({"decoder": "0123456789abcdef"}, "was given to another decoder"),
+        ({"decoder": "0123456789abcdef"}, "belongs to another decoder"),
         ({"streams": {"actions": ["action/xarm_pos_lowdim"]}}, "xarm_pos_lowdim.*another robot"),
         ({"streams": {"actions": ["action/eef_pos_ref_delta_lowdim"]}}, "ref_delta.*another robot"),
         ({"streams": {"proprio": ["obs/left_eef_rot_lowdim"]}}, "left_eef.*another robot"),

@@ -192,8 +192,8 @@ def generation_config(checkpoint: Path, given: ConfigDict | None = None) -> Conf
         given: a stage-1 configuration, which replaces all but the sizes of the network.
 
     Returns:
-        A configuration with `clip`, `sampler`, `text`, `video_model`, `tokenizer` ("" if unknown) and `text_encoder`
-    (None if unknown).
+        A configuration with `clip`, `sampler`, `text`, `video_model`, `tokenizer` ("" if unknown)
+        and `text_encoder` (None if unknown).
 
     Raises:
         FileNotFoundError: if the directory holds no checkpoint.

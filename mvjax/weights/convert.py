@@ -133,7 +133,7 @@ def write(
         shutil.copyfile(path, directory / path.name)
     if conversion.zeros:
         log.warning(
-            "%d large tensors of %s are zero throughout (%s): if they should not be, the download "
+            "%d large tensors of %s hold only zeros (%s): unless that is intended, the download "
             "did not finish; compare the file's checksum.",
             len(conversion.zeros),
             source.path,
@@ -154,7 +154,7 @@ def give_statistics(normalizer: Normalizer, directory: Path) -> None:
         decoder = find_checkpoint(directory)
     except FileNotFoundError as error:
         raise WeightsError(
-            f"statistics belong to a decoder, and {directory} holds none: convert that first."
+            f"statistics belong to a decoder, and {directory} holds none: convert it first."
         ) from error
     if decoder.meta["stage"] != ACTION.stage or "converted" not in decoder.meta:
         raise WeightsError(
@@ -174,7 +174,7 @@ def give_statistics(normalizer: Normalizer, directory: Path) -> None:
     path = directory / "normalizer.json"
     if path.exists():
         raise FileExistsError(
-            f"{path} exists already: the decoder has its statistics. To give it others, remove it."
+            f"{path} exists already. To give the decoder other statistics, remove the file first."
         )
     dataclasses.replace(normalizer, decoder=decoder.identity["digest"]).save(path)
 
