@@ -47,8 +47,8 @@ def orientation(frame: av.VideoFrame) -> Orientation:
         return Orientation(False, False, False)
     if len(found) > 1:
         raise ValueError(
-            "its container and its encoded frames say different rotations; encode it again as it "
-            "is shown"
+            "its container and its encoded frames give different rotations; encode it again in the "
+            "orientation in which it is shown"
         )
     # A point (x, y) is shown at (a x + c y, b x + d y); the translation is irrelevant.
     a, b, _, c, d = struct.unpack("=5i", found.pop())
@@ -59,8 +59,8 @@ def orientation(frame: av.VideoFrame) -> Orientation:
         return Orientation(True, rows=b < 0, columns=c < 0)
     angle = -np.degrees(np.arctan2(b, a))
     raise ValueError(
-        f"it is to be shown rotated by {angle:.4g} degrees, which is no multiple of 90; encode it "
-        "again as it is shown"
+        f"it must be rotated by {angle:.4g} degrees for display, which is not a multiple of 90; "
+        "encode it again in the orientation in which it is shown"
     )
 
 

@@ -111,7 +111,7 @@ class Batches(Iterator[Window]):
         if changed:
             raise ValueError(
                 f"this run would read its data in another order than its checkpoint did: "
-                f"{'; '.join(changed)}. Set that back, or begin another run with config.init_from."
+                f"{'; '.join(changed)}. Restore that, or start another run with config.init_from."
             )
         first, samples = {name: state["first"][name] for name in self._names}, state["samples"]
         if state["weights"] != self._order["weights"]:
@@ -288,7 +288,7 @@ def _reader(
                     is_new = index not in named
                     named.add(index)
                 if is_new:
-                    log.warning("replaced: %s.", error)
+                    log.warning("replaced a sample that cannot be read: %s.", error)
                 continue
             if damage is None:
                 bad.count_good()

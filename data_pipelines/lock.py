@@ -86,7 +86,7 @@ def _take(path: Path, mine: Owner, locked: bool | None) -> None:
         watched = time.monotonic() - began if beat == seen else 0.0
         silent = max(age, watched)
         if (silent >= STALE and watched >= _WATCHED) or _has_ended(owner, locked):
-            log.info(f"taking {path.parent} over from {_name(owner)}, which has ended.")
+            log.info(f"taking over {path.parent} from {_name(owner)}, which has ended.")
             write_text(path, json.dumps(mine))
             time.sleep(_SETTLING)  # the last one who writes has it
             if _owner(path) != mine:
@@ -152,8 +152,8 @@ def _beat(path: Path, mine: Owner, ended: threading.Event) -> None:
                 os.utime(path)
             elif owner and not ended.is_set():
                 log.warning(
-                    f"{_name(owner)} has taken {path.parent} over, as if this process had ended: "
-                    "both write there now; stop one of them."
+                    f"{_name(owner)} has taken over {path.parent}, as if this process had ended. "
+                    "Both are writing there now: stop one of them."
                 )
                 return
 

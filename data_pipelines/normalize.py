@@ -117,7 +117,7 @@ class Normalizer:
             k: str(m) if isinstance(m, str) else list(map(str, m)) for k, m in self.modes.items()
         }
         meta = {"modes": modes, "fingerprint": self.fingerprint}
-        if self.streams:
+        if self.streams or self.decoder:
             meta |= {"streams": dict(self.streams), "decoder": self.decoder}
         return content | {"meta": meta}
 
@@ -161,7 +161,7 @@ def load_normalizers(path: Path) -> Normalizers:
             raise ValueError("it holds no statistics")
     except ValueError as error:
         why = reason(path, error)
-        raise OSError(f"{path} is damaged ({why}); bring back a copy of the run's.") from error
+        raise OSError(f"{path} is damaged ({why}); restore a copy of the run's.") from error
     meta = content.get("meta", {})
     each = content.get("embodiments", {meta.get("embodiment", ""): content})
     normalizers = {}
@@ -348,8 +348,12 @@ def looks_like_statistics(path: Path) -> bool:
 def released_normalizer(path: Path) -> Normalizer:
     """Reads released statistics as the normalizer of "actions" and "proprio".
 
+    The `normalizer.json` of a run of this project is read, too: its decoder may have been exported
+    and come back without it.
+
     Raises:
-        ValueError: they are damaged, or not of one position, rotation and gripper each.
+        ValueError: they are damaged, not of one position, rotation and gripper each, or of
+            several robots.
     """
     text = path.read_bytes()
     try:
@@ -357,10 +361,13 @@ def released_normalizer(path: Path) -> Normalizer:
     except ValueError as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
     if "meta" in content:
-        raise ValueError(
-            f"{path} is a normalizer of this project, not released statistics; it belongs to the "
-            "training beside it."
-        )
+        normalizers = load_normalizers(path).by_embodiment
+        if len(normalizers) > 1:
+            raise ValueError(
+                f"{path} holds the statistics of several robots ({', '.join(sorted(normalizers))}),"
+                " but a converted decoder takes those of one."
+            )
+        return next(iter(normalizers.values()))
     if "weight_map" in content:
         raise ValueError(f"{path} is the index of weights in several files; give its folder.")
     incomplete = [k for k, v in content.items() if not isinstance(v, dict) or "mean" not in v]

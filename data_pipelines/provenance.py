@@ -75,7 +75,7 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], tell: bool = T
     unknown += ["path"] * ("source" not in stored)
     if unknown and tell:
         log.warning(
-            "the records of %r do not say their %s, so these are not compared with the "
+            "the records of %r do not store their %s, so these are not compared with the "
             "configuration.",
             *(described["name"], ", ".join(unknown)),
         )
@@ -122,8 +122,8 @@ def open_records(
     several = sum(len(row.instructions) > 1 for row in records.episodes)
     if several and "source" not in stored and tell:
         log.warning(
-            "the records of %r have episodes with several instructions (%d), which took turns by "
-            "window. If the task changes within an episode, encode them again.",
+            "the records of %r have episodes with several instructions (%d), which alternate from "
+            "window to window. If the task changes within an episode, encode them again.",
             *(records.name, several),
         )
     if acting:
@@ -179,8 +179,8 @@ def check_moved(
         return cannot_check(f"{type(error).__name__}: {error}")
     if what:
         raise ValueError(
-            f"T{moved[1:]}, but {now} (config.datasets...path) holds other data: {what}. Set the "
-            "path back, which training does not read, or encode again into another folder."
+            f"T{moved[1:]}, but {now} (config.datasets...path) holds other data: {what}. Restore "
+            "the path (training does not read it), or encode again into another folder."
         )
 
 

@@ -4,11 +4,11 @@
     python -m launch.convert SOURCE DEST --to=diffusers|nvidia|mimic-video
 
 The first command imports. SOURCE is recognised by its content: a .pt file of NVIDIA or mimic-video
-with a video DiT, action decoder or VAE; a folder of diffusers or Hugging Face (also T5); or the
-released statistics of a dataset (written to DEST/normalizer.json). `launch.train`,
-`launch.evaluate` and `launch.generate` take DEST as a checkpoint. The second command exports:
-SOURCE is a training directory or a converted checkpoint. PyTorch need not be installed, and code
-inside a file is never run.
+with a video DiT, action decoder or VAE; a folder of diffusers or Hugging Face (also T5); the
+released statistics of a dataset, or a run's normalizer.json (both become DEST/normalizer.json).
+`launch.train`, `launch.evaluate` and `launch.generate` take DEST as a checkpoint. The second command
+exports: SOURCE is a training directory or a converted checkpoint. PyTorch need not be installed,
+and code inside a file is never run.
 """
 
 from pathlib import Path
@@ -103,9 +103,11 @@ def _export(source: Path, destination: Path) -> None:
 
 def _statistics(source: Path, destination: Path) -> None:
     normalizer = released_normalizer(source)
-    for key, names in normalizer.streams.items():
-        steps, dim = np.shape(normalizer.statistics[key]["mean"])
-        print(f"{source}: {key} of {steps} steps and {dim} numbers ({', '.join(names)})")
+    for key, statistics in normalizer.statistics.items():
+        steps, dim = np.shape(statistics["mean"])
+        names = normalizer.streams.get(key, ())  # of the release's streams
+        named = f" ({', '.join(names)})" if names else ""
+        print(f"{source}: {key} of {steps} steps and {dim} numbers{named}")
     print(f"into {destination / 'normalizer.json'}")
     if not DRY_RUN.value:
         give_statistics(normalizer, destination)

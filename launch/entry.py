@@ -29,6 +29,7 @@ import configs
 from launch import cli
 
 _CONFIGS = Path(configs.__file__).parent
+_checkpoint_implies_config = True
 
 flags.disclaim_key_flags()  # --help of a command lists the flags that are defined here for it
 
@@ -36,9 +37,12 @@ flags.disclaim_key_flags()  # --help of a command lists the flags that are defin
 def config_flag(required: bool = True) -> flags.FlagHolder:
     """Defines `--config=FILE.py[:argument]`, whose settings `--config.a.b=value` overrides.
 
-    `--config=quickstart_video` is a file of configs/ by name, from any folder. A command that has a
-    flag --checkpoint, too, takes the configuration of that run where none is given.
+    `--config=quickstart_video` is a file of configs/ by name, from any folder. A command that
+    requires a configuration and has a flag --checkpoint, too, takes that of the checkpoint's run
+    where none is given.
     """
+    global _checkpoint_implies_config
+    _checkpoint_implies_config = required
     holder = config_flags.DEFINE_config_file(
         "config",
         help_string="A configuration: a Python file, or the name of a file in configs/, such as "
@@ -152,7 +156,8 @@ def _normalised(arguments: Sequence[str]) -> list[str]:
     if "config" not in flags.FLAGS:
         return words + rest
     given = {name: value for name, equals, value in (w.partition("=") for w in words) if equals}
-    if "--config" not in given and given.get("--checkpoint"):
+    implied = _checkpoint_implies_config and given.get("--checkpoint")
+    if "--config" not in given and implied:
         words.insert(1, f"--config={_CONFIGS / 'trained.py'}:{given['--checkpoint']}")
     return [_with_path(word) if word.startswith("--config=") else word for word in words] + rest
 

@@ -3,8 +3,9 @@ r"""Generates a video from a picture or the end of a video, and a prompt.
     python -m launch.generate --checkpoint=runs/quickstart/video --image=start.png \
         --prompt="open the drawer" --out=video.mp4
 
-The checkpoint is a stage-1 training directory, whose settings are the defaults, or a converted
-checkpoint, which also needs --tokenizer and --text_encoder (or --text_embedding):
+The checkpoint is a stage-1 training directory, whose settings are the defaults, or a converted one.
+Converted weights know only their network: --config names the configuration that they were trained
+with, or the flags --tokenizer and --text_encoder (or --text_embedding) complete the released sizes:
 
     python -m launch.generate --checkpoint=weights/cosmos2b --tokenizer=weights/wan_vae \
         --text_encoder=weights/t5_11b --image=start.jpg --prompt="A robot arm opens the drawer." \
@@ -21,7 +22,7 @@ from ml_collections import ConfigDict
 from data_pipelines.clip import Clip
 from data_pipelines.progress import Bar
 from data_pipelines.video import read_observed, write_video
-from launch.entry import path_flag, run
+from launch.entry import config_flag, path_flag, run
 from mvjax.flow import Sampling
 from mvjax.models.layers import PRECISIONS
 from mvjax.policy.generate import (
@@ -34,6 +35,7 @@ from mvjax.policy.generate import (
     read_embedding,
 )
 
+CONFIG = config_flag(required=False)
 CHECKPOINT = path_flag("checkpoint", "Stage-1 training directory, or converted video DiT.")
 IMAGE = path_flag("image", "First frame, or a video whose last frames are observed.")
 TILED = flags.DEFINE_bool(
@@ -55,7 +57,7 @@ GUIDANCE = flags.DEFINE_float(
 )
 TOKENIZER = flags.DEFINE_string("tokenizer", None, "Converted Wan VAE, or linear tokenizer.")
 TEXT_ENCODER = flags.DEFINE_string("text_encoder", None, "Converted T5.")
-# The defaults of the following flags are the checkpoint's.
+# The defaults of the following flags are those of the configuration, else of the checkpoint.
 HEIGHT = flags.DEFINE_integer("height", None, "Height in pixels, a multiple of 16.")
 WIDTH = flags.DEFINE_integer("width", None, "Width in pixels, a multiple of 16.")
 FRAMES = flags.DEFINE_integer("frames", None, "Number of frames, including observed ones: 1 + 4k.")
@@ -71,7 +73,7 @@ def main() -> None:
     checkpoint, out = Path(CHECKPOINT.value), Path(OUT.value)
     if out.suffix != ".mp4":
         raise ValueError(f"--out must be the name of an .mp4 file, got {out}")
-    config = generation_config(checkpoint)
+    config = generation_config(checkpoint, CONFIG.value)
     given = {
         "clip.height": HEIGHT.value,
         "clip.width": WIDTH.value,

@@ -225,19 +225,19 @@ def claim(
     stored = read_identity(folder)
     if begun and stored is None:
         raise ValueError(
-            f"{folder} holds results without {FILE}, as those of earlier versions: they do not say "
-            f"what they are results of. They can be read, but not continued: {remedy}"
+            f"{folder} holds results without {FILE}, as in earlier versions, so it is not known "
+            f"which policy they belong to. They can be read, but not continued: {remedy}"
         )
     if begun and (found := different(stored["what"], what)):
-        raise ValueError(f"{folder} holds the results of something else: {found}; {remedy}")
+        raise ValueError(f"{folder} holds the results of another evaluation: {found}; {remedy}")
     if process > 0:
         late = time.monotonic() + PATIENCE
         while (found := (read_identity(folder) or {}).get("what")) != what:
             if time.monotonic() > late:  # machines with other versions would wait for ever
                 late = math.inf
                 log.warning(
-                    "process %d still waits for process 0: %s is not there, or of something else "
-                    "than is evaluated here: %s.",
+                    "process %d is still waiting for process 0: %s does not exist, or belongs to "
+                    "another evaluation: %s.",
                     *(process, folder / FILE, different(found or {}, what)),
                 )
             time.sleep(0.2)
@@ -245,7 +245,9 @@ def claim(
     places = stored["where"] if begun else []
     if where not in places:
         if places:
-            log.warning("%s is continued elsewhere: %s.", folder, different(places[-1], where))
+            log.warning(
+                "%s is continued in another place: %s.", folder, different(places[-1], where)
+            )
         write_json(folder / FILE, {"what": what, "where": [*places, where]})
 
 

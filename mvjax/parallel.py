@@ -118,10 +118,10 @@ def _resolve(sizes: Mapping[str, int], device_count: int) -> tuple[int, ...]:
         raise ValueError(f"mesh sizes must be positive, at most one of them -1; got {given}.")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if device_count % fixed or (not open_axes and fixed != device_count):
-        kind = "a divisor of" if open_axes else "exactly"
+        wrong = "which does not divide" if open_axes else "which is not"
         raise ValueError(
-            f"mesh {given} needs {kind} the device count with a product of {fixed}, but there are "
-            f"{device_count} devices; change config.mesh (one axis may be -1 for the rest)."
+            f"mesh {given}: the sizes have the product {fixed}, {wrong} the number of devices, "
+            f"{device_count}; change config.mesh (one axis may be -1 for all remaining devices)."
         )
     return tuple(device_count // fixed if size == -1 else size for size in sizes.values())
 

@@ -200,7 +200,7 @@ def test_a_folder_holds_the_results_of_one_policy_in_one_simulator(run, monkeypa
     with quick_compiles():
         save_untrained(config, run / "action")
     monkeypatch.setattr(closed_loop, "worker_versions", lambda name: VERSIONS | {"toy": "1.1"})
-    with pytest.raises(ValueError, match=r"the results of something else: .*--out") as refused:
+    with pytest.raises(ValueError, match=r"the results of another evaluation: .*--out") as refused:
         play(run, **{"sampler.seed": 3, "evaluation.execute": 2})
     for words in (
         "policy.decoder.digest is '",
@@ -261,4 +261,4 @@ def test_an_episode_counts_once(run, caplog):
     (again,) = play(run, mode="none").values()
     assert again == first == read_results(path)
     (warned,) = caplog.messages
-    assert "2 episodes a second time (1 of them with another outcome)" in warned
+    assert "2 episodes twice (1 of them with different outcomes)" in warned

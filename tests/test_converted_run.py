@@ -12,7 +12,7 @@ from published import CONFIGS, random_tensors, write_published
 from tiny_stages import build_stage, tiny_config
 
 from data_pipelines.embodiments import widowx
-from data_pipelines.normalize import load_normalizers, released_normalizer
+from data_pipelines.normalize import Normalizers, load_normalizers, released_normalizer
 from data_pipelines.statistics import compute_statistics
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
@@ -106,12 +106,30 @@ def test_statistics_of_another_robot_are_not_given_to_a_decoder(released, tmp_pa
     with pytest.raises(WeightsError, match=r"another robot.* actions are \[60, 10\].*\[4, 10\]"):
         give_statistics(longer, released / "action")
     fitting = statistics_file(tmp_path / "bridge.json")
-    with pytest.raises(FileExistsError, match="has its statistics"):
+    with pytest.raises(FileExistsError, match="To give the decoder other statistics"):
         give_statistics(fitting, released / "action")
-    for holds, words in (("video", "stage 'video'"), ("nothing", "holds none: convert that first")):
+    for holds, words in (("video", "stage 'video'"), ("nothing", "holds none: convert it first")):
         with pytest.raises(WeightsError, match=words):
             give_statistics(fitting, released / holds)
     assert not (released / "video" / "normalizer.json").exists()
+
+
+def test_an_exported_decoder_takes_the_normalizer_of_its_run(released, tmp_path):
+    shutil.copytree(released / "action", tmp_path / "action")
+    path = tmp_path / "action" / "normalizer.json"
+    one = dataclasses.replace(load_normalizers(path).of(), streams={}, decoder="")
+    path.unlink()
+    Normalizers({"sawyer": one}, one.fingerprint).save(tmp_path / "run.json")
+    give_statistics(released_normalizer(tmp_path / "run.json"), tmp_path / "action")
+    given = load_normalizers(path).of()
+    assert given.decoder == find_checkpoint(tmp_path / "action").identity["digest"]
+    values = np.ones((4, 10), np.float32)
+    np.testing.assert_array_equal(
+        given.normalize("actions", values), one.normalize("actions", values)
+    )
+    Normalizers({"sawyer": one, "panda": one}, one.fingerprint).save(tmp_path / "two.json")
+    with pytest.raises(ValueError, match=r"several robots \(panda, sawyer\)"):
+        released_normalizer(tmp_path / "two.json")
 
 
 def test_a_converted_decoder_takes_its_own_statistics_alone(released, tmp_path, caplog):
@@ -129,7 +147,7 @@ def test_a_converted_decoder_takes_its_own_statistics_alone(released, tmp_path, 
 
     load()
     for change, words in (
-        ({"decoder": "0123456789abcdef"}, "was given to another decoder"),
+        ({"decoder": "0123456789abcdef"}, "belongs to another decoder"),
         ({"streams": {"actions": ["action/xarm_pos_lowdim"]}}, "xarm_pos_lowdim.*another robot"),
         ({"streams": {"actions": ["action/eef_pos_ref_delta_lowdim"]}}, "ref_delta.*another robot"),
         ({"streams": {"proprio": ["obs/left_eef_rot_lowdim"]}}, "left_eef.*another robot"),
@@ -137,10 +155,10 @@ def test_a_converted_decoder_takes_its_own_statistics_alone(released, tmp_path, 
         dataclasses.replace(normalizer, **change).save(path)
         with pytest.raises(CheckpointMismatch, match=words):
             load()
-    assert not [r for r in caplog.records if "does not say which decoder" in r.message]
+    assert not [r for r in caplog.records if "does not name its decoder" in r.message]
     dataclasses.replace(normalizer, streams={}, decoder="").save(path)  # as of earlier versions
     load()
-    assert [r for r in caplog.records if "does not say which decoder" in r.message]
+    assert [r for r in caplog.records if "does not name its decoder" in r.message]
 
 
 def start(config, workdir):

@@ -150,7 +150,7 @@ def test_a_run_goes_on_as_it_did(expected, caplog, stage):
 
 def stays_with_its_backbone(config, workdir, caplog):
     """From here on the run stores what was missing, and goes on with nothing else."""
-    assert "does not say on which step of its backbone" in caplog.text
+    assert "does not store the step of its backbone" in caplog.text
     backbone, known = find_checkpoint(ROOT / "video"), read_meta(workdir)["backbone"]
     assert known == {"directory": str(ROOT / "video"), **backbone.identity}
     config.training.steps += 1

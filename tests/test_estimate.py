@@ -162,7 +162,10 @@ def test_mistakes_in_the_command(complains, arguments, words):
         (["--topology=v5e:3x5"], "libtpu knows no slice v5e:3x5"),
         (["--topology=v5e:4x4", "--batch_per_chip=0.3"], "makes 4.8 clips on 16 chips"),
         (["--topology=v5e:4x4", "--batch_per_chip=0.5"], "is 8; it must be a multiple of 16"),
-        (["--topology=v5e:4x4", "--config.mesh.fsdp=3"], "a divisor of the device count"),
+        (
+            ["--topology=v5e:4x4", "--config.mesh.fsdp=3"],
+            "the product 3, which does not divide the number of devices",
+        ),
         (
             ["--topology=v5e:2x2", "--slices=2", "--config.mesh.data=1", "--config.mesh.fsdp=8"],
             "only data can span slices: set config.mesh.data to a multiple of 2",

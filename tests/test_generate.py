@@ -29,6 +29,7 @@ from mvjax.policy.generate import (
     read_embedding,
 )
 from mvjax.policy.load import load_video_tokenizer
+from mvjax.training.damage import CheckpointMismatch
 from mvjax.weights.convert import prepare, write
 from mvjax.weights.kinds import VAE, VIDEO, Hints
 from mvjax.weights.source import open_source
@@ -278,6 +279,19 @@ def test_converted_weights_take_the_released_lengths(command, converted, tmp_pat
     config = generation_config(converted["checkpoint"])
     assert Clip(**config.clip) == Clip(480, 640, observed_frames=5, future_frames=56, fps=10.0)
     assert Sampling(**config.sampler) == Sampling() and config.text.length == 512
+
+
+def test_converted_weights_take_a_given_configuration(converted):
+    given = tiny_config("video")
+    given.tokenizer = "elsewhere.npz"
+    given.video_model.precision = "published"
+    with pytest.raises(CheckpointMismatch, match=r"texts of width 64, but text.dim .* is 16"):
+        generation_config(converted["checkpoint"], given)
+    given.text.dim = 64
+    config = generation_config(converted["checkpoint"], given)
+    assert config.clip == given.clip and config.sampler == given.sampler
+    assert config.tokenizer == "elsewhere.npz" and config.video_model.precision == "published"
+    assert config.video_model.width == generation_config(converted["checkpoint"]).video_model.width
 
 
 def test_a_training_directory_knows_its_settings(command, trained, tmp_path):

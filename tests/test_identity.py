@@ -149,7 +149,7 @@ def test_a_decoder_stays_with_the_step_it_was_trained_on(video_run, tmp_path, ca
     assert chosen(video_run, known).step == 3
     assert chosen(video_run, None).step == 5 and not caplog.records
     assert chosen(video_run, {}).step == 5
-    assert "runs/action does not say on which step" in caplog.text
+    assert "runs/action does not store the step" in caplog.text
 
     moved = tmp_path / "elsewhere"
     shutil.copytree(video_run, moved)
@@ -238,7 +238,7 @@ def test_a_policy_is_the_same_wherever_it_lies(first, folder, caplog):
     path = folder / "action" / "normalizer.json"
     path.write_text(json.dumps(json.loads(path.read_text()), indent=2))
     assert what(folder) == first == json.loads(json.dumps(first))
-    assert "does not name the digest of its weights" in caplog.text  # as in earlier versions
+    assert "does not store a digest of its weights" in caplog.text  # as in earlier versions
 
 
 def edited(path, change):
@@ -303,7 +303,7 @@ def test_a_checkpoint_that_training_deletes_while_it_is_read_is_read_again(
     real = load.load_decoder
     monkeypatch.setattr(load, "load_decoder", overtaken)
     assert what(folder)["decoder"]["step"] == 12
-    assert "step 0 of " in caplog.text and "was deleted while it was read" in caplog.text
+    assert "step 0 of " in caplog.text and "was deleted while it was being read" in caplog.text
 
 
 # Folders of results.
@@ -317,7 +317,9 @@ def test_a_folder_takes_the_results_of_one_identity(tmp_path, caplog):
     assert read_identity(tmp_path) == {"what": ours, "where": [there]}
     assert not caplog.records
     claim(tmp_path, ours, {"devices": "8 x TPU v5e"}, begun=True)
-    assert "continued elsewhere: devices is '1 x cpu' there, '8 x TPU v5e' here" in caplog.text
+    assert (
+        "continued in another place: devices is '1 x cpu' there, '8 x TPU v5e' here" in caplog.text
+    )
     assert len(read_identity(tmp_path)["where"]) == 2
 
     other = {"policy": {"digest": "b"}, "execute": 4}
@@ -335,7 +337,7 @@ def test_a_process_with_other_versions_says_for_what_it_waits(tmp_path, monkeypa
     late = threading.Timer(0.5, claim, [tmp_path, {"mujoco": "3.3"}, {}], {"begun": False})
     late.start()
     claim(tmp_path, {"mujoco": "3.3"}, {}, begun=False, process=1)
-    assert caplog.text.count("process 1 still waits for process 0") == 1
+    assert caplog.text.count("process 1 is still waiting for process 0") == 1
     assert "mujoco is '3.2' there, '3.3' here" in caplog.text
 
 

@@ -52,7 +52,9 @@ def test_a_corrupt_record_is_replaced_by_the_next_one_in_order(damaged, caplog):
         assert instead == (before[place + 1] if index == bad else index)
     assert after == [i for _, i in ids(_loader([spoiled], 23))]  # the same every time
     said = caplog.text
-    assert said.count("replaced: ") == 2 and said.count(f"record {bad} of ") == 2  # once per run
+    assert (
+        said.count("replaced a sample") == 2 and said.count(f"record {bad} of ") == 2
+    )  # once per run
     assert "run the encoding job again" in said
 
 

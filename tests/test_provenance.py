@@ -132,7 +132,7 @@ def test_records_of_earlier_versions_are_read_and_it_is_said_once(folder, tmp_pa
     caplog.clear()
     then = open_records(_config(), _dataset(old, format="rlds"), acting=True)
     assert then.fingerprint == now.fingerprint  # which does not depend on where data are from
-    assert caplog.text.count("do not say their format, options, path") == 1
+    assert caplog.text.count("do not store their format, options, path") == 1
     with pytest.raises(ValueError, match=r"dataset\.action"):
         open_records(_config(), _dataset(old, action="state"), acting=True)
     assert "several instructions" not in caplog.text

@@ -238,7 +238,7 @@ def test_every_kind_of_camera_is_read_or_named(tmp_path):
         "floats": "float32 [16, 24, 3]: depth, or pictures whose range is not known",
         "depth": "float32 [16, 24, 1]: depth",
         "depth_map": "uint16 [64, 80]: a map, such as depth",
-        "doubt": "which axis has the colours is in doubt",
+        "doubt": "it is not clear which axis holds the colours",
         "empty": "its first picture is empty",
         "empty_padded": "its first picture is empty",
         "notes": "text",

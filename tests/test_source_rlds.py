@@ -406,7 +406,7 @@ def test_an_episode_without_steps_or_of_unclear_length_is_refused(tmp_path):
         open_rlds(folder)[0]
     half = with_changed(lambda name, values: values[: len(values) // 2] if name > "l" else values)
     rewrite(shards(folder)[1], half)
-    with pytest.raises(ValueError, match="how many steps the episode has is not clear"):
+    with pytest.raises(ValueError, match="the number of steps of the episode is not clear"):
         open_rlds(folder)[2]
 
 

@@ -23,7 +23,7 @@ def axes(dtype: np.dtype, shape: tuple[int, ...]) -> str:
             return "hwc"
         if first and not last:
             return "chw"
-        raise ValueError(f"pictures of shape {each}: which axis has the colours is in doubt")
+        raise ValueError(f"pictures of shape {each}: it is not clear which axis holds the colours")
     if dtype == np.uint8 and len(each) == 2 and min(each) >= _SMALLEST:
         return "hw"
     if len(each) >= 3:

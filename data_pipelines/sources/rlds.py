@@ -288,7 +288,7 @@ class _Split:
         lengths = {key: len(value) for key, value in values.items() if key.startswith(STEPS)}
         (length, most), *others = Counter(lengths.values()).most_common(2)
         if others and others[0][1] == most:
-            raise ValueError(f"how many steps the episode has is not clear: {lengths}")
+            raise ValueError(f"the number of steps of the episode is not clear: {lengths}")
         if not length:
             raise ValueError("the episode has no steps")
         for key, found in lengths.items():

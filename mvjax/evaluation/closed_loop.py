@@ -109,8 +109,8 @@ def evaluate(
     beyond = sum(seed >= suite.states for seed in seeds) if suite.states else 0
     if beyond and process == 0:
         log.warning(
-            "the suite %r has %d initial states per task; %d of the %d seeds draw others, which "
-            "published results are not of.",
+            "the suite %r has %d initial states per task; %d of the %d seeds draw new ones, which "
+            "published results do not include.",
             *(protocol.suite, suite.states, beyond, len(seeds)),
         )
     proprio = config.policy_io.proprio

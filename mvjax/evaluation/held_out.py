@@ -49,8 +49,8 @@ def check_held_out(config: ConfigDict, checkpoint: Checkpoint) -> None:
     for key, dataset in config.datasets.items():
         if (other := named.setdefault(dataset.name, key)) != key:
             raise ValueError(
-                f"config.datasets.{other} and .{key} have the same name, {dataset.name!r}: give "
-                f"one another with --config.datasets.{key}.name=NAME."
+                f"config.datasets.{other} and .{key} have the same name, {dataset.name!r}: rename "
+                f"one of them with --config.datasets.{key}.name=NAME."
             )
     if share := _larger_share(config, checkpoint):
         raise ValueError(

@@ -100,7 +100,9 @@ def _demonstrations(source: Path) -> list[Demo]:
     by_task: dict[str, Path] = {}
     for file in files:
         if (other := by_task.setdefault(file.stem, file)) != file:
-            raise ValueError(f"{other} and {file} are of one task: give the folder of one of them")
+            raise ValueError(
+                f"{other} and {file} hold the same task: give the folder of one of them"
+            )
     demos = []
     for file in files:
         with h5py.File(file) as data:
@@ -127,8 +129,8 @@ def _open_folder(
     for path in (out / SOURCE, staging / SOURCE):
         if path.exists() and (changed := differences(json.loads(path.read_text()), replayed)):
             raise ValueError(
-                f"{out} holds the replay of other demonstrations ({'; '.join(changed[:3])}): give "
-                "the same, or choose another folder"
+                f"{out} holds the replay of other demonstrations ({'; '.join(changed[:3])}): use "
+                "the same demonstrations, or choose another folder"
             )
     if not (out / REPORT).exists():
         write_json(staging / SOURCE, replayed)

@@ -132,8 +132,8 @@ def read_results(path: Path) -> list[EpisodeResult]:
 @cache  # files are read again and again while a job waits for its processes
 def _say_repeated(path: Path, repeated: int, other: int) -> None:
     log.warning(
-        "%s holds %d episodes a second time (%d of them with another outcome), as two evaluations "
-        "at the same time leave it: the first result of each counts.",
+        "%s holds %d episodes twice (%d of them with different outcomes), as if two evaluations "
+        "had written to it at the same time: the first result of each counts.",
         path,
         repeated,
         other,
@@ -240,8 +240,8 @@ def run_rollouts(
             append_result(ours, done[key])
         if others := known - done.keys():
             log.warning(
-                "%s also holds %d episodes of other tasks or seeds, which this evaluation did not "
-                "ask for: a report counts them, too.",
+                "%s also holds %d episodes of tasks or seeds that are not part of this evaluation; "
+                "the report counts them, too.",
                 *(ours, len(others)),
             )
     return [done[order.task, order.seed] for order in orders]

@@ -75,7 +75,8 @@ def serve(file_descriptor: int) -> None:
                     simulator.close()
                 try:
                     simulator, task = job.make_simulator(order.task), order.task
-                except ValueError as error:  # there is no such task: no traceback is needed
+                # No such task, no OpenGL, no package: a person needs the sentence, not a traceback.
+                except (ValueError, RuntimeError, ImportError) as error:
                     return connection.send(Failure(str(error)))
             connection.send(play(simulator, order, job, connection))
     except (EOFError, BrokenPipeError, ConnectionResetError):

@@ -119,7 +119,7 @@ class _Moments:
     def projection(self) -> Projection:
         if self.count < CHANNELS:
             raise ValueError(
-                f"The tokenizer needs more video than {self.count} patches to be fitted."
+                f"{self.count} patches of video are too few to fit the tokenizer; give more video."
             )
         mean = self.sum / self.count
         values, vectors = np.linalg.eigh(self.outer / self.count - np.outer(mean, mean))

@@ -184,15 +184,21 @@ RELEASED = {
 }
 
 
-def generation_config(checkpoint: Path) -> ConfigDict:
+def generation_config(checkpoint: Path, given: ConfigDict | None = None) -> ConfigDict:
     """Returns the configuration stored with a video model, completed for a converted one.
 
-    It has `clip`, `sampler`, `text`, `video_model`, `tokenizer` ("" if unknown) and `text_encoder`
-    (None if unknown).
+    Args:
+        checkpoint: a stage-1 training directory or a converted video DiT.
+        given: a stage-1 configuration, which replaces all but the sizes of the network.
+
+    Returns:
+        A configuration with `clip`, `sampler`, `text`, `video_model`, `tokenizer` ("" if unknown)
+        and `text_encoder` (None if unknown).
 
     Raises:
         FileNotFoundError: if the directory holds no checkpoint.
-        CheckpointMismatch: if the checkpoint is not one of a video model.
+        CheckpointMismatch: if the checkpoint is not one of a video model, or of another text width
+            than the given configuration.
     """
     meta = read_meta(checkpoint)
     if meta["stage"] != "video":
@@ -201,7 +207,16 @@ def generation_config(checkpoint: Path) -> ConfigDict:
             "give a stage-1 training directory or a converted video DiT."
         )
     config = ConfigDict(meta["config"])
-    if "converted" in meta:
+    if given is not None:
+        if given.text.dim != config.text.dim:
+            raise CheckpointMismatch(
+                f"{checkpoint} reads texts of width {config.text.dim}, but text.dim of the given "
+                f"configuration is {given.text.dim}."
+            )
+        for name in (*RELEASED, "datasets"):  # the datasets say which cameras were tiled
+            config[name] = given[name]
+        config.video_model.precision = given.video_model.precision
+    elif "converted" in meta:
         for name, value in RELEASED.items():
             config[name] = {**value, **config.get(name, {})} if isinstance(value, dict) else value
     return config

@@ -121,7 +121,7 @@ def check_identity(identity: dict[str, str], checkpoint: Checkpoint) -> None:
     if different := other_networks(expected, {name: identity[name] for name in expected}):
         raise CheckpointMismatch(
             f"{checkpoint.directory} was trained with another video tokenizer or text encoder: "
-            f"{'; '.join(different)}. Restore that one, or train again."
+            f"{'; '.join(different)}. Use the one of training, or train again."
         )
 
 
@@ -208,8 +208,8 @@ def load_policy(
             if again or not gone:
                 raise
             log.warning(
-                "step %d of %s was deleted while it was read, as a training that goes on deletes "
-                "old checkpoints: its newest is read.",
+                "step %d of %s was deleted while it was being read, because a training that is "
+                "still running deletes old checkpoints: reading its newest one instead.",
                 gone[0].step,
                 gone[0].directory,
             )
@@ -331,14 +331,14 @@ def _check_given(normalizer: Normalizer, path: Path, decoder: Checkpoint, config
     again = f"`python -m launch.convert STATISTICS.json {decoder.directory}`"
     if not normalizer.decoder:
         log.warning(
-            "%s does not say which decoder it was given to, as those of earlier versions: whether "
-            "it is of this robot is not known. Remove it and run %s.",
+            "%s does not name its decoder, as in earlier versions, so it may belong to another "
+            "robot. Remove it and run %s.",
             path,
             again,
         )
     elif normalizer.decoder != decoder.identity["digest"]:
         raise CheckpointMismatch(
-            f"{path} was given to another decoder than that beside it: remove it and run {again}."
+            f"{path} belongs to another decoder than the one beside it: remove it and run {again}."
         )
     for dataset in config.datasets.values():
         asked = (config.get("embodiment") or "") in ("", dataset.embodiment)

@@ -126,8 +126,8 @@ class History:
         """Returns the observation at the present control step, a multiple of `execute`."""
         if self._step < 0 or self._step % self._spec.execute:
             raise ValueError(
-                f"A query at control step {self._step} lacks its frames: with execute = "
-                f"{self._spec.execute}, queries are at multiples of it."
+                f"The frames of a query at control step {self._step} were not kept: with execute = "
+                f"{self._spec.execute}, queries must be at multiples of it."
             )
         frames = self._last(self._frames, self._spec.observed_frames, self._stride)
         proprio = self._last(self._proprio, self._spec.proprio_horizon, self._proprio_stride)

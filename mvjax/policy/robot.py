@@ -67,8 +67,8 @@ def trained_robot(config: Any) -> Robot:
         )
     if not wanted and len(names) > 1:
         raise ValueError(
-            f"This policy was trained on several robots, {known}: choose the one that it is to "
-            "move with --config.embodiment=NAME."
+            f"This policy was trained on several robots, {known}: choose the one to control with "
+            "--config.embodiment=NAME."
         )
     robots = [
         Robot(
@@ -97,8 +97,8 @@ def trained_robot(config: Any) -> Robot:
                 f"The datasets {first.dataset!r} and {other.dataset!r} of the robot "
                 f"{first.embodiment!r} describe its vectors differently ({described(first.action)} "
                 f"from {described(first.proprio)}; {described(other.action)} from "
-                f"{described(other.proprio)}), so what the policy's actions mean is not known: "
-                "give them the same parts, or embodiments of their own, and train again."
+                f"{described(other.proprio)}), so the meaning of the policy's actions is not known:"
+                " give them the same parts, or different embodiments, and train again."
             )
     # Of several views that were learned as videos of their own, one is enough.
     return min(robots, key=lambda robot: len(_cells(robot)) > 1)
@@ -130,7 +130,7 @@ def check_present(robot: Robot, who: str) -> None:
         if part.shift:
             raise ValueError(
                 f"This policy was trained on {'/'.join(part.streams)} of {part.shift:g} s from the "
-                f"present (shift), but {who} shows it the present state: train without."
+                f"present (shift), but {who} shows it the present state: train without a shift."
             )
 
 
@@ -179,8 +179,8 @@ def check_trained(config: Any, meta: Mapping[str, Any], directory: Path) -> None
     if different:
         raise ValueError(
             f"{directory} was trained with other settings than this configuration has: "
-            f"{'; '.join(different)}. Leave them as they were trained (without --config, the "
-            "checkpoint's own configuration is taken)."
+            f"{'; '.join(different)}. Use those of training (without --config, the checkpoint's "
+            "own configuration is used)."
         )
     for name, described in before["datasets"].items():
         where = trained["datasets"][name].get("records")
@@ -193,9 +193,9 @@ def check_trained(config: Any, meta: Mapping[str, Any], directory: Path) -> None
         encoded = plain(_words(records["settings"]["dataset"]))
         if different := differences(encoded, described, f"datasets.{name}"):
             raise ValueError(
-                f"{directory} was trained on records that hold something else than its "
-                f"configuration says ({manifest.parent}: {'; '.join(different)}), so what the "
-                "policy's numbers mean is not known: encode again and train again."
+                f"{directory} was trained on records that do not match its configuration "
+                f"({manifest.parent}: {'; '.join(different)}), so the meaning of the policy's "
+                "numbers is not known: encode again and train again."
             )
 
 
@@ -206,7 +206,7 @@ def check_embodiment(robot: Robot, who: str, word: str, example: str) -> None:
     where = f"config.datasets.{robot.dataset}.embodiment" if robot.dataset else "embodiment"
     trained = repr(robot.embodiment) if robot.embodiment else "a robot without a name"
     raise ValueError(
-        f"{_capital(who)} is of the robot {example!r}, but this policy was trained on {trained} "
+        f"{_capital(who)} is for the robot {example!r}, but this policy was trained on {trained} "
         f"({where}; actions: {described(robot.action)}). If that is the same robot, say so with "
         f"--{where}={example}."
     )
@@ -256,7 +256,7 @@ def check_suite(
         _check_numbers(robot, name.lower(), known, who)
     if is_on_the_hand(trained):
         raise ValueError(
-            f"{_capital(who)} shows its robot from outside, but this policy was trained on the "
+            f"{_capital(who)} shows the robot from outside, but this policy was trained on the "
             f"camera {trained!r}, which is on the hand: train with a camera of the scene."
         )
     if trained and last_word(trained) not in (last_word(camera), *_SCENE):
@@ -299,9 +299,9 @@ def _check_numbers(robot: Robot, vector: str, known: Sequence[tuple[Part, ...]],
     alike = [one for one in known if {n[0] for n in _taken(one, dim)} == {n[0] for n in taken}]
     if not alike:
         log.warning(
-            "the %s of the policy was learned from %s, whose names %s does not know: the numbers "
-            "must be its own, in its order.",
-            *(vector, described(parts), who),
+            "the %s of the policy was learned from %s, a name that %s does not know: make sure "
+            "that the numbers are those of %s, in the same order.",
+            *(vector, described(parts), who, who),
         )
     elif taken not in [_taken(one, dim) for one in alike]:
         raise ValueError(

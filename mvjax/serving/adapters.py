@@ -198,8 +198,8 @@ def droid(robot: Robot) -> Adapter:
     if len(taken) == 1:
         adapter = in_own_layout(own, robot, action_size=8)
         log.warning(
-            "--client=droid executes joint velocities and a gripper command; nothing but its name "
-            "says that the stream %r, on which the policy was trained, holds these.",
+            "--client=droid executes joint velocities and a gripper command; only its name says "
+            "that the stream %r, on which the policy was trained, holds these.",
             streams(robot.action)[0],
         )
         return adapter

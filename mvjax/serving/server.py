@@ -318,14 +318,14 @@ def make_server(
     }
     if adapter.execute > sizes.action_horizon:
         log.warning(
-            "openpi's %s client executes %d actions of a chunk, but this policy's have %d: set its "
-            "number to that or less.",
+            "openpi's %s client executes %d actions of a chunk, but this policy's chunks have %d: "
+            "set the client's number to at most that.",
             *(adapter.name, adapter.execute, sizes.action_horizon),
         )
     if adapter.control_hz and clip.observed_frames > 1:
         log.info(
-            "the policy sees the pictures of a connection's queries as a history of %g per second: "
-            "at %g actions per second, ask every %g actions.",
+            "the policy expects a history of %g pictures per second, one from each query of a "
+            "connection: at %g actions per second, ask every %g actions.",
             *(clip.fps, adapter.control_hz, adapter.control_hz / clip.fps),
         )
     batcher = partial(Batcher, act, max(batching.sizes), batching.window)

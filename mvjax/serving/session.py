@@ -193,13 +193,13 @@ class Session:
             name = "/".join(adapter.image)
             if not np.array_equal(read_picture(find(message, adapter.image), name), picture):
                 raise RequestError(
-                    f"{name!r} is not the last picture of {IMAGE_HISTORY!r}: send one of the two."
+                    f"{name!r} is not the last picture of {IMAGE_HISTORY!r}: send only one of them."
                 )
         if STATE_HISTORY in message and _has(message, adapter.state[:1]):
             if not np.array_equal(self._state(message), state):
                 raise RequestError(
-                    f"{adapter.state[0]!r} is not the last state of {STATE_HISTORY!r}: send one of "
-                    "the two."
+                    f"{adapter.state[0]!r} is not the last state of {STATE_HISTORY!r}: send only "
+                    "one of them."
                 )
 
     def _note_unread(self, message: Mapping[str, Any], read: Sequence[str]) -> None:
@@ -246,7 +246,7 @@ class Session:
             if spec.fps != spec.proprio_fps:
                 raise RequestError(
                     f"This policy reads {spec.proprio_horizon} states, {spec.proprio_fps:g} per "
-                    f"second, but the states of earlier messages are {spec.fps:g} per second, as "
+                    f"second, but the states of earlier messages are {spec.fps:g} per second, like "
                     f"their pictures: send {STATE_HISTORY!r} [{spec.proprio_horizon}, "
                     f"{self._adapter.state_size}], too."
                 )

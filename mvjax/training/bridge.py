@@ -97,8 +97,8 @@ def _check_digest(where: Path, restored: Mapping[str, Any], stored: Mapping[str,
     saved = read_json(where / "meta").get("digest")
     if saved and saved != (found := digest(restored)):
         raise CheckpointDamaged(
-            f"its parameters have the digest {found}, but {saved} when they were saved: a file was "
-            "changed, or belongs to another checkpoint"
+            f"its parameters have the digest {found}, but had {saved} when they were saved: a file "
+            "was changed, or belongs to another checkpoint"
         )
 
 
@@ -151,8 +151,8 @@ def step_folder(directory: Path, step: int | None) -> Path:
     folder = checkpoint_folder(directory)
     if not folder.is_dir():
         raise FileNotFoundError(
-            f"{directory} is not a training directory: it has no folder 'checkpoints'; weights for "
-            "PyTorch are converted first (python -m launch.convert)."
+            f"{directory} is not a training directory: it has no folder 'checkpoints'. PyTorch "
+            "weights must be converted first (python -m launch.convert)."
         )
     steps = checkpoint_steps(directory)
     if not steps or (step is not None and step not in steps):
@@ -190,8 +190,8 @@ class Checkpoint:
         weights = self.meta.get("digest")
         if not weights:
             log.warning(
-                "%s does not name the digest of its weights, as checkpoints of earlier versions: "
-                "it is computed from the files.",
+                "%s does not store a digest of its weights, as in earlier versions: it is computed "
+                "from the files.",
                 step_folder(self.directory, self.step),
             )
             weights = stored_digest(self.directory, self.step)
@@ -253,7 +253,7 @@ def backbone_checkpoint(
         raise CheckpointMismatch(
             f"{by} was trained on {_described(trained)}, but this configuration has "
             f"backbone.checkpoint={directory!r} and training.seed={config.training.seed}: use "
-            "those of before, or train stage 2 again in a new --workdir."
+            "those of training, or train stage 2 again in a new --workdir."
         )
     if not directory:
         return None
@@ -261,8 +261,8 @@ def backbone_checkpoint(
     if not trained:
         if trained is not None:
             log.warning(
-                "%s does not say on which step of its backbone it was trained, as runs of earlier "
-                "versions: step %d of %s is taken.",
+                "%s does not store the step of its backbone, as in earlier versions: step %d of %s "
+                "is used.",
                 by,
                 newest.step,
                 directory,
@@ -281,8 +281,8 @@ def backbone_checkpoint(
         if same_step:
             held = f"that step now holds other weights ({unlike})"
     raise CheckpointMismatch(
-        f"{by} was trained on {_described(trained)}, but {held}: bring that step back, name a copy "
-        "of it as backbone.checkpoint, or train stage 2 again in a new --workdir."
+        f"{by} was trained on {_described(trained)}, but {held}: restore that step, name a copy of "
+        "it as backbone.checkpoint, or train stage 2 again in a new --workdir."
     )
 
 

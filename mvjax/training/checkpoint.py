@@ -150,8 +150,8 @@ class Store:
             for part in self.folder.glob("*.orbax-checkpoint-tmp"):  # it takes room from this one
                 shutil.rmtree(part, ignore_errors=True)
             log.warning(
-                f"the checkpoint before could not be written ({one_line(error)}); step {step} is "
-                "saved in its place."
+                f"the previous checkpoint could not be written ({one_line(error)}); step {step} "
+                "is saved in its place."
             )
 
     def restore(self, abstract: Any, adapt: Adapt = as_stored) -> Restored | None:
@@ -186,7 +186,7 @@ class Store:
             error = next(iter(damaged.values()))
             raise OSError(
                 f"none of the checkpoints {list(damaged)} in {self.folder} can be read (the "
-                f"newest: {one_line(error)}); bring back a copy, or start in a new directory."
+                f"newest: {one_line(error)}); restore a copy, or start in a new directory."
             ) from error
         return None
 

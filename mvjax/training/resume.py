@@ -117,9 +117,9 @@ def _carry_over(
         wanted["opt_state"] = optimizer._replace(inner=optimizer.inner[1:])
     if part("opt_state").keys() != leaf_paths({"opt_state": wanted["opt_state"]}).keys():
         raise CheckpointMismatch(
-            f"the optimizer of {where} is another one than here, or trains other parameters"
-            f"{_others(where, config, ('optimizer', 'lora'))}; use the settings it was made with, "
-            "or start in a new directory with config.init_from."
+            f"the optimizer of {where} differs from this configuration's, or trains other "
+            f"parameters{_others(where, config, ('optimizer', 'lora'))}; use its own settings, or "
+            "start in a new directory with config.init_from."
         )
     averaged = bool(part("ema"))
     if averaged != bool(abstract["ema"]):
@@ -211,13 +211,13 @@ def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if before != after:
         raise CheckpointMismatch(
             f"the run was trained on data with the fingerprint {before}, but the data now has "
-            f"{after}; bring the data back, or start a new directory with config.init_from."
+            f"{after}; restore the data, or start a new directory with config.init_from."
         )
     statistics = stored.get("normalizer_digest")  # absent in runs of earlier versions
     if statistics and statistics != now.get("normalizer_digest"):
         raise CheckpointMismatch(
-            "normalizer.json has been changed since the run was trained with it: bring the file "
-            "back, or start a new directory."
+            "normalizer.json has been changed since the run was trained with it: restore the file, "
+            "or start a new directory."
         )
 
 
@@ -236,9 +236,9 @@ def _check_position(position: Any, stored: Mapping[str, Any], now: Mapping[str, 
     )
     if different := differences(before, after):
         raise CheckpointMismatch(
-            f"this checkpoint counts its data in batches, which hold other samples now: "
-            f"{'; '.join(different)}. Set that back; the next checkpoint counts samples, for which "
-            "the batch size and the weights may change."
+            f"this checkpoint stores its position in batches, and these settings change what a "
+            f"batch holds: {'; '.join(different)}. Restore them; after the next checkpoint, which "
+            "counts samples, they may change."
         )
 
 
@@ -248,7 +248,7 @@ def _check_same_networks(stored: Mapping[str, Any], now: Mapping[str, Any], run:
     if networks := differences(before, after):
         raise CheckpointMismatch(
             f"{run} has other settings: {'; '.join(networks)}; use those, or a new directory "
-            "(config.init_from begins with the parameters of another run)."
+            "(config.init_from starts from the parameters of another run)."
         )
 
 

@@ -124,8 +124,8 @@ def _check_encoders(config: Any, identity: dict[str, str]) -> None:
     if different := other_networks(made, {name: ours[name] for name in made}):
         raise ValueError(
             f"The records were encoded with another tokenizer or text encoder than this "
-            f"configuration names: {'; '.join(different)}. Name those as config.tokenizer and "
-            "config.text_encoder, or encode again into another folder."
+            f"configuration names: {'; '.join(different)}. Set config.tokenizer and "
+            "config.text_encoder to those, or encode again into another folder."
         )
 
 
@@ -157,7 +157,7 @@ def _normalizers(
     if normalizers.fingerprint != data_fingerprint(datasets, *choice):
         raise ValueError(
             f"{path} was made from other data, or with another training.episodes_per_task, "
-            "training.seed, policy_io.action.mask_padding or normalize; use those, or a new "
-            "--workdir."
+            "training.seed, policy_io.action.mask_padding or normalize; restore these, or use a "
+            "new --workdir."
         )
     return normalizers

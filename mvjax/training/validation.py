@@ -72,7 +72,7 @@ def make_validation(
             if other_networks({"tokenizer": identity["tokenizer"]}, {"tokenizer": ours}):
                 raise ValueError(
                     f"The records were encoded with another tokenizer than {config.tokenizer}; "
-                    "name that one as config.tokenizer, or set config.training.sample_count=0."
+                    "set config.tokenizer to that one, or set config.training.sample_count=0."
                 )
         # As many as the devices generate together, although fewer may be written.
         ways = split_ways("batch", mesh, rules)

@@ -133,7 +133,7 @@ def write(
         shutil.copyfile(path, directory / path.name)
     if conversion.zeros:
         log.warning(
-            "%d large tensors of %s are zero throughout (%s): if they should not be, the download "
+            "%d large tensors of %s hold only zeros (%s): unless that is intended, the download "
             "did not finish; compare the file's checksum.",
             len(conversion.zeros),
             source.path,
@@ -154,7 +154,7 @@ def give_statistics(normalizer: Normalizer, directory: Path) -> None:
         decoder = find_checkpoint(directory)
     except FileNotFoundError as error:
         raise WeightsError(
-            f"statistics belong to a decoder, and {directory} holds none: convert that first."
+            f"statistics belong to a decoder, and {directory} holds none: convert it first."
         ) from error
     if decoder.meta["stage"] != ACTION.stage or "converted" not in decoder.meta:
         raise WeightsError(
@@ -174,7 +174,7 @@ def give_statistics(normalizer: Normalizer, directory: Path) -> None:
     path = directory / "normalizer.json"
     if path.exists():
         raise FileExistsError(
-            f"{path} exists already: the decoder has its statistics. To give it others, remove it."
+            f"{path} exists already. To give the decoder other statistics, remove the file first."
         )
     dataclasses.replace(normalizer, decoder=decoder.identity["digest"]).save(path)
 
@@ -358,7 +358,7 @@ def describe_conversion(conversion: Conversion, destination: Path) -> str:
         f"{source.path}: {source.kind.title} ({source.layout} names), "
         f"{conversion.num_parameters:,} parameters, {_count_tensors(source.tensors)}",
         *_settings(conversion.config),
-        f"into {destination}: {conversion.nbytes / 1e9:.2f} GB",
+        f"into {destination}: {_size(conversion.nbytes)}",
     ]
     if source.dropped:
         names = collapse(source.dropped)
@@ -372,13 +372,17 @@ def describe_export(export: Export, source: Path, destination: Path) -> str:
     size = sum(tensor.nbytes for tensor in export.tensors.values())
     form = "folder" if export.layout == "diffusers" else "file"
     written = f"into the {form} {destination} ({export.layout} names): "
-    written += f"{_count_tensors(export.tensors)}, {size / 1e9:.2f} GB"
+    written += f"{_count_tensors(export.tensors)}, {_size(size)}"
     return "\n".join([f"{source}: {export.kind.title}", *_settings(export.config), written])
 
 
 def _count_tensors(tensors: Tensors) -> str:
     kinds = Counter(str(tensor.dtype) for tensor in tensors.values())
     return f"{len(tensors)} tensors ({', '.join(f'{n} {kind}' for kind, n in kinds.items())})"
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.1f} MB"
 
 
 def _settings(config: Config) -> list[str]:

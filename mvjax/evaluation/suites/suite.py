@@ -205,5 +205,7 @@ def worker_versions(name: str) -> dict[str, str]:
         text=True,
     )
     if done.returncode:
-        raise RuntimeError(f"the simulator's Python says no versions: {done.stderr.strip()[-500:]}")
+        raise RuntimeError(
+            f"the simulator's Python did not report its versions: {done.stderr.strip()[-500:]}"
+        )
     return json.loads(done.stdout.splitlines()[-1])
