@@ -6,9 +6,9 @@
 The first command imports. SOURCE is recognised by its content: a .pt file of NVIDIA or mimic-video
 with a video DiT, action decoder or VAE; a folder of diffusers or Hugging Face (also T5); the
 released statistics of a dataset, or a run's normalizer.json (both become DEST/normalizer.json).
-`launch.train`, `launch.evaluate` and `launch.generate` take DEST as a checkpoint. The second command
-exports: SOURCE is a training directory or a converted checkpoint. PyTorch need not be installed,
-and code inside a file is never run.
+`launch.train`, `launch.evaluate` and `launch.generate` take DEST as a checkpoint. The second
+command exports: SOURCE is a training directory or a converted checkpoint. PyTorch need not be
+installed, and code inside a file is never run.
 """
 
 from pathlib import Path
