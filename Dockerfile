@@ -17,8 +17,9 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libegl1 libgl1 libgl1-mesa-dri \
     && rm -rf /var/lib/apt/lists/*
 
-# Log lines appear at once. The NVIDIA variables are read by Docker's and enroot's GPU support, which
-# by default gives a container no GPU or none that can draw; on machines without one nobody reads them.
+# Log lines appear at once. The NVIDIA variables are for the GPU support of Docker and enroot: without
+# the first, enroot gives a container no GPU; without the second, GPUs cannot draw. Elsewhere they
+# have no effect.
 ENV PYTHONUNBUFFERED=1 \
     NVIDIA_VISIBLE_DEVICES=all \
     NVIDIA_DRIVER_CAPABILITIES=compute,utility,graphics
