@@ -270,7 +270,9 @@ def test_a_policy_of_another_robot_or_camera_is_refused_whatever_its_widths(clie
 
 
 def test_an_unknown_client_is_named():
-    with pytest.raises(ValueError, match="one of plain, dataset, libero, aloha, droid, got 'gr00t'"):
+    with pytest.raises(
+        ValueError, match="one of plain, dataset, libero, aloha, droid, got 'gr00t'"
+    ):
         make_adapter("gr00t", trained_robot(config_of("state", "action", 4, 4)))
 
 
