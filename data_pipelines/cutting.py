@@ -172,7 +172,10 @@ def cut_numbers(
         )
     # Some episodes of a dataset have fewer cameras, so this concerns the episode alone.
     if absent := [name for name in names if name not in episode.cameras]:
-        raise ValueError(f"no cameras {absent} (config.datasets...video), only {episode.cameras}")
+        raise ValueError(
+            f"config.datasets.{dataset.name}.video asks for the cameras {absent}, but there are "
+            f"only {list(episode.cameras)}"
+        )
     if short := [name for name in used if len(episode.streams[name].timestamps) <= 2]:
         raise ValueError(f"two or fewer samples in {short}")
     acting = [episode.streams[name].timestamps for name in streams(action)]

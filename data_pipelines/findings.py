@@ -61,8 +61,9 @@ def in_times(
         period = float(np.median(np.diff(stamps[name]))) / NANOSECONDS
         share = period * policy_io.action.fps
         if not 1 / _SAME_RATE < share < _SAME_RATE:
-            taken = "fewer values per second than policy_io.action.fps, so each is taken again"
-            lost = "more values per second than policy_io.action.fps, so some are left out"
+            than = f"values per second ({1 / period:.3g}) than policy_io.action.fps ("
+            than += f"{policy_io.action.fps:g}), so"
+            taken, lost = f"fewer {than} each is taken again", f"more {than} some are left out"
             yield (
                 f"{name} has {taken if share > 1 else lost}: right for positions, but commands of "
                 "how far to move then move another distance"

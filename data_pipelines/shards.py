@@ -177,8 +177,10 @@ def finish(
                 texts.setdefault(text, index)
     if first == 0:
         raise ValueError(
-            f"no episode of {name!r} could be read; the first failed with "
-            f"{skipped[0] if skipped else 'nothing: the source is empty'}"
+            f"no episode of {name!r} could be read; the first, {skipped[0]['id']}, failed with "
+            f"{skipped[0]['reason']}"
+            if skipped
+            else f"no episode of {name!r} could be read: the source is empty"
         )
     bad.check()
     numbers = {text: number for number, text in enumerate(texts)}

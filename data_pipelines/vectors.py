@@ -96,7 +96,8 @@ def dims(parts: Sequence[Part], dim: int) -> tuple[int, ...]:
     if rest < len(unknown) or (rest and not unknown):
         known = ", ".join(f"{'/'.join(p.streams) or 'pad'} {w}" for p, w in zip(parts, widths))
         raise ValueError(
-            f"policy_io says {dim} dimensions, but the parts have {known.replace('None', '1+')}"
+            f"policy_io says {dim} dimensions, but the parts have {known.replace('None', '1+')}: "
+            "change their `columns`, or `dim` of policy_io"
         )
     return tuple(rest if width is None else width for width in widths)
 

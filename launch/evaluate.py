@@ -86,6 +86,11 @@ def play(config: ConfigDict) -> None:
     """Prints the success of every setting in a simulator."""
     if VARIANT.value and not VARIANT.value.replace("-", "").isalnum():
         raise ValueError(f"--variant is one word of letters, digits and -, got {VARIANT.value!r}.")
+    if "evaluation" not in config:
+        raise ValueError(
+            "the configuration names no simulator (config.evaluation). Without one, compare the "
+            "policy's actions with held-out demonstrations: --suite=offline."
+        )
     if SUITE.value:
         config.evaluation.suite = SUITE.value
     if not MODES.value:

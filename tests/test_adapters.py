@@ -61,6 +61,38 @@ def test_a_state_of_the_policys_own_vector_holds_a_rotation():
             adapter.proprio(state)
 
 
+def test_a_robot_of_its_dataset_sends_and_takes_what_was_recorded():
+    """Joints that were learned as differences, and a gripper from 0 to 1, are its own again."""
+    action = (
+        dict(stream="action", columns=(0, 1), represent="delta", base="joints"),
+        dict(stream="action", columns=(2,), represent="gripper", closed=0.0, open=100.0),
+    )
+    adapter = make_adapter("dataset", trained_robot(config_of("force", action, 1, 3)))
+    assert adapter.state_size == 3  # a force, and the two joints that actions are relative to
+    state = np.array([7.0, 10.0, -20.0], np.float32)
+    np.testing.assert_array_equal(adapter.proprio(state[None]), [[7.0]])
+    chunk = np.array([[1.0, 2.0, 0.0], [3.0, 4.0, 0.5]], np.float32)
+    expected = [[11.0, -18.0, 0.0], [13.0, -16.0, 50.0]]
+    np.testing.assert_allclose(adapter.actions(chunk, state), expected)
+
+
+def test_a_robot_of_its_dataset_needs_all_numbers_of_an_action():
+    action = (dict(stream="action", columns=(0, 2)),)
+    with pytest.raises(ValueError, match=r"did not learn its columns \[1\]: use --client=plain"):
+        make_adapter("dataset", trained_robot(config_of("state", action, 4, 2)))
+
+
+def test_poses_in_two_streams_are_told_apart_by_a_robot_of_its_dataset():
+    pose = dict(stream=("position", "rotation"), rotation="quaternion_xyzw")
+    action = (dict(pose, represent="relative_pose", base=("position", "rotation")),)
+    proprio = (dict(pose, represent="pose"),)
+    adapter = make_adapter("dataset", trained_robot(config_of(proprio, action, 9, 9)))
+    state = np.array([0.1, 0.2, 0.3, 0, 0, 0, 1], np.float32)
+    assert adapter.state_size == 7
+    still = np.array([[0, 0, 0, 1, 0, 0, 0, 1, 0]], np.float32)
+    np.testing.assert_allclose(adapter.actions(still, state), state[None], atol=1e-6)
+
+
 def test_libero_as_the_release_sees_it():
     """The published layout: position, two rows of the rotation, first finger."""
     adapter = make_adapter("libero", trained_robot(libero_action.get_config("goal")))
@@ -238,7 +270,9 @@ def test_a_policy_of_another_robot_or_camera_is_refused_whatever_its_widths(clie
 
 
 def test_an_unknown_client_is_named():
-    with pytest.raises(ValueError, match="one of plain, libero, aloha, droid, got 'gr00t'"):
+    with pytest.raises(
+        ValueError, match="one of plain, dataset, libero, aloha, droid, got 'gr00t'"
+    ):
         make_adapter("gr00t", trained_robot(config_of("state", "action", 4, 4)))
 
 

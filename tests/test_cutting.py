@@ -420,8 +420,8 @@ def test_names_that_contradict_the_config_stop_the_job():
 
 def test_what_an_episode_lacks_is_its_own_fault():
     for change, message in (
-        (dict(video=("front", "top")), r"no cameras \['top'\]"),
-        (dict(video="state"), r"no cameras \['state'\]"),
+        (dict(video=("front", "top")), r"cameras \['top'\], but there are only \['"),
+        (dict(video="state"), r"cameras \['state'\], but there are only \['"),
     ):
         with pytest.raises(ValueError, match=message) as error:
             cut_numbers(_episode(), _dataset(**change), IO)

@@ -139,7 +139,7 @@ def test_mistakes_in_the_other_commands(complains):
     predictions = "launch.evaluate", ACTION, "--suite=predictions"
     complains("0 is not a positive", *predictions, "--moments=0")
     complains("--checkpoint must be given", *predictions, "--out=y")
-    complains("no folder 'checkpoints'", *predictions, "--checkpoint=x", "--out=y")
+    complains("there is no such folder", *predictions, "--checkpoint=x", "--out=y")
 
 
 def test_help_lists_every_flag_of_a_command(command):

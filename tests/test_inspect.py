@@ -316,7 +316,7 @@ def test_what_the_encoding_job_of_a_configuration_would_skip_is_listed():
     skipped = {p.episode: p.text for p in found.problems if "skipped" in p.kind}
     assert skipped.keys() == {"b", "c", "d"}
     assert "not finite" in skipped["b"] and "action (of bytes)" in skipped["c"]
-    assert "no cameras ['front']" in skipped["d"]
+    assert "asks for the cameras ['front'], but" in skipped["d"]
     wanted = wanted._replace(texts=StoredTexts(8, 4))
     found = inspect_dataset(episodes[:1], "set", "in memory", wanted=wanted)
     assert "stores no embedding" in found.problems_by_kind()["skipped by the encoding job"][0].text

@@ -43,7 +43,7 @@ def test_widths_and_modes():
     assert mask(parts, 25).tolist() == [True] * 16 + [False] * 2 + [True] * 7
     with pytest.raises(ValueError, match=r"says 18 dimensions, but the parts have eef 9, joints 1"):
         dims(parts, 18)
-    with pytest.raises(ValueError, match=r"says 8 dimensions, but the parts have eef 9$"):
+    with pytest.raises(ValueError, match=r"says 8 dimensions, but the parts have eef 9: change"):
         dims(parts[:1], 8)
     with pytest.raises(ValueError, match=r"parts \['joints', 'action'\] are unknown.*`columns`"):
         dims(parse((dict(stream="joints"), dict(stream="action"))), 14)

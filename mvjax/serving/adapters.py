@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data_pipelines.embodiments import libero_panda
-from data_pipelines.representations import REPRESENTATIONS, Mode, Part
+from data_pipelines.representations import REPRESENTATIONS, ROTATION_WIDTHS, Mode, Part
 from data_pipelines.vectors import bases, dims, parse, restore, streams, vector
 from mvjax.policy.robot import (
     Robot,
@@ -78,6 +78,41 @@ def plain(robot: Robot) -> Adapter:
         state_size=robot.proprio_dim,
         proprio=proprio,
     )
+
+
+def dataset(robot: Robot) -> Adapter:
+    """A robot that sends and takes the numbers of its dataset, whatever the policy makes of them.
+
+    The state is what the dataset's streams hold at this moment, one stream after the other: those
+    of the proprioception, then those that actions are relative to. Actions come back as the dataset
+    stores them: differences from the present joints, for example, are absolute again.
+    """
+    who = "--client=dataset"
+    single_camera(robot, who)
+    widths = _stored_widths(robot)
+    learned = _columns_by_stream(robot.action, robot.action_dim)
+    if not robot.proprio or not learned:
+        raise ValueError(f"{who} needs a policy whose datasets describe its state and actions.")
+    for name, columns in learned.items():
+        if missing := set(range(max(columns) + 1)) - columns:
+            raise ValueError(
+                f"{who} returns the stream {name!r} as the dataset stores it, but this policy did "
+                f"not learn its columns {sorted(missing)}: use --client=plain, which returns the "
+                f"policy's own {robot.action_dim} numbers."
+            )
+    names = _state_streams(robot)
+    ends = np.cumsum([widths[name] for name in names])
+
+    def split(state: np.ndarray) -> dict[str, np.ndarray]:
+        return dict(zip(names, np.split(state, ends[:-1], axis=-1)))
+
+    own = Adapter(
+        name="dataset",
+        image=("observation/image",),
+        state=("observation/state",),
+        state_size=int(ends[-1]),
+    )
+    return converted(own, robot, split)
 
 
 # openpi's LIBERO client turns its pictures by 180 degrees, as in mimic-video's training data. It
@@ -223,7 +258,13 @@ def droid(robot: Robot) -> Adapter:
     return converted(replace(own, state=keys, state_size=int(ends[-1])), robot, split)
 
 
-CLIENTS = {"plain": plain, "libero": libero, "aloha": aloha, "droid": droid}
+CLIENTS = {
+    "plain": plain,
+    "dataset": dataset,
+    "libero": libero,
+    "aloha": aloha,
+    "droid": droid,
+}
 
 
 def make_adapter(client: str, robot: Robot) -> Adapter:
@@ -368,11 +409,40 @@ def _state_streams(robot: Robot) -> tuple[str, ...]:
 
 def _columns(parts: Sequence[Part], dim: int) -> set[int]:
     """The columns that parts take of their only stream."""
-    taken: set[int] = set()
+    return set().union(*_columns_by_stream(parts, dim).values())
+
+
+def _columns_by_stream(parts: Sequence[Part], dim: int) -> dict[str, set[int]]:
+    """The columns that parts take of each stream."""
+    taken: dict[str, set[int]] = {}
     for part, width in zip(parts, dims(parts, dim)):
-        stored = REPRESENTATIONS[part.represent].stored_width(part) or width
-        taken |= set(part.columns or (() if part.pad else range(stored)))
+        for name, columns in _columns_of(part, part.streams, part.columns, width):
+            taken.setdefault(name, set()).update(columns)
     return taken
+
+
+def _stored_widths(robot: Robot) -> dict[str, int]:
+    """How many numbers a policy reads of each stream of a state, up to the last one it takes."""
+    widths: dict[str, int] = {}
+    for parts, dim in ((robot.proprio, robot.proprio_dim), (robot.action, robot.action_dim)):
+        for part, width in zip(parts, dims(parts, dim)):
+            found = _columns_of(part, part.bases, part.base_columns, width)
+            if parts is robot.proprio:
+                found += _columns_of(part, part.streams, part.columns, width)
+            for name, columns in found:
+                widths[name] = max(widths.get(name, 0), max(columns) + 1)
+    return widths
+
+
+def _columns_of(
+    part: Part, names: Sequence[str], columns: Sequence[int] | None, width: int
+) -> list[tuple[str, Sequence[int]]]:
+    """The columns that a part takes of its streams or bases, which are one name or two."""
+    if len(names) == 2:  # position and rotation
+        sizes = (3, ROTATION_WIDTHS[part.rotation])
+    else:
+        sizes = (REPRESENTATIONS[part.represent].stored_width(part) or width,)
+    return [(name, columns or range(size)) for name, size in zip(names, sizes)]
 
 
 def _number_of(robot: Robot, column: int) -> int | None:

@@ -150,9 +150,14 @@ def step_folder(directory: Path, step: int | None) -> Path:
     """
     folder = checkpoint_folder(directory)
     if not folder.is_dir():
+        why = (
+            "it has no folder 'checkpoints'"
+            if Path(directory).is_dir()
+            else "there is no such folder"
+        )
         raise FileNotFoundError(
-            f"{directory} is not a training directory: it has no folder 'checkpoints'. PyTorch "
-            "weights must be converted first (python -m launch.convert)."
+            f"{directory} is not a training directory: {why}. PyTorch weights must be converted "
+            f"first (python -m launch.convert SOURCE {directory})."
         )
     steps = checkpoint_steps(directory)
     if not steps or (step is not None and step not in steps):
