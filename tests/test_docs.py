@@ -201,7 +201,7 @@ def sentences(module: str, group: list[Call]) -> list[str]:
         asked, answers = Path(folder, "calls.json"), Path(folder, "answers.json")
         asked.write_text(json.dumps([(call.arguments, call.complete) for call in group]))
         said = forked.run("parse_flags", module, asked, answers)
-        assert said.code == 0, f"{module}: {said.err}"
+        assert said.code == 0 and answers.exists(), f"{module}: {said.out}{said.err}"
         return json.loads(answers.read_text())
 
 
