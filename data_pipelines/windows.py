@@ -84,7 +84,7 @@ def anchors(
 
 
 def request_times(spec: WindowSpec, anchor: np.ndarray | int) -> np.ndarray:
-    """The instants of a window: int64 nanoseconds [*anchor.shape, horizon]."""
+    """The instants of a window: int64 nanoseconds `[*anchor.shape, horizon]`."""
     duration = math.ceil((spec.horizon - 1) / spec.fps * NANOSECONDS)
     start = round(spec.shift * NANOSECONDS) - (duration if spec.look == "past" else 0)
     # Offsets are added as integers: float64 nanoseconds since 1970 are only exact to 256 ns.
@@ -155,8 +155,8 @@ def read_window(
         anchor: int64 nanoseconds, any shape.
 
     Returns:
-        values [*anchor.shape, horizon, ...], and a bool mask [*anchor.shape, horizon] that is true
-        where the instant is outside the stream and the edge value was repeated.
+        values `[*anchor.shape, horizon, ...]`, and a bool mask `[*anchor.shape, horizon]` that is
+        true where the instant is outside the stream and the edge value was repeated.
     """
     times = request_times(spec, anchor)
     stamps = np.asarray(stream.timestamps)

@@ -150,12 +150,13 @@ class VideoDiT(nnx.Module):
     """Predicts the flow velocity of a latent video; its residual stream is the decoder's context.
 
     Inputs of both public methods:
-        latents: noisy latents, already scaled to (1 - τ) x0 + τ ε, [b, t, h, w, c].
-        timesteps: τ / timestep_scale of every latent frame [b, t], or one for all [b, 1].
-        text: text embedding [b, l, text_input_dim]; padding is zeros and is attended to, as
-            published.
-        condition_mask: 1 where the latents are clean conditioning frames, [b, t] or [b, t, h, w].
-        padding_mask: 1 where the picture is padding [b, h, w]; None for none.
+
+    - `latents`: noisy latents, already scaled to (1 - τ) x0 + τ ε, [b, t, h, w, c].
+    - `timesteps`: τ / timestep_scale of every latent frame [b, t], or one for all [b, 1].
+    - `text`: text embedding [b, l, text_input_dim]; padding is zeros and is attended to, as
+      published.
+    - `condition_mask`: 1 where the latents are clean conditioning frames, [b, t] or [b, t, h, w].
+    - `padding_mask`: 1 where the picture is padding [b, h, w]; None for none.
     """
 
     def __init__(self, config: VideoDiTConfig, key: Array):
