@@ -150,11 +150,8 @@ def step_folder(directory: Path, step: int | None) -> Path:
     """
     folder = checkpoint_folder(directory)
     if not folder.is_dir():
-        why = (
-            "it has no folder 'checkpoints'"
-            if Path(directory).is_dir()
-            else "there is no such folder"
-        )
+        is_folder = Path(directory).is_dir()
+        why = "it has no folder 'checkpoints'" if is_folder else "there is no such folder"
         raise FileNotFoundError(
             f"{directory} is not a training directory: {why}. PyTorch weights must be converted "
             f"first (python -m launch.convert SOURCE {directory})."
