@@ -36,6 +36,8 @@ def journey(tmp_path_factory, command):
     my_robot_dataset.write(data, episodes=6, seconds=3.0, scale=1)
     here = [f"--config.run_dir={run}", f"--config.datasets.my_robot.path={data}"]
     few = [f"--config.training.steps={STEPS}", "--config.training.batch_size=4"]
+    few += ["--config.video_model.num_blocks=1", "--config.context_layer=1"]
+    few += ["--config.decoder.num_blocks=1", "--config.sampler.video_steps=2"]
     video, action = (f"--config=configs/my_robot.py:{stage},small" for stage in ("video", "action"))
     said = {}
     for name, words in {
