@@ -142,6 +142,12 @@ def test_the_template_normalises_joints_and_gripper():
         assert sum(dims(parts, 6)) == 6 and modes(parts, 6) == (Mode.VARIANCE,) * 6
 
 
+def test_a_control_rate_that_no_picture_meets_is_refused(monkeypatch):
+    monkeypatch.setattr(my_robot, "HZ", 33.0)
+    with pytest.raises(ValueError, match=r"33 Hz, which is not a whole multiple of .* = 5"):
+        my_robot.get_config("video")
+
+
 def test_both_sizes_learn_the_same_vectors():
     for stage in ("video", "action"):
         small, released = (my_robot.get_config(f"{stage}{size}") for size in (",small", ""))

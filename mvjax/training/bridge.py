@@ -125,7 +125,8 @@ def step_folder(directory: Path, step: int | None) -> Path:
     """
     folder = checkpoint_folder(directory)
     if not folder.is_dir():
-        why = "it has no folder 'checkpoints'" if Path(directory).is_dir() else "there is no such folder"
+        found = folder.parent.is_dir()
+        why = "it has no folder 'checkpoints'" if found else "there is no such folder"
         raise FileNotFoundError(
             f"{directory} is not a training directory: {why}; weights for PyTorch are converted "
             f"first (python -m launch.convert SOURCE {directory})."
