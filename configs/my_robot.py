@@ -25,6 +25,7 @@ memory: see docs/pods.md.
 from ml_collections import ConfigDict
 
 from configs import base, mimic_video, quickstart_action, quickstart_video
+from mvjax.policy.observation import control_stride
 
 # Your robot ---------------------------------------------------------------------------------------
 # `python -m launch.inspect data/my_robot` prints what to write here.
@@ -51,6 +52,7 @@ ACTION_DIM = 6  # numbers in ACTION: "shape" of the stream, if every column is u
 PROPRIO = (dict(stream="observation.state", columns=(0, 1, 2, 3, 4, 5)),)
 PROPRIO_DIM = 6
 
+VIDEO_HZ = 5.0  # pictures per second that the policy sees, as published; HZ is a multiple of it
 CHUNK_SECONDS = 3.0  # how far a chunk of actions reaches; 3 s as published
 ANCHOR_HZ = 5.0  # windows per second of a recording; 2.5 MB each at the released size
 
@@ -78,6 +80,7 @@ def get_config(arguments: str = "video") -> ConfigDict:
             "configs/my_robot.py takes a stage, video or action, and ',small' for a laptop, e.g. "
             f"video,small; got {arguments!r}."
         )
+    control_stride(HZ, VIDEO_HZ)  # the robot's loop takes every so many pictures
     return small(stage) if size else released(stage)
 
 
@@ -85,6 +88,7 @@ def released(stage: str) -> ConfigDict:
     """Clips of 480x640, Cosmos-Predict2 2B with LoRA, the published decoder."""
     config = mimic_video.shared("runs/my_robot", {"my_robot": dataset()}, action_window())
     config.policy_io.update(vectors())
+    config.clip.fps = VIDEO_HZ
     config.validation_share = 0.1  # of the episodes; offline evaluation reads these
     config.training.sample_every = 1000
     if stage == "video":
@@ -104,7 +108,7 @@ def small(stage: str) -> ConfigDict:
     base.add_datasets(config, my_robot=dataset())
     config.policy_io = vectors()
     # 21 frames at 5 fps, 5 of them observed: the future reaches 3.2 s, as far as the actions.
-    config.clip = dict(height=48, width=64, observed_frames=5, future_frames=16, fps=5.0)
+    config.clip = dict(height=48, width=64, observed_frames=5, future_frames=16, fps=VIDEO_HZ)
     config.validation_share = 0.25  # a few of ten episodes
     config.optimizer.decay_steps = SMALL_STEPS
     config.training.update(

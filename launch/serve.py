@@ -2,8 +2,9 @@ r"""Serves a trained policy to robots and simulators over openpi's websocket pro
 
     python -m launch.serve --checkpoint=runs/quickstart/action --port=8000
 
-`--client=libero`, `aloha` and `droid` serve openpi's clients of these robots. docs/serving.md
-describes the messages, and what to check before you use a robot.
+`--client=dataset` is for a robot that sends and takes the numbers of its dataset; `libero`, `aloha`
+and `droid` are for openpi's clients of these robots. docs/serving.md describes the messages, and
+what to check before you use a robot.
 """
 
 import asyncio

@@ -36,6 +36,8 @@ def journey(tmp_path_factory, command):
     my_robot_dataset.write(data, episodes=6, seconds=3.0, scale=1)
     here = [f"--config.run_dir={run}", f"--config.datasets.my_robot.path={data}"]
     few = [f"--config.training.steps={STEPS}", "--config.training.batch_size=4"]
+    few += ["--config.video_model.num_blocks=1", "--config.context_layer=1"]
+    few += ["--config.decoder.num_blocks=1", "--config.sampler.video_steps=2"]
     video, action = (f"--config=configs/my_robot.py:{stage},small" for stage in ("video", "action"))
     said = {}
     for name, words in {
@@ -138,6 +140,12 @@ def test_the_template_normalises_joints_and_gripper():
     for description in (my_robot.ACTION, my_robot.PROPRIO):
         parts = parse(description)
         assert sum(dims(parts, 6)) == 6 and modes(parts, 6) == (Mode.VARIANCE,) * 6
+
+
+def test_a_control_rate_that_no_picture_meets_is_refused(monkeypatch):
+    monkeypatch.setattr(my_robot, "HZ", 33.0)
+    with pytest.raises(ValueError, match=r"33 Hz, which is not a whole multiple of .* = 5"):
+        my_robot.get_config("video")
 
 
 def test_both_sizes_learn_the_same_vectors():

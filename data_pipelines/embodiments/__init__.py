@@ -3,7 +3,8 @@
 A file exports `ACTION` and `PROPRIO`, tuples of parts (see `data_pipelines.vectors`), and further
 pairs with a prefix (`RAW_ACTION`) for datasets that store the same robot in another way. Its
 docstring gives the streams, the widths of the vectors, the control rate, and the source of the
-convention. To add a robot:
+convention. A robot of one's own needs no file here: its configuration describes it, as
+`configs/my_robot.py` does (docs/robot.md). To add one to the package:
 
 1. Find its streams: `python -m launch.inspect DATASET` lists their names, widths and rates.
 2. Write `<robot>.py` here, for example

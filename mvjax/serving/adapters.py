@@ -66,6 +66,12 @@ class Adapter:
 def plain(robot: Robot) -> Adapter:
     """This package's own client: one picture, the policy's own vectors."""
     single_camera(robot, "--client=plain")
+    if relative := bases(robot.action):
+        log.warning(
+            "the policy's actions are relative to %s (%s), and --client=plain returns them so: a "
+            "robot that executes them as recorded needs --client=dataset.",
+            *(", ".join(relative), described(robot.action)),
+        )
 
     def proprio(states: np.ndarray) -> np.ndarray:
         check_rotations(robot.proprio, states)

@@ -150,8 +150,8 @@ def step_folder(directory: Path, step: int | None) -> Path:
     """
     folder = checkpoint_folder(directory)
     if not folder.is_dir():
-        is_folder = Path(directory).is_dir()
-        why = "it has no folder 'checkpoints'" if is_folder else "there is no such folder"
+        found = folder.parent.is_dir()
+        why = "it has no folder 'checkpoints'" if found else "there is no such folder"
         raise FileNotFoundError(
             f"{directory} is not a training directory: {why}. PyTorch weights must be converted "
             f"first (python -m launch.convert SOURCE {directory})."
