@@ -253,7 +253,7 @@ def droid_joints(actions):
         ("libero", ("observation.state", "action", 8, 7, ""), "a robot without a name"),
         ("libero", ("observation.state", "action", 8, 8, "libero"), "actions of 7 numbers"),
         ("libero", ("observation.state", "action", 7, 7, "libero"), "state of 8 numbers"),
-        ("aloha", ("observation.state", "action", 14, 14, "yam"), "--client=aloha is of .*'yam'"),
+        ("aloha", ("observation.state", "action", 14, 14, "yam"), "--client=aloha is for .*'yam'"),
         ("aloha", ("qpos", "action", 4, 4, "aloha"), "--client=aloha has a state of 14 numbers"),
         ("droid", (*droid_joints("joint_position"), 8, 8, "droid"), "takes .*joint_velocity"),
         ("droid", ("state", "action", 8, 8, "franka"), "'droid_franka', but .* 'franka'"),
@@ -422,7 +422,7 @@ def test_a_suite_takes_its_own_numbers_in_their_order(caplog):
         with pytest.raises(ValueError, match=r"is .*\[0\], .* trained with .*\[[34]\], "):
             check(action, proprio)
     check(sawyer.ACTION, "observation.environment")
-    assert "learned from observation.environment as values, whose names the suite" in caplog.text
+    assert "learned from observation.environment as values, a name that the suite" in caplog.text
 
 
 def test_a_policy_of_earlier_states_is_not_shown_the_present_one():

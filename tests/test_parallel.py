@@ -32,8 +32,8 @@ def test_rest_goes_to_the_open_axis_and_types_are_auto():
 @pytest.mark.parametrize(
     "sizes, message",
     [
-        ({"data": 3 * COUNT}, f"there are {COUNT} devices"),
-        ({"data": -1, "tensor": 3 * COUNT}, "divisor"),
+        ({"data": 3 * COUNT}, f"not the number of devices, {COUNT};"),
+        ({"data": -1, "tensor": 3 * COUNT}, "does not divide the number of devices"),
         ({"data": -1, "fsdp": -1}, "at most one"),
         ({"data": 0}, "positive"),
         ({"model": 1}, "unknown axis 'model'"),
