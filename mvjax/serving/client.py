@@ -1,5 +1,7 @@
 """The client of a policy server, for robots: needs only numpy, msgpack and websockets.
 
+One query and its answer:
+
     with Client("ws://gpu-machine:8000") as policy:
         policy.reset()
         answer = policy.infer({"observation/image": image, "observation/state": state,
