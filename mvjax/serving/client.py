@@ -1,10 +1,12 @@
 """The client of a policy server, for robots: needs only numpy, msgpack and websockets.
 
-with Client("ws://gpu-machine:8000") as policy:
-    policy.reset()
-    answer = policy.infer({"observation/image": image, "observation/state": state,
-                           "prompt": "open the drawer"})
-    answer["actions"]  # float32 [horizon, action_dim]
+One query and its answer:
+
+    with Client("ws://gpu-machine:8000") as policy:
+        policy.reset()
+        answer = policy.infer({"observation/image": image, "observation/state": state,
+                               "prompt": "open the drawer"})
+        answer["actions"]  # float32 [horizon, action_dim]
 """
 
 import logging
