@@ -7,6 +7,7 @@ import tempfile
 import forked
 import jax
 import pytest
+from page_checks import NoBrowser, chromium
 from tiny_stages import five_steps, quick_compiles, tiny_config, train_tiny
 
 COMPILED = pytest.StashKey[tempfile.TemporaryDirectory]()
@@ -109,3 +110,13 @@ def complains(command):
         assert words in said.err
 
     return check
+
+
+@pytest.fixture(scope="module")
+def browser():
+    """A Chromium for the checks of `page_checks.py`."""
+    try:
+        with chromium() as found:
+            yield found
+    except NoBrowser as missing:
+        pytest.skip(str(missing))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from page_checks import page_problems
 from pages import (
     LANGUAGES,
     ROOT,
@@ -94,6 +95,13 @@ def test_the_reference_has_every_docstring_it_names(site):
 
 def test_estimates_and_scripts_are_no_part_of_the_site(site):
     assert not (site / "estimates").exists() and not list(site.rglob("*.py"))
+
+
+@pytest.mark.parametrize(("width", "scheme"), [(380, "light"), (1280, "dark")])
+def test_pages_of_the_site_can_be_read_by_everybody(browser, site, width, scheme):
+    for name in (".", "start", "pods", "reference/policy"):
+        how = dict(root=site, content="article", width=width, scheme=scheme)
+        assert page_problems(browser, site / name / "index.html", **how) == [], name
 
 
 # --- Links of the pages that a repository's own browser shows ---

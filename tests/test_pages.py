@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from page_checks import SCHEMES, WIDTHS, NoBrowser, chromium, opened, page_problems
+from page_checks import SCHEMES, WIDTHS, opened, page_problems
 from test_inspect import write_robot
 from test_report import write_run
 
@@ -19,15 +19,6 @@ from data_pipelines.inspect_page import write_page
 from mvjax.evaluation.offline import WindowErrors, summarise, write_offline
 from mvjax.evaluation.report import build_report
 from mvjax.evaluation.rollout import append_result, read_results
-
-
-@pytest.fixture(scope="module")
-def browser():
-    try:
-        with chromium() as found:
-            yield found
-    except NoBrowser as missing:
-        pytest.skip(str(missing))
 
 
 def offline_page(folder):
