@@ -172,7 +172,7 @@ def test_seeds_beyond_the_states_of_a_suite_are_said(run, monkeypatch, caplog):
         suite = dataclasses.replace(suite, states=states)
         monkeypatch.setitem(closed_loop.SUITES, "metaworld", suite)
         play(run, mode="none")
-        assert ("1 of the 2 seeds draw others" in caplog.text) == said
+        assert ("1 of the 2 seeds draw new ones" in caplog.text) == said
 
 
 def test_a_folder_holds_the_results_of_one_policy_in_one_simulator(run, monkeypatch, caplog):

@@ -222,7 +222,9 @@ def test_a_replay_of_other_demonstrations_is_refused(tmp_path, monkeypatch):
             regenerate(first, tmp_path / "out")
     assert regenerate(first, tmp_path / "out", size=(48, 64))["kept"] == 1
     # Two files of one name would be replayed into one place, and counted twice.
-    with pytest.raises(ValueError, match=r"0/lift_demo\.hdf5 and .*1/lift_demo\.hdf5 are of one"):
+    with pytest.raises(
+        ValueError, match=r"0/lift_demo\.hdf5 and .*1/lift_demo\.hdf5 hold the same task"
+    ):
         regenerate(tmp_path, tmp_path / "another", size=(48, 64))
 
 

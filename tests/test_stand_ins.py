@@ -117,7 +117,7 @@ def test_wrong_video_is_explained(tokenizer):
         tokenizer.encode(clips(1)[:, :, :, :30])
     with pytest.raises(ValueError, match="12 frames"):
         fit_linear_tokenizer([clips(1)[:, :12]])
-    with pytest.raises(ValueError, match="more video than 0 patches"):
+    with pytest.raises(ValueError, match="0 patches of video are too few"):
         fit_linear_tokenizer([])
 
 
