@@ -187,8 +187,8 @@ def test_a_run_without_a_simulator_is_told_how_to_be_evaluated(journey, complain
         (
             "launch.train",
             ["--config.backbone.checkpoint=weights/cosmos2b"],
-            "weights/cosmos2b is not a training directory: there is no such folder. PyTorch weights "
-            "must be converted first",
+            "weights/cosmos2b is not a training directory: there is no such folder. PyTorch "
+            "weights must be converted first",
         ),
     ],
 )
