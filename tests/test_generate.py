@@ -338,7 +338,7 @@ def test_what_is_missing_or_wrong_is_said_in_a_sentence(complains, converted, tr
     (tmp_path / "text.png").write_text("not a picture")
     (tmp_path / "cut.png").write_bytes(converted["image"].read_bytes()[:2000])
     for given, changes, words in (
-        (converted, dict(tokenizer=None), "give --tokenizer=DIR with a converted Wan VAE"),
+        (converted, dict(tokenizer=None), "or --tokenizer=DIR with a converted Wan VAE"),
         (converted, dict(text_embedding=None, prompt="x"), "give --text_encoder=DIR with a"),
         (converted, dict(prompt="x"), "give either --prompt or --text_embedding"),
         (converted, dict(height=50), "height must be a multiple of 16 pixels"),

@@ -247,8 +247,8 @@ def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:
     """Loads the video tokenizer at `path`, which `checkpoint` must have been trained with."""
     if path == "":
         raise ValueError(
-            f"{checkpoint} does not name its video tokenizer; give --config, the configuration that "
-            "it was trained with, or --tokenizer=DIR with a converted Wan VAE."
+            f"{checkpoint} does not name its video tokenizer; give --config, the configuration of "
+            "its training, or --tokenizer=DIR with a converted Wan VAE."
         )
     if not Path(path).exists():
         raise FileNotFoundError(

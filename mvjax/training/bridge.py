@@ -130,7 +130,7 @@ def trained_config(directory: Path) -> ConfigDict:
     if "training" not in config:
         raise ValueError(
             f"{directory} holds converted weights, which know nothing but their network; give "
-            "--config=FILE.py, e.g. configs/bridge_action.py (in Python, load_policy its Experiment)."
+            "--config=FILE.py, e.g. configs/bridge_action.py (in Python: load_policy)."
         )
     return ConfigDict(_with_tuples(config))
 
