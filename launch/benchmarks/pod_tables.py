@@ -37,6 +37,7 @@ LORA = "--config=configs/bridge_video.py"
 FULL = "--config=configs/bridge_video.py --config.lora.rank=0"
 DECODER = "--config=configs/bridge_action.py"
 BIG = "--config=configs/cosmos14b_video.py"
+BIG_LORA = "--config=configs/cosmos14b_video.py:lora"
 # A file of an earlier version that lacks one of these is computed again.
 _FIGURES = {field.name for field in fields(Estimate) if field.name != "hlo"}
 ONE, HALF = "--batch_per_chip=1", "--batch_per_chip=0.5"
@@ -73,6 +74,10 @@ TABLES: dict[str, dict[str, str]] = {
         "decoder_v5p_8": f"{DECODER} --topology=v5p:2x2x2 {ONE}",
         "decoder_v5p_8_8": f"{DECODER} --topology=v5p:2x2x2 --batch_per_chip=8",
         "decoder_v5e_256": f"{DECODER} --topology=v5e:16x16 {ONE}",
+    },
+    "Stage 1, 14B, LoRA of rank 32 and the adaLN weights": {
+        "14b_lora_v6e_32": f"{BIG_LORA} --topology=v6e:4x8 {HALF}",
+        "14b_lora_v5p_16": f"{BIG_LORA} --topology=v5p:2x2x4 {HALF}",
     },
     "Stage 1, 14B, all parameters": {  # the configuration shares a clip between two chips
         "14b_v5p_32": f"{BIG} --topology=v5p:2x4x4 {HALF}",
