@@ -18,14 +18,14 @@ import matplotlib
 import numpy as np
 from absl import flags
 from architecture_svg import architecture_svg
+from ml_collections import ConfigDict
 from PIL import Image, ImageDraw, ImageFont
 
 from configs import trained
 from data_pipelines.atomic import replacing, write_text
 from launch.entry import run
 from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.experiment import Experiment
-from mvjax.policy.load import load_policy
+from mvjax.policy.load import load_trained
 from mvjax.policy.observation import History, ObservationSpec
 from mvjax.policy.policy import Policy
 
@@ -62,10 +62,9 @@ def main() -> None:
     out.mkdir(parents=True, exist_ok=True)
     write_text(out / "architecture.svg", architecture_svg())
     workdir = Path(RUN_DIR.value) / "action"
-    experiment = Experiment.from_config(trained.get_config(str(workdir)))
-    policy = load_policy(experiment, workdir, experiment.sampling(stop_step=0), batch_size=1)
-    tasks = experiment.config.evaluation.tasks[: TASKS.value]
-    pictures = animation([drive(experiment, policy, task) for task in tasks])
+    config, policy = trained.get_config(str(workdir)), load_trained(workdir, stop_step=0)
+    tasks = config.evaluation.tasks[: TASKS.value]
+    pictures = animation([drive(config, policy, task) for task in tasks])
     durations = [FRAME_MS] * (len(pictures) - 1) + [END_MS]
     with replacing(out / "robot.webp") as path:
         pictures[0].save(
@@ -82,9 +81,8 @@ def main() -> None:
         print(f"{out / name}: {(out / name).stat().st_size / 1000:.0f} kB")
 
 
-def drive(experiment: Experiment, policy: Policy, task: str) -> Drive:
+def drive(config: ConfigDict, policy: Policy, task: str) -> Drive:
     """Plays a task from its first initial state, as `launch.evaluate` does with K = 0."""
-    config = experiment.config
     clip, io, protocol = config.clip, config.policy_io, config.evaluation
     spec = ObservationSpec(
         clip.observed_frames, clip.fps, io.proprio.horizon, io.proprio.fps, protocol.execute
