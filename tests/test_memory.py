@@ -75,7 +75,7 @@ def test_stage_1_is_trained_with_the_choice(caplog):
 
 
 STEPS = """
-import resource, sys
+import resource, statistics, sys
 import jax, numpy as np
 from mvjax.training.memory import keep_freed_memory
 
@@ -83,20 +83,22 @@ assert sys.argv[1] == "as it is" or keep_freed_memory()
 step = jax.jit(lambda x: jax.numpy.cumsum(x[::-1]) + x)  # takes temporaries
 x = jax.numpy.ones(2**24)
 faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(10):
+counts = []
+for _ in range(21):
+    before = faults()
     x = step(x).block_until_ready()
-before = faults()
-for _ in range(5):
-    x = step(x).block_until_ready()
-print((faults() - before) // 5)
+    counts.append(faults() - before)
+print(int(statistics.median(counts)))
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's allocator is asked")
 def test_a_process_that_trains_on_a_cpu_keeps_what_a_step_frees():
-    """Counted by the kernel: pages that a step waits for.
+    """Counted by the kernel: pages that the median step waits for.
 
-    x alone has 16,384 of 4 kB, and 32 where the kernel gives pages of 2 MB unasked.
+    x alone has 16,384 of 4 kB, and 32 where the kernel gives pages of 2 MB unasked. The median,
+    because what is kept still grows now and then: on a busy machine JAX's threads free x in
+    another order, and a step finds no hole of its size.
     """
 
     def faults(how):
