@@ -77,9 +77,8 @@ def _curve(times: np.ndarray, values: np.ndarray, low: float, high: float, title
     end = float(times[-1]) or 1.0
     high = high if high > low else low + 1.0
     axes = _axes((0, end), ["0", f"{end:.3g} s"], (low, high), [f"{low:.3g}", f"{high:.3g}"])
-    axes.plot(
-        times, values, color=html.SERIES[0], linewidth=1.4, clip_on=False, zorder=3
-    )  # over the axes
+    over_the_axes = dict(clip_on=False, zorder=3)
+    axes.plot(times, values, color=html.SERIES[0], linewidth=1.4, **over_the_axes)
     return html.figure_svg(axes.figure, title)
 
 

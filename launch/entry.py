@@ -29,7 +29,6 @@ import configs
 from launch import cli
 
 _CONFIGS = Path(configs.__file__).parent
-_checkpoint_implies_config = True
 
 flags.disclaim_key_flags()  # --help of a command lists the flags that are defined here for it
 
@@ -41,8 +40,6 @@ def config_flag(required: bool = True) -> flags.FlagHolder:
     requires a configuration and has a flag --checkpoint, too, takes that of the checkpoint's run
     where none is given.
     """
-    global _checkpoint_implies_config
-    _checkpoint_implies_config = required
     holder = config_flags.DEFINE_config_file(
         "config",
         help_string="A configuration: a Python file, or the name of a file in configs/, such as "
@@ -156,8 +153,8 @@ def _normalised(arguments: Sequence[str]) -> list[str]:
     if "config" not in flags.FLAGS:
         return words + rest
     given = {name: value for name, equals, value in (w.partition("=") for w in words) if equals}
-    implied = _checkpoint_implies_config and given.get("--checkpoint")
-    if "--config" not in given and implied:
+    required = bool(flags.FLAGS["config"].validators)  # of mark_flag_as_required
+    if required and "--config" not in given and given.get("--checkpoint"):
         words.insert(1, f"--config={_CONFIGS / 'trained.py'}:{given['--checkpoint']}")
     return [_with_path(word) if word.startswith("--config=") else word for word in words] + rest
 

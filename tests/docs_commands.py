@@ -26,7 +26,7 @@ from pathlib import Path
 
 import my_robot_dataset
 import pytest
-from pages import ROOT, Fence, fences, page_names
+from docs_fences import ROOT, Fence, fences, page_names
 from small_commands import PORT, SERVERS, stop_servers
 
 from launch.preflight import find_rendering_backend

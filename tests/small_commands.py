@@ -117,8 +117,7 @@ def _run(module: str, start: list[str], words: Sequence[str]) -> None:
 def _replace(command: list[str]) -> None:
     """Goes on as another program, which is looked for behind the folder of these programs."""
     sys.stdout.flush()
-    here, _, behind = os.environ["PATH"].partition(os.pathsep)
-    del here
+    behind = os.environ["PATH"].partition(os.pathsep)[2]
     program = shutil.which(command[0], path=behind) or command[0]
     os.execv(program, [program, *command[1:]])
 

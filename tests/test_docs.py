@@ -15,8 +15,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from page_checks import page_problems
-from pages import (
+from docs_fences import (
     LANGUAGES,
     ROOT,
     Call,
@@ -27,6 +26,7 @@ from pages import (
     page_names,
     simple_commands,
 )
+from page_checks import page_problems
 
 PAGES = page_names()
 # Attributes whose address a browser fetches by itself; <a href> is followed by a person.

@@ -18,8 +18,7 @@ from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode
 from data_pipelines.sources.formats import open_config
 from data_pipelines.vectors import dims, modes, parse
-from mvjax.experiment import Experiment
-from mvjax.policy.load import load_policy
+from mvjax.policy.load import load_trained
 from mvjax.policy.observation import Observation
 from mvjax.serving.client import Client, QueryRefused
 
@@ -79,8 +78,7 @@ def test_a_client_gets_the_policys_actions_in_the_datasets_units(journey, server
     """Joints come back absolute, in degrees; the gripper as it was recorded."""
     checkpoint = journey[0] / "run/action"
     config = trained_config(str(checkpoint))
-    experiment = Experiment.from_config(config)
-    policy = load_policy(experiment, checkpoint, experiment.sampling(stop_step=0), 1)
+    policy = load_trained(checkpoint)
     episode = open_config(config.datasets.my_robot)[0]
     frames = episode.streams["observation.images.front"].values.read([0, 6, 12, 18, 24])
     state = episode.streams["observation.state"].values[24]

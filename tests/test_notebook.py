@@ -20,19 +20,19 @@ pytest.importorskip("metaworld", reason="the simulator is not installed")
 
 DOCS = Path(__file__).parents[1] / "docs"
 NOTEBOOK = DOCS / "start.ipynb"
-SOLE_KERNEL = "mvjax-tests"
+KERNEL = "mvjax-tests"
 
 
 @pytest.fixture
 def kernel(tmp_path, monkeypatch) -> str:
     """A kernel of this Python, described in a folder of its own: none has to be installed."""
-    folder = tmp_path / "jupyter/kernels" / SOLE_KERNEL
+    folder = tmp_path / "jupyter/kernels" / KERNEL
     folder.mkdir(parents=True)
     command = [sys.executable, "-m", "ipykernel_launcher", "-f", "{connection_file}"]
-    spec = {"argv": command, "display_name": SOLE_KERNEL, "language": "python"}
+    spec = {"argv": command, "display_name": KERNEL, "language": "python"}
     (folder / "kernel.json").write_text(json.dumps(spec))
     monkeypatch.setenv("JUPYTER_PATH", str(tmp_path / "jupyter"))
-    return SOLE_KERNEL
+    return KERNEL
 
 
 @pytest.mark.timeout(900)
