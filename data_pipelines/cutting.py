@@ -1,11 +1,10 @@
 """Cutting an episode into windows: its frames, resized and tiled, and its vectors.
 
-`dataset.video` in a config names the cameras: see `camera_rows`. `windows.py` defines a window's
-instants, `vectors.py` its vectors.
+`cameras.py` says how cameras' frames become pictures, `windows.py` defines a window's instants,
+`vectors.py` its vectors.
 """
 
 import hashlib
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,9 +12,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import findings
+from data_pipelines.cameras import camera_rows, cameras, tile
 from data_pipelines.episode import Episode
 from data_pipelines.findings import BLACK, Asked
-from data_pipelines.frames import resize_area
 from data_pipelines.representations import Part
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.windows import (
@@ -24,8 +23,6 @@ from data_pipelines.windows import (
     nearest_indices,
     request_times,
 )
-
-Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
@@ -240,63 +237,3 @@ def check_names(parts: Sequence[Part], names: Mapping[str, Sequence[str]]) -> No
                     f"the quaternion of {stream} is {list(called[-4:])} by its names, but the "
                     f"config says {part.rotation}; correct one of them"
                 )
-
-
-# Several cameras tiled into one video.
-
-
-def camera_rows(video: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
-    """The rows of cameras, top to bottom, that `dataset.video` in a config describes.
-
-    Args:
-        video: a stream; several, which fill a near-square grid row by row; or rows of streams,
-            whose cameras share the width equally. "" is a black cell.
-    """
-    if isinstance(video, str):
-        rows = ((video,),)
-    elif all(isinstance(name, str) for name in video):
-        wide = math.ceil(math.sqrt(len(video)))
-        full = (*video, *[""] * (-len(video) % max(wide, 1)))
-        rows = tuple(full[i : i + wide] for i in range(0, len(full), max(wide, 1)))
-    else:
-        rows = tuple((row,) if isinstance(row, str) else tuple(row) for row in video)
-    names = [name for row in rows for name in row]
-    if not any(names) or not all(rows) or not all(isinstance(name, str) for name in names):
-        raise ValueError(
-            "video must be a stream's name, several, or rows of them, such as "
-            f"(('front', 'side'), ('wrist',)), got {video!r}"
-        )
-    return rows
-
-
-def cameras(rows: Rows) -> tuple[str, ...]:
-    """The distinct streams of `rows`; the first one's timestamps are the clock of all."""
-    return tuple(dict.fromkeys(name for row in rows for name in row if name))
-
-
-def tile(rows: Rows, frames: Mapping[str, np.ndarray], height: int, width: int) -> np.ndarray:
-    """Tiles the cameras' frames, each resized by area to fill its cell.
-
-    Args:
-        rows: from `camera_rows`.
-        frames: camera -> uint8 [t, any h, any w, 3].
-        height, width: size of the tiled frame, pixels.
-
-    Returns:
-        uint8 [t, height, width, 3]; a single camera's own array if it has that size.
-    """
-    if len(rows) == len(rows[0]) == 1:
-        return resize_area(frames[rows[0][0]], height, width)
-    whole = np.zeros((len(frames[cameras(rows)[0]]), height, width, 3), np.uint8)
-    for names, top, bottom in zip(rows, *_edges(height, len(rows))):
-        for name, left, right in zip(names, *_edges(width, len(names))):
-            if name:
-                cell = resize_area(frames[name], bottom - top, right - left)
-                whole[:, top:bottom, left:right] = cell
-    return whole
-
-
-def _edges(length: int, parts: int) -> tuple[list[int], list[int]]:
-    """Starts and ends of `parts` intervals of pixels, equal to within one pixel."""
-    edges = [round(i * length / parts) for i in range(parts + 1)]
-    return edges[:-1], edges[1:]

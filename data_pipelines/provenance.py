@@ -14,7 +14,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from data_pipelines.cutting import camera_rows, cut_episode
+from data_pipelines.cameras import camera_rows
+from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode, Part

@@ -6,15 +6,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from data_pipelines.cutting import (
-    StreamMismatch,
-    camera_rows,
-    cameras,
-    check_names,
-    cut_episode,
-    cut_numbers,
-    tile,
-)
+from data_pipelines.cameras import camera_rows, cameras, tile
+from data_pipelines.cutting import StreamMismatch, check_names, cut_episode, cut_numbers
 from data_pipelines.episode import Episode, Section, Stream
 from data_pipelines.frames import resize_area
 from data_pipelines.vectors import parse

@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mimic_video
+from data_pipelines.cameras import camera_rows
 from data_pipelines.clip import Clip
-from data_pipelines.cutting import camera_rows
 from data_pipelines.embodiments import libero_panda, widowx
 from data_pipelines.representations import Mode
 from data_pipelines.settings import differences

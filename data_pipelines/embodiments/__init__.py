@@ -1,7 +1,9 @@
 """What the actions and the proprioception of a robot consist of: one file per robot.
 
 A file exports `ACTION` and `PROPRIO`, tuples of parts (see `data_pipelines.vectors`), and further
-pairs with a prefix (`RAW_ACTION`) for datasets that store the same robot in another way. Its
+pairs with a prefix (`RAW_ACTION`) for datasets that store the same robot in another way. Where
+simulators or clients of the robot exist, `CAMERAS` names its cameras, the main one first: each with
+the last words of the streams that datasets call it by ("observation.images.top" is "top"). Its
 docstring gives the streams, the widths of the vectors, the control rate, and the source of the
 convention. A robot of one's own needs no file here: its configuration describes it, as
 `configs/my_robot.py` does (docs/robot.md). To add one to the package:

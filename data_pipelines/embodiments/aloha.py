@@ -12,3 +12,10 @@ PROPRIO = (
     dict(stream="observation.state", columns=LEFT),
     dict(stream="observation.state", columns=RIGHT),
 )
+
+CAMERAS = {
+    "cam_high": ("cam_high", "top"),  # "top" in the simulator's datasets
+    "cam_low": ("cam_low",),
+    "cam_left_wrist": ("cam_left_wrist",),
+    "cam_right_wrist": ("cam_right_wrist",),
+}

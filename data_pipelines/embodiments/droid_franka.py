@@ -25,3 +25,9 @@ PROPRIO = (
     dict(stream=_POSE, represent="pose", rotation="euler_xyz"),
     dict(stream="steps/observation/gripper_position", represent="gripper", closed=1.0, open=0.0),
 )
+
+CAMERAS = {
+    "exterior_1": ("exterior_image_1_left", "exterior_1_left"),
+    "exterior_2": ("exterior_image_2_left", "exterior_2_left"),
+    "wrist": ("wrist_image_left", "wrist_left"),
+}

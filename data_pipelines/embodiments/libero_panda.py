@@ -51,3 +51,16 @@ LEROBOT_PROPRIO = (
     dict(stream="observation.state", columns=(3, 4, 5), represent="rotation", rotation="rotvec"),
     dict(stream="observation.state", columns=(6,)),
 )
+
+CAMERAS = {
+    "agentview": ("agentview", "agentview_rgb", "workspace_rgb", "image"),
+    # The wrist is image2 in the LeRobot releases of LIBERO.
+    "wrist": (
+        "wrist",
+        "wrist_image",
+        "wrist_rgb",
+        "eye_in_hand_rgb",
+        "robot0_eye_in_hand",
+        "image2",
+    ),
+}

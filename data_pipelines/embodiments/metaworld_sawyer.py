@@ -6,3 +6,5 @@ Action: dx, dy, dz and gripper in -1 .. 1. Proprioception: hand position (m) and
 
 ACTION = (dict(stream="action", columns=(0, 1, 2, 3)),)
 PROPRIO = (dict(stream="observation.state", columns=(0, 1, 2, 3)),)
+
+CAMERAS = {"corner": ("corner",), "gripper": ("gripper",)}

@@ -101,8 +101,7 @@ def evaluate(
         suite.check_task(task)
     if {"policy", "oracle"} & {setting.mode for setting in settings.values()}:
         robot = trained_robot(config)
-        shown = suite.embodiment, suite.camera, suite.size
-        check_suite(robot, protocol.suite, *shown, config.clip)
+        check_suite(robot, protocol.suite, suite.embodiment, suite.size, config.clip)
         find_checkpoint(checkpoint)  # before `folder` is made
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
     process = jax.process_index()

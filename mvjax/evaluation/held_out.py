@@ -10,7 +10,7 @@ from fractions import Fraction
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.cutting import camera_rows, cut_episode
+from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode, split_of
 from mvjax.policy.observation import Observation
 from mvjax.training.bridge import Checkpoint, find_checkpoint
@@ -139,7 +139,6 @@ def windows_at(
         proprio = cuts.columns["proprio"][index]
         anchor = int(cuts.columns["anchor"][index])
         text, name = episode.instructions_at(anchor)[0], (f"{moment.dataset}/{moment.id}", anchor)
-        rows = camera_rows(dataset.video)
-        observation = Observation(past, proprio, text, future, name, rows)
+        observation = Observation(past, proprio, text, future, name, arranged=True)
         windows.append(Window(moment, observation, cuts.columns["actions"][index]))
     return windows

@@ -10,7 +10,8 @@ import scipy
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import write_json
-from data_pipelines.cutting import camera_rows, cameras, cut_episode
+from data_pipelines.cameras import camera_rows, cameras
+from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import NANOSECONDS, Episode
 from data_pipelines.lock import run_lock
 from data_pipelines.sources.formats import open_config
@@ -124,12 +125,13 @@ def write_predictions(
         anchor = int(cuts.columns["anchor"][third])
         instruction = episode.instructions_at(anchor)[0]
         proprio = np.zeros((io.horizon, io.dim), np.float32)  # the video model does not read it
-        rows = camera_rows(dataset.video)
-        seen = Observation(observed, proprio, instruction, None, (episode.id, 0), rows)
+        noise_key = episode.id, 0
+        seen = Observation(observed, proprio, instruction, None, noise_key, arranged=True)
         predicted = policy.predict_video([seen])[0]
         name = _name(instruction, dataset.name, episode.id)
         shown = dict(instruction=instruction, dataset=dataset.name, episode=episode.id)
-        start = int(episode.streams[cameras(rows)[0]].timestamps[0])
+        clock = cameras(camera_rows(dataset.video))[0]
+        start = int(episode.streams[clock].timestamps[0])
         seconds = round((anchor - start) / NANOSECONDS, 3)
         write_json(folder / f"{name}.json", shown | {"seconds": seconds})
         for kind, frames in (("predicted", predicted), ("true", true)):

@@ -17,8 +17,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from data_pipelines.cameras import camera_rows
 from data_pipelines.clip import Clip
-from data_pipelines.cutting import camera_rows
 from data_pipelines.frames import cover
 from mvjax.experiment import Experiment
 from mvjax.flow import (

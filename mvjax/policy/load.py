@@ -283,7 +283,7 @@ def _load_policy(
         batch_size=-(-batch_size // ways) * ways,
         mesh=mesh,
         rules=rules,
-        rows=robot.rows,
+        views=robot.views,
         identity={"what": plain(what), "where": {**here(), "read": read}},
     )
 

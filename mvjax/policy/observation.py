@@ -1,9 +1,14 @@
 """Observations, a policy's input, and the history that builds them from control steps."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+
+Frames = np.ndarray | Mapping[str, np.ndarray]
+"""Camera -> uint8 [t, any h, any w, 3]; or such an array alone, of the only camera."""
+Frame = np.ndarray | Mapping[str, np.ndarray]
+"""One moment of it: camera -> uint8 [h, w, 3], or such an array alone."""
 
 
 @dataclass(frozen=True)
@@ -11,23 +16,25 @@ class Observation:
     """One query to the policy.
 
     Attributes:
-        frames: uint8 [observed_frames, h, w, 3], oldest first, `clip.fps` apart, the last one now.
+        frames: camera -> uint8 [observed_frames, any h, any w, 3], oldest first, `clip.fps` apart,
+            the last one now; of the policy's cameras (`Policy.cameras`) and no others. An array
+            alone is that of the only camera.
         proprio: float32 [proprio_horizon, proprio_dim], oldest first, raw units.
         instruction: the task in words.
-        future: uint8 [future_frames, h, w, 3], the true frames that follow, `clip.fps` apart; only
-            in oracle mode, otherwise None.
+        future: the true frames that follow, `clip.fps` apart: future_frames of each camera of the
+            predicted view; only in oracle mode, otherwise None.
         noise_key: names the query, as (episode, number of the query in it): what fresh noise
             (`sampler.fresh_noise`) is seeded by. Two queries of one name get equal noise.
-        rows: the cameras that the frames were tiled from (`data_pipelines.cutting.camera_rows`);
-            () for the picture of one camera.
+        arranged: `frames` and `future` are finished pictures by view, as datasets are cut
+            (`data_pipelines.cameras.arrange`), and not those of cameras.
     """
 
-    frames: np.ndarray
+    frames: Frames
     proprio: np.ndarray
     instruction: str
-    future: np.ndarray | None = None
+    future: Frames | None = None
     noise_key: tuple[str, int] | None = None
-    rows: tuple[tuple[str, ...], ...] = ()
+    arranged: bool = False
 
 
 Act = Callable[[Sequence[Observation]], np.ndarray]
@@ -83,7 +90,7 @@ class History:
         self._stride = control_stride(control_hz, spec.fps)
         self._proprio_stride = control_stride(control_hz, spec.proprio_fps, "policy_io.proprio.fps")
         self._step = -1
-        self._frames: dict[int, np.ndarray] = {}
+        self._frames: dict[int, Frame] = {}
         self._proprio: dict[int, np.ndarray] = {}
 
     def needs_frame(self, step: int) -> bool:
@@ -94,15 +101,16 @@ class History:
         queries = range(next_query, last_reader + 1, execute)
         return any((query - step) % self._stride == 0 for query in queries)
 
-    def record(self, proprio: np.ndarray, render: Callable[[], np.ndarray]) -> np.ndarray | None:
+    def record(self, proprio: np.ndarray, render: Callable[[], Frame]) -> Frame | None:
         """Records the next control step; the first call is step 0, before any action.
 
         Args:
             proprio: float32 [proprio_dim], raw units.
-            render: returns uint8 [h, w, 3]; called only if a query will read this frame.
+            render: returns camera -> uint8 [h, w, 3], or the array of the only camera; called only
+                if a query will read this frame.
 
         Returns:
-            The frame if it was rendered.
+            What was rendered, if it was.
         """
         self._step += 1
         frame = render() if self.needs_frame(self._step) else None
@@ -120,7 +128,7 @@ class History:
     def observation(
         self,
         instruction: str,
-        future: np.ndarray | None = None,
+        future: Frames | None = None,
         noise_key: tuple[str, int] | None = None,
     ) -> Observation:
         """Returns the observation at the present control step, a multiple of `execute`."""
@@ -133,6 +141,9 @@ class History:
         proprio = self._last(self._proprio, self._spec.proprio_horizon, self._proprio_stride)
         return Observation(frames, proprio, instruction, future, noise_key)
 
-    def _last(self, kept: dict[int, np.ndarray], count: int, stride: int) -> np.ndarray:
+    def _last(self, kept: dict[int, Frame], count: int, stride: int) -> Frames:
         steps = [max(0, self._step - back * stride) for back in reversed(range(count))]
-        return np.stack([kept[step] for step in steps])
+        last = [kept[step] for step in steps]
+        if isinstance(last[0], Mapping):
+            return {camera: np.stack([frame[camera] for frame in last]) for camera in last[0]}
+        return np.stack(last)

@@ -12,9 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
+from data_pipelines.cameras import VIDEO, View, arrange, view_cameras
 from data_pipelines.clip import Clip
-from data_pipelines.cutting import Rows
-from data_pipelines.frames import resize_area
 from data_pipelines.lru import LRU
 from data_pipelines.normalize import Normalizer
 from mvjax.flow import (
@@ -33,7 +32,7 @@ from mvjax.models.attention import KeysValues
 from mvjax.models.layers import rounded
 from mvjax.models.network import Network, Params
 from mvjax.parallel import Rules, make_mesh, make_rules, spec, split_ways, use_rules
-from mvjax.policy.observation import Observation
+from mvjax.policy.observation import Frames, Observation
 
 # The computation of a query, as pure functions:
 #
@@ -241,8 +240,8 @@ class Policy:
         normalizer: of "proprio" and "actions".
         batch_size: queries per compiled batch, a multiple of the devices that share a batch.
         mesh, rules: the devices, and how batch and networks are split over them.
-        rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown. Where
-            there are several, observations must be tiled as for training, and say so (`rows`).
+        views: the pictures that it sees and their cameras; () if they are not known: then there is
+            one, of the clip's size.
         identity: what was loaded ("what": digests and settings) and "where", as JSON values
             (`mvjax.identity`); without the sampling, which is `model.sampling`.
     """
@@ -254,17 +253,25 @@ class Policy:
     batch_size: int = 8
     mesh: Mesh = field(default_factory=lambda: make_mesh({}, jax.local_devices()[:1]))
     rules: Rules = field(default_factory=make_rules)
-    rows: Rows = ()
+    views: tuple[View, ...] = ()
     identity: Mapping[str, Any] = field(default_factory=dict, repr=False)
     _texts: LRU = field(default_factory=lambda: LRU(_TEXTS_KEPT), repr=False)
 
     def __post_init__(self):
+        if not self.views:
+            clip = self.model.clip
+            object.__setattr__(self, "views", (View(VIDEO, (), clip.height, clip.width),))
         ways = split_ways("batch", self.mesh, self.rules)
         if self.batch_size < 1 or self.batch_size % ways:
             raise ValueError(
                 f"The policy's batch_size must be a positive multiple of {ways}, the number of "
                 f"devices that share a batch, got {self.batch_size}."
             )
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """Those of which an observation must have frames; () if they are not known."""
+        return view_cameras(self.views)
 
     def act(self, observations: Sequence[Observation]) -> np.ndarray:
         """Returns action chunks in environment units, float32 [n, action_horizon, action_dim].
@@ -302,7 +309,7 @@ class Policy:
         frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
         proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
         observed, future = np.split(frames, [clip.observed_frames])
-        return Observation(observed, proprio, "", future, ("blank", 0), self.rows)
+        return Observation(observed, proprio, "", future, ("blank", 0), arranged=True)
 
     def batches(self, observations: Sequence[Observation]) -> Iterator[list[Observation]]:
         """Yields batches of `batch_size`; the last one is padded with its last query."""
@@ -318,7 +325,7 @@ class Policy:
 
     def inputs(self, batch: Sequence[Observation], with_future: bool) -> Inputs:
         """Checks `batch_size` queries and moves them to the devices, with their futures or not."""
-        video = self._frames(batch, with_future)
+        video = self._video(batch, with_future)
         proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
         arrays = map(self._split, (video, self._text(batch), proprio))
         return Inputs(*arrays, *self._noise(batch))
@@ -342,34 +349,29 @@ class Policy:
         axes = ("batch", *[None] * (array.ndim - 1))
         return jax.device_put(array, NamedSharding(self.mesh, spec(axes, self.rules)))
 
-    def _frames(self, batch: Sequence[Observation], with_future: bool) -> np.ndarray:
-        clip, clips = self.model.clip, []
+    def _video(self, batch: Sequence[Observation], with_future: bool) -> np.ndarray:
+        """The predicted view of every query, uint8 [b, frames, h, w, 3]."""
+        clip, videos = self.model.clip, []
         for o in batch:
-            if len(o.frames) != clip.observed_frames:
+            frames = self._pictures(o.frames, o.arranged)
+            if len(frames) != clip.observed_frames:
                 raise ValueError(
-                    f"An observation has {len(o.frames)} frames; this policy was trained with "
+                    f"An observation has {len(frames)} frames; this policy was trained with "
                     f"clip.observed_frames = {clip.observed_frames}."
                 )
-            frames = o.frames
-            if _is_tiled(self.rows) and not (
-                _is_tiled(o.rows) and frames.shape[1:3] == (clip.height, clip.width)
-            ):
-                of = f"tiled from {o.rows}" if _is_tiled(o.rows) else "of one camera"
-                raise ValueError(
-                    f"This policy was trained on pictures tiled from {self.rows}, but got one "
-                    f"{of}, {frames.shape[1]}x{frames.shape[2]}: tile the cameras' pictures with "
-                    f"data_pipelines.cutting.tile to {clip.height}x{clip.width}, and give the "
-                    "Observation rows=policy.rows."
-                )
             if with_future:
-                if o.future is None or len(o.future) != clip.future_frames:
+                future = () if o.future is None else self._pictures(o.future, o.arranged)
+                if len(future) != clip.future_frames:
                     raise ValueError(
                         f"Oracle mode needs observations with the {clip.future_frames} true future "
-                        "frames."
+                        f"frames, got {len(future)}."
                     )
-                frames = np.concatenate([frames, o.future])
-            clips.append(resize_area(frames, clip.height, clip.width))
-        return np.stack(clips)
+                frames = np.concatenate([frames, future])
+            videos.append(frames)
+        return np.stack(videos)
+
+    def _pictures(self, frames: Frames, arranged: bool) -> np.ndarray:
+        return arrange(self.views, frames, arranged=arranged)[VIDEO]
 
     def _text(self, batch: Sequence[Observation]) -> np.ndarray:
         # One at a time, so that the encoder is compiled for one shape only.
@@ -401,10 +403,6 @@ class Policy:
             published_noise(video, (1, *self.model.clip.latent_shape))[0],
             published_noise(action, (draws, config.action_horizon, config.action_dim)),
         )
-
-
-def _is_tiled(rows: Rows) -> bool:
-    return sum(map(len, rows)) > 1
 
 
 def _query_seeds(seed: int, noise_key: tuple[str, int] | None) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.cutting import Rows, camera_rows
+from data_pipelines.cameras import View, camera_rows, dataset_views, view_cameras
 from data_pipelines.representations import REPRESENTATIONS, Mode, Part
 from data_pipelines.settings import differences, plain
 from data_pipelines.vectors import dims, parse
@@ -33,7 +33,7 @@ class Robot:
         action_dim, proprio_dim: their widths.
         embodiment: its name, `dataset.embodiment`; "" if the datasets do not name it.
         dataset: the dataset whose words these are.
-        rows: the cameras of a picture (`data_pipelines.cutting.camera_rows`); () if unknown.
+        views: the pictures that the policy sees and their cameras; () if they are not known.
         action_fps: actions per second; 0 if unknown.
         flip: how HDF5 files were read (`options.flip`); "" for other formats.
     """
@@ -44,9 +44,14 @@ class Robot:
     proprio_dim: int
     embodiment: str = ""
     dataset: str = ""
-    rows: Rows = ()
+    views: tuple[View, ...] = ()
     action_fps: float = 0.0
     flip: str = ""
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The cameras of all views, the clock first; () if they are not known."""
+        return view_cameras(self.views)
 
 
 def trained_robot(config: Any) -> Robot:
@@ -81,7 +86,7 @@ def trained_robot(config: Any) -> Robot:
             io.proprio.dim,
             embodiment=dataset.get("embodiment") or "",
             dataset=key,
-            rows=camera_rows(dataset.video) if "video" in dataset else (),
+            views=dataset_views(dataset, config.clip),
             action_fps=io.action.get("fps", 0.0),
             flip=_flip(dataset),
         )
@@ -100,8 +105,8 @@ def trained_robot(config: Any) -> Robot:
                 f"{described(other.proprio)}), so the meaning of the policy's actions is not known:"
                 " give them the same parts, or different embodiments, and train again."
             )
-    # Of several views that were learned as videos of their own, one is enough.
-    return min(robots, key=lambda robot: len(_cells(robot)) > 1)
+    # Of several cameras that were learned as videos of their own, one is enough.
+    return min(robots, key=lambda robot: len(robot.cameras))
 
 
 def _flip(dataset: Any) -> str:
@@ -138,18 +143,60 @@ def single_camera(robot: Robot, who: str) -> str:
     """Returns the name of the only camera of a policy; "" if it is unknown.
 
     Raises:
-        ValueError: its pictures were tiled from several; `who` shows it one.
+        ValueError: it sees several; `who` shows it one.
     """
-    cells = _cells(robot)
-    if len(cells) > 1:
-        video = robot.rows[0] if len(robot.rows) == 1 else robot.rows
+    if len(robot.cameras) > 1:
         raise ValueError(
-            f"This policy was trained on pictures tiled from {len(cells)} cells, {video!r} "
-            f"(config.datasets.{robot.dataset}.video; '' is black), but {who} shows it the "
-            "picture of one camera, which would be stretched over all cells: use a policy that "
-            "was trained on one camera."
+            f"This policy was trained on the cameras {', '.join(map(repr, robot.cameras))}, but "
+            f"{who} shows it one: use a policy that was trained on one camera."
         )
-    return cells[0] if cells else ""
+    return robot.cameras[0] if robot.cameras else ""
+
+
+def match_cameras(robot: Robot, known: Mapping[str, Sequence[str]], who: str) -> dict[str, str]:
+    """Which of another's cameras shows what each camera of a policy showed in training.
+
+    A policy's camera of a name that is not known is taken for the main one, with a warning, if none
+    of its cameras has that name and its own does not say that it is on the hand. Of a policy whose
+    cameras are not known, "" is the main one.
+
+    Args:
+        robot: of the policy.
+        known: the other's cameras, the main one first -> last words of the names that datasets call
+            it by, as `CAMERAS` of data_pipelines/embodiments.
+        who: has these cameras.
+
+    Returns:
+        camera of the policy -> key of `known`, of all cameras of the policy.
+
+    Raises:
+        ValueError: the policy sees a camera that `who` does not have.
+    """
+    main = next(iter(known))
+    named = {word: camera for camera, words in known.items() for word in words}
+    found = {name: named.get(last_word(name)) for name in robot.cameras or ("",)}
+    unknown = [name for name, camera in found.items() if camera is None]
+    if unknown and (len(unknown) > 1 or main in found.values() or is_on_the_hand(unknown[0])):
+        listed = ", ".join(f"{words[0]!r}" for words in known.values())
+        raise ValueError(
+            f"This policy was trained on the camera {unknown[0]!r}, which {who} does not have; it "
+            f"has {listed}."
+        )
+    if unknown and unknown[0]:
+        log.warning(
+            "the policy was trained on the camera %r, a name that %s does not know: it is shown "
+            "%r, which must be the same view.",
+            *(unknown[0], who, known[main][0]),
+        )
+    # Two cameras of a policy that are one of `who`'s would show the same view twice.
+    shown = {name: camera or main for name, camera in found.items()}
+    for camera in known:
+        if len(twice := [name for name, taken in shown.items() if taken == camera]) > 1:
+            raise ValueError(
+                f"This policy was trained on the cameras {twice[0]!r} and {twice[1]!r}, which are "
+                f"both {known[camera][0]!r} of {who}: it would see the same view twice."
+            )
+    return shown
 
 
 def check_trained(config: Any, meta: Mapping[str, Any], directory: Path) -> None:
@@ -212,30 +259,22 @@ def check_embodiment(robot: Robot, who: str, word: str, example: str) -> None:
     )
 
 
-# Names of the view of the scene in datasets of the suites' robots, beside the suites' own.
-_SCENE = ("workspace_rgb", "agentview_rgb", "image")
-
-
 def check_suite(
-    robot: Robot,
-    suite: str,
-    embodiment: str,
-    camera: str,
-    size: tuple[int, int],
-    clip: Mapping[str, Any],
-) -> None:
-    """Raises ValueError unless a simulator's robot and picture are those of a policy.
+    robot: Robot, suite: str, embodiment: str, size: tuple[int, int], clip: Mapping[str, Any]
+) -> dict[str, str]:
+    """Raises ValueError unless a simulator's robot and cameras are those of a policy.
 
     Args:
         robot: of the policy.
         suite: the simulator's name.
-        embodiment: of its robot, a file of data_pipelines/embodiments.
-        camera: the name of its pictures in a dataset.
+        embodiment: of its robot, a file of data_pipelines/embodiments, which names its cameras.
         size: height and width of its pictures.
-        clip: height and width of the policy's.
+        clip: height and width of what the policy sees.
+
+    Returns:
+        camera of the policy -> camera of the simulator (see `match_cameras`).
     """
     who = f"the suite {suite!r}"
-    trained = single_camera(robot, who)
     if robot.embodiment:  # runs of earlier versions may lack the name
         check_embodiment(robot, who, suite, embodiment)
     own = importlib.import_module(f"data_pipelines.embodiments.{embodiment}")
@@ -254,26 +293,18 @@ def check_suite(
     for name in ("ACTION", "PROPRIO"):
         known = [parse(value) for key, value in vars(own).items() if key.endswith(name)]
         _check_numbers(robot, name.lower(), known, who)
-    if is_on_the_hand(trained):
-        raise ValueError(
-            f"{_capital(who)} shows the robot from outside, but this policy was trained on the "
-            f"camera {trained!r}, which is on the hand: train with a camera of the scene."
-        )
-    if trained and last_word(trained) not in (last_word(camera), *_SCENE):
-        log.warning(
-            "the policy was trained on the camera %r; the suite %r shows it %r, which must be the "
-            "same view.",
-            *(trained, suite, camera),
-        )
+    cameras = match_cameras(robot, own.CAMERAS, who)
     check_present(robot, who)
     if embodiment == "libero_panda":
         check_turned(robot, who)
-    if not same_aspect(size, (clip["height"], clip["width"])):
+    # A tiled picture stretches its cameras as it did in training.
+    if len(cameras) == 1 and not same_aspect(size, (clip["height"], clip["width"])):
         log.warning(
             "the pictures of the suite %r are %dx%d, but the policy sees %dx%d: they are stretched,"
             " which is right only if the pictures of training were, too.",
             *(suite, *size, clip["height"], clip["width"]),
         )
+    return cameras
 
 
 def check_gripper(least: float, number: str, who: str) -> None:
@@ -364,10 +395,6 @@ def labels(parts: Sequence[Part], dim: int) -> list[str]:
 
 def _capital(sentence: str) -> str:
     return sentence[0].upper() + sentence[1:]
-
-
-def _cells(robot: Robot) -> list[str]:
-    return [name for row in robot.rows for name in row]
 
 
 def _kinds(robot: Robot) -> list[list[str]]:
