@@ -2,7 +2,9 @@
 
 A *view* is one picture, tiled from the frames of one camera or of several. `dataset.video` in a
 config names the cameras of the view that a model predicts: see `camera_rows`. Its first camera is
-the clock of all. Data, policies, servers and simulators take the arrangement from here.
+the clock of all. `clip.views` names and sizes the views that are only observed, and `dataset.views`
+their cameras in the same way, or "" for black pictures. Data, policies, servers and simulators take
+the arrangement from here.
 """
 
 import math
@@ -12,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.clip import VIDEO
 from data_pipelines.frames import resize_area
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
-VIDEO = "video"  # the view that a model predicts
 
 
 @dataclass(frozen=True)
@@ -41,16 +43,41 @@ class View:
     def picture(self, frames: Mapping[str, np.ndarray]) -> np.ndarray:
         """Tiles its cameras' frames, uint8 [t, any h, any w, 3] each: uint8 [t, height, width, 3].
 
-        Of cameras that are not known there is one, of any name.
+        Args:
+            frames: by camera, of these and others. Of cameras that are not known there is one, of
+                any name.
         """
         rows = self.rows or ((next(iter(frames)),),)
         return tile(rows, frames, self.height, self.width)
 
 
 def dataset_views(dataset: Any, clip: Any) -> tuple[View, ...]:
-    """The views of a dataset's section of a config, "video" first; `clip` has height and width."""
+    """The views of a model on a dataset, "video" first, then the observed ones by name.
+
+    Args:
+        dataset: its section of a config: `video` and `views`.
+        clip: height, width and `views`.
+
+    Raises:
+        ValueError: the dataset does not say which cameras a view shows.
+    """
     rows = camera_rows(dataset.video) if "video" in dataset else ()
-    return (View(VIDEO, rows, clip.height, clip.width),)
+    views = [View(VIDEO, rows, clip.height, clip.width)]
+    sizes, shown = clip.get("views") or {}, dataset.get("views") or {}
+    for name in sorted(sizes):
+        if name not in shown:
+            raise ValueError(
+                f"the model sees the view {name!r} (clip.views), but views.{name} of the dataset "
+                'does not say which camera shows it; set it to one, or to "" for black pictures'
+            )
+        rows = view_rows(shown[name])
+        views.append(View(name, rows, sizes[name].height, sizes[name].width))
+    return tuple(views)
+
+
+def view_rows(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
+    """As `camera_rows`, of an observed view, which may also be black ("")."""
+    return (("",),) if cameras == "" else camera_rows(cameras)
 
 
 def view_cameras(views: Sequence[View]) -> tuple[str, ...]:
@@ -163,9 +190,9 @@ def tile(rows: Rows, frames: Mapping[str, np.ndarray], height: int, width: int) 
     Returns:
         uint8 [t, height, width, 3]; a single camera's own array if it has that size.
     """
-    if len(rows) == len(rows[0]) == 1:
+    if len(rows) == len(rows[0]) == 1 and rows[0][0]:
         return resize_area(frames[rows[0][0]], height, width)
-    whole = np.zeros((len(frames[cameras(rows)[0]]), height, width, 3), np.uint8)
+    whole = np.zeros((len(next(iter(frames.values()))), height, width, 3), np.uint8)
     for names, top, bottom in zip(rows, *_edges(height, len(rows))):
         for name, left, right in zip(names, *_edges(width, len(names))):
             if name:

@@ -7,12 +7,13 @@
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import findings
-from data_pipelines.cameras import camera_rows, cameras, tile
+from data_pipelines.cameras import View, camera_rows, cameras, dataset_views, view_cameras
 from data_pipelines.episode import Episode
 from data_pipelines.findings import BLACK, Asked
 from data_pipelines.representations import Part
@@ -27,12 +28,23 @@ from data_pipelines.windows import (
 _DECODE_FRAMES = 4  # at a time: still in the processor's cache when they are resized
 
 
+class Shown(NamedTuple):
+    """What the windows of an episode show of a view."""
+
+    frames: np.ndarray  # uint8 [n, h, w, 3], resized, several cameras tiled into one
+    clips: np.ndarray  # each window's indices into `frames`, int64 [k, any]
+
+    def window(self, index: int) -> np.ndarray:
+        """The pictures of a window: uint8 [any, h, w, 3]."""
+        return self.frames[self.clips[index]]
+
+
 @dataclass(frozen=True)
 class EpisodeWindows:
     """All windows of one episode."""
 
-    frames: np.ndarray  # uint8 [n, h, w, 3], resized, several cameras tiled into one
-    clips: np.ndarray  # each window's indices into `frames`, int64 [k, observed + future]
+    video: Shown  # observed and future frames
+    views: dict[str, Shown]  # observed frames of every other view
     # anchor int64 [k] (nanoseconds), and where the dataset has them actions float32 [k, H, A] and
     # proprio float32 [k, P, D], not normalised, with actions_padded bool [k, H] and proprio_padded
     # bool [k, P], true where an edge value was repeated.
@@ -47,7 +59,8 @@ class EpisodeWindows:
         """Hash of the content; of the texts only where they are not the episode's own in turn."""
         state = hashlib.blake2b(digest_size=16)
         texts = (self.texts,) if self.sectioned else ()
-        for array in (self.frames, self.clips, *self.columns.values(), *texts):
+        views = [array for name in sorted(self.views) for array in self.views[name]]
+        for array in (*self.video, *self.columns.values(), *texts, *views):
             state.update(np.ascontiguousarray(array))
         return state.hexdigest()
 
@@ -63,8 +76,8 @@ def cut_episode(
 
     Args:
         episode: the episode.
-        dataset: `video` (see `camera_rows`), `action` and `proprio` (see `vectors.py`).
-        clip: height, width, observed_frames, future_frames, fps.
+        dataset: `video` and `views` (see `cameras.py`), `action` and `proprio` (see `vectors.py`).
+        clip: height, width, observed_frames, future_frames, fps, views.
         policy_io: `action {horizon, fps, shift, dim}` and `proprio {horizon, fps, dim}`.
         anchor_fps: windows per second of video; None makes one per frame.
 
@@ -72,45 +85,77 @@ def cut_episode(
         StreamMismatch: the config does not fit the dataset, which stops a job.
         ValueError: the episode cannot be cut, and is skipped.
     """
-    columns = cut_numbers(episode, dataset, policy_io, anchor_fps)
-    rows, at = camera_rows(dataset.video), columns["anchor"]
-    names = cameras(rows)
-    observed = WindowSpec(names[0], clip.observed_frames, clip.fps, look="past")
-    future = WindowSpec(names[0], clip.future_frames, clip.fps, shift=1 / clip.fps)
-    times = np.concatenate([request_times(observed, at), request_times(future, at)], axis=1)
-    shown = [nearest_indices(episode.streams[name].timestamps, times) for name in names]
-    # A tiled frame is a combination of the cameras' frames; each is made once, in decoding order.
-    used, clips = np.unique(
-        np.stack(shown, -1).reshape(-1, len(names)), axis=0, return_inverse=True
-    )
-    frames = np.empty((len(used), clip.height, clip.width, 3), np.uint8)
-    sizes: dict[str, tuple[int, ...]] = {}  # of each camera's pictures
-    black = list(names)  # the cameras that have shown nothing yet
-    for start in range(0, len(used), _DECODE_FRAMES):
-        part = used[start : start + _DECODE_FRAMES]
-        pictures = {name: episode.streams[name].values.read(i) for name, i in zip(names, part.T)}
-        for name, some in pictures.items():
-            if sizes.setdefault(name, some.shape[1:3]) != some.shape[1:3]:
-                both = f"{list(sizes[name])} and {list(some.shape[1:3])}"
-                raise ValueError(f"{name} has pictures of different sizes, {both}")
-        black = [name for name in black if pictures[name].mean() < BLACK]
-        frames[start : start + len(part)] = tile(rows, pictures, clip.height, clip.width)
-    asked = [Asked(name, times, clip.fps) for name in names]
+    columns = cut_numbers(episode, dataset, policy_io, anchor_fps, clip)
+    at = columns["anchor"]
+    video, *others = dataset_views(dataset, clip)
+    clock = video.cameras[0]
+    observed = WindowSpec(clock, clip.observed_frames, clip.fps, look="past")
+    future = WindowSpec(clock, clip.future_frames, clip.fps, shift=1 / clip.fps)
+    before = request_times(observed, at)
+    times = np.concatenate([before, request_times(future, at)], axis=1)
+    reader = _Reader(episode)
+    shown = reader.shown(video, times)
+    views = {view.name: reader.shown(view, before) for view in others}
+    asked = [Asked(name, wanted, clip.fps) for name, wanted in reader.wanted.items()]
     texts = texts_at(episode, at)
     given = [(episode.instructions or ("",))[i].strip() for i in np.unique(texts)]
     return EpisodeWindows(
-        frames,
-        clips.reshape(times.shape),
+        shown,
+        views,
         columns,
         texts,
         sectioned=bool(episode.sections),
         findings=(
-            *(f"{name} is black throughout an episode" for name in black),
+            *(f"{name} is black throughout an episode" for name in reader.black),
             *findings.in_texts(given),
             *findings.in_times(episode, dataset, policy_io, at, asked),
             *findings.in_numbers(episode, dataset),
         ),
     )
+
+
+class _Reader:
+    """Reads the pictures of an episode's views; notes the cameras that are always black."""
+
+    def __init__(self, episode: Episode):
+        self._episode, self._sizes, self._seen = episode, {}, set[str]()
+        self.wanted: dict[str, np.ndarray] = {}  # camera -> the first view's times
+
+    @property
+    def black(self) -> list[str]:
+        """The cameras that have shown nothing but black."""
+        return [name for name in self.wanted if name not in self._seen]
+
+    def shown(self, view: View, times: np.ndarray) -> Shown:
+        """A view at `times` [k, any]."""
+        names = view.cameras
+        if not names:
+            black = np.zeros((1, view.height, view.width, 3), np.uint8)
+            return Shown(black, np.zeros(times.shape, np.int64))
+        streams = [self._episode.streams[name] for name in names]
+        for name in names:
+            self.wanted.setdefault(name, times)
+        nearest = [nearest_indices(stream.timestamps, times) for stream in streams]
+        # A picture is a combination of the cameras' frames; each is made once, in decoding order.
+        used, clips = np.unique(
+            np.stack(nearest, -1).reshape(-1, len(names)), axis=0, return_inverse=True
+        )
+        frames = np.empty((len(used), view.height, view.width, 3), np.uint8)
+        for start in range(0, len(used), _DECODE_FRAMES):
+            part = used[start : start + _DECODE_FRAMES]
+            pictures = {name: s.values.read(i) for name, s, i in zip(names, streams, part.T)}
+            for name, some in pictures.items():
+                self._note(name, some)
+            frames[start : start + len(part)] = view.picture(pictures)
+        return Shown(frames, clips.reshape(times.shape))
+
+    def _note(self, camera: str, pictures: np.ndarray) -> None:
+        size = pictures.shape[1:3]
+        if self._sizes.setdefault(camera, size) != size:
+            both = f"{list(self._sizes[camera])} and {list(size)}"
+            raise ValueError(f"{camera} has pictures of different sizes, {both}")
+        if camera not in self._seen and pictures.mean() >= BLACK:
+            self._seen.add(camera)
 
 
 def check_finite(columns: Mapping[str, np.ndarray]) -> None:
@@ -145,11 +190,20 @@ def texts_at(episode: Episode, anchor: np.ndarray) -> np.ndarray:
 
 
 def cut_numbers(
-    episode: Episode, dataset: ConfigDict, policy_io: ConfigDict, anchor_fps: float | None = None
+    episode: Episode,
+    dataset: ConfigDict,
+    policy_io: ConfigDict,
+    anchor_fps: float | None = None,
+    clip: ConfigDict | None = None,
 ) -> dict[str, np.ndarray]:
-    """The `columns` of `cut_episode` from the same arguments; no frame is decoded."""
+    """The `columns` of `cut_episode` from the same arguments; no frame is decoded.
+
+    Without `clip` only the cameras of the predicted view need to be there.
+    """
     try:  # a fault of the config is the same for every episode, so it must stop the job
         names = cameras(camera_rows(dataset.video))
+        if clip is not None:
+            names = view_cameras(dataset_views(dataset, clip))
         action, proprio = parse(dataset.action, "action"), parse(dataset.proprio, "proprio")
         for parts, io in ((action, policy_io.action), (proprio, policy_io.proprio)):
             if parts:
@@ -170,8 +224,8 @@ def cut_numbers(
     # Some episodes of a dataset have fewer cameras, so this concerns the episode alone.
     if absent := [name for name in names if name not in episode.cameras]:
         raise ValueError(
-            f"config.datasets.{dataset.name}.video asks for the cameras {absent}, but there are "
-            f"only {list(episode.cameras)}"
+            f"config.datasets.{dataset.name}.{_setting(dataset, absent)} asks for the cameras "
+            f"{absent}, but there are only {list(episode.cameras)}"
         )
     if short := [name for name in used if len(episode.streams[name].timestamps) <= 2]:
         raise ValueError(f"two or fewer samples in {short}")
@@ -202,6 +256,11 @@ def cut_numbers(
                 raise StreamMismatch(f"{where}: {error}") from None
             columns |= {key: values, f"{key}_padded": padded}
     return columns
+
+
+def _setting(dataset: ConfigDict, absent: Sequence[str]) -> str:
+    """The setting that asks for cameras: "video" or "views"."""
+    return "video" if set(absent) & set(cameras(camera_rows(dataset.video))) else "views"
 
 
 def check_names(parts: Sequence[Part], names: Mapping[str, Sequence[str]]) -> None:

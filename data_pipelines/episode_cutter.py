@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from ml_collections import ConfigDict
 
+from data_pipelines.clip import VIDEO
 from data_pipelines.cutting import (
     EpisodeWindows,
     StreamMismatch,
@@ -21,7 +22,8 @@ from data_pipelines.episode import BadShare, Episode, split_of
 from data_pipelines.progress import Bar
 from data_pipelines.shards import Row, StoredTexts, TextEncoder, count
 
-Window = tuple[np.ndarray, dict[str, np.ndarray]]  # frames uint8 [t, h, w, 3], numeric columns
+# View -> its pictures uint8 [t, h, w, 3], and the numeric columns.
+Window = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
 LEAST_EPISODES = 20  # read before the share of bad ones may stop the job
 
@@ -71,7 +73,7 @@ class EpisodeCutter:
         if cuts is None:
             return row, iter(())
         self.config_fits = True
-        row |= {"count": len(cuts.clips), "digest": cuts.digest()}
+        row |= {"count": len(cuts.texts), "digest": cuts.digest()}
         return row, _windows(index, cuts)
 
     def windows(self, episode: Episode) -> EpisodeWindows:
@@ -96,10 +98,11 @@ class EpisodeCutter:
 
 
 def _windows(index: int, cuts: EpisodeWindows) -> Iterator[Window]:
-    for i, shown in enumerate(cuts.clips):
+    views = {VIDEO: cuts.video, **cuts.views}
+    for i, text in enumerate(cuts.texts):
         numbers = {name: column[i] for name, column in cuts.columns.items()}
-        numbers |= {"episode": np.int64(index), "text": cuts.texts[i]}
-        yield cuts.frames[shown], numbers
+        numbers |= {"episode": np.int64(index), "text": text}
+        yield {name: shown.window(i) for name, shown in views.items()}, numbers
 
 
 def report_skipped(row: Row, progress: Bar) -> None:
@@ -129,7 +132,7 @@ def sample_clips(
         max_bad_share: Highest permitted share of unreadable episodes among them.
 
     Yields:
-        float32 [n, frames, h, w, 3] in [-1, 1].
+        float32 [n, frames, h, w, 3] in [-1, 1], of one view after the other.
 
     Raises:
         StreamMismatch: If a config does not fit its episodes.
@@ -151,7 +154,8 @@ def sample_clips(
             report_skipped(row, progress)
             count(row, bad)
             rows = set(np.linspace(0, row["count"] - 1, clips_per_episode).astype(int))
-            clips = [frames for n, (frames, _) in enumerate(windows) if n in rows]
-            if clips:
-                yield np.stack(clips).astype(np.float32) / 127.5 - 1
+            chosen = [pictures for n, (pictures, _) in enumerate(windows) if n in rows]
+            for name in chosen[0] if chosen else ():
+                clips = np.stack([pictures[name] for pictures in chosen])
+                yield clips.astype(np.float32) / 127.5 - 1
     bad.check()

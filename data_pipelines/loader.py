@@ -17,7 +17,7 @@ import numpy as np
 
 from data_pipelines.episode import BadShare, PerTask
 from data_pipelines.normalize import VECTORS, Normalizers, require_padding_marks
-from data_pipelines.records import DamagedRecord, RecordDataset
+from data_pipelines.records import DamagedRecord, RecordDataset, is_latents
 from data_pipelines.vectors import mask, parse
 
 LEAST_SAMPLES = 200  # read before the share of damaged ones can stop a run
@@ -208,7 +208,8 @@ def record_mixture(
         max_bad_share: the share of damaged records above which the stream raises an error.
 
     Returns:
-        An endless Grain dataset of dicts: latents bfloat16 [t', h', w', 16], text float32 [l, d],
+        An endless Grain dataset of dicts: latents bfloat16 [t', h', w', 16], those of every
+        observed view (views/<name>), text float32 [l, d],
         and with normalizers, float32: actions [H, A], proprio [P, D], and action_mask [H, A], 1
         where an action is to be learned. For a dataset without actions all three are zeros.
 
@@ -238,7 +239,8 @@ def record_mixture(
         def window(place: int) -> Window:
             record = read(int(place))
             text = dataset.text(int(record["text"]))
-            return {"latents": record["latents"], "text": text} | vectors(record)
+            latents = {name: value for name, value in record.items() if is_latents(name)}
+            return latents | {"text": text} | vectors(record)
 
         return grain.MapDataset.range(start, len(order)).map(window)
 
@@ -339,8 +341,14 @@ def _check(
     if acting is not None and not acting:
         raise ValueError(f"Dataset {datasets[0].name!r} has no actions; train on video only.")
 
-    for alike, keys in ((datasets, ("latents", "text")), (acting or (), VECTORS)):
+    latents = dict.fromkeys(key for one in datasets for key in one.shapes if is_latents(key))
+    for alike, keys in ((datasets, (*latents, "text")), (acting or (), VECTORS)):
         for dataset, key in itertools.product(alike, keys):
+            if key not in dataset.shapes and is_latents(key):
+                raise ValueError(
+                    f"Datasets cannot be mixed: {dataset.name!r} has no {key}; encode them with "
+                    "the same settings."
+                )
             if key not in dataset.shapes:
                 raise ValueError(f"Dataset {dataset.name!r} has no {key}; train on video only.")
             shape, first = (

@@ -14,7 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from data_pipelines.cameras import camera_rows
+from data_pipelines.cameras import Rows, camera_rows, view_rows
 from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode
 from data_pipelines.records import RecordDataset
@@ -24,7 +24,7 @@ from data_pipelines.sources.formats import FORMATS, open_config
 from data_pipelines.vectors import StreamMismatch, parse
 
 # Settings of a dataset that say what its windows hold; they are part of the fingerprint.
-_CONTENT = ("name", "video", "action", "proprio", "embodiment")
+_CONTENT = ("name", "video", "views", "action", "proprio", "embodiment")
 # Those that say nothing about it; the others (format, path, options, ...) say where it comes from.
 _ELSEWHERE = ("records", "weight", "anchor_fps")
 _TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that records do not depend on
@@ -42,8 +42,12 @@ def encoding_settings(
     """Every setting that the records depend on; arguments as of `mvjax.encode.encode_dataset`."""
     windows = policy_io if dataset.action or dataset.proprio else {}
     source = {k: v for k, v in dataset.items() if k not in (*_CONTENT, *_ELSEWHERE)}
+    described = {name: dataset[name] for name in _CONTENT if name in dataset and name != "views"}
+    if views := clip.get("views"):  # a dataset may describe more
+        shown = dataset.get("views") or {}
+        described["views"] = {name: shown[name] for name in views if name in shown}
     settings = {
-        "dataset": {name: dataset[name] for name in _CONTENT if name in dataset},
+        "dataset": described,
         "source": source,
         "clip": clip,
         "policy_io": _recorded(windows),
@@ -240,5 +244,9 @@ def _vector(description: Any) -> list[Part]:
     return [replace(part, normalize=Mode.VARIANCE) for part in parse(description)]
 
 
+def _views(shown: Mapping[str, Any]) -> dict[str, Rows]:
+    return {name: view_rows(cameras) for name, cameras in shown.items()}
+
+
 # Settings that can be written in several ways -> what they mean.
-_FORMS = {"video": camera_rows, "action": _vector, "proprio": _vector}
+_FORMS = {"video": camera_rows, "views": _views, "action": _vector, "proprio": _vector}

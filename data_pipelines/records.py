@@ -27,12 +27,23 @@ from array_record.python.array_record_module import ArrayRecordReader, ArrayReco
 
 from data_pipelines import episode
 from data_pipelines.atomic import replacing, write_npz
+from data_pipelines.clip import VIDEO
 
 # Records are read one by one, in any order, so readahead would be wasted.
 _READER = {"options": "readahead_buffer_size:0", "file_reader_buffer_size": 1 << 15}
 # A group of one makes every record addressable by its own index.
 _WRITER = "group_size:1,uncompressed"
 _ALIGNMENT = 8  # bytes, of the buffers in a record
+
+
+def entry(view: str) -> str:
+    """The entry of a record, and of a batch, that holds the latents of a view."""
+    return "latents" if view == VIDEO else f"views/{view}"
+
+
+def is_latents(name: str) -> bool:
+    """Whether an entry holds the latents of a view."""
+    return name == "latents" or name.startswith("views/")
 
 
 class DamagedRecord(ValueError):
@@ -103,7 +114,8 @@ class RecordDataset:
         """One window, as read-only arrays.
 
         Returns:
-            latents bfloat16 [t', h', w', 16]; episode (row in `episodes`), anchor (nanoseconds) and
+            latents bfloat16 [t', h', w', 16], and of every observed view `views/<name>` bfloat16
+            [observed t', its h', its w', 16]; episode (row in `episodes`), anchor (nanoseconds) and
             text (row of the text table), int64 []; where the dataset has them actions float32
             [H, A] and proprio float32 [P, D], raw units, with actions_padded bool [H] and
             proprio_padded bool [P], true where the episode's first or last value was repeated.
@@ -169,7 +181,8 @@ class RecordDataset:
 
     def shard_columns(self, *names: str) -> Iterator[dict[str, np.ndarray]]:
         """Yields numeric columns, such as actions [n, H, A], by shard; no latents are read."""
-        missing = [name for name in names if name not in self.shapes or name in ("latents", "text")]
+        stored = [name for name in self.shapes if not is_latents(name) and name != "text"]
+        missing = [name for name in names if name not in stored]
         if missing:
             raise KeyError(f"Records of {self.name!r} have no column {missing} (in {self.path}).")
         return filter(None, self._columns(*names))

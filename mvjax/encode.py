@@ -28,7 +28,7 @@ from data_pipelines.episode_cutter import LEAST_EPISODES, EpisodeCutter, Window,
 from data_pipelines.lock import run_lock
 from data_pipelines.progress import Bar
 from data_pipelines.provenance import difference, encoding_settings
-from data_pipelines.records import RecordDataset, RecordWriter
+from data_pipelines.records import RecordDataset, RecordWriter, entry
 from data_pipelines.shards import (
     REMEDY,
     Row,
@@ -84,9 +84,9 @@ def encode_dataset(
     Episodes that cannot be read are reported, counted and named in the manifest with the reason.
 
     Args:
-        dataset: `name`, `embodiment`, the stream `video`, and the parts of `action` and `proprio`
-            ("" where absent; see `vectors.vector`).
-        clip: height, width, observed_frames, future_frames, fps.
+        dataset: `name`, `embodiment`, `video` and `views` (see `data_pipelines.cameras`), and the
+            parts of `action` and `proprio` ("" where absent; see `vectors.vector`).
+        clip: height, width, observed_frames, future_frames, fps, views.
         policy_io: Action and proprioception windows, see `cut_episode`.
         path: The records folder, shared by all processes.
         identity: Identifies the weights of tokenizer and text encoder, such as
@@ -229,7 +229,7 @@ def _encode_shard(
     columns = defaultdict(list)
     with RecordWriter(shard) as writer:
         for latents, numbers in _tokenise(windows(), tokenizer, batch_size):
-            writer.write({"latents": latents, **numbers})
+            writer.write({**latents, **numbers})
             for name, value in numbers.items():
                 columns[name].append(value)
     # The rows come last and in one file: a shard is finished exactly when this file exists.
@@ -254,21 +254,28 @@ def _read_ahead(cut: Cut, indices: range) -> Iterator[tuple[Row, Iterator[Window
 
 def _tokenise(
     windows: Iterator[Window], tokenizer: VideoTokenizer, batch_size: int
-) -> Iterator[Window]:
+) -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """The latents of every window by the entry of its record, and its numbers."""
     running = deque()  # results are fetched one batch late, so that the device never waits
     batch: list[Window] = []
 
-    def submit() -> None:
+    def encoded(view: str) -> Any:
         padded = batch + [batch[-1]] * (batch_size - len(batch))
-        video = np.stack([frames for frames, _ in padded]).astype(np.float32)
+        video = np.stack([pictures[view] for pictures, _ in padded]).astype(np.float32)
         video /= 127.5
         video -= 1.0
-        running.append((tokenizer.encode(video), [numbers for _, numbers in batch]))
+        return tokenizer.encode(video)
+
+    def submit() -> None:
+        latents = {entry(view): encoded(view) for view in batch[0][0]}
+        running.append((latents, [numbers for _, numbers in batch]))
         batch.clear()
 
-    def fetch() -> Iterator[Window]:
+    def fetch() -> Iterator[tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
         latents, numbers = running.popleft()
-        yield from zip(np.asarray(latents).astype(ml_dtypes.bfloat16), numbers)
+        latents = {key: np.asarray(x).astype(ml_dtypes.bfloat16) for key, x in latents.items()}
+        for i, columns in enumerate(numbers):
+            yield {key: x[i] for key, x in latents.items()}, columns
 
     for window in windows:
         batch.append(window)

@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_pipelines.clip import Clip
+from data_pipelines.clip import Clip, tokens
 
 
 def clip(**changes):
@@ -26,9 +26,24 @@ def test_published_lengths():
     assert one.tokens == 19_200
 
 
+def test_an_observed_view_adds_its_observed_latents():
+    """A wrist of 240x320 beside the published video: 600 tokens beside 19,200."""
+    sizes = dict(wrist=dict(height=240, width=320), elbow=dict(height=64, width=32))
+    one = clip(height=480, width=640, future_frames=56, fps=5.0, views=sizes)
+    assert one.view_shapes == {"elbow": (2, 8, 4, 16), "wrist": (2, 30, 40, 16)}
+    assert [tokens(shape) for shape in one.view_shapes.values()] == [16, 600]
+    assert one.tokens == 19_200 and clip().view_shapes == {}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        (
+            dict(views=dict(wrist=dict(height=40, width=64))),
+            "clip.views.wrist.height must be a mul",
+        ),
+        (dict(views=dict(wrist=dict(height=64))), r"wrist must be its height and width, got {'hei"),
+        (dict(views=dict(video=dict(height=64, width=64))), "'video' is the name of the predicted"),
         (dict(height=72), "clip.height must be a multiple of 16 pixels, got 72"),
         (dict(width=0), "clip.width must be a multiple of 16 pixels, got 0"),
         (dict(observed_frames=4), r"clip.observed_frames must be 1 \+ 4k .* got 4"),

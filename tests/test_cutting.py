@@ -79,10 +79,52 @@ def test_numbers_are_read_without_a_frame():
 
 def test_video_alone_has_an_anchor_per_frame():
     cuts = cut_episode(_episode(), _dataset(action="", proprio=""), CLIP, IO)
-    assert set(cuts.columns) == {"anchor"} and cuts.clips.shape == (N, 13)
+    assert set(cuts.columns) == {"anchor"} and cuts.video.clips.shape == (N, 13)
     k = 2 * (np.arange(13) - 4)  # 10 fps of 20
-    shown = cuts.frames[cuts.clips][..., 0, 0, 0]
+    shown = cuts.video.frames[cuts.video.clips][..., 0, 0, 0]
     np.testing.assert_array_equal(shown, np.clip(np.arange(N)[:, None] + k, 0, N - 1))
+
+
+def test_a_view_shows_its_own_cameras_at_the_observed_moments():
+    """Beside the video, which is what it is without; the clock is the video's first camera."""
+    sizes = dict(hand=dict(height=16, width=32), both=dict(height=32, width=16))
+    clip = ConfigDict(CLIP.to_dict() | dict(views=sizes))
+    dataset = _dataset()
+    dataset.views = dict(hand="wrist", both=(("side",), ("",)), unused="front")
+    episode = _episode()
+    cuts, alone = (
+        cut_episode(episode, dataset, clip, IO),
+        cut_episode(episode, _dataset(), CLIP, IO),
+    )
+    for mine, other in zip(
+        (*cuts.video, *cuts.columns.values()), (*alone.video, *alone.columns.values())
+    ):
+        np.testing.assert_array_equal(mine, other)
+    assert cuts.digest() != alone.digest() and set(cuts.views) == {"hand", "both"}
+    now = np.arange(N)[:, None] + 2 * np.arange(-4, 1)
+    frames = episode.streams["wrist"].values.data[np.maximum(now, 0)[7]]
+    np.testing.assert_array_equal(cuts.views["hand"].window(7), resize_area(frames, 16, 32))
+    both = cuts.views["both"].window(7)
+    assert both.shape == (5, 32, 16, 3) and both[:, :16].any() and not both[:, 16:].any()
+    dataset.views.hand = ""  # a dataset without that camera says so
+    cuts = cut_episode(episode, dataset, clip, IO)
+    assert not cuts.views["hand"].window(7).any() and cuts.findings == ()
+
+
+@pytest.mark.parametrize(
+    ("views", "error", "message"),
+    [
+        ({}, StreamMismatch, r"'toy': the model sees the view 'hand' .* set it to one, or to \"\""),
+        (dict(hand=("",)), StreamMismatch, "video must be a stream's name, several"),
+        (dict(hand="elbow"), ValueError, r"toy.views asks for the cameras \['elbow'\], .* only"),
+    ],
+)
+def test_a_view_without_a_camera_is_explained(views, error, message):
+    clip = ConfigDict(CLIP.to_dict() | dict(views=dict(hand=dict(height=16, width=32))))
+    dataset = _dataset()
+    dataset.views = views
+    with pytest.raises(error, match=message):
+        cut_episode(_episode(), dataset, clip, IO)
 
 
 def test_anchors_lie_where_all_parts_of_the_action_are():
@@ -268,8 +310,8 @@ def test_several_cameras_fill_one_frame():
     episode = _episode()
     rows = (("front", "side"), ("wrist",))
     cuts = cut_episode(episode, _dataset(rows), CLIP, IO)
-    assert cuts.frames.shape[1:] == (32, 48, 3)
-    clips = cuts.frames[cuts.clips]
+    assert cuts.video.frames.shape[1:] == (32, 48, 3)
+    clips = cuts.video.frames[cuts.video.clips]
     front, side, wrist = clips[..., 0, 0, 0], clips[..., 0, 24, 0], clips[..., 16, 0, 0]
     expected = np.clip(np.arange(N)[:, None] + 2 * (np.arange(13) - 4), 0, N - 1)
     np.testing.assert_array_equal(front, expected)

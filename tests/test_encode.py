@@ -28,7 +28,9 @@ from ml_collections import ConfigDict
 from data_pipelines.cutting import StreamMismatch, cut_episode
 from data_pipelines.episode import Section, Stream, TooManyBad, split_of
 from data_pipelines.episode_cutter import sample_clips
+from data_pipelines.frames import resize_area
 from data_pipelines.inspect_records import inspect_records
+from data_pipelines.loader import make_loader
 from data_pipelines.normalize import make_normalizers
 from data_pipelines.records import RecordDataset
 from data_pipelines.representations import Mode
@@ -58,6 +60,38 @@ def test_a_record_is_its_window(tmp_path):
         np.testing.assert_array_equal(
             dataset.text(int(record["text"])), TextEncoder().encode(source.instructions)[0]
         )
+
+
+def test_observed_views_are_encoded_beside_the_video(tmp_path):
+    """Their observed frames alone; the rest of a record is what it is without them."""
+    episodes = [episode(i) for i in range(3)]
+    clip = ConfigDict(CLIP.to_dict() | dict(views=dict(wrist=dict(height=16, width=32))))
+    dataset = ConfigDict(ROBOT.to_dict() | dict(views=dict(wrist="front", other="nowhere")))
+    plain, seen = (
+        encode(episodes, tmp_path / "plain"),
+        encode(episodes, tmp_path / "seen", dataset, clip=clip),
+    )
+    assert seen.shapes["views/wrist"] == (2, 2, 4, 16)
+    assert seen.settings["dataset"]["views"] == {"wrist": "front"}
+    for index in (0, 40, 89):
+        record = seen[index]
+        view = record.pop("views/wrist")
+        for key, value in plain[index].items():
+            np.testing.assert_array_equal(record[key], value)
+        frame = index % 30
+        shown = np.clip(frame + 2 * np.arange(-4, 1), 0, 29)
+        frames = resize_area(episodes[index // 30].streams["front"].values.data[shown], 16, 32)
+        latents = Tokenizer().encode((frames / 127.5 - 1)[None].astype(np.float32))[0]
+        np.testing.assert_allclose(view.astype(np.float32), latents, atol=0.01)
+    with pytest.raises(ValueError, match=r"clip.views is None there, .*'wrist'"):
+        encode(episodes, tmp_path / "plain", dataset, clip=clip)
+    other = ConfigDict(dataset.to_dict() | dict(views=dict(wrist=("front", ""))))
+    with pytest.raises(ValueError, match=r"dataset\.views\.wrist is 'front' there"):
+        encode(episodes, tmp_path / "seen", other, clip=clip)
+    batches = make_loader([seen], [1.0], 4, seed=0, split="train")
+    assert next(batches)["views/wrist"].shape == (4, 2, 2, 4, 16)
+    with pytest.raises(ValueError, match="'robot' has no views/wrist; encode them with the same"):
+        make_loader([seen, plain], [1.0, 1.0], 4, seed=0, split="train")
 
 
 def test_every_frame_is_decoded_once_and_batches_have_one_shape(tmp_path):
@@ -401,7 +435,7 @@ def test_episodes_and_windows_are_spread_evenly_over_every_source():
     assert len(clips) == 5
     for ours, (source, dataset) in zip(clips, [(robot[i], ROBOT) for i in (0, 2, 4)]):
         cuts = cut_episode(source, dataset, CLIP, POLICY_IO)
-        theirs = cuts.frames[cuts.clips[[0, 9, 19, 29]]].astype(np.float32) / 127.5 - 1
+        theirs = cuts.video.frames[cuts.video.clips[[0, 9, 19, 29]]].astype(np.float32) / 127.5 - 1
         np.testing.assert_array_equal(ours, theirs)
     short = _sample(([episode(0, n=3)], ROBOT))  # has fewer windows than are wanted
     assert short[0].shape == (3, 13, 16, 16, 3)

@@ -263,7 +263,7 @@ def decoding_speed(videos: Sequence[Path], rounds: int, threads: int) -> Pair:
 def _cut(path: Path) -> int:
     streams = {"video": VideoFile(path).stream()}
     episode = Episode(path.stem, "benchmark", "none", ("",), streams, ("video",))
-    return len(cut_episode(episode, VIDEO_ONLY, _CLIP, NO_POLICY, 1.0).frames)
+    return len(cut_episode(episode, VIDEO_ONLY, _CLIP, NO_POLICY, 1.0).video.frames)
 
 
 def _turn(work: Callable[[], float]) -> Turn:

@@ -10,6 +10,7 @@ from fractions import Fraction
 import numpy as np
 from ml_collections import ConfigDict
 
+from data_pipelines.clip import VIDEO
 from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode, split_of
 from mvjax.policy.observation import Observation
@@ -134,11 +135,12 @@ def windows_at(
     cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
     windows = []
     for moment in moments:
-        index = int(moment.at * len(cuts.clips))
-        past, future = np.split(cuts.frames[cuts.clips[index]], [config.clip.observed_frames])
+        index = int(moment.at * len(cuts.texts))
+        past, future = np.split(cuts.video.window(index), [config.clip.observed_frames])
+        seen = {VIDEO: past} | {name: view.window(index) for name, view in cuts.views.items()}
         proprio = cuts.columns["proprio"][index]
         anchor = int(cuts.columns["anchor"][index])
         text, name = episode.instructions_at(anchor)[0], (f"{moment.dataset}/{moment.id}", anchor)
-        observation = Observation(past, proprio, text, future, name, arranged=True)
+        observation = Observation(seen, proprio, text, {VIDEO: future}, name, arranged=True)
         windows.append(Window(moment, observation, cuts.columns["actions"][index]))
     return windows

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from data_pipelines.atomic import write_json
 from data_pipelines.cameras import camera_rows, cameras
+from data_pipelines.clip import VIDEO
 from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import NANOSECONDS, Episode
 from data_pipelines.lock import run_lock
@@ -119,9 +120,10 @@ def write_predictions(
     io = config.policy_io.proprio
     for episode in (episodes[held_out[i]] for i in chosen):
         cuts = cut_episode(episode, dataset, config.clip, config.policy_io)
-        third = len(cuts.clips) // 3
-        true = cuts.frames[cuts.clips[third]]
-        observed = true[: config.clip.observed_frames]
+        third = len(cuts.texts) // 3
+        true = cuts.video.window(third)
+        observed = {VIDEO: true[: config.clip.observed_frames]}
+        observed |= {name: view.window(third) for name, view in cuts.views.items()}
         anchor = int(cuts.columns["anchor"][third])
         instruction = episode.instructions_at(anchor)[0]
         proprio = np.zeros((io.horizon, io.dim), np.float32)  # the video model does not read it

@@ -8,14 +8,14 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_pipelines.cameras import View, camera_rows, dataset_views, view_cameras
+from data_pipelines.cameras import View, camera_rows, dataset_views, view_cameras, view_rows
 from data_pipelines.representations import REPRESENTATIONS, Mode, Part
 from data_pipelines.settings import differences, plain
 from data_pipelines.vectors import dims, parse
@@ -237,7 +237,8 @@ def check_trained(config: Any, meta: Mapping[str, Any], directory: Path) -> None
         records = json.loads(manifest.read_text())
         if records.get("fingerprint") not in meta.get("data_fingerprint", ()):
             continue  # they were encoded again since then
-        encoded = plain(_words(records["settings"]["dataset"]))
+        of_records = records["settings"]
+        encoded = plain(_words(of_records["dataset"], of_records["clip"].get("views") or ()))
         if different := differences(encoded, described, f"datasets.{name}"):
             raise ValueError(
                 f"{directory} was trained on records that do not match its configuration "
@@ -412,11 +413,12 @@ def _learned(config: Any) -> dict[str, Any]:
         vector: {key: value for key, value in io.items() if key != "mask_padding"}
         for vector, io in config["policy_io"].items()
     }
-    acting = {key: _words(d) for key, d in config["datasets"].items() if d["action"]}
+    views = config["clip"].get("views") or ()
+    acting = {key: _words(d, views) for key, d in config["datasets"].items() if d["action"]}
     return plain({"datasets": acting, "clip": config["clip"], "policy_io": windows})
 
 
-def _words(dataset: Any) -> dict[str, Any]:
+def _words(dataset: Any, views: Iterable[str]) -> dict[str, Any]:
     parts = {
         name: {
             str(number): vars(replace(part, normalize=Mode.VARIANCE))
@@ -424,4 +426,8 @@ def _words(dataset: Any) -> dict[str, Any]:
         }
         for name in ("action", "proprio")
     }
-    return parts | {"video": camera_rows(dataset["video"])}
+    shown = dataset.get("views") or {}
+    return parts | {
+        "video": camera_rows(dataset["video"]),
+        "views": {name: view_rows(shown[name]) for name in views if name in shown},
+    }
