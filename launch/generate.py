@@ -41,6 +41,9 @@ IMAGE = path_flag("image", "First frame, or a video whose last frames are observ
 TILED = flags.DEFINE_bool(
     "tiled", False, "The image is a tiling of several cameras, as in the training of the model."
 )
+VIEWS = flags.DEFINE_multi_string(
+    "view", [], "NAME=FILE, pictures as --image of a view that the model sees beside the video."
+)
 OUT = path_flag("out", "The .mp4 file to write.")
 PROMPT = flags.DEFINE_string("prompt", None, "Description of the video.")
 EMBEDDING = flags.DEFINE_string(
@@ -89,6 +92,10 @@ def main() -> None:
     sampling = Sampling(**config.sampler)
     observed = read_observed(Path(IMAGE.value), config.clip.observed_frames, config.clip.fps)
     check_tiled(config, observed, TILED.value)
+    views = {
+        name: read_observed(Path(path), len(observed), config.clip.fps)
+        for name, path in _named(VIEWS.value).items()
+    }
     clip = _clip(config, len(observed))
     tokenizer = load_matching_tokenizer(config.tokenizer, checkpoint)
     text, negative = _texts(config, checkpoint)
@@ -106,9 +113,9 @@ def main() -> None:
             if done == bar.total:
                 bar.close()  # before the video is decoded
 
-        texts = dict(guidance=GUIDANCE.value, negative=negative)
+        further = dict(views=views, guidance=GUIDANCE.value, negative=negative)
         video = generate(
-            model, tokenizer, clip, observed, text, sampling, **texts, progress=progress
+            model, tokenizer, clip, observed, text, sampling, **further, progress=progress
         )
     fps = max(round(clip.fps), 1)
     write_video(out, video, fps, crf=18)
@@ -117,6 +124,17 @@ def main() -> None:
         f"{out}: {len(video)} frames of {clip.height}x{clip.width} at {fps} frames per second, "
         f"{len(observed)} of them observed; {pace:.3g} s per step."
     )
+
+
+def _named(given: list[str]) -> dict[str, str]:
+    """File by view, of NAME=FILE each."""
+    named = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not name or not equals or not path or name in named:
+            raise ValueError(f"--view must be NAME=FILE, each name once; got {text!r}")
+        named[name] = path
+    return named
 
 
 def _clip(config: ConfigDict, observed: int) -> Clip:

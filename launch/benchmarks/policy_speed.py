@@ -22,7 +22,8 @@ import numpy as np
 import psutil
 from jax.sharding import NamedSharding, PartitionSpec
 
-from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL
+from data_pipelines.cameras import View
+from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL, tokens
 from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
 from launch.benchmarks.training_speed import take_turns
@@ -37,6 +38,7 @@ from mvjax.parallel import sharding_tree, split_ways
 from mvjax.pods.compile import DoesNotFit
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Inputs, Policy, VideoActionModel, medoid
+from mvjax.policy.robot import trained_robot
 from mvjax.training.bridge import abstract_backbone, load_backbone
 
 # --- The parts of a query, ours and PyTorch's, each to be called and timed alone ---
@@ -90,7 +92,7 @@ def compile_parts(policy: Policy, inputs: Inputs) -> dict[str, Any]:
     # The compiler is outside Python's lock: the whole takes no longer than its parts.
     with ThreadPoolExecutor(1) as beside, policy.devices():
         query = beside.submit(whole)
-        encode, clean = compiled(model.encode, tokenizer, inputs.video)
+        encode, clean = compiled(model.encode, tokenizer, inputs.video, inputs.views)
         args = backbone, clean, inputs.text, inputs.video_noise
         video, hidden = compiled(model.context, *args)
         context, kv = compiled(model.keys_values, decoder, hidden)
@@ -120,12 +122,12 @@ def our_parts(policy: Policy, observations: Sequence[Observation]) -> dict[str, 
         for program in compile_parts(policy, i).values()
     )
     chunks = act(weights, i)
-    clean = encode(tokenizer, i.video)
+    clean = encode(tokenizer, i.video, i.views)
     hidden = video(backbone, clean, i.text, i.video_noise)
     read = lambda _=None: context(decoder, hidden)  # noqa: E731
     return {
         "prepare": Part(prepare),
-        "encode": Part(lambda _: encode(tokenizer, i.video)),
+        "encode": Part(lambda _: encode(tokenizer, i.video, i.views)),
         "video": Part(lambda _: video(backbone, clean, i.text, i.video_noise)),
         "context": Part(read),
         # Keys and values can be most of the memory, so they exist only while they are needed.
@@ -169,12 +171,18 @@ def part_flops(policy: Policy) -> dict[str, float]:
     model, sampling = policy.model, policy.model.sampling
     clip, backbone, decoder = model.clip, model.backbone.config, model.decoder.config
     text = policy.text_encoder.encode(["text"]).shape[1]
-    video = partial(video_dit_flops, backbone, clip.latent_shape[:3], text)
+    views = clip.view_shapes
+    video = partial(video_dit_flops, backbone, clip.latent_shape, text, views=views.values())
+    context_tokens = clip.tokens + sum(map(tokens, views.values()))
     keys_values, actions = sampling_flops(
-        decoder, clip.tokens, sampling.draws, sampling.action_steps
+        decoder, context_tokens, sampling.draws, sampling.action_steps
     )
-    frames = (1, clip.observed_frames, clip.height, clip.width, 3)
-    encode = jax.jit(model.encode).lower(policy.weights[0], jax.ShapeDtypeStruct(frames, np.uint8))
+    seen, *others = (
+        jax.ShapeDtypeStruct((1, clip.observed_frames, view.height, view.width, 3), np.uint8)
+        for view in policy.views
+    )
+    others = {view.name: shape for view, shape in zip(policy.views[1:], others)}
+    encode = jax.jit(model.encode).lower(policy.weights[0], seen, others)
     flops = {
         # Counted by the compiler: the borders of convolutions are not worth a formula.
         "encode": (encode.cost_analysis() or {}).get("flops", 0.0),
@@ -266,17 +274,23 @@ def untrained_policy(
         batch_size=-(-batch_size // ways) * ways,
         mesh=mesh,
         rules=rules,
+        views=trained_robot(config).views,
     )
 
 
 def random_observations(policy: Policy, count: int) -> list[Observation]:
     """Observations of noise, with different pictures and texts."""
-    rng, clip, sizes = np.random.default_rng(0), policy.model.clip, policy.model.decoder.config
-    frames = (clip.observed_frames, clip.height, clip.width, 3)
+    rng, count_of = np.random.default_rng(0), policy.model.clip.observed_frames
+    sizes = policy.model.decoder.config
     proprio = (sizes.proprio_horizon, sizes.proprio_dim)
+
+    def picture(view: View) -> np.ndarray:
+        return rng.integers(0, 256, (count_of, view.height, view.width, 3), np.uint8)
+
     return [
         Observation(
-            frames=rng.integers(0, 256, frames, np.uint8),
+            frames={view.name: picture(view) for view in policy.views},
+            arranged=True,
             proprio=rng.standard_normal(proprio, np.float32),
             instruction=f"put object {i} on the shelf",
             noise_key=("benchmark", i),

@@ -45,7 +45,15 @@ from mvjax.flow import Trajectory, advance, schedule, start
 from mvjax.identity import FILE, claim, described
 from mvjax.parallel import everywhere
 from mvjax.policy.load import load_policy
-from mvjax.policy.policy import Inputs, Policy, VideoActionModel, Weights, medoid, to_pixels
+from mvjax.policy.policy import (
+    Inputs,
+    Policy,
+    Scene,
+    VideoActionModel,
+    Weights,
+    medoid,
+    to_pixels,
+)
 from mvjax.training.bridge import find_checkpoint
 
 _UNREADABLE = "unreadable"  # key of the reason in the file of a moment that could not be read
@@ -223,11 +231,11 @@ def _batch_errors(
     inputs = policy.inputs([window.observation for window in batch], with_future=True)
     from_true, from_generated = [], []
     with policy.devices():
-        clean = _encode(model, policy.weights, inputs.video)
+        clean = _encode(model, policy.weights, inputs)
         here = start(inputs.video_noise, sigmas)
         for k, (sigma, coefficients) in enumerate(zip(*schedule(sigmas))):
             if k in stop_steps:
-                noisy = clean + sigma * inputs.video_noise
+                noisy = clean.video + sigma * inputs.video_noise
                 for video, chunks in ((noisy, from_true), (here.x, from_generated)):
                     act = _act(model, policy.weights, video, clean, sigma, inputs)
                     chunks.append(np.asarray(act))
@@ -255,8 +263,8 @@ def _batch_errors(
 
 
 @partial(jax.jit, static_argnums=0)
-def _encode(model: VideoActionModel, weights: Weights, video: jax.Array) -> jax.Array:
-    return model.encode(weights[0], video)
+def _encode(model: VideoActionModel, weights: Weights, inputs: Inputs) -> Scene:
+    return model.encode(weights[0], inputs.video, inputs.views)
 
 
 @partial(jax.jit, static_argnums=0)
@@ -271,7 +279,8 @@ def _act(model, weights: Weights, x, clean, sigma, inputs: Inputs) -> jax.Array:
 def _step(
     model, weights: Weights, here: Trajectory, clean, sigma, coefficients, inputs: Inputs
 ) -> Trajectory:
-    x0 = model.denoised(weights[1], here.x, clean, jnp.full((len(clean), 1), sigma), inputs.text)
+    level = jnp.full((len(here.x), 1), sigma)
+    x0 = model.denoised(weights[1], here.x, clean, level, inputs.text)
     return advance(here, x0, coefficients)
 
 

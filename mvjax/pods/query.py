@@ -9,7 +9,7 @@ chips and starting the program take the host's time, which comes on top.
 import math
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -224,21 +224,23 @@ def _abstract_inputs(
 ) -> Inputs:
     clip, sizes, text = model.clip, model.decoder.config, experiment.config.text
     frames = clip.frames if model.sampling.oracle else clip.observed_frames
-    shapes = Inputs(
-        video=(frames, clip.height, clip.width, 3),
-        text=(text.length, text.dim),
-        proprio=(sizes.proprio_horizon, sizes.proprio_dim),
-        video_noise=clip.latent_shape,
-        action_noise=(model.sampling.draws, sizes.action_horizon, sizes.action_dim),
-    )
 
-    def placed(name: str, shape: tuple[int, ...]) -> jax.ShapeDtypeStruct:
+    def placed(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
         axes = ("batch", *[None] * len(shape))
         sharding = NamedSharding(mesh, spec(axes, experiment.rules))
-        dtype = jnp.uint8 if name == "video" else jnp.float32
         return jax.ShapeDtypeStruct((batch, *shape), dtype, sharding=sharding)
 
-    return Inputs(**{name: placed(name, shape) for name, shape in shapes._asdict().items()})
+    def pictures(count: int, size: Mapping[str, int]) -> jax.ShapeDtypeStruct:
+        return placed(count, size["height"], size["width"], 3, dtype=jnp.uint8)
+
+    return Inputs(
+        video=pictures(frames, dict(height=clip.height, width=clip.width)),
+        views={name: pictures(clip.observed_frames, size) for name, size in clip.views.items()},
+        text=placed(text.length, text.dim),
+        proprio=placed(sizes.proprio_horizon, sizes.proprio_dim),
+        video_noise=placed(*clip.latent_shape),
+        action_noise=placed(model.sampling.draws, sizes.action_horizon, sizes.action_dim),
+    )
 
 
 # --- Programs ---
@@ -255,7 +257,7 @@ def _stages(model: VideoActionModel, weights: Any, i: Inputs) -> dict[str, Any]:
         sigma = jnp.float32(model.sampling.stop_sigma)
         return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
-    encode, clean = _compiled(model.encode, tokenizer, i.video)
+    encode, clean = _compiled(model.encode, tokenizer, i.video, i.views)
     video, hidden = _compiled(model.context, backbone, clean, i.text, i.video_noise)
     context, context_kv = _compiled(model.keys_values, decoder, hidden)
     actions, _ = _compiled(choose, decoder, context_kv, i.proprio, i.action_noise)

@@ -5,10 +5,11 @@ progress, so here a Python loop calls one compiled step.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -51,12 +52,14 @@ class Conditions(NamedTuple):
         text: embedding [1, l, dim]; with guidance [2, l, dim], the negative text second.
         guidance: g of x0 = x0_c + g (x0_c - x0_u), a scalar, where x0_u is predicted for the
             negative text.
+        views: latents of every other view [1, condition_latents, its h, its w, c].
     """
 
     clean: Array
     mask: Array
     text: Array
     guidance: Array
+    views: Mapping[str, Array]
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: `self` is static under jit
@@ -98,13 +101,19 @@ class VideoModel:
         return jax.lax.with_sharding_constraint(advance(here, x0, coefficients), whole)
 
     def _clean_prediction(self, params, x, conditions, sigma) -> Array:
-        clean, mask, text, guidance = conditions
+        _, mask, text, guidance, _ = conditions
         copies = len(text)
-        x, clean, mask = (jnp.repeat(array, copies, axis=0) for array in (x, clean, mask))
+
+        def repeated(latents: Array) -> Array:
+            return jnp.repeat(rounded(latents, self.network.config.precision), copies, axis=0)
+
+        clean, views = jax.tree.map(repeated, (conditions.clean, conditions.views))
+        x, mask = (jnp.repeat(array, copies, axis=0) for array in (x, mask))
         net = self.network.bind(params)
-        clean = rounded(clean, self.network.config.precision)
-        velocity = lambda i: net(i.latents, i.timesteps, text, i.condition_mask)  # noqa: E731
-        x0 = denoise(velocity, x, clean, jnp.full((copies, 1), sigma), mask)
+        velocity = lambda i: net(  # noqa: E731
+            i.latents, i.timesteps, text, i.condition_mask, views=i.views
+        )
+        x0 = denoise(velocity, x, clean, jnp.full((copies, 1), sigma), mask, views)
         return x0 if copies == 1 else x0[:1] + guidance * (x0[:1] - x0[1:])
 
 
@@ -116,6 +125,7 @@ def generate(
     text: np.ndarray,
     sampling: Sampling,
     *,
+    views: Mapping[str, np.ndarray] = MappingProxyType({}),
     guidance: float = 0.0,
     negative: np.ndarray | None = None,
     progress: Callable[[int], None] = lambda evaluations: None,
@@ -132,6 +142,7 @@ def generate(
             cover the clip's size, and cropped to their centre.
         text: embedding of the prompt, float32 [l, dim].
         sampling: sets the noise levels and the seed.
+        views: of every other view (`clip.views`) its observed frames, as `frames`.
         guidance: see `Conditions`; 0 (mimic-video's; Cosmos-Predict2's is 7) runs the network once
             per evaluation instead of twice.
         negative: embedding of the negative text, needed with guidance.
@@ -145,6 +156,17 @@ def generate(
         raise ValueError(
             f"got {len(frames)} observed frames, but clip.observed_frames is {clip.observed_frames}"
         )
+    if set(views) != set(clip.views):
+        raise ValueError(
+            f"Beside the video this model sees the views {', '.join(clip.views) or '(none)'}, but "
+            f"got pictures of {', '.join(views) or 'none'}: give each with --view=NAME=FILE."
+        )
+    for name, pictures in views.items():
+        if len(pictures) != len(frames):
+            raise ValueError(
+                f"The view {name!r} has {len(pictures)} observed frames, but the video has "
+                f"{len(frames)}: give equally many."
+            )
     if guidance < 0:
         raise ValueError(f"guidance must be 0 (none) or more, got {guidance}")
     texts = [text]
@@ -155,18 +177,23 @@ def generate(
                 f"{None if negative is None else negative.shape}."
             )
         texts.append(negative)
-    video = cover(frames, clip.height, clip.width)[None].astype(np.float32) / 127.5 - 1
+
+    def latents(pictures: np.ndarray, height: int, width: int) -> np.ndarray:
+        video = cover(pictures, height, width)[None].astype(np.float32) / 127.5 - 1
+        return np.asarray(tokenizer.encode(video))
+
     clean = np.zeros((1, *clip.latent_shape), np.float32)
-    clean[:, : clip.condition_latents] = np.asarray(tokenizer.encode(video))
+    clean[:, : clip.condition_latents] = latents(frames, clip.height, clip.width)
     conditions = Conditions(
         clean=clean,
         mask=np.asarray(condition_mask(np.full(1, clip.condition_latents), clip.latent_frames)),
         text=np.stack(texts),
         guidance=np.float32(guidance),
+        views={name: latents(views[name], **size) for name, size in clip.views.items()},
     )
     noise = published_noise(sampling.seed, clean.shape)
-    latents = model.sample(noise, conditions, sampling, progress)
-    decoded = np.asarray(tokenizer.decode(latents))[0]
+    made = model.sample(noise, conditions, sampling, progress)
+    decoded = np.asarray(tokenizer.decode(made))[0]
     return np.clip(np.round((decoded + 1) * 127.5), 0, 255).astype(np.uint8)
 
 

@@ -32,11 +32,11 @@ from mvjax.models.attention import KeysValues
 from mvjax.models.layers import rounded
 from mvjax.models.network import Network, Params
 from mvjax.parallel import Rules, make_mesh, make_rules, spec, split_ways, use_rules
-from mvjax.policy.observation import Frames, Observation
+from mvjax.policy.observation import Observation
 
 # The computation of a query, as pure functions:
 #
-#     video ─ encode ─▶ latents ─ context ─▶ hidden states after block k ─ actions ─▶ chunks
+#     pictures ─ encode ─▶ latents ─ context ─▶ hidden states after block k ─ actions ─▶ chunks
 #
 # `act` is all of it in one compiled program, and `act_and_predict` adds the predicted video. The
 # parts are public for benchmarks and the offline evaluation.
@@ -50,6 +50,7 @@ class Inputs(NamedTuple):
 
     Attributes:
         video: uint8 [b, frames, h, w, 3], the observed frames, or all of the clip (oracle).
+        views: the observed frames of every other view, uint8 [b, observed, its h, its w, 3].
         text: embeddings float32 [b, l, d].
         proprio: normalised float32 [b, proprio_horizon, dim].
         video_noise: standard normal [b, latent_frames, h/8, w/8, 16].
@@ -57,10 +58,23 @@ class Inputs(NamedTuple):
     """
 
     video: Array
+    views: Mapping[str, Array]
     text: Array
     proprio: Array
     video_noise: Array
     action_noise: Array
+
+
+class Scene(NamedTuple):
+    """Clean latents of what the policy sees.
+
+    Attributes:
+        video: [b, latent_frames, h/8, w/8, 16]; only the observed ones are read, or all (oracle).
+        views: of every other view, its observed ones [b, condition_latents, its h/8, its w/8, 16].
+    """
+
+    video: Array
+    views: Mapping[str, Array]
 
 
 @dataclass(frozen=True, eq=False)  # compared and hashed by identity: `self` is static under jit
@@ -80,25 +94,26 @@ class VideoActionModel:
     decoder: Network
     sampling: Sampling
 
-    def encode(self, tokenizer: Any, video: Array) -> Array:
-        """Encodes the observed frames, or all of the clip (oracle), uint8 [b, frames, h, w, 3].
+    def encode(self, tokenizer: Any, video: Array, views: Mapping[str, Array]) -> Scene:
+        """Encodes pictures as of `Inputs`; zeros for frames of the video that are not given."""
 
-        Returns:
-            Latents [b, latent_frames, h/8, w/8, 16]; zeros for frames that are not given.
-        """
-        latents = tokenizer.encode(video.astype(jnp.float32) / 127.5 - 1)
-        latents = rounded(latents, self.backbone.config.precision)
-        missing = self.clip.latent_frames - latents.shape[1]
-        return jnp.pad(latents, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+        def latents(pictures: Array) -> Array:
+            encoded = tokenizer.encode(pictures.astype(jnp.float32) / 127.5 - 1)
+            return rounded(encoded, self.backbone.config.precision)
 
-    def context(self, params: Params, clean: Array, text: Array, noise: Array) -> Array:
+        given = latents(video)
+        missing = self.clip.latent_frames - given.shape[1]
+        whole = jnp.pad(given, ((0, 0), (0, missing), (0, 0), (0, 0), (0, 0)))
+        return Scene(whole, {name: latents(pictures) for name, pictures in views.items()})
+
+    def context(self, params: Params, clean: Scene, text: Array, noise: Array) -> Array:
         """Returns the hidden states after block k of the video at noise level σ_K.
 
         Args:
             params: of the video DiT.
-            clean: latents of `encode`; only the observed ones are read, or all (oracle).
+            clean: of `encode`.
             text: embeddings [b, l, d].
-            noise: standard normal, of the shape of `clean`.
+            noise: standard normal, of the shape of `clean.video`.
 
         Returns:
             [b, tokens, width].
@@ -108,19 +123,24 @@ class VideoActionModel:
         else:
             begin = start(noise, self.sampling.sigmas)
             x = self._denoise(params, begin, clean, text, last=self.sampling.stop_step).x
-        return self.read(params, x, clean, self._sigma(len(clean)), text)
+        return self.read(params, x, clean, self._sigma(len(x)), text)
 
-    def read(self, params: Params, x: Array, clean: Array, sigma: Array, text: Array) -> Array:
+    def read(self, params: Params, x: Array, clean: Scene, sigma: Array, text: Array) -> Array:
         """Returns the hidden states after block k of noisy latents `x` at noise level [b, 1]."""
-        i = network_input(x, clean, sigma, self._condition_mask(len(x)))
+        i = network_input(x, clean.video, sigma, self._condition_mask(len(x)), clean.views)
         net = self.backbone.bind(params)
-        return net.hidden(i.latents, i.timesteps, text, i.condition_mask, layer=self.layer)
+        return net.hidden(
+            i.latents, i.timesteps, text, i.condition_mask, views=i.views, layer=self.layer
+        )
 
-    def denoised(self, params: Params, x: Array, clean: Array, sigma: Array, text: Array) -> Array:
+    def denoised(self, params: Params, x: Array, clean: Scene, sigma: Array, text: Array) -> Array:
         """Returns the clean latents that the video DiT predicts from `x` at noise level [b, 1]."""
         net = self.backbone.bind(params)
-        velocity = lambda i: net(i.latents, i.timesteps, text, i.condition_mask)  # noqa: E731
-        return denoise(velocity, x, clean, sigma, self._condition_mask(len(x)))
+        velocity = lambda i: net(  # noqa: E731
+            i.latents, i.timesteps, text, i.condition_mask, views=i.views
+        )
+        mask = self._condition_mask(len(x))
+        return denoise(velocity, x, clean.video, sigma, mask, clean.views)
 
     def actions(
         self, params: Params, context: Array, sigma: Array, proprio: Array, noise: Array
@@ -159,7 +179,7 @@ class VideoActionModel:
     def act(self, weights: Weights, inputs: Inputs) -> Array:
         """Answers queries with normalised chunks, float32 [b, horizon, dim]."""
         tokenizer, backbone, decoder = weights
-        clean = self.encode(tokenizer, inputs.video)
+        clean = self.encode(tokenizer, inputs.video, inputs.views)
         context = self.context(backbone, clean, inputs.text, inputs.video_noise)
         return self._chunks(decoder, context, inputs)
 
@@ -167,7 +187,7 @@ class VideoActionModel:
     def predict(self, weights: Weights, inputs: Inputs) -> Array:
         """Predicts the fully denoised clip, uint8 [b, frames, h, w, 3]."""
         tokenizer, backbone, _ = weights
-        clean = self.encode(tokenizer, inputs.video)
+        clean = self.encode(tokenizer, inputs.video, inputs.views)
         begin = start(inputs.video_noise, self.sampling.sigmas)
         end = self._denoise(backbone, begin, clean, inputs.text)
         return to_pixels(tokenizer, end.x)
@@ -180,7 +200,8 @@ class VideoActionModel:
         """
         tokenizer, backbone, decoder = weights
         text, noise, stop = inputs.text, inputs.video_noise, self.sampling.stop_step
-        clean, begin = self.encode(tokenizer, inputs.video), start(noise, self.sampling.sigmas)
+        clean = self.encode(tokenizer, inputs.video, inputs.views)
+        begin = start(noise, self.sampling.sigmas)
         here = self._denoise(backbone, begin, clean, text, last=stop)
         x = self._true_future(clean, noise) if self.sampling.oracle else here.x
         context = self.read(backbone, x, clean, self._sigma(len(x)), text)
@@ -191,11 +212,11 @@ class VideoActionModel:
         sigma = jnp.float32(self.sampling.stop_sigma)
         return medoid(self.actions(decoder, context, sigma, inputs.proprio, inputs.action_noise))
 
-    def _true_future(self, clean: Array, noise: Array) -> Array:
-        return clean + self.sampling.stop_sigma * noise
+    def _true_future(self, clean: Scene, noise: Array) -> Array:
+        return clean.video + self.sampling.stop_sigma * noise
 
     def _denoise(
-        self, params: Params, here: Trajectory, clean: Array, text: Array, **steps: int
+        self, params: Params, here: Trajectory, clean: Scene, text: Array, **steps: int
     ) -> Trajectory:
         """`sample_video` with the video DiT; `steps` are its `first` and `last`."""
         denoise = lambda x, sigma: self.denoised(params, x, clean, sigma, text)  # noqa: E731
@@ -240,8 +261,8 @@ class Policy:
         normalizer: of "proprio" and "actions".
         batch_size: queries per compiled batch, a multiple of the devices that share a batch.
         mesh, rules: the devices, and how batch and networks are split over them.
-        views: the pictures that it sees and their cameras; () if they are not known: then there is
-            one, of the clip's size.
+        views: the pictures that it sees and their cameras, "video" first; () if they are not known:
+            then there is one, of the clip's size.
         identity: what was loaded ("what": digests and settings) and "where", as JSON values
             (`mvjax.identity`); without the sampling, which is `model.sampling`.
     """
@@ -306,10 +327,14 @@ class Policy:
     def blank_observation(self) -> Observation:
         """Returns a query of the right shapes, all zeros."""
         clip, config = self.model.clip, self.model.decoder.config
-        frames = np.zeros((clip.frames, clip.height, clip.width, 3), np.uint8)
         proprio = np.zeros((config.proprio_horizon, config.proprio_dim), np.float32)
-        observed, future = np.split(frames, [clip.observed_frames])
-        return Observation(observed, proprio, "", future, ("blank", 0), arranged=True)
+
+        def black(view: View, frames: int) -> np.ndarray:
+            return np.zeros((frames, view.height, view.width, 3), np.uint8)
+
+        frames = {view.name: black(view, clip.observed_frames) for view in self.views}
+        future = {VIDEO: black(self.views[0], clip.future_frames)}
+        return Observation(frames, proprio, "", future, ("blank", 0), arranged=True)
 
     def batches(self, observations: Sequence[Observation]) -> Iterator[list[Observation]]:
         """Yields batches of `batch_size`; the last one is padded with its last query."""
@@ -325,10 +350,17 @@ class Policy:
 
     def inputs(self, batch: Sequence[Observation], with_future: bool) -> Inputs:
         """Checks `batch_size` queries and moves them to the devices, with their futures or not."""
-        video = self._video(batch, with_future)
+        pictures = [self._pictures(observation, with_future) for observation in batch]
+        video, *views = (
+            self._split(np.stack([one[view.name] for one in pictures])) for view in self.views
+        )
         proprio = self.normalizer.normalize("proprio", np.stack([o.proprio for o in batch]))
-        arrays = map(self._split, (video, self._text(batch), proprio))
-        return Inputs(*arrays, *self._noise(batch))
+        return Inputs(
+            video,
+            {view.name: array for view, array in zip(self.views[1:], views)},
+            *map(self._split, (self._text(batch), proprio)),
+            *self._noise(batch),
+        )
 
     def _answer(
         self,
@@ -349,29 +381,26 @@ class Policy:
         axes = ("batch", *[None] * (array.ndim - 1))
         return jax.device_put(array, NamedSharding(self.mesh, spec(axes, self.rules)))
 
-    def _video(self, batch: Sequence[Observation], with_future: bool) -> np.ndarray:
-        """The predicted view of every query, uint8 [b, frames, h, w, 3]."""
-        clip, videos = self.model.clip, []
-        for o in batch:
-            frames = self._pictures(o.frames, o.arranged)
-            if len(frames) != clip.observed_frames:
+    def _pictures(self, o: Observation, with_future: bool) -> dict[str, np.ndarray]:
+        """The frames of every view of a query, "video" with the future after them or not."""
+        clip = self.model.clip
+        pictures = arrange(self.views, o.frames, arranged=o.arranged)
+        if (count := len(pictures[VIDEO])) != clip.observed_frames:
+            raise ValueError(
+                f"An observation has {count} frames; this policy was trained with "
+                f"clip.observed_frames = {clip.observed_frames}."
+            )
+        if with_future:
+            future: Any = ()
+            if o.future is not None:
+                future = arrange(self.views[:1], o.future, arranged=o.arranged)[VIDEO]
+            if len(future) != clip.future_frames:
                 raise ValueError(
-                    f"An observation has {len(frames)} frames; this policy was trained with "
-                    f"clip.observed_frames = {clip.observed_frames}."
+                    f"Oracle mode needs observations with the {clip.future_frames} true future "
+                    f"frames, got {len(future)}."
                 )
-            if with_future:
-                future = () if o.future is None else self._pictures(o.future, o.arranged)
-                if len(future) != clip.future_frames:
-                    raise ValueError(
-                        f"Oracle mode needs observations with the {clip.future_frames} true future "
-                        f"frames, got {len(future)}."
-                    )
-                frames = np.concatenate([frames, future])
-            videos.append(frames)
-        return np.stack(videos)
-
-    def _pictures(self, frames: Frames, arranged: bool) -> np.ndarray:
-        return arrange(self.views, frames, arranged=arranged)[VIDEO]
+            pictures[VIDEO] = np.concatenate([pictures[VIDEO], future])
+        return pictures
 
     def _text(self, batch: Sequence[Observation]) -> np.ndarray:
         # One at a time, so that the encoder is compiled for one shape only.
