@@ -17,6 +17,7 @@ def skeleton(run_dir: str) -> ConfigDict:
     config.run_dir = FieldReference(run_dir)  # where records and the runs of both stages go
     config.max_bad_share = 0.05  # of unreadable episodes or records; above it the work stops
     config.embodiment = ""  # whose normalizer a policy takes, where a run has those of several
+    config.views = dict()  # beside the video, by name: dict(height, width) of what is only observed
     config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)  # rank 0: all learns
     config.sampler = dict(action_steps=10, sigma_max=80.0, seed=0)
     config.mesh = dict(context=1, tensor=1)

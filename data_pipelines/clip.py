@@ -18,11 +18,7 @@ class Clip:
     fps: float
 
     def __post_init__(self):
-        for name, pixels in (("height", self.height), ("width", self.width)):
-            if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
-                raise ValueError(
-                    f"clip.{name} must be a multiple of {PIXELS_PER_TOKEN} pixels, got {pixels}."
-                )
+        _check_pixels("clip", self.height, self.width)
         if self.observed_frames < 1 or (self.observed_frames - 1) % TEMPORAL:
             raise ValueError(
                 "clip.observed_frames must be 1 + 4k (the tokenizer takes the first frame alone, "
@@ -57,8 +53,32 @@ class Clip:
 
     @property
     def tokens(self) -> int:
-        """Length of the video DiT's sequence."""
-        return self.latent_frames * self.height * self.width // PIXELS_PER_TOKEN**2
+        """Tokens of the video DiT for this video, without those of observed views."""
+        return tokens(self.latent_shape)
+
+    def view_latents(self, name: str, height: int, width: int) -> tuple[int, int, int, int]:
+        """Latents of an observed view, as `latent_shape`: it has the observed frames and no others.
+
+        Args:
+            name: of the view, for messages.
+            height, width: of its picture in pixels, multiples of 16.
+        """
+        _check_pixels(f"views.{name}", height, width)
+        return (self.condition_latents, height // SPATIAL, width // SPATIAL, CHANNELS)
+
+
+def tokens(latent_shape: tuple[int, ...]) -> int:
+    """Tokens of the video DiT for latents (frames, height, width, ...)."""
+    t, h, w = latent_shape[:3]
+    return t * (h // PATCH) * (w // PATCH)
+
+
+def _check_pixels(section: str, height: int, width: int) -> None:
+    for name, pixels in (("height", height), ("width", width)):
+        if pixels < PIXELS_PER_TOKEN or pixels % PIXELS_PER_TOKEN:
+            raise ValueError(
+                f"{section}.{name} must be a multiple of {PIXELS_PER_TOKEN} pixels, got {pixels}."
+            )
 
 
 def check_frames(frames: int) -> None:

@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.clip import CHANNELS, Clip
+from data_pipelines.clip import CHANNELS, Clip, tokens
 from mvjax.flow import Sampling
 from mvjax.models.action_decoder import ActionDecoderConfig
 from mvjax.models.lora import LoRA
@@ -79,6 +79,21 @@ class Experiment:
         return Clip(**self.config.clip)
 
     @cached_property
+    def views(self) -> dict[str, tuple[int, int, int, int]]:
+        """The latents of every observed view by its name, in the order of the names.
+
+        A view is what the video DiT reads beside the video that it predicts, such as a wrist
+        camera: its observed latent frames enter, clean, and nothing of it is predicted.
+        """
+        views = self.config.get("views", {})
+        return {name: self.clip.view_latents(name, **views[name]) for name in sorted(views)}
+
+    @property
+    def tokens(self) -> int:
+        """Length of the video DiT's sequence: the video and all views."""
+        return self.clip.tokens + sum(map(tokens, self.views.values()))
+
+    @cached_property
     def video(self) -> VideoDiTConfig:
         """The video DiT, with LoRA where `lora.rank` is not 0."""
         config = self.config
@@ -97,6 +112,7 @@ class Experiment:
         model = VideoDiTConfig(
             **fields,
             latent_channels=CHANNELS,
+            views=tuple(sorted(config.get("views", {}))),
             lora=LoRA(rank, alpha, tuple(targets)) if rank else None,
         )
         if model.text_input_dim != config.text.dim:
@@ -182,6 +198,7 @@ class Experiment:
         """Shape of each entry of a sample, as the loader gives it (float32), without the batch."""
         text = self.config.text
         shapes = {"latents": self.clip.latent_shape, "text": (text.length, text.dim)}
+        shapes |= {view_entry(name): shape for name, shape in self.views.items()}
         if self.stage == "action":
             io = self.config.policy_io
             action = (io.action.horizon, io.action.dim)
@@ -194,7 +211,7 @@ class Experiment:
         config = self.config
         check_ranges(config)
         if "clip" in config:
-            _ = self.clip
+            _ = self.clip, self.views
         if {"video_model", "lora", "text"} <= set(config):
             _ = self.video
         if config.get("stage") == "action":
@@ -216,3 +233,8 @@ class Experiment:
                 f"{self.clip.observed_frames} observed frames it must be between 1 and "
                 f"{self.clip.condition_latents}."
             )
+
+
+def view_entry(name: str) -> str:
+    """The entry of a sample that holds the latents of a view."""
+    return f"views/{name}"

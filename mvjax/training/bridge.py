@@ -350,7 +350,8 @@ def load_backbone(
     found = find_checkpoint(directory, step)
     stored = _checked_config(found, config, "video", ("clip", "video_model", "text"))
     # Only this, so that settings of then which are out of range today do not matter.
-    trained = Experiment.from_config({k: stored[k] for k in ("video_model", "lora", "text")}).video
+    sections = ("video_model", "lora", "text", "views")
+    trained = Experiment.from_config({k: stored[k] for k in sections if k in stored}).video
     model = _frozen(trained, experiment)
     dtype = model.dtype
     if trained.lora is None:
@@ -406,6 +407,7 @@ def _checked_config(
             "needed here."
         )
     stored = meta["config"]
+    _check_views(stored.get("views", {}), config.get("views", {}), directory)
     if "converted" in meta:  # converted weights decide some settings and leave others open
         config = _common_settings(config, stored)
         sections = [s for s in sections if s in stored]
@@ -420,6 +422,25 @@ def _checked_config(
             "another directory."
         )
     return ConfigDict(stored)
+
+
+def _check_views(there: Mapping[str, Any], here: Mapping[str, Any], directory: Path) -> None:
+    """A network without a view has never seen it; converted weights and older runs have none."""
+    if set(there) != set(here):
+        raise CheckpointMismatch(
+            f"{directory} was trained with {_named_views(there)}, but this configuration has "
+            f"{_named_views(here)}: use the config.views of its training, or train stage 1 with "
+            f"these views from it (config.init_from={str(directory)!r})."
+        )
+    if different := differences(there, here, "views"):
+        raise CheckpointMismatch(
+            f"{directory} was trained with views of other sizes: {'; '.join(different)}. Use "
+            "those, or another directory."
+        )
+
+
+def _named_views(views: Mapping[str, Any]) -> str:
+    return f"the views {', '.join(sorted(views))}" if views else "no views beside the video"
 
 
 def _common_settings(config: Any, stored: Any) -> Any:
