@@ -13,11 +13,15 @@ def plain(value: Any) -> Any:
     return [plain(entry) for entry in value] if isinstance(value, list | tuple) else value
 
 
+_NOTHING = (None, {})
+
+
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
     """Lists differences between stored settings ("there") and those of this run ("here").
 
     Each is one sentence, such as "clip.height is 64 there, 32 here", with names below `prefix`. A
-    missing setting counts as None, and a tuple equals a list, as in JSON.
+    missing setting counts as None, a missing section as an empty one, and a tuple equals a list, as
+    in JSON.
     """
     before, after = plain(before), plain(after)
     if isinstance(before, dict) and isinstance(after, dict):
@@ -28,7 +32,8 @@ def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
                 before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key
             )
         ]
-    return [] if before == after else [f"{prefix} is {before!r} there, {after!r} here"]
+    same = before == after or (before in _NOTHING and after in _NOTHING)
+    return [] if same else [f"{prefix} is {before!r} there, {after!r} here"]
 
 
 def other_networks(before: Mapping[str, str], after: Mapping[str, str]) -> list[str]:

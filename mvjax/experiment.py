@@ -19,7 +19,8 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.clip import CHANNELS, Clip
+from data_pipelines.clip import CHANNELS, Clip, tokens
+from data_pipelines.records import entry
 from mvjax.flow import Sampling
 from mvjax.models.action_decoder import ActionDecoderConfig
 from mvjax.models.lora import LoRA
@@ -78,6 +79,11 @@ class Experiment:
         """The sizes of the video, in frames, latents and tokens."""
         return Clip(**self.config.clip)
 
+    @property
+    def tokens(self) -> int:
+        """Length of the video DiT's sequence: the video and all views."""
+        return self.clip.tokens + sum(map(tokens, self.clip.view_shapes.values()))
+
     @cached_property
     def video(self) -> VideoDiTConfig:
         """The video DiT, with LoRA where `lora.rank` is not 0."""
@@ -97,6 +103,7 @@ class Experiment:
         model = VideoDiTConfig(
             **fields,
             latent_channels=CHANNELS,
+            views=tuple(sorted(config.get("clip", {}).get("views") or ())),
             lora=LoRA(rank, alpha, tuple(targets)) if rank else None,
         )
         if model.text_input_dim != config.text.dim:
@@ -182,6 +189,7 @@ class Experiment:
         """Shape of each entry of a sample, as the loader gives it (float32), without the batch."""
         text = self.config.text
         shapes = {"latents": self.clip.latent_shape, "text": (text.length, text.dim)}
+        shapes |= {entry(name): shape for name, shape in self.clip.view_shapes.items()}
         if self.stage == "action":
             io = self.config.policy_io
             action = (io.action.horizon, io.action.dim)

@@ -6,14 +6,16 @@ Clean data x0 and Gaussian noise ε are joined by a straight line, (1 - τ) x0 +
 The video is kept in σ form, x = x0 + σ ε with τ = σ / (1 + σ); then (1 - τ) x is the point on the
 line. Its first latent frames are observed: they enter clean, with the time of σ = 1e-4 and a mask
 of ones, and what is predicted for them is replaced by what they are (Cosmos-Predict2,
-`RectifiedFlowScaling` and `pipelines/video2world.py:denoise`). The actions are kept on the line
-itself and scaled to unit variance for the network (mimic-video release).
+`RectifiedFlowScaling` and `pipelines/video2world.py:denoise`). Views beside the video, such as a
+wrist camera, enter like such frames and are never predicted: they have no noise and no loss. The
+actions are kept on the line itself and scaled to unit variance for the network (mimic-video
+release).
 
 In the order of this file: noise levels; the video's loss; how a video is sampled (`sample_video` is
 the one denoising loop); the actions' loss and how they are sampled; the settings of a query.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ import jax.numpy as jnp
 import numpy as np
 
 Array = jax.Array
+Views = Mapping[str, Array]  # clean latents [b, t', h', w', c] of observed views by their names
 
 TAIL_SIGMA = (200.0, 1e5)  # the range of the extreme noise levels in training
 CONDITION_SIGMA = 1e-4  # the noise level that observed frames are said to have
@@ -96,12 +99,27 @@ def published_noise(seed: int, shape: tuple[int, ...]) -> np.ndarray:
 # --- Video: what the network sees, what it predicts, the loss ---
 
 
+class ObservedView(NamedTuple):
+    """What the video DiT sees of a view: clean latents [b, t', h', w', c], their time [b, 1]."""
+
+    latents: Array
+    time: Array
+
+
 class NetworkInput(NamedTuple):
-    """What the video DiT is called with: latents, timesteps [b, t], condition mask [b, t]."""
+    """What the video DiT is called with.
+
+    Attributes:
+        latents: of the video [b, t, h, w, c].
+        timesteps: of every latent frame [b, t].
+        condition_mask: 1 for conditioning frames [b, t].
+        views: what is observed beside the video, by name.
+    """
 
     latents: Array
     timesteps: Array
     condition_mask: Array
+    views: Mapping[str, ObservedView]
 
 
 def condition_mask(num_condition: Array, frames: int) -> Array:
@@ -109,14 +127,17 @@ def condition_mask(num_condition: Array, frames: int) -> Array:
     return (jnp.arange(frames) < num_condition[:, None]).astype(jnp.float32)
 
 
-def network_input(noisy: Array, clean: Array, sigma: Array, mask: Array) -> NetworkInput:
-    """Scales the noisy latents and puts the conditioning frames in.
+def network_input(
+    noisy: Array, clean: Array, sigma: Array, mask: Array, views: Views | None = None
+) -> NetworkInput:
+    """Scales the noisy latents and puts the conditioning frames and the views in.
 
     Args:
         noisy: x0 + σ ε, [b, t, h, w, c].
         clean: latents whose masked frames are the conditioning frames, [b, t, h, w, c].
         sigma: noise level [b, 1].
         mask: 1 for conditioning frames [b, t].
+        views: clean latents [b, t', h', w', c] of every observed view by its name; None for none.
     """
     # A wrong shape would broadcast here, and train or sample something else in silence.
     chex.assert_equal_shape([noisy, clean])
@@ -126,18 +147,28 @@ def network_input(noisy: Array, clean: Array, sigma: Array, mask: Array) -> Netw
     m = mask[:, :, None, None, None]
     # Times 1 - τ = 1 / (1 + σ), so that the network's input is of order one at every noise level.
     latents = m * clean + (1 - m) * (1 - tau)[:, :, None, None, None] * noisy
-    times = mask * flow_time(jnp.float32(CONDITION_SIGMA)) + (1 - mask) * tau
-    return NetworkInput(latents, times, mask)
+    observed = flow_time(jnp.float32(CONDITION_SIGMA))
+    times = mask * observed + (1 - mask) * tau
+    seen = {
+        name: ObservedView(view, jnp.full((len(view), 1), observed))
+        for name, view in (views or {}).items()
+    }
+    return NetworkInput(latents, times, mask, seen)
 
 
 def denoise(
-    velocity: Callable[[NetworkInput], Array], noisy: Array, clean: Array, sigma: Array, mask: Array
+    velocity: Callable[[NetworkInput], Array],
+    noisy: Array,
+    clean: Array,
+    sigma: Array,
+    mask: Array,
+    views: Views | None = None,
 ) -> Array:
     """The clean latents that the network predicts, x0 = (1 - τ) x - τ v.
 
     Conditioning frames are returned as they are. Arguments as for `network_input`.
     """
-    v = velocity(network_input(noisy, clean, sigma, mask))
+    v = velocity(network_input(noisy, clean, sigma, mask, views))
     # From x = x0 + σ ε and v = ε - x0, with 1 - τ = 1 / (1 + σ).
     tau = flow_time(sigma)[:, :, None, None, None]
     m = mask[:, :, None, None, None]

@@ -26,6 +26,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
@@ -260,6 +261,32 @@ def activation_spec(shape: tuple[int, ...], *axes: str | None) -> PartitionSpec 
             for size, mesh_axes in zip(shape, _mesh_axes(axes, rules))
         )
     )
+
+
+def join_shards(
+    shards: Sequence[jax.Array], split: Sequence[str | tuple[str, ...] | None], axis: int
+) -> jax.Array:
+    """All of several sequences one after another, inside `jax.shard_map`.
+
+    Those that are split are joined before they are gathered, so that there is one exchange. Their
+    parts then lie in the order of the devices, which attention does not care about in its keys.
+
+    Args:
+        shards: a device's parts.
+        split: the mesh axes that split each sequence (the same for all that are split), or None.
+        axis: of the sequences.
+    """
+    parts = [x for x, axes in zip(shards, split) if axes is not None]
+    whole = [x for x, axes in zip(shards, split) if axes is None]
+    if parts:
+        over = next(axes for axes in split if axes is not None)
+        whole.insert(0, jax.lax.all_gather(joined(parts, axis), over, axis=axis, tiled=True))
+    return joined(whole, axis)
+
+
+def joined(arrays: Sequence[jax.Array], axis: int) -> jax.Array:
+    """Arrays one after another; a single one as it is, without an operation."""
+    return arrays[0] if len(arrays) == 1 else jnp.concatenate(arrays, axis)
 
 
 def shard_shape(shape: tuple[int, ...], *axes: str | None) -> tuple[int, ...]:

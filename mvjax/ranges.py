@@ -171,6 +171,8 @@ RULES: dict[str, Rule] = {
     "clip.observed_frames": COUNT,
     "clip.future_frames": COUNT,
     "clip.fps": POSITIVE,
+    "clip.views.*.height": COUNT,
+    "clip.views.*.width": COUNT,
     "policy_io.*.horizon": COUNT,
     "policy_io.*.dim": COUNT,
     "policy_io.*.fps": POSITIVE,

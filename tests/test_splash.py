@@ -68,7 +68,8 @@ def projected(keys=256, queries=256, heads=2, dtype="float32"):
 
 def kernels(rope):
     def interpreted(q, k, v, q_scale, k_scale):
-        return splash_on_shards(q, k, v, (q_scale, k_scale), rope, interpret=True)
+        scales, ropes = (q_scale, k_scale), rope and [rope]
+        return splash_on_shards([q], [k], [v], scales, ropes, interpret=True)[0]
 
     return interpreted
 

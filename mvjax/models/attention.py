@@ -3,13 +3,16 @@
 In this order: `attend`, for queries, keys and values that are ready; `on_shards`, a kernel's
 sharding; the kernels and the choice among them; the module `Attention`.
 
+What attends may be several streams of tokens, such as a video and the views beside it: each keeps
+its own sharding, and the queries of each read the keys of all. A single one is a stream, too.
+
 "xla" writes the logits of every query and key to memory; "cudnn" (NVIDIA GPUs) and "splash" (TPUs,
 `mvjax.models.splash`) keep them on the chip, which is what makes tens of thousands of tokens
 possible.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import chex
 import jax
@@ -22,11 +25,19 @@ from mvjax.models.lora import LoRA
 from mvjax.models.norm_rope import rotation_tables
 from mvjax.models.rope import rotate
 from mvjax.models.splash import can_project, splash_length_first, splash_projected
-from mvjax.parallel import activation_spec, constrain, platform, shard_shape
+from mvjax.parallel import (
+    activation_spec,
+    constrain,
+    join_shards,
+    joined,
+    platform,
+    shard_shape,
+)
 
 Array = jax.Array
 Kernel = Callable[[Array, Array, Array], Array]  # q, k, v [b, length, heads, head_dim]
 KeysValues = tuple[Array, Array]
+Streams = Sequence[Array]  # of the same samples and width, each of its own length
 Rope = tuple[Array, Array]  # cosines and sines of `rope_table`
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
@@ -54,84 +65,99 @@ def attend(
     Returns:
         [batch, queries, heads, head_dim] in the dtype of the queries.
     """
-    b, _, num_heads, head_dim = q_blhd.shape
+    return attend_streams([q_blhd], [k_bmhd], [v_bmhd], kernel, name)[0]
+
+
+def attend_streams(
+    q_blhd: Streams,
+    k_bmhd: Streams,
+    v_bmhd: Streams,
+    kernel: str = "auto",
+    name: str | None = None,
+) -> list[Array]:
+    """As `attend`, of the queries of every stream to the joined keys of all streams."""
+    b, _, num_heads, head_dim = q_blhd[0].shape
     # Fewer heads of keys than of queries would be shared between them, and not refused.
-    chex.assert_shape([k_bmhd, v_bmhd], (b, k_bmhd.shape[1], num_heads, head_dim))
-    kernel = choose_kernel(kernel, q_blhd, k_bmhd)
+    for k, v in zip(k_bmhd, v_bmhd):
+        chex.assert_shape([k, v], (b, k.shape[1], num_heads, head_dim))
+    kernel = choose_kernel(kernel, q_blhd[0], sum(k.shape[1] for k in k_bmhd))
     if kernel == "xla":
-        q = constrain(q_blhd, "batch", "length", "heads", None)
-        k = constrain(k_bmhd, "batch", None, "heads", None)
-        v = constrain(v_bmhd, "batch", None, "heads", None)
-        return xla(q, k, v, name)
+        k, v = (
+            joined([constrain(x, "batch", None, "heads", None) for x in xs], 1)
+            for xs in (k_bmhd, v_bmhd)
+        )
+        return [xla(constrain(q, "batch", "length", "heads", None), k, v, name) for q in q_blhd]
     on_device = functools.partial(
         {"cudnn": cudnn, "splash": splash_length_first}[kernel], name=name
     )
     return on_shards(on_device, q_blhd, k_bmhd, v_bmhd)
 
 
-def on_shards(kernel: Kernel, q_blhd: Array, k_bmhd: Array, v_bmhd: Array) -> Array:
-    """A kernel for one device on every device's share of `attend`'s arguments.
+def on_shards(kernel: Kernel, q_blhd: Streams, k_bmhd: Streams, v_bmhd: Streams) -> list[Array]:
+    """A kernel for one device on every device's share of `attend_streams`'s arguments.
 
     The compiler cannot split such a kernel: each device calls it with its samples, heads and
     queries, and with all keys and values of those, gathered over `context`. The gradients of keys
     and values are summed and scattered on the way back.
     """
     axes = ("batch", "length", "heads", None)
-    queries, keys = (activation_spec(x.shape, *axes) for x in (q_blhd, k_bmhd))
-    if queries is None:
-        return kernel(q_blhd, k_bmhd, v_bmhd)
+    queries, keys = ([activation_spec(x.shape, *axes) for x in xs] for xs in (q_blhd, k_bmhd))
 
     def local(q, k, v):
-        if keys[1] is not None:
-            k, v = (jax.lax.all_gather(x, keys[1], axis=1, tiled=True) for x in (k, v))
-        return kernel(q, k, v)
+        k, v = (join_shards(xs, [spec and spec[1] for spec in keys], 1) for xs in (k, v))
+        return [kernel(x, k, v) for x in q]
 
+    arguments = (list(xs) for xs in (q_blhd, k_bmhd, v_bmhd))
+    if queries[0] is None:
+        return local(*arguments)
     # Pallas kernels do not say over which axes their results vary, so it is not checked.
     shards = jax.shard_map(
         local, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False
     )
-    return shards(q_blhd, k_bmhd, v_bmhd)
+    return shards(*arguments)
 
 
 def splash_on_shards(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Streams,
+    k: Streams,
+    v: Streams,
     scales: tuple[Array, Array],
-    rope: Rope | None,
+    ropes: Sequence[Rope] | None,
     name: str | None = None,
     *,
     interpret: bool = False,
-) -> Array:
+) -> list[Array]:
     """`splash_projected` on every device's share, as `on_shards` does for a kernel.
 
     Args:
-        q, k, v: as projected, [b, length, heads · 128].
+        q, k, v: as projected, [b, length, heads · 128] of every stream.
         scales: of the norms of queries and keys.
-        rope: rotates queries and keys alike; their lengths are then the same.
+        ropes: of every stream, to rotate its queries and keys alike; None for no rotation.
         name: see `attend`.
         interpret: see `splash`.
     """
-    queries, keys = (activation_spec(x.shape, *_projected_axes(x)) for x in (q, k))
+    queries, keys = ([activation_spec(x.shape, *_projected_axes(x)) for x in xs] for xs in (q, k))
 
-    def local(q, k, v, scales, rope):
-        tables = None if rope is None else rotation_tables(*rope)
-        context = None if keys is None else keys[1]
-        return splash_projected(q, k, v, *scales, tables, name, context, interpret=interpret)
+    def local(q, k, v, scales, ropes):
+        tables = None if ropes is None else [rotation_tables(*rope) for rope in ropes]
+        split = [spec and spec[1] for spec in keys]
+        return splash_projected(q, k, v, *scales, tables, name, split, interpret=interpret)
 
-    if queries is None:
-        return local(q, k, v, scales, rope)
-    whole, positions = PartitionSpec(), PartitionSpec(queries[1])
+    arguments = *(list(xs) for xs in (q, k, v)), scales, None if ropes is None else list(ropes)
+    if queries[0] is None:
+        return local(*arguments)
+    whole = PartitionSpec()
+    positions = None if ropes is None else [PartitionSpec(spec[1]) for spec in queries]
     shards = jax.shard_map(
         local, in_specs=(queries, keys, keys, whole, positions), out_specs=queries, check_vma=False
     )
-    return shards(q, k, v, scales, rope)
+    return shards(*arguments)
 
 
 def _projected_axes(x: Array) -> tuple[str | None, ...]:
     """Logical axes of queries, keys or values [b, length, heads · 128] as projected.
 
-    A text is so short that every device has all of it.
+    A text, or a small view, is so short that every device has all of it.
     """
     return "batch", "length" if x.shape[1] > SHORT else None, "heads"
 
@@ -159,10 +185,12 @@ def check_kernel(name: str) -> None:
         raise ValueError(f"attention must be one of {', '.join(KERNELS)}; got {name!r}.")
 
 
-def choose_kernel(requested: str, q: Array, k: Array) -> str:
-    """The kernel for queries and keys [b, l, heads, head_dim]: "xla", "cudnn" or "splash".
+def choose_kernel(requested: str, q: Array, keys: int) -> str:
+    """The kernel for queries [b, l, heads, head_dim]: "xla", "cudnn" or "splash".
 
     Args:
+        q: the queries; of several streams, the first.
+        keys: how many they attend to.
         requested: one of `KERNELS`. "auto" takes the kernel of the platform where there are more
             than `FEW_LOGITS` logits per head, and XLA where there are fewer or where cuDNN does
             not know the dtype or head size. Another name is taken at its word.
@@ -176,7 +204,7 @@ def choose_kernel(requested: str, q: Array, k: Array) -> str:
         raise ValueError(f"attention='cudnn' needs {cannot}; use attention='auto' or 'xla'.")
     if requested != "auto":
         return requested
-    if q.shape[1] * k.shape[1] <= FEW_LOGITS:
+    if q.shape[1] * keys <= FEW_LOGITS:
         return "xla"
     if platform() == "tpu":
         return "splash"
@@ -266,32 +294,52 @@ class Attention(nnx.Module):
             context: [b, m, d_context], in self-attention `x` itself; or its keys and values.
             rope: rotates the queries, and the keys that are made here.
         """
+        ropes = None if rope is None else [rope]
         if isinstance(context, tuple):
-            return self._attend(self.q_proj(x), context, rope)
-        if context is x:
-            q, k, v = linears(x, self.q_proj, self.k_proj, self.v_proj)
-            k, v = keep(k, PROJECTED), keep(v, PROJECTED)
+            k, v = context
+            return self._attend([self.q_proj(x)], [k], [v], ropes)[0]
+        return self.streams([x], None if context is x else context, ropes)[0]
+
+    def streams(
+        self, xs: Streams, context: Array | None = None, ropes: Sequence[Rope] | None = None
+    ) -> list[Array]:
+        """Attends from every stream to the tokens of all, or to a context that all of them read.
+
+        Args:
+            xs: tokens of every stream [b, l, d].
+            context: [b, m, d_context]; None in self-attention.
+            ropes: of every stream, in self-attention; None for no rotation.
+        """
+        if context is None:
+            q, k, v = zip(*(linears(x, self.q_proj, self.k_proj, self.v_proj) for x in xs))
+            k, v = ([keep(x, PROJECTED) for x in projected] for projected in (k, v))
         else:
-            q, (k, v) = self.q_proj(x), linears(context, self.k_proj, self.v_proj)
-        q = keep(q, PROJECTED)
+            q = [self.q_proj(x) for x in xs]
+            k, v = ([x] for x in linears(context, self.k_proj, self.v_proj))
+        q = [keep(x, PROJECTED) for x in q]
         if self._splash(q, k):
             scales = self.q_norm.scale[...], self.k_norm.scale[...]
-            y = splash_on_shards(q, k, v, scales, rope, self.name)
-            return self.output_proj(y)
-        return self._attend(q, self._keys_values(k, v, rope), rope)
+            y = splash_on_shards(q, k, v, scales, ropes, self.name)
+            return [self.output_proj(x) for x in y]
+        turned = ropes or [None] * len(k)
+        k, v = zip(*(self._keys_values(*one) for one in zip(k, v, turned)))
+        return self._attend(q, k, v, ropes)
 
-    def _splash(self, q: Array, k: Array) -> bool:
+    def _splash(self, q: Streams, k: Streams) -> bool:
         """Whether the TPU's kernels take queries and keys as they are projected."""
-        shapes = (jax.eval_shape(lambda x: heads(x, self.num_heads), x) for x in (q, k))
-        if choose_kernel(self.kernel, *shapes) != "splash":
+        shape = jax.eval_shape(lambda x: heads(x, self.num_heads), q[0])
+        if choose_kernel(self.kernel, shape, sum(x.shape[1] for x in k)) != "splash":
             return False
-        lengths = (shard_shape(x.shape, *_projected_axes(x))[1] for x in (q, k))
-        return can_project(q.shape[-1], self.num_heads, *lengths)
+        lengths = (shard_shape(x.shape, *_projected_axes(x))[1] for x in (q[0], k[0]))
+        return can_project(q[0].shape[-1], self.num_heads, *lengths)
 
-    def _attend(self, q: Array, keys_values: KeysValues, rope: Rope | None) -> Array:
-        q = self._ready(q, self.q_norm, rope)
-        y = attend(q, *keys_values, self.kernel, self.name)
-        return self.output_proj(y.reshape(*y.shape[:2], -1))
+    def _attend(
+        self, q: Streams, k: Streams, v: Streams, ropes: Sequence[Rope] | None
+    ) -> list[Array]:
+        turned = ropes or [None] * len(q)
+        q = [self._ready(x, self.q_norm, rope) for x, rope in zip(q, turned)]
+        y = attend_streams(q, k, v, self.kernel, self.name)
+        return [self.output_proj(x.reshape(*x.shape[:2], -1)) for x in y]
 
     def _keys_values(self, k: Array, v: Array, rope: Rope | None) -> KeysValues:
         return self._ready(k, self.k_norm, rope), heads(v, self.num_heads)

@@ -5,13 +5,14 @@ Only matrix products count, a multiplication with its addition as two: a product
 2 n a b operations, attention of n queries to m keys over all heads of width d together 4 n m d.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import jax
 
-from data_pipelines.clip import PATCH
+from data_pipelines.clip import PATCH, tokens
 from mvjax.models.action_decoder import ActionDecoderConfig, embedder_widths
 from mvjax.models.lora import LoRA
 from mvjax.models.video_dit import VideoDiTConfig
@@ -53,6 +54,7 @@ def video_dit_flops(
     text_length: int,
     *,
     layers: int | None = None,
+    views: Iterable[tuple[int, ...]] = (),
 ) -> float:
     """Operations of a forward pass over one sample.
 
@@ -61,8 +63,10 @@ def video_dit_flops(
         latent_shape_thw: latent frames, height and width.
         text_length: text tokens.
         layers: the last block that runs, as for `VideoDiT.hidden`; None for the whole network.
+        views: latents (frames, height, width, ...) of the observed views.
     """
-    return _video_dit(config, latent_shape_thw, text_length, layers, config.lora).forward
+    latents = latent_shape_thw, *views
+    return _video_dit(config, latents, text_length, layers, config.lora).forward
 
 
 def action_decoder_flops(config: ActionDecoderConfig, context_tokens: int, draws: int) -> float:
@@ -88,15 +92,15 @@ def step_flops(experiment: Any) -> float:
     Three forward passes for what learns, two for the products with kernels that stay fixed under
     LoRA, and one for the frozen backbone of stage 2, to its last block that is read.
     """
-    config, clip, model = experiment.config, experiment.clip, experiment.video
-    latents, text = clip.latent_shape[:3], config.text.length
+    config, model, text = experiment.config, experiment.video, experiment.config.text.length
+    latents = experiment.clip.latent_shape, *experiment.clip.view_shapes.values()
     if experiment.stage == "video":
         return _video_dit(model, latents, text, None, model.lora).training
     backbone = _video_dit(model, latents, text, config.context_layer, None)  # adapters are merged
     draws = config.flow.action_draws
     return (
         backbone.forward
-        + _action_decoder(experiment.decoder, clip.tokens, draws, draws, draws).training
+        + _action_decoder(experiment.decoder, experiment.tokens, draws, draws, draws).training
     )
 
 
@@ -108,13 +112,15 @@ def peak_flops(device: jax.Device) -> float | None:
 
 def _video_dit(
     config: VideoDiTConfig,
-    latent_shape_thw: tuple[int, int, int],
+    latents: tuple[tuple[int, ...], ...],
     text_length: int,
     layers: int | None,
     lora: LoRA | None,
 ) -> Products:
-    t, h, w = latent_shape_thw
-    n, d, rank = t * (h // PATCH) * (w // PATCH), config.width, config.adaln_rank
+    """Of latents (frames, height, width, ...): the video's, then those of the views."""
+    video, *views = latents
+    n, d, rank = sum(map(tokens, latents)), config.width, config.adaln_rank
+    t = video[0] + len(views)  # all frames of a view have the same time
 
     def kernel(name: str, rows: int, d_in: int, d_out: int) -> Products:
         dense = 2.0 * rows * d_in * d_out
@@ -124,8 +130,8 @@ def _video_dit(
         adapter = 2.0 * rows * lora.rank * (d_in + d_out) if name in lora.targets else 0.0
         return Products(learned=adapter, fixed=dense)
 
-    def modulation(chunks: int) -> Products:  # once per latent frame
-        return kernel("adaln", t, d, rank) + kernel("adaln", t, rank, chunks * d)
+    def modulation(chunks: int, times: int = t) -> Products:
+        return kernel("adaln", times, d, rank) + kernel("adaln", times, rank, chunks * d)
 
     # Attention is two products, with both factors needing a gradient: q kᵀ, and weights with v.
     block = Products(learned=4.0 * n * n * d + 4.0 * n * text_length * d)
@@ -140,7 +146,8 @@ def _video_dit(
     if config.text_projection_dim:
         total += kernel("text_projection", text_length, config.text_input_dim, config.text_dim)
     if layers is None:
-        total += modulation(2) + kernel("linear", n, d, PATCH**2 * config.latent_channels)
+        features = PATCH**2 * config.latent_channels
+        total += modulation(2, video[0]) + kernel("linear", tokens(video), d, features)
     return total + (config.num_blocks if layers is None else layers) * block
 
 

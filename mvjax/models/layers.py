@@ -323,14 +323,13 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return layer_norm(x) * (1 + scale) + shift
 
 
-def by_frame(x: Array, embedding: Array) -> Array:
-    """Tokens [b, l, d] as [b, t, l/t, d], where a modulation [b, t, 1, d] broadcasts.
+def by_frame(x: Array, frames: int) -> Array:
+    """Tokens [b, l, d] as [b, frames, l / frames, d], where a modulation [b, t, 1, d] broadcasts.
 
     Broadcasting in the product itself keeps the modulation small: neither the forward pass nor
     what is saved for the backward pass holds a copy for every token.
     """
-    b, t, _ = embedding.shape
-    return x.reshape(b, t, -1, x.shape[-1])
+    return x.reshape(len(x), frames, -1, x.shape[-1])
 
 
 class FinalLayer(nnx.Module):
@@ -414,14 +413,12 @@ def stack(make_block: Callable[[Array], Any], key: Array, count: int) -> Any:
 FEW_BLOCKS = 8  # so many are compiled one by one on a CPU
 
 
-def run_blocks(
-    step: Callable[[Array, Any], Array], x: Array, blocks: Any, count: int, remat: str
-) -> Array:
+def run_blocks(step: Callable[[Any, Any], Any], x: Any, blocks: Any, count: int, remat: str) -> Any:
     """Applies `step(x, block) -> x` for the first `count` of stacked blocks.
 
     Args:
         step: one block.
-        x: what the blocks pass on.
+        x: what the blocks pass on, an array or several.
         blocks: tree of arrays with a leading layer axis.
         count: how many blocks to run.
         remat: a key of `POLICIES`.

@@ -30,8 +30,14 @@ class LoRA:
 
 
 def learns_with_lora(path: tuple[str, ...]) -> bool:
-    """Whether a parameter learns in a LoRA run: adapters, and all adaLN weights, as published."""
-    return path[-1] in ("lora_a", "lora_b") or any(part.startswith("adaln") for part in path)
+    """Whether a parameter learns in a LoRA run.
+
+    Adapters and all adaLN weights do, as published; and the embeddings of views, which start at
+    zero and have no trained values to adapt.
+    """
+    if path[-1] in ("lora_a", "lora_b") or path[0] == "view_embedding":
+        return True
+    return any(part.startswith("adaln") for part in path)
 
 
 # --- The product with an adapter ---

@@ -4,6 +4,7 @@
 and values as they leave their linear layers, normalised, rotated and attended to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import jax
@@ -14,7 +15,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from mvjax.models.norm_rope import HEAD_DIM, Tables, block_rows, norm_rope
-from mvjax.parallel import chip, device_kind
+from mvjax.parallel import chip, device_kind, join_shards, joined
 
 Array = jax.Array
 
@@ -99,52 +100,81 @@ def splash_length_first(
 
 
 def can_project(width: int, heads: int, queries: int, keys: int) -> bool:
-    """Whether `splash_projected` takes heads and lengths (of one device) like these."""
+    """Whether `splash_projected` takes heads and lengths (of one device) like these.
+
+    The lengths are those of the first streams; others are padded, because they are short.
+    """
     return width == heads * HEAD_DIM and all(block_rows(n) for n in (queries, keys))
 
 
 def splash_projected(
-    q: Array,
-    k: Array,
-    v: Array,
+    q: Sequence[Array],
+    k: Sequence[Array],
+    v: Sequence[Array],
     q_scale: Array,
     k_scale: Array,
-    tables: Tables | None,
+    tables: Sequence[Tables] | None,
     name: str | None = None,
-    context: str | tuple[str, ...] | None = None,
+    split: Sequence[str | tuple[str, ...] | None] = (None,),
     *,
     interpret: bool = False,
-) -> Array:
+) -> list[Array]:
     """softmax(q' k'ᵀ / √d) v of normalised, rotated q' and k', on one device.
 
+    The queries of every stream attend to the keys of all streams.
+
     Args:
-        q: queries as projected [b, l, heads · 128].
-        k, v: keys and values as projected [b, m, heads · 128].
+        q: queries of every stream as projected [b, l, heads · 128].
+        k, v: keys and values as projected [b, m, heads · 128], of the same streams or of others.
         q_scale, k_scale: of the RMS norms of a head [128].
-        tables: of `rotation_tables`, for queries and keys; None for no rotation.
+        tables: of `rotation_tables`, for the queries and keys of every stream; None for no
+            rotation.
         name: see `splash`.
-        context: the mesh axis that splits the sequences, if any: heads are exchanged for them, or
-            keys and values are gathered.
+        split: the mesh axis that splits the keys of a stream, if any: heads are exchanged for
+            them, or keys and values are gathered.
         interpret: run on any backend, slowly, for tests.
 
     Returns:
-        [b, l, heads · 128].
+        [b, l, heads · 128] of every stream.
     """
-    q = norm_rope(q, q_scale, tables, HEAD_DIM**-0.5, interpret)
-    k = norm_rope(k, k_scale, tables, 1.0, interpret)
-    v = v.reshape(*v.shape[:2], -1, HEAD_DIM).swapaxes(1, 2)
+    q = _ready(q, q_scale, tables, HEAD_DIM**-0.5, interpret)
+    k = _ready(k, k_scale, tables, 1.0, interpret)
+    v = [x.reshape(*x.shape[:2], -1, HEAD_DIM).swapaxes(1, 2) for x in v]
+    context = split[0]
     ways = 1 if context is None else jax.lax.axis_size(context)
     # Few of the heads and whole sequences (Ulysses): four arrays of a device's size are sent, where
     # gathering sends two for each device of the axis. In self-attention, which rotates, queries are
     # split as keys are.
-    exchange = ways > 2 and q.shape[1] % ways == 0 and tables is not None
+    exchange = ways > 2 and q[0].shape[1] % ways == 0 and tables is not None and None not in split
     if exchange:
-        q, k, v = (_exchanged(x, context, 1, 2) for x in (q, k, v))
-    elif ways > 1:
-        k, v = (jax.lax.all_gather(x, context, axis=2, tiled=True) for x in (k, v))
-    y = splash(q, k, v, name, interpret=interpret)
-    y = (_exchanged(y, context, 2, 1) if exchange else y).swapaxes(1, 2)
-    return y.reshape(*y.shape[:2], -1)
+        k, v = (_exchanged(joined(x, 2), context, 1, 2) for x in (k, v))
+        q = [_exchanged(x, context, 1, 2) for x in q]
+    else:
+        k, v = (join_shards(x, split if ways > 1 else [None] * len(x), 2) for x in (k, v))
+    y = [splash(x, k, v, name, interpret=interpret) for x in q]
+    y = [(_exchanged(x, context, 2, 1) if exchange else x).swapaxes(1, 2) for x in y]
+    return [x.reshape(*x.shape[:2], -1) for x in y]
+
+
+def _ready(
+    streams: Sequence[Array],
+    scale: Array,
+    tables: Sequence[Tables] | None,
+    factor: float,
+    interpret: bool,
+) -> list[Array]:
+    """`norm_rope` of every stream; a length that it cannot cut into blocks is padded for it."""
+
+    def one(x: Array, turned: Tables | None) -> Array:
+        length = x.shape[1]
+        if block_rows(length):
+            return norm_rope(x, scale, turned, factor, interpret)
+        more = (0, -length % LANES)
+        x = jnp.pad(x, ((0, 0), more, (0, 0)))
+        turned = turned and tuple(jnp.pad(table, (more, (0, 0))) for table in turned)
+        return norm_rope(x, scale, turned, factor, interpret)[:, :, :length]
+
+    return [one(x, turned) for x, turned in zip(streams, tables or [None] * len(streams))]
 
 
 def _exchanged(x: Array, context: str | tuple[str, ...], split: int, joined: int) -> Array:

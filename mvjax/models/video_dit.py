@@ -1,10 +1,15 @@
 """The video diffusion transformer of Cosmos-Predict2 (`MinimalV1LVGDiT`), channels last.
 
+Beside the video that it predicts, the network may read observed views, such as a wrist camera: each
+is a stream of tokens of its own, with positions, sizes and a time of its own. Every layer treats
+the streams alike, and self-attention joins them: each token attends to those of all streams.
+
 In this order: sizes; the DiT block; the network; its embedding of time and its patches.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import chex
 import jax
@@ -13,7 +18,7 @@ import numpy as np
 from flax import nnx
 
 from data_pipelines.clip import PATCH
-from mvjax.models.attention import Attention, check_context, check_kernel
+from mvjax.models.attention import Attention, Rope, Streams, check_context, check_kernel
 from mvjax.models.layers import (
     MLP,
     OUTPUT,
@@ -36,9 +41,10 @@ from mvjax.models.layers import (
 )
 from mvjax.models.lora import LoRA
 from mvjax.models.rope import rope_table
-from mvjax.parallel import constrain
+from mvjax.parallel import constrain, joined
 
 Array = jax.Array
+View = tuple[Array, Array]  # latents, and the time of all of them [b, 1]
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class VideoDiTConfig:
         rope_ratio_thw: rotary extrapolation ratios, see `mvjax.models.rope.rope_table`.
         text_projection_dim: width of the text that enters, projected to `text_dim` (Predict2.5:
             100352); 0 where it enters as it is (Predict2).
+        views: names of the observed views beside the video.
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
         precision: one of `mvjax.models.layers.PRECISIONS`.
         attention: kernel, see `mvjax.models.attention.choose_kernel`.
@@ -70,8 +77,15 @@ class VideoDiTConfig:
     attention: str = "auto"
     remat: str = "none"
     lora: LoRA | None = None
+    views: tuple[str, ...] = ()
 
     def __post_init__(self):
+        for name in self.views:
+            if not name.isidentifier() or name == "video":
+                raise ValueError(
+                    f"A view is named with letters, digits and underscores, and not 'video' (that "
+                    f"is what the network predicts); got {name!r}."
+                )
         compute_dtype(self.precision)
         check_kernel(self.attention)
         check_remat(self.remat)
@@ -128,22 +142,54 @@ class Block(nnx.Module):
         self.adaln_cross_attn = Modulation(keys[4], d, d, config.adaln_rank, 3)
         self.adaln_mlp = Modulation(keys[5], d, d, config.adaln_rank, 3)
 
-    def __call__(self, x: Array, embedding: Array, shared: Array, text: Array, rope) -> Array:
-        """One block on tokens x [b, l, d]; `embedding` and `shared` are per latent frame."""
-        tokens = x.shape
-        x = by_frame(x, embedding)
-        frames = x.shape
+    def __call__(
+        self,
+        xs: Streams,
+        times: Sequence[int],
+        embedding: Array,
+        shared: Array,
+        text: Array,
+        ropes: Sequence[Rope],
+    ) -> list[Array]:
+        """One block on the tokens [b, l, d] of every stream.
 
-        def sublayer(x: Array, layer: Modulation, f: Callable[[Array], Array]) -> Array:
-            shift, scale, gate = (m[:, :, None] for m in layer(embedding, shared))
-            y = f(apart(modulate(x, shift, scale).reshape(tokens)))
-            return x + gate * keep(apart(y), OUTPUT).reshape(frames)
+        Args:
+            xs: tokens of the streams.
+            times: how many times each stream has: one for each of its latent frames, or for all.
+            embedding, shared: of the times of all streams, one after another [b, sum, ...].
+            text: what all of them read.
+            ropes: positions of each stream.
+        """
+        tokens = [x.shape for x in xs]
+        xs = [by_frame(x, count) for x, count in zip(xs, times)]
 
-        x = sublayer(x, self.adaln_self_attn, lambda u: self.self_attn(u, u, rope))
-        x = sublayer(x, self.adaln_cross_attn, lambda u: self.cross_attn(u, text))
-        x = sublayer(x, self.adaln_mlp, self.mlp)
+        def sublayer(
+            xs: Streams, layer: Modulation, f: Callable[[list[Array]], list[Array]]
+        ) -> list[Array]:
+            # One product for all streams: kernels are read, and their gradients summed, once.
+            modulations = (m[:, :, None] for m in layer(embedding, shared))
+            shifts, scales, gates = (by_stream(m, times) for m in modulations)
+            us = [
+                apart(modulate(x, shift, scale).reshape(shape))
+                for x, shift, scale, shape in zip(xs, shifts, scales, tokens)
+            ]
+            return [
+                x + gate * keep(apart(y), OUTPUT).reshape(x.shape)
+                for x, gate, y in zip(xs, gates, f(us))
+            ]
+
+        xs = sublayer(xs, self.adaln_self_attn, lambda us: self.self_attn.streams(us, None, ropes))
+        xs = sublayer(xs, self.adaln_cross_attn, lambda us: self.cross_attn.streams(us, text))
+        xs = sublayer(xs, self.adaln_mlp, lambda us: [self.mlp(u) for u in us])
         # The residual stream is what lives between blocks: said here, it stays split over context.
-        return constrain(x.reshape(tokens), "batch", "length", None)
+        return [
+            constrain(x.reshape(shape), "batch", "length", None) for x, shape in zip(xs, tokens)
+        ]
+
+
+def by_stream(x: Array, counts: Sequence[int]) -> list[Array]:
+    """[b, sum of the counts, ...] as arrays of these lengths."""
+    return [x] if len(counts) == 1 else jnp.split(x, list(accumulate(counts))[:-1], axis=1)
 
 
 class VideoDiT(nnx.Module):
@@ -157,6 +203,8 @@ class VideoDiT(nnx.Module):
       published.
     - `condition_mask`: 1 where the latents are clean conditioning frames, [b, t] or [b, t, h, w].
     - `padding_mask`: 1 where the picture is padding [b, h, w]; None for none.
+    - `views`: of every observed view by its name, its clean latents [b, t', h', w', c] and the
+      time of all of them, τ / timestep_scale [b, 1] (`mvjax.flow.network_input`); None for none.
     """
 
     def __init__(self, config: VideoDiTConfig, key: Array):
@@ -178,6 +226,9 @@ class VideoDiT(nnx.Module):
             if config.text_projection_dim
             else None
         )
+        # From zero: at first a view differs from conditioning frames by its place alone.
+        embeddings = {name: nnx.Param(jnp.zeros(d), axes=(None,)) for name in config.views}
+        self.view_embedding = nnx.Dict(embeddings) if config.views else None
 
     def hidden(
         self,
@@ -186,17 +237,19 @@ class VideoDiT(nnx.Module):
         text: Array,
         condition_mask: Array,
         padding_mask: Array | None = None,
+        views: Mapping[str, View] | None = None,
         *,
         layer: int,
     ) -> Array:
-        """The residual stream after block `layer` (0 = patch embedding), [b, t·h/2·w/2, width].
+        """The residual stream after block `layer` (0 = patch embedding), [b, tokens, width].
 
-        Later blocks are not run. Tokens are in (t, h, w) row-major order. Published name:
+        Later blocks are not run. The t·h/2·w/2 tokens of the video come first, then those of the
+        views in the order of `config.views`, all in (t, h, w) row-major order. Published name:
         `return_only_hidden_states_up_to`.
         """
-        embedding, shared = self._time(timesteps)
-        x = self._embed(latents, timesteps, text, condition_mask, padding_mask)
-        return self._run(x, latents.shape, embedding, shared, text, layer)
+        inputs = latents, timesteps, text, condition_mask, padding_mask, views
+        xs, *_ = self._run(*inputs, layer=layer)
+        return xs[0] if len(xs) == 1 else constrain(joined(xs, 1), "batch", "length", None)
 
     def __call__(
         self,
@@ -205,26 +258,73 @@ class VideoDiT(nnx.Module):
         text: Array,
         condition_mask: Array,
         padding_mask: Array | None = None,
+        views: Mapping[str, View] | None = None,
     ) -> Array:
-        """The flow velocity ε - x0, float32 [b, t, h, w, c]."""
-        embedding, shared = self._time(timesteps)
-        x = self._embed(latents, timesteps, text, condition_mask, padding_mask)
-        x = self._run(x, latents.shape, embedding, shared, text, self.config.num_blocks)
+        """The flow velocity ε - x0 of the video, float32 [b, t, h, w, c]."""
+        inputs = latents, timesteps, text, condition_mask, padding_mask, views
+        (x, *_), embedding, shared = self._run(*inputs, layer=self.config.num_blocks)
+        frames = timesteps.shape[1]
+        if self.config.views:  # which end here, and so do their times
+            embedding, shared = embedding[:, :frames], shared[:, :frames]
         shift, scale = (m[:, :, None] for m in self.final_layer.adaln(embedding, shared))
-        x = self.final_layer(by_frame(x, embedding), shift, scale)
+        x = self.final_layer(by_frame(x, frames), shift, scale)
         return unpatchify(x, latents.shape).astype(jnp.float32)
 
-    def _time(self, timesteps: Array) -> tuple[Array, Array]:
-        """The time embedding [b, t, d] and the modulation that all sublayers share [b, t, 3 d]."""
+    def _run(
+        self, latents, timesteps, text, condition_mask, padding_mask, views, *, layer: int
+    ) -> tuple[list[Array], Array, Array]:
+        """The tokens of every stream after block `layer`, and both results of `_time`."""
         config = self.config
+        if not 0 <= layer <= config.num_blocks:
+            raise ValueError(
+                f"Layer {layer} does not exist: this video DiT has blocks 1 to "
+                f"{config.num_blocks} (0 is the patch embedding)."
+            )
+        seen = self._views(views)
+        embedding, shared = self._time(timesteps, seen)
+        xs = self._embed(latents, timesteps, text, condition_mask, padding_mask, seen)
+        # Made here and not stored: no parameter depends on the size of the video. Every view has
+        # positions of its own, from 0 on.
+        angles = "bfloat16" if config.precision == "published" else "float32"
+        shapes = [x.shape[1:4] for x in (latents, *(view for view, _ in seen))]
+        ropes = [
+            rope_table((t, h // PATCH, w // PATCH), config.head_dim, config.rope_ratio_thw, angles)
+            for t, h, w in shapes
+        ]
+        text = text.astype(config.dtype)
+        if self.text_projection is not None:
+            text = gelu(self.text_projection(text))
+        times = [timesteps.shape[1], *(1 for _ in seen)]
+        step = lambda xs, block: block(xs, times, embedding, shared, text, ropes)  # noqa: E731
+        return run_blocks(step, xs, self.blocks, layer, config.remat), embedding, shared
+
+    def _views(self, views: Mapping[str, View] | None) -> list[View]:
+        """The views in the order of the configuration."""
+        given, wanted = views or {}, self.config.views
+        if set(given) != set(wanted):
+            raise ValueError(
+                f"This video DiT reads the views {', '.join(wanted) or '(none)'} beside the video; "
+                f"got {', '.join(sorted(given)) or 'none'}."
+            )
+        return [given[name] for name in wanted]
+
+    def _time(self, timesteps: Array, views: Sequence[View]) -> tuple[Array, Array]:
+        """The time embedding [b, t, d] and the modulation that all sublayers share [b, t, 3 d].
+
+        The times of the views come after those of the video.
+        """
+        config = self.config
+        timesteps = joined([timesteps, *(time for _, time in views)], 1)
         tau = rounded(timesteps.astype(jnp.float32) * config.timestep_scale, config.precision)
         sinusoid = time_sinusoid(tau, config.width).astype(time_dtype(config.precision))
         # As published: what each sublayer reads is normalised, what they share is not.
         embedding, shared = self.t_embedding_norm(sinusoid), self.t_embedder(sinusoid)
         return embedding.astype(config.dtype), shared.astype(config.dtype)
 
-    def _embed(self, latents, timesteps, text, condition_mask, padding_mask) -> Array:
-        """The tokens that enter the first block [b, l, d]."""
+    def _embed(
+        self, latents, timesteps, text, condition_mask, padding_mask, views: Sequence[View]
+    ) -> list[Array]:
+        """The tokens of every stream that enter the first block [b, l, d]."""
         b, t, h, w, _ = latents.shape
         # What is too short in one of these would be broadcast.
         chex.assert_shape(latents, (b, t, h, w, self.config.latent_channels))
@@ -233,33 +333,25 @@ class VideoDiT(nnx.Module):
         chex.assert_shape(condition_mask, (b, t) if condition_mask.ndim == 2 else (b, t, h, w))
         if condition_mask.ndim == 2:
             condition_mask = condition_mask[:, :, None, None]
-        # Both masks are channels beside the latents, so that the patch embedding reads them.
         padding = jnp.zeros((b, h, w)) if padding_mask is None else padding_mask
-        masks = [
-            jnp.broadcast_to(mask, (b, t, h, w))[..., None].astype(latents.dtype)
-            for mask in (condition_mask, padding[:, None])
-        ]
-        x = patchify(jnp.concatenate([latents, *masks], axis=-1)).astype(self.config.dtype)
-        check_context(x.shape[1])
-        return constrain(self.x_embedder(x), "batch", "length", None)
+        patches = [self._patches(latents, condition_mask, padding[:, None])]
+        check_context(patches[0].shape[1])
+        for view, time in views:
+            chex.assert_shape(view, (b, None, None, None, self.config.latent_channels))
+            chex.assert_shape(time, (b, 1))
+            patches.append(self._patches(view, jnp.ones((b, 1, 1, 1)), jnp.zeros((b, 1, 1, 1))))
+        xs = [self.x_embedder(x) for x in patches]
+        for i, name in enumerate(self.config.views, start=1):
+            xs[i] += self.view_embedding[name][...].astype(xs[i].dtype)
+        return [constrain(x, "batch", "length", None) for x in xs]
 
-    def _run(self, x, shape, embedding, shared, text, layer: int) -> Array:
-        config = self.config
-        if not 0 <= layer <= config.num_blocks:
-            raise ValueError(
-                f"Layer {layer} does not exist: this video DiT has blocks 1 to "
-                f"{config.num_blocks} (0 is the patch embedding)."
-            )
-        _, t, h, w, _ = shape
-        # Made here and not stored: no parameter depends on the size of the video.
-        angles = "bfloat16" if config.precision == "published" else "float32"
-        grid = (t, h // PATCH, w // PATCH)
-        rope = rope_table(grid, config.head_dim, config.rope_ratio_thw, angles)
-        text = text.astype(config.dtype)
-        if self.text_projection is not None:
-            text = gelu(self.text_projection(text))
-        step = lambda x, block: block(x, embedding, shared, text, rope)  # noqa: E731
-        return run_blocks(step, x, self.blocks, layer, config.remat)
+    def _patches(self, latents: Array, condition: Array, padding: Array) -> Array:
+        """Latents [b, t, h, w, c] with both masks as channels, so that the embedding reads them."""
+        masks = [
+            jnp.broadcast_to(mask, latents.shape[:-1])[..., None].astype(latents.dtype)
+            for mask in (condition, padding)
+        ]
+        return patchify(jnp.concatenate([latents, *masks], axis=-1)).astype(self.config.dtype)
 
 
 class TimeEmbedding(nnx.Module):

@@ -31,7 +31,7 @@ def report(experiment: Experiment, topology: str, found: Estimate) -> str:
     video = f"video, {training}, remat {found.kept}"
     what = video if experiment.stage == "video" else "action decoder"
     rows = [
-        ("step", f"{what}, {experiment.clip.tokens:,} tokens per clip"),
+        ("step", f"{what}, {experiment.tokens:,} tokens per clip"),
         ("pod", f"{slices}{topology}, {found.devices} x {found.device}"),
         ("mesh", " ".join(f"{axis}={size}" for axis, size in found.mesh.items())),
         ("batch", f"{found.batch_size} clips, {per_chip:g} per chip"),

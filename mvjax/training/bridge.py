@@ -350,7 +350,8 @@ def load_backbone(
     found = find_checkpoint(directory, step)
     stored = _checked_config(found, config, "video", ("clip", "video_model", "text"))
     # Only this, so that settings of then which are out of range today do not matter.
-    trained = Experiment.from_config({k: stored[k] for k in ("video_model", "lora", "text")}).video
+    sections = ("clip", "video_model", "lora", "text")
+    trained = Experiment.from_config({k: stored[k] for k in sections if k in stored}).video
     model = _frozen(trained, experiment)
     dtype = model.dtype
     if trained.lora is None:
@@ -406,6 +407,7 @@ def _checked_config(
             "needed here."
         )
     stored = meta["config"]
+    _check_views(*(_views(one) for one in (stored, config)), directory)
     if "converted" in meta:  # converted weights decide some settings and leave others open
         config = _common_settings(config, stored)
         sections = [s for s in sections if s in stored]
@@ -420,6 +422,24 @@ def _checked_config(
             "another directory."
         )
     return ConfigDict(stored)
+
+
+def _views(config: Any) -> list[str]:
+    return sorted(config.get("clip", {}).get("views") or ())
+
+
+def _check_views(there: list[str], here: list[str], directory: Path) -> None:
+    """A network without a view has never seen it; converted weights and older runs have none."""
+    if there == here:
+        return
+    trained, given = (
+        f"the views {', '.join(names)}" if names else "none" for names in (there, here)
+    )
+    raise CheckpointMismatch(
+        f"{directory} was trained with {trained} beside the video, but this configuration has "
+        f"{given}: use the clip.views of its training, or train stage 1 with these views from it "
+        f"(config.init_from={str(directory)!r})."
+    )
 
 
 def _common_settings(config: Any, stored: Any) -> Any:

@@ -55,10 +55,10 @@ def most_kept(experiment: Experiment, mesh: Mesh | AbstractMesh, hbm_bytes: int)
 
 def step_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh, remat: str) -> float:
     """About what a step of stage 1 needs on a device."""
-    training, clip, model = experiment.config.training, experiment.clip, experiment.video
+    training, model = experiment.config.training, experiment.video
     rules, samples = experiment.rules, training.batch_size / training.accumulate
     clips = samples / split_ways("batch", mesh, rules)
-    tokens = clips * clip.tokens / split_ways("length", mesh, rules)
+    tokens = clips * experiment.tokens / split_ways("length", mesh, rules)
     itemsize = 4 if model.dtype == "float32" else 2
     activation = tokens * model.width * itemsize
     state, block = _parameter_bytes(experiment, mesh)

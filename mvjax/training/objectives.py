@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from data_pipelines.records import entry
 from mvjax.experiment import Experiment
 from mvjax.flow import (
     action_loss,
@@ -54,7 +55,7 @@ class Stage:
         batch_axes: Logical axes of each batch entry, "batch" first; other entries are not sent to
             the devices.
         frozen: {} in stage 1; the sharded frozen backbone in stage 2.
-        tokens: Video tokens of a sample; 0 where there are none.
+        tokens: Tokens of a sample in the video DiT, with those of views; 0 where there are none.
         flops: Floating-point operations of a step per sample; 0 where not known.
     """
 
@@ -112,9 +113,11 @@ def video_stage(experiment: Experiment) -> Stage:
         mask = condition_mask(draws["observed"], clip.latent_frames)
         noisy = x0 + sigma[..., None, None, None] * draws["noise"]
         net = network.bind(params)
-        prediction = denoise(
-            lambda i: net(i.latents, i.timesteps, text, i.condition_mask), noisy, x0, sigma, mask
+        velocity = lambda i: net(  # noqa: E731
+            i.latents, i.timesteps, text, i.condition_mask, views=i.views
         )
+        # Views enter whole, however little of the video is observed.
+        prediction = denoise(velocity, noisy, x0, sigma, mask, batch_views(experiment, batch))
         error = video_loss(x0, prediction, sigma)
         mse = jnp.mean(error)
         levels = error_by_level(error, flow_time(sigma[:, 0]))
@@ -129,7 +132,7 @@ def video_stage(experiment: Experiment) -> Stage:
         objective=objective,
         batch_axes=_batch_axes(experiment),
         frozen={},
-        tokens=clip.tokens,
+        tokens=experiment.tokens,
         flops=step_flops(experiment),
     )
 
@@ -176,9 +179,9 @@ def action_stage(
         x0, sigma = batch["latents"], random["sigma"]
         noisy = x0 + sigma[..., None, None, None] * random["video_noise"]
         mask = condition_mask(jnp.full(len(x0), clip.condition_latents), clip.latent_frames)
-        i = network_input(noisy, x0, sigma, mask)
+        i = network_input(noisy, x0, sigma, mask, batch_views(experiment, batch))
         context = backbone.bind(frozen).hidden(
-            i.latents, i.timesteps, batch["text"], i.condition_mask, layer=layer
+            i.latents, i.timesteps, batch["text"], i.condition_mask, views=i.views, layer=layer
         )
         time, noise, drop = (
             random[name].reshape(-1, *random[name].shape[2:]) for name in ("time", "noise", "drop")
@@ -209,9 +212,14 @@ def action_stage(
         objective=objective,
         batch_axes=_batch_axes(experiment),
         frozen=frozen,
-        tokens=clip.tokens,
+        tokens=experiment.tokens,
         flops=step_flops(experiment),
     )
+
+
+def batch_views(experiment: Experiment, batch: Batch) -> dict[str, jax.Array]:
+    """The latents of the observed views of a batch, by their names."""
+    return {name: batch[entry(name)] for name in experiment.clip.view_shapes}
 
 
 def _batch_axes(experiment: Experiment) -> dict[str, tuple[str | None, ...]]:

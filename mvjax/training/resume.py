@@ -59,7 +59,7 @@ def first_state(
     2. `config.init_from`, a training directory or converted weights: its parameters (averaged
        where it has averages), at step 0, with a new optimizer and the loader's beginning. Where
        this run has LoRA adapters that `init_from` lacks, new ones are added that change nothing
-       yet.
+       yet; where it has views that `init_from` lacks, their embeddings start at zero.
     3. Parameters drawn from `training.seed`.
 
     Args:
@@ -198,12 +198,22 @@ def _initial_params(directory: Path, abstract: Params) -> Params:
     def is_adapter(path: tuple[str, ...]) -> bool:
         return path[-1] in ("lora_a", "lora_b")
 
-    if split(abstract_params(directory), is_adapter)[0]:
-        return restore_params(directory, abstract)
-    adapters, base = split(abstract, is_adapter)
+    stored = abstract_params(directory)
+    there, here = (set(params.get("view_embedding", ())) for params in (stored, abstract))
+    if dropped := sorted(there - here):
+        raise CheckpointMismatch(
+            f"{directory} was trained with the views {', '.join(sorted(there))}, of which this "
+            f"configuration lacks {', '.join(dropped)}: add them to config.clip.views, or start from a "
+            "run without them."
+        )
+    if new := here - there:
+        log_once(f"{directory} has no view {', '.join(sorted(new))}; its embedding starts at zero.")
+    adapted = bool(split(stored, is_adapter)[0])
+    adapters, base = split(abstract, lambda path: is_adapter(path) and not adapted)
     if adapters:
         log_once(f"{directory} has no LoRA adapters; new ones are added.")
-    return restore_params(directory, base)
+    is_new = lambda path: path[0] == "view_embedding" and path[-1] in new  # noqa: E731
+    return restore_params(directory, split(base, is_new)[1])
 
 
 def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -22,7 +22,7 @@ from mvjax.models.network import Params
 from mvjax.parallel import sharding_tree, split_ways, use_rules
 from mvjax.policy.load import load_video_tokenizer
 from mvjax.training.channels import BestEffort
-from mvjax.training.objectives import Batch, Stage, named_levels
+from mvjax.training.objectives import Batch, Stage, batch_views, named_levels
 from mvjax.training.prefetch import device_batches
 
 STRIP = 6  # frames of a video in its picture
@@ -118,6 +118,7 @@ class ValidationVideos:
             workdir: The videos are samples/step_<n>/<i>.mp4 there: left the recorded one, right
                 the generated one. Both have passed through the tokenizer.
         """
+        self._experiment = experiment
         self._clip, self._network = experiment.clip, experiment.video_network
         self._sigmas = experiment.sampling().sigmas
         self._rules, self._batch, self._count = experiment.rules, batch, count
@@ -156,17 +157,15 @@ class ValidationVideos:
         x0, text = batch["latents"], batch["text"]
         observed = jnp.full(len(x0), self._clip.condition_latents)
         mask = condition_mask(observed, self._clip.latent_frames)
+        views = batch_views(self._experiment, batch)
         with use_rules(self._rules):
             net = self._network.bind(params)
 
             def clean(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
-                return denoise(
-                    lambda i: net(i.latents, i.timesteps, text, i.condition_mask),
-                    noisy,
-                    x0,
-                    sigma,
-                    mask,
+                velocity = lambda i: net(  # noqa: E731
+                    i.latents, i.timesteps, text, i.condition_mask, views=i.views
                 )
+                return denoise(velocity, noisy, x0, sigma, mask, views)
 
             noise = jax.random.normal(jax.random.key(0), x0.shape)
             made = sample_video(clean, start(noise, self._sigmas), self._sigmas).x

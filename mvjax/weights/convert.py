@@ -251,7 +251,7 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
         dtype: Type of the tensors; "" keeps that of the checkpoint.
 
     Raises:
-        WeightsError: That kind of network has no such layout.
+        WeightsError: That kind of network has no such layout, or the checkpoint has views.
         FileNotFoundError: The directory has no checkpoint.
     """
     meta = read_meta(directory)
@@ -262,6 +262,11 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
             f"for {target}; possible is {', '.join(kind.exports) if kind else 'nothing'}."
         )
     layout, config = kind.exports[target], meta["config"]
+    if views := sorted(config.get("clip", {}).get("views") or ()):
+        raise WeightsError(
+            f"{directory} was trained with the views {', '.join(views)} beside the video, for "
+            f"which the published {kind.title} has no place: it cannot be written for {target}."
+        )
     reader = ParameterReader(directory)
     stored = leaf_paths(reader.tree)
     check_match(stored, leaf_paths(kind.network(config).abstract), directory)
