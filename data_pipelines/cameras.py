@@ -47,8 +47,9 @@ class View:
             frames: by camera, of these and others. Of cameras that are not known there is one, of
                 any name.
         """
-        rows = self.rows or ((next(iter(frames)),),)
-        return tile(rows, frames, self.height, self.width)
+        if not self.rows:
+            return resize_area(next(iter(frames.values())), self.height, self.width)
+        return tile(self.rows, frames, self.height, self.width)
 
 
 def dataset_views(dataset: Any, clip: Any) -> tuple[View, ...]:

@@ -220,7 +220,7 @@ _NAMES = {
         f"datasets.*.{name}"
         for name in ("name", "records", "format", "path", "options", "embodiment", "video")
     ),
-    *("datasets.*.action", "datasets.*.proprio"),
+    *("datasets.*.action", "datasets.*.proprio", "datasets.*.views.*"),
 }
 _KNOWN = {*RULES, *_NAMES}
 _SECTIONS = {name.partition(".")[0] for name in _KNOWN if "." in name}
@@ -249,8 +249,12 @@ def rule_of(name: str) -> Rule | None:
 
 
 def _general(name: str) -> str:
-    """datasets.robot.weight -> datasets.*.weight."""
+    """datasets.robot.weight -> datasets.*.weight; clip.views.wrist.width -> clip.views.*.width."""
     parts = name.split(".")
+    for places in ((1,), (2,), (1, 3)):
+        general = ".".join("*" if i in places else part for i, part in enumerate(parts))
+        if general in _KNOWN:
+            return general
     return ".".join([parts[0], "*", *parts[2:]]) if len(parts) > 2 else name
 
 

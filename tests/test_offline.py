@@ -267,8 +267,8 @@ def test_moments_are_spread_over_held_out_episodes(caplog):
     last = [m for m in moments if m.id == moments[-1].id]
     windows = windows_at(data[last[0].episode], last, dataset, config)
     assert [w.moment for w in windows] == last
-    assert windows[0].observation.frames.shape == (5, 48, 32, 3)
-    assert windows[0].observation.future.shape == (8, 48, 32, 3)
+    assert windows[0].observation.frames["video"].shape == (5, 48, 32, 3)
+    assert windows[0].observation.future["video"].shape == (8, 48, 32, 3)
     negated = Stream(data[5].streams["a"].timestamps, -data[5].streams["a"].values)
     other = dataclasses.replace(data[5], streams={**data[5].streams, "a": negated})
     assert content_of(data[5]) == content_of(episodes(12)[5]) != content_of(other)

@@ -151,6 +151,6 @@ def test_rules_are_in_use():
         ".".join([n.split(".")[0], "*", *n.split(".")[2:]]) for n in known
     }
     optional = {"policy_io.*.mask_padding", "video_model.text_dim"}
-    optional |= {"views.*.height", "views.*.width"}
+    optional |= {"clip.views.*.height", "clip.views.*.width"}
     assert set(RULES) - patterns == optional
     assert isinstance(RULES["sampler.fresh_noise"], Choice)

@@ -203,8 +203,8 @@ def _initial_params(directory: Path, abstract: Params) -> Params:
     if dropped := sorted(there - here):
         raise CheckpointMismatch(
             f"{directory} was trained with the views {', '.join(sorted(there))}, of which this "
-            f"configuration lacks {', '.join(dropped)}: add them to config.clip.views, or start from a "
-            "run without them."
+            f"configuration lacks {', '.join(dropped)}: add them to clip.views, or start from "
+            "another run."
         )
     if new := here - there:
         log_once(f"{directory} has no view {', '.join(sorted(new))}; its embedding starts at zero.")
