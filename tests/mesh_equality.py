@@ -2,7 +2,7 @@
 
 python tests/mesh_equality.py [KIND:DATA,FSDP,CONTEXT,TENSOR:ACCUMULATE ...]
 
-prints one JSON line per case; without arguments, for all of them (about five minutes).
+prints one JSON line per case; without arguments, for all of them (about eight minutes).
 """
 
 import itertools
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # before jax is imported
 import jax
 import numpy as np
 from ml_collections import ConfigDict
-from tiny_stages import quick_compiles, tiny_batch, tiny_config
+from tiny_stages import VIEWS, quick_compiles, tiny_batch, tiny_config
 
 from mvjax.experiment import Experiment
 from mvjax.parallel import MESH_AXES, make_mesh, make_rules, sharding_tree
@@ -29,7 +29,7 @@ from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.objectives import make_stage
 from mvjax.training.step import TrainState, assemble, compile_step, create_state
 
-KINDS = ("full", "lora", "action")
+KINDS = ("full", "lora", "action", "views", "action_views")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1), (1, 1, 8, 1))
 STEPS = 5
 
@@ -72,9 +72,11 @@ def parse(word: str) -> Case:
 
 def config_of(kind: str) -> ConfigDict:
     """Tiny sizes that every axis divides; micro-batches of eight samples."""
-    config = tiny_config("action" if kind == "action" else "video", ema_decay=0.0)
+    config = tiny_config("action" if kind.startswith("action") else "video", ema_decay=0.0)
+    if kind.endswith("views"):
+        config.views = VIEWS
     config.training.batch_size = 16
-    if kind == "lora":
+    if kind in ("lora", "views"):
         config.lora.update(rank=8, alpha=8.0)
         config.rules.lora = ("fsdp",)  # as published LoRA runs split their adapters
     return config

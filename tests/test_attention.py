@@ -11,6 +11,7 @@ import pytest
 
 from mvjax.models.attention import (
     attend,
+    attend_streams,
     check_context,
     choose_kernel,
     on_shards,
@@ -54,6 +55,12 @@ def sharded_attention(kernel, arguments, **mesh):
         return result_and_gradients(kernel, *arguments)
 
 
+def as_one(q, k, v):
+    """Streams as one sequence, by XLA."""
+    y = xla(*(jnp.concatenate(xs, 1) for xs in (q, k, v)))
+    return jnp.split(y, np.cumsum([x.shape[1] for x in q])[:-1], axis=1)
+
+
 def main():
     """On eight devices (a program of its own, because their number is fixed at the start)."""
     short, odd = arrays(2, 144, 144, 2, 16), arrays(2, 40, 27, 2, 16)
@@ -69,6 +76,14 @@ def main():
         expected = result_and_gradients(xla, *arguments)
         for kernel, mesh in cases:
             assert_close(sharded_attention(kernel, arguments, **mesh), expected, 1e-5)
+    # Streams: the keys of all, of which 27 stay whole.
+    streams = [list(xs) for xs in zip(short[:3], arrays(2, 27, 27, 2, 16)[:3])]
+    gradient = [x * 0.5 for x in streams[0]]
+    expected = result_and_gradients(as_one, *streams, gradient)
+    for kernel in (attend_streams, functools.partial(on_shards, xla)):
+        ours = sharded_attention(kernel, (*streams, gradient), **everywhere)
+        for number in range(2):
+            assert_close(*([x[number] for x in both] for both in (ours, expected)), 1e-5)
     with jax.set_mesh(make_mesh(dict(context=8))):
         check_context(19_200)
         check_context(20)  # so short that it may stay whole

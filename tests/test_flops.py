@@ -1,13 +1,15 @@
 """Counted operations equal the published measurements, and the products that jax traces."""
 
+import importlib
 import math
+from functools import partial
 from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_stages import tiny_batch, tiny_config
+from tiny_stages import VIEWS, tiny_batch, tiny_config
 
 from data_pipelines.clip import Clip
 from mvjax.experiment import Experiment
@@ -56,26 +58,51 @@ def test_keys_and_values_of_the_context_are_counted_once():
     assert 2 * one - two == 24 * 2 * 2 * 19_200 * 2048 * 1024  # 3.9 TFLOP, whatever the draws
 
 
-@pytest.mark.parametrize("rank", [0, 4])
-def test_forward_passes_equal_the_traced_products(rank):
+@pytest.mark.parametrize(("rank", "views"), [(0, {}), (4, {}), (4, VIEWS)])
+def test_forward_passes_equal_the_traced_products(rank, views):
     config = tiny_config("action")
-    config.lora.rank = rank
+    config.lora.rank, config.views = rank, views
     clip, batch = Clip(**config.clip), tiny_batch(config)
     latents, text = batch["latents"][:1], batch["text"][:1]
     times, mask = jnp.ones((1, clip.latent_frames)), jnp.ones((1, clip.latent_frames))
-    model = Experiment.from_config(config).video
+    experiment = Experiment.from_config(config)
+    model, sizes = experiment.video, experiment.views.values()
     network, shape = video_network(model), clip.latent_shape[:3]
+    seen = {name: (batch[f"views/{name}"][:1], jnp.ones((1, 1))) for name in views}
 
     def hidden(params, layer):
-        return network.bind(params).hidden(latents, times, text, mask, layer=layer)
+        return network.bind(params).hidden(latents, times, text, mask, views=seen, layer=layer)
 
     def whole(params):
-        return network.bind(params)(latents, times, text, mask)
+        return network.bind(params)(latents, times, text, mask, views=seen)
 
+    counted = partial(video_dit_flops, model, shape, config.text.length, views=sizes)
     for layer in (0, 1, 2):
-        counted = video_dit_flops(model, shape, config.text.length, layers=layer)
-        assert counted == traced(lambda p, layer=layer: hidden(p, layer), network.abstract)
-    assert video_dit_flops(model, shape, config.text.length) == traced(whole, network.abstract)
+        products = traced(lambda p, layer=layer: hidden(p, layer), network.abstract)
+        assert counted(layers=layer) == products
+    assert counted() == traced(whole, network.abstract)
+
+
+@pytest.mark.parametrize(
+    ("name", "rank", "share"),
+    # Under LoRA attention is a larger part of a step, because the kernels get no gradients.
+    [("bridge_video", 0, 0.0494), ("bridge_video", 256, 0.0505), ("bridge_action", 0, 0.0476)],
+)
+def test_a_wrist_view_adds_a_twentieth_to_a_step_of_the_published_network(name, rank, share):
+    """600 tokens, of 240x320 pixels, beside 19,200."""
+    config = importlib.import_module(f"configs.{name}").get_config()
+    config.lora.rank = rank
+    alone = Experiment.from_config(config)
+    config.views = dict(wrist=dict(height=240, width=320))
+    both = Experiment.from_config(config)
+    assert both.tokens - alone.tokens == 600
+    assert step_flops(both) / step_flops(alone) - 1 == pytest.approx(share, abs=5e-5)
+
+
+@pytest.mark.parametrize("layers", [None, 20])
+def test_a_wrist_view_adds_less_than_a_twentieth_to_a_forward_pass(layers):
+    count = partial(video_dit_flops, VIDEO_DITS["cosmos2b"], (16, 60, 80), 512, layers=layers)
+    assert 0.04 < count(views=[(2, 30, 40)]) / count() - 1 < 0.05
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -101,11 +128,20 @@ def test_the_decoder_equals_the_traced_products(draws):
     assert sum(sampling_flops(decoder, 24, draws, 5)) == traced(sample, network.abstract)
 
 
-@pytest.mark.parametrize(("stage", "rank"), [("video", 0), ("video", 4), ("action", 0)])
-def test_a_training_step_is_what_its_gradient_computes(stage, rank):
+@pytest.mark.parametrize(
+    ("stage", "rank", "views"),
+    [
+        ("video", 0, {}),
+        ("video", 4, {}),
+        ("action", 0, {}),
+        ("video", 4, VIEWS),
+        ("action", 0, VIEWS),
+    ],
+)
+def test_a_training_step_is_what_its_gradient_computes(stage, rank, views):
     """Up to gradients by what enters the network, which nobody asks for."""
     config = tiny_config(stage)
-    config.lora.rank = rank
+    config.lora.rank, config.views = rank, views
     config.clip.update(height=64, width=64)
     config.training.batch_size = 2
     mesh = make_mesh(config.mesh)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_stages import build_stage, tiny_batch, tiny_config
+from tiny_stages import VIEWS, build_stage, tiny_batch, tiny_config
 
 from mvjax.experiment import Experiment
 from mvjax.flow import (
@@ -68,9 +68,11 @@ def test_the_loss_falls_on_one_batch(name, share, video_run, tmp_path):
         assert jax.tree.map(jnp.shape, abstract_params(tmp_path)) == shapes
 
 
-def test_video_loss_is_the_velocity_error_of_the_frames_to_predict():
-    """mean |v - (ε - x0)|² with zeros for conditioning frames, which enter clean."""
+@pytest.mark.parametrize("views", [{}, VIEWS], ids=["video", "views"])
+def test_video_loss_is_the_velocity_error_of_the_frames_to_predict(views):
+    """mean |v - (ε - x0)|² with zeros for conditioning frames, which enter clean, as views do."""
     config = with_flow("video", loss_scale=10.0)
+    config.views = views
     stage = build_stage(config)[0]
     batch, params = tiny_batch(config), random_params(stage)
     loss, metrics = jax.jit(stage.loss)(params, {}, batch, KEY)
@@ -88,7 +90,10 @@ def test_video_loss_is_the_velocity_error_of_the_frames_to_predict():
     wide = clean[..., None, None, None]
     t = tau[..., None, None, None]
     latents = np.where(wide, x0, (1 - t) * x0 + t * noise)
-    v = jax.jit(net)(latents, np.where(clean, 1e-4 / (1 + 1e-4), tau), batch["text"], clean)
+    observed = np.float32(1e-4 / (1 + 1e-4))
+    seen = {name: (batch[f"views/{name}"], np.full((samples, 1), observed)) for name in views}
+    times = np.where(clean, observed, tau)
+    v = jax.jit(net)(latents, times, batch["text"], clean, views=seen)
     error = np.where(wide, 0, v - (noise - x0))
     np.testing.assert_allclose(metrics["velocity_mse"], np.mean(error**2), rtol=1e-4)
     np.testing.assert_allclose(loss, 10 * metrics["velocity_mse"], rtol=1e-6)

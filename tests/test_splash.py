@@ -74,6 +74,35 @@ def kernels(rope):
     return interpreted
 
 
+def streams(lengths, heads=2):
+    """As `projected`, of several streams: lists of q, k, v, both scales; gradients; ropes."""
+    several = [projected(n, n, heads) for n in lengths]
+    q, k, v, *_ = (list(xs) for xs in zip(*(arguments for arguments, _ in several)))
+    grids = [(n // 8, 2, 4) for n in lengths]
+    ropes = [rope_table(grid, HEAD_DIM, (1.0, 3.0, 3.0)) for grid in grids]
+    return (q, k, v, *several[0][0][3:]), [gradient for _, gradient in several], ropes
+
+
+def joined_layers(ropes):
+    """What the kernels compute of streams, by the layers: as one sequence."""
+
+    def plain(q, k, v, q_scale, k_scale):
+        queries = jnp.concatenate([ready(x, q_scale, rope) for x, rope in zip(q, ropes)], 1)
+        keys = jnp.concatenate([ready(x, k_scale, rope) for x, rope in zip(k, ropes)], 1)
+        values = jnp.concatenate(v, 1).reshape(keys.shape)
+        y = attend(queries, keys, values, "xla").reshape(*keys.shape[:2], -1)
+        return jnp.split(y, np.cumsum([x.shape[1] for x in q])[:-1], axis=1)
+
+    return plain
+
+
+def of_streams(ropes):
+    def interpreted(q, k, v, q_scale, k_scale):
+        return splash_on_shards(q, k, v, (q_scale, k_scale), ropes, interpret=True)
+
+    return interpreted
+
+
 def main():
     """On eight devices (a program of its own, because their number is fixed at the start)."""
     rope = rope_table((16, 4, 16), HEAD_DIM, (1.0, 3.0, 3.0))
@@ -90,6 +119,15 @@ def main():
             with jax.set_mesh(make_mesh(mesh)), use_rules(make_rules()):
                 ours = result_and_gradients(kernels(turned), arguments, gradient)
             assert_close(ours, expected, 1e-5)
+    for lengths, count, mesh in (
+        ((576, 544), 4, dict(fsdp=2) | heads),  # exchanged with the video's
+        ((576, 544, 40), 2, everywhere),  # gathered; a short view is whole everywhere
+    ):
+        arguments, gradient, ropes = streams(lengths, count)
+        expected = result_and_gradients(joined_layers(ropes), arguments, gradient)
+        with jax.set_mesh(make_mesh(mesh)), use_rules(make_rules()):
+            ours = result_and_gradients(of_streams(ropes), arguments, gradient)
+        assert_close(*map(jax.tree.leaves, (ours, expected)), 1e-5)
 
 
 def test_on_eight_devices_as_the_layers_on_one():
@@ -121,6 +159,14 @@ def test_the_kernels_equal_the_layers(keys, rope):
     ours = result_and_gradients(kernels(rope), arguments, gradient)
     theirs = result_and_gradients(lambda *a: layers(*a, rope), arguments, gradient)
     assert_close(ours, theirs, 1e-5)
+
+
+def test_every_stream_reads_the_keys_of_all():
+    """A view of 40 tokens, which are no block of rows."""
+    arguments, gradient, ropes = streams((256, 40))
+    ours = result_and_gradients(of_streams(ropes), arguments, gradient)
+    theirs = result_and_gradients(joined_layers(ropes), arguments, gradient)
+    assert_close(*map(jax.tree.leaves, (ours, theirs)), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ["TPU v5", "TPU v5 lite", "TPU v6 lite"])

@@ -27,6 +27,8 @@ from mvjax.training.resume import describe
 from mvjax.training.step import assemble, create_state
 from mvjax.training.train import train
 
+# Of observed views: 8 tokens, and 6 that four devices do not divide.
+VIEWS = {"wrist": dict(height=32, width=32), "hand": dict(height=16, width=48)}
 WORDS = ("open the drawer", "close the drawer", "press the button")
 
 
@@ -69,6 +71,8 @@ def tiny_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
         "action_mask": np.ones((samples, io.action.horizon, io.action.dim)),
         "proprio": rng.normal(size=(samples, io.proprio.horizon, io.proprio.dim)),
     }
+    for name, shape in Experiment.from_config(config).views.items():
+        arrays[f"views/{name}"] = rng.normal(size=(samples, *shape))
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 
 
