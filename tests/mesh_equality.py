@@ -74,7 +74,7 @@ def config_of(kind: str) -> ConfigDict:
     """Tiny sizes that every axis divides; micro-batches of eight samples."""
     config = tiny_config("action" if kind.startswith("action") else "video", ema_decay=0.0)
     if kind.endswith("views"):
-        config.views = VIEWS
+        config.clip.views = VIEWS
     config.training.batch_size = 16
     if kind in ("lora", "views"):
         config.lora.update(rank=8, alpha=8.0)

@@ -61,7 +61,7 @@ def test_keys_and_values_of_the_context_are_counted_once():
 @pytest.mark.parametrize(("rank", "views"), [(0, {}), (4, {}), (4, VIEWS)])
 def test_forward_passes_equal_the_traced_products(rank, views):
     config = tiny_config("action")
-    config.lora.rank, config.views = rank, views
+    config.lora.rank, config.clip.views = rank, views
     clip, batch = Clip(**config.clip), tiny_batch(config)
     latents, text = batch["latents"][:1], batch["text"][:1]
     times, mask = jnp.ones((1, clip.latent_frames)), jnp.ones((1, clip.latent_frames))
@@ -93,7 +93,7 @@ def test_a_wrist_view_adds_a_twentieth_to_a_step_of_the_published_network(name, 
     config = importlib.import_module(f"configs.{name}").get_config()
     config.lora.rank = rank
     alone = Experiment.from_config(config)
-    config.views = dict(wrist=dict(height=240, width=320))
+    config.clip.views = dict(wrist=dict(height=240, width=320))
     both = Experiment.from_config(config)
     assert both.tokens - alone.tokens == 600
     assert step_flops(both) / step_flops(alone) - 1 == pytest.approx(share, abs=5e-5)
@@ -141,7 +141,7 @@ def test_the_decoder_equals_the_traced_products(draws):
 def test_a_training_step_is_what_its_gradient_computes(stage, rank, views):
     """Up to gradients by what enters the network, which nobody asks for."""
     config = tiny_config(stage)
-    config.lora.rank, config.views = rank, views
+    config.lora.rank, config.clip.views = rank, views
     config.clip.update(height=64, width=64)
     config.training.batch_size = 2
     mesh = make_mesh(config.mesh)

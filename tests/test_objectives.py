@@ -72,7 +72,7 @@ def test_the_loss_falls_on_one_batch(name, share, video_run, tmp_path):
 def test_video_loss_is_the_velocity_error_of_the_frames_to_predict(views):
     """mean |v - (ε - x0)|² with zeros for conditioning frames, which enter clean, as views do."""
     config = with_flow("video", loss_scale=10.0)
-    config.views = views
+    config.clip.views = views
     stage = build_stage(config)[0]
     batch, params = tiny_batch(config), random_params(stage)
     loss, metrics = jax.jit(stage.loss)(params, {}, batch, KEY)

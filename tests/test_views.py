@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("quickly")
 
 def with_views(stage="video", views=VIEWS, **settings):
     config = tiny_config(stage)
-    config.views = views
+    config.clip.views = views
     config.training.batch_size = 2
     config.update_from_flattened_dict(settings)
     return config
@@ -201,9 +201,9 @@ def test_other_views_than_those_of_the_configuration_are_refused(seen):
     [
         ({"wrist": dict(height=40, width=32)}, "views.wrist.height must be a multiple of 16"),
         ({"wrist": dict(height=0, width=32)}, "views.wrist.height must be a whole number"),
-        ({"wrist": dict(height=32, width=32, fps=5)}, "no setting 'views.wrist.fps'"),
-        ({"video": dict(height=32, width=32)}, "not 'video'"),
-        ({"a/b": dict(height=32, width=32)}, "named with letters"),
+        ({"wrist": dict(height=32, width=32, fps=5)}, "no setting 'clip.views.wrist.fps'"),
+        ({"video": dict(height=32, width=32)}, "'video' is the name of the predicted view"),
+        ({"a/b": dict(height=32, width=32)}, "a name is a word such as wrist"),
     ],
 )
 def test_impossible_views_are_a_sentence(views, words):
@@ -214,7 +214,7 @@ def test_impossible_views_are_a_sentence(views, words):
 def test_a_view_has_tokens_of_its_observed_frames_only():
     experiment = Experiment.from_config(with_views())
     clip = experiment.clip
-    assert experiment.views == {"hand": (2, 2, 6, 16), "wrist": (2, 4, 4, 16)}
+    assert clip.view_shapes == {"hand": (2, 2, 6, 16), "wrist": (2, 4, 4, 16)}
     assert experiment.tokens == clip.tokens + 2 * 3 + 2 * 4
     assert experiment.batch_shapes["views/wrist"] == (2, 4, 4, 16)
     assert Experiment.from_config(tiny_config("video")).tokens == clip.tokens
@@ -272,10 +272,10 @@ def test_a_view_that_a_run_lacks_is_new_and_one_that_it_has_is_not_dropped(runs,
 @pytest.mark.parametrize(
     ("trained", "views", "words"),
     [
-        ("two", {}, "with the views hand, wrist, but this configuration has no views"),
-        ("one", VIEWS, "with no views .* has the views hand, wrist"),
+        ("two", {}, "with the views hand, wrist beside the video, but .* has none"),
+        ("one", VIEWS, "with none beside .* has the views hand, wrist"),
         ("two", dict(VIEWS, hand=dict(height=16, width=32)), "views.hand.width is 48 there, 32"),
-        ("two", dict(palm=VIEWS["hand"]), "the views hand, wrist, .* has the views palm"),
+        ("two", dict(palm=VIEWS["hand"]), "the views hand, wrist beside .* has the views palm"),
     ],
 )
 def test_a_backbone_of_other_views_is_refused_by_name(runs, trained, views, words):
@@ -302,7 +302,7 @@ def test_a_backbone_and_a_decoder_with_views_are_read_again(runs, tmp_path):
         load_decoder(experiment, tmp_path, experiment.mesh()),
         decoder,
     )
-    config.views = {}
+    config.clip.views = {}
     with pytest.raises(CheckpointMismatch, match="trained with the views hand, wrist"):
         other = Experiment.from_config(config)
         load_decoder(other, tmp_path, other.mesh())
@@ -311,7 +311,7 @@ def test_a_backbone_and_a_decoder_with_views_are_read_again(runs, tmp_path):
 def test_a_run_does_not_go_on_with_other_views(runs, tmp_path):
     config = with_views()
     save_untrained(config, tmp_path)
-    config.views.hand.width = 32
+    config.clip.views.hand.width = 32
     with pytest.raises(CheckpointMismatch, match=r"views.hand.width is 48 there, 32 here"):
         started(config, tmp_path)
 

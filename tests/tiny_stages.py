@@ -71,7 +71,7 @@ def tiny_batch(config: ConfigDict, seed: int = 0) -> dict[str, np.ndarray]:
         "action_mask": np.ones((samples, io.action.horizon, io.action.dim)),
         "proprio": rng.normal(size=(samples, io.proprio.horizon, io.proprio.dim)),
     }
-    for name, shape in Experiment.from_config(config).views.items():
+    for name, shape in Experiment.from_config(config).clip.view_shapes.items():
         arrays[f"views/{name}"] = rng.normal(size=(samples, *shape))
     return {name: array.astype(np.float32) for name, array in arrays.items()}
 

@@ -80,12 +80,6 @@ class VideoDiTConfig:
     views: tuple[str, ...] = ()
 
     def __post_init__(self):
-        for name in self.views:
-            if not name.isidentifier() or name == "video":
-                raise ValueError(
-                    f"A view is named with letters, digits and underscores, and not 'video' (that "
-                    f"is what the network predicts); got {name!r}."
-                )
         compute_dtype(self.precision)
         check_kernel(self.attention)
         check_remat(self.remat)
