@@ -4,8 +4,14 @@
         --workdir=runs/libero_goal/action_tenth
 
 After the colon follow the suite (goal, object, spatial) and the share of its demonstrations (full,
-half, tenth, one: 50, 25, 5, 1 per task). The backbone is what configs/libero_video.py trains for
-this suite on all demonstrations, as published.
+half, tenth, one: 50, 25, 5, 1 per task). A third word adds the wrist camera, as in
+configs/libero_video.py: "wrist" observes it, "tiled" puts it beside the scene.
+
+    python -m launch.train --config=configs/libero_action.py:goal,full,wrist \
+        --workdir=runs/libero_goal_wrist/action
+
+The backbone is what configs/libero_video.py trains for this suite and these cameras on all
+demonstrations, as published.
 
 Data and weights: as for configs/libero_video.py, with the same records. Chips and memory:
 docs/pods.md.
@@ -35,11 +41,11 @@ def get_config(arguments: str = "goal") -> ConfigDict:
     """Steps of 128 clips.
 
     Args:
-        arguments: suite, or suite and share of the demonstrations, e.g. "goal,tenth".
+        arguments: suite, then share of the demonstrations and cameras if others than "full" and
+            "agentview": e.g. "goal", "goal,tenth" or "goal,full,wrist".
     """
-    suite, _, share = arguments.partition(",")
-    share = share or "full"
-    config = mimic_video.libero(suite, share)
+    suite, share, cameras = mimic_video.libero_words(arguments)
+    config = mimic_video.libero(suite, share, cameras)
     return mimic_video.action_stage(
         config,
         steps=STEPS.get((suite, share), UNRELEASED_STEPS),

@@ -14,7 +14,8 @@ HDF5 files, write
         proprio=libero_panda.HDF5_PROPRIO,
     )
 
-BridgeData V2 as recorded has the format "bridge_raw", the video "images0", widowx.RAW_ACTION and
+and for an observed wrist camera `views=dict(wrist="obs/eye_in_hand_rgb")`, too. BridgeData V2 as
+recorded has the format "bridge_raw", the video "images0", widowx.RAW_ACTION and
 widowx.RAW_PROPRIO. For other streams, describe the vectors (data_pipelines/vectors.py).
 
 In the published stage 1, every camera of Bridge is a video of its own. Add a dataset for each:
@@ -45,23 +46,25 @@ from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS, decoder_section, v
 
 LIBERO_SUITES = ("goal", "object", "spatial")
 LIBERO_SHARES = {"full": 50, "half": 25, "tenth": 5, "one": 1}  # demonstrations per task
+LIBERO_CAMERAS = ("agentview", "wrist", "tiled")  # see `libero`
 
 
-def shared(run_dir: str, datasets: dict[str, dict], action: dict) -> ConfigDict:
+def shared(run_dir: str, datasets: dict[str, dict], action: dict, *, width: int = 10) -> ConfigDict:
     """The sections that both stages of a run have in common.
 
     Args:
         run_dir: where records and the runs of both stages go.
         datasets: by name, without `name` and `records`, which follow from the name.
         action: horizon, fps and shift of the action chunk.
+        width: of actions and proprioception. 10 are position 3, two rows of the rotation 6 (not
+            normalised) and gripper 1.
     """
     config = base.skeleton(run_dir)
     base.add_datasets(config, **datasets)
     # 61 frames in 12 s are 16 latent frames of 60x80, 19,200 tokens; 2 latent frames are observed.
     config.clip = dict(height=480, width=640, observed_frames=5, future_frames=56, fps=5.0)
-    # Position 3, two rows of the rotation 6 (not normalised), gripper 1.
     config.policy_io = dict(
-        action=dict(action, dim=10), proprio=dict(horizon=1, fps=action["fps"], dim=10)
+        action=dict(action, dim=width), proprio=dict(horizon=1, fps=action["fps"], dim=width)
     )
     config.validation_share = 0.0
     config.tokenizer = "weights/wan_vae"
@@ -111,22 +114,27 @@ def bridge() -> ConfigDict:
     return config
 
 
-def libero(suite: str, share: str) -> ConfigDict:
+def libero(suite: str, share: str, cameras: str = "agentview") -> ConfigDict:
     """A LIBERO suite, regenerated at 480x640 and 20 Hz: 3 s of actions, the first without delay.
 
     Args:
         suite: goal, object or spatial.
         share: full, half, tenth or one: 50, 25, 5 or 1 demonstrations of each of the ten tasks.
+        cameras: agentview, as published; wrist, which is observed beside it; or tiled, both
+            cameras side by side in one picture. The last two read what `launch.record
+            --regenerate` writes, and have records and runs of their own.
     """
-    if suite not in LIBERO_SUITES or share not in LIBERO_SHARES:
+    if suite not in LIBERO_SUITES or share not in LIBERO_SHARES or cameras not in LIBERO_CAMERAS:
         raise ValueError(
-            f"LIBERO takes a suite ({', '.join(LIBERO_SUITES)}) and a share of its demonstrations "
-            f"({', '.join(LIBERO_SHARES)}), e.g. goal,full; got {suite!r} and {share!r}."
+            f"LIBERO takes a suite ({', '.join(LIBERO_SUITES)}), a share of its demonstrations "
+            f"({', '.join(LIBERO_SHARES)}) and cameras ({', '.join(LIBERO_CAMERAS)}), e.g. "
+            f"goal,full,wrist; got {suite!r}, {share!r} and {cameras!r}."
         )
     name = f"libero_{suite}"
+    run_dir, path = f"runs/{name}", f"data/{name}"
     robot = dict(
         format="mimic_episodes",
-        path=f"data/{name}",
+        path=path,
         embodiment="libero_panda",
         video="workspace_rgb",
         action=libero_panda.ACTION,
@@ -134,10 +142,32 @@ def libero(suite: str, share: str) -> ConfigDict:
         anchor_fps=20.0,
         weight=1.0,
     )
-    config = shared(f"runs/{name}", {name: robot}, dict(horizon=60, fps=20.0, shift=0.0))
+    if cameras != "agentview":
+        run_dir += f"_{cameras}"
+        scene, wrist = "observation.images.agentview", "observation.images.wrist"
+        robot.update(
+            format="lerobot",
+            path=f"{path}_regenerated",
+            video=scene,
+            action=libero_panda.LEROBOT_ACTION,
+            proprio=libero_panda.LEROBOT_PROPRIO,
+        )
+        robot |= dict(views=dict(wrist=wrist)) if cameras == "wrist" else dict(video=(scene, wrist))
+    config = shared(run_dir, {name: robot}, dict(horizon=60, fps=20.0, shift=0.0))
+    if cameras == "wrist":  # half the size of the scene: 600 tokens beside its 19,200
+        config.clip.views = dict(wrist=dict(height=240, width=320))
     config.training.episodes_per_task = LIBERO_SHARES[share]
     config.evaluation = libero_protocol(suite)
     return config
+
+
+def libero_words(arguments: str) -> tuple[str, str, str]:
+    """Suite, share and cameras in the argument of a configuration, e.g. "goal,full,wrist"."""
+    suite, *rest = arguments.split(",")
+    share, cameras = (*rest, "", "")[:2]
+    if len(rest) > 2:
+        raise ValueError(f"LIBERO takes a suite, a share and cameras, got {arguments!r}.")
+    return suite, share or "full", cameras or "agentview"
 
 
 def video_stage(config: ConfigDict, *, steps: int, batch_size: int) -> ConfigDict:

@@ -230,9 +230,10 @@ def cut_numbers(
     if short := [name for name in used if len(episode.streams[name].timestamps) <= 2]:
         raise ValueError(f"two or fewer samples in {short}")
     acting = [episode.streams[name].timestamps for name in streams(action)]
-    at = anchors(episode.streams[names[0]].timestamps, acting, anchor_fps)
+    at = anchors(episode.streams[names[0]].timestamps, acting, anchor_fps, episode.ranges)
     if len(at) == 0:
-        raise ValueError("the video and the actions do not overlap in time")
+        where = "" if episode.ranges is None else " within the ranges that are to be used"
+        raise ValueError(f"the video and the actions do not overlap in time{where}")
     for name in used:
         times = episode.streams[name].timestamps
         if at[-1] < times[0] or at[0] > times[-1]:

@@ -104,6 +104,12 @@ class Episode:
     # Disagreements between two sources of one fact that were settled, in sentences that say which
     # one was taken; equal for the same finding in another episode, so that they can be counted.
     findings: tuple[str, ...] = ()
+    # Where windows may have their anchors: parts [start, end) in nanoseconds, in order of time.
+    # None for everywhere. What a window shows around its anchor may lie outside of them.
+    ranges: tuple[tuple[int, int], ...] | None = None
+    # Why no windows are wanted of the episode, although it can be read: a sentence that becomes one
+    # of the findings. "" for every other episode.
+    unwanted: str = ""
 
     def __post_init__(self):
         missing = [name for name in self.cameras if name not in self.streams]
@@ -115,6 +121,14 @@ class Episode:
         readers = (stream.values for stream in self.streams.values())
         found = (text for reader in readers for text in getattr(reader, "findings", ()))
         object.__setattr__(self, "findings", tuple(dict.fromkeys((*self.findings, *found))))
+        if self.unwanted and self.unwanted not in self.findings:
+            object.__setattr__(self, "findings", (*self.findings, self.unwanted))
+        edges = [edge for part in self.ranges or () for edge in part]
+        if edges != sorted(edges) or any(start == end for start, end in self.ranges or ()):
+            raise ValueError(
+                "the ranges of an episode must be [start, end) in order of time, and not overlap, "
+                f"got {self.ranges}"
+            )
         starts = [section.start for section in self.sections]
         if starts != sorted(set(starts)):
             raise ValueError(f"the sections of an episode must be in order of time, got {starts}")

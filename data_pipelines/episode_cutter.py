@@ -59,10 +59,12 @@ class EpisodeCutter:
         cuts, findings = None, []
         try:
             episode = self.episodes[index]
-            row["id"], row["instructions"] = episode.id, list(episode.instructions) or [""]
+            row["id"] = episode.id
             findings += episode.findings
-            cuts = self.windows(episode)
-            findings += cuts.findings
+            if not episode.unwanted:
+                row["instructions"] = list(episode.instructions) or [""]
+                cuts = self.windows(episode)
+                findings += cuts.findings
         except Exception as error:  # decoders raise types of their own
             if isinstance(error, StreamMismatch) and not self.config_fits:
                 raise

@@ -131,6 +131,8 @@ def inspect_episode(
 
 def _check_wanted(summary: EpisodeSummary, episode: Episode, wanted: Wanted) -> None:
     """Cuts the numbers of an episode as the encoding job would."""
+    if episode.unwanted:
+        return
     try:
         if wanted.texts:
             wanted.texts.check(episode)

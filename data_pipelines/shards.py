@@ -20,7 +20,7 @@ from data_pipelines.provenance import changes
 from data_pipelines.records import RecordDataset, read_columns, write_texts
 
 # An episode: id, instructions, count (of windows), digest, "reason" if it cannot be read, and its
-# "findings" if it has any.
+# "findings" if it has any. One that is not wanted has no windows, no reason and no instructions.
 Row = dict[str, Any]
 
 REMEDY = "Repair them and encode with --retry_skipped"
@@ -81,10 +81,10 @@ def mark_unfinished(shard: Path) -> None:
 
 
 def count(row: Row, bad: BadShare) -> None:
-    """Counts an episode as read or as bad."""
+    """Counts an episode as read or as bad; one that is not wanted is neither."""
     if "reason" in row:
         bad.count_bad(row["id"], row["reason"])
-    else:
+    elif row["count"]:
         bad.count_good()
 
 
@@ -176,12 +176,16 @@ def finish(
             if row["count"] or not isinstance(text_encoder, StoredTexts):
                 texts.setdefault(text, index)
     if first == 0:
-        raise ValueError(
-            f"no episode of {name!r} could be read; the first, {skipped[0]['id']}, failed with "
-            f"{skipped[0]['reason']}"
-            if skipped
-            else f"no episode of {name!r} could be read: the source is empty"
-        )
+        why = f"no episode of {name!r} could be read: the source is empty"
+        if skipped:
+            why = (
+                f"no episode of {name!r} could be read; the first, {skipped[0]['id']}, failed with "
+                f"{skipped[0]['reason']}"
+            )
+        elif rows:
+            said = "; ".join(f"{text} ({len(at)} episodes)" for text, at in findings.items())
+            why = f"no episode of {name!r} is wanted: {said}"
+        raise ValueError(why)
     bad.check()
     numbers = {text: number for number, text in enumerate(texts)}
     for row in rows:

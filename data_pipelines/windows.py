@@ -53,7 +53,10 @@ class WindowSpec:
 
 
 def anchors(
-    video: np.ndarray, actions: Sequence[np.ndarray] = (), max_fps: float | None = None
+    video: np.ndarray,
+    actions: Sequence[np.ndarray] = (),
+    max_fps: float | None = None,
+    ranges: Sequence[tuple[int, int]] | None = None,
 ) -> np.ndarray:
     """The instants at which an episode can be cut into windows.
 
@@ -67,15 +70,20 @@ def anchors(
         video: int64 nanoseconds [n].
         actions: int64 nanoseconds of each action stream.
         max_fps: the most anchors per second; None keeps all.
+        ranges: parts [start, end) in nanoseconds, in one of which an anchor must lie; None for
+            everywhere.
 
     Returns:
-        int64 nanoseconds [k]; empty when the streams do not overlap.
+        int64 nanoseconds [k]; empty when the streams do not overlap, or not within the ranges.
     """
     chosen = np.asarray(video, np.int64)
     if actions:
         first = max(times[0] for times in actions)
         last = min(times[-1] for times in actions)
         chosen = chosen[(chosen >= first) & (chosen <= last)]
+    if ranges is not None:
+        inside = [(chosen >= start) & (chosen < end) for start, end in ranges]
+        chosen = chosen[np.any(inside, axis=0)] if inside else chosen[:0]
     if max_fps is None or len(chosen) == 0:
         return chosen
     # One anchor per period; a tenth of a period of slack absorbs jitter in the timestamps.

@@ -132,7 +132,7 @@ def encode_dataset(
         shards = list_shards(path, settings)
         ours = dict(list(shards.items())[process::processes])
         finished = [row for shard in filter(is_finished, ours) for row in finished_rows(shard)]
-        fits = any("reason" not in row for row in finished)
+        fits = any(row["count"] for row in finished)
         cut = EpisodeCutter(
             episodes, dataset, clip, policy_io, anchor_fps, text_encoder, validation_share, fits
         )

@@ -57,6 +57,11 @@ DROID = {
     for where in ("action_dict", "observation")
     for what, values in (("cartesian_position", EULER), ("gripper_position", _numbers(1)))
 }
+DROID_JOINTS = {
+    f"steps/{where}/{what}": _numbers(width)
+    for where in ("action_dict", "observation")
+    for what, width in (("joint_position", 7), ("gripper_position", 1))
+}
 HANDS = {f"{side}_hand_{what}": 16 for side in ("left", "right") for what in ("action", "joints")}
 BIMANUAL = {f"{side}_eef_pose": _poses() for side in ("left", "right")}
 BIMANUAL |= {name: _numbers(width) for name, width in HANDS.items()}
@@ -73,7 +78,9 @@ EMBODIMENTS = [
     ("libero_panda", "LEROBOT_", LIBERO_LEROBOT, 10, 10),
     ("metaworld_sawyer", "", PLAIN[4], 4, 4),
     ("droid_franka", "", DROID, 10, 10),
+    ("droid_franka", "JOINT_", DROID_JOINTS, 8, 8),
     ("aloha", "", PLAIN[14], 14, 14),
+    ("aloha", "DELTA_", PLAIN[14], 14, 14),
     ("mimic_bimanual", "", BIMANUAL, 50, 59),
     ("mimic_bimanual", "RIGHT_", RIGHT, 50, 59),
 ]

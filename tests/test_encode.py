@@ -198,6 +198,32 @@ def test_bad_episodes_are_named_and_the_rest_is_encoded(tmp_path):
         encode([episode(1, reader=BrokenFrames)], tmp_path / "none", max_bad_share=1.0)
 
 
+def test_episodes_that_are_not_wanted_are_neither_windows_nor_bad(tmp_path):
+    """The others are the records that they are alone; the list is said, and costs nothing."""
+    episodes = [episode(i) for i in range(5)]
+    some = [replace(e, unwanted="it failed") if i != 3 else e for i, e in enumerate(episodes)]
+    some[4] = replace(episodes[4], ranges=((250_000_000, 350_000_000), (700_000_000, 10**12)))
+    dataset = encode(some, tmp_path / "some", max_bad_share=0.0)
+    assert [row.count for row in dataset.episodes] == [0, 0, 0, 30, 6]
+    assert dataset.skipped == [] and dataset.findings == {"it failed": [0, 1, 2]}
+    assert dataset.instructions == [episodes[3].instructions[0], episodes[4].instructions[0]]
+    anchors = [int(dataset[i]["anchor"]) for i in range(30, 36)]
+    assert anchors == [n * 25_000_000 for n in (10, 11, 12, 13, 28, 29)]  # 40 Hz
+    alone = encode(episodes[3:], tmp_path / "alone")
+    for key, value in alone[7].items():
+        if key != "episode":
+            np.testing.assert_array_equal(dataset[7][key], value)
+    assert inspect_records(tmp_path / "some").readable == 2
+    with pytest.raises(ValueError, match=r"no episode of 'robot' is wanted: it failed \(3 "):
+        encode(some[:3], tmp_path / "none")
+    nowhere = replace(episodes[0], ranges=((10**12, 10**13),))
+    with pytest.raises(ValueError, match="do not overlap in time within the ranges"):
+        cut_episode(nowhere, ROBOT, CLIP, POLICY_IO)
+    for wrong in (((5, 5),), ((5, 9), (8, 10)), ((9, 5),)):
+        with pytest.raises(ValueError, match="in order of time, and not overlap"):
+            replace(episodes[0], ranges=wrong)
+
+
 def test_many_bad_episodes_stop_the_job_early(tmp_path):
     episodes = [episode(i, reader=Frames if i % 4 else BrokenFrames) for i in range(40)]
     opened = []

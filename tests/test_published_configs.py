@@ -12,12 +12,14 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import mimic_video
-from data_pipelines.cameras import camera_rows
-from data_pipelines.clip import Clip
+from data_pipelines.cameras import dataset_views
+from data_pipelines.clip import Clip, tokens
 from data_pipelines.embodiments import libero_panda, widowx
+from data_pipelines.records import entry
 from data_pipelines.representations import Mode
 from data_pipelines.settings import differences
 from data_pipelines.vectors import dims, modes, parse, streams
+from mvjax.evaluation import libero_demos
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.network import Network, split
@@ -29,6 +31,7 @@ from mvjax.models.presets import (
 )
 from mvjax.parallel import make_mesh
 from mvjax.policy.observation import control_stride
+from mvjax.policy.robot import same_aspect
 from mvjax.training.bridge import abstract_backbone
 from mvjax.training.objectives import make_stage
 from mvjax.training.step import make_schedule
@@ -39,8 +42,12 @@ SUITE_AND_SHARE = [",".join(p) for p in itertools.product(SUITES, mimic_video.LI
 ARGUMENTS = {
     "bridge_video": [""],
     "bridge_action": ["", "finetuned", "pretrained"],
-    "libero_video": ["", *SUITES, *SUITE_AND_SHARE],
-    "libero_action": ["", *SUITES, *SUITE_AND_SHARE],
+    "libero_video": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,wrist"],
+    "libero_action": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,wrist"],
+    "droid_video": [""],
+    "droid_action": [""],
+    "aloha_video": [""],
+    "aloha_action": [""],
     "cosmos14b_video": ["", "full", "lora"],
     "pretrain_video": ["", "cosmos", "scratch", "rehearsal"],
     "my_robot": ["", "video,small", "action,small", "video", "action"],
@@ -49,8 +56,12 @@ SMALL = ("rehearsal", "video,small", "action,small")
 ALL = [(name, argument) for name, arguments in ARGUMENTS.items() for argument in arguments]
 # Arguments of LIBERO choose data only; elsewhere every one is another network or start.
 NETWORKS = [
-    (name, a) for name, arguments in ARGUMENTS.items() for a in arguments[:1] + arguments[-2:]
+    (name, a)
+    for name, arguments in ARGUMENTS.items()
+    for a in dict.fromkeys(arguments[:1] + arguments[-2:])
 ]
+# Of actions and proprioception; those of the release have 10.
+WIDTHS = {"droid": 8, "aloha": 14}
 TWO_BILLION, ADAPTERS, ADALN = 1_956_413_440, 370_690_048, 177_733_632
 
 
@@ -69,7 +80,7 @@ def sizes(tree) -> int:
 
 
 def test_no_configuration_is_left_out():
-    others = {"__init__", "base", "mimic_video", "trained"}
+    others = {"__init__", "base", "mimic_video", "trained", "droid", "aloha"}
     files = {p.stem for p in CONFIGS.glob("*.py")} - others
     small = ("quickstart", "libero_small")
     assert {name for name in files if not name.startswith(small)} == set(ARGUMENTS)
@@ -79,8 +90,11 @@ def test_no_configuration_is_left_out():
 def test_lengths_and_widths_are_the_released_ones(name, argument):
     config = get(name, argument)
     clip, video = Clip(**config.clip), Experiment.from_config(config).video
-    assert clip.latent_shape == (16, 60, 80, 16) and clip.condition_latents == 2
-    assert clip.tokens == 19_200 and (video.text_dim, config.text.length) == (1024, 512)
+    shape, count = (16, 60, 80, 16), 19_200
+    if name.startswith("droid"):
+        shape, count = (16, 54, 96, 16), 20_736
+    assert clip.latent_shape == shape and clip.condition_latents == 2
+    assert clip.tokens == count and (video.text_dim, config.text.length) == (1024, 512)
     preset = VIDEO_DITS["cosmos14b" if name.startswith("cosmos14b") else "cosmos2b"]
     assert all(
         getattr(video, field) == getattr(preset, field)
@@ -113,6 +127,7 @@ def test_stages_take_the_batches_that_the_lengths_say(name, argument):
         "action_mask": (io.action.horizon, io.action.dim),
         "proprio": (io.proprio.horizon, io.proprio.dim),
     }
+    shapes |= {entry(view): shape for view, shape in Clip(**config.clip).view_shapes.items()}
     batch = {
         name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32") for name in stage.batch_axes
     }
@@ -126,16 +141,18 @@ def test_stages_take_the_batches_that_the_lengths_say(name, argument):
 
 @pytest.mark.parametrize(("name", "argument"), [c for c in ALL if c[0] != "my_robot"])
 def test_datasets_describe_vectors_of_the_policys_width(name, argument):
-    """Position 3 and gripper 1 by VARIANCE, the 6-D rotation as it is; or nothing at all."""
+    """Position 3 and gripper 1 by VARIANCE, the 6-D rotation as it is; joints; or nothing."""
     config = get(name, argument)
-    assert config.policy_io.action.dim == config.policy_io.proprio.dim == 10
+    width = WIDTHS.get(name.split("_")[0], 10)
+    assert config.policy_io.action.dim == config.policy_io.proprio.dim == width
     published = (Mode.VARIANCE,) * 3 + (Mode.IDENTITY,) * 6 + (Mode.VARIANCE,)
+    published = published if width == 10 else (Mode.VARIANCE,) * width
     for dataset in config.datasets.values():
-        camera_rows(dataset.video)
+        dataset_views(dataset, config.clip)
         for key in ("action", "proprio"):
             parts = parse(dataset[key], key)
-            assert not parts or sum(dims(parts, 10)) == 10
-            assert not parts or modes(parts, 10) == published
+            assert not parts or sum(dims(parts, width)) == width
+            assert not parts or modes(parts, width) == published
         assert config.stage == "video" or dataset.action
 
 
@@ -185,6 +202,44 @@ def test_data_in_other_formats_take_the_place_of_the_releases():
     assert found["images2"] == ("images2", "elsewhere/records/images2")
     assert found["bridge"] == ("images0", "elsewhere/records/bridge")
     assert config.datasets.images1.path == "data/bridge" and config.datasets.bridge.action
+
+
+def test_two_cameras_of_libero_are_those_of_regenerated_demonstrations():
+    """The published configuration is untouched; both others have records and runs of their own."""
+    published, *others = (
+        get("libero_action", f"goal,full{cameras}") for cameras in ("", ",wrist", ",tiled")
+    )
+    scene, wrist = libero_demos.CAMERAS
+    assert "views" not in published.clip and "views" not in published.datasets.libero_goal
+    assert published.to_json() == get("libero_action", "goal,full,agentview").to_json()
+    for config, name in zip(others, ("wrist", "tiled")):
+        dataset = config.datasets.libero_goal
+        assert (dataset.format, dataset.path) == ("lerobot", "data/libero_goal_regenerated")
+        assert dataset.records == f"runs/libero_goal_{name}/records/libero_goal"
+        assert config.backbone.checkpoint == f"runs/libero_goal_{name}/video"
+        assert streams(parse(dataset.proprio)) == ("observation.state",)
+    observed, tiled = others
+    assert observed.datasets.libero_goal.video == scene
+    assert observed.datasets.libero_goal.views.to_dict() == {"wrist": wrist}
+    assert observed.clip.views.to_dict() == {"wrist": {"height": 240, "width": 320}}
+    assert tiled.datasets.libero_goal.video == (scene, wrist) and "views" not in tiled.clip
+    with pytest.raises(ValueError, match=r"got 'goal', 'full' and 'front'"):
+        get("libero_video", "goal,full,front")
+    with pytest.raises(ValueError, match=r"got 'goal,full,wrist,more'"):
+        get("libero_video", "goal,full,wrist,more")
+
+
+def test_observed_views_add_few_tokens():
+    """The size of the wrist camera of DROID, half the scene elsewhere."""
+    share = {}
+    for name in ("droid_video", "aloha_video"):
+        clip = Clip(**get(name).clip)
+        share[name] = sum(map(tokens, clip.view_shapes.values())) / clip.tokens
+    assert share == {"droid_video": 440 / 20_736, "aloha_video": 1200 / 19_200}
+    sides = get("droid_video").clip
+    assert sides.width / sides.height == 320 / 180
+    wrist = sides.views.wrist
+    assert same_aspect((wrist.height, wrist.width), (180, 320))
 
 
 def trainable(name: str, argument: str = "") -> tuple[int, int]:
@@ -278,19 +333,19 @@ def test_arguments_choose_data_and_backbone():
     assert moved.datasets.bridge.records == "elsewhere/records/bridge"
 
 
-@pytest.mark.parametrize("name", [name for name in ARGUMENTS if name != "bridge_video"])
+@pytest.mark.parametrize("name", [n for n in ARGUMENTS if ARGUMENTS[n] != [""]])
 def test_a_wrong_argument_is_explained(name):
     with pytest.raises(ValueError, match="got 'gaol'"):
         get(name, "gaol")
 
 
 @pytest.mark.parametrize(
-    ("first", "second"), [("bridge_video", "bridge_action"), ("libero_video", "libero_action")]
+    ("first", "second"), [(f"{n}_video", f"{n}_action") for n in ("bridge", "libero", *WIDTHS)]
 )
 def test_stage_2_accepts_what_stage_1_leaves(first, second):
     """What the bridge compares, and what the records of both must share."""
     sections = ("clip", "video_model", "text", "policy_io", "datasets", "tokenizer", "text_encoder")
-    for argument in SUITES if first == "libero_video" else ("",):
+    for argument in ARGUMENTS[first]:
         one, two = get(first, argument), get(second, argument)
         assert [d for s in sections for d in differences(one[s], two[s], s)] == []
 

@@ -109,6 +109,16 @@ def test_anchors_lie_where_every_action_stream_has_data():
     assert len(anchors(video, [np.array([2000, 3000])])) == 0
 
 
+def test_anchors_lie_within_the_ranges():
+    video, actions = np.arange(10) * 100, [np.array([150, 700])]
+    ranges = [(0, 301), (500, 600), (750, 2000)]
+    np.testing.assert_array_equal(anchors(video, actions, ranges=ranges), [200, 300, 500])
+    np.testing.assert_array_equal(anchors(video, ranges=ranges), [0, 100, 200, 300, 500, 800, 900])
+    slow = anchors(video, max_fps=NANOSECONDS / 200, ranges=[(300, 900)])  # thinned within them
+    np.testing.assert_array_equal(slow, [300, 500, 700])
+    assert len(anchors(video, ranges=[])) == 0
+
+
 @pytest.mark.parametrize(("fps", "kept"), [(80, 80), (40, 40), (20, 20), (200, 80)])
 def test_anchors_are_thinned_by_time(fps, kept):
     jitter = np.random.default_rng(0).integers(-300_000, 300_000, 80)

@@ -93,6 +93,8 @@ def _unfit(value: Any, annotation: str) -> str:
         return "" if is_number and 0 < value < math.inf else "a positive number"
     if value is not None and "Sequence" in annotation:  # a string is one, of letters
         return "a list of names" if isinstance(value, str) else ""
+    if value is not None and "Mapping" in annotation:
+        return "" if isinstance(value, Mapping | ConfigDict) else "a dict of settings"
     return "True or False" if "bool" in annotation and not is_bool else ""
 
 

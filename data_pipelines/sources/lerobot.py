@@ -25,6 +25,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -32,6 +33,7 @@ import pyarrow.compute as pc
 
 from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream, reason
 from data_pipelines.lru import LRU
+from data_pipelines.sources.droid_lists import DroidLists, read_droid_lists
 from data_pipelines.sources.files import check_finished
 from data_pipelines.sources.lerobot_frames import Part, RowTimes, choose, locate, row_times
 from data_pipelines.sources.lerobot_meta import (
@@ -46,6 +48,8 @@ from data_pipelines.sources.lerobot_meta import (
 from data_pipelines.sources.lerobot_rows import Found, ParquetImages, Rows, of_file
 from data_pipelines.video import VideoFile, VideoPool
 
+# Of DROID: whether an episode succeeded, and the folder in which it was recorded.
+_SUCCEEDED, _RECORDED = "is_episode_successful", "episode_id"
 FILES_KEPT = 256  # video files of version 3 whose episodes are located
 
 
@@ -55,7 +59,12 @@ def recognises(path: Path) -> bool:
 
 
 def open_lerobot(
-    path: Path, *, name: str, embodiment: str, texts: Sequence[str] = ()
+    path: Path,
+    *,
+    name: str,
+    embodiment: str,
+    texts: Sequence[str] = (),
+    droid: Mapping[str, Any] | None = None,
 ) -> Sequence[Episode]:
     """Opens a dataset; rows and videos are read when an episode is accessed.
 
@@ -67,13 +76,17 @@ def open_lerobot(
         name, embodiment: see `formats`.
         texts: features with further instructions, such as DROID's "language_instruction_2":
             strings, "subtask_index", or integers that number the tasks (GR00T's "annotation.*").
+        droid: which episodes and steps are wanted, and DROID's lists of them: see `droid_lists`.
+            An episode failed if its feature `is_episode_successful` says so, or else the folder in
+            `episode_id` of meta/episodes.
 
     Raises:
         ValueError: if it is not a LeRobot dataset of these versions, its list of features or of
-            episodes is missing or damaged, a feature in `texts` does not exist, or nothing says
-            which texts its integers stand for.
+            episodes is missing or damaged, a feature in `texts` does not exist, nothing says which
+            texts its integers stand for, or a list cannot be read or used.
     """
     path = Path(path)
+    lists = read_droid_lists(droid)
     check_finished(path)
     meta = read_meta(path)
     dtypes = {k: f.get("dtype") for k, f in meta.features.items() if isinstance(f, dict)}
@@ -82,8 +95,11 @@ def open_lerobot(
         raise ValueError(f"{path} has no features {unfit} of strings or integers; strings: {has}")
     numbers = {k: numbered(meta, k) for k in texts if str(dtypes[k]).startswith("int")}
     features = sort_features(meta.features)
+    if lists is not None:
+        has_path = _RECORDED in meta.episodes.column_names
+        lists.check(path, f"{_RECORDED} in {meta.list_name}", has_path, _SUCCEEDED in dtypes)
     rows = Rows([*features.vectors, *BOOKKEEPING], [*texts, "task"])
-    dataset = _Dataset(meta, name, embodiment, features, tuple(texts), numbers, rows)
+    dataset = _Dataset(meta, name, embodiment, features, tuple(texts), numbers, rows, lists)
     return LazyEpisodes(len(meta.numbers), dataset.load)
 
 
@@ -96,6 +112,7 @@ class _Dataset:
     texts: Sequence[str]
     numbered: Mapping[str, Mapping[int, tuple[str, ...]]]  # those of integers, with their texts
     rows: Rows
+    lists: DroidLists | None  # what is wanted
     pool: VideoPool = field(default_factory=VideoPool)
     # The encoded images of the last few episodes: read from disk once for many windows.
     cache: LRU = field(default_factory=lambda: LRU(4))
@@ -158,7 +175,7 @@ class _Dataset:
                     findings.append(f"{key}: it is stored as images, too; the video was taken")
             except ValueError as error:
                 left_out[key] = str(error)
-        return Episode(
+        episode = Episode(
             id=f"episode_{number:06d}",
             source=self.name,
             embodiment=self.embodiment,
@@ -172,6 +189,13 @@ class _Dataset:
             names=self.meta.names,
             findings=tuple(findings),
         )
+        if self.lists is None:
+            return episode
+        succeeded = None
+        if _SUCCEEDED in self.meta.features:
+            with of_file(found.path):
+                succeeded = bool(found.array(_SUCCEEDED, None).any())
+        return self.lists.choose(episode, clock.times, str(row.get(_RECORDED) or ""), succeeded)
 
     def _find(self, number: int, row: dict) -> tuple[Found, list[str]]:
         """The rows of an episode, and findings.

@@ -21,7 +21,7 @@ from data_pipelines.episode import reason
 
 BOOKKEEPING = ("timestamp", "frame_index", "episode_index", "task_index", "index")
 _PLACEHOLDERS = ("episode_chunk", "episode_index", "chunk_index", "file_index", "video_key")
-_LISTED = re.compile(r"(data|videos)/|(episode_index|length|tasks|dataset_from_index)$")
+_LISTED = re.compile(r"(data|videos)/|(episode_index|length|tasks|dataset_from_index|episode_id)$")
 _UNNAMED = "__index_level_0__"  # what pandas calls an index without a name
 
 

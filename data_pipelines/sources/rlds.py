@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data_pipelines.episode import Episode, LazyEpisodes, Section, Stream, reason
+from data_pipelines.sources.droid_lists import DroidLists, read_droid_lists
 from data_pipelines.sources.files import (
     UNKNOWN_RATE,
     decode_text,
@@ -87,6 +88,7 @@ def open_rlds(
     split: str = "train",
     fps: float | None = None,
     instruction: str = "",
+    droid: Mapping[str, Any] | None = None,
 ) -> Sequence[Episode]:
     """Opens one split of a dataset; a record is read when its episode is accessed.
 
@@ -99,10 +101,14 @@ def open_rlds(
             name. An episode can have several; empty ones are left out. The embedding beside a text
             ("language_embedding" for "language_instruction") is taken as one row; those of Bridge
             and Open X-Embodiment are sentence embeddings, not T5's.
+        droid: which episodes and steps are wanted, and DROID's lists of them: see `droid_lists`.
+            An episode failed if its flag `success` says so, or else the folder of its `file_path`.
 
     Raises:
-        ValueError: if TFDS did not prepare it, or it has no such split or text.
+        ValueError: if TFDS did not prepare it, it has no such split or text, or a list cannot be
+            read or used.
     """
+    lists = read_droid_lists(droid)
     folder, info = _read_info(Path(path))
     features, about = read_features(folder, info.features)
     texts = [key for key in features if _is_instruction(key, features[key], instruction)]
@@ -129,11 +135,15 @@ def open_rlds(
     flags = {key: leaves.get(f"has_{key.rsplit('/', 1)[-1]}") for key in features}
     flags[_EPISODE] = leaves.get("success")
     flags = {k: (f, about[f]) for k, f in flags.items() if f and about[f].kind == "number"}
+    path_key = leaves.get("file_path", "")
+    recorded = (path_key, about[path_key]) if path_key else None
+    if lists is not None:
+        lists.check(folder, "episode_metadata/file_path", bool(recorded), _EPISODE in flags)
     records = _records(folder, info, split)
     rates = (rate for known, rate in KNOWN_FPS.items() if re.fullmatch(known, info.name))
     fps = next(rates, None) if fps is None else fps
     unknown = "" if fps else UNKNOWN_RATE.format(f"{folder} ({info.name})")
-    said = (features, flags, tuple(texts), tuple(findings))
+    said = (features, flags, tuple(texts), tuple(findings), lists, recorded)
     loader = _Split(records, split, name, embodiment, fps or 1, unknown, *said)
     return LazyEpisodes(records.ends[-1], loader.load)
 
@@ -232,6 +242,8 @@ class _Split:
     flags: dict[str, tuple[str, Feature]]
     texts: tuple[str, ...]
     findings: tuple[str, ...]  # that concern every episode
+    lists: DroidLists | None  # what is wanted
+    recorded: tuple[str, Feature] | None  # the path of an episode's recording
 
     def load(self, index: int) -> Episode:
         from google.protobuf.message import DecodeError
@@ -246,7 +258,8 @@ class _Split:
         except DecodeError as error:
             raise ValueError(f"{where}: {error}") from error
         findings = [*self.findings, self.records.finding(shard)]
-        if flag := self._denied(_EPISODE, stored, where):
+        failed = self._denied(_EPISODE, stored, where)
+        if (flag := failed) and not (self.lists and self.lists.success_only):
             findings.append(f"{flag} says that the episode failed; it was taken all the same")
         for key, feature in self.features.items():
             try:
@@ -257,7 +270,16 @@ class _Split:
                 left_out[key] = str(error)
         try:
             id = f"{self.split}/{shard:05d}/{number:05d}"
-            return self._episode(id, values, left_out, findings)
+            episode = self._episode(id, values, left_out, findings)
+            if self.lists is None:
+                return episode
+            path = ""
+            if self.recorded:
+                (text,) = read_values(self.recorded[1], self.recorded[0], stored, where)
+                path = decode_text(text, self.recorded[0])
+            times = step_times(self._steps(values)[0], self.fps)
+            succeeded = not failed if _EPISODE in self.flags else None
+            return self.lists.choose(episode, times, path, succeeded)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -281,9 +303,8 @@ class _Split:
                 return f"{key} is not 1 / fps apart in any unit; the option fps was taken"
         return ""
 
-    def _episode(
-        self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], findings: list[str]
-    ) -> Episode:
+    def _steps(self, values: Mapping[str, Sequence]) -> tuple[int, dict[str, int]]:
+        """The number of steps of an episode, and of each value of a step."""
         # A value that is cut off, or of another shape than the features say, has another length.
         lengths = {key: len(value) for key, value in values.items() if key.startswith(STEPS)}
         (length, most), *others = Counter(lengths.values()).most_common(2)
@@ -291,6 +312,12 @@ class _Split:
             raise ValueError(f"the number of steps of the episode is not clear: {lengths}")
         if not length:
             raise ValueError("the episode has no steps")
+        return length, lengths
+
+    def _episode(
+        self, id: str, values: Mapping[str, Sequence], left_out: dict[str, str], findings: list[str]
+    ) -> Episode:
+        length, lengths = self._steps(values)
         for key, found in lengths.items():
             if found != length:
                 left_out[key] = f"it has {found} values for {length} steps"
