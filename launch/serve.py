@@ -13,6 +13,7 @@ import os
 import re
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -20,11 +21,11 @@ from absl import flags
 from launch.entry import config_flag, path_flag, run
 from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy
-from mvjax.policy.robot import trained_robot
+from mvjax.policy.robot import last_word, trained_robot
 from mvjax.serving.adapters import CLIENTS, make_adapter
 from mvjax.serving.batching import Batching
+from mvjax.serving.messages import read_prompt
 from mvjax.serving.server import PolicyServer, Serving, make_server
-from mvjax.serving.session import read_prompt
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
@@ -41,7 +42,8 @@ MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", 32, "Maximum size of a mess
 CAMERA_SIZE = flags.DEFINE_string(
     "camera_size",
     "",
-    "Height x width of the training pictures, such as 480x640, where the clip has another aspect.",
+    "Height x width of the training pictures, such as 480x640, where the clip has another aspect; "
+    "of single cameras: front=480x640,wrist=240x320.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "Instruction for clients that send none.")
 API_KEY_FILE = flags.DEFINE_string(
@@ -66,10 +68,11 @@ def main() -> None:
     )
     if PROMPT.value:
         read_prompt({"prompt": PROMPT.value}, "")  # else every client would be told
-    size = camera_size(CAMERA_SIZE.value)
+    robot = trained_robot(config)
+    sizes = camera_sizes(CAMERA_SIZE.value, robot.cameras)
     experiment = Experiment.from_config(config)
     sampling = experiment.sampling(stop_step=STOP_STEP.value)
-    adapter = make_adapter(CLIENT.value, trained_robot(config))
+    adapter = make_adapter(CLIENT.value, robot)
     check_address(serving.host, serving.port)
     policy = load_policy(experiment, Path(CHECKPOINT.value), sampling, max(batching.sizes))
     log.info("compiling the policy ...")
@@ -80,19 +83,42 @@ def main() -> None:
         serving,
         batching=batching,
         prompt=PROMPT.value,
-        camera_size=size,
+        camera_sizes=sizes,
     )
     asyncio.run(serve(server))
 
 
-def camera_size(text: str) -> tuple[int, int] | None:
-    """Returns the height and width in a text such as "480x640"; None for ""."""
-    if not text:
-        return None
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if found is None:
-        raise ValueError(f"--camera_size must be HEIGHTxWIDTH such as 480x640, got {text!r}.")
-    return int(found[1]), int(found[2])
+def camera_sizes(text: str, cameras: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Returns camera -> height and width in "480x640" (of all) or "front=480x640,wrist=240x320".
+
+    Args:
+        text: of the flag; "": of none. A camera is named in full or by its last word.
+        cameras: of the policy; () if they are not known.
+
+    Raises:
+        ValueError: the text is not of this form, or names a camera that is none of these, several
+            of them, or one that it named before.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for entry in text.split(",") if text else ():
+        found = re.fullmatch(r"(?:(.+)=)?([1-9]\d{0,4})x([1-9]\d{0,4})", entry)
+        if found is None or (found[1] is None and entry != text):
+            raise ValueError(
+                "--camera_size must be HEIGHTxWIDTH such as 480x640, or that of single cameras "
+                f"such as front=480x640,wrist=240x320, got {text!r}."
+            )
+        name, size = found[1], (int(found[2]), int(found[3]))
+        if name is None:
+            return dict.fromkeys(cameras or ("",), size)
+        meant = [camera for camera in cameras if camera == name]
+        meant = meant or [camera for camera in cameras if last_word(camera) == name]
+        if len(meant) != 1 or meant[0] in sizes:
+            raise ValueError(
+                f"--camera_size must name one camera of the policy once, but got {name!r} in "
+                f"{text!r}; it has {', '.join(map(repr, cameras)) or 'one without a name'}."
+            )
+        sizes[meant[0]] = size
+    return sizes
 
 
 def api_key() -> str:
