@@ -10,10 +10,8 @@ what to check before you use a robot.
 import asyncio
 import logging
 import os
-import re
 import signal
 import socket
-from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
@@ -21,10 +19,11 @@ from absl import flags
 from launch.entry import config_flag, path_flag, run
 from mvjax.experiment import Experiment
 from mvjax.policy.load import load_policy
-from mvjax.policy.robot import last_word, trained_robot
+from mvjax.policy.robot import trained_robot
 from mvjax.serving.adapters import CLIENTS, make_adapter
 from mvjax.serving.batching import Batching
 from mvjax.serving.messages import read_prompt
+from mvjax.serving.notices import camera_sizes
 from mvjax.serving.server import PolicyServer, Serving, make_server
 
 CONFIG = config_flag()
@@ -86,39 +85,6 @@ def main() -> None:
         camera_sizes=sizes,
     )
     asyncio.run(serve(server))
-
-
-def camera_sizes(text: str, cameras: Sequence[str]) -> dict[str, tuple[int, int]]:
-    """Returns camera -> height and width in "480x640" (of all) or "front=480x640,wrist=240x320".
-
-    Args:
-        text: of the flag; "": of none. A camera is named in full or by its last word.
-        cameras: of the policy; () if they are not known.
-
-    Raises:
-        ValueError: the text is not of this form, or names a camera that is none of these, several
-            of them, or one that it named before.
-    """
-    sizes: dict[str, tuple[int, int]] = {}
-    for entry in text.split(",") if text else ():
-        found = re.fullmatch(r"(?:(.+)=)?([1-9]\d{0,4})x([1-9]\d{0,4})", entry)
-        if found is None or (found[1] is None and entry != text):
-            raise ValueError(
-                "--camera_size must be HEIGHTxWIDTH such as 480x640, or that of single cameras "
-                f"such as front=480x640,wrist=240x320, got {text!r}."
-            )
-        name, size = found[1], (int(found[2]), int(found[3]))
-        if name is None:
-            return dict.fromkeys(cameras or ("",), size)
-        meant = [camera for camera in cameras if camera == name]
-        meant = meant or [camera for camera in cameras if last_word(camera) == name]
-        if len(meant) != 1 or meant[0] in sizes:
-            raise ValueError(
-                f"--camera_size must name one camera of the policy once, but got {name!r} in "
-                f"{text!r}; it has {', '.join(map(repr, cameras)) or 'one without a name'}."
-            )
-        sizes[meant[0]] = size
-    return sizes
 
 
 def api_key() -> str:

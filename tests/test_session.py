@@ -15,7 +15,7 @@ from data_pipelines.statistics import compute_statistics
 from mvjax.policy.robot import Robot
 from mvjax.serving.adapters import make_adapter
 from mvjax.serving.messages import RequestError
-from mvjax.serving.notices import Notices, Ranges, Trained, trained_pictures
+from mvjax.serving.notices import Notices, Ranges, Trained, camera_sizes, trained_pictures
 from mvjax.serving.session import Session, SessionSpec
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
@@ -424,3 +424,35 @@ def test_bars_are_cut_off_where_the_size_of_the_camera_in_training_is_known():
     assert frames["wrist"].shape == (2, 168, 224, 3)
     said = one.notices.take()
     assert ["cut off" in sentence for sentence in said] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", {}),
+        ("480x640", {"a.front": (480, 640), "wrist": (480, 640)}),
+        ("wrist=240x320", {"wrist": (240, 320)}),
+        ("wrist=240x320,front=480x640", {"a.front": (480, 640), "wrist": (240, 320)}),
+        ("a.front=480x640", {"a.front": (480, 640)}),
+        ("front=480x640,a.front=1x1", "got 'a.front' in .*; it has 'a.front', 'wrist'"),
+        ("480x640,wrist=240x320", "must be HEIGHTxWIDTH"),
+        ("=480x640", "must be HEIGHTxWIDTH"),
+        ("front=0x640", "must be HEIGHTxWIDTH"),
+        ("front=480x640,", "must be HEIGHTxWIDTH"),
+    ],
+)
+def test_the_sizes_of_cameras_in_a_flag(text, expected):
+    cameras = ("a.front", "wrist")
+    if isinstance(expected, dict):
+        assert camera_sizes(text, cameras) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            camera_sizes(text, cameras)
+
+
+def test_the_sizes_of_cameras_whose_names_do_not_tell():
+    assert camera_sizes("480x640", ()) == {"": (480, 640)}
+    with pytest.raises(ValueError, match=r"got 'top' in 'top=1x2'; it has 'a.top', 'b.top'"):
+        camera_sizes("top=1x2", ("a.top", "b.top"))
+    with pytest.raises(ValueError, match="it has one without a name"):
+        camera_sizes("front=1x2", ())

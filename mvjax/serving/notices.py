@@ -7,6 +7,7 @@ queries.
 
 import logging
 import math
+import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -16,7 +17,7 @@ import numpy as np
 
 from data_pipelines.cameras import View, view_cameras
 from data_pipelines.normalize import Normalizer
-from mvjax.policy.robot import same_aspect
+from mvjax.policy.robot import last_word, same_aspect
 
 log = logging.getLogger(__name__)
 
@@ -163,6 +164,39 @@ def trained_pictures(
         size = sizes.get(camera, whole[0] if whole else None)
         trained[camera] = Trained(seen, size, exact=camera in sizes)
     return trained
+
+
+def camera_sizes(text: str, cameras: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Returns camera -> height and width in "480x640" (of all) or "front=480x640,wrist=240x320".
+
+    Args:
+        text: of the flag --camera_size; "": of none. A camera is named in full or by its last word.
+        cameras: of the policy; () if they are not known.
+
+    Raises:
+        ValueError: the text is not of this form, or names a camera that is none of these, several
+            of them, or one that it named before.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for entry in text.split(",") if text else ():
+        found = re.fullmatch(r"(?:(.+)=)?([1-9]\d{0,4})x([1-9]\d{0,4})", entry)
+        if found is None or (found[1] is None and entry != text):
+            raise ValueError(
+                "--camera_size must be HEIGHTxWIDTH such as 480x640, or that of single cameras "
+                f"such as front=480x640,wrist=240x320, got {text!r}."
+            )
+        name, size = found[1], (int(found[2]), int(found[3]))
+        if name is None:
+            return dict.fromkeys(cameras or ("",), size)
+        meant = [camera for camera in cameras if camera == name]
+        meant = meant or [camera for camera in cameras if last_word(camera) == name]
+        if len(meant) != 1 or meant[0] in sizes:
+            raise ValueError(
+                f"--camera_size must name one camera of the policy once, but got {name!r} in "
+                f"{text!r}; it has {', '.join(map(repr, cameras)) or 'one without a name'}."
+            )
+        sizes[meant[0]] = size
+    return sizes
 
 
 def _cells(view: View, camera: str) -> list[tuple[int, int]]:
