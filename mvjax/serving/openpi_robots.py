@@ -14,13 +14,7 @@ import numpy as np
 from data_pipelines.embodiments import aloha as aloha_robot
 from data_pipelines.embodiments import droid_franka, libero_panda
 from data_pipelines.vectors import parse, streams
-from mvjax.policy.robot import (
-    Robot,
-    check_embodiment,
-    check_turned,
-    last_word,
-    match_cameras,
-)
+from mvjax.policy.robot import Robot, check_embodiment, check_turned, last_word, match_cameras
 from mvjax.serving.conversions import (
     Adapter,
     converted,

@@ -28,12 +28,7 @@ from websockets.http11 import Request, Response
 from data_pipelines.cameras import View
 from mvjax.identity import digest_of
 from mvjax.policy.policy import Policy
-from mvjax.policy.robot import (
-    check_gripper,
-    described,
-    labels,
-    trained_robot,
-)
+from mvjax.policy.robot import check_gripper, described, labels, trained_robot
 from mvjax.serving.batching import Batcher, Batching, PolicyError, act_in_sizes
 from mvjax.serving.conversions import Adapter
 from mvjax.serving.messages import RequestError
