@@ -32,7 +32,8 @@ from mvjax.policy.observation import control_stride
 
 PATH = "data/my_robot"  # the dataset's folder
 FORMAT = "lerobot"  # the line "format"
-CAMERA = "observation.images.front"  # a name in the table "camera"; the policy sees this one
+# A name in the table "camera", or several: ("observation.images.front", "observation.images.hand").
+CAMERA = "observation.images.front"
 HZ = 30.0  # the control rate: "rate" of the stream "action"
 
 # What an action is made of. Here: five joints and a gripper, absolute positions that the leader arm

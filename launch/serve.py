@@ -10,7 +10,6 @@ what to check before you use a robot.
 import asyncio
 import logging
 import os
-import re
 import signal
 import socket
 from pathlib import Path
@@ -23,8 +22,9 @@ from mvjax.policy.load import load_policy
 from mvjax.policy.robot import trained_robot
 from mvjax.serving.adapters import CLIENTS, make_adapter
 from mvjax.serving.batching import Batching
+from mvjax.serving.messages import read_prompt
+from mvjax.serving.notices import camera_sizes
 from mvjax.serving.server import PolicyServer, Serving, make_server
-from mvjax.serving.session import read_prompt
 
 CONFIG = config_flag()
 CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
@@ -41,7 +41,8 @@ MAX_MESSAGE = flags.DEFINE_integer("max_message_mb", 32, "Maximum size of a mess
 CAMERA_SIZE = flags.DEFINE_string(
     "camera_size",
     "",
-    "Height x width of the training pictures, such as 480x640, where the clip has another aspect.",
+    "Height x width of the training pictures, such as 480x640, where the clip has another aspect; "
+    "of single cameras: front=480x640,wrist=240x320.",
 )
 PROMPT = flags.DEFINE_string("prompt", "", "Instruction for clients that send none.")
 API_KEY_FILE = flags.DEFINE_string(
@@ -66,10 +67,11 @@ def main() -> None:
     )
     if PROMPT.value:
         read_prompt({"prompt": PROMPT.value}, "")  # else every client would be told
-    size = camera_size(CAMERA_SIZE.value)
+    robot = trained_robot(config)
+    sizes = camera_sizes(CAMERA_SIZE.value, robot.cameras)
     experiment = Experiment.from_config(config)
     sampling = experiment.sampling(stop_step=STOP_STEP.value)
-    adapter = make_adapter(CLIENT.value, trained_robot(config))
+    adapter = make_adapter(CLIENT.value, robot)
     check_address(serving.host, serving.port)
     policy = load_policy(experiment, Path(CHECKPOINT.value), sampling, max(batching.sizes))
     log.info("compiling the policy ...")
@@ -80,19 +82,9 @@ def main() -> None:
         serving,
         batching=batching,
         prompt=PROMPT.value,
-        camera_size=size,
+        camera_sizes=sizes,
     )
     asyncio.run(serve(server))
-
-
-def camera_size(text: str) -> tuple[int, int] | None:
-    """Returns the height and width in a text such as "480x640"; None for ""."""
-    if not text:
-        return None
-    found = re.fullmatch(r"([1-9]\d{0,4})x([1-9]\d{0,4})", text)
-    if found is None:
-        raise ValueError(f"--camera_size must be HEIGHTxWIDTH such as 480x640, got {text!r}.")
-    return int(found[1]), int(found[2])
 
 
 def api_key() -> str:

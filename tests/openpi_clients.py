@@ -16,26 +16,28 @@ def picture(seed, side=48):
     return image_tools.convert_to_uint8(image_tools.resize_with_pad(image, side, side))
 
 
+STATE = np.concatenate((np.array([0.1, 0.2, 1.0]), np.array([3.0, 0.2, 0.1]), [0.03, -0.03]))
+
+
+def libero_element(seed):
+    """What examples/libero sends."""
+    return {
+        "observation/image": picture(seed),
+        "observation/wrist_image": picture(100 + seed),
+        "observation/state": STATE,
+        "prompt": "put the black bowl on the plate",
+    }
+
+
 def libero(client):
-    """Three queries of one episode, a message that cannot be answered, and one more."""
-    state = np.concatenate((np.array([0.1, 0.2, 1.0]), np.array([3.0, 0.2, 0.1]), [0.03, -0.03]))
-
-    def element(seed):
-        return {
-            "observation/image": picture(seed),
-            "observation/wrist_image": picture(100 + seed),
-            "observation/state": state,
-            "prompt": "put the black bowl on the plate",
-        }
-
-    answers = [client.infer(element(seed)) for seed in range(3)]
-    try:
-        client.infer({**element(3), "observation/state": state[:5]})
-        refused = ""
-    except RuntimeError as error:
-        refused = str(error)
+    """Three queries of one episode, messages that cannot be answered, and one more."""
+    answers = [client.infer(libero_element(seed)) for seed in range(3)]
+    one_picture = {k: v for k, v in libero_element(3).items() if k != "observation/wrist_image"}
+    refused = {"state": refusal(client, {**libero_element(3), "observation/state": STATE[:5]})}
+    if len(client.get_server_metadata()["cameras"]) > 1:
+        refused["camera"] = refusal(client, one_picture)
     client.reset()
-    answers.append(client.infer(element(3)))
+    answers.append(client.infer(libero_element(3)))
     return {
         "metadata": client.get_server_metadata(),
         "actions": [answer["actions"].tolist() for answer in answers],
@@ -43,6 +45,15 @@ def libero(client):
         "timing": sorted(answers[0]["server_timing"]),
         "refused": refused,
     }
+
+
+def refusal(client, element):
+    """The server's sentence."""
+    try:
+        client.infer(element)
+    except RuntimeError as error:
+        return str(error)
+    return ""
 
 
 def droid(client):

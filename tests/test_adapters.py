@@ -19,8 +19,9 @@ from data_pipelines.embodiments import (
 )
 from mvjax.policy.robot import check_gripper, check_suite, check_trained, trained_robot
 from mvjax.serving.adapters import make_adapter
+from mvjax.serving.messages import RequestError
 from mvjax.serving.notices import Notices
-from mvjax.serving.session import RequestError, Session, SessionSpec
+from mvjax.serving.session import Session, SessionSpec
 
 PICTURE = np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3)
 LIBERO = libero_panda.PROPRIO, libero_panda.ACTION
@@ -39,6 +40,12 @@ def config_of(proprio, action, proprio_dim, action_dim, embodiment="arm", video=
 def session_of(client, *config):
     adapter = make_adapter(client, trained_robot(config_of(*config, embodiment=client)))
     return Session(adapter, SENSES, count(), Notices({}, client))
+
+
+def shown(seen):
+    """The pictures of the only camera."""
+    (pictures,) = seen.observation.frames.values()
+    return pictures
 
 
 def libero_message(pos=(0.1, 0.2, 1.0), rotvec=(3.0, 0.2, 0.1), fingers=(0.03, -0.03), **more):
@@ -105,7 +112,7 @@ def test_libero_as_the_release_sees_it():
     np.testing.assert_allclose(seen.observation.proprio, expected[None], atol=1e-6)
     assert seen.observation.proprio.dtype == np.float32
     assert seen.observation.instruction == "pick up the bowl and place it on the plate"
-    np.testing.assert_array_equal(seen.observation.frames, np.stack([PICTURE] * 5))
+    np.testing.assert_array_equal(shown(seen), np.stack([PICTURE] * 5))
 
 
 def test_libero_actions_are_what_the_simulator_takes():
@@ -163,9 +170,9 @@ def test_libero_episodes_begin_where_the_arm_jumps_home():
     session = session_of("libero", libero_panda.PROPRIO, libero_panda.ACTION, 10, 10)
     for x in (0.0, 0.1, 0.2):
         seen = session.observe(libero_message(pos=(x, 0, 1), **{"observation/image": PICTURE + 1}))
-    assert (seen.observation.frames == PICTURE + 1).all()
+    assert (shown(seen) == PICTURE + 1).all()
     seen = session.observe(libero_message(pos=(-0.2, 0, 1.2)))
-    assert (seen.observation.frames == PICTURE).all()
+    assert (shown(seen) == PICTURE).all()
 
 
 def droid_message(joints=(0, 1, 2, 3, 4, 5, 6), gripper=(0.5,), **more):
@@ -216,12 +223,28 @@ def aloha_message(state, **more):
 def test_aloha_pictures_come_channels_first():
     session = session_of("aloha", aloha.PROPRIO, aloha.ACTION, 14, 14)
     seen = session.observe(aloha_message(range(14)))
-    np.testing.assert_array_equal(seen.observation.frames, np.stack([PICTURE] * 5))
+    np.testing.assert_array_equal(shown(seen), np.stack([PICTURE] * 5))
     np.testing.assert_array_equal(seen.observation.proprio, [range(14)])
     chunk = np.random.default_rng(0).normal(size=(3, 14)).astype(np.float32)
     np.testing.assert_allclose(session.actions(chunk, seen), chunk)
     with pytest.raises(RequestError, match="no 'images/cam_high'; it has 'cam_low'"):
         session.observe(aloha_message(range(14), images={"cam_low": PICTURE}))
+
+
+def test_aloha_pictures_of_several_cameras_and_their_histories():
+    names = ("cam_high", "cam_left_wrist")
+    config = config_of(aloha.PROPRIO, aloha.ACTION, 14, 14, "aloha", names)
+    adapter = make_adapter("aloha", trained_robot(config))
+    session = Session(adapter, SENSES, count(), Notices({}, "aloha"))
+    images = {name: (PICTURE + n).transpose(2, 0, 1) for n, name in enumerate(names)}
+    frames = session.observe(aloha_message(range(14), images=images)).observation.frames
+    for number, name in enumerate(names):
+        np.testing.assert_array_equal(frames[name], np.stack([PICTURE + number] * 5))
+    histories = {f"{name}_history": np.stack([PICTURE] * 5) for name in names}
+    seen = session.observe(aloha_message(range(14), images=histories))
+    assert (*seen.observation.frames,) == names
+    with pytest.raises(RequestError, match=r"'images/cam_left_wrist', where .*'cam_left_wrist'"):
+        session.observe(aloha_message(range(14)))
 
 
 def test_aloha_joints_relative_to_the_present_ones_become_absolute():
@@ -258,10 +281,13 @@ def droid_joints(actions):
         ("aloha", ("qpos", "action", 4, 4, "aloha"), "--client=aloha has a state of 14 numbers"),
         ("droid", (*droid_joints("joint_position"), 8, 8, "droid"), "takes .*joint_velocity"),
         ("droid", ("state", "action", 8, 8, "franka"), "'droid_franka', but .* 'franka'"),
-        ("plain", ("state", "action", 4, 4, "arm", ("front", "wrist")), "2 cells.*front.*wrist"),
-        ("aloha", (aloha.PROPRIO, aloha.ACTION, 14, 14, "aloha", ("cam_high",) * 2), "2 cells"),
-        ("libero", ("state", "action", 8, 7, "libero", (("image", ""),)), r"\('image', ''\)"),
-        ("droid", ("state", "action", 8, 8, "droid", ("a", "b", "c")), "4 cells.*'b'"),
+        ("libero", ("s", "a", 8, 7, "libero", ("image", "agentview")), "both 'agentview' of --cl"),
+        (
+            "libero",
+            ("s", "a", 8, 7, "libero", ("image", "side")),
+            "'side', which .*'agentview', ",
+        ),
+        ("droid", ("s", "a", 8, 8, "droid", ("a", "b", "c")), "'a', which --client=droid does not"),
         ("aloha", ("qpos", "action", 14, 14, "aloha", "wrist_cam"), "'wrist_cam', which --client"),
     ],
 )
@@ -280,25 +306,45 @@ def test_an_unknown_client_is_named():
 @pytest.mark.parametrize(
     "client, video, keys",
     [
-        ("aloha", "observation.images.cam_left_wrist", ("images", "cam_left_wrist")),
-        ("aloha", "observation.images.top", ("images", "cam_high")),
-        ("libero", "obs/eye_in_hand_rgb", ("observation/wrist_image",)),
-        ("libero", "observation.images.agentview", ("observation/image",)),
-        ("libero", "observation.images.image2", ("observation/wrist_image",)),
-        ("droid", "steps/observation/wrist_image_left", ("observation/wrist_image_left",)),
+        ("aloha", "observation.images.cam_left_wrist", ["images/cam_left_wrist"]),
+        ("aloha", "observation.images.top", ["images/cam_high"]),
+        (
+            "aloha",
+            (("cam_high", ""), ("cam_right_wrist", "cam_left_wrist")),
+            ["images/cam_high", "images/cam_right_wrist", "images/cam_left_wrist"],
+        ),
+        ("libero", "obs/eye_in_hand_rgb", ["observation/wrist_image"]),
+        ("libero", "observation.images.agentview", ["observation/image"]),
+        ("libero", "observation.images.image2", ["observation/wrist_image"]),
+        ("libero", ("image2", "my_camera"), ["observation/wrist_image", "observation/image"]),
+        ("droid", "steps/observation/wrist_image_left", ["observation/wrist_image_left"]),
+        (
+            "droid",
+            ("exterior_image_1_left", "exterior_2_left", "wrist_left"),
+            [
+                f"observation/{n}_left"
+                for n in ("exterior_image_1", "exterior_image_2", "wrist_image")
+            ],
+        ),
+        ("plain", "front", ["observation/image"]),
+        ("plain", ("front", "front"), ["observation/image"]),  # one camera in two cells
+        ("dataset", ("a.front", "a.hand"), [f"observation/images/{n}" for n in ("front", "hand")]),
+        ("dataset", ("a.top", "b.top"), [f"observation/images/{n}" for n in ("a.top", "b.top")]),
     ],
 )
-def test_the_picture_is_that_of_the_trained_camera(client, video, keys):
-    sizes = {"aloha": (14, 14), "libero": (8, 7), "droid": (8, 8)}[client]
+def test_the_pictures_are_those_of_the_trained_cameras(client, video, keys):
+    sizes = {"aloha": (14, 14), "libero": (8, 7), "droid": (8, 8)}.get(client, (4, 4))
     robot = trained_robot(config_of("state", "action", *sizes, client, video))
-    assert make_adapter(client, robot).image == keys
+    images = make_adapter(client, robot).images
+    assert (*images,) == robot.cameras and ["/".join(k) for k in images.values()] == keys
 
 
 def test_a_camera_or_a_rate_that_the_client_does_not_know_is_said(caplog):
     config = config_of("state", "action", 8, 7, "libero", "my_camera")
     config.policy_io.action.fps = 10.0
-    assert make_adapter("libero", trained_robot(config)).image == ("observation/image",)
-    assert "'my_camera', which --client=libero does not know" in caplog.text
+    images = make_adapter("libero", trained_robot(config)).images
+    assert images == {"my_camera": ("observation/image",)}
+    assert "'my_camera', a name that --client=libero does not know" in caplog.text
     assert "executes 20 actions per second, but those of the policy are 10" in caplog.text
 
 

@@ -26,7 +26,7 @@ from mvjax.evaluation.suites.libero import Libero, axis_angle, libero_commands, 
 from mvjax.evaluation.suites.libero_scene import ASSETS_VARIABLE, max_steps, split_task, suite_tasks
 from mvjax.evaluation.suites.suite import versions, worker_versions
 from mvjax.policy.observation import ObservationSpec
-from mvjax.serving.adapters import EPISODE_JUMP_M
+from mvjax.serving.openpi_robots import EPISODE_JUMP_M
 
 ROOT = Path(__file__).parent.parent
 SPEC = ObservationSpec(observed_frames=5, fps=5, proprio_horizon=1, proprio_fps=20, execute=5)

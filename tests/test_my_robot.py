@@ -20,6 +20,8 @@ from data_pipelines.sources.formats import open_config
 from data_pipelines.vectors import dims, modes, parse
 from mvjax.policy.load import load_trained
 from mvjax.policy.observation import Observation
+from mvjax.policy.robot import trained_robot
+from mvjax.serving.adapters import make_adapter
 from mvjax.serving.client import Client, QueryRefused
 
 PAGE = Path(__file__).parents[1] / "docs/robot.md"
@@ -153,6 +155,16 @@ def test_both_sizes_learn_the_same_vectors():
         one, other = (c.datasets.my_robot for c in (small, released))
         assert {**one, "records": ""} == {**other, "records": ""}
     assert small.backbone.checkpoint == "runs/my_robot_small/video"
+
+
+def test_a_policy_may_see_several_cameras(monkeypatch):
+    cameras = ("observation.images.front", "observation.images.wrist")
+    monkeypatch.setattr(my_robot, "CAMERA", cameras)
+    for arguments in ("video", "action", "video,small", "action,small"):
+        robot = trained_robot(my_robot.get_config(arguments))
+        assert robot.cameras == cameras
+        keys = ["/".join(keys) for keys in make_adapter("dataset", robot).images.values()]
+        assert keys == ["observation/images/front", "observation/images/wrist"]
 
 
 def test_a_run_without_a_simulator_is_told_how_to_be_evaluated(journey, complains):

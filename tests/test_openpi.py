@@ -8,15 +8,19 @@ import json
 import os
 import shutil
 import subprocess
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from running_server import Running
 from scipy.spatial.transform import Rotation
-from tiny_policy import random_observation, tiny_policy
+from tiny_policy import tiny_policy
 from tiny_stages import quick_compiles
+
+from mvjax.policy.observation import Observation
+from mvjax.policy.robot import trained_robot
+from mvjax.serving.adapters import make_adapter
+from mvjax.serving.client import Client
 
 PROGRAM = str(Path(__file__).parent / "openpi_clients.py")
 PACKAGES = ("openpi-client==0.1.2", "typing_extensions")  # it imports the other undeclared
@@ -57,38 +61,61 @@ def simple(request):
     running.stop()
 
 
-def test_libero_client_and_a_real_policy(openpi):
-    """The answers are the policy's own, with the history of the pictures."""
-    running = Running("tiny_policy", "client=libero", "sizes=1", wait=False)
+@pytest.mark.parametrize("cameras", [1, 2])
+def test_libero_client_and_a_real_policy(openpi, cameras):
+    """The answers are the policy's own, with the history of the pictures, as to our own client."""
+    running = Running("tiny_policy", "client=libero", f"cameras={cameras}", "sizes=1", wait=False)
     try:
         with quick_compiles():
-            policy, _ = tiny_policy("libero")
+            policy, config = tiny_policy("libero", cameras=cameras)
             policy.warm_up()
         running.wait()
         found = openpi("libero", running)
-        assert running.health()["errors"] == 1
+        assert running.health()["errors"] == cameras
+        ours = from_our_client(running.uri, cameras)
     finally:
         running.stop()
     assert found["metadata"]["model"] == "mimic-video"
     assert found["metadata"]["state_size"] == 8
     assert found["dtype"] == "float32" and found["timing"] == ["batch", "infer_ms", "wait_ms"]
-    assert "'observation/state' has shape [5]; expected [8]" in found["refused"]
-    assert "Traceback" not in found["refused"]
+    assert "'observation/state' has shape [5]; expected [8]" in found["refused"]["state"]
+    assert "Traceback" not in found["refused"]["state"]
+    if cameras > 1:
+        words = "no 'observation/wrist_image', where the pictures of the camera 'observation.images"
+        assert words in found["refused"]["camera"]
 
-    pictures = [shrunk_noise(seed) for seed in range(4)]
     rows = Rotation.from_rotvec([3.0, 0.2, 0.1]).as_matrix()[:2].ravel()
     proprio = np.concatenate([[0.1, 0.2, 1.0], rows, [0.03]]).astype(np.float32)[None]
-    asked = replace(
-        random_observation(0, "libero"),
-        proprio=proprio,
-        instruction="put the bowl on the plate",
-    )
-    for now, actions in enumerate(found["actions"]):
-        history = np.stack([pictures[max(0, now - back)] for back in (4, 3, 2, 1, 0)])
-        chunk = policy.act([replace(asked, frames=history)])[0]
-        np.testing.assert_allclose(np.array(actions)[:, :3], chunk[:, :3], rtol=1e-4, atol=1e-4)
-        assert np.abs(np.array(actions)[:, 6]).tolist() == [1] * len(chunk)
-        assert np.shape(actions) == (4, 7)
+    adapter = make_adapter("libero", trained_robot(config))
+    assert len(found["actions"]) == len(ours) == 4
+    for now, (actions, own) in enumerate(zip(found["actions"], ours)):
+        asked = Observation(dict(zip(policy.cameras, histories(now))), proprio, ASKED)
+        expected = adapter.actions(policy.act([asked])[0], STATE)
+        np.testing.assert_allclose(actions, expected, atol=1e-5)
+        np.testing.assert_allclose(own, expected, atol=1e-5)
+        assert np.abs(expected[:, 6]).tolist() == [1] * 4
+
+
+ASKED, STATE = "put the bowl on the plate", np.array([0.1, 0.2, 1.0, 3.0, 0.2, 0.1, 0.03, -0.03])
+HISTORIES = "observation/image_history", "observation/wrist_image_history"
+
+
+def histories(now):
+    """The pictures of both cameras that query `now` of `openpi_clients.libero` has seen."""
+    seen = [max(0, now - back) for back in (4, 3, 2, 1, 0)]
+    return [np.stack([shrunk_noise(first + seed) for seed in seen]) for first in (0, 100)]
+
+
+def from_our_client(uri, cameras):
+    """The actions of the same queries, each with the histories that it has seen."""
+    with Client(uri) as client:
+        return [
+            client.infer(
+                dict(zip(HISTORIES[:cameras], histories(now)))
+                | {"observation/state": STATE, "prompt": ASKED}
+            )["actions"]
+            for now in range(4)
+        ]
 
 
 def shrunk_noise(seed, side=48):

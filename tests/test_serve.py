@@ -86,6 +86,10 @@ def check_robot(command, running, flags):
         (["--checkpoint=x", "--client=gr00t"], "--client"),
         (["--checkpoint=x", "--client=aloha"], "was trained on 'metaworld_sawyer'"),
         (["--checkpoint=x", "--camera_size=640"], "--camera_size must be HEIGHTxWIDTH"),
+        (
+            ["--checkpoint=x", "--camera_size=side=480x640"],
+            "but got 'side' in 'side=480x640'; it has",
+        ),
         (["--checkpoint=x", "--batch_sizes=0"], "Batch sizes must be at least 1, got [0]"),
         (["--checkpoint=x", "--batch_sizes=one"], "--batch_sizes must be numbers such as 1,8"),
         (["--checkpoint=x", "--stop_step=99"], "stop_step must be between 0 and video_steps"),
@@ -107,22 +111,6 @@ def test_a_key_that_is_empty_opens_the_server_to_nobody(command, complains, tmp_
     assert said.code == 2 and "MVJAX_API_KEY is empty" in said.err
     (tmp_path / "key").write_text(" \n")
     complains("key is empty", "launch.serve", *flags, f"--api_key_file={tmp_path}/key")
-
-
-def test_a_policy_of_several_cameras_is_refused_before_it_is_loaded(complains, tmp_path):
-    """A server and a simulator show one picture; the checkpoint need not even be there."""
-    (tmp_path / "config.py").write_text(
-        "from configs import quickstart_action\n"
-        "def get_config():\n"
-        "    config = quickstart_action.get_config('smoke')\n"
-        "    with config.ignore_type():\n"
-        "        config.datasets.robot.video = ('corner', 'corner')\n"
-        "    return config\n"
-    )
-    flags = (f"--config={tmp_path}/config.py", "--checkpoint=nothing")
-    words = "tiled from 2 cells, ('corner', 'corner')"
-    complains(words, "launch.serve", *flags, "--port=0")
-    complains(words, "launch.evaluate", *flags, f"--out={tmp_path}/out")
 
 
 def test_an_address_that_is_taken_is_said_first(complains):

@@ -7,18 +7,25 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from data_pipelines.cameras import View
 from data_pipelines.frames import resize_area
 from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
 from data_pipelines.statistics import compute_statistics
 from mvjax.policy.robot import Robot
 from mvjax.serving.adapters import make_adapter
-from mvjax.serving.notices import Notices, Ranges
-from mvjax.serving.session import RequestError, Session, SessionSpec
+from mvjax.serving.messages import RequestError
+from mvjax.serving.notices import Notices, Ranges, Trained, camera_sizes, trained_pictures
+from mvjax.serving.session import Session, SessionSpec
 
 PICTURE = np.zeros((4, 6, 3), np.uint8)
 SPEC = SessionSpec(observed_frames=2, proprio_horizon=1)
 ADAPTER = make_adapter("plain", Robot((), (), 2, 2))
+
+
+def seeing(clip, size=None):
+    """What training says of the only camera's pictures."""
+    return {"": Trained(clip, size or clip, exact=size is not None)}
 
 
 def message(state=(0.1, 0.2), **more):
@@ -76,8 +83,9 @@ def scene(height, width, seed=0):
 
 
 def told(one, **more):
-    """What the policy is shown, and what the connection is told at this query."""
-    return one.observe(message(**more)).observation.frames, one.notices.take()
+    """What the policy is shown of its only camera, and what is said at this query."""
+    (shown,) = one.observe(message(**more)).observation.frames.values()
+    return shown, one.notices.take()
 
 
 @pytest.mark.parametrize(
@@ -91,7 +99,7 @@ def told(one, **more):
     ],
 )
 def test_bars_that_openpi_adds_are_cut_off(camera, clip, side):
-    one = session(spec=replace(SPEC, clip=clip))
+    one = session(spec=replace(SPEC, cameras=seeing(clip)))
     for number in range(3):
         original = scene(*camera, seed=number)
         padded = with_bars(original, side)
@@ -129,7 +137,7 @@ def square(rows=slice(None), columns=slice(None), value=200):
     ],
 )
 def test_a_dark_scene_is_not_cut(picture):
-    one = session(spec=replace(SPEC, clip=(480, 640)))
+    one = session(spec=replace(SPEC, cameras=seeing((480, 640))))
     shown, said = told(one, **{"observation/image": picture})
     np.testing.assert_array_equal(shown[-1], picture)
     assert "224x224, of another aspect than what the policy sees, 480x640" in said[0]
@@ -137,7 +145,7 @@ def test_a_dark_scene_is_not_cut(picture):
 
 
 def test_bars_must_be_black_in_all_pictures():
-    one = session(spec=replace(SPEC, clip=(480, 640)))
+    one = session(spec=replace(SPEC, cameras=seeing((480, 640))))
     boxed = with_bars(scene(480, 640))
     assert told(one, **{"observation/image": boxed})[0].shape == (2, 168, 224, 3)
     assert told(one, **{"observation/image": square()})[0].shape == (2, 224, 224, 3)
@@ -147,27 +155,27 @@ def test_bars_must_be_black_in_all_pictures():
 def test_bars_of_unknown_origin_and_black_pictures_are_said():
     """A square clip does not tell whether training had the bars; --camera_size does."""
     boxed = with_bars(scene(480, 640))
-    one = session(spec=replace(SPEC, clip=(64, 64)))
+    one = session(spec=replace(SPEC, cameras=seeing((64, 64))))
     shown, said = told(one, **{"observation/image": boxed})
     np.testing.assert_array_equal(shown[-1], boxed)
     assert len(said) == 1 and "first 28 and the last 28 rows" in said[0]
-    known = session(spec=replace(SPEC, clip=(64, 64), camera_size=(480, 640)))
+    known = session(spec=replace(SPEC, cameras=seeing((64, 64), (480, 640))))
     assert told(known, **{"observation/image": boxed})[0].shape == (2, 168, 224, 3)
     assert "stretched." in told(known, **{"observation/image": scene(200, 200)})[1][0]
     assert "is black" in told(one, **{"observation/image": np.zeros_like(boxed)})[1][0]
     assert "are 4x4, but" in told(one, **{"observation/image": boxed[100:104, :4]})[1][0]
     # Bars of another aspect than the clip's, and bars that went through a JPEG.
-    wide = session(spec=replace(SPEC, clip=(480, 640)))
+    wide = session(spec=replace(SPEC, cameras=seeing((480, 640))))
     said = told(wide, **{"observation/image": with_bars(scene(720, 1280))})[1]
     assert len(said) == 2 and "first 49 and the last 49 rows" in said[1]
-    wide = session(spec=replace(SPEC, clip=(480, 640)))
+    wide = session(spec=replace(SPEC, cameras=seeing((480, 640))))
     said = told(wide, **{"observation/image": np.maximum(boxed, 3)})[1]
     assert "first 28 and the last 28 rows" in said[1] and "nearly black" in said[1]
 
 
 @pytest.mark.parametrize("clip", [(480, 640), (64, 64)])
 def test_a_black_first_picture_decides_nothing(clip):
-    one, boxed = session(spec=replace(SPEC, clip=clip)), with_bars(scene(480, 640))
+    one, boxed = session(spec=replace(SPEC, cameras=seeing(clip))), with_bars(scene(480, 640))
     said = told(one, **{"observation/image": np.zeros_like(boxed)})[1]
     assert said == ["The picture is black; is the camera covered?"]
     said = told(one, **{"observation/image": boxed})[1]
@@ -184,14 +192,15 @@ def test_a_black_first_picture_decides_nothing(clip):
     ],
 )
 def test_a_picture_that_shows_nothing_is_said(picture, words):
-    said = told(session(spec=replace(SPEC, clip=(64, 64))), **{"observation/image": picture})[1]
+    one = session(spec=replace(SPEC, cameras=seeing((64, 64))))
+    said = told(one, **{"observation/image": picture})[1]
     assert [words in sentence for sentence in said] == ([True] if words else [])
 
 
 def test_a_camera_that_has_stopped_is_said():
     """Bit for bit the same picture, while the arm moves farther than it trembles."""
     for history in (False, True):
-        one = session(spec=replace(SPEC, clip=(64, 64), proprio=ranges()))
+        one = session(spec=replace(SPEC, cameras=seeing((64, 64)), proprio=ranges()))
         for number, (state, seed, words) in enumerate(
             [
                 ((0.1, 0.5), 0, ""),
@@ -210,7 +219,7 @@ def test_a_camera_that_has_stopped_is_said():
 
 
 def test_a_large_camera_is_not_what_the_policy_sees():
-    one = session(spec=replace(SPEC, clip=(64, 64), camera_size=(1080, 1920)))
+    one = session(spec=replace(SPEC, cameras=seeing((64, 64), (1080, 1920))))
     assert told(one, **{"observation/image": scene(216, 384)})[1] == []
 
 
@@ -275,11 +284,11 @@ def test_actions_far_outside_the_training_data_are_said():
 
 
 def test_a_picture_that_is_not_read_is_said_once():
-    one = session(spec=replace(SPEC, camera="front"))
+    one = session(adapter=replace(ADAPTER, images={"front": ("observation/image",)}))
     wrist = {"observation/wrist_image": PICTURE, "images": {"cam_low": PICTURE}}
     (said,) = told(one, **wrist)[1]
     assert "'observation/wrist_image', 'images/cam_low' is not read" in said
-    assert "'front' and sees 'observation/image'" in said
+    assert "this policy sees 'observation/image' (camera 'front')" in said
     assert not told(one, **wrist)[1]
     history = {"observation/image_history": np.stack([PICTURE] * 2)}
     assert not told(session(spec=SPEC), **history)[1]  # that and an equal picture
@@ -312,3 +321,138 @@ def test_two_sources_of_one_fact_and_empty_prompts_are_refused(more, words):
         session().observe(message(**more))
     for prompt in ("🤖", "шкаф", "抽屉", "?"):
         session().observe(message(prompt=prompt))
+
+
+# Several cameras.
+
+TILED = View("video", (("a.front", "wrist"),), 64, 128)
+TWO = make_adapter("plain", Robot((), (), 2, 2, views=(TILED,)))
+
+
+def two(front=PICTURE, wrist=PICTURE, **more):
+    """A message of two cameras; None leaves one out."""
+    sent = {"observation/images/front": front, "observation/images/wrist": wrist}
+    sent |= {"observation/state": np.array([0.1, 0.2]), "prompt": "open", **more}
+    return {key: value for key, value in sent.items() if value is not None}
+
+
+def test_each_camera_has_its_own_size_and_history():
+    one, large = session(adapter=TWO), np.zeros((8, 8, 3), np.uint8)
+    for number in range(3):
+        frames = one.observe(two(PICTURE + number, large + number)).observation.frames
+    assert {name: (f.shape, f[:, 0, 0, 0].tolist()) for name, f in frames.items()} == {
+        "a.front": ((2, 4, 6, 3), [1, 2]),
+        "wrist": ((2, 8, 8, 3), [1, 2]),
+    }
+    # A camera of another size begins an episode, as one does.
+    frames = one.observe(two(PICTURE + 3, PICTURE + 3)).observation.frames
+    assert [f[:, 0, 0, 0].tolist() for f in frames.values()] == [[3, 3], [3, 3]]
+
+
+PAIR = np.stack([PICTURE, PICTURE + 1])
+WRIST_HISTORY = {"observation/images/wrist_history": PAIR}
+HISTORIES = {"observation/images/front_history": PAIR, **WRIST_HISTORY}
+
+
+def test_the_client_may_keep_the_histories_of_all_cameras():
+    for beside in (dict(front=None, wrist=None), dict(front=PICTURE + 1, wrist=PICTURE + 1)):
+        frames = session(adapter=TWO).observe(two(**beside, **HISTORIES)).observation.frames
+        np.testing.assert_array_equal([*frames.values()], [PAIR, PAIR])
+
+
+@pytest.mark.parametrize(
+    "sent, words",
+    [
+        (dict(wrist=None), r"no 'observation/images/wrist', where .*'wrist' are .*'observation/im"),
+        (
+            dict(front=None),
+            r"no 'observation/images/front', where .* camera 'a.front' are expected",
+        ),
+        (WRIST_HISTORY, r"no 'observation/images/front_history', .* the history of every camera"),
+        (
+            dict(front=None, wrist=None, **{"observation/image": PICTURE}),
+            r"no 'observation/images/front', .* it has .*'observation/image'",
+        ),
+        (HISTORIES, "'observation/images/front' is not the last picture of 'observation/images/fr"),
+    ],
+)
+def test_a_message_without_a_camera_is_refused_by_its_name(sent, words):
+    one = session(adapter=TWO)
+    one.observe(two())
+    with pytest.raises(RequestError, match=words):
+        one.observe(two(**sent))
+    assert name_of(one, two()) == ("session 0", 1)
+
+
+def name_of(session, sent):
+    return session.observe(sent).observation.noise_key
+
+
+def test_what_is_said_of_one_of_several_cameras_begins_with_its_name():
+    cameras, totals = trained_pictures((TILED,), {}), {}
+    assert cameras["wrist"] == Trained((64, 64), None)  # a tile's aspect says nothing
+    one = session(spec=replace(SPEC, cameras=cameras, proprio=ranges()), adapter=TWO)
+    one.notices = Notices(totals, "client")
+    black, extra = np.zeros((60, 80, 3), np.uint8), {"observation/image": PICTURE}
+    sent = two(black, black, **{"observation/state": np.array([0.2, 0.5])}, **extra)
+    one.observe(sent)
+    said = one.notices.take()
+    assert len(said) == 3 and sum("is black" in sentence for sentence in said) == 2
+    assert said[0].startswith("Camera 'a.front': The picture") and said[1].startswith("Camera 'wri")
+    assert "'observation/image' is not read: this policy sees 'observation/images/fr" in said[2]
+    assert "(camera 'a.front'), 'observation/images/wrist' (camera 'wrist')." in said[2]
+    for number in (1, 2, 3):  # the wrist camera has stopped, and the front one is padded
+        moved = {"observation/state": np.array([0.2, 0.5 + number / 10])}
+        boxed = with_bars(scene(480, 640, seed=number), 80)
+        frames = one.observe(two(boxed, scene(60, 80), **moved)).observation.frames
+        assert frames["a.front"].shape == (2, 80, 80, 3)
+    said = one.notices.take()
+    assert len(said) == 2 and said[0].startswith("Camera 'a.front': The first 10 and the last 10")
+    assert said[1].startswith("Camera 'wrist': ")
+    assert "--camera_size=a.front=HEIGHTxWIDTH" in said[0] and "has not changed" in said[1]
+    assert totals["picture_black: wrist"]["queries"] == 1
+
+
+def test_bars_are_cut_off_where_the_size_of_the_camera_in_training_is_known():
+    views = TILED, View("wrist", (("wrist",),), 48, 64)
+    cameras = trained_pictures(views, {"a.front": (720, 1280)})
+    assert cameras["wrist"] == Trained((64, 64), (48, 64))  # of the view that it fills
+    one = session(spec=replace(SPEC, cameras=cameras), adapter=TWO)
+    sent = two(with_bars(scene(720, 1280)), with_bars(scene(480, 640)))
+    frames = one.observe(sent).observation.frames
+    assert frames["a.front"].shape == (2, 126, 224, 3)
+    assert frames["wrist"].shape == (2, 168, 224, 3)
+    said = one.notices.take()
+    assert ["cut off" in sentence for sentence in said] == [True, True]
+
+
+@pytest.mark.parametrize(
+    "text, expected",
+    [
+        ("", {}),
+        ("480x640", {"a.front": (480, 640), "wrist": (480, 640)}),
+        ("wrist=240x320", {"wrist": (240, 320)}),
+        ("wrist=240x320,front=480x640", {"a.front": (480, 640), "wrist": (240, 320)}),
+        ("a.front=480x640", {"a.front": (480, 640)}),
+        ("front=480x640,a.front=1x1", "got 'a.front' in .*; it has 'a.front', 'wrist'"),
+        ("480x640,wrist=240x320", "must be HEIGHTxWIDTH"),
+        ("=480x640", "must be HEIGHTxWIDTH"),
+        ("front=0x640", "must be HEIGHTxWIDTH"),
+        ("front=480x640,", "must be HEIGHTxWIDTH"),
+    ],
+)
+def test_the_sizes_of_cameras_in_a_flag(text, expected):
+    cameras = ("a.front", "wrist")
+    if isinstance(expected, dict):
+        assert camera_sizes(text, cameras) == expected
+    else:
+        with pytest.raises(ValueError, match=expected):
+            camera_sizes(text, cameras)
+
+
+def test_the_sizes_of_cameras_whose_names_do_not_tell():
+    assert camera_sizes("480x640", ()) == {"": (480, 640)}
+    with pytest.raises(ValueError, match=r"got 'top' in 'top=1x2'; it has 'a.top', 'b.top'"):
+        camera_sizes("top=1x2", ("a.top", "b.top"))
+    with pytest.raises(ValueError, match="it has one without a name"):
+        camera_sizes("front=1x2", ())

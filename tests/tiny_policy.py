@@ -1,6 +1,6 @@
 """A policy of random networks, small enough to answer in milliseconds; run as a program, it serves.
 
-python tests/tiny_policy.py [client=plain] [max_clients=8] [ping=20] ...
+python tests/tiny_policy.py [client=plain] [cameras=2] [max_clients=8] [ping=20] ...
 """
 
 import asyncio
@@ -34,9 +34,16 @@ from mvjax.serving.server import Serving, make_server
 
 DIMS = {"plain": (4, 4), "libero": (10, 10)}
 SIZE = (48, 32)
+# The first is that of a policy of one camera; two are tiled side by side.
+CAMERAS = {
+    "plain": ("observation.images.corner", "observation.images.gripper"),
+    "libero": ("observation.images.agentview", "observation.images.wrist"),
+}
 
 
-def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, ConfigDict]:
+def tiny_policy(
+    client: str = "plain", batch_size: int = 1, cameras: int = 1
+) -> tuple[Policy, ConfigDict]:
     """Returns a policy for a kind of client, and its configuration; equal for equal arguments."""
     config = tiny_config("action")
     config.clip.height, config.clip.width = SIZE
@@ -44,9 +51,12 @@ def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, Con
     if client == "libero":
         config.datasets.robot.update(
             embodiment="libero_panda",
-            video="observation.images.agentview",
             action=libero_panda.LEROBOT_ACTION,
             proprio=libero_panda.LEROBOT_PROPRIO,
+        )
+    with config.ignore_type():  # one camera is a text, several are a tuple
+        config.datasets.robot.video = (
+            CAMERAS[client][:cameras] if cameras > 1 else CAMERAS[client][0]
         )
     rng = np.random.default_rng(0)
     batch = tiny_batch(config)
@@ -61,15 +71,19 @@ def tiny_policy(client: str = "plain", batch_size: int = 1) -> tuple[Policy, Con
         text_encoder=NgramTextEncoder(config.text.length, config.text.dim),
         normalizer=_normalizer(batch),
         batch_size=batch_size,
+        views=trained_robot(config).views,
     )
     return policy, config
 
 
-def random_observation(seed: int, client: str = "plain") -> Observation:
-    """Five pictures, a state and an instruction of noise."""
+def random_observation(seed: int, client: str = "plain", cameras: int = 1) -> Observation:
+    """Five pictures (of each camera, if there are several), a state and an instruction of noise."""
     rng = np.random.default_rng(seed)
+    frames = {
+        name: rng.integers(0, 256, (5, *SIZE, 3), np.uint8) for name in CAMERAS[client][:cameras]
+    }
     return Observation(
-        frames=rng.integers(0, 256, (5, *SIZE, 3), np.uint8),
+        frames=frames if cameras > 1 else frames[CAMERAS[client][0]],
         proprio=rng.normal(size=(1, DIMS[client][0])).astype(np.float32),
         instruction=f"open drawer {seed % 7}",
     )
@@ -118,7 +132,13 @@ def random_params(network, seed):
     )
 
 
-def main(client: str = "plain", api_key: str = "", sizes: str = "1,4", **numbers: str) -> None:
+def main(
+    client: str = "plain",
+    api_key: str = "",
+    sizes: str = "1,4",
+    cameras: str = "1",
+    **numbers: str,
+) -> None:
     """Serves until it is killed; prints the port when clients can connect."""
     limits = {name: float(value) for name, value in numbers.items()}
     limits["message_bytes"] = int(limits.get("message_bytes", 2**20))
@@ -126,7 +146,7 @@ def main(client: str = "plain", api_key: str = "", sizes: str = "1,4", **numbers
     limits["max_clients"] = int(limits.get("max_clients", 16))
     serving = Serving(host="127.0.0.1", port=0, api_key=api_key, **limits)
     batching = Batching(tuple(int(size) for size in sizes.split(",")), window)
-    policy, config = tiny_policy(client)
+    policy, config = tiny_policy(client, cameras=int(cameras))
     with quick_compiles():
         adapter = make_adapter(client, trained_robot(config))
         server = make_server(policy, config, adapter, serving, batching=batching)

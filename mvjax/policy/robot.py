@@ -139,20 +139,6 @@ def check_present(robot: Robot, who: str) -> None:
             )
 
 
-def single_camera(robot: Robot, who: str) -> str:
-    """Returns the name of the only camera of a policy; "" if it is unknown.
-
-    Raises:
-        ValueError: it sees several; `who` shows it one.
-    """
-    if len(robot.cameras) > 1:
-        raise ValueError(
-            f"This policy was trained on the cameras {', '.join(map(repr, robot.cameras))}, but "
-            f"{who} shows it one: use a policy that was trained on one camera."
-        )
-    return robot.cameras[0] if robot.cameras else ""
-
-
 def match_cameras(robot: Robot, known: Mapping[str, Sequence[str]], who: str) -> dict[str, str]:
     """Which of another's cameras shows what each camera of a policy showed in training.
 
@@ -176,7 +162,7 @@ def match_cameras(robot: Robot, known: Mapping[str, Sequence[str]], who: str) ->
     named = {word: camera for camera, words in known.items() for word in words}
     found = {name: named.get(last_word(name)) for name in robot.cameras or ("",)}
     unknown = [name for name, camera in found.items() if camera is None]
-    if unknown and (len(unknown) > 1 or main in found.values() or is_on_the_hand(unknown[0])):
+    if unknown and (len(unknown) > 1 or main in found.values() or _is_on_the_hand(unknown[0])):
         listed = ", ".join(f"{words[0]!r}" for words in known.values())
         raise ValueError(
             f"This policy was trained on the camera {unknown[0]!r}, which {who} does not have; it "
@@ -362,11 +348,6 @@ def same_aspect(one: tuple[int, int], other: tuple[int, int]) -> bool:
     return abs(one[1] * other[0] / (one[0] * other[1]) - 1) < 0.04
 
 
-def is_on_the_hand(camera: str) -> bool:
-    """Returns whether a camera's name says that it is on the robot's hand."""
-    return re.search("wrist|eye_in_hand|hand_?(cam|eye)|gripper", camera.lower()) is not None
-
-
 def last_word(stream: str) -> str:
     """Returns the last word of a stream's name, such as "top" of "observation.images.top"."""
     return re.split(r"[/.]", stream)[-1]
@@ -392,6 +373,11 @@ def labels(parts: Sequence[Part], dim: int) -> list[str]:
         else:
             names += [f"{stream} ({part.represent} {i})" for i in range(width)]
     return names
+
+
+def _is_on_the_hand(camera: str) -> bool:
+    """Returns whether a camera's name says that it is on the robot's hand."""
+    return re.search("wrist|eye_in_hand|hand_?(cam|eye)|gripper", camera.lower()) is not None
 
 
 def _capital(sentence: str) -> str:

@@ -6,14 +6,18 @@ queries.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.cameras import View, view_cameras
 from data_pipelines.normalize import Normalizer
-from mvjax.policy.robot import same_aspect
+from mvjax.policy.robot import last_word, same_aspect
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +40,16 @@ class Notices:
         self._totals, self._client = totals, client
         self._counted, self._said, self._new = set[str](), set[str](), list[str]()
 
-    def add(self, kind: str, sentence: str = "") -> None:
-        """Counts a query; its sentence, if any, is said if it is the first of its kind here."""
+    def add(self, kind: str, sentence: str = "", camera: str = "") -> None:
+        """Counts a query; its sentence, if any, is said if it is the first of its kind here.
+
+        Args:
+            kind, sentence: what was seen.
+            camera: of several, the one that it concerns: each has kinds of its own.
+        """
+        if camera:
+            kind = f"{kind}: {camera}"
+            sentence = sentence and f"Camera {camera!r}: {sentence}"
         total = self._totals.setdefault(kind, {"queries": 0, "connections": 0, "first": ""})
         total["queries"] += 1
         total["connections"] += kind not in self._counted
@@ -118,8 +130,83 @@ class Ranges:
 # Pictures.
 
 
-class View:
-    """The pictures of one connection beside those of training.
+@dataclass(frozen=True)
+class Trained:
+    """What training says of the pictures of one camera.
+
+    Attributes:
+        seen: height and width at which the policy sees them.
+        size: height and width of the training pictures, or of their aspect; None: not known.
+        exact: `size` is that of the training pictures (`--camera_size`), not only of their aspect.
+    """
+
+    seen: tuple[int, int]
+    size: tuple[int, int] | None
+    exact: bool = False
+
+
+def trained_pictures(
+    views: Sequence[View], sizes: Mapping[str, tuple[int, int]]
+) -> dict[str, Trained]:
+    """What training says of every camera of a policy; of one that is not known, by the name "".
+
+    A camera that fills a view has its aspect, unless `sizes` says otherwise. A cell of a tiled view
+    says nothing of the aspect: training stretched the pictures to fill it.
+
+    Args:
+        views: of the policy.
+        sizes: camera -> height and width of its training pictures.
+    """
+    trained = {}
+    for camera in view_cameras(views) or ("",):
+        whole = [size for v in views if (size := (v.height, v.width)) in _cells(v, camera)]
+        seen = max((cell for view in views for cell in _cells(view, camera)), key=math.prod)
+        size = sizes.get(camera, whole[0] if whole else None)
+        trained[camera] = Trained(seen, size, exact=camera in sizes)
+    return trained
+
+
+def camera_sizes(text: str, cameras: Sequence[str]) -> dict[str, tuple[int, int]]:
+    """Returns camera -> height and width in "480x640" (of all) or "front=480x640,wrist=240x320".
+
+    Args:
+        text: of the flag --camera_size; "": of none. A camera is named in full or by its last word.
+        cameras: of the policy; () if they are not known.
+
+    Raises:
+        ValueError: the text is not of this form, or names a camera that is none of these, several
+            of them, or one that it named before.
+    """
+    sizes: dict[str, tuple[int, int]] = {}
+    for entry in text.split(",") if text else ():
+        found = re.fullmatch(r"(?:(.+)=)?([1-9]\d{0,4})x([1-9]\d{0,4})", entry)
+        if found is None or (found[1] is None and entry != text):
+            raise ValueError(
+                "--camera_size must be HEIGHTxWIDTH such as 480x640, or that of single cameras "
+                f"such as front=480x640,wrist=240x320, got {text!r}."
+            )
+        name, size = found[1], (int(found[2]), int(found[3]))
+        if name is None:
+            return dict.fromkeys(cameras or ("",), size)
+        meant = [camera for camera in cameras if camera == name]
+        meant = meant or [camera for camera in cameras if last_word(camera) == name]
+        if len(meant) != 1 or meant[0] in sizes:
+            raise ValueError(
+                f"--camera_size must name one camera of the policy once, but got {name!r} in "
+                f"{text!r}; it has {', '.join(map(repr, cameras)) or 'one without a name'}."
+            )
+        sizes[meant[0]] = size
+    return sizes
+
+
+def _cells(view: View, camera: str) -> list[tuple[int, int]]:
+    """Height and width of the cells in which a view shows a camera."""
+    rows = view.rows or ((camera,),)
+    return [(view.height // len(rows), view.width // len(row)) for row in rows if camera in row]
+
+
+class Camera:
+    """The pictures of one camera of a connection beside those of training.
 
     openpi's clients put black bars around their pictures to make them square (`resize_with_pad`),
     which training did not see. Bars are removed if they are exactly those that a picture of the
@@ -127,41 +214,40 @@ class View:
     bars: somewhere beside them a row would have to begin that is not black.
 
     Args:
-        clip: height and width of what the policy sees.
-        camera_size: height and width of the training pictures; None: they have the clip's aspect.
+        trained: what training says of them; where their aspect is not known, no bars are removed.
+        name: of the camera, where there are several.
     """
 
-    def __init__(self, clip: tuple[int, int], camera_size: tuple[int, int] | None = None) -> None:
-        self._clip, self._size, self._known = clip, camera_size or clip, camera_size is not None
+    def __init__(self, trained: Trained, name: str = "") -> None:
+        self._seen, self._size, self._known = trained.seen, trained.size, trained.exact
+        self._name = name
         self._shape: tuple[int, int] | None = None
         self._edges: list[int] | None = None  # black pixels before and after the content so far
 
     def __call__(self, pictures: np.ndarray, notices: Notices) -> np.ndarray:
         """Returns pictures [t, h, w, 3] without bars; the same if there are none."""
-        shape = pictures.shape[1:3]
+        add, shape = partial(notices.add, camera=self._name), pictures.shape[1:3]
         if shape != self._shape:
             self._shape, self._edges = shape, None
-        if 4 * max(shape) < min(self._clip):
-            notices.add("picture_small", self._small())
+        if 4 * max(shape) < min(self._seen):
+            add("picture_small", self._small())
         newest = pictures[-1]
         if not newest.any():
-            notices.add("picture_black", "The picture is black; is the camera covered?")
+            add("picture_black", "The picture is black; is the camera covered?")
         elif newest.max() == 1:  # floats of 0 to 1 that became integers
-            notices.add(
+            add(
                 "picture_black",
                 "The picture has no value above 1 of 255: were colours from 0 to 1 not multiplied "
                 "by 255?",
             )
         elif (newest[0] == newest[0, 0]).all() and (newest == newest[0, 0]).all():
-            notices.add(
-                "picture_black", "The picture is of one colour throughout; does the camera work?"
-            )
+            add("picture_black", "The picture is of one colour throughout; does the camera work?")
         if not pictures.any():  # says nothing about bars
             return pictures
         first = self._edges is None
-        if same_aspect(shape, self._size):
+        if self._size is None or same_aspect(shape, self._size):
             if first and not self._known:
-                self._note_unexplained_bars(pictures, notices)
+                self._note_unexplained_bars(pictures, add)
             self._edges = [0, 0]
             return pictures
         axis, lengths = self._contents()
@@ -172,12 +258,12 @@ class View:
         content = shape[axis] - sum(bars)
         fits = any(abs(content - length) <= 1 for length in lengths)  # rounded down by openpi
         if fits and bars == _split(sum(bars)):
-            notices.add("letterboxed", self._letterboxed(axis, bars))
+            add("letterboxed", self._letterboxed(axis, bars))
             inside = slice(bars[0], shape[axis] - bars[1])
             return pictures[:, inside] if axis == 0 else pictures[:, :, inside]
-        notices.add("picture_aspect", self._other_aspect())
+        add("picture_aspect", self._other_aspect())
         if first:
-            self._note_unexplained_bars(pictures, notices)
+            self._note_unexplained_bars(pictures, add)
         return pictures
 
     def _contents(self) -> tuple[int, list[int]]:
@@ -200,7 +286,7 @@ class View:
         )
 
     def _small(self) -> str:
-        (h, w), (height, width) = self._shape, self._clip
+        (h, w), (height, width) = self._shape, self._seen
         return f"The pictures are {h}x{w}, but the policy sees {height}x{width}: they are blurred."
 
     def _other_aspect(self) -> str:
@@ -213,19 +299,20 @@ class View:
             "right only if those of training were, too (--camera_size tells the server their size)."
         )
 
-    def _note_unexplained_bars(self, pictures: np.ndarray, notices: Notices) -> None:
+    def _note_unexplained_bars(self, pictures: np.ndarray, add: Callable[..., None]) -> None:
         for axis, what in ((0, "rows"), (1, "columns")):
             size = pictures.shape[1 + axis]
             first, last = edges = _black_edges(pictures, axis, size, nearly=_JPEG)
             if abs(first - last) < 2 and _BARS * size < first < size / 2:
+                one = f"{self._name}=" if self._name else ""
                 exact = edges == _black_edges(pictures, axis, size)
-                notices.add(
+                add(
                     "black_bars",
                     f"The first {first} and the last {last} {what} of the picture are "
                     f"{'' if exact else 'nearly '}black. If training did not have such bars, "
                     + (
-                        "start the server with --camera_size=HEIGHTxWIDTH of the training pictures,"
-                        " which cuts off those of openpi's resize_with_pad."
+                        f"start the server with --camera_size={one}HEIGHTxWIDTH of the training "
+                        "pictures, which cuts off those of openpi's resize_with_pad."
                         if exact
                         else "send the pictures without them: only bars of zeros are cut off, and "
                         "these may have been through a lossy codec such as JPEG."
@@ -250,8 +337,8 @@ def _black_edges(pictures: np.ndarray, axis: int, most: int, nearly: int = 0) ->
     return [run(moved[:most]), run(moved[::-1][:most])]
 
 
-def unread_pictures(message: Mapping[str, Any], read: Sequence[str]) -> list[str]:
-    """Returns the names of the pictures in a message that are not at the nested keys `read`."""
+def unread_pictures(message: Mapping[str, Any], read: Collection[tuple[str, ...]]) -> list[str]:
+    """Returns the names of the pictures in a message that are at none of the nested keys `read`."""
 
     def pictures(value: Mapping[str, Any], above: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
         for key, entry in value.items():
@@ -260,4 +347,4 @@ def unread_pictures(message: Mapping[str, Any], read: Sequence[str]) -> list[str
             elif isinstance(entry, np.ndarray) and entry.dtype == np.uint8 and entry.ndim >= 3:
                 yield (*above, str(key))
 
-    return ["/".join(keys) for keys in pictures(message, ()) if keys != tuple(read)]
+    return ["/".join(keys) for keys in pictures(message, ()) if keys not in read]

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from http import HTTPStatus
@@ -25,20 +25,16 @@ from websockets.asyncio.server import ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request, Response
 
+from data_pipelines.cameras import View
 from mvjax.identity import digest_of
 from mvjax.policy.policy import Policy
-from mvjax.policy.robot import (
-    check_gripper,
-    described,
-    labels,
-    single_camera,
-    trained_robot,
-)
-from mvjax.serving.adapters import Adapter
+from mvjax.policy.robot import check_gripper, described, labels, trained_robot
 from mvjax.serving.batching import Batcher, Batching, PolicyError, act_in_sizes
-from mvjax.serving.notices import Notices, Ranges, Totals
+from mvjax.serving.conversions import Adapter
+from mvjax.serving.messages import RequestError
+from mvjax.serving.notices import Notices, Ranges, Totals, trained_pictures
 from mvjax.serving.protocol import MESSAGE_BYTES, ProtocolError, decode, encode
-from mvjax.serving.session import RequestError, Session, SessionSpec
+from mvjax.serving.session import Session, SessionSpec, history_keys
 
 log = logging.getLogger(__name__)
 
@@ -275,21 +271,22 @@ def make_server(
     *,
     batching: Batching | None = None,
     prompt: str = "",
-    camera_size: tuple[int, int] | None = None,
+    camera_sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> PolicyServer:
     """Compiles a policy of a stage-2 configuration for every batch size, and makes its server.
 
     Args:
         policy, config, adapter, serving, batching: what is served, and how.
         prompt: the instruction for clients that send none.
-        camera_size: height and width of the training pictures; None: they have the clip's aspect.
+        camera_sizes: camera -> height and width of its training pictures; of others: see
+            `trained_pictures`.
 
     Raises:
         ValueError: the policy does not fit the client.
     """
     sizes, clip, io = policy.model.decoder.config, policy.model.clip, config.policy_io
     robot, what = trained_robot(config), policy.identity.get("what", {})
-    camera = single_camera(robot, "the server")  # before anything is compiled
+    views = robot.views or policy.views
     names = labels(robot.proprio, robot.proprio_dim), labels(robot.action, robot.action_dim)
     learned = Ranges.of(policy.normalizer, "actions", names[1])
     if (number := adapter.signed_gripper) is not None and learned is not None:
@@ -311,11 +308,13 @@ def make_server(
         "action_fps": io.action.fps,
         "action_shift": io.action.get("shift", 0.0),
         "embodiment": robot.embodiment,
-        "camera": camera,
+        "cameras": described_cameras(adapter, views),
         "state": described(robot.proprio),
         "actions": described(robot.action),
         "identity": digest_of(what) if what else "",
     }
+    if len(adapter.images) == 1:
+        metadata["camera"] = next(iter(adapter.images))
     if adapter.execute > sizes.action_horizon:
         log.warning(
             "openpi's %s client executes %d actions of a chunk, but this policy's chunks have %d: "
@@ -333,12 +332,30 @@ def make_server(
         clip.observed_frames,
         sizes.proprio_horizon,
         prompt,
-        clip=(clip.height, clip.width),
-        camera_size=camera_size,
-        camera=camera,
+        cameras=trained_pictures(views, camera_sizes or {}),
         fps=clip.fps,
         proprio_fps=io.proprio.fps,
         proprio=Ranges.of(policy.normalizer, "proprio", names[0]),
         actions=learned,
     )
     return PolicyServer(serving, adapter, spec, batcher, metadata, what)
+
+
+def described_cameras(adapter: Adapter, views: Sequence[View]) -> dict[str, dict[str, Any]]:
+    """What metadata tells clients of each camera of a policy.
+
+    Returns:
+        camera -> the `key` of its picture and that of its `history` (nested keys are joined by
+        "/"), and the `view` that shows it, with its `height` and `width`.
+    """
+    described, histories = {}, history_keys(adapter)
+    for camera, keys in adapter.images.items():
+        view = next(view for view in views if camera in view.cameras or not view.rows)
+        described[camera] = {
+            "key": "/".join(keys),
+            "history": "/".join(histories[camera]),
+            "view": view.name,
+            "height": view.height,
+            "width": view.width,
+        }
+    return described

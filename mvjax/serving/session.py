@@ -1,27 +1,26 @@
-"""A connection's episode: builds the policy's observations from a client's messages.
-
-`Session` keeps the episode; the functions below it read the parts of a message and check them.
-"""
+"""A connection's episode: builds the policy's observations from a client's messages."""
 
 import itertools
-import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from mvjax.policy.observation import Observation
-from mvjax.serving.adapters import Adapter
-from mvjax.serving.notices import Notices, Ranges, View, unread_pictures
+from mvjax.serving.conversions import Adapter
+from mvjax.serving.messages import (
+    RequestError,
+    find,
+    has,
+    read_numbers,
+    read_picture,
+    read_pictures,
+    read_prompt,
+)
+from mvjax.serving.notices import Camera, Notices, Ranges, Trained, unread_pictures
 
 IMAGE_HISTORY, STATE_HISTORY = "observation/image_history", "observation/state_history"
-MAX_SIDE = 2048  # height and width of a picture, pixels
-MAX_PROMPT = 1000  # characters
-
-
-class RequestError(ValueError):
-    """A message that cannot be answered; its text is sent to the client."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,8 @@ class SessionSpec:
     Attributes:
         observed_frames, proprio_horizon: lengths of the histories.
         prompt: the instruction for clients that send none; "" if they must.
-        clip: height and width of what the policy sees; None: pictures of any aspect will do.
-        camera_size: height and width of the training pictures; None: they have the clip's aspect.
-        camera: the name of the camera that the policy was trained on.
+        cameras: what training says of the pictures of each camera; {}: pictures of any aspect will
+            do, and nothing is said of them.
         fps, proprio_fps: pictures and states per second in the histories; 0 if unknown.
         proprio, actions: what training saw of the vectors, if it is known.
     """
@@ -41,9 +39,7 @@ class SessionSpec:
     observed_frames: int
     proprio_horizon: int
     prompt: str = ""
-    clip: tuple[int, int] | None = None
-    camera_size: tuple[int, int] | None = None
-    camera: str = ""
+    cameras: Mapping[str, Trained] = field(default_factory=dict)
     fps: float = 0.0
     proprio_fps: float = 0.0
     proprio: Ranges | None = None
@@ -58,9 +54,9 @@ class Seen(NamedTuple):
 
 
 class _Episode(NamedTuple):
-    """The latest pictures and states of single-picture messages, and their instruction."""
+    """The latest pictures and states of messages without histories, and their instruction."""
 
-    pictures: tuple[np.ndarray, ...]
+    pictures: tuple[Mapping[str, np.ndarray], ...]  # one of each camera
     states: tuple[np.ndarray, ...]
     prompt: str | None
 
@@ -68,11 +64,11 @@ class _Episode(NamedTuple):
 class Session:
     """Builds one connection's observations.
 
-    A message with `observation/image_history` is complete in itself and does not change the
-    episode. A single picture is appended to those of the episode's earlier messages (so the
-    messages' rate is the pictures'), and the first one is repeated as in training if there are too
-    few. So are the states, unless the message has their history. A new prompt, `"reset": True` or
-    a jump of the robot begins a new episode.
+    A message with the histories of all cameras (`history_keys`) is complete in itself and does
+    not change the episode. Single pictures, one of each camera, are appended to those of the
+    episode's earlier messages (so the messages' rate is the pictures'), and the first ones are
+    repeated as in training if there are too few. So are the states, unless the message has their
+    history. A new prompt, `"reset": True` or a jump of the robot begins a new episode.
 
     Args:
         adapter: of the client.
@@ -86,7 +82,12 @@ class Session:
         self, adapter: Adapter, spec: SessionSpec, numbers: Iterator[int], notices: Notices
     ) -> None:
         self._adapter, self._spec, self._numbers = adapter, spec, numbers
-        self._view = View(spec.clip, spec.camera_size) if spec.clip else None
+        self._history_keys = history_keys(adapter)
+        # Where there are several, what is said of a camera begins with its name.
+        self._said = {name: name if len(adapter.images) > 1 else "" for name in adapter.images}
+        self._cameras = {
+            name: Camera(trained, self._said[name]) for name, trained in spec.cameras.items()
+        }
         self.notices = notices
         self.reset()
 
@@ -94,7 +95,8 @@ class Session:
         """Begins a new episode."""
         self._episode = _Episode((), (), None)
         self._names: Iterator[tuple[str, int]] | None = None  # of the queries of this episode
-        self._still: tuple[np.ndarray, np.ndarray] | None = None  # a picture, the first state of it
+        # Of each camera its picture and the first state with it.
+        self._still: dict[str, tuple[np.ndarray, np.ndarray]] = {}
 
     def observe(self, message: Mapping[str, Any]) -> Seen:
         """Reads a message; a refused one does not change the episode.
@@ -104,31 +106,33 @@ class Session:
         """
         adapter, spec = self._adapter, self._spec
         prompt = read_prompt(message, spec.prompt)
-        if IMAGE_HISTORY in message:
-            pictures = read_pictures(message[IMAGE_HISTORY], IMAGE_HISTORY, spec.observed_frames)
-            states = self._state_history(message)
-            self._check_last(message, pictures[-1], states[-1])
-            observation = self._observation(pictures, states, prompt)
-            self._note_unread(message, (IMAGE_HISTORY,))
+        if any(has(message, keys) for keys in self._history_keys.values()):
+            frames, states = self._histories(message), self._state_history(message)
+            self._check_last(message, frames, states[-1])
+            observation = self._observation(frames, states, prompt)
+            self._note_unread(message, self._history_keys)
             return Seen(self._named(observation), states[-1])
-        picture = read_picture(find(message, adapter.image), "/".join(adapter.image))
-        state = self._state(message)
+        picture, state = self._pictures(message), self._state(message)
         history = self._state_history(message) if self._needs_states(message) else None
         if history is not None:
-            self._check_last(message, None, history[-1])
+            self._check_last(message, {}, history[-1])
         pictures, states = (), ()
         begins = self._begins(prompt, picture, state)
         if not begins:
             pictures, states, _ = self._episode
         # Copies, because a view would keep its whole message in memory.
-        pictures = (*pictures, picture.copy())[-spec.observed_frames :]
+        copied = {camera: shown.copy() for camera, shown in picture.items()}
+        pictures = (*pictures, copied)[-spec.observed_frames :]
         states = (*states, state.copy())[-spec.proprio_horizon :]
         observation = self._observation(
-            _padded(pictures, spec.observed_frames),
+            {
+                camera: _padded([shown[camera] for shown in pictures], spec.observed_frames)
+                for camera in picture
+            },
             _padded(states, spec.proprio_horizon) if history is None else history,
             prompt,
         )
-        self._note_unread(message, adapter.image)
+        self._note_unread(message, adapter.images)
         if begins:
             self.reset()
         self._episode = _Episode(pictures, states, prompt)
@@ -153,7 +157,9 @@ class Session:
             self._names = zip(itertools.repeat(f"session {next(self._numbers)}"), itertools.count())
         return replace(observation, noise_key=next(self._names))
 
-    def _observation(self, pictures: np.ndarray, states: np.ndarray, prompt: str) -> Observation:
+    def _observation(
+        self, frames: Mapping[str, np.ndarray], states: np.ndarray, prompt: str
+    ) -> Observation:
         adapter = self._adapter
         try:
             proprio = adapter.proprio(states)
@@ -162,7 +168,8 @@ class Session:
         if not np.isfinite(proprio).all():
             raise RequestError("The state has numbers that are too large.")
         if (known := self._spec.proprio) is not None:
-            self._note_still(pictures[-1], proprio[-1], known)
+            for camera, pictures in frames.items():
+                self._note_still(camera, pictures[-1], proprio[-1], known)
             if clipped := known.clips(proprio):
                 self.notices.add("state_clipped")
             # Two kinds: a slight excess, which is common, must not hide other units.
@@ -171,47 +178,72 @@ class Session:
                     end = " They are clipped." if clipped else ""
                     self.notices.add(kind, _STATE[kind].format(what) + end)
                     break
-        if self._view is not None:
-            pictures = self._view(pictures, self.notices)
-        return Observation(pictures, proprio, adapter.prompt(prompt))
+        if self._cameras:
+            frames = {name: self._cameras[name](f, self.notices) for name, f in frames.items()}
+        return Observation(frames, proprio, adapter.prompt(prompt))
 
-    def _note_still(self, picture: np.ndarray, state: np.ndarray, known: Ranges) -> None:
-        if self._still is None or not np.array_equal(picture, self._still[0]):
-            self._still = picture.copy(), state
-        elif known.differ(state, self._still[1]):
+    def _note_still(
+        self, camera: str, picture: np.ndarray, state: np.ndarray, known: Ranges
+    ) -> None:
+        before = self._still.get(camera)
+        if before is None or not np.array_equal(picture, before[0]):
+            self._still[camera] = picture.copy(), state
+        elif known.differ(state, before[1]):
             self.notices.add(
                 "picture_still",
                 "The picture has not changed while the robot moved: has the camera stopped?",
+                self._said[camera],
             )
 
     def _check_last(
-        self, message: Mapping[str, Any], picture: np.ndarray | None, state: np.ndarray
+        self, message: Mapping[str, Any], frames: Mapping[str, np.ndarray], state: np.ndarray
     ) -> None:
         """Refuses a picture or state beside a history that ends with another one."""
         adapter = self._adapter
-        if picture is not None and _has(message, adapter.image):
-            name = "/".join(adapter.image)
-            if not np.array_equal(read_picture(find(message, adapter.image), name), picture):
+        for camera, pictures in frames.items():
+            name, history = "/".join(keys := adapter.images[camera]), self._history_keys[camera]
+            if has(message, keys) and not np.array_equal(
+                read_picture(find(message, keys), name), pictures[-1]
+            ):
                 raise RequestError(
-                    f"{name!r} is not the last picture of {IMAGE_HISTORY!r}: send only one of them."
+                    f"{name!r} is not the last picture of {'/'.join(history)!r}: send only one of "
+                    "them."
                 )
-        if STATE_HISTORY in message and _has(message, adapter.state[:1]):
+        if STATE_HISTORY in message and has(message, adapter.state[:1]):
             if not np.array_equal(self._state(message), state):
                 raise RequestError(
                     f"{adapter.state[0]!r} is not the last state of {STATE_HISTORY!r}: send only "
                     "one of them."
                 )
 
-    def _note_unread(self, message: Mapping[str, Any], read: Sequence[str]) -> None:
-        unread = unread_pictures(message, read)
-        unread = [name for name in unread if name != "/".join(self._adapter.image)]
-        if unread:
-            camera = f" {self._spec.camera!r}" if self._spec.camera else ""
+    def _note_unread(self, message: Mapping[str, Any], read: Mapping[str, tuple[str, ...]]) -> None:
+        """Says which pictures are not read; `read`: the camera -> the keys that were."""
+        known = {*self._adapter.images.values(), *self._history_keys.values()}
+        if unread := unread_pictures(message, known):
+            seen = [
+                f"{'/'.join(keys)!r}" + (f" (camera {camera!r})" if camera else "")
+                for camera, keys in read.items()
+            ]
             self.notices.add(
                 "pictures_unread",
-                f"{', '.join(map(repr, unread))} is not read: this policy was trained on one camera"
-                f"{camera} and sees {'/'.join(read)!r}.",
+                f"{', '.join(map(repr, unread))} is not read: this policy sees {', '.join(seen)}.",
             )
+
+    def _pictures(self, message: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Camera -> [h, w, 3], one of each."""
+        return {
+            camera: read_picture(find(message, keys, self._said[camera]), "/".join(keys))
+            for camera, keys in self._adapter.images.items()
+        }
+
+    def _histories(self, message: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Camera -> [observed_frames, h, w, 3], of each."""
+        return {
+            camera: read_pictures(
+                find(message, keys, self._said[camera]), "/".join(keys), self._spec.observed_frames
+            )
+            for camera, keys in self._history_keys.items()
+        }
 
     def _state(self, message: Mapping[str, Any]) -> np.ndarray:
         """[state_size] from one key or several; a single number is a vector of one."""
@@ -252,9 +284,11 @@ class Session:
                 )
         return STATE_HISTORY in message
 
-    def _begins(self, prompt: str, picture: np.ndarray, state: np.ndarray) -> bool:
+    def _begins(self, prompt: str, picture: Mapping[str, np.ndarray], state: np.ndarray) -> bool:
         pictures, states, before = self._episode
-        if not pictures or prompt != before or picture.shape != pictures[-1].shape:
+        if not pictures or prompt != before:
+            return True
+        if any(shown.shape != pictures[-1][camera].shape for camera, shown in picture.items()):
             return True
         moved = np.linalg.norm(state[:3] - states[-1][:3])
         return self._adapter.jump is not None and bool(moved > self._adapter.jump)
@@ -269,103 +303,17 @@ _STATE = {
 _ACTIONS_OUTSIDE = "The policy's actions are far outside the training data in {}."
 
 
-def _has(message: Mapping[str, Any], keys: Sequence[str]) -> bool:
-    value: Any = message
-    for key in keys:
-        if not isinstance(value, Mapping) or key not in value:
-            return False
-        value = value[key]
-    return True
-
-
-def _padded(newest: tuple[np.ndarray, ...], count: int) -> np.ndarray:
+def _padded(newest: Sequence[np.ndarray], count: int) -> np.ndarray:
     """[count, ...] with the oldest one repeated in front."""
-    return np.stack([newest[0]] * (count - len(newest)) + list(newest))
+    return np.stack([newest[0]] * (count - len(newest)) + [*newest])
 
 
-def find(message: Mapping[str, Any], keys: Sequence[str]) -> Any:
-    """Returns the value under nested keys."""
-    value: Any = message
-    for depth, key in enumerate(keys):
-        if not isinstance(value, Mapping) or key not in value:
-            raise RequestError(
-                f"The observation has no {'/'.join(keys[: depth + 1])!r}; it has "
-                f"{_names(value)}. Does the server's --client fit this client?"
-            )
-        value = value[key]
-    return value
+def history_keys(adapter: Adapter) -> dict[str, tuple[str, ...]]:
+    """The policy's camera -> nested keys of its last pictures, uint8 [observed_frames, h, w, 3].
 
-
-def read_picture(value: Any, name: str) -> np.ndarray:
-    """Returns a picture, uint8 [h, w, 3] or [3, h, w], as [h, w, 3]."""
-    _check_pictures(value, name, 3)
-    return value if value.shape[-1] == 3 else np.ascontiguousarray(value.transpose(1, 2, 0))
-
-
-def read_pictures(value: Any, name: str, count: int) -> np.ndarray:
-    """Checks pictures, uint8 [count, h, w, 3]."""
-    _check_pictures(value, name, 4)
-    if len(value) != count or value.shape[-1] != 3:
-        raise RequestError(
-            f"{name!r} has shape {list(value.shape)}; this policy takes [{count}, h, w, 3], "
-            "oldest first."
-        )
-    return value
-
-
-def _check_pictures(value: Any, name: str, axes: int) -> None:
-    if not isinstance(value, np.ndarray) or value.dtype != np.uint8:
-        raise RequestError(f"{name!r} must be a uint8 array (0 to 255), not {_kind(value)}.")
-    if value.ndim != axes or 3 not in (value.shape[-1], value.shape[-3]):
-        wanted = "[h, w, 3]" if axes == 3 else "[t, h, w, 3]"
-        raise RequestError(f"{name!r} has shape {list(value.shape)}; expected {wanted}.")
-    sides = value.shape[-3:-1] if value.shape[-1] == 3 else value.shape[-2:]
-    if min(sides) < 1 or max(sides) > MAX_SIDE:
-        raise RequestError(
-            f"{name!r} is {sides[0]}x{sides[1]} pixels; expected sides of 1 to {MAX_SIDE}."
-        )
-
-
-def read_numbers(value: Any, name: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Returns an array, number or list of numbers of the given shape as finite float32."""
-    if isinstance(value, list | int | float) and not isinstance(value, bool):
-        try:
-            value = np.asarray(value, np.float64)
-        except (ValueError, TypeError, OverflowError):
-            raise RequestError(f"{name!r} is not a list of numbers.") from None
-    if not isinstance(value, np.ndarray | np.generic) or value.dtype.kind not in "iuf":
-        raise RequestError(f"{name!r} must be an array of numbers, not {_kind(value)}.")
-    if value.shape != shape:
-        raise RequestError(f"{name!r} has shape {list(value.shape)}; expected {list(shape)}.")
-    with np.errstate(over="ignore"):
-        value = value.astype(np.float32)
-    if not np.isfinite(value).all():
-        raise RequestError(f"{name!r} has numbers that are NaN, infinite or beyond float32.")
-    return value
-
-
-def read_prompt(message: Mapping[str, Any], default: str) -> str:
-    """Returns the instruction of a message, or the default."""
-    prompt = message.get("prompt", default)
-    if not isinstance(prompt, str):
-        raise RequestError(f"'prompt' must be a string, not {_kind(prompt)}.")
-    if not prompt:
-        raise RequestError("The observation has no 'prompt', and the server has no --prompt.")
-    if not any(unicodedata.category(character)[0] in "LNPS" for character in prompt):
-        raise RequestError(f"'prompt' has no visible character: {prompt[:20]!r}.")
-    if len(prompt) > MAX_PROMPT:
-        raise RequestError(f"'prompt' has {len(prompt)} characters; at most {MAX_PROMPT} are read.")
-    return prompt
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, np.ndarray | np.generic):
-        return f"{value.dtype} of shape {list(value.shape)}"
-    return type(value).__name__
-
-
-def _names(value: Any) -> str:
-    if not isinstance(value, Mapping):
-        return f"a {_kind(value)}"
-    names = [str(name)[:40] for name in list(value)[:8]]
-    return ", ".join(map(repr, names)) or "nothing"
+    That of the only camera is "observation/image_history", whatever the client. Those of several
+    are beside their single pictures, whose keys they extend.
+    """
+    if len(adapter.images) == 1:
+        return dict.fromkeys(adapter.images, (IMAGE_HISTORY,))
+    return {camera: (*keys[:-1], f"{keys[-1]}_history") for camera, keys in adapter.images.items()}
