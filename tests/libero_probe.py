@@ -78,7 +78,7 @@ def main(out: str) -> None:
     simulator.reset(3)
     facts = {
         "state": simulator.state(),
-        "picture": simulator.render(),
+        "picture": simulator.render("agentview"),
         "proprio": simulator.proprio(),
         "quaternion": simulator.effector_quaternion(),
         "rotation": simulator.effector_rotation(),
@@ -97,7 +97,7 @@ def main(out: str) -> None:
     facts["future"] = simulator.lookahead(60, 20)
     for _ in range(60):
         simulator.step(simulator.expert_action())
-    facts["came"] = simulator.render()
+    facts["came"] = simulator.render("agentview")
     simulator.close()
     np.savez(out, **facts, **official(TASK, 3))
 

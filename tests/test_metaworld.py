@@ -18,7 +18,7 @@ def simulator():
     try:
         simulator = MetaWorld(TASK, *SIZE)
         simulator.reset(0)
-        simulator.render()
+        simulator.render("corner")
     except (ModuleNotFoundError, RuntimeError) as error:
         pytest.skip(str(error))
     yield simulator
@@ -61,15 +61,15 @@ def test_versions_name_the_simulator_and_what_draws(simulator):
 
 def test_equal_seeds_give_equal_episodes_also_after_other_episodes(simulator):
     first = noisy_steps(simulator, seed=7, steps=15)
-    picture = simulator.render()
+    picture = simulator.render("corner")
     noisy_steps(simulator, seed=3, steps=60)  # leaves the drawer open
     np.testing.assert_array_equal(noisy_steps(simulator, seed=7, steps=15), first)
-    np.testing.assert_array_equal(simulator.render(), picture)
+    np.testing.assert_array_equal(simulator.render("corner"), picture)
     np.random.seed(0)  # placements must not come from numpy's global generator either
     simulator.reset(7)
-    before = simulator.render()
+    before = simulator.render("corner")
     simulator.reset(8)
-    assert np.abs(simulator.render().astype(int) - before).mean() > 0.1
+    assert np.abs(simulator.render("corner").astype(int) - before).mean() > 0.1
 
 
 def test_the_first_picture_shows_the_present_placement(simulator):
@@ -77,15 +77,15 @@ def test_the_first_picture_shows_the_present_placement(simulator):
 
     for seed in range(3):
         simulator.reset(seed)
-        first = simulator.render()
+        first = simulator.render("corner")
         mujoco.mj_forward(simulator._env.model, simulator._env.data)
-        np.testing.assert_array_equal(simulator.render(), first)
+        np.testing.assert_array_equal(simulator.render("corner"), first)
         np.testing.assert_array_equal(simulator._obs[:18], simulator._obs[18:36])
 
 
 def test_pictures_are_upright(simulator):
     simulator.reset(0)
-    picture = simulator.render()
+    picture = simulator.render("corner")
     assert picture.shape == (*SIZE, 3) and picture.dtype == np.uint8
     wall, table = picture[:6].reshape(-1, 3).astype(int), picture[-16:].reshape(-1, 3).astype(int)
     assert np.ptp(np.median(wall, 0)) < 20  # the grey wall is above
@@ -96,23 +96,23 @@ def test_pictures_are_upright(simulator):
 
 def test_the_expert_solves_the_task_and_the_end_shows_in_the_picture(simulator):
     simulator.reset(1)
-    before = simulator.render()
+    before = simulator.render("corner")
     action = simulator.expert_action()
     assert action.dtype == np.float32 and action.shape == (4,) and np.abs(action).max() <= 1
     assert simulator.proprio().dtype == np.float32 and simulator.proprio().shape == (4,)
     assert any(simulator.step(simulator.expert_action()) for _ in range(150))
-    assert np.abs(simulator.render().astype(int) - before).mean() > 1
+    assert np.abs(simulator.render("corner").astype(int) - before).mean() > 1
     with pytest.raises(AssertionError, match="size 4, got 3"):
         simulator.step(np.zeros(3))
 
 
 def test_looking_ahead_leaves_the_episode_bit_identical(simulator):
     plain = noisy_steps(simulator, seed=5, steps=30)
-    picture = simulator.render()
+    picture = simulator.render("corner")
     looked = noisy_steps(simulator, seed=5, steps=30, looks=(0, 4, 29))
     np.testing.assert_array_equal(looked, plain)
     simulator.lookahead(8, 4)
-    np.testing.assert_array_equal(simulator.render(), picture)
+    np.testing.assert_array_equal(simulator.render("corner"), picture)
 
 
 def test_looking_ahead_shows_what_the_expert_then_does(simulator):
@@ -122,7 +122,7 @@ def test_looking_ahead_shows_what_the_expert_then_does(simulator):
     for step in range(1, 13):
         simulator.step(simulator.expert_action())
         if step % 4 == 0:
-            np.testing.assert_array_equal(simulator.render(), future[step // 4 - 1])
+            np.testing.assert_array_equal(simulator.render("corner"), future[step // 4 - 1])
     assert simulator.lookahead(3, 4).shape == (0, *SIZE, 3)
 
 
@@ -134,13 +134,13 @@ def test_episodes_may_be_longer_than_the_environments_own_limit(simulator):
 
 def test_the_camera_jitter_is_small_and_decided_by_both_seeds(simulator):
     simulator.reset(2)
-    plain = simulator.render().astype(int)
+    plain = simulator.render("corner").astype(int)
     pictures = {}
     for jitter_seed in (1, 2):
         jittered = MetaWorld(TASK, *SIZE, camera_jitter_seed=jitter_seed)
         for attempt in ("first", "again"):
             jittered.reset(2)
-            pictures[jitter_seed, attempt] = jittered.render().astype(int)
+            pictures[jitter_seed, attempt] = jittered.render("corner").astype(int)
         jittered.close()
     np.testing.assert_array_equal(pictures[1, "first"], pictures[1, "again"])
     for jitter_seed in (1, 2):

@@ -51,7 +51,7 @@ def drawing():
 
         simulator = MetaWorld(TASK, 32, 32)
         simulator.reset(0)
-        simulator.render()
+        simulator.render("corner")
         simulator.close()
     except (ModuleNotFoundError, RuntimeError) as error:
         pytest.skip(str(error))

@@ -39,7 +39,7 @@ def metaworld():
     try:
         simulator = MetaWorld("drawer-close-v3", 32, 32)
         simulator.reset(0)
-        simulator.render()
+        simulator.render("corner")
         simulator.close()
     except RuntimeError as error:
         pytest.skip(str(error))
