@@ -160,10 +160,10 @@ def side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
         pictures: uint8 [any h, any w, 3] each.
 
     Returns:
-        uint8 [h, w, 3], as high as the first picture; each keeps its aspect, to within two pixels,
-        so that an even height gives a video of even sides.
+        uint8 [h, w, 3], as high as the highest of them. Each keeps its aspect, but for a pixel: its
+        width is even, as videos need it.
     """
-    height = len(pictures[0])
+    height = max(map(len, pictures))
     widths = [2 * round(p.shape[1] * height / len(p) / 2) for p in pictures]
     row = [resize_area(p[None], height, width)[0] for p, width in zip(pictures, widths)]
     return np.concatenate(row, axis=1)

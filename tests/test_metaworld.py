@@ -32,7 +32,7 @@ def noisy_steps(simulator, seed: int, steps: int, looks: tuple[int, ...] = ()) -
     states = []
     for step in range(steps):
         if step in looks:
-            simulator.lookahead(24, 12)
+            simulator.lookahead(24, 12, ["corner", "gripper"])
         simulator.step(simulator.expert_action() + rng.normal(0, 0.1, 4))
         data = simulator._env.data
         states.append(np.concatenate([simulator._obs, data.qpos, data.qvel, data.qacc_warmstart]))
@@ -94,6 +94,24 @@ def test_pictures_are_upright(simulator):
     assert robot[:, 1].mean() < SIZE[1] / 2  # the red arm stands on the left
 
 
+def test_the_gripper_camera_moves_with_the_hand_and_looks_away_from_the_robot(simulator):
+    """Over the drawer its handle, which is nearer to the robot, is below the box."""
+    simulator.reset(0)
+    for _ in range(30):
+        simulator.step(simulator.expert_action())
+    picture = simulator.render("gripper").astype(int)
+    assert picture.shape == (*SIZE, 3)
+    green = np.argwhere(picture[..., 1] > picture[..., 0] + 20)
+    white = np.argwhere(picture.min(-1) > 200)
+    assert green[:, 0].mean() + 8 < white[:, 0].mean()
+    scene = simulator.render("corner").astype(int)
+    for _ in range(8):
+        simulator.step(np.array([0, 0, 1, 0]))
+    moved, before = simulator.render("gripper"), picture
+    changed = np.abs(simulator.render("corner") - scene).mean()
+    assert np.abs(moved - before).mean() > 2 * changed > 0
+
+
 def test_the_expert_solves_the_task_and_the_end_shows_in_the_picture(simulator):
     simulator.reset(1)
     before = simulator.render("corner")
@@ -111,19 +129,22 @@ def test_looking_ahead_leaves_the_episode_bit_identical(simulator):
     picture = simulator.render("corner")
     looked = noisy_steps(simulator, seed=5, steps=30, looks=(0, 4, 29))
     np.testing.assert_array_equal(looked, plain)
-    simulator.lookahead(8, 4)
+    simulator.lookahead(8, 4, ["corner"])
     np.testing.assert_array_equal(simulator.render("corner"), picture)
 
 
 def test_looking_ahead_shows_what_the_expert_then_does(simulator):
     noisy_steps(simulator, seed=5, steps=20)
-    future = simulator.lookahead(12, 4)
-    assert future.shape == (3, *SIZE, 3)
+    future = simulator.lookahead(12, 4, ["gripper", "corner"])
+    assert {camera: frames.shape for camera, frames in future.items()} == dict.fromkeys(
+        ("gripper", "corner"), (3, *SIZE, 3)
+    )
     for step in range(1, 13):
         simulator.step(simulator.expert_action())
         if step % 4 == 0:
-            np.testing.assert_array_equal(simulator.render("corner"), future[step // 4 - 1])
-    assert simulator.lookahead(3, 4).shape == (0, *SIZE, 3)
+            for camera, frames in future.items():
+                np.testing.assert_array_equal(simulator.render(camera), frames[step // 4 - 1])
+    assert simulator.lookahead(3, 4, ["corner"])["corner"].shape == (0, *SIZE, 3)
 
 
 def test_episodes_may_be_longer_than_the_environments_own_limit(simulator):

@@ -135,7 +135,7 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
 
 
 def _side_by_side(frame: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The pictures of all cameras in one, at the height of the first."""
+    """The pictures of all cameras in one row."""
     if len(frame) == 1:
         return next(iter(frame.values()))
     from data_pipelines.frames import side_by_side  # Pillow is needed only for recordings
