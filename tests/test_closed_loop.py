@@ -235,9 +235,10 @@ def test_a_policy_of_two_cameras_is_shown_both(run, monkeypatch):
     for mode in ("policy", "oracle"):  # `Policy` refuses frames and futures of other cameras
         (results,) = play(run, mode=mode, video=TWO, **{"evaluation.videos_per_task": 1}).values()
         identity = read_identity(run / "out" / f"{mode}_k0")["what"]
-        assert identity["cameras"] == dict(zip(TWO, ("gripper", "corner")))
-        shown = VideoFile(run / "out" / f"{mode}_k0" / results[0].video)
-        assert shown.size == (32, 96)
+        shown = dict(zip(TWO, ("gripper", "corner")))
+        assert identity["cameras"] == {"shown": shown, "tiled": {"video": [[*TWO]]}}
+        film = VideoFile(run / "out" / f"{mode}_k0" / results[0].video)
+        assert film.size == (32, 96)
     with pytest.raises(ValueError, match=r"trained with other settings .*datasets.robot.video"):
         play(run)
     for cameras, refused in (

@@ -13,6 +13,7 @@ import numpy as np
 
 from data_pipelines.cameras import VIDEO
 from data_pipelines.lock import run_lock
+from data_pipelines.settings import plain
 from mvjax.evaluation.rollout import (
     EpisodeResult,
     Setting,
@@ -151,7 +152,8 @@ def evaluate(
                 policy = policy.sampled(sampling)
                 what["policy"] = {**policy.identity["what"], "sampling": asdict(sampling)}
                 if [*sees.values()] != [main]:  # results of earlier versions are of the main one
-                    what["cameras"] = sees
+                    tiled = {view.name: view.rows for view in robot.views}
+                    what["cameras"] = plain({"shown": sees, "tiled": tiled})
                 where |= policy.identity["where"]
                 controller = partial(_act_in_simulator, policy.act, suite.convert)
             begun = has_results(folder / name)

@@ -26,9 +26,10 @@ from data_pipelines.settings import differences
 from data_pipelines.sources.files import UNFINISHED
 from data_pipelines.video import write_video
 from data_pipelines.writers import RobotEpisode, VideoPart, write_lerobot
-from mvjax.evaluation.record import ABOUT, feature_of, sampled_stats, worker_pool
+from mvjax.evaluation.record import ABOUT, feature_of, sampled_stats
 from mvjax.evaluation.suites.libero import CAMERAS, SETTLING_STEPS, STAY, Libero
 from mvjax.evaluation.suites.libero_scene import find_task
+from mvjax.evaluation.worker_pool import worker_pool
 
 STILL = 1e-4  # the smallest norm of a motion's six numbers that counts as moving
 REPORT = "regenerated.json"
