@@ -32,15 +32,19 @@ VIDEO_TASKS = (
 )
 
 
-def get_config(size: str = "full") -> ConfigDict:
+def get_config(recipe: str = "full") -> ConfigDict:
     """The shared sections; `data_pipelines.clip` derives the lengths that follow from others.
 
     Args:
-        size: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute
-            (`--config=configs/quickstart.py:smoke`). Its policy has learned nothing.
+        recipe: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute
+            (`--config=configs/quickstart.py:smoke`). Its policy has learned nothing. With ",tiled"
+            the policy sees two cameras, see `_tile`.
     """
+    size, _, cameras = recipe.partition(",")
     if size not in ("", "full", "smoke"):
         raise ValueError(f"The quickstart's size must be full or smoke, got {size!r}.")
+    if cameras not in ("", "tiled"):
+        raise ValueError(f"The quickstart's cameras are tiled or not given, got {cameras!r}.")
     smoke = size == "smoke"
     config = base.skeleton("runs/quickstart")
     run = config.get_ref("run_dir")
@@ -137,4 +141,18 @@ def get_config(size: str = "full") -> ConfigDict:
         checkpoint_every=steps // 4,
         sample_every=steps if smoke else 500,
     )
+    if cameras == "tiled":
+        _tile(config)
     return config
+
+
+def _tile(config: ConfigDict) -> None:
+    """Adds the gripper's camera: one picture of two cells, each of the size of the only one."""
+    config.recording.robot.cameras = ("corner", "gripper")
+    config.clip.width *= 2
+    robot, video = config.datasets.robot, config.datasets.video
+    with config.ignore_type():
+        robot.video = ("observation.images.corner", "observation.images.gripper")
+        # These videos are of the corner camera alone. Over the whole picture it would be stretched,
+        # and one model would see it in two ways; beside a black cell it is where the robot has it.
+        video.video = ("video", "")

@@ -10,11 +10,11 @@ from ml_collections import ConfigDict
 from configs import base, quickstart
 
 
-def get_config(size: str = "full") -> ConfigDict:
+def get_config(recipe: str = "full") -> ConfigDict:
     """The published objective, with two action draws per backbone pass and half of the samples at
     the noise level the policy runs at (published: one draw, no such share).
     """
-    config = quickstart.get_config(size)
+    config = quickstart.get_config(recipe)
     base.action_stage(
         config,
         config.get_ref("run_dir") + "/video",
@@ -23,6 +23,6 @@ def get_config(size: str = "full") -> ConfigDict:
         action_draws=2,
         loss_scale=1.0,
     )
-    if size != "smoke":
+    if config.size != "smoke":
         config.training.steps = config.optimizer.decay_steps = 1200
     return config

@@ -15,8 +15,8 @@ from ml_collections import ConfigDict
 from configs import base, quickstart
 
 
-def get_config(size: str = "full") -> ConfigDict:
+def get_config(recipe: str = "full") -> ConfigDict:
     """The published objective; the σ scale is the published 4, the tail 5 %."""
-    config = quickstart.get_config(size)
+    config = quickstart.get_config(recipe)
     base.video_stage(config, loss_scale=1.0)
     return config

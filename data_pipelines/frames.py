@@ -153,6 +153,22 @@ def cover(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     return resize_area(frames, *scaled)[:, top : top + height, left : left + width]
 
 
+def side_by_side(pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """Pictures in one row, for people to look at.
+
+    Args:
+        pictures: uint8 [any h, any w, 3] each.
+
+    Returns:
+        uint8 [h, w, 3], as high as the highest of them. Each keeps its aspect, but for a pixel: its
+        width is even, as videos need it.
+    """
+    height = max(map(len, pictures))
+    widths = [2 * round(p.shape[1] * height / len(p) / 2) for p in pictures]
+    row = [resize_area(p[None], height, width)[0] for p, width in zip(pictures, widths)]
+    return np.concatenate(row, axis=1)
+
+
 def resize_area(frames: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resizes frames without aliasing.
 

@@ -7,7 +7,8 @@ the frame index (`video_index`) of each file and a bounded number of open `Decod
 import logging
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -281,16 +282,25 @@ class VideoFile(Frames):
 
 
 def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 20) -> int:
-    """Encodes frames as an H.264 MP4 (yuv420p), atomically; equal frames give equal bytes.
+    """Encodes frames as `video_writer` does, and returns their number."""
+    count = 0
+    with video_writer(path, fps, crf) as add:
+        for frame in frames:
+            add(frame)
+            count += 1
+    return count
+
+
+@contextmanager
+def video_writer(path: Path, fps: int, crf: int = 20) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields `add(frame)` of an H.264 MP4 (yuv420p); equal frames give equal bytes.
+
+    Frames are uint8 [h, w, 3], of even height and width.
 
     Args:
         path: the file to write; it appears only when it is complete.
-        frames: uint8 [h, w, 3] each, even height and width.
         fps: frames per second.
         crf: x264's constant rate factor, 0 (lossless) to 51; 18-23 is usual.
-
-    Returns:
-        The number of frames written.
 
     Raises:
         ValueError: if there are no frames, or one has a wrong type or size.
@@ -300,7 +310,9 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 2
     try:
         with replacing(path) as partial, av.open(str(partial), "w", format="mp4") as container:
             stream = None
-            for frame in frames:
+
+            def add(frame: np.ndarray) -> None:
+                nonlocal stream, count
                 if stream is None:
                     stream = _h264_stream(container, frame, fps, crf)
                 size = [stream.height, stream.width, 3]
@@ -312,12 +324,13 @@ def write_video(path: Path, frames: Iterable[np.ndarray], fps: int, crf: int = 2
                 rgb.pts, rgb.time_base = count, Fraction(1, fps)
                 container.mux(stream.encode(rgb))
                 count += 1
+
+            yield add
             if stream is None:
                 raise ValueError(f"{path}: no frames were given to write")
             container.mux(stream.encode(None))
     except OSError as error:  # PyAV's write errors are OSErrors that name no file
         raise OSError(error.errno, f"{path}: cannot write the video: {error.strerror}") from error
-    return count
 
 
 def _h264_stream(container, frame: np.ndarray, fps: int, crf: int):

@@ -94,9 +94,9 @@ def drive(config: ConfigDict, policy: Policy, task: str) -> Drive:
     predicted: dict[int, np.ndarray] = {}
     success = False
     for step in range(protocol.max_steps):
-        frame = history.record(robot.proprio(), robot.render)
+        frame = history.record(robot.proprio(), lambda: robot.render("corner"))
         if step % stride == 0:
-            seen.append(robot.render() if frame is None else frame)
+            seen.append(robot.render("corner") if frame is None else frame)
         if step % protocol.execute == 0:
             name = f"{task}/{protocol.first_seed}", step // protocol.execute
             chunks, videos = policy.act_with_video(
@@ -108,7 +108,7 @@ def drive(config: ConfigDict, policy: Policy, task: str) -> Drive:
         success = bool(robot.step(chunks[0][step % protocol.execute]))
         if success:
             break
-    seen.append(robot.render())
+    seen.append(robot.render("corner"))
     robot.close()
     frames = np.stack([predicted[min(i, max(predicted))] for i in range(len(seen))])
     return Drive(robot.instruction, success, np.stack(seen), frames)

@@ -27,7 +27,7 @@ say "starting a simulator to check that it works"
 from mvjax.evaluation.suites.libero import Libero
 simulator = Libero("spatial-0")
 simulator.reset(0)
-simulator.render()
+simulator.render("agentview")
 simulator.close()
 ') || fail "LIBERO is installed, but does not start: see the last line above."
 say "LIBERO works; its Python is $python"

@@ -40,6 +40,9 @@ RUN_DIR = flags.DEFINE_string(
 SIZE = flags.DEFINE_enum(
     "size", "full", ("full", "smoke"), "full, or smoke: a few steps of every phase."
 )
+TILED = flags.DEFINE_bool(
+    "tiled", False, "A policy of two cameras: the gripper's is tiled beside the corner's."
+)
 STUDY = flags.DEFINE_bool("study", False, "Add the sample-efficiency study.")
 
 SAMPLE_SECONDS = 0.5  # between two looks at the memory of a phase
@@ -68,40 +71,42 @@ class Phase:
 
 def main() -> None:
     """Runs all phases, then draws the report."""
-    run_dir, folder, size = RUN_DIR.value, Path(RUN_DIR.value), SIZE.value
+    run_dir, folder = RUN_DIR.value, Path(RUN_DIR.value)
+    recipe = SIZE.value + (",tiled" if TILED.value else "")
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
     require(folder)
     with run_lock(folder):
-        _run(run_dir, folder, size)
+        _run(run_dir, folder, recipe)
 
 
-def _run(run_dir: str, folder: Path, size: str) -> None:
-    config = quickstart.get_config(size)
-    check_settings(folder, stage_settings(size))
+def _run(run_dir: str, folder: Path, recipe: str) -> None:
+    config = quickstart.get_config(recipe)
+    check_settings(folder, stage_settings(recipe))
     if STUDY.value:
         check_settings(folder / "study", [{"study": config.study.to_dict()}])
     words = cli.program.split() or ["bash", "launch/quickstart.sh"]
     write_text(folder / "command.txt", shlex.join([*words, *sys.argv[1:]]) + "\n")
 
-    run_phases(phases(run_dir, size), folder / "phases.json")
+    run_phases(phases(run_dir, recipe), folder / "phases.json")
     if STUDY.value:
-        run_phases(study_phases(run_dir, size, config.study), folder / "study/phases.json")
+        run_phases(study_phases(run_dir, recipe, config.study), folder / "study/phases.json")
         collect_study(run_dir, config.study)
     write_environment(folder)
     build_report(folder, folder / "report.html")
     print(f"The report is {folder / 'report.html'}.")
 
 
-def phases(run_dir: str, size: str) -> list[Phase]:
+def phases(run_dir: str, recipe: str) -> list[Phase]:
     """What the quickstart does, in order."""
-    config = quickstart.get_config(size)
+    config = quickstart.get_config(recipe)
     shared, video, action = (
-        _configuration(f"quickstart{stage}", run_dir, size) for stage in ("", "_video", "_action")
+        _configuration(f"quickstart{stage}", run_dir, recipe) for stage in ("", "_video", "_action")
     )
 
     def record(name: str) -> tuple[str, ...]:
         what = config.recording[name]
+        cameras = what.get("cameras", ())
         return _python(
             "launch.record",
             f"--out={run_dir}/data/{name}",
@@ -109,6 +114,7 @@ def phases(run_dir: str, size: str) -> list[Phase]:
             f"--tasks={','.join(what.tasks)}",
             f"--episodes={what.episodes}",
             f"--seed={what.seed}",
+            *([f"--cameras={','.join(cameras)}"] if cameras else []),
         )
 
     def evaluate(*how: str, out: str = "evaluation") -> tuple[str, ...]:
@@ -137,8 +143,8 @@ def phases(run_dir: str, size: str) -> list[Phase]:
     ]
 
 
-def _configuration(name: str, run_dir: str, size: str) -> tuple[str, str]:
-    suffix = "" if size == "full" else f":{size}"
+def _configuration(name: str, run_dir: str, recipe: str) -> tuple[str, str]:
+    suffix = "" if recipe == "full" else f":{recipe}"
     return f"--config={name}{suffix}", f"--config.run_dir={run_dir}"
 
 
@@ -159,16 +165,16 @@ def _training(name: str, workdir: str, *flags: str) -> Phase:
 # batches, the choice of demonstrations and the untrained backbone.
 
 
-def study_phases(run_dir: str, size: str, study: ConfigDict) -> list[Phase]:
+def study_phases(run_dir: str, recipe: str, study: ConfigDict) -> list[Phase]:
     """Stage 1, then a training and an evaluation per backbone, number of demonstrations and seed.
 
     Args:
         run_dir: the quickstart's folder; results go to `study/` in it.
-        size: of the quickstart.
+        recipe: of the quickstart's configurations.
         study: {video_steps, demonstrations, seeds, steps, episodes_per_task}.
     """
     video, action = (
-        _configuration(f"quickstart_{stage}", run_dir, size) for stage in ("video", "action")
+        _configuration(f"quickstart_{stage}", run_dir, recipe) for stage in ("video", "action")
     )
     checkpoints = {"trained": f"{run_dir}/study/video", "untrained": ""}
     phases = [
@@ -237,9 +243,9 @@ def _folder(run_dir: str, backbone: str, demonstrations: int, seed: int) -> str:
 # A folder belongs to the settings that it was begun with.
 
 
-def stage_settings(size: str) -> list[dict[str, Any]]:
+def stage_settings(recipe: str) -> list[dict[str, Any]]:
     """Those of both stages, without the study's."""
-    stages = (quickstart_video.get_config(size), quickstart_action.get_config(size))
+    stages = (quickstart_video.get_config(recipe), quickstart_action.get_config(recipe))
     return [stage.to_dict() | {"study": None} for stage in stages]
 
 

@@ -4,9 +4,9 @@ r"""Records demonstrations of the scripted expert of a simulator, or replays exi
         --tasks=drawer-open-v3,door-open-v3 --episodes=24
 
 records Meta-World. `robot` writes LeRobot v3.0 with the frame, action and state of every control
-step (80 Hz). `video` writes .mp4 files with captions at 20 fps from a slightly moved camera, for
-training on video without actions. Two cores record about 120 frames per second; no accelerator is
-used.
+step (80 Hz); `--cameras=corner,gripper` adds the frame of the gripper's camera. `video` writes .mp4
+files with captions at 20 fps from a slightly moved camera, for training on video without actions.
+Two cores record about 120 frames per second; no accelerator is used.
 
 To continue a recording that was stopped, run the same command again. The result has the same bytes
 as a recording that was not stopped.
@@ -14,9 +14,10 @@ as a recording that was not stopped.
     python -m launch.record --suite=libero --out=data/libero --kind=robot \
         --tasks=object-2,object-4 --episodes=20
 
-records LIBERO (run `bash launch/libero.sh` first) at 20 Hz, from random placements. None of them is
-among the 50 in which LIBERO is evaluated. `hdf5` writes LIBERO's own layout, one file per task; its
-simulator states allow the episodes to be replayed. An episode takes about 10 seconds on one core.
+records LIBERO (run `bash launch/libero.sh` first) at 20 Hz, from random placements; its cameras are
+agentview and wrist. No placement is among the 50 in which LIBERO is evaluated. `hdf5` writes
+LIBERO's own layout, one file per task and both cameras; its simulator states allow the episodes to
+be replayed. An episode takes about 10 seconds on one core.
 
     python -m launch.record --suite=libero --out=data/libero_spatial_regenerated \
         --regenerate=datasets/libero_spatial
@@ -51,6 +52,11 @@ SEED = flags.DEFINE_integer("seed", 0, "Seed of the placements and of the noise.
 REGENERATE = flags.DEFINE_string(
     "regenerate", None, "LIBERO's .hdf5 file, or a folder of them, to replay."
 )
+CAMERAS = flags.DEFINE_list(
+    "cameras",
+    [],
+    "Cameras of a robot recording, such as corner,gripper; the main one if not given.",
+)
 WORKERS = flags.DEFINE_integer("workers", 2, "Number of simulator processes.", lower_bound=1)
 SIZE = flags.DEFINE_string("size", None, "Height x width in pixels, such as 128x128.")
 
@@ -62,6 +68,8 @@ def main() -> None:
         raise ValueError("--kind, --tasks and --episodes must be given")
     if REGENERATE.value is not None and (asked or NOISE.present or SEED.present):
         raise ValueError("--regenerate takes the tasks, episodes and actions from its files")
+    if REGENERATE.value is not None and CAMERAS.present:
+        raise ValueError("--regenerate renders both cameras: leave --cameras out")
     if REGENERATE.value is not None and SUITE.value != "libero":
         raise ValueError("--regenerate is for --suite=libero")
     size = _size(SIZE.value) or SUITES[SUITE.value].size
@@ -74,6 +82,7 @@ def main() -> None:
         height=size[0],
         width=size[1],
         suite=SUITE.value,
+        cameras=tuple(CAMERAS.value),
     )
     if SUITE.value == "libero":
         in_libero_python("launch.record")  # from here on in a Python that has the simulator

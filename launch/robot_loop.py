@@ -12,9 +12,12 @@ import time
 import numpy as np
 from absl import flags
 
+from data_pipelines.cameras import VIDEO, View
+from data_pipelines.embodiments.metaworld_sawyer import CAMERAS
 from launch.entry import run
 from mvjax.evaluation.suites.metaworld import MetaWorld
-from mvjax.policy.observation import History, ObservationSpec
+from mvjax.policy.observation import History, Observation, ObservationSpec
+from mvjax.policy.robot import Robot, match_cameras
 from mvjax.serving.client import Client, Overlap
 from mvjax.serving.session import IMAGE_HISTORY, STATE_HISTORY
 
@@ -66,9 +69,24 @@ def check_policy(robot: MetaWorld, metadata: dict) -> None:
         )
 
 
+def match(metadata: dict) -> dict[str, str]:
+    """The policy's cameras -> Meta-World's; ValueError if it has not all of them."""
+    cameras = tuple(metadata.get("cameras", ()))  # a server of an earlier version has one
+    views = (View(VIDEO, (cameras,) if cameras else (), metadata["height"], metadata["width"]),)
+    return match_cameras(Robot((), (), 0, 0, views=views), CAMERAS, "Meta-World")
+
+
+def message_of(seen: Observation, metadata: dict) -> dict:
+    """The query of an observation, with the pictures of every camera under its key."""
+    keys = {name: camera["history"] for name, camera in metadata.get("cameras", {}).items()}
+    pictures = {keys.get(name, IMAGE_HISTORY): frames for name, frames in seen.frames.items()}
+    return {**pictures, STATE_HISTORY: seen.proprio, "prompt": seen.instruction}
+
+
 def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int, float]:
     """Plays one episode; returns its success, control steps and seconds."""
     check_policy(robot, metadata)
+    cameras = match(metadata)
     spec = ObservationSpec(
         observed_frames=metadata["observed_frames"],
         fps=metadata["fps"],
@@ -81,11 +99,11 @@ def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int
     period = 1 / (robot.control_hz * SPEED.value)
     began = tick = time.monotonic()
     for step in range(STEPS.value):
-        history.record(robot.proprio(), robot.render)
+        history.record(
+            robot.proprio(), lambda: {name: robot.render(c) for name, c in cameras.items()}
+        )
         if step % EXECUTE.value == 0 and not overlap.asking:
-            seen = history.observation(robot.instruction)
-            message = {IMAGE_HISTORY: seen.frames, STATE_HISTORY: seen.proprio}
-            overlap.ask(step, message | {"prompt": seen.instruction})
+            overlap.ask(step, message_of(history.observation(robot.instruction), metadata))
             if not OVERLAP.value:
                 overlap.wait()
         if robot.step(overlap.action(step)):

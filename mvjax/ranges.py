@@ -216,6 +216,7 @@ _NAMES = {
     "evaluation.suite",
     "evaluation.tasks",
     "recording.*.tasks",
+    "recording.*.cameras",
     *(
         f"datasets.*.{name}"
         for name in ("name", "records", "format", "path", "options", "embodiment", "video")

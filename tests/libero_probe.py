@@ -15,7 +15,7 @@ def episode(simulator: Libero, seed: int, steps: int, looks: tuple[int, ...] = (
     rng, states = np.random.default_rng(seed), []
     for step in range(steps):
         if step in looks:
-            simulator.lookahead(30, 15)
+            simulator.lookahead(30, 15, ["agentview", "wrist"])
         simulator.step(np.clip(simulator.expert_action() + rng.normal(0, 0.1, 7), -1, 1))
         states.append(np.concatenate([simulator.state(), simulator.proprio()]))
     return np.stack(states)
@@ -64,6 +64,7 @@ def official(task: str, seed: int) -> dict[str, np.ndarray]:
     found = {
         "official_state": env.get_sim_state(),
         "official_picture": obs["agentview_image"][::-1, ::-1],
+        "official_wrist": obs["robot0_eye_in_hand_image"][::-1, ::-1],
         "official_position": obs["robot0_eef_pos"],
         "official_quaternion": obs["robot0_eef_quat"],
         "official_fingers": obs["robot0_gripper_qpos"],
@@ -78,7 +79,8 @@ def main(out: str) -> None:
     simulator.reset(3)
     facts = {
         "state": simulator.state(),
-        "picture": simulator.render(),
+        "picture": simulator.render("agentview"),
+        "wrist": simulator.render("wrist"),
         "proprio": simulator.proprio(),
         "quaternion": simulator.effector_quaternion(),
         "rotation": simulator.effector_rotation(),
@@ -94,10 +96,10 @@ def main(out: str) -> None:
     }
     simulator.reset(3)
     facts["state_later"] = simulator.state()
-    facts["future"] = simulator.lookahead(60, 20)
+    facts["future"] = simulator.lookahead(60, 20, ["wrist", "agentview"])["agentview"]
     for _ in range(60):
         simulator.step(simulator.expert_action())
-    facts["came"] = simulator.render()
+    facts["came"] = simulator.render("agentview")
     simulator.close()
     np.savez(out, **facts, **official(TASK, 3))
 

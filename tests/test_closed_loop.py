@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import shutil
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -16,6 +17,7 @@ from tiny_stages import quick_compiles, save_untrained
 from toy_simulator import Rail
 
 from data_pipelines.lock import run_lock
+from data_pipelines.video import VideoFile
 from mvjax.evaluation import closed_loop
 from mvjax.evaluation.closed_loop import mean_success, success_table, wilson_interval
 from mvjax.evaluation.report import build_evaluation_report
@@ -121,6 +123,7 @@ def test_every_suite_follows_the_protocol_and_knows_its_tasks(name):
         if not member.startswith("_") and member not in ("instruction", "max_steps"):
             assert hasattr(suite.make_simulator, member), member
     assert suite.control_hz == suite.make_simulator.control_hz
+    assert suite.cameras == tuple(vars(sys.modules[suite.make_simulator.__module__])["CAMERAS"])
     with pytest.raises(ValueError, match=r"unknown .* task 'fly'"):
         suite.check_task("fly")
 
@@ -141,15 +144,15 @@ def saved(tmp_path_factory):
 def run(saved, tmp_path, monkeypatch):
     """A run folder of its own, whose policy is evaluated in the toy simulator."""
     shutil.copytree(saved, tmp_path / "run")
-    suite = Suite(Rail, lambda task: None, 80, (), (32, 32), "metaworld_sawyer", "")
+    suite = Suite(Rail, lambda task: None, 80, (), (32, 32), "metaworld_sawyer")
     monkeypatch.setitem(closed_loop.SUITES, "metaworld", suite)
     monkeypatch.setattr(closed_loop, "worker_versions", lambda name: VERSIONS)
     return tmp_path / "run"
 
 
-def play(run, checkpoint="action", mode="policy", **settings):
+def play(run, checkpoint="action", mode="policy", video=None, **settings):
     """Evaluates into `run / "out"`; the results by setting's label."""
-    config = run_config(run)
+    config = config_of(run, video)
     config.evaluation.update(suite="metaworld", tasks=("push",), episodes_per_task=2, first_seed=1)
     config.evaluation.update(execute=4, max_steps=8, workers=1, videos_per_task=0)
     config.update_from_flattened_dict(settings)
@@ -163,6 +166,15 @@ def play(run, checkpoint="action", mode="policy", **settings):
                 closed_loop.settings_for(mode, [0], config.sampler.video_steps),
             )
         )
+
+
+def config_of(run, video=None):
+    """The run's configuration; of the cameras `video`, where they are not its own."""
+    config = run_config(run)
+    if video:
+        with config.ignore_type():
+            config.datasets.robot.video = video
+    return config
 
 
 def test_seeds_beyond_the_states_of_a_suite_are_said(run, monkeypatch, caplog):
@@ -211,6 +223,31 @@ def test_a_folder_holds_the_results_of_one_policy_in_one_simulator(run, monkeypa
         assert words in str(refused.value), words
     assert (folder / "results.jsonl").read_bytes() == lines
     assert read_identity(folder)["what"] == identity["what"]
+
+
+TWO = ("observation.images.gripper", "observation.images.corner")
+
+
+def test_a_policy_of_two_cameras_is_shown_both(run, monkeypatch):
+    shutil.rmtree(run / "action" / "checkpoints")
+    with quick_compiles():
+        save_untrained(config_of(run, TWO), run / "action")
+    for mode in ("policy", "oracle"):  # `Policy` refuses frames and futures of other cameras
+        (results,) = play(run, mode=mode, video=TWO, **{"evaluation.videos_per_task": 1}).values()
+        identity = read_identity(run / "out" / f"{mode}_k0")["what"]
+        shown = dict(zip(TWO, ("gripper", "corner")))
+        assert identity["cameras"] == {"shown": shown, "tiled": {"video": [[*TWO]]}}
+        film = VideoFile(run / "out" / f"{mode}_k0" / results[0].video)
+        assert film.size == (32, 96)
+    with pytest.raises(ValueError, match=r"trained with other settings .*datasets.robot.video"):
+        play(run)
+    for cameras, refused in (
+        ((TWO[1], "observation.images.wrist"), "'observation.images.wrist', which the suite"),
+        ((TWO[1], "corner"), "and 'corner', which are both 'corner' of the suite"),
+    ):
+        monkeypatch.setattr(closed_loop, "load_policy", lambda *_: pytest.fail("it was loaded"))
+        with pytest.raises(ValueError, match=refused):
+            play(run, video=cameras)
 
 
 def test_more_episodes_are_added_and_the_report_says_what_was_evaluated(run, caplog):

@@ -245,9 +245,10 @@ def test_states_are_those_of_liberos_own_environment(facts):
 
 def test_pictures_are_liberos_own_turned_by_180_degrees(facts):
     """They differ by shadows and smoothed edges alone."""
-    ours, theirs = (facts[k].astype(float) for k in ("picture", "official_picture"))
-    assert np.abs(ours - theirs).mean() < 6
-    assert np.abs(ours[:, ::-1] - theirs).mean() > 15
+    for camera, official in (("picture", "official_picture"), ("wrist", "official_wrist")):
+        ours, theirs = (facts[name].astype(float) for name in (camera, official))
+        assert np.abs(ours - theirs).mean() < 6
+        assert np.abs(ours[:, ::-1] - theirs).mean() > 15
 
 
 def test_equal_seeds_give_equal_episodes_also_after_others_and_looks_ahead(facts):
@@ -269,6 +270,7 @@ def test_the_expert_succeeds_in_worker_processes_of_another_python(python, tmp_p
         episodes=[("object-2", 0), ("object-2", 1)],
         controller="expert",
         spec=SPEC,
+        cameras={"": "agentview"},
         folder=tmp_path,
         config_hash="expert",
         workers=1,
@@ -293,6 +295,7 @@ def test_a_policy_sees_the_release_history_and_its_actions_are_executed(python, 
         episodes=[("object-2", 0)],
         controller=plan,
         spec=SPEC,
+        cameras={"image": "agentview", "wrist_image": "wrist"},
         folder=tmp_path,
         config_hash="forward",
         max_steps=25,
@@ -300,10 +303,12 @@ def test_a_policy_sees_the_release_history_and_its_actions_are_executed(python, 
         interpreter=Path(python),
     )
     assert len(seen) == 5
-    assert all(each.frames.shape == (5, 480, 640, 3) for each in seen)
-    assert (seen[0].frames == seen[0].frames[-1]).all()  # padded by the first frame
-    # Steps 0, 4, ..., 16 are what a query at step 16 would see; that at 20 sees 4, 8, ..., 20.
-    assert (seen[4].frames[-1] != seen[4].frames[0]).any()
+    for camera in ("image", "wrist_image"):
+        frames = [each.frames[camera] for each in seen]
+        assert all(each.shape == (5, 480, 640, 3) for each in frames)
+        assert (frames[0] == frames[0][-1]).all()  # padded by the first frame
+        # Steps 0, 4, ..., 16 are what a query at step 16 would see; that at 20 sees 4, 8, ..., 20.
+        assert (frames[4][-1] != frames[4][0]).any()
     forward = np.diff([each.proprio[-1, 0] for each in seen])
     assert (forward > 0.01).all()
 

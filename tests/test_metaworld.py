@@ -18,7 +18,7 @@ def simulator():
     try:
         simulator = MetaWorld(TASK, *SIZE)
         simulator.reset(0)
-        simulator.render()
+        simulator.render("corner")
     except (ModuleNotFoundError, RuntimeError) as error:
         pytest.skip(str(error))
     yield simulator
@@ -32,7 +32,7 @@ def noisy_steps(simulator, seed: int, steps: int, looks: tuple[int, ...] = ()) -
     states = []
     for step in range(steps):
         if step in looks:
-            simulator.lookahead(24, 12)
+            simulator.lookahead(24, 12, ["corner", "gripper"])
         simulator.step(simulator.expert_action() + rng.normal(0, 0.1, 4))
         data = simulator._env.data
         states.append(np.concatenate([simulator._obs, data.qpos, data.qvel, data.qacc_warmstart]))
@@ -61,15 +61,15 @@ def test_versions_name_the_simulator_and_what_draws(simulator):
 
 def test_equal_seeds_give_equal_episodes_also_after_other_episodes(simulator):
     first = noisy_steps(simulator, seed=7, steps=15)
-    picture = simulator.render()
+    picture = simulator.render("corner")
     noisy_steps(simulator, seed=3, steps=60)  # leaves the drawer open
     np.testing.assert_array_equal(noisy_steps(simulator, seed=7, steps=15), first)
-    np.testing.assert_array_equal(simulator.render(), picture)
+    np.testing.assert_array_equal(simulator.render("corner"), picture)
     np.random.seed(0)  # placements must not come from numpy's global generator either
     simulator.reset(7)
-    before = simulator.render()
+    before = simulator.render("corner")
     simulator.reset(8)
-    assert np.abs(simulator.render().astype(int) - before).mean() > 0.1
+    assert np.abs(simulator.render("corner").astype(int) - before).mean() > 0.1
 
 
 def test_the_first_picture_shows_the_present_placement(simulator):
@@ -77,15 +77,15 @@ def test_the_first_picture_shows_the_present_placement(simulator):
 
     for seed in range(3):
         simulator.reset(seed)
-        first = simulator.render()
+        first = simulator.render("corner")
         mujoco.mj_forward(simulator._env.model, simulator._env.data)
-        np.testing.assert_array_equal(simulator.render(), first)
+        np.testing.assert_array_equal(simulator.render("corner"), first)
         np.testing.assert_array_equal(simulator._obs[:18], simulator._obs[18:36])
 
 
 def test_pictures_are_upright(simulator):
     simulator.reset(0)
-    picture = simulator.render()
+    picture = simulator.render("corner")
     assert picture.shape == (*SIZE, 3) and picture.dtype == np.uint8
     wall, table = picture[:6].reshape(-1, 3).astype(int), picture[-16:].reshape(-1, 3).astype(int)
     assert np.ptp(np.median(wall, 0)) < 20  # the grey wall is above
@@ -94,36 +94,57 @@ def test_pictures_are_upright(simulator):
     assert robot[:, 1].mean() < SIZE[1] / 2  # the red arm stands on the left
 
 
+def test_the_gripper_camera_moves_with_the_hand_and_looks_away_from_the_robot(simulator):
+    """Over the drawer its handle, which is nearer to the robot, is below the box."""
+    simulator.reset(0)
+    for _ in range(30):
+        simulator.step(simulator.expert_action())
+    picture = simulator.render("gripper").astype(int)
+    assert picture.shape == (*SIZE, 3)
+    green = np.argwhere(picture[..., 1] > picture[..., 0] + 20)
+    white = np.argwhere(picture.min(-1) > 200)
+    assert green[:, 0].mean() + 8 < white[:, 0].mean()
+    scene = simulator.render("corner").astype(int)
+    for _ in range(8):
+        simulator.step(np.array([0, 0, 1, 0]))
+    moved, before = simulator.render("gripper"), picture
+    changed = np.abs(simulator.render("corner") - scene).mean()
+    assert np.abs(moved - before).mean() > 2 * changed > 0
+
+
 def test_the_expert_solves_the_task_and_the_end_shows_in_the_picture(simulator):
     simulator.reset(1)
-    before = simulator.render()
+    before = simulator.render("corner")
     action = simulator.expert_action()
     assert action.dtype == np.float32 and action.shape == (4,) and np.abs(action).max() <= 1
     assert simulator.proprio().dtype == np.float32 and simulator.proprio().shape == (4,)
     assert any(simulator.step(simulator.expert_action()) for _ in range(150))
-    assert np.abs(simulator.render().astype(int) - before).mean() > 1
+    assert np.abs(simulator.render("corner").astype(int) - before).mean() > 1
     with pytest.raises(AssertionError, match="size 4, got 3"):
         simulator.step(np.zeros(3))
 
 
 def test_looking_ahead_leaves_the_episode_bit_identical(simulator):
     plain = noisy_steps(simulator, seed=5, steps=30)
-    picture = simulator.render()
+    picture = simulator.render("corner")
     looked = noisy_steps(simulator, seed=5, steps=30, looks=(0, 4, 29))
     np.testing.assert_array_equal(looked, plain)
-    simulator.lookahead(8, 4)
-    np.testing.assert_array_equal(simulator.render(), picture)
+    simulator.lookahead(8, 4, ["corner"])
+    np.testing.assert_array_equal(simulator.render("corner"), picture)
 
 
 def test_looking_ahead_shows_what_the_expert_then_does(simulator):
     noisy_steps(simulator, seed=5, steps=20)
-    future = simulator.lookahead(12, 4)
-    assert future.shape == (3, *SIZE, 3)
+    future = simulator.lookahead(12, 4, ["gripper", "corner"])
+    assert {camera: frames.shape for camera, frames in future.items()} == dict.fromkeys(
+        ("gripper", "corner"), (3, *SIZE, 3)
+    )
     for step in range(1, 13):
         simulator.step(simulator.expert_action())
         if step % 4 == 0:
-            np.testing.assert_array_equal(simulator.render(), future[step // 4 - 1])
-    assert simulator.lookahead(3, 4).shape == (0, *SIZE, 3)
+            for camera, frames in future.items():
+                np.testing.assert_array_equal(simulator.render(camera), frames[step // 4 - 1])
+    assert simulator.lookahead(3, 4, ["corner"])["corner"].shape == (0, *SIZE, 3)
 
 
 def test_episodes_may_be_longer_than_the_environments_own_limit(simulator):
@@ -134,13 +155,13 @@ def test_episodes_may_be_longer_than_the_environments_own_limit(simulator):
 
 def test_the_camera_jitter_is_small_and_decided_by_both_seeds(simulator):
     simulator.reset(2)
-    plain = simulator.render().astype(int)
+    plain = simulator.render("corner").astype(int)
     pictures = {}
     for jitter_seed in (1, 2):
         jittered = MetaWorld(TASK, *SIZE, camera_jitter_seed=jitter_seed)
         for attempt in ("first", "again"):
             jittered.reset(2)
-            pictures[jitter_seed, attempt] = jittered.render().astype(int)
+            pictures[jitter_seed, attempt] = jittered.render("corner").astype(int)
         jittered.close()
     np.testing.assert_array_equal(pictures[1, "first"], pictures[1, "again"])
     for jitter_seed in (1, 2):

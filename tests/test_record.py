@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import forked
@@ -51,7 +52,7 @@ def drawing():
 
         simulator = MetaWorld(TASK, 32, 32)
         simulator.reset(0)
-        simulator.render()
+        simulator.render("corner")
         simulator.close()
     except (ModuleNotFoundError, RuntimeError) as error:
         pytest.skip(str(error))
@@ -134,6 +135,31 @@ def test_an_episode_is_decided_by_seed_task_and_attempt_alone(robot, tmp_path):
     for mine, reference in zip(ours, theirs):
         for key in ("action", "observation.state"):
             np.testing.assert_array_equal(mine.streams[key].values, reference.streams[key].values)
+
+
+def test_two_cameras_are_two_features_and_the_main_one_is_as_it_is_alone(robot, tmp_path):
+    """A recording that was stopped goes on with the cameras that it was begun with."""
+    both = replace(ROBOT, cameras=("corner", "gripper"))
+    out, seen = tmp_path / "both", tmp_path / "both/unfinished"
+    record._open_folder(out, both)
+    for unit in both.units()[:2]:
+        record_unit(unit, both, seen)
+    with pytest.raises(ValueError, match=r"cameras is \['corner', 'gripper'\] there, \['corner'\]"):
+        record_dataset(out, ROBOT)
+    record_dataset(out, both, progress=False)
+    episodes = open_dataset("lerobot", out, "robot", "metaworld_sawyer")
+    names = tuple(f"observation.images.{camera}" for camera in ("corner", "gripper"))
+    assert len(episodes) == 4 and all(episode.cameras == names for episode in episodes)
+    corner, gripper = (episodes[3].streams[name].values for name in names)
+    assert len(corner) == len(gripper)
+    last = [frames.read([len(frames) - 1])[0].astype(int) for frames in (corner, gripper)]
+    assert np.abs(last[0] - last[1]).mean() > 10
+    alone, here = digests(robot[0]), digests(out)
+    videos = [path for path in alone if "videos" in path]
+    assert videos and all(here[path] == alone[path] for path in videos)
+    stats = json.loads((out / "meta/stats.json").read_text())
+    assert stats[names[0]] == json.loads((robot[0] / "meta/stats.json").read_text())[names[0]]
+    assert stats[names[1]] != stats[names[0]]
 
 
 def test_a_killed_recording_goes_on_and_ends_with_the_same_bytes(robot, tmp_path):
@@ -241,6 +267,19 @@ def test_a_recording_has_one_owner_and_one_simulator(tmp_path, monkeypatch):
         (["--kind=robot"], "--kind, --tasks and --episodes must be given"),
         (["--kind=robot", f"--tasks={TASK}", "--episodes=1", "--size=31x32"], "--size .*31x32"),
         (["--kind=hdf5", f"--tasks={TASK}", "--episodes=1"], "kind must be .*'hdf5'"),
+        (
+            ["--kind=robot", f"--tasks={TASK}", "--episodes=1", "--cameras=corner,wrist"],
+            "'metaworld' has the cameras 'corner', 'gripper', but no 'wrist'",
+        ),
+        (
+            ["--kind=robot", f"--tasks={TASK}", "--episodes=1", "--cameras=corner,corner"],
+            "cameras must each be named once",
+        ),
+        (
+            ["--kind=video", f"--tasks={TASK}", "--episodes=1", "--cameras=gripper"],
+            "kind 'video' are of 'corner'",
+        ),
+        (["--suite=libero", "--regenerate=x", "--cameras=wrist"], "renders both cameras"),
         (["--suite=libero", "--regenerate=x", "--seed=1"], "--regenerate takes .* its files"),
         (["--regenerate=x"], "--suite=libero"),
     ],

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 from toy_simulator import Fragile, Rail
 
+from data_pipelines.video import VideoFile
 from mvjax.evaluation.rollout import (
     EpisodeResult,
     RolloutError,
@@ -39,7 +41,7 @@ def metaworld():
     try:
         simulator = MetaWorld("drawer-close-v3", 32, 32)
         simulator.reset(0)
-        simulator.render()
+        simulator.render("corner")
         simulator.close()
     except RuntimeError as error:
         pytest.skip(str(error))
@@ -62,17 +64,18 @@ class Pusher:
     def __call__(self, observations):
         actions = np.zeros((len(observations), 16, 4), np.float32)
         for chunk, observation in zip(actions, observations):
-            parts = (observation.frames, observation.proprio, observation.future)
-            digest = [hashlib.sha256(b"" if p is None else p.tobytes()).hexdigest() for p in parts]
+            parts = (observation.frames[""], observation.proprio)
+            digest = [hashlib.sha256(part.tobytes()).hexdigest() for part in parts]
             self.seen.append((observation.instruction, *digest))
             low = observation.proprio[-1, 2] < 0.1
-            steer = observation.frames[-1].mean() % 1 - 0.5
+            steer = observation.frames[""][-1].mean() % 1 - 0.5
             chunk[:] = [0.2 * steer, 1.0 if low else 0.0, 0.0 if low else -1.0, 0.0]
         return actions
 
 
 def rollouts(folder, controller, episodes=EPISODES, **options):
     options = {"make_simulator": Rail, "max_steps": 100, "workers": 2} | options
+    options = {"cameras": {"": "corner"}} | options
     return run_rollouts(
         suite="toy",
         episodes=episodes,
@@ -140,9 +143,54 @@ def test_the_oracle_is_shown_what_the_expert_would_do(metaworld, tmp_path):
     assert [(r.mode, r.queries) for r in oracle] == [("oracle", 2)]
     assert len(futures) == 2
     for observation in futures:
-        assert observation.future.shape == (8, 32, 32, 3) and observation.future.dtype == np.uint8
+        future = observation.future[""]
+        assert future.shape == (8, 32, 32, 3) and future.dtype == np.uint8
         # The future differs from the present frame: the expert moves.
-        assert (observation.future[-1] != observation.frames[-1]).any()
+        assert (future[-1] != observation.frames[""][-1]).any()
+
+
+class Counting(Rail):
+    """Says at the end of an episode how often each camera was drawn: by its instruction."""
+
+    def render(self, camera):
+        self.drawn = getattr(self, "drawn", Counter()) + Counter([camera])
+        self.instruction = " ".join(f"{name} {n}" for name, n in sorted(self.drawn.items()))
+        return super().render(camera)
+
+
+def test_a_policy_sees_its_cameras_by_its_own_names(tmp_path):
+    """In its order, also in recorded videos; each is drawn once, and only if a query reads it."""
+    seen = []
+
+    def plan(observations):
+        seen.extend(observations)
+        return np.zeros((len(observations), 16, 4), np.float32)
+
+    cameras = {"images.hand": "gripper", "images.scene": "corner"}
+    options = dict(cameras=cameras, max_steps=16, workers=1, make_simulator=Counting)
+    rollouts(tmp_path / "policy", plan, [("push", 1)], **options)
+    shapes = {"images.hand": (5, 16, 32, 3), "images.scene": (5, 32, 32, 3)}
+    for observation in seen:
+        assert [*observation.frames] == [*cameras] and observation.future is None
+        assert {name: frames.shape for name, frames in observation.frames.items()} == shapes
+        hand, scene = observation.frames.values()
+        np.testing.assert_array_equal(hand[..., 0], scene[:, 8:24, :, 0])
+        assert scene[..., 1].any() and not hand[..., 1:].any()
+    # Of the steps 0 to 8, a query reads 0, 4 and 8.
+    assert [each.instruction for each in seen] == ["corner 1 gripper 1", "corner 3 gripper 3"]
+
+    seen.clear()
+    oracle = options | dict(oracle_frames=8, predicted=["images.scene"], videos_per_task=1)
+    (result,) = rollouts(tmp_path / "oracle", plan, [("push", 1)], **oracle)
+    for observation in seen:
+        (future,) = observation.future.values()
+        assert [*observation.future] == ["images.scene"] and future.shape == (8, 32, 32, 3)
+    film = VideoFile(tmp_path / "oracle" / result.video)
+    assert len(film) == 5
+    last = film.read([4])[0].astype(int)  # the hand's pictures are as high as the scene's
+    assert last.shape == (32, 96, 3)
+    red, white = last[..., 0] > 128, last[..., 1] > 128
+    assert red[:, :64].any() and not white[:, :64].any() and white[:, 64:].any()
 
 
 @pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
@@ -156,6 +204,7 @@ def test_a_killed_evaluation_goes_on_where_it_stopped(tmp_path, kill):
         from toy_simulator import Rail
         run_rollouts(suite="toy", make_simulator=partial(Rail, pause=0.004), episodes={episodes},
                      controller="expert", spec=ObservationSpec(5, 20, 2, 80, 8),
+                     cameras={{"": "corner"}},
                      folder=Path({str(tmp_path)!r}), config_hash="abc", workers=2)
     """
     evaluating = subprocess.Popen(

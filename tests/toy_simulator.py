@@ -2,6 +2,7 @@
 
 import os
 import time
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -29,10 +30,11 @@ class Rail:
         self._at += 0.02 * float(np.clip(action[0], -1, 1))
         return self._at >= GOAL
 
-    def render(self) -> np.ndarray:
+    def render(self, camera: str) -> np.ndarray:
+        """White in the pictures of "corner", red in the smaller ones of "gripper"."""
         picture = np.zeros((32, 32, 3), np.uint8)
         picture[12:20, int(np.clip(self._at, 0, 1) * 28) :][:, :4] = 255
-        return picture
+        return {"corner": picture, "gripper": picture[8:24] * np.array([1, 0, 0], np.uint8)}[camera]
 
     def proprio(self) -> np.ndarray:
         return np.array([self._at, 0, 0, 0], np.float32)
@@ -40,8 +42,8 @@ class Rail:
     def expert_action(self) -> np.ndarray:
         return np.array([1, 0, 0, 0], np.float32)
 
-    def lookahead(self, steps: int, stride: int) -> np.ndarray:
-        return np.stack([self.render()] * (steps // stride))
+    def lookahead(self, steps: int, stride: int, cameras: Sequence[str]) -> dict[str, np.ndarray]:
+        return {camera: np.stack([self.render(camera)] * (steps // stride)) for camera in cameras}
 
     def close(self) -> None:
         pass

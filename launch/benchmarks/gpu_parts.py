@@ -386,12 +386,12 @@ def _draw(busy: "_Busy | None" = None) -> None:
     size = (64, 64) if REHEARSE.value else (480, 640)
     simulator = MetaWorld("drawer-close-v3", *size)
     simulator.reset(0)
-    simulator.render()
+    simulator.render("corner")
     print("drawing", flush=True)
     before, start, count = busy.calls if busy else 0, time.perf_counter(), 0
     while (seconds := time.perf_counter() - start) < WINDOW:
         simulator.step(np.zeros(4, np.float32))
-        spread = int(np.ptp(simulator.render()))
+        spread = int(np.ptp(simulator.render("corner")))
         count += 1
     found = {"pictures_per_second": count / seconds, "picture_is_blank": spread == 0}
     if busy:

@@ -11,7 +11,9 @@ from statistics import fmean
 import jax
 import numpy as np
 
+from data_pipelines.cameras import VIDEO
 from data_pipelines.lock import run_lock
+from data_pipelines.settings import plain
 from mvjax.evaluation.rollout import (
     EpisodeResult,
     Setting,
@@ -99,9 +101,11 @@ def evaluate(
         )
     for task in tasks:  # before the policy is loaded and compiled, which takes minutes
         suite.check_task(task)
+    main, sees, predicted = suite.cameras[0], {}, None
     if {"policy", "oracle"} & {setting.mode for setting in settings.values()}:
         robot = trained_robot(config)
-        check_suite(robot, protocol.suite, suite.embodiment, suite.size, config.clip)
+        sees = check_suite(robot, protocol.suite, suite.embodiment, suite.size, config.clip)
+        predicted = [c for view in robot.views if view.name == VIDEO for c in view.cameras] or None
         find_checkpoint(checkpoint)  # before `folder` is made
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
     process = jax.process_index()
@@ -138,13 +142,18 @@ def evaluate(
             }
             where = here() | {"simulator": drawn}
             controller, oracle = setting.mode, setting.mode == "oracle"
+            cameras = {"": main}  # for the videos alone
             if setting.mode in ("policy", "oracle"):
+                cameras = sees
                 sampling = experiment.sampling(stop_step=setting.stop_step, oracle=oracle)
                 if policy is None:
                     policy = load_policy(experiment, checkpoint, sampling, protocol.workers)
                     _check_gripper(policy, suite, protocol.suite)
                 policy = policy.sampled(sampling)
                 what["policy"] = {**policy.identity["what"], "sampling": asdict(sampling)}
+                if [*sees.values()] != [main]:  # results of earlier versions are of the main one
+                    tiled = {view.name: view.rows for view in robot.views}
+                    what["cameras"] = plain({"shown": sees, "tiled": tiled})
                 where |= policy.identity["where"]
                 controller = partial(_act_in_simulator, policy.act, suite.convert)
             begun = has_results(folder / name)
@@ -160,6 +169,8 @@ def evaluate(
                 episodes=[(task, seed) for task in tasks for seed in seeds],
                 controller=controller,
                 spec=spec,
+                cameras=cameras,
+                predicted=predicted,
                 folder=folder / name,
                 config_hash=digest_of(what),
                 oracle_frames=experiment.clip.future_frames if oracle else 0,

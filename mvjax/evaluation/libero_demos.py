@@ -26,12 +26,12 @@ from data_pipelines.settings import differences
 from data_pipelines.sources.files import UNFINISHED
 from data_pipelines.video import write_video
 from data_pipelines.writers import RobotEpisode, VideoPart, write_lerobot
-from mvjax.evaluation.record import ABOUT, sampled_stats, worker_pool
-from mvjax.evaluation.suites.libero import CAMERA, SETTLING_STEPS, STAY, WRIST_CAMERA, Libero
+from mvjax.evaluation.record import ABOUT, feature_of, sampled_stats
+from mvjax.evaluation.suites.libero import CAMERAS, SETTLING_STEPS, STAY, Libero
 from mvjax.evaluation.suites.libero_scene import find_task
+from mvjax.evaluation.worker_pool import worker_pool
 
 STILL = 1e-4  # the smallest norm of a motion's six numbers that counts as moving
-CAMERAS = {"observation.images.agentview": CAMERA, "observation.images.wrist": WRIST_CAMERA}
 REPORT = "regenerated.json"
 SOURCE = "source.json"  # the demonstrations that are replayed, and the size of their pictures
 
@@ -145,12 +145,12 @@ def _regenerate_one(demo: Demo, staging: Path, size: tuple[int, int]) -> None:
     simulator.restart(first_state)
     for _ in range(SETTLING_STEPS):
         simulator.step(STAY)
-    frames: dict[str, list[np.ndarray]] = {feature: [] for feature in CAMERAS}
+    frames: dict[str, list[np.ndarray]] = {feature_of(camera): [] for camera in CAMERAS}
     states, success = [], False
     for action in actions:
         states.append(simulator.lerobot_state())
-        for feature, camera in CAMERAS.items():
-            frames[feature].append(simulator.render(camera))
+        for camera in CAMERAS:
+            frames[feature_of(camera)].append(simulator.render(camera))
         success = simulator.step(action)  # the last action decides
     about = {
         "demonstration": demo.name,
@@ -192,7 +192,7 @@ def _episode(folder: Path, instruction: str) -> RobotEpisode:
     with np.load(folder / "episode.npz") as arrays:
         vectors = {"action": arrays["action"], "observation.state": arrays["state"]}
         videos = {}
-        for feature in CAMERAS:
+        for feature in map(feature_of, CAMERAS):
             names = [name for name in arrays if name.startswith(f"{feature}/")]
             stats = {name.rpartition("/")[2]: arrays[name] for name in names}
             videos[feature] = VideoPart(folder / f"{feature}.mp4", 0, stats)

@@ -9,17 +9,12 @@ This file also runs without jax in the Python of a simulator that needs its own.
 """
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from concurrent.futures import as_completed
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +26,7 @@ from data_pipelines.lock import LOCK
 from data_pipelines.progress import Bar
 from data_pipelines.settings import differences
 from data_pipelines.sources.files import MANIFEST, UNFINISHED
-from data_pipelines.video import VideoFile, write_video
+from data_pipelines.video import VideoFile, video_writer, write_video
 from data_pipelines.writers import (
     Demonstration,
     RobotEpisode,
@@ -43,8 +38,8 @@ from data_pipelines.writers import (
     write_lerobot,
     write_video_folder,
 )
-from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
 from mvjax.evaluation.suites.suite import SUITES, Suite, package_versions
+from mvjax.evaluation.worker_pool import worker_pool
 
 ABOUT = "about.json"  # the instruction of a unit; for HDF5 its scene, too
 AFTER_SUCCESS = 12  # control steps recorded after the first success, so that the end is seen
@@ -80,6 +75,8 @@ class Recording:
         height, width: of the frames, pixels.
         unit_episodes: episodes recorded between two saves; of kind robot they share a video file.
         suite: a key of `SUITES`.
+        cameras: of the suite; () for those that the kind records by default, which is the main one,
+            or all for "hdf5". Only "robot" records others.
     """
 
     kind: str
@@ -91,6 +88,7 @@ class Recording:
     width: int = 192
     unit_episodes: int = 4
     suite: str = "metaworld"
+    cameras: tuple[str, ...] = ()
 
     def __post_init__(self):
         kinds = self.simulator.kinds
@@ -100,6 +98,36 @@ class Recording:
             self.simulator.check_task(task)
         if not self.tasks or len(set(self.tasks)) != len(self.tasks):
             raise ValueError(f"tasks must be one or more, each named once; got {self.tasks}")
+        known, own = self.simulator.cameras, self._default_cameras
+        cameras = tuple(self.cameras) or own
+        if unknown := [name for name in cameras if name not in known]:
+            raise ValueError(
+                f"the suite {self.suite!r} has the cameras {', '.join(map(repr, known))}, but no "
+                f"{unknown[0]!r}"
+            )
+        if len(set(cameras)) < len(cameras):
+            raise ValueError(f"cameras must each be named once; got {cameras}")
+        if self.kind != "robot" and cameras != own:
+            raise ValueError(
+                f"recordings of kind {self.kind!r} are of {', '.join(map(repr, own))}: other "
+                "cameras need kind 'robot'"
+            )
+        object.__setattr__(self, "cameras", cameras)
+
+    @property
+    def _default_cameras(self) -> tuple[str, ...]:
+        known = self.simulator.cameras
+        return known if self.kind == "hdf5" else known[:1]
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the bytes, as JSON values; without the cameras where they are the default's.
+
+        Earlier versions recorded these cameras only, and did not name them.
+        """
+        settings = json.loads(json.dumps(asdict(self)))
+        if self.cameras == self._default_cameras:
+            del settings["cameras"]
+        return settings
 
     def units(self) -> list[Unit]:
         """Returns the units in the order of the finished dataset."""
@@ -147,7 +175,7 @@ def record_dataset(
         _record_units(todo, recording, staging, workers, progress)
         assembled = assemble(out, staging, recording, units)
         versions = package_versions(recording.suite)
-        made = {"recording": asdict(recording), **assembled, "versions": versions}
+        made = {"recording": recording.settings(), **assembled, "versions": versions}
         write_json(out / MANIFEST, made)
     shutil.rmtree(staging, ignore_errors=True)
     manifest = json.loads((out / MANIFEST).read_text())
@@ -158,14 +186,15 @@ def record_dataset(
 def _open_folder(out: Path, recording: Recording) -> Path:
     """Prepares the dataset's folder and returns that of finished units in it."""
     staging = out / UNFINISHED
-    settings = json.loads(json.dumps(asdict(recording)))
+    settings, own = recording.settings(), list(recording._default_cameras)
     versions = package_versions(recording.suite)
     for manifest in (out / MANIFEST, staging / MANIFEST):
         if manifest.exists():
             # Older recordings do not name their suite.
             begun = json.loads(manifest.read_text())
-            found = {"suite": "metaworld"} | begun["recording"]
-            changed = differences({name: found.get(name) for name in settings}, settings)
+            found = {"suite": "metaworld", "cameras": own} | begun["recording"]
+            asked = settings | {"cameras": list(recording.cameras)}
+            changed = differences({name: found.get(name) for name in asked}, asked)
             if manifest.parent == staging:  # a finished one is not added to
                 changed += differences(begun.get("versions", versions), versions)
             if changed:
@@ -205,7 +234,7 @@ def _record_units(
 class Performance:
     """A successful episode of n control steps."""
 
-    frames: list[np.ndarray]  # uint8 [h, w, 3] each; empty for kind hdf5
+    frames: dict[str, list[np.ndarray]]  # camera -> uint8 [h, w, 3] each; empty for kind hdf5
     actions: np.ndarray  # float32 [n, d]
     rows: dict[str, np.ndarray]  # the other recorded values, name -> [n, ...]
 
@@ -249,7 +278,8 @@ def _attempt(simulator: Any, task: str, attempt: int, recording: Recording) -> P
     # A checksum, since hash() differs between processes.
     rng = np.random.default_rng([recording.seed, zlib.crc32(task.encode()), attempt])
     simulator.reset(int(rng.integers(2**31)))
-    frames, actions, rows = [], [], []
+    actions, rows = [], []
+    frames: dict[str, list[np.ndarray]] = {}
     remaining = None
     for step in range(simulator.max_steps):
         if recording.kind == "hdf5":
@@ -257,7 +287,8 @@ def _attempt(simulator: Any, task: str, attempt: int, recording: Recording) -> P
         else:
             rows.append({"state": simulator.lerobot_state()})
             if step % recording.stride == 0:
-                frames.append(simulator.render())
+                for camera in recording.cameras:
+                    frames.setdefault(camera, []).append(simulator.render(camera))
         action = simulator.expert_action()
         actions.append(action)
         noise = rng.normal(0.0, recording.noise, action.shape)
@@ -293,35 +324,49 @@ Performances = Iterator[Performance]
 
 
 def _write_robot(folder: Path, unit: Unit, recording: Recording, made: Performances) -> int:
-    kept = []
-
-    def all_frames() -> Iterator[np.ndarray]:
-        for performance in made:
-            kept.append((performance, sampled_stats(performance.frames)))
-            yield from performance.frames
-            performance.frames.clear()
-
-    count = write_video(folder / "frames.mp4", all_frames(), recording.fps)
-    for number, (performance, stats) in enumerate(kept):
-        stats = {f"frame_{name}": value for name, value in stats.items()}
-        np.savez(
-            _episode_file(folder, number), action=performance.actions, **performance.rows, **stats
-        )
+    words, count = _words(recording), 0
+    with ExitStack() as videos:
+        add = {
+            camera: videos.enter_context(video_writer(folder / f"{word}s.mp4", recording.fps))
+            for camera, word in words.items()
+        }
+        for number, performance in enumerate(made):
+            arrays = {"action": performance.actions, **performance.rows}
+            for camera, word in words.items():
+                stats = sampled_stats(performance.frames[camera])
+                arrays |= {f"{word}_{name}": value for name, value in stats.items()}
+                for frame in performance.frames.pop(camera):  # before the next fill the memory
+                    add[camera](frame)
+            np.savez(_episode_file(folder, number), **arrays)
+            count += len(performance.actions)
     return count
 
 
+def _words(recording: Recording) -> dict[str, str]:
+    """Each camera's word in the names of a unit's files and arrays."""
+    main = recording.simulator.cameras[0]  # by the name of earlier versions, whose units go on
+    return {c: "frame" if c == main else f"{c}_frame" for c in recording.cameras}
+
+
+def feature_of(camera: str) -> str:
+    """The name of a camera in a LeRobot dataset."""
+    return f"observation.images.{camera}"
+
+
 def _assemble_robot(out: Path, staging: Path, recording: Recording, units: list[Unit]) -> int:
-    suite, episodes = recording.simulator, []
+    suite, episodes, words = recording.simulator, [], _words(recording)
     for folder in (staging / unit.name for unit in units):
         first_frame = 0
         for path in _episode_files(folder):
             with np.load(path) as arrays:
-                names = [name for name in arrays if name.startswith("frame_")]
-                stats = {name.removeprefix("frame_"): arrays[name] for name in names}
                 vectors = {"action": arrays["action"], "observation.state": arrays["state"]}
-            video = VideoPart(folder / "frames.mp4", first_frame, stats)
-            instruction = _about(folder)["instruction"]
-            episodes.append(RobotEpisode(instruction, vectors, {suite.camera: video}))
+                videos = {}
+                for camera, word in words.items():
+                    names = [name for name in arrays if name.startswith(f"{word}_")]
+                    stats = {name.removeprefix(f"{word}_"): arrays[name] for name in names}
+                    video = VideoPart(folder / f"{word}s.mp4", first_frame, stats)
+                    videos[feature_of(camera)] = video
+            episodes.append(RobotEpisode(_about(folder)["instruction"], vectors, videos))
             first_frame += len(vectors["action"])
     write_lerobot(
         out,
@@ -335,8 +380,9 @@ def _assemble_robot(out: Path, staging: Path, recording: Recording, units: list[
 
 def _write_videos(folder: Path, unit: Unit, recording: Recording, made: Performances) -> int:
     return sum(
-        write_video(folder / f"{unit.task}-{number:05d}.mp4", performance.frames, recording.fps)
+        write_video(folder / f"{unit.task}-{number:05d}.mp4", frames, recording.fps)
         for number, performance in enumerate(made, start=unit.first)
+        for frames in performance.frames.values()
     )
 
 
@@ -396,60 +442,3 @@ def _episode_files(folder: Path) -> list[Path]:
 
 def _about(folder: Path) -> dict[str, str]:
     return json.loads((folder / ABOUT).read_text())
-
-
-# Worker processes. They exit with their parent, and print nothing at Ctrl-C.
-
-
-@contextmanager
-def worker_pool(workers: int) -> Iterator[Callable[..., set[Future]]]:
-    """Yields `submit(function, items, *rest)` -> one future per item, in spawned processes.
-
-    An error or Ctrl-C in the block ends the workers at once.
-    """
-    executor = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_prepare_worker
-    )
-
-    def submit(function: Callable, items: list, *rest: object) -> set[Future]:
-        with _children_ignore_interrupts():
-            return {executor.submit(function, item, *rest) for item in items}
-
-    try:
-        yield submit
-        executor.shutdown()
-    except BaseException as error:
-        for process in multiprocessing.active_children():
-            process.terminate()
-        executor.shutdown(wait=False, cancel_futures=True)
-        if isinstance(error, BrokenProcessPool):
-            raise RuntimeError(
-                "a recording process was killed (out of memory?): run the same command again to "
-                "resume, with fewer workers if memory ran out"
-            ) from error
-        raise
-
-
-@contextmanager
-def _children_ignore_interrupts() -> Iterator[None]:
-    # A terminal sends Ctrl-C to all processes, but only the parent should handle it. A process
-    # inherits ignored signals, so this holds even while the child is still importing.
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def _prepare_worker() -> None:
-    draw_off_screen()
-    os.environ["LP_NUM_THREADS"] = "1"  # software OpenGL is fastest with a thread per process
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    multiprocessing.parent_process().join()  # returns when the parent has exited
-    os._exit(1)

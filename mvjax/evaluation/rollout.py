@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from multiprocessing import Pipe
@@ -161,9 +161,11 @@ def run_rollouts(
     episodes: Sequence[tuple[str, int]],
     controller: Act | str,
     spec: ObservationSpec,
+    cameras: Mapping[str, str],
     folder: Path,
     config_hash: str,
     oracle_frames: int = 0,
+    predicted: Sequence[str] | None = None,
     max_steps: int | None = None,
     workers: int | None = None,
     videos_per_task: int = 0,
@@ -183,9 +185,12 @@ def run_rollouts(
         episodes: (task, seed) pairs.
         controller: a policy, "expert" (the simulator's scripted expert) or "none" (zero actions).
         spec: how observations are made and how many actions are executed per query.
+        cameras: the name of a camera in `Observation.frames` -> the simulator's camera. Recorded
+            videos show all of them side by side.
         folder: receives `results.jsonl` and `videos`.
         config_hash: digest of the identity; results of another one are refused.
         oracle_frames: true future frames per observation; 0 without the oracle.
+        predicted: the names of the cameras of which the oracle gives the future; None: of all.
         max_steps: control steps after which an episode has failed; None: the simulator's limit.
         workers: simulator processes; None: one per core.
         videos_per_task: number of episodes of each task to record, from the first on.
@@ -219,7 +224,8 @@ def run_rollouts(
     counts = dict(total=len(share), initial=len(share) - len(left))
     with Bar(**counts, unit="episode", disable=process > 0) as bar:
         try:
-            job = Job(make_simulator, spec, mode, oracle_frames, max_steps)
+            shown = tuple(cameras if predicted is None else predicted)
+            job = Job(make_simulator, spec, mode, dict(cameras), shown, oracle_frames, max_steps)
             for _ in range(min(workers or os.cpu_count() or 1, len(left))):
                 simulators.append(WorkerProcess(job, interpreter))
             for played in _play(simulators, Schedule(left), controller, spec.execute):

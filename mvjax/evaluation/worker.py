@@ -9,7 +9,7 @@ of plain values, arrays and the classes of this file and of `mvjax.policy.observ
 
 import itertools
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -27,6 +27,8 @@ class Job:
     make_simulator: MakeSimulator
     spec: ObservationSpec
     mode: str
+    cameras: Mapping[str, str]
+    predicted: Sequence[str]
     oracle_frames: int
     max_steps: int | None
 
@@ -98,15 +100,20 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
     queries = itertools.count()
     success, steps, max_steps = False, 0, job.max_steps or simulator.max_steps
 
+    def look() -> dict[str, np.ndarray]:
+        return {name: simulator.render(camera) for name, camera in job.cameras.items()}
+
     def observe() -> None:
-        frame = history.record(simulator.proprio(), simulator.render) if asks else None
+        frame = history.record(simulator.proprio(), look) if asks else None
         if order.video is not None and steps % stride == 0:
-            recorded.append(simulator.render() if frame is None else frame)
+            recorded.append(_side_by_side(look() if frame is None else frame))
 
     def ask() -> np.ndarray:
         future = None
         if job.mode == "oracle":  # the future under the expert
-            future = simulator.lookahead(job.oracle_frames * stride, stride)
+            shown = {name: job.cameras[name] for name in job.predicted}
+            ahead = simulator.lookahead(job.oracle_frames * stride, stride, [*shown.values()])
+            future = {name: ahead[camera] for name, camera in shown.items()}
         # By the episode alone: its noise is the same in any worker, and after a resume.
         name = f"{order.task}/{order.seed}", next(queries)
         connection.send(Query(history.observation(simulator.instruction, future, name)))
@@ -121,10 +128,19 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
     if order.video is not None:
         from data_pipelines.video import write_video  # PyAV is needed only for recordings
 
-        recorded.append(simulator.render())  # how it ended
+        recorded.append(_side_by_side(look()))  # how it ended
         Path(order.video).parent.mkdir(parents=True, exist_ok=True)
         write_video(Path(order.video), recorded, round(job.spec.fps))
     return Outcome(success, steps)
+
+
+def _side_by_side(frame: Mapping[str, np.ndarray]) -> np.ndarray:
+    """The pictures of all cameras in one row."""
+    if len(frame) == 1:
+        return next(iter(frame.values()))
+    from data_pipelines.frames import side_by_side  # Pillow is needed only for recordings
+
+    return side_by_side([*frame.values()])
 
 
 def _actions(

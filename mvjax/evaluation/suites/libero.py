@@ -15,6 +15,7 @@ import importlib.util
 import math
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,8 @@ from data_pipelines.vectors import parse, restore
 from mvjax.evaluation.suites.libero_scene import Scene, max_steps
 from mvjax.evaluation.suites.mujoco_camera import MujocoCamera, frames_ahead
 
-CAMERA, WRIST_CAMERA = "agentview", "robot0_eye_in_hand"
+# As in `CAMERAS` of the embodiment -> in the simulator's model.
+CAMERAS = {"agentview": "agentview", "wrist": "robot0_eye_in_hand"}
 SETTLING_STEPS = 10  # as LIBERO and the release evaluate: objects fall into place first
 STAY = np.array([0, 0, 0, 0, 0, 0, -1], np.float32)
 _COLLISION_SHAPES = 0  # the geom group that LIBERO does not draw
@@ -93,10 +95,11 @@ class Libero:
         _, _, done, _ = self._env.step(np.asarray(action, np.float64))
         return bool(done)
 
-    def render(self, camera: str = CAMERA) -> np.ndarray:
-        """A camera as the release turns it: uint8 [height, width, 3]."""
+    def render(self, camera: str) -> np.ndarray:
+        """The camera "agentview" or "wrist" as the release turns it: uint8 [height, width, 3]."""
+        picture = self._pictures.draw(self._data, CAMERAS[camera], self._shapes)
         # LIBERO stores the bottom row first: turning by 180 degrees mirrors left and right.
-        return np.ascontiguousarray(self._pictures.draw(self._data, camera, self._shapes)[:, ::-1])
+        return np.ascontiguousarray(picture[:, ::-1])
 
     def proprio(self) -> np.ndarray:
         """Position (m), two rows of the rotation, first finger (m): float32 [10]."""
@@ -132,12 +135,12 @@ class Libero:
         """The scripted expert's action: float32 [7]."""
         return self._ready_expert().act()
 
-    def lookahead(self, steps: int, stride: int) -> np.ndarray:
-        """The future under the expert: uint8 [steps // stride, height, width, 3]."""
+    def lookahead(self, steps: int, stride: int, cameras: Sequence[str]) -> dict[str, np.ndarray]:
+        """The future under the expert: camera -> uint8 [steps // stride, height, width, 3]."""
         from mvjax.evaluation.suites.libero_physics import Snapshot
 
         snapshot = Snapshot(self._env, self._ready_expert())
-        frames = frames_ahead(self, steps, stride)
+        frames = frames_ahead(self, steps, stride, cameras)
         self._expert = snapshot.restore()
         return frames
 
@@ -163,8 +166,8 @@ class Libero:
         return {
             "states": self.state(),
             "robot_states": np.concatenate([fingers, position, self.effector_quaternion()]),
-            "obs/agentview_rgb": self.render(CAMERA)[::-1, ::-1],
-            "obs/eye_in_hand_rgb": self.render(WRIST_CAMERA)[::-1, ::-1],
+            "obs/agentview_rgb": self.render("agentview")[::-1, ::-1],
+            "obs/eye_in_hand_rgb": self.render("wrist")[::-1, ::-1],
             "obs/ee_pos": position,
             "obs/ee_ori": rotation,
             "obs/ee_states": np.concatenate([position, rotation]),

@@ -2,12 +2,14 @@
 
 Conventions are the public ones: camera corner2 at [0.75, 0.075, 0.7] turned upright, actions
 (dx, dy, dz, gripper) in [-1, 1], proprioception = hand position (m) and gripper opening (0..1), and
-80 control steps per simulated second (5 substeps of 2.5 ms).
+80 control steps per simulated second (5 substeps of 2.5 ms). The gripper's camera, gripperPOV,
+looks down from the hand; away from the robot is up in its pictures.
 """
 
 import copy
 import sys
 import warnings
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -18,7 +20,8 @@ from mvjax.evaluation.suites.mujoco_camera import (
     frames_ahead,
 )
 
-CAMERA = "corner2"
+# As in `CAMERAS` of the embodiment -> in the simulator's model.
+CAMERAS = {"corner": "corner2", "gripper": "gripperPOV"}
 CAMERA_POSITION = (0.75, 0.075, 0.7)
 CAMERA_JITTER_M = 0.04
 CAMERA_JITTER_FOVY = 3.0  # degrees
@@ -89,8 +92,8 @@ class MetaWorld:
     Args:
         task: a key of `TASKS`.
         height, width: of the pictures, pixels.
-        camera_jitter_seed: if given, every reset moves the camera (up to 4 cm and 3 degrees of
-            field of view), as this seed and the reset's seed determine.
+        camera_jitter_seed: if given, every reset moves the corner camera (up to 4 cm and 3 degrees
+            of field of view), as this seed and the reset's seed determine.
     """
 
     control_hz = 80
@@ -110,7 +113,7 @@ class MetaWorld:
         self._obs = None
         model = self._env.model
         self._pictures = MujocoCamera(model, height, width)
-        self._camera = model.camera(CAMERA).id
+        self._camera = model.camera(CAMERAS["corner"]).id
         self._fovy = float(model.cam_fovy[self._camera])
         model.cam_pos[self._camera] = CAMERA_POSITION
 
@@ -137,10 +140,12 @@ class MetaWorld:
         self._obs, _, _, _, info = self._env.step(action)
         return bool(info["success"])
 
-    def render(self) -> np.ndarray:
-        """The corner camera, upright: uint8 [height, width, 3]."""
-        picture = self._pictures.draw(self._env.data, self._camera)
-        return np.ascontiguousarray(picture[::-1, ::-1])  # the camera is mounted upside down
+    def render(self, camera: str) -> np.ndarray:
+        """The camera "corner" or "gripper", upright: uint8 [height, width, 3]."""
+        picture = self._pictures.draw(self._env.data, CAMERAS[camera])
+        if camera == "corner":  # it is mounted upside down
+            picture = picture[::-1, ::-1]
+        return np.ascontiguousarray(picture)
 
     def proprio(self) -> np.ndarray:
         """Hand position (m) and gripper opening (0..1): float32 [4]."""
@@ -156,13 +161,13 @@ class MetaWorld:
             action = self._expert.get_action(self._obs.copy())
         return np.clip(action, -1.0, 1.0).astype(np.float32)
 
-    def lookahead(self, steps: int, stride: int) -> np.ndarray:
+    def lookahead(self, steps: int, stride: int, cameras: Sequence[str]) -> dict[str, np.ndarray]:
         """The future under the expert; stepping on afterwards is bit-identical."""
         env = self._env
         data, obs, attributes = env.data, self._obs, _small_attributes(env)
         # The look-ahead runs in a copy, contacts and warm starts included.
         env.data = copy.copy(data)
-        frames = frames_ahead(self, steps, stride)
+        frames = frames_ahead(self, steps, stride, cameras)
         env.data, self._obs = data, obs
         for name, (value, content) in attributes.items():
             setattr(env, name, value)

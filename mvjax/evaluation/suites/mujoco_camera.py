@@ -2,7 +2,7 @@
 
 import os
 import sys
-from collections.abc import MutableMapping
+from collections.abc import MutableMapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -77,11 +77,18 @@ class MujocoCamera:
             self._renderer = None
 
 
-def frames_ahead(simulator: Any, steps: int, stride: int) -> np.ndarray:
-    """Steps on with the expert; returns the frames `stride`, `2 * stride`, ... up to `steps`."""
-    frames = []
+def frames_ahead(
+    simulator: Any, steps: int, stride: int, cameras: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Steps on with the expert; see `Simulator.lookahead`."""
+    frames: dict[str, list[np.ndarray]] = {camera: [] for camera in cameras}
     for step in range(1, steps + 1):
         simulator.step(simulator.expert_action())
         if step % stride == 0:
-            frames.append(simulator.render())
-    return np.stack(frames) if frames else np.zeros((0, *simulator.render().shape), np.uint8)
+            for camera in cameras:
+                frames[camera].append(simulator.render(camera))
+    if steps < stride:
+        return {
+            camera: np.zeros((0, *simulator.render(camera).shape), np.uint8) for camera in cameras
+        }
+    return {camera: np.stack(pictures) for camera, pictures in frames.items()}

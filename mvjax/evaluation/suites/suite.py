@@ -9,13 +9,14 @@ To add one:
    configuration and `launch.record --suite`.
 """
 
+import importlib
 import importlib.metadata
 import json
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -49,8 +50,8 @@ class Simulator(Protocol):
         """Apply one action (float [d], environment units) and return whether the task is done."""
         ...
 
-    def render(self) -> np.ndarray:
-        """The policy's camera, upright: uint8 [h, w, 3]."""
+    def render(self, camera: str) -> np.ndarray:
+        """A camera of the suite (`Suite.cameras`), upright: uint8 [h, w, 3]."""
         ...
 
     def proprio(self) -> np.ndarray:
@@ -61,15 +62,17 @@ class Simulator(Protocol):
         """The action of a scripted expert: float32 [d]."""
         ...
 
-    def lookahead(self, steps: int, stride: int) -> np.ndarray:
+    def lookahead(self, steps: int, stride: int, cameras: Sequence[str]) -> dict[str, np.ndarray]:
         """The future under the expert; the episode itself is left as it was.
 
         Args:
             steps: control steps to look ahead.
             stride: control steps between frames.
+            cameras: of the suite.
 
         Returns:
-            uint8 [steps // stride, h, w, 3]: frames `stride`, `2 * stride`, ... steps from now.
+            camera -> uint8 [steps // stride, h, w, 3]: frames `stride`, `2 * stride`, ... steps
+            from now.
         """
         ...
 
@@ -101,8 +104,8 @@ class Suite:
         control_hz: control steps per second of simulated time.
         kinds: the kinds of recordings, see above.
         size: default height and width of recorded pictures in pixels.
-        embodiment: the robot's name in a LeRobot dataset.
-        camera: the name of the pictures in a LeRobot dataset.
+        embodiment: the robot's name in a LeRobot dataset: a file of data_pipelines/embodiments,
+            whose `CAMERAS` are the suite's.
         states: number of the initial states in which the suite is evaluated, by seed; larger seeds
             draw others. 0 if all seeds draw.
         packages: those whose versions may change an episode.
@@ -120,13 +123,18 @@ class Suite:
     kinds: tuple[str, ...]
     size: tuple[int, int]
     embodiment: str
-    camera: str
     states: int = 0
     packages: tuple[str, ...] = ("mujoco", "numpy")
     contents: Callable[[], dict[str, str]] = dict
     convert: Convert = lambda chunk, proprio: chunk
     signed_gripper: int | None = None
     interpreter: Callable[[], Path] = lambda: Path(sys.executable)
+
+    @property
+    def cameras(self) -> tuple[str, ...]:
+        """The names that `Simulator.render` takes, the main camera first."""
+        robot = importlib.import_module(f"data_pipelines.embodiments.{self.embodiment}")
+        return tuple(robot.CAMERAS)
 
 
 SUITES = {
@@ -137,7 +145,6 @@ SUITES = {
         kinds=("robot", "video"),
         size=(192, 192),
         embodiment="metaworld_sawyer",
-        camera="observation.images.corner",
         packages=("metaworld", "mujoco", "gymnasium", "numpy"),
     ),
     "libero": Suite(
@@ -147,7 +154,6 @@ SUITES = {
         kinds=("robot", "hdf5"),
         size=(480, 640),
         embodiment="libero_panda",
-        camera="observation.images.agentview",
         states=50,
         packages=("hf-libero", "robosuite", "bddl", "mujoco", "gymnasium", "numpy"),
         contents=libero_scene.contents,
