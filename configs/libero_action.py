@@ -5,10 +5,10 @@
 
 After the colon follow the suite (goal, object, spatial) and the share of its demonstrations (full,
 half, tenth, one: 50, 25, 5, 1 per task). A third word adds the wrist camera, as in
-configs/libero_video.py: "wrist" observes it, "tiled" puts it beside the scene.
+configs/libero_video.py: observed or tiled.
 
-    python -m launch.train --config=configs/libero_action.py:goal,full,wrist \
-        --workdir=runs/libero_goal_wrist/action
+    python -m launch.train --config=configs/libero_action.py:goal,full,observed \
+        --workdir=runs/libero_goal_observed/action
 
 The backbone is what configs/libero_video.py trains for this suite and these cameras on all
 demonstrations, as published.
@@ -42,7 +42,7 @@ def get_config(arguments: str = "goal") -> ConfigDict:
 
     Args:
         arguments: suite, then share of the demonstrations and cameras if others than "full" and
-            "agentview": e.g. "goal", "goal,tenth" or "goal,full,wrist".
+            "single": e.g. "goal", "goal,tenth" or "goal,full,observed".
     """
     suite, share, cameras = mimic_video.libero_words(arguments)
     config = mimic_video.libero(suite, share, cameras)

@@ -6,12 +6,12 @@
 After the colon follows the suite: goal, object or spatial. The released video models saw all 50
 demonstrations per task, even where the decoder on top saw fewer. A share (half, tenth, one) may
 follow nevertheless: `configs/libero_video.py:goal,tenth`. A third word adds the wrist camera, which
-the published models do not see: "wrist" as an observed view of 240x320, "tiled" beside the scene in
-one picture.
+the published models do not have: "observed" as a view of 240x320, "tiled" beside the scene in one
+picture.
 
-    python -m launch.encode --config=configs/libero_video.py:goal,full,wrist
-    python -m launch.train --config=configs/libero_video.py:goal,full,wrist \
-        --workdir=runs/libero_goal_wrist/video
+    python -m launch.encode --config=configs/libero_video.py:goal,full,observed
+    python -m launch.train --config=configs/libero_video.py:goal,full,observed \
+        --workdir=runs/libero_goal_observed/video
 
 Weights: weights/cosmos2b, weights/wan_vae, weights/t5_11b (docs/weights.md). Data: the release's
 episodes of a suite in data/libero_<suite>; with two cameras data/libero_<suite>_regenerated, which
@@ -32,7 +32,7 @@ def get_config(arguments: str = "goal") -> ConfigDict:
 
     Args:
         arguments: suite, then share of the demonstrations and cameras if others than "full" and
-            "agentview": e.g. "goal", "goal,tenth" or "goal,full,wrist".
+            "single": e.g. "goal", "goal,tenth" or "goal,full,observed".
     """
     suite, share, cameras = mimic_video.libero_words(arguments)
     config = mimic_video.libero(suite, share, cameras)

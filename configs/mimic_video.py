@@ -46,7 +46,7 @@ from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS, decoder_section, v
 
 LIBERO_SUITES = ("goal", "object", "spatial")
 LIBERO_SHARES = {"full": 50, "half": 25, "tenth": 5, "one": 1}  # demonstrations per task
-LIBERO_CAMERAS = ("agentview", "wrist", "tiled")  # see `libero`
+LIBERO_CAMERAS = ("single", "tiled", "observed")  # see `libero`
 
 
 def shared(run_dir: str, datasets: dict[str, dict], action: dict, *, width: int = 10) -> ConfigDict:
@@ -114,21 +114,21 @@ def bridge() -> ConfigDict:
     return config
 
 
-def libero(suite: str, share: str, cameras: str = "agentview") -> ConfigDict:
+def libero(suite: str, share: str, cameras: str = "single") -> ConfigDict:
     """A LIBERO suite, regenerated at 480x640 and 20 Hz: 3 s of actions, the first without delay.
 
     Args:
         suite: goal, object or spatial.
         share: full, half, tenth or one: 50, 25, 5 or 1 demonstrations of each of the ten tasks.
-        cameras: agentview, as published; wrist, which is observed beside it; or tiled, both
-            cameras side by side in one picture. The last two read what `launch.record
-            --regenerate` writes, and have records and runs of their own.
+        cameras: single, agentview as published; observed, the wrist's beside it; or tiled, both
+            side by side in one picture. The last two read what `launch.record --regenerate`
+            writes, and have records and runs of their own.
     """
     if suite not in LIBERO_SUITES or share not in LIBERO_SHARES or cameras not in LIBERO_CAMERAS:
         raise ValueError(
             f"LIBERO takes a suite ({', '.join(LIBERO_SUITES)}), a share of its demonstrations "
             f"({', '.join(LIBERO_SHARES)}) and cameras ({', '.join(LIBERO_CAMERAS)}), e.g. "
-            f"goal,full,wrist; got {suite!r}, {share!r} and {cameras!r}."
+            f"goal,full,observed; got {suite!r}, {share!r} and {cameras!r}."
         )
     name = f"libero_{suite}"
     run_dir, path = f"runs/{name}", f"data/{name}"
@@ -142,7 +142,7 @@ def libero(suite: str, share: str, cameras: str = "agentview") -> ConfigDict:
         anchor_fps=20.0,
         weight=1.0,
     )
-    if cameras != "agentview":
+    if cameras != "single":
         run_dir += f"_{cameras}"
         scene, wrist = "observation.images.agentview", "observation.images.wrist"
         robot.update(
@@ -152,9 +152,11 @@ def libero(suite: str, share: str, cameras: str = "agentview") -> ConfigDict:
             action=libero_panda.LEROBOT_ACTION,
             proprio=libero_panda.LEROBOT_PROPRIO,
         )
-        robot |= dict(views=dict(wrist=wrist)) if cameras == "wrist" else dict(video=(scene, wrist))
+        robot |= (
+            dict(views=dict(wrist=wrist)) if cameras == "observed" else dict(video=(scene, wrist))
+        )
     config = shared(run_dir, {name: robot}, dict(horizon=60, fps=20.0, shift=0.0))
-    if cameras == "wrist":  # half the size of the scene: 600 tokens beside its 19,200
+    if cameras == "observed":  # half the size of the scene: 600 tokens beside its 19,200
         config.clip.views = dict(wrist=dict(height=240, width=320))
     config.training.episodes_per_task = LIBERO_SHARES[share]
     config.evaluation = libero_protocol(suite)
@@ -162,12 +164,12 @@ def libero(suite: str, share: str, cameras: str = "agentview") -> ConfigDict:
 
 
 def libero_words(arguments: str) -> tuple[str, str, str]:
-    """Suite, share and cameras in the argument of a configuration, e.g. "goal,full,wrist"."""
+    """Suite, share and cameras in the argument of a configuration, e.g. "goal,full,observed"."""
     suite, *rest = arguments.split(",")
     share, cameras = (*rest, "", "")[:2]
     if len(rest) > 2:
         raise ValueError(f"LIBERO takes a suite, a share and cameras, got {arguments!r}.")
-    return suite, share or "full", cameras or "agentview"
+    return suite, share or "full", cameras or "single"
 
 
 def video_stage(config: ConfigDict, *, steps: int, batch_size: int) -> ConfigDict:

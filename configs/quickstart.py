@@ -31,20 +31,24 @@ VIDEO_TASKS = (
     "plate-slide-v3",
 )
 
+CAMERAS = ("single", "tiled", "observed")  # see `_add_gripper`
+
 
 def get_config(recipe: str = "full") -> ConfigDict:
     """The shared sections; `data_pipelines.clip` derives the lengths that follow from others.
 
     Args:
         recipe: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute
-            (`--config=configs/quickstart.py:smoke`). Its policy has learned nothing. With ",tiled"
-            the policy sees two cameras, see `_tile`.
+            (`--config=configs/quickstart.py:smoke`). Its policy has learned nothing. A second word
+            adds the gripper's camera: "full,tiled" or "full,observed", see `_add_gripper`.
     """
     size, _, cameras = recipe.partition(",")
     if size not in ("", "full", "smoke"):
         raise ValueError(f"The quickstart's size must be full or smoke, got {size!r}.")
-    if cameras not in ("", "tiled"):
-        raise ValueError(f"The quickstart's cameras are tiled or not given, got {cameras!r}.")
+    if cameras not in ("", *CAMERAS):
+        raise ValueError(
+            f"The quickstart's cameras must be one of {', '.join(CAMERAS)}, got {cameras!r}."
+        )
     smoke = size == "smoke"
     config = base.skeleton("runs/quickstart")
     run = config.get_ref("run_dir")
@@ -141,18 +145,25 @@ def get_config(recipe: str = "full") -> ConfigDict:
         checkpoint_every=steps // 4,
         sample_every=steps if smoke else 500,
     )
-    if cameras == "tiled":
-        _tile(config)
+    if cameras in ("tiled", "observed"):
+        _add_gripper(config, tiled=cameras == "tiled")
     return config
 
 
-def _tile(config: ConfigDict) -> None:
-    """Adds the gripper's camera: one picture of two cells, each of the size of the only one."""
+def _add_gripper(config: ConfigDict, *, tiled: bool) -> None:
+    """Adds the gripper's camera, in the size of the corner camera.
+
+    Tiled, it is the right half of the picture, whose future is predicted. Observed, it is a view of
+    its own, of which only the present enters.
+    """
     config.recording.robot.cameras = ("corner", "gripper")
-    config.clip.width *= 2
-    robot, video = config.datasets.robot, config.datasets.video
-    with config.ignore_type():
-        robot.video = ("observation.images.corner", "observation.images.gripper")
-        # These videos are of the corner camera alone. Over the whole picture it would be stretched,
-        # and one model would see it in two ways; beside a black cell it is where the robot has it.
-        video.video = ("video", "")
+    clip, robot, video = config.clip, config.datasets.robot, config.datasets.video
+    corner, gripper = "observation.images.corner", "observation.images.gripper"
+    # The other videos are of the corner camera alone: the gripper's picture is black there.
+    if tiled:
+        clip.width *= 2
+        with config.ignore_type():
+            robot.video, video.video = (corner, gripper), ("video", "")
+    else:
+        clip.views = dict(gripper=dict(height=clip.height, width=clip.width))
+        robot.views, video.views = dict(gripper=gripper), dict(gripper="")

@@ -40,8 +40,11 @@ RUN_DIR = flags.DEFINE_string(
 SIZE = flags.DEFINE_enum(
     "size", "full", ("full", "smoke"), "full, or smoke: a few steps of every phase."
 )
-TILED = flags.DEFINE_bool(
-    "tiled", False, "A policy of two cameras: the gripper's is tiled beside the corner's."
+CAMERAS = flags.DEFINE_enum(
+    "cameras",
+    "single",
+    quickstart.CAMERAS,
+    "single, or two: the gripper's tiled beside the corner's, or observed without a future.",
 )
 STUDY = flags.DEFINE_bool("study", False, "Add the sample-efficiency study.")
 
@@ -72,7 +75,7 @@ class Phase:
 def main() -> None:
     """Runs all phases, then draws the report."""
     run_dir, folder = RUN_DIR.value, Path(RUN_DIR.value)
-    recipe = SIZE.value + (",tiled" if TILED.value else "")
+    recipe = SIZE.value + ("" if CAMERAS.value == "single" else f",{CAMERAS.value}")
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
     require(folder)

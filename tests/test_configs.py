@@ -24,7 +24,7 @@ from mvjax.training.step import make_schedule
 pytestmark = pytest.mark.usefixtures("quickly")
 CONFIGS = Path(__file__).parent.parent / "configs"
 NAMES = sorted(path.stem for path in CONFIGS.glob("quickstart*.py"))
-SIZES = ("", "full", "smoke", "smoke,tiled")
+SIZES = ("", "full", "smoke", "smoke,tiled", "smoke,observed")
 
 
 def get(name, size=""):
@@ -110,7 +110,7 @@ def test_an_unknown_size_is_explained():
     for name in NAMES:
         with pytest.raises(ValueError, match="size must be full or smoke, got 'huge'"):
             get(name, "huge")
-        with pytest.raises(ValueError, match="cameras are tiled or not given, got 'stacked'"):
+        with pytest.raises(ValueError, match="single, tiled, observed, got 'stacked'"):
             get(name, "smoke,stacked")
 
 

@@ -42,8 +42,8 @@ SUITE_AND_SHARE = [",".join(p) for p in itertools.product(SUITES, mimic_video.LI
 ARGUMENTS = {
     "bridge_video": [""],
     "bridge_action": ["", "finetuned", "pretrained"],
-    "libero_video": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,wrist"],
-    "libero_action": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,wrist"],
+    "libero_video": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,observed"],
+    "libero_action": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,observed"],
     "droid_video": [""],
     "droid_action": [""],
     "aloha_video": [""],
@@ -207,12 +207,12 @@ def test_data_in_other_formats_take_the_place_of_the_releases():
 def test_two_cameras_of_libero_are_those_of_regenerated_demonstrations():
     """The published configuration is untouched; both others have records and runs of their own."""
     published, *others = (
-        get("libero_action", f"goal,full{cameras}") for cameras in ("", ",wrist", ",tiled")
+        get("libero_action", f"goal,full{cameras}") for cameras in ("", ",observed", ",tiled")
     )
     scene, wrist = libero_demos.CAMERAS
     assert "views" not in published.clip and "views" not in published.datasets.libero_goal
-    assert published.to_json() == get("libero_action", "goal,full,agentview").to_json()
-    for config, name in zip(others, ("wrist", "tiled")):
+    assert published.to_json() == get("libero_action", "goal,full,single").to_json()
+    for config, name in zip(others, ("observed", "tiled")):
         dataset = config.datasets.libero_goal
         assert (dataset.format, dataset.path) == ("lerobot", "data/libero_goal_regenerated")
         assert dataset.records == f"runs/libero_goal_{name}/records/libero_goal"
@@ -225,8 +225,8 @@ def test_two_cameras_of_libero_are_those_of_regenerated_demonstrations():
     assert tiled.datasets.libero_goal.video == (scene, wrist) and "views" not in tiled.clip
     with pytest.raises(ValueError, match=r"got 'goal', 'full' and 'front'"):
         get("libero_video", "goal,full,front")
-    with pytest.raises(ValueError, match=r"got 'goal,full,wrist,more'"):
-        get("libero_video", "goal,full,wrist,more")
+    with pytest.raises(ValueError, match=r"got 'goal,full,observed,more'"):
+        get("libero_video", "goal,full,observed,more")
 
 
 def test_observed_views_add_few_tokens():

@@ -184,12 +184,15 @@ def test_a_run_whose_configuration_was_edited_is_refused(tmp_path, monkeypatch):
         check_settings(tmp_path / "run", stage_settings("smoke"))
 
 
-def test_two_cameras_are_asked_of_the_recording_and_of_every_configuration():
-    one, two = (phases("runs/x", recipe) for recipe in ("smoke", "smoke,tiled"))
+@pytest.mark.parametrize("cameras", ["tiled", "observed"])
+def test_two_cameras_are_asked_of_the_recording_and_of_every_configuration(cameras):
+    one, two = (phases("runs/x", recipe) for recipe in ("smoke", f"smoke,{cameras}"))
     assert two[0].command == (*one[0].command, "--cameras=corner,gripper")
     assert two[1] == one[1]  # video without actions
     for before, after in zip(one[2:], two[2:]):
-        words = [word + ",tiled" if word.endswith(":smoke") else word for word in before.command]
+        words = [
+            f"{word},{cameras}" if word.endswith(":smoke") else word for word in before.command
+        ]
         assert list(after.command) == words != list(before.command)
 
 
