@@ -436,7 +436,10 @@ def test_a_policy_of_records_that_said_otherwise_is_refused(tmp_path):
     """Older versions trained on records that hold joints while the configuration says delta."""
     config = config_of("state", "action", 4, 4)
     config.clip = dict(height=4, width=6)
-    settings = {"dataset": json.loads(config.datasets.robot.to_json())}
+    settings = {
+        "dataset": json.loads(config.datasets.robot.to_json()),
+        "clip": json.loads(config.clip.to_json()),
+    }
     config.datasets.robot.update(
         action=(dict(stream="action", represent="delta", base="state"),), records=str(tmp_path)
     )

@@ -13,6 +13,7 @@ from ml_collections import config_flags
 from tiny_stages import build_stage, tiny_config
 
 from data_pipelines.clip import Clip
+from data_pipelines.records import entry
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.parallel import make_mesh
@@ -69,6 +70,7 @@ def test_stages_take_the_batches_that_the_lengths_say(name, size):
         "action_mask": (io.action.horizon, io.action.dim),
         "proprio": (io.proprio.horizon, io.proprio.dim),
     }
+    shapes |= {entry(view): shape for view, shape in Clip(**config.clip).view_shapes.items()}
     batch = {
         name: jax.ShapeDtypeStruct((samples, *shapes[name]), "float32") for name in stage.batch_axes
     }

@@ -19,7 +19,8 @@ from data_pipelines.records import entry
 from data_pipelines.representations import Mode
 from data_pipelines.settings import differences
 from data_pipelines.vectors import dims, modes, parse, streams
-from mvjax.evaluation import libero_demos
+from mvjax.evaluation.record import feature_of
+from mvjax.evaluation.suites import libero
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.models.network import Network, split
@@ -136,7 +137,8 @@ def test_stages_take_the_batches_that_the_lengths_say(name, argument):
     assert loss.shape == () and loss.dtype == "float32"
     if config.stage == "action":
         assert {leaf.dtype.name for leaf in jax.tree.leaves(stage.frozen)} == {"bfloat16"}
-        assert sizes(stage.frozen) == TWO_BILLION
+        embeddings = 2048 * len(config.clip.get("views", ()))
+        assert sizes(stage.frozen) == TWO_BILLION + embeddings
 
 
 @pytest.mark.parametrize(("name", "argument"), [c for c in ALL if c[0] != "my_robot"])
@@ -209,7 +211,7 @@ def test_two_cameras_of_libero_are_those_of_regenerated_demonstrations():
     published, *others = (
         get("libero_action", f"goal,full{cameras}") for cameras in ("", ",observed", ",tiled")
     )
-    scene, wrist = libero_demos.CAMERAS
+    scene, wrist = map(feature_of, libero.CAMERAS)
     assert "views" not in published.clip and "views" not in published.datasets.libero_goal
     assert published.to_json() == get("libero_action", "goal,full,single").to_json()
     for config, name in zip(others, ("observed", "tiled")):
