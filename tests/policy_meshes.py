@@ -1,4 +1,5 @@
-"""The same queries on one device and on meshes of eight: prints the largest difference of each.
+"""The same queries on one device and on meshes of eight: prints the largest difference of each,
+of a policy of a single camera and of one with an observed view.
 
 python tests/policy_meshes.py 8,1,1,1 1,2,2,2 ...   (with eight devices)
 """
@@ -28,10 +29,12 @@ def on_mesh(policy, sizes):
 
 
 if __name__ == "__main__":
-    policy, _ = tiny_policy()
-    queries = [random_observation(seed) for seed in range(5)]
-    with quick_compiles():
-        expected = np.concatenate([policy.act([query]) for query in queries])
-        for argument in sys.argv[1:]:
-            ours = on_mesh(policy, [int(size) for size in argument.split(",")]).act(queries)
-            print(argument, np.linalg.norm(ours - expected) / np.linalg.norm(expected))
+    for cameras, number in (("single", 1), ("observed", 2)):
+        policy, _ = tiny_policy(cameras=cameras)
+        queries = [random_observation(seed, cameras=number) for seed in range(5)]
+        with quick_compiles():
+            expected = np.concatenate([policy.act([query]) for query in queries])
+            for argument in sys.argv[1:]:
+                ours = on_mesh(policy, [int(size) for size in argument.split(",")]).act(queries)
+                difference = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
+                print(f"{argument}/{cameras}", difference)

@@ -66,7 +66,7 @@ def test_forward_passes_equal_the_traced_products(rank, views):
     latents, text = batch["latents"][:1], batch["text"][:1]
     times, mask = jnp.ones((1, clip.latent_frames)), jnp.ones((1, clip.latent_frames))
     experiment = Experiment.from_config(config)
-    model, sizes = experiment.video, experiment.views.values()
+    model, sizes = experiment.video, clip.view_shapes.values()
     network, shape = video_network(model), clip.latent_shape[:3]
     seen = {name: (batch[f"views/{name}"][:1], jnp.ones((1, 1))) for name in views}
 

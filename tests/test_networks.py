@@ -19,7 +19,7 @@ from mvjax.models.action_decoder import ActionDecoder, ActionDecoderConfig, Embe
 from mvjax.models.layers import RMSNorm, gelu, layer_norm
 from mvjax.models.network import Network
 from mvjax.models.video_dit import VideoDiT, VideoDiTConfig
-from mvjax.policy.policy import VideoActionModel
+from mvjax.policy.policy import Scene, VideoActionModel
 from mvjax.weights.names import action_decoder, video_dit
 
 pytestmark = pytest.mark.usefixtures("quickly")
@@ -167,7 +167,7 @@ def test_the_policy_reads_the_published_context(dit, decoder, k):
     sampling = Sampling(video_steps=c["steps"], stop_step=k)
     model = VideoActionModel(clip, c["layer"], network, decoder[2], sampling)
     noise = last(golden["sampler.noise"])
-    ours = jax.jit(model.context)(params, clean, golden["in.text_bld"], noise)
+    ours = jax.jit(model.context)(params, Scene(clean, {}), golden["in.text_bld"], noise)
     theirs = golden["sampler.context_at_step"][k]
     assert relative_rms(ours.reshape(theirs.shape), theirs) < 1e-5
 

@@ -61,8 +61,8 @@ def simple(request):
     running.stop()
 
 
-@pytest.mark.parametrize("cameras", [1, 2])
-def test_libero_client_and_a_real_policy(openpi, cameras):
+@pytest.mark.parametrize(("cameras", "number"), [("single", 1), ("tiled", 2), ("observed", 2)])
+def test_libero_client_and_a_real_policy(openpi, cameras, number):
     """The answers are the policy's own, with the history of the pictures, as to our own client."""
     running = Running("tiny_policy", "client=libero", f"cameras={cameras}", "sizes=1", wait=False)
     try:
@@ -71,8 +71,8 @@ def test_libero_client_and_a_real_policy(openpi, cameras):
             policy.warm_up()
         running.wait()
         found = openpi("libero", running)
-        assert running.health()["errors"] == cameras
-        ours = from_our_client(running.uri, cameras)
+        assert running.health()["errors"] == number
+        ours = from_our_client(running.uri, number)
     finally:
         running.stop()
     assert found["metadata"]["model"] == "mimic-video"
@@ -80,7 +80,7 @@ def test_libero_client_and_a_real_policy(openpi, cameras):
     assert found["dtype"] == "float32" and found["timing"] == ["batch", "infer_ms", "wait_ms"]
     assert "'observation/state' has shape [5]; expected [8]" in found["refused"]["state"]
     assert "Traceback" not in found["refused"]["state"]
-    if cameras > 1:
+    if number > 1:
         words = "no 'observation/wrist_image', where the pictures of the camera 'observation.images"
         assert words in found["refused"]["camera"]
 

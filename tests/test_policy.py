@@ -192,7 +192,7 @@ def test_an_episode_does_not_depend_on_workers_batches_or_a_resume(policy, tmp_p
             episodes=episodes,
             controller=act,
             spec=spec,
-            cameras={"": "corner"},
+            cameras={policy.cameras[0]: "corner"},
             folder=tmp_path / folder,
             config_hash="abc",
             max_steps=24,

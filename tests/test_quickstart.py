@@ -1,6 +1,7 @@
 """The quickstart's smoke size from start to report, once straight and once killed four times.
 
-Both runs go on at the same time, on the CPU, with XLA's optimisations left out.
+Both runs go on at the same time, on the CPU, with XLA's optimisations left out. They have two
+cameras; tests/docs_commands.py runs the one of a single camera.
 """
 
 import json
@@ -15,13 +16,21 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pytest
+from ml_collections import ConfigDict
 from run_records import without_times
+from tiny_stages import quick_compiles
 
 from configs import quickstart_action
+from data_pipelines.video import VideoFile
 from launch.preflight import find_rendering_backend
 from launch.quickstart import check_settings, phases, stage_settings
-from mvjax.evaluation.rollout import read_results
+from mvjax.evaluation.rollout import read_identity, read_results
+from mvjax.experiment import Experiment
+from mvjax.policy.load import load_policy
+from mvjax.policy.observation import Observation
+from mvjax.serving.client import Client, QueryRefused
 from mvjax.training.bridge import abstract_params, read_meta
 from mvjax.training.metrics import read_records
 
@@ -29,6 +38,9 @@ pytestmark = pytest.mark.timeout(900)
 pytest.importorskip("metaworld", reason="the simulator is not installed")
 
 ROOT = Path(__file__).parents[1]
+SMOKE, RECIPE = ("--size=smoke", "--cameras=observed"), "smoke,observed"
+CORNER = "observation.images.corner"
+ROLES = {CORNER: "corner", "observation.images.gripper": "gripper"}
 
 
 class Commands:
@@ -53,7 +65,7 @@ class Commands:
         return process, log
 
     def quickstart(self, run_dir: Path) -> tuple[subprocess.Popen, Path]:
-        return self.start("launch.quickstart", "--size=smoke", f"--run-dir={run_dir}")
+        return self.start("launch.quickstart", *SMOKE, f"--run-dir={run_dir}")
 
     def run(self, *words: str) -> str:
         process, log = self.start(*words)
@@ -121,7 +133,7 @@ def runs(commands) -> tuple[Path, Path]:
         (rng.choice(playing), signal.SIGINT, 130),
     ):
         assert interrupt(commands, stopped, phase, how, rng) == code
-    commands.run("launch.quickstart", "--size=smoke", f"--run-dir={stopped}")
+    commands.run("launch.quickstart", *SMOKE, f"--run-dir={stopped}")
     assert undisturbed.wait() == 0, log.read_text()
     return straight, stopped
 
@@ -129,7 +141,7 @@ def runs(commands) -> tuple[Path, Path]:
 def test_every_phase_finishes_and_the_report_is_one_file(runs):
     for run_dir in runs:
         rows = json.loads((run_dir / "phases.json").read_text())
-        assert [row["name"] for row in rows] == [p.name for p in phases(str(run_dir), "smoke")]
+        assert [row["name"] for row in rows] == [p.name for p in phases(str(run_dir), RECIPE)]
         assert all(row["finished"] and row["seconds"] > 0 for row in rows)
         assert all(row["peak_mb"] > 100 for row in rows)
         report = (run_dir / "report.html").read_text()
@@ -167,10 +179,42 @@ def test_a_finished_run_does_nothing_new(commands, runs):
     kept = [p for p in run_dir.rglob("*") if p.is_file() and p.parent != run_dir]
     kept.append(run_dir / "phases.json")
     before = {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in kept}
-    said = commands.run("launch.quickstart", "--size=smoke", f"--run-dir={run_dir}")
-    assert said.count(": done before (") == len(phases(str(run_dir), "smoke"))
+    said = commands.run("launch.quickstart", *SMOKE, f"--run-dir={run_dir}")
+    assert said.count(": done before (") == len(phases(str(run_dir), RECIPE))
     assert {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in before} == before
     assert "The report is " in said
+
+
+def test_both_cameras_are_seen_in_the_evaluation_and_by_the_server(commands, runs):
+    action = runs[0] / "action"
+    for name in ("policy_k0", "oracle_k8"):
+        folder = runs[0] / "evaluation" / name
+        assert read_identity(folder)["what"]["cameras"]["shown"] == ROLES
+        sizes = [VideoFile(video).size for video in folder.rglob("*.mp4")]
+        assert sizes and all(width == 2 * height for height, width in sizes)
+    address = f"--config.run_dir={runs[0]}", f"--checkpoint={action}", "--port=0"
+    server, log = commands.start("launch.serve", f"--config=quickstart_action:{RECIPE}", *address)
+    with quick_compiles():
+        experiment = Experiment.from_config(ConfigDict(read_meta(action)["config"]))
+        policy = load_policy(experiment, action, experiment.sampling(), 1)
+        rng = np.random.default_rng(0)
+        frames = {camera: rng.integers(0, 256, (5, 64, 64, 3), np.uint8) for camera in ROLES}
+        proprio = rng.normal(size=(1, 4)).astype(np.float32)
+        (expected,) = policy.act([Observation(frames, proprio, "open the drawer")])
+    try:
+        while not (found := re.search(r"ws://\S+:(\d+)", log.read_text())):
+            assert server.poll() is None, log.read_text()
+            time.sleep(0.05)
+        with Client(f"ws://127.0.0.1:{found[1]}") as client:
+            keys = {name: camera["history"] for name, camera in client.metadata["cameras"].items()}
+            message = {"observation/state": proprio[0], "prompt": "open the drawer"}
+            both = message | {keys[camera]: frames[camera] for camera in ROLES}
+            np.testing.assert_allclose(client.infer(both)["actions"], expected, atol=1e-5)
+            with pytest.raises(QueryRefused, match="the camera 'observation\\.images\\.gripper'"):
+                client.infer(message | {keys[CORNER]: frames[CORNER]})
+    finally:
+        os.killpg(server.pid, signal.SIGKILL)
+        server.wait()
 
 
 def test_a_run_whose_configuration_was_edited_is_refused(tmp_path, monkeypatch):
@@ -200,7 +244,7 @@ def test_lora_trains_from_the_video_run_and_stage_2_reads_it(commands, runs):
     run_dir = runs[0]
     lora = commands.folder / "lora"
     shared = f"--config.run_dir={run_dir}", "--config.training.steps=2"
-    video, action = (f"--config=configs/quickstart_{s}.py:smoke" for s in ("video", "action"))
+    video, action = (f"--config=configs/quickstart_{s}.py:{RECIPE}" for s in ("video", "action"))
     rank = "--config.lora.rank=4"
     said = commands.run(
         "launch.train",

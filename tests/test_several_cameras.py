@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from running_server import Running
-from tiny_policy import CAMERAS, SIZE, random_observation, tiny_policy
+from tiny_policy import CAMERAS, SIZE, VIEW_SIZE, random_observation, tiny_policy
 from tiny_stages import quick_compiles
 
 from mvjax.policy.observation import History, ObservationSpec
@@ -17,12 +17,12 @@ ROOT = Path(__file__).parents[1]
 CORNER, GRIPPER = CAMERAS["plain"]
 
 
-@pytest.fixture(scope="module")
-def served():
+@pytest.fixture(scope="module", params=["tiled", "observed"])
+def served(request):
     """The policy, and the server of an equal one."""
-    running = Running("tiny_policy", "cameras=2", "sizes=1", wait=False)
+    running = Running("tiny_policy", f"cameras={request.param}", "sizes=1", wait=False)
     with quick_compiles():
-        policy, _ = tiny_policy(cameras=2)
+        policy, _ = tiny_policy(cameras=request.param)
         policy.warm_up()
     running.wait()
     yield policy, running
@@ -38,16 +38,20 @@ def message(asked, pictures):
 
 
 def test_metadata_says_what_is_wanted_of_each_camera(served):
+    second = ("video", SIZE) if len(served[0].views) == 1 else ("hand", VIEW_SIZE)
     with Client(served[1].uri) as client:
         assert client.metadata["cameras"] == {
             name: {
                 "key": f"observation/images/{word}",
                 "history": f"observation/images/{word}_history",
-                "view": "video",
-                "height": SIZE[0],
-                "width": SIZE[1],
+                "view": view,
+                "height": size[0],
+                "width": size[1],
             }
-            for name, word in ((CORNER, "corner"), (GRIPPER, "gripper"))
+            for name, word, view, size in (
+                (CORNER, "corner", "video", SIZE),
+                (GRIPPER, "gripper", *second),
+            )
         }
         assert "camera" not in client.metadata  # that of a policy of one
 

@@ -130,4 +130,5 @@ def test_a_policy_on_eight_devices_answers_as_on_one():
     meshes = ("8,1,1,1", "1,8,1,1", "1,2,2,2")
     lines = run("policy_meshes", *meshes).splitlines()
     differences = {mesh: float(number) for mesh, number in map(str.split, lines)}
-    assert differences.keys() == set(meshes) and max(differences.values()) < 1e-5, differences
+    asked = {f"{mesh}/{cameras}" for mesh in meshes for cameras in ("single", "observed")}
+    assert differences.keys() == asked and max(differences.values()) < 1e-5, differences

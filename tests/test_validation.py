@@ -139,7 +139,7 @@ def test_videos_are_sampled_as_launch_generate_does(tokenizer, tmp_path):
     model = VideoModel(Experiment.from_config(config).video_network, params, mesh, rules)
     sampling = Experiment.from_config(config).sampling()
     assert sampling.video_steps == 3
-    theirs = model.sample(noise, Conditions(clean, mask, text, np.float32(0)), sampling)
+    theirs = model.sample(noise, Conditions(clean, mask, text, np.float32(0), {}), sampling)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
     assert ours.shape == theirs.shape == (1, *clip.latent_shape)
 

@@ -1,6 +1,6 @@
 """A policy of random networks, small enough to answer in milliseconds; run as a program, it serves.
 
-python tests/tiny_policy.py [client=plain] [cameras=2] [max_clients=8] [ping=20] ...
+python tests/tiny_policy.py [client=plain] [cameras=tiled] [max_clients=8] [ping=20] ...
 """
 
 import asyncio
@@ -34,7 +34,8 @@ from mvjax.serving.server import Serving, make_server
 
 DIMS = {"plain": (4, 4), "libero": (10, 10)}
 SIZE = (48, 32)
-# The first is that of a policy of one camera; two are tiled side by side.
+VIEW_SIZE = (32, 32)
+# The first is that of a single camera. Of two, the second is tiled beside it or observed.
 CAMERAS = {
     "plain": ("observation.images.corner", "observation.images.gripper"),
     "libero": ("observation.images.agentview", "observation.images.wrist"),
@@ -42,9 +43,12 @@ CAMERAS = {
 
 
 def tiny_policy(
-    client: str = "plain", batch_size: int = 1, cameras: int = 1
+    client: str = "plain", batch_size: int = 1, cameras: str = "single"
 ) -> tuple[Policy, ConfigDict]:
-    """Returns a policy for a kind of client, and its configuration; equal for equal arguments."""
+    """Returns a policy for a kind of client, and its configuration; equal for equal arguments.
+
+    Its cameras are single, tiled or observed, as in the quickstart's configurations.
+    """
     config = tiny_config("action")
     config.clip.height, config.clip.width = SIZE
     config.policy_io.proprio.dim, config.policy_io.action.dim = DIMS[client]
@@ -54,10 +58,13 @@ def tiny_policy(
             action=libero_panda.LEROBOT_ACTION,
             proprio=libero_panda.LEROBOT_PROPRIO,
         )
-    with config.ignore_type():  # one camera is a text, several are a tuple
-        config.datasets.robot.video = (
-            CAMERAS[client][:cameras] if cameras > 1 else CAMERAS[client][0]
-        )
+    config.datasets.robot.video = CAMERAS[client][0]
+    if cameras == "tiled":
+        with config.ignore_type():  # one camera is a text, several are a tuple
+            config.datasets.robot.video = CAMERAS[client]
+    elif cameras == "observed":
+        config.clip.views = dict(hand=dict(height=VIEW_SIZE[0], width=VIEW_SIZE[1]))
+        config.datasets.robot.views = dict(hand=CAMERAS[client][1])
     rng = np.random.default_rng(0)
     batch = tiny_batch(config)
     backbone = Experiment.from_config(config).video_network
@@ -136,7 +143,7 @@ def main(
     client: str = "plain",
     api_key: str = "",
     sizes: str = "1,4",
-    cameras: str = "1",
+    cameras: str = "single",
     **numbers: str,
 ) -> None:
     """Serves until it is killed; prints the port when clients can connect."""
@@ -146,7 +153,7 @@ def main(
     limits["max_clients"] = int(limits.get("max_clients", 16))
     serving = Serving(host="127.0.0.1", port=0, api_key=api_key, **limits)
     batching = Batching(tuple(int(size) for size in sizes.split(",")), window)
-    policy, config = tiny_policy(client, cameras=int(cameras))
+    policy, config = tiny_policy(client, cameras=cameras)
     with quick_compiles():
         adapter = make_adapter(client, trained_robot(config))
         server = make_server(policy, config, adapter, serving, batching=batching)
