@@ -400,6 +400,9 @@ def test_datasets_of_one_robot_must_mean_the_same():
     config = config_of("state", "action", 4, 4, video=("a", "b"))
     config.datasets.view = dict(config.datasets.robot.to_dict(), video="a")
     assert trained_robot(config).cameras == ("a",)
+    config.datasets.robot.video, config.datasets.view.video = ("a", ""), ("a", "b")
+    assert trained_robot(config).cameras == ("a", "b")  # what only one dataset lacks is not black
+    config.datasets.robot.video, config.datasets.view.video = ("a", "b"), "a"
     config.embodiment = None  # as "": it is the only one, and its cameras are known
     assert trained_robot(config).cameras == ("a",)
     delta = dict(stream="action", represent="delta", base="state")

@@ -105,8 +105,13 @@ def trained_robot(config: Any) -> Robot:
                 f"{described(other.proprio)}), so the meaning of the policy's actions is not known:"
                 " give them the same parts, or different embodiments, and train again."
             )
-    # Of several cameras that were learned as videos of their own, one is enough.
-    return min(robots, key=lambda robot: len(robot.cameras))
+    # Of several cameras that were learned as videos of their own, one is enough. What is black in
+    # one dataset alone must not be black for the policy.
+    return min(robots, key=lambda robot: (_black_cells(robot), len(robot.cameras)))
+
+
+def _black_cells(robot: Robot) -> int:
+    return sum(not camera for view in robot.views for row in view.rows for camera in row)
 
 
 def _flip(dataset: Any) -> str:
