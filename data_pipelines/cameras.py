@@ -71,14 +71,16 @@ def dataset_views(dataset: Any, clip: Any) -> tuple[View, ...]:
                 f"the model sees the view {name!r} (clip.views), but views.{name} of the dataset "
                 'does not say which camera shows it; set it to one, or to "" for black pictures'
             )
-        rows = view_rows(shown[name])
+        rows = view_rows(shown[name], f"views.{name}")
         views.append(View(name, rows, sizes[name].height, sizes[name].width))
     return tuple(views)
 
 
-def view_rows(cameras: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
+def view_rows(
+    cameras: str | Sequence[str] | Sequence[Sequence[str]], setting: str = "views"
+) -> Rows:
     """As `camera_rows`, of an observed view, which may also be black ("")."""
-    return (("",),) if cameras == "" else camera_rows(cameras)
+    return (("",),) if cameras == "" else camera_rows(cameras, setting)
 
 
 def view_cameras(views: Sequence[View]) -> tuple[str, ...]:
@@ -151,12 +153,15 @@ def arrange(
 # The arrangement of one picture.
 
 
-def camera_rows(video: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
+def camera_rows(
+    video: str | Sequence[str] | Sequence[Sequence[str]], setting: str = "video"
+) -> Rows:
     """The rows of cameras, top to bottom, that `dataset.video` in a config describes.
 
     Args:
         video: a stream; several, which fill a near-square grid row by row; or rows of streams,
             whose cameras share the width equally. "" is a black cell.
+        setting: the name of `video`, for the error.
     """
     if isinstance(video, str):
         rows = ((video,),)
@@ -169,7 +174,7 @@ def camera_rows(video: str | Sequence[str] | Sequence[Sequence[str]]) -> Rows:
     names = [name for row in rows for name in row]
     if not any(names) or not all(rows) or not all(isinstance(name, str) for name in names):
         raise ValueError(
-            "video must be a stream's name, several, or rows of them, such as "
+            f"{setting} must be a stream's name, several, or rows of them, such as "
             f"(('front', 'side'), ('wrist',)), got {video!r}"
         )
     return rows

@@ -49,8 +49,9 @@ class Problem:
 class Wanted(NamedTuple):
     """What a configuration asks of a dataset."""
 
-    dataset: ConfigDict  # `video`, `action` and `proprio`, as of `cutting.cut_episode`
+    dataset: ConfigDict  # `video`, `views`, `action` and `proprio`, as of `cutting.cut_episode`
     policy_io: ConfigDict
+    clip: ConfigDict
     anchor_fps: float | None = None
     texts: StoredTexts | None = None  # where the dataset itself stores the embeddings
 
@@ -136,7 +137,8 @@ def _check_wanted(summary: EpisodeSummary, episode: Episode, wanted: Wanted) -> 
     try:
         if wanted.texts:
             wanted.texts.check(episode)
-        columns = cut_numbers(episode, wanted.dataset, wanted.policy_io, wanted.anchor_fps)
+        windows = wanted.policy_io, wanted.anchor_fps, wanted.clip
+        columns = cut_numbers(episode, wanted.dataset, *windows)
         check_finite(columns)
     except ValueError as error:
         summary.add_problem("skipped by the encoding job", _text(error))

@@ -53,15 +53,17 @@ def main(dataset: str) -> int:
 def _inspect(dataset: str) -> Inspection:
     path, how = Path(dataset), dict(limit=EPISODES.value, thorough=THOROUGH.value)
     if CONFIG.value is not None:
-        sections = CONFIG.value.datasets
+        config = CONFIG.value
+        sections = config.datasets
         if dataset not in sections:
             raise ValueError(
                 f"the configuration has no dataset {dataset!r}; it has {', '.join(sections)}."
             )
-        section, text = sections[dataset], CONFIG.value.text
-        stored = CONFIG.value.text_encoder == "stored"
+        section, text = sections[dataset], config.text
+        stored = config.text_encoder == "stored"
         texts = StoredTexts(text.length, text.dim) if stored else None
-        wanted = Wanted(section, CONFIG.value.policy_io, section.get("anchor_fps"), texts)
+        anchor_fps = section.get("anchor_fps")
+        wanted = Wanted(section, config.policy_io, config.clip, anchor_fps, texts)
         episodes = open_config(section)
         return inspect_dataset(episodes, dataset, section.format, wanted=wanted, **how)
     if is_records(path):

@@ -8,6 +8,7 @@ right `encode`.
 """
 
 import json
+import logging
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -43,6 +44,8 @@ from data_pipelines.shards import (
     list_shards,
     mark_unfinished,
 )
+
+log = logging.getLogger(__name__)
 
 Cut = Callable[[int], tuple[Row, Iterator[Window]]]  # episode number -> its row and windows
 
@@ -110,6 +113,13 @@ def encode_dataset(
     """
     path = Path(path)
     Clip(**clip)  # raises for impossible lengths before any data is read
+    for view in dataset.get("views") or () if process == 0 else ():
+        if view not in (clip.get("views") or ()):
+            log.warning(
+                "config.datasets.%s.views.%s is not used, because the model sees no such view: set "
+                "config.clip.views.%s to its height and width if it is to see one.",
+                *(dataset.name, view, view),
+            )
     settings = encoding_settings(
         dataset,
         clip,

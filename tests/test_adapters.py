@@ -400,6 +400,9 @@ def test_datasets_of_one_robot_must_mean_the_same():
     config = config_of("state", "action", 4, 4, video=("a", "b"))
     config.datasets.view = dict(config.datasets.robot.to_dict(), video="a")
     assert trained_robot(config).cameras == ("a",)
+    config.datasets.robot.video, config.datasets.view.video = ("a", ""), ("a", "b")
+    assert trained_robot(config).cameras == ("a", "b")  # what only one dataset lacks is not black
+    config.datasets.robot.video, config.datasets.view.video = ("a", "b"), "a"
     config.embodiment = None  # as "": it is the only one, and its cameras are known
     assert trained_robot(config).cameras == ("a",)
     delta = dict(stream="action", represent="delta", base="state")
@@ -453,12 +456,12 @@ def test_a_policy_of_records_that_said_otherwise_is_refused(tmp_path):
 
 def test_a_suite_takes_its_own_numbers_in_their_order(caplog):
     """Of equal widths and representations."""
-    suite = ("metaworld", "metaworld_sawyer", (64, 64))
-    sawyer, clip = metaworld_sawyer, dict(height=64, width=64)
+    suite = ("metaworld", "metaworld_sawyer", (480, 640))
+    sawyer = metaworld_sawyer
 
     def check(action, proprio):
         robot = trained_robot(config_of(proprio, action, 4, 4, "metaworld_sawyer", "corner"))
-        check_suite(robot, *suite, clip)
+        check_suite(robot, *suite)
 
     check(sawyer.ACTION, sawyer.PROPRIO)
     check("action", "observation.state")
@@ -478,7 +481,7 @@ def test_a_suite_takes_its_own_numbers_in_their_order(caplog):
 def test_a_policy_of_earlier_states_is_not_shown_the_present_one():
     earlier = tuple(part | dict(shift=-0.1) for part in metaworld_sawyer.PROPRIO)
     config = config_of(earlier, metaworld_sawyer.ACTION, 4, 4, "metaworld_sawyer", "corner")
-    suite = ("metaworld", "metaworld_sawyer", (64, 64), dict(height=64, width=64))
+    suite = ("metaworld", "metaworld_sawyer", (64, 64))
     with pytest.raises(ValueError, match=r"observation.state of -0.1 s from the present"):
         check_suite(trained_robot(config), *suite)
     config = config_of("state", "action", 8, 7, "libero")
@@ -495,8 +498,7 @@ def test_pictures_that_were_not_turned_for_training_are_said(caplog, flip):
     config.datasets.robot.format = "robomimic_hdf5"
     if flip:
         config.datasets.robot.options = dict(flip=flip)
-    robot, clip = trained_robot(config), dict(height=480, width=640)
-    suite = ("libero", "libero_panda", (480, 640), clip)
+    robot, suite = trained_robot(config), ("libero", "libero_panda", (480, 640))
     for check in (lambda: check_suite(robot, *suite), lambda: make_adapter("libero", robot)):
         caplog.clear()
         check()
@@ -504,8 +506,7 @@ def test_pictures_that_were_not_turned_for_training_are_said(caplog, flip):
 
 
 def test_a_suite_shows_its_own_robot(caplog):
-    clip = dict(height=480, width=640)
-    suite = ("libero", "libero_panda", (480, 640), clip)
+    suite = ("libero", "libero_panda", (480, 640))
     check_suite(trained_robot(libero_action.get_config("goal")), *suite)
     for config, words in (
         ((widowx.PROPRIO, widowx.ACTION, 10, 10, "widowx"), "'libero_panda', but .* 'widowx'"),
@@ -521,7 +522,10 @@ def test_a_suite_shows_its_own_robot(caplog):
         with pytest.raises(ValueError, match=words):
             check_suite(trained_robot(config_of(*config)), *suite)
     assert not caplog.text
-    square = dict(height=64, width=64)
-    check_suite(trained_robot(config_of(*LIBERO, 10, 10, "libero")), *suite[:3], square)
-    assert "480x640, but the policy sees 64x64: they are stretched" in caplog.text
+    config = config_of(*LIBERO, 10, 10, "libero")
+    config.datasets.robot.views, wrist = dict(hand="wrist", none=""), dict(height=64, width=64)
+    config.clip.views = dict(hand=wrist, none=wrist)
+    check_suite(trained_robot(config), *suite)
+    assert "480x640, but the policy's view 'hand' is 64x64: they are stretched" in caplog.text
+    assert caplog.text.count("stretched") == 1  # neither 'front' of 480x640 nor black pictures
     assert "'front', a name that the suite 'libero' does not know" in caplog.text

@@ -115,7 +115,7 @@ def test_a_view_shows_its_own_cameras_at_the_observed_moments():
     ("views", "error", "message"),
     [
         ({}, StreamMismatch, r"'toy': the model sees the view 'hand' .* set it to one, or to \"\""),
-        (dict(hand=("",)), StreamMismatch, "video must be a stream's name, several"),
+        (dict(hand=("",)), StreamMismatch, "views.hand must be a stream's name, several"),
         (dict(hand="elbow"), ValueError, r"toy.views asks for the cameras \['elbow'\], .* only"),
     ],
 )

@@ -62,7 +62,7 @@ def test_a_record_is_its_window(tmp_path):
         )
 
 
-def test_observed_views_are_encoded_beside_the_video(tmp_path):
+def test_observed_views_are_encoded_beside_the_video(tmp_path, caplog):
     """Their observed frames alone; the rest of a record is what it is without them."""
     episodes = [episode(i) for i in range(3)]
     clip = ConfigDict(CLIP.to_dict() | dict(views=dict(wrist=dict(height=16, width=32))))
@@ -71,6 +71,8 @@ def test_observed_views_are_encoded_beside_the_video(tmp_path):
         encode(episodes, tmp_path / "plain"),
         encode(episodes, tmp_path / "seen", dataset, clip=clip),
     )
+    assert "datasets.robot.views.other is not used" in caplog.text
+    assert "datasets.robot.views.wrist" not in caplog.text
     assert seen.shapes["views/wrist"] == (2, 2, 4, 16)
     assert seen.settings["dataset"]["views"] == {"wrist": "front"}
     for index in (0, 40, 89):

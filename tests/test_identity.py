@@ -241,6 +241,12 @@ def test_a_policy_is_the_same_wherever_it_lies(first, folder, caplog):
     assert "does not store a digest of its weights" in caplog.text  # as in earlier versions
 
 
+def test_the_identity_of_a_policy_without_views_is_that_of_earlier_versions(first):
+    """Evaluations that an earlier version began are continued, so no setting may be added."""
+    assert first["settings"]["backbone"].keys().isdisjoint({"views", "attention", "remat"})
+    assert "views" not in first["settings"]["clip"]
+
+
 def edited(path, change):
     """Changes the statistics of the actions in a normalizer.json."""
     content = json.loads(path.read_text())

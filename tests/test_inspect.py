@@ -311,12 +311,20 @@ def test_what_the_encoding_job_of_a_configuration_would_skip_is_listed():
         action=dict(horizon=2, fps=10, shift=0.0, dim=2), proprio=dict(horizon=1, fps=1, dim=1)
     )
     dataset = dict(name="set", video="front", action="action", proprio="")
-    wanted = Wanted(ConfigDict(dataset), ConfigDict(io))
+    clip = dict(height=16, width=16)
+    wanted = Wanted(*map(ConfigDict, (dataset, io, clip)))
     found = inspect_dataset(episodes, "set", "in memory", wanted=wanted)
     skipped = {p.episode: p.text for p in found.problems if "skipped" in p.kind}
     assert skipped.keys() == {"b", "c", "d"}
     assert "not finite" in skipped["b"] and "action (of bytes)" in skipped["c"]
     assert "asks for the cameras ['front'], but" in skipped["d"]
+    viewed = ConfigDict(dataset | dict(views=dict(hand="wrist")))
+    views = ConfigDict(clip | dict(views=dict(hand=clip)))
+    found = inspect_dataset(
+        episodes[:1], "set", "in memory", wanted=wanted._replace(dataset=viewed, clip=views)
+    )
+    (skipped,) = found.problems_by_kind()["skipped by the encoding job"]
+    assert "set.views asks for the cameras ['wrist'], but" in skipped.text
     wanted = wanted._replace(texts=StoredTexts(8, 4))
     found = inspect_dataset(episodes[:1], "set", "in memory", wanted=wanted)
     assert "stores no embedding" in found.problems_by_kind()["skipped by the encoding job"][0].text

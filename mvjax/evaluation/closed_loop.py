@@ -104,7 +104,7 @@ def evaluate(
     main, sees, predicted = suite.cameras[0], {}, None
     if {"policy", "oracle"} & {setting.mode for setting in settings.values()}:
         robot = trained_robot(config)
-        sees = check_suite(robot, protocol.suite, suite.embodiment, suite.size, config.clip)
+        sees = check_suite(robot, protocol.suite, suite.embodiment, suite.size)
         predicted = [c for view in robot.views if view.name == VIDEO for c in view.cameras] or None
         find_checkpoint(checkpoint)  # before `folder` is made
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]

@@ -290,7 +290,10 @@ def _load_policy(
 
 def _decisive(network: Any) -> dict[str, Any]:
     """The settings of a network that change what it answers by more than a rounding."""
-    return {k: v for k, v in asdict(network).items() if k not in ("attention", "remat")}
+    settings = {k: v for k, v in asdict(network).items() if k not in ("attention", "remat")}
+    if not settings.get("views"):  # earlier versions had none, and results of theirs go on
+        settings.pop("views", None)
+    return settings
 
 
 def _normalizer(decoder: Checkpoint, config: Any) -> Normalizer:

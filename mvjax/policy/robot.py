@@ -105,8 +105,13 @@ def trained_robot(config: Any) -> Robot:
                 f"{described(other.proprio)}), so the meaning of the policy's actions is not known:"
                 " give them the same parts, or different embodiments, and train again."
             )
-    # Of several cameras that were learned as videos of their own, one is enough.
-    return min(robots, key=lambda robot: len(robot.cameras))
+    # Of several cameras that were learned as videos of their own, one is enough. What is black in
+    # one dataset alone must not be black for the policy.
+    return min(robots, key=lambda robot: (_black_cells(robot), len(robot.cameras)))
+
+
+def _black_cells(robot: Robot) -> int:
+    return sum(not camera for view in robot.views for row in view.rows for camera in row)
 
 
 def _flip(dataset: Any) -> str:
@@ -246,9 +251,7 @@ def check_embodiment(robot: Robot, who: str, word: str, example: str) -> None:
     )
 
 
-def check_suite(
-    robot: Robot, suite: str, embodiment: str, size: tuple[int, int], clip: Mapping[str, Any]
-) -> dict[str, str]:
+def check_suite(robot: Robot, suite: str, embodiment: str, size: tuple[int, int]) -> dict[str, str]:
     """Raises ValueError unless a simulator's robot and cameras are those of a policy.
 
     Args:
@@ -256,7 +259,6 @@ def check_suite(
         suite: the simulator's name.
         embodiment: of its robot, a file of data_pipelines/embodiments, which names its cameras.
         size: height and width of its pictures.
-        clip: height and width of what the policy sees.
 
     Returns:
         camera of the policy -> camera of the simulator (see `match_cameras`).
@@ -284,13 +286,15 @@ def check_suite(
     check_present(robot, who)
     if embodiment == "libero_panda":
         check_turned(robot, who)
-    # A tiled picture stretches its cameras as it did in training.
-    if len(cameras) == 1 and not same_aspect(size, (clip["height"], clip["width"])):
-        log.warning(
-            "the pictures of the suite %r are %dx%d, but the policy sees %dx%d: they are stretched,"
-            " which is right only if the pictures of training were, too.",
-            *(suite, *size, clip["height"], clip["width"]),
-        )
+    for view in robot.views:
+        # A tiled picture stretches its cameras as it did in training; a black one shows none.
+        is_whole = sum(map(len, view.rows)) < 2 and view.rows != (("",),)
+        if is_whole and not same_aspect(size, (view.height, view.width)):
+            log.warning(
+                "the pictures of the suite %r are %dx%d, but the policy's view %r is %dx%d: they "
+                "are stretched, which is right only if the pictures of training were, too.",
+                *(suite, *size, view.name, view.height, view.width),
+            )
     return cameras
 
 
