@@ -197,6 +197,25 @@ def test_droid_as_its_client_sends_it():
         session.observe(droid_message(joints=range(6)))
 
 
+def test_droid_joints_relative_to_the_present_ones():
+    """The policy of configs/droid_action.py, for a client whose robot executes positions."""
+    joints = droid_franka.JOINT_PROPRIO, droid_franka.JOINT_ACTION, 8, 8
+    adapter = make_adapter("droid_joint_position", trained_robot(config_of(*joints, "droid")))
+    session = Session(adapter, SENSES, count(), Notices({}, "droid_joint_position"))
+    seen = session.observe(droid_message(joints=np.linspace(-1, 1, 7), gripper=0.25))
+    expected = [*np.linspace(-1, 1, 7), 0.75]  # 1 is open to the policy, closed to DROID
+    np.testing.assert_allclose(seen.observation.proprio, [expected], atol=1e-6)
+    chunk = np.full((15, 8), 0.125, np.float32)
+    actions = session.actions(chunk, seen)
+    np.testing.assert_allclose(actions[3], [*(np.linspace(-1, 1, 7) + 0.125), 0.875], atol=1e-6)
+    for client, config in (
+        ("droid", joints),  # which executes velocities
+        ("droid_joint_position", (*droid_joints("joint_velocity"), 8, 8)),
+    ):
+        with pytest.raises(ValueError, match=f"--client={client} has .* takes actions of joint_"):
+            make_adapter(client, trained_robot(config_of(*config, "droid")))
+
+
 def test_droid_poses_relative_to_the_present_one():
     """A policy of the repository's DROID embodiment, whose client sends and takes poses."""
     session = session_of("droid", droid_franka.PROPRIO, droid_franka.ACTION, 10, 10)
@@ -298,7 +317,7 @@ def test_a_policy_of_another_robot_or_camera_is_refused_whatever_its_widths(clie
 
 def test_an_unknown_client_is_named():
     with pytest.raises(
-        ValueError, match="one of plain, dataset, libero, aloha, droid, got 'gr00t'"
+        ValueError, match=r"one of plain, .*, droid, droid_joint_position, got 'gr00t'"
     ):
         make_adapter("gr00t", trained_robot(config_of("state", "action", 4, 4)))
 

@@ -7,8 +7,8 @@ Euler angles about fixed axes, and a gripper that is 1 when closed.
 
 JOINT_ACTION and JOINT_PROPRIO are joints. Action: the commanded positions of the seven joints (rad)
 minus the present ones, and the commanded gripper. Proprioception: the present joints and gripper.
-openpi trains its joint-position policies on DROID with the same differences; its client takes the
-absolute positions, which `vectors.restore` gives. openpi's gripper is DROID's.
+openpi trains its joint-position policies on DROID with the same differences. `vectors.restore`
+makes them positions again, for a robot whose action space these are. openpi's gripper is DROID's.
 
 Streams of the RLDS release (format "rlds"): steps/action_dict/ and steps/observation/
 cartesian_position [n, 6], joint_position [n, 7] and gripper_position [n, 1].

@@ -20,7 +20,7 @@ from mvjax.serving.conversions import (
     state_streams,
     stored_widths,
 )
-from mvjax.serving.openpi_robots import aloha, droid, libero
+from mvjax.serving.openpi_robots import aloha, droid, droid_joint_position, libero
 
 log = logging.getLogger(__name__)
 
@@ -100,6 +100,7 @@ CLIENTS = {
     "libero": libero,
     "aloha": aloha,
     "droid": droid,
+    "droid_joint_position": droid_joint_position,
 }
 
 

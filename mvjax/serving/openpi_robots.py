@@ -120,7 +120,16 @@ _DROID_PICTURES = {
 }
 
 
-def droid(robot: Robot) -> Adapter:
+def droid_joint_position(robot: Robot) -> Adapter:
+    """As `droid`, for a client whose robot is made with `action_space="joint_position"`.
+
+    It executes positions of the seven joints (rad) and a gripper command. Those that were learned
+    relative to the present joints, such as `droid_franka.JOINT_ACTION`, are made absolute.
+    """
+    return droid(robot, "joint_position")
+
+
+def droid(robot: Robot, executes: str = "joint_velocity") -> Adapter:
     """openpi's DROID client: exterior and wrist cameras, a Franka arm and its gripper, at 15 Hz.
 
     The unchanged client sends seven joints (rad) and the gripper, and executes joint velocities and
@@ -129,10 +138,11 @@ def droid(robot: Robot) -> Adapter:
     `observation/cartesian_position` [6] in place of the joints, and executes poses: position 3 (m),
     Euler angles 3 (rad) and gripper.
     """
-    check_embodiment(robot, "--client=droid", "droid", "droid_franka")
+    name = "droid" if executes == "joint_velocity" else f"droid_{executes}"
+    check_embodiment(robot, f"--client={name}", "droid", "droid_franka")
     own = Adapter(
-        name="droid",
-        images=pictures("droid", robot, droid_franka, _DROID_PICTURES),
+        name=name,
+        images=pictures(name, robot, droid_franka, _DROID_PICTURES),
         state=("observation/joint_position", "observation/gripper_position"),
         state_size=8,
         control_hz=15,
@@ -142,19 +152,21 @@ def droid(robot: Robot) -> Adapter:
     if len(taken) == 1:
         adapter = in_own_layout(own, robot, action_size=8)
         log.warning(
-            "--client=droid executes joint velocities and a gripper command; only its name says "
-            "that the stream %r, on which the policy was trained, holds these.",
+            "--client=%s executes a %s and a gripper command; only its name says that the stream "
+            "%r, on which the policy was trained, holds these.",
+            name,
+            executes,
             streams(robot.action)[0],
         )
         return adapter
     needed = {name: last_word(name) for name in state_streams(robot)}
     fits = set(needed.values()) <= set(_DROID_STATE) and taken in (
-        ["joint_velocity", "gripper_position"],
+        [executes, "gripper_position"],
         ["cartesian_position", "gripper_position"],
     )
     if not fits:
         raise not_fitting(
-            own, robot, "joint_position and gripper_position", "joint_velocity and gripper_position"
+            own, robot, "joint_position and gripper_position", f"{executes} and gripper_position"
         )
     sent = [name for name in _DROID_STATE if name in needed.values()]
     ends = np.cumsum([_DROID_STATE[name] for name in sent])
