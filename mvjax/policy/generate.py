@@ -159,7 +159,8 @@ def generate(
     if set(views) != set(clip.views):
         raise ValueError(
             f"Beside the video this model sees the views {', '.join(clip.views) or '(none)'}, but "
-            f"got pictures of {', '.join(views) or 'none'}: give each with --view=NAME=FILE."
+            f"got pictures of {', '.join(views) or 'none'}: give --view=NAME=FILE for each view "
+            "of the model, and for no other."
         )
     for name, pictures in views.items():
         if len(pictures) != len(frames):
