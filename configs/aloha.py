@@ -8,7 +8,7 @@ Data: data/aloha, a LeRobot dataset with the features of the public ones, such a
 lerobot/aloha_static_coffee (cam_high, cam_low, cam_left_wrist, cam_right_wrist; 480x640). Ten
 windows a second of 50 episodes of 22 s are 11,000 windows, which make 30 GB of records. The low
 camera is not used; add it to `cameras` to observe it, too. The simulator's datasets have the high
-camera alone, as "top": for them, every camera is "" (black pictures).
+camera alone, as "top": there, set both cameras of `views` to "", for black pictures.
 
 This is no published recipe, and it was never run on a public dataset. The tests encode a small one
 that lerobot wrote.
