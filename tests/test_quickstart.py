@@ -26,8 +26,9 @@ from configs import quickstart_action
 from data_pipelines.video import VideoFile
 from launch.preflight import find_rendering_backend
 from launch.quickstart import check_settings, phases, stage_settings
-from mvjax.evaluation.rollout import read_identity, read_results
+from mvjax.evaluation.rollout import read_results
 from mvjax.experiment import Experiment
+from mvjax.identity import read_identity
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.serving.client import Client, QueryRefused
