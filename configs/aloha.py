@@ -7,8 +7,8 @@ them (`aloha.DELTA_ACTION`).
 Data: data/aloha, a LeRobot dataset with the features of the public ones, such as
 lerobot/aloha_static_coffee (cam_high, cam_low, cam_left_wrist, cam_right_wrist; 480x640). Ten
 windows a second of 50 episodes of 22 s are 11,000 windows, which make 30 GB of records. The low
-camera is not used; `views` takes it like the others, and `cam_high` as "top" is the only camera of
-the simulator's datasets, which set `views` to "".
+camera is not used; add it to `cameras` to observe it, too. The simulator's datasets have the high
+camera alone, as "top": there, set both cameras of `views` to "", for black pictures.
 
 This is no published recipe, and it was never run on a public dataset. The tests encode a small one
 that lerobot wrote.

@@ -121,8 +121,8 @@ def libero(suite: str, share: str, cameras: str = "single") -> ConfigDict:
         suite: goal, object or spatial.
         share: full, half, tenth or one: 50, 25, 5 or 1 demonstrations of each of the ten tasks.
         cameras: single, agentview as published; observed, the wrist's beside it; or tiled, both
-            side by side in one picture. The last two read what `launch.record --regenerate`
-            writes, and have records and runs of their own.
+            side by side in one picture of the same size, at half their width. The last two read
+            what `launch.record --regenerate` writes, and have records and runs of their own.
     """
     if suite not in LIBERO_SUITES or share not in LIBERO_SHARES or cameras not in LIBERO_CAMERAS:
         raise ValueError(

@@ -27,6 +27,7 @@ from mvjax.flow import Sampling
 from mvjax.models.layers import PRECISIONS
 from mvjax.policy.generate import (
     check_tiled,
+    check_views,
     embed_texts,
     generate,
     generation_config,
@@ -39,7 +40,7 @@ CONFIG = config_flag(required=False)
 CHECKPOINT = path_flag("checkpoint", "Stage-1 training directory, or converted video DiT.")
 IMAGE = path_flag("image", "First frame, or a video whose last frames are observed.")
 TILED = flags.DEFINE_bool(
-    "tiled", False, "The image is a tiling of several cameras, as in the training of the model."
+    "tiled", False, "The pictures are tiled from several cameras, where those of training were."
 )
 VIEWS = flags.DEFINE_multi_string(
     "view", [], "NAME=FILE, pictures as --image of a view that the model sees beside the video."
@@ -91,11 +92,12 @@ def main() -> None:
     config.update_from_flattened_dict({k: v for k, v in given.items() if v is not None})
     sampling = Sampling(**config.sampler)
     observed = read_observed(Path(IMAGE.value), config.clip.observed_frames, config.clip.fps)
-    check_tiled(config, observed, TILED.value)
     views = {
         name: read_observed(Path(path), len(observed), config.clip.fps)
         for name, path in _named(VIEWS.value).items()
     }
+    check_views(config.clip.get("views") or {}, observed, views)  # before weights are read
+    check_tiled(config, observed, TILED.value, views)
     clip = _clip(config, len(observed))
     tokenizer = load_matching_tokenizer(config.tokenizer, checkpoint)
     text, negative = _texts(config, checkpoint)

@@ -67,9 +67,9 @@ def main() -> None:
     )
     if PROMPT.value:
         read_prompt({"prompt": PROMPT.value}, "")  # else every client would be told
+    experiment = Experiment.from_config(config)  # which says first what is wrong with it
     robot = trained_robot(config)
     sizes = camera_sizes(CAMERA_SIZE.value, robot.cameras)
-    experiment = Experiment.from_config(config)
     sampling = experiment.sampling(stop_step=STOP_STEP.value)
     adapter = make_adapter(CLIENT.value, robot)
     check_address(serving.host, serving.port)

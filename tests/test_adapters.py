@@ -358,6 +358,12 @@ def test_the_pictures_are_those_of_the_trained_cameras(client, video, keys):
     assert (*images,) == robot.cameras and ["/".join(k) for k in images.values()] == keys
 
 
+def test_the_history_of_a_camera_is_no_picture_of_another():
+    robot = trained_robot(config_of("state", "action", 4, 4, video=("a.top", "a.top_history")))
+    with pytest.raises(ValueError, match="'observation/images/top_history' is the history of"):
+        make_adapter("plain", robot)
+
+
 def test_a_camera_or_a_rate_that_the_client_does_not_know_is_said(caplog):
     config = config_of("state", "action", 8, 7, "libero", "my_camera")
     config.policy_io.action.fps = 10.0

@@ -202,6 +202,12 @@ def test_a_model_of_tiled_cameras_takes_no_picture_of_one():
     with config.ignore_type():
         config.datasets.other = dict(video="front")  # it has seen single cameras, too
     check_tiled(config, observed(1), tiled=False)
+    config.clip.views = dict(hands=dict(height=16, width=32))
+    for dataset in config.datasets.values():
+        dataset.views = dict(hands=("left", "right"))
+    check_tiled(config, observed(1), tiled=True, views=dict(hands=observed(1, 16, 32)))
+    with pytest.raises(ValueError, match=r"tiled from .*'left', 'right'.* of 16x32, with --tiled"):
+        check_tiled(config, observed(1), tiled=False, views=dict(hands=observed(1, 16, 32)))
 
 
 def test_embeddings_are_filled_up_with_zeros(tmp_path):

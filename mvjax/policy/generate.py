@@ -5,7 +5,7 @@ progress, so here a Python loop calls one compiled step.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,8 +18,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from data_pipelines.cameras import camera_rows
-from data_pipelines.clip import Clip
+from data_pipelines.cameras import dataset_views
+from data_pipelines.clip import VIDEO, Clip
 from data_pipelines.frames import cover
 from mvjax.experiment import Experiment
 from mvjax.flow import (
@@ -156,17 +156,7 @@ def generate(
         raise ValueError(
             f"got {len(frames)} observed frames, but clip.observed_frames is {clip.observed_frames}"
         )
-    if set(views) != set(clip.views):
-        raise ValueError(
-            f"Beside the video this model sees the views {', '.join(clip.views) or '(none)'}, but "
-            f"got pictures of {', '.join(views) or 'none'}: give each with --view=NAME=FILE."
-        )
-    for name, pictures in views.items():
-        if len(pictures) != len(frames):
-            raise ValueError(
-                f"The view {name!r} has {len(pictures)} observed frames, but the video has "
-                f"{len(frames)}: give equally many."
-            )
+    check_views(clip.views, frames, views)
     if guidance < 0:
         raise ValueError(f"guidance must be 0 (none) or more, got {guidance}")
     texts = [text]
@@ -249,25 +239,48 @@ def generation_config(checkpoint: Path, given: ConfigDict | None = None) -> Conf
     return config
 
 
-def check_tiled(config: ConfigDict, frames: np.ndarray, tiled: bool) -> None:
+def check_views(wanted: Iterable[str], frames: np.ndarray, views: Mapping[str, np.ndarray]) -> None:
+    """Raises ValueError unless `views` are those of a model, with as many frames as the video."""
+    if set(views) != set(wanted):
+        raise ValueError(
+            f"Beside the video this model sees the views {', '.join(wanted) or '(none)'}, but got "
+            f"pictures of {', '.join(views) or 'none'}: give --view=NAME=FILE for each view of the "
+            "model, and for no other."
+        )
+    for name, pictures in views.items():
+        if len(pictures) != len(frames):
+            raise ValueError(
+                f"The view {name!r} has {len(pictures)} observed frames, but the video has "
+                f"{len(frames)}: give equally many."
+            )
+
+
+def check_tiled(
+    config: ConfigDict,
+    frames: np.ndarray,
+    tiled: bool,
+    views: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> None:
     """Raises ValueError unless observed frames are tiled from cameras where those of training were.
 
     Args:
         config: of `generation_config`; converted weights do not know their cameras and pass.
         frames: the observed frames [n, h, w, 3].
         tiled: whether they are said to be tiled.
+        views: those of the model's views.
     """
-    videos = [camera_rows(dataset.video) for dataset in config.get("datasets", {}).values()]
-    if not videos or any(sum(map(len, rows)) == 1 for rows in videos):
-        return
-    size = config.clip.height, config.clip.width
-    if not tiled or frames.shape[1:3] != size:
-        h, w = frames.shape[1:3]
-        raise ValueError(
-            f"This model was trained on pictures tiled from {videos[0]}, but got "
-            f"{f'a tiled one of {h}x{w}' if tiled else 'the picture of one camera'}: give a picture"
-            f" tiled in the same way, of {size[0]}x{size[1]}, with --tiled."
-        )
+    trained = [dataset_views(d, config.clip) for d in config.get("datasets", {}).values()]
+    for datasets in zip(*trained):  # a view in all of them
+        first, pictures = datasets[0], {VIDEO: frames, **views}[datasets[0].name]
+        if any(sum(map(len, view.rows)) < 2 for view in datasets):
+            continue
+        size, (h, w) = (first.height, first.width), pictures.shape[1:3]
+        if not tiled or (h, w) != size:
+            raise ValueError(
+                f"This model was trained on pictures tiled from {first.rows}, but got "
+                f"{f'a tiled one of {h}x{w}' if tiled else 'the picture of one camera'}: give a "
+                f"picture tiled in the same way, of {size[0]}x{size[1]}, with --tiled."
+            )
 
 
 def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:

@@ -86,11 +86,21 @@ def own_images(cameras: Sequence[str]) -> dict[str, tuple[str, ...]]:
 
     One is "observation/image"; several are "observation/images/" and the last word of the camera's
     name, or the whole name where two last words are equal.
+
+    Raises:
+        ValueError: the history of one camera would have the key of another's picture.
     """
     if len(cameras) < 2:
         return dict.fromkeys(cameras or ("",), ("observation/image",))
     words = [*map(last_word, cameras)]
     names = words if len(set(words)) == len(words) else cameras
+    for name in names:
+        if f"{name}_history" in names:
+            raise ValueError(
+                f"This policy was trained on the cameras {name!r} and '{name}_history', but in "
+                f"messages 'observation/images/{name}_history' is the history of {name!r}: give "
+                "one of the streams another name, encode again and train again."
+            )
     return {camera: (f"observation/images/{name}",) for camera, name in zip(cameras, names)}
 
 
