@@ -6,6 +6,8 @@ and values as they leave their linear layers, normalised, rotated and attended t
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +16,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask,
 )
 
+from mvjax.models.layers import keep
 from mvjax.models.norm_rope import HEAD_DIM, Tables, block_rows, norm_rope
 from mvjax.parallel import chip, device_kind, join_shards, joined
 
@@ -57,36 +60,123 @@ def splash(
         name: by which a rematerialisation policy may keep what the backward pass needs.
         interpret: run on any backend, slowly, for tests.
     """
-    (b, h, length, d), m = q.shape, k.shape[2]
-    sizes, queries, keys = _block_sizes(q, m)
+    return splash_parts(q, [k], [v], name, interpret=interpret)
+
+
+def splash_parts(
+    q: Array,
+    ks: Sequence[Array],
+    vs: Sequence[Array],
+    name: str | None = None,
+    *,
+    interpret: bool = False,
+) -> Array:
+    """As `splash`, of queries to the keys of all parts, each with blocks that fit its length.
+
+    Joined, a long part and a short one would seldom be a multiple of good blocks; and padding is
+    masked in every block of keys, which takes a tenth of the forward pass.
+    """
+    b, h, length, d = q.shape
     # The backward kernel's own grid is not split over the two TensorCores of a megacore chip; an
     # axis of a vmap is. An odd number of samples would leave one of them idle for part of the time.
     device = chip(device_kind())
-    parts = 2 if device and device.cores == 2 and b % 2 and h % 2 == 0 else 1
+    halves = 2 if device and device.cores == 2 and b % 2 and h % 2 == 0 else 1
+    parts = [_part_of(q, k, h // halves, name, len(ks) > 1, interpret) for k in ks]
+
+    def ready(x: Array, rows: int) -> Array:
+        x = jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, -d % LANES)))
+        return x.reshape(b * halves, h // halves, *x.shape[2:])
+
+    ks, vs = ([ready(x, part.keys) for x, part in zip(xs, parts)] for xs in (ks, vs))
+    attention = partial(_over_parts, name, parts) if len(parts) > 1 else parts[0].alone
+    y = jax.vmap(attention)(ready(q, parts[0].queries), ks, vs)
+    return y.reshape(b, h, *y.shape[2:])[:, :, :length, :d]
+
+
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["kernel"],
+    meta_fields=["queries", "keys", "given"],
+)
+@dataclass(frozen=True)
+class _Part:
+    """The kernel of one part of the keys, and lengths that its blocks divide."""
+
+    kernel: splash_attention_kernel.SplashAttentionKernel
+    queries: int
+    keys: int
+    given: int  # keys that are not padding
+
+    @property
+    def segments(self) -> splash_attention_kernel.SegmentIds | None:
+        if self.keys == self.given:
+            return None
+        return splash_attention_kernel.SegmentIds(
+            jnp.zeros(self.queries, jnp.int32),
+            (jnp.arange(self.keys) >= self.given).astype(jnp.int32),
+        )
+
+    def __call__(self, q: Array, k: Array, v: Array) -> Any:
+        return self.kernel(q, k, v, segment_ids=self.segments)
+
+    def alone(self, q: Array, ks: list[Array], vs: list[Array]) -> Array:
+        return self(q, *ks, *vs)
+
+    def gradients(self, q, k, v, y, total, dy) -> tuple[Array, Array, Array]:
+        """Of q, k and v, from the result and the log-sum over all parts."""
+        masks = self.kernel.dq_mask_info, self.kernel.dkv_mask_info
+        return splash_attention_kernel._splash_attention_bwd(
+            **self.kernel.kwargs, res=(q, k, v, self.segments, None, y, total, *masks), do=dy
+        )[3:6]
+
+
+def _part_of(
+    q: Array, k: Array, heads: int, name: str | None, several: bool, interpret: bool
+) -> _Part:
+    sizes, queries, keys = _block_sizes(q, k.shape[2])
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask(
-            [splash_attention_mask.FullMask((queries, keys))] * (h // parts)
+            [splash_attention_mask.FullMask((queries, keys))] * heads
         ),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name=name,
+        residual_checkpoint_name=None if several else name,
+        save_residuals=several,
         interpret=interpret,
     )
-    segments = None
-    if keys != m:
-        segments = splash_attention_kernel.SegmentIds(
-            jnp.zeros(queries, jnp.int32), (jnp.arange(keys) >= m).astype(jnp.int32)
-        )
+    return _Part(kernel, queries, keys, k.shape[2])
 
-    def ready(x: Array, rows: int) -> Array:
-        x = jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, -d % LANES)))
-        return x.reshape(b * parts, h // parts, *x.shape[2:])
 
-    y = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=segments))(
-        ready(q, queries), ready(k, keys), ready(v, keys)
-    )
-    return y.reshape(b, h, *y.shape[2:])[:, :, :length, :d]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _over_parts(
+    name: str | None, parts: Sequence[_Part], q: Array, ks: list[Array], vs: list[Array]
+) -> Array:
+    """Attention over several parts of the keys, whose kernels also give the softmax's log-sum.
+
+    The result of a part is weighted by its share in the sum over all parts. Its gradients are what
+    the backward kernel makes of the result and the sum of all.
+    """
+    return _over_parts_forward(name, parts, q, ks, vs)[0]
+
+
+def _over_parts_forward(name, parts, q, ks, vs):
+    ys, sums = zip(*(part(q, k, v) for part, k, v in zip(parts, ks, vs)))
+    sums = [log_sum for (log_sum,) in sums]
+    total = jax.nn.logsumexp(jnp.stack(sums), axis=0)
+    y = sum(y * jnp.exp(log_sum - total)[..., None] for y, log_sum in zip(ys, sums))
+    y, total = keep(y.astype(q.dtype), name), keep(total, name)
+    return y, (parts, q, ks, vs, y, total)
+
+
+def _over_parts_backward(name, kept, dy):
+    parts, q, ks, vs, y, total = kept
+    found = [part.gradients(q, k, v, y, total, dy) for part, k, v in zip(parts, ks, vs)]
+    dqs, dks, dvs = zip(*found)
+    return None, sum(dqs), list(dks), list(dvs)
+
+
+_over_parts.defvjp(_over_parts_forward, _over_parts_backward)
 
 
 def splash_length_first(
@@ -147,11 +237,12 @@ def splash_projected(
     # split as keys are.
     exchange = ways > 2 and q[0].shape[1] % ways == 0 and tables is not None and None not in split
     if exchange:
-        k, v = (_exchanged(joined(x, 2), context, 1, 2) for x in (k, v))
-        q = [_exchanged(x, context, 1, 2) for x in q]
-    else:
-        k, v = (join_shards(x, split if ways > 1 else [None] * len(x), 2) for x in (k, v))
-    y = [splash(x, k, v, name, interpret=interpret) for x in q]
+        q, k, v = ([_exchanged(x, context, 1, 2) for x in xs] for xs in (q, k, v))
+    elif ways > 1:
+        k, v = ([join_shards([x], [axes], 2) for x, axes in zip(xs, split)] for xs in (k, v))
+    # The first stream, which is long, and all others.
+    k, v = ([xs[0], *([joined(xs[1:], 2)] if xs[1:] else [])] for xs in (k, v))
+    y = [splash_parts(x, k, v, name, interpret=interpret) for x in q]
     y = [(_exchanged(x, context, 2, 1) if exchange else x).swapaxes(1, 2) for x in y]
     return [x.reshape(*x.shape[:2], -1) for x in y]
 
