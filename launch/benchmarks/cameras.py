@@ -1,0 +1,90 @@
+"""One camera, two tiled and one observed beside the other: success, time per query, tokens.
+
+    python -m launch.benchmarks.cameras --out=runs/cameras
+
+records demonstrations of both cameras once, then trains and evaluates the three policies of
+configs/camera_study.py. It takes about forty minutes on two CPU cores, and continues where it was
+stopped. What came out: docs/results.md.
+"""
+
+import importlib
+import statistics
+import sys
+from pathlib import Path
+
+from absl import flags
+
+from configs import quickstart
+from launch.entry import run
+from launch.quickstart import Phase, run_phases
+from mvjax.evaluation.closed_loop import wilson_interval
+from mvjax.evaluation.rollout import read_results
+from mvjax.experiment import Experiment
+
+OUT = flags.DEFINE_string("out", "runs/cameras", "Folder of the demonstrations and runs.")
+STUDY = importlib.import_module("configs.camera_study")
+
+
+def main() -> None:
+    """Runs what is missing, and prints a table."""
+    out = OUT.value
+    run_phases(phases(out), Path(out) / "phases.json")
+    print("| cameras | tokens | success | by task | ms per query |\n|---|---|---|---|---|")
+    for cameras in quickstart.CAMERAS:
+        print(row(Path(out), cameras))
+
+
+def phases(out: str) -> list[Phase]:
+    """One recording; then an encoding, two trainings and an evaluation for each policy."""
+    recording = STUDY.get_config("video,tiled").recording.robot
+    record = (
+        f"--out={out}/robot",
+        f"--kind={recording.kind}",
+        f"--tasks={','.join(recording.tasks)}",
+        f"--episodes={recording.episodes}",
+        f"--cameras={','.join(recording.cameras)}",
+    )
+    found = [Phase("record", _command("launch.record", *record))]
+    for cameras in quickstart.CAMERAS:
+        folder = f"{out}/{cameras}"
+        video, action = (
+            (
+                f"--config=camera_study:{stage},{cameras}",
+                f"--config.run_dir={folder}",
+                f"--config.datasets.robot.path={out}/robot",
+            )
+            for stage in ("video", "action")
+        )
+        fit = _command("launch.encode", *video, "--only=tokenizer")
+        found.append(Phase(f"{cameras}: fit the tokenizer", fit))
+        found.append(Phase(f"{cameras}: encode", _command("launch.encode", *video)))
+        for stage, words in (("video", video), ("action", action)):
+            command = _command("launch.train", *words, f"--workdir={folder}/{stage}")
+            found.append(Phase(f"{cameras}: {stage}", command, f"{folder}/{stage}/finished"))
+        how = f"--checkpoint={folder}/action", f"--out={folder}/evaluation", "--modes=policy"
+        found.append(Phase(f"{cameras}: evaluate", _command("launch.evaluate", *action, *how)))
+    return found
+
+
+def _command(module: str, *arguments: str) -> tuple[str, ...]:
+    return (sys.executable, "-m", module, *arguments)
+
+
+def row(out: Path, cameras: str) -> str:
+    """A line of the table."""
+    config = STUDY.get_config(f"video,{cameras}")
+    results = read_results(out / cameras / "evaluation/policy_k0/results.jsonl")
+    low, high = wilson_interval(sum(r.success for r in results), len(results))
+    success = statistics.mean(r.success for r in results)
+    by_task = ", ".join(
+        f"{task} {sum(r.success for r in results if r.task == task)}"
+        for task in config.evaluation.tasks
+    )
+    query = statistics.median(r.plan_seconds / r.queries for r in results)
+    tokens = Experiment.from_config(config).tokens
+    interval = f"{success:.0%} ({low:.0%} to {high:.0%})"
+    return f"| {cameras} | {tokens} | {interval} | {by_task} | {1000 * query:.1f} |"
+
+
+if __name__ == "__main__":
+    run(main)
