@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from configs import quickstart_action, quickstart_video
 
-# The goals are where they always are; the puck or block is 2 to 3 pixels wide in the corner picture.
+# The goals do not move; the puck or block is 2 to 3 pixels wide in the corner picture.
 TASKS = ("sweep-into-v3", "hand-insert-v3", "bin-picking-v3")
 
 

@@ -4,6 +4,7 @@ The published ones are in test_published_configs.py.
 """
 
 import importlib
+import json
 from pathlib import Path
 
 import jax
@@ -12,8 +13,10 @@ from absl import flags
 from ml_collections import config_flags
 from tiny_stages import build_stage, tiny_config
 
+from configs import camera_study, quickstart
 from data_pipelines.clip import Clip
 from data_pipelines.records import entry
+from launch.benchmarks import cameras
 from mvjax.experiment import Experiment
 from mvjax.flow import Sampling
 from mvjax.parallel import make_mesh
@@ -106,6 +109,30 @@ def test_settings_on_the_command_line(monkeypatch):
     assert config.size == "smoke" and Clip(**config.clip).latent_shape == (4, 16, 8, 16)
     assert Experiment.from_config(config).video.lora.rank == 8
     assert (config.training.episodes_per_task, config.mesh.fsdp) == (3, 4)
+
+
+def test_the_policies_of_the_camera_study_differ_in_their_cameras_alone():
+    """And read the same demonstrations, which are recorded once with both cameras."""
+    said = [phase.command for phase in cameras.phases("out")]
+    assert len(said) == 1 + 5 * 3 and said[0][-1] == "--cameras=corner,gripper"
+    shown = {}
+    for stage in ("video", "action"):
+        configs = [camera_study.get_config(f"{stage},{word}") for word in quickstart.CAMERAS]
+        shown[stage] = [Experiment.from_config(config).tokens for config in configs]
+        for config in configs:
+            config.run_dir = "out"
+        single, *others = (json.loads(config.to_json()) for config in configs)
+        for other in others:
+            assert [*other["datasets"]] == ["robot"]
+            for section in (other["clip"], other["datasets"]["robot"]):
+                section.pop("views", None)
+            other["clip"]["width"] = single["clip"]["width"]
+            other["datasets"]["robot"]["video"] = single["datasets"]["robot"]["video"]
+            assert other["recording"]["robot"].pop("cameras") == ["corner", "gripper"]
+            assert other == single
+    assert shown["video"] == shown["action"] == [64, 128, 96]
+    with pytest.raises(ValueError, match="stage must be video or action, got 'policy'"):
+        camera_study.get_config("policy,tiled")
 
 
 def test_an_unknown_size_is_explained():

@@ -286,6 +286,19 @@ def test_a_backbone_of_other_views_is_refused_by_name(runs, trained, views, word
         load_backbone(experiment, experiment.mesh())
 
 
+def test_a_backbone_of_other_cameras_is_said(runs, caplog):
+    """Of equal shapes: the same dataset shows the decoder another camera."""
+    config = with_views("action", **{"backbone.checkpoint": str(runs[2])})
+    for camera in (config.datasets.robot.video, "observation.images.other"):
+        config.datasets.robot.video = camera
+        caplog.clear()
+        experiment = Experiment.from_config(config)
+        load_backbone(experiment, experiment.mesh())
+        said = "trained on other cameras" in caplog.text
+        assert said == (camera == "observation.images.other")
+    assert "datasets.robot.video" in caplog.text
+
+
 def test_a_backbone_and_a_decoder_with_views_are_read_again(runs, tmp_path):
     _, _, two, params = runs
     config = with_views("action", **{"backbone.checkpoint": str(two)})

@@ -19,7 +19,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.settings import differences
+from data_pipelines.settings import differences, plain
 from mvjax.experiment import Experiment
 from mvjax.identity import different, digest, digest_of_sums, piece_sums
 from mvjax.models.lora import merge_lora
@@ -349,6 +349,7 @@ def load_backbone(
     directory = Path(config.backbone.checkpoint)
     found = find_checkpoint(directory, step)
     stored = _checked_config(found, config, "video", ("clip", "video_model", "text"))
+    _warn_of_other_cameras(stored, config, directory)
     # Only this, so that settings of then which are out of range today do not matter.
     sections = ("clip", "video_model", "lora", "text")
     trained = Experiment.from_config({k: stored[k] for k in sections if k in stored}).video
@@ -440,6 +441,25 @@ def _check_views(there: list[str], here: list[str], directory: Path) -> None:
         f"{given}: use the clip.views of its training, or train stage 1 with these views from it "
         f"(config.init_from={str(directory)!r})."
     )
+
+
+def _warn_of_other_cameras(stored: Any, config: Any, directory: Path) -> None:
+    """What the same dataset shows the two stages: equal shapes need not be the same pictures."""
+    datasets = config.get("datasets", {})
+    for name, then in stored.get("datasets", {}).items():
+        if name not in datasets:
+            continue
+        cameras = [
+            plain({key: dataset[key] for key in ("video", "views") if dataset.get(key)})
+            for dataset in (then, datasets[name])
+        ]
+        if different := differences(*cameras, f"datasets.{name}"):
+            log.warning(
+                "The backbone %s was trained on other cameras, or on the same ones arranged "
+                "otherwise, than the decoder sees (%s).",
+                directory,
+                "; ".join(different),
+            )
 
 
 def _common_settings(config: Any, stored: Any) -> Any:
