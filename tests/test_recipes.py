@@ -5,35 +5,32 @@ episode and camera, and every number tells them, too. The configurations are the
 sizes, paths and networks.
 """
 
+from itertools import count
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from encode_toys import IDENTITY, TextEncoder, Tokenizer
+from small_recipes import get_config, smaller
+from tiny_stages import quick_compiles
 
-from configs import aloha_action, aloha_video, droid_action, droid_video
 from data_pipelines.inspect import inspect_path
 from data_pipelines.sources.formats import open_config
 from mvjax.encode import encode_dataset
+from mvjax.experiment import Experiment
+from mvjax.policy.load import load_policy
+from mvjax.policy.robot import trained_robot
+from mvjax.serving.adapters import make_adapter
+from mvjax.serving.messages import RequestError
+from mvjax.serving.notices import Notices
+from mvjax.serving.session import Session, SessionSpec
 
-FIXTURES = Path(__file__).parent / "fixtures"
-LISTS = FIXTURES / "droid/lists"
 OBSERVED, FUTURE = 5, 56
 
 
-def smaller(config, path: Path):
-    """The configuration with small pictures, and its dataset, of the fixture."""
+def encoded(config, path: Path):
     (dataset,) = config.datasets.values()
-    dataset.path = str(path)
-    if "options" in dataset:
-        dataset.options.droid.ranges = str(LISTS / "ranges.json")
-    config.clip.update(height=32, width=48)
-    for view in config.clip.views.values():
-        view.update(height=16, width=32)
-    return config, dataset
-
-
-def encoded(config, dataset, path: Path):
     return encode_dataset(
         open_config(dataset),
         dataset,
@@ -93,9 +90,9 @@ def opened(steps) -> np.ndarray:
 @pytest.fixture(scope="module")
 def droid_records(tmp_path_factory):
     """Both stages of the recipe, at one window per step."""
-    config, dataset = smaller(droid_video.get_config(), FIXTURES / "droid/droid/1.0.1")
-    dataset.anchor_fps = 15.0
-    return encoded(config, dataset, tmp_path_factory.mktemp("droid"))
+    config = smaller("droid_video")
+    config.datasets.droid.anchor_fps = 15.0
+    return encoded(config, tmp_path_factory.mktemp("droid"))
 
 
 def test_droid_windows_begin_where_the_lists_say(droid_records):
@@ -133,15 +130,14 @@ def test_droid_records_hold_the_cameras_joints_and_gripper_of_their_moment(droid
 
 
 def test_droid_takes_one_window_a_second_of_what_is_left(tmp_path):
-    config, dataset = smaller(droid_action.get_config(), FIXTURES / "droid/droid/1.0.1")
-    records = encoded(config, dataset, tmp_path)
+    records = encoded(smaller("droid_action"), tmp_path)
     anchors = [int(records[i]["anchor"]) for i in range(len(records))]
     # A tenth of a second early, so that jitter loses none; 20 to 24 are idle.
     assert anchors == [round(step / 15 * 1e9) for step in (3, 17, 32)]
 
 
 def test_inspection_counts_what_the_lists_leave_out():
-    _, dataset = smaller(droid_video.get_config(), FIXTURES / "droid/droid/1.0.1")
+    dataset = smaller("droid_video").datasets.droid
     found = inspect_path(Path(dataset.path), "rlds", dataset.options.to_dict())
     texts = [problem.text for problem in found.problems]
     assert sum("left out" in text or "leaves it out" in text for text in texts) == 4
@@ -164,10 +160,9 @@ def aloha_numbers(frames, episode: int, what: int) -> np.ndarray:
     return 0.01 * np.asarray(frames)[:, None] + 0.5 * episode + what + 0.001 * np.arange(14)
 
 
-@pytest.mark.parametrize("recipe", [aloha_video, aloha_action])
+@pytest.mark.parametrize("recipe", ["aloha_video", "aloha_action"])
 def test_aloha_records_hold_three_cameras_and_both_arms_of_their_moment(recipe, tmp_path):
-    config, dataset = smaller(recipe.get_config(), FIXTURES / "aloha")
-    records = encoded(config, dataset, tmp_path)
+    records = encoded(smaller(recipe), tmp_path)
     assert [row.count for row in records.episodes] == [8, 5] and records.skipped == []
     assert records.instructions == [f"place the coffee capsule {i}" for i in range(2)]
     for index in range(len(records)):
@@ -185,3 +180,62 @@ def test_aloha_records_hold_three_cameras_and_both_arms_of_their_moment(recipe, 
         joints = [*range(6), *range(7, 13)]
         actions[:, joints] -= present[:, joints]
         np.testing.assert_allclose(record["actions"], actions, atol=1e-5)
+
+
+# Both.
+
+
+def _compile_quickly() -> None:
+    jax.config.update("jax_disable_most_optimizations", True)
+
+
+STAGES = "video", "action"
+_POSTED = {
+    "droid": {
+        "observation/exterior_image_1_left": 1,
+        "observation/wrist_image_left": 2,
+        "observation/joint_position": np.linspace(-1, 1, 7),
+        "observation/gripper_position": np.array([0.25]),
+    },
+    "aloha": {
+        "images": {"cam_high": 1, "cam_left_wrist": 2, "cam_right_wrist": 3},
+        "state": np.linspace(-1, 1, 14),
+    },
+}
+
+
+@pytest.mark.parametrize("name, client", [("droid", "droid_joint_position"), ("aloha", "aloha")])
+def test_a_recipe_runs_from_the_dataset_to_the_robot(name, client, command, tmp_path):
+    """By the commands of its head; openpi's message is answered with absolute joints."""
+    video, action = (f"--config=tests/small_recipes.py:{name}_{s},{tmp_path}" for s in STAGES)
+    for words in (
+        ("launch.encode", video, "--only=tokenizer"),
+        ("launch.encode", video),
+        ("launch.train", video, f"--workdir={tmp_path}/video"),
+        ("launch.train", action, f"--workdir={tmp_path}/action"),
+    ):
+        said = command(*words, prepare=_compile_quickly)
+        assert said.code == 0, said.err
+    with quick_compiles():
+        experiment = Experiment.from_config(get_config(f"{name}_action,{tmp_path}"))
+        policy = load_policy(experiment, tmp_path / "action", experiment.sampling(), 1)
+        adapter = make_adapter(client, trained_robot(experiment.config))
+        session = Session(adapter, SessionSpec(5, 1), count(), Notices({}, client))
+        pictures = np.random.default_rng(0).integers(0, 256, (4, 180, 320, 3), np.uint8)
+        message = jax.tree.map(lambda v: pictures[v] if isinstance(v, int) else v, _POSTED[name])
+        seen = session.observe(message | {"prompt": "fill the cup"})
+        (chunk,) = policy.act([seen.observation])
+    actions = session.actions(chunk, seen)
+    if name == "droid":  # whose gripper is 1 when closed
+        joints = message["observation/joint_position"] + chunk[:, :7]
+        expected = np.concatenate([joints, 1 - chunk[:, 7:]], axis=1)
+        expected[:, 7] = expected[:, 7].clip(0, 1)
+    else:
+        expected = chunk + np.where(np.arange(14) % 7 < 6, message["state"], 0)
+    np.testing.assert_allclose(actions, expected, atol=1e-5)
+    assert (*seen.observation.frames,) == policy.cameras
+    assert len(policy.views) == len(policy.cameras)
+    shown = message.get("images", message)
+    del shown[next(key for key in shown if "wrist" in key)]
+    with pytest.raises(RequestError, match="wrist"):
+        session.observe(message | {"prompt": "fill the cup"})
