@@ -114,7 +114,7 @@ def test_settings_on_the_command_line(monkeypatch):
 def test_the_policies_of_the_camera_study_differ_in_their_cameras_alone():
     """And read the same demonstrations, which are recorded once with both cameras."""
     said = [phase.command for phase in cameras.phases("out")]
-    assert len(said) == 1 + 5 * 3 and said[0][-1] == "--cameras=corner,gripper"
+    assert len(said) == 1 + 6 * 3 and said[0][-1] == "--cameras=corner,gripper"
     shown = {}
     for stage in ("video", "action"):
         configs = [camera_study.get_config(f"{stage},{word}") for word in quickstart.CAMERAS]

@@ -3,7 +3,7 @@
     python -m launch.benchmarks.cameras --out=runs/cameras
 
 records demonstrations of both cameras once, then trains and evaluates the three policies of
-configs/camera_study.py. It takes about forty minutes on two CPU cores, and continues where it was
+configs/camera_study.py. It takes about half an hour on two CPU cores, and continues where it was
 stopped. What came out: docs/results.md.
 """
 
@@ -35,7 +35,9 @@ def main() -> None:
 
 
 def phases(out: str) -> list[Phase]:
-    """One recording; then an encoding, two trainings and an evaluation for each policy."""
+    """One recording; then for each policy an encoding, two trainings, an evaluation, and a few
+    episodes one after the other, whose queries are timed.
+    """
     recording = STUDY.get_config("video,tiled").recording.robot
     record = (
         f"--out={out}/robot",
@@ -61,8 +63,12 @@ def phases(out: str) -> list[Phase]:
         for stage, words in (("video", video), ("action", action)):
             command = _command("launch.train", *words, f"--workdir={folder}/{stage}")
             found.append(Phase(f"{cameras}: {stage}", command, f"{folder}/{stage}/finished"))
-        how = f"--checkpoint={folder}/action", f"--out={folder}/evaluation", "--modes=policy"
-        found.append(Phase(f"{cameras}: evaluate", _command("launch.evaluate", *action, *how)))
+        how = *action, f"--checkpoint={folder}/action", "--modes=policy"
+        evaluate = _command("launch.evaluate", *how, f"--out={folder}/evaluation")
+        found.append(Phase(f"{cameras}: evaluate", evaluate))
+        alone = "--config.evaluation.workers=1", "--config.evaluation.episodes_per_task=2"
+        timed = _command("launch.evaluate", *how, *alone, f"--out={folder}/timed")
+        found.append(Phase(f"{cameras}: time a query", timed))
     return found
 
 
@@ -73,14 +79,17 @@ def _command(module: str, *arguments: str) -> tuple[str, ...]:
 def row(out: Path, cameras: str) -> str:
     """A line of the table."""
     config = STUDY.get_config(f"video,{cameras}")
-    results = read_results(out / cameras / "evaluation/policy_k0/results.jsonl")
+    results, timed = (
+        read_results(out / cameras / folder / "policy_k0/results.jsonl")
+        for folder in ("evaluation", "timed")
+    )
     low, high = wilson_interval(sum(r.success for r in results), len(results))
     success = statistics.mean(r.success for r in results)
     by_task = ", ".join(
         f"{task} {sum(r.success for r in results if r.task == task)}"
         for task in config.evaluation.tasks
     )
-    query = statistics.median(r.plan_seconds / r.queries for r in results)
+    query = statistics.median(r.plan_seconds / r.queries for r in timed)
     tokens = Experiment.from_config(config).tokens
     interval = f"{success:.0%} ({low:.0%} to {high:.0%})"
     return f"| {cameras} | {tokens} | {interval} | {by_task} | {1000 * query:.1f} |"
