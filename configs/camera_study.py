@@ -1,6 +1,6 @@
 """One camera against two, on tasks whose small objects the corner camera hardly shows.
 
-    python -m launch.benchmarks.cameras --out=runs/cameras
+    python -m launch.benchmarks.cameras --folder=runs/cameras
 
 trains and evaluates what the arguments of this configuration choose: the stage (video, action) and
 the cameras (single, tiled, observed). Networks, optimizer and steps are the quickstart's. The three

@@ -10,7 +10,7 @@ import mvjax as package
 from launch.cli import COMMANDS
 
 LAUNCH = Path(__file__).parents[1] / "launch"
-NOT_COMMANDS = {"__init__", "cli", "entry", "preflight", "robot_loop", "tpu_compiler"}
+NOT_COMMANDS = {"__init__", "cli", "entry", "phases", "preflight", "robot_loop", "tpu_compiler"}
 HIDE = "import sys; sys.modules.update(dict.fromkeys(['absl', 'jax'])); sys.argv[0] = 'mvjax'; "
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.quickstart import Phase, run_phases
+from launch.phases import Phase, run_phases
 
 ROOT = Path(__file__).parents[1]
 
@@ -34,7 +34,7 @@ def start(script: Path, *phases: Phase) -> subprocess.Popen:
     listed = ", ".join(f"Phase({p.name!r}, {p.command!r})" for p in phases)
     script.write_text(
         "from pathlib import Path\n"
-        "from launch.quickstart import Phase, run_phases\n"
+        "from launch.phases import Phase, run_phases\n"
         f"run_phases([{listed}], Path({str(script.with_name('phases.json'))!r}))\n"
     )
     return subprocess.Popen(

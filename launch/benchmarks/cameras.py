@@ -1,33 +1,31 @@
 """One camera, two tiled and one observed beside the other: success, time per query, tokens.
 
-    python -m launch.benchmarks.cameras --out=runs/cameras
+    python -m launch.benchmarks.cameras --folder=runs/cameras
 
 records demonstrations of both cameras once, then trains and evaluates the three policies of
 configs/camera_study.py. It takes about half an hour on two CPU cores, and continues where it was
 stopped. What came out: docs/results.md.
 """
 
-import importlib
 import statistics
 import sys
 from pathlib import Path
 
 from absl import flags
 
-from configs import quickstart
+from configs import camera_study, quickstart
 from launch.entry import run
-from launch.quickstart import Phase, run_phases
+from launch.phases import Phase, run_phases
 from mvjax.evaluation.closed_loop import wilson_interval
 from mvjax.evaluation.rollout import read_results
 from mvjax.experiment import Experiment
 
-OUT = flags.DEFINE_string("out", "runs/cameras", "Folder of the demonstrations and runs.")
-STUDY = importlib.import_module("configs.camera_study")
+FOLDER = flags.DEFINE_string("folder", "runs/cameras", "Folder of the demonstrations and runs.")
 
 
 def main() -> None:
     """Runs what is missing, and prints a table."""
-    out = OUT.value
+    out = FOLDER.value
     run_phases(phases(out), Path(out) / "phases.json")
     print("| cameras | tokens | success | by task | ms per query |\n|---|---|---|---|---|")
     for cameras in quickstart.CAMERAS:
@@ -38,7 +36,7 @@ def phases(out: str) -> list[Phase]:
     """One recording; then for each policy an encoding, two trainings, an evaluation, and a few
     episodes one after the other, whose queries are timed.
     """
-    recording = STUDY.get_config("video,tiled").recording.robot
+    recording = camera_study.get_config("video,tiled").recording.robot
     record = (
         f"--out={out}/robot",
         f"--kind={recording.kind}",
@@ -78,7 +76,7 @@ def _command(module: str, *arguments: str) -> tuple[str, ...]:
 
 def row(out: Path, cameras: str) -> str:
     """A line of the table."""
-    config = STUDY.get_config(f"video,{cameras}")
+    config = camera_study.get_config(f"video,{cameras}")
     results, timed = (
         read_results(out / cameras / folder / "policy_k0/results.jsonl")
         for folder in ("evaluation", "timed")
