@@ -20,7 +20,7 @@ def get_config(arguments: str) -> ConfigDict:
     config.run_dir = run_dir
     config.tokenizer, config.text_encoder = f"{run_dir}/tokenizer.npz", ""
     config.text.update(length=4, dim=16)
-    config.video_model.update(width=48, num_blocks=2, num_heads=2, adaln_rank=4)
+    config.video_model.update(width=48, num_blocks=2, num_heads=2, adaln_rank=4, remat="none")
     config.decoder.update(width=32, num_blocks=2, num_heads=2, adaln_rank=4, time_rank=16)
     config.context_layer = 1
     config.sampler.video_steps = 3
