@@ -74,6 +74,11 @@ class Clip:
         return tokens(self.latent_shape)
 
     @property
+    def all_tokens(self) -> int:
+        """Tokens of the video DiT for the video and all views: the length of its sequence."""
+        return self.tokens + sum(map(tokens, self.view_shapes.values()))
+
+    @property
     def view_shapes(self) -> dict[str, tuple[int, int, int, int]]:
         """As `latent_shape`, of every view in the order of their names."""
         return {

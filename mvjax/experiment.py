@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.clip import CHANNELS, Clip, tokens
+from data_pipelines.clip import CHANNELS, Clip
 from data_pipelines.records import entry
 from mvjax.flow import Sampling
 from mvjax.models.action_decoder import ActionDecoderConfig
@@ -82,7 +82,7 @@ class Experiment:
     @property
     def tokens(self) -> int:
         """Length of the video DiT's sequence: the video and all views."""
-        return self.clip.tokens + sum(map(tokens, self.clip.view_shapes.values()))
+        return self.clip.all_tokens
 
     @cached_property
     def video(self) -> VideoDiTConfig:

@@ -23,7 +23,7 @@ import psutil
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.cameras import View
-from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL, tokens
+from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL
 from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
 from launch.benchmarks.training_speed import take_turns
@@ -173,9 +173,8 @@ def part_flops(policy: Policy) -> dict[str, float]:
     text = policy.text_encoder.encode(["text"]).shape[1]
     views = clip.view_shapes
     video = partial(video_dit_flops, backbone, clip.latent_shape, text, views=views.values())
-    context_tokens = clip.tokens + sum(map(tokens, views.values()))
     keys_values, actions = sampling_flops(
-        decoder, context_tokens, sampling.draws, sampling.action_steps
+        decoder, clip.all_tokens, sampling.draws, sampling.action_steps
     )
     seen, *others = (
         jax.ShapeDtypeStruct((1, clip.observed_frames, view.height, view.width, 3), np.uint8)

@@ -73,15 +73,15 @@ def splash_parts(
 ) -> Array:
     """As `splash`, of queries to the keys of all parts, each with blocks that fit its length.
 
-    Joined, a long part and a short one would seldom be a multiple of good blocks; and padding is
-    masked in every block of keys, which takes a tenth of the forward pass.
+    Joined, a long part and a short one would seldom be a multiple of good blocks; and where some of
+    the keys are padding, a mask is applied in every block.
     """
     b, h, length, d = q.shape
     # The backward kernel's own grid is not split over the two TensorCores of a megacore chip; an
     # axis of a vmap is. An odd number of samples would leave one of them idle for part of the time.
     device = chip(device_kind())
     halves = 2 if device and device.cores == 2 and b % 2 and h % 2 == 0 else 1
-    parts = [_part_of(q, k, h // halves, name, len(ks) > 1, interpret) for k in ks]
+    parts = [_keys_kernel(q, k, h // halves, name, len(ks) > 1, interpret) for k in ks]
 
     def ready(x: Array, rows: int) -> Array:
         x = jnp.pad(x, ((0, 0), (0, 0), (0, rows - x.shape[2]), (0, -d % LANES)))
@@ -99,7 +99,7 @@ def splash_parts(
     meta_fields=["queries", "keys", "given"],
 )
 @dataclass(frozen=True)
-class _Part:
+class _KeysKernel:
     """The kernel of one part of the keys, and lengths that its blocks divide."""
 
     kernel: splash_attention_kernel.SplashAttentionKernel
@@ -130,9 +130,9 @@ class _Part:
         )[3:6]
 
 
-def _part_of(
+def _keys_kernel(
     q: Array, k: Array, heads: int, name: str | None, several: bool, interpret: bool
-) -> _Part:
+) -> _KeysKernel:
     sizes, queries, keys = _block_sizes(q, k.shape[2])
     kernel = splash_attention_kernel.make_splash_mha(
         splash_attention_mask.MultiHeadMask(
@@ -145,12 +145,12 @@ def _part_of(
         save_residuals=several,
         interpret=interpret,
     )
-    return _Part(kernel, queries, keys, k.shape[2])
+    return _KeysKernel(kernel, queries, keys, k.shape[2])
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _over_parts(
-    name: str | None, parts: Sequence[_Part], q: Array, ks: list[Array], vs: list[Array]
+    name: str | None, parts: Sequence[_KeysKernel], q: Array, ks: list[Array], vs: list[Array]
 ) -> Array:
     """Attention over several parts of the keys, whose kernels also give the softmax's log-sum.
 
