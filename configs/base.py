@@ -21,6 +21,7 @@ def skeleton(run_dir: str) -> ConfigDict:
     config.sampler = dict(action_steps=10, sigma_max=80.0, seed=0)
     config.mesh = dict(context=1, tensor=1)
     config.rules = dict(DEFAULT_RULES)
+    config.context_frames = "all"  # "observed": stage 2 and the policy have no future frames
     config.init_from = ""
     config.optimizer = dict(
         b1=0.9,

@@ -78,6 +78,12 @@ class Clip:
         """Tokens of the video DiT for the video and all views: the length of its sequence."""
         return self.tokens + sum(map(tokens, self.view_shapes.values()))
 
+    def read_shapes(self, observed_only: bool) -> tuple[tuple[int, ...], ...]:
+        """As `latent_shape`, of the video or of its observed frames alone, and of every view."""
+        frames, *size = self.latent_shape
+        frames = self.condition_latents if observed_only else frames
+        return (frames, *size), *self.view_shapes.values()
+
     @property
     def view_shapes(self) -> dict[str, tuple[int, int, int, int]]:
         """As `latent_shape`, of every view in the order of their names."""

@@ -14,14 +14,16 @@ def plain(value: Any) -> Any:
 
 
 _NOTHING = (None, {})
+# What earlier versions did, whose settings lack these names.
+ABSENT = {"attention_to": "all", "context_frames": "all"}
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
     """Lists differences between stored settings ("there") and those of this run ("here").
 
     Each is one sentence, such as "clip.height is 64 there, 32 here", with names below `prefix`. A
-    missing setting counts as None, a missing section as an empty one, and a tuple equals a list, as
-    in JSON.
+    missing setting counts as None, or as what it was before it could be set; a missing section
+    counts as an empty one, and a tuple equals a list, as in JSON.
     """
     before, after = plain(before), plain(after)
     if isinstance(before, dict) and isinstance(after, dict):
@@ -29,7 +31,9 @@ def differences(before: Any, after: Any, prefix: str = "") -> list[str]:
             sentence
             for key in sorted({*before, *after})
             for sentence in differences(
-                before.get(key), after.get(key), f"{prefix}.{key}" if prefix else key
+                before.get(key, ABSENT.get(key)),
+                after.get(key, ABSENT.get(key)),
+                f"{prefix}.{key}" if prefix else key,
             )
         ]
     same = before == after or (before in _NOTHING and after in _NOTHING)

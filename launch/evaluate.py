@@ -120,10 +120,11 @@ def play(config: ConfigDict) -> None:
 def offline(config: ConfigDict) -> None:
     """Prints the action error at every stop step."""
     _require_checkpoint()
-    everything = [str(k) for k in range(config.sampler.video_steps + 1)]
-    steps = _stop_steps(STOP_STEPS.value or everything, config.sampler.video_steps)
+    experiment, last = Experiment.from_config(config), config.sampler.video_steps
+    everything = [str(k) for k in range(1 if experiment.context_frames == "observed" else last + 1)]
+    steps = _stop_steps(STOP_STEPS.value or everything, last)
     summary = evaluate_offline(
-        Experiment.from_config(config),
+        experiment,
         Path(CHECKPOINT.value),
         Path(OUT.value),
         steps,

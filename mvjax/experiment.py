@@ -19,7 +19,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from data_pipelines.clip import CHANNELS, Clip
+from data_pipelines.clip import CHANNELS, Clip, tokens
 from data_pipelines.records import entry
 from mvjax.flow import Sampling
 from mvjax.models.action_decoder import ActionDecoderConfig
@@ -80,9 +80,23 @@ class Experiment:
         return Clip(**self.config.clip)
 
     @property
+    def context_frames(self) -> str:
+        """What the decoder reads of the video: "all" of it, or the "observed" frames alone."""
+        return self.config.get("context_frames", "all")
+
+    @property
+    def read_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Latents (frames, height, width, channels) in the video DiT: the video's, every view's.
+
+        Stage 2 gives it the observed frames alone where `context_frames` is "observed".
+        """
+        reads = self.config.get("stage") == "action" and self.context_frames == "observed"
+        return self.clip.read_shapes(observed_only=reads)
+
+    @property
     def tokens(self) -> int:
         """Length of the video DiT's sequence: the video and all views."""
-        return self.clip.all_tokens
+        return sum(map(tokens, self.read_shapes))
 
     @cached_property
     def video(self) -> VideoDiTConfig:
@@ -100,9 +114,11 @@ class Experiment:
         # A text projection lets the network's text width differ from text.dim.
         fields = {"text_dim": config.text.dim, **config.video_model}
         fields["rope_ratio_thw"] = tuple(fields["rope_ratio_thw"])
+        first = fields.get("attention_to", "all") == "observed_first"
         model = VideoDiTConfig(
             **fields,
             latent_channels=CHANNELS,
+            observed_latents=self.clip.condition_latents if first else 0,
             views=tuple(sorted(config.get("clip", {}).get("views") or ())),
             lora=LoRA(rank, alpha, tuple(targets)) if rank else None,
         )
@@ -171,8 +187,19 @@ class Experiment:
             )
 
     def sampling(self, **changes: Any) -> Sampling:
-        """The sampling of `config.sampler`, with changes such as `stop_step=5`."""
-        return Sampling(**{**self.config.sampler, **changes})
+        """The sampling of `config.sampler`, with changes such as `stop_step=5`.
+
+        Raises:
+            ValueError: If it denoises a video, or takes a true one, that the decoder does not read.
+        """
+        sampling = Sampling(**{**self.config.sampler, **changes})
+        if self.context_frames == "observed" and (sampling.stop_step or sampling.oracle):
+            wanted = "the true future" if sampling.oracle else f"stop step {sampling.stop_step}"
+            raise ValueError(
+                f"This policy reads the observed frames alone (context_frames='observed'), so "
+                f"{wanted} would change nothing: evaluate it with mode policy at stop step 0."
+            )
+        return sampling
 
     @property
     def datasets(self) -> list[ConfigDict]:

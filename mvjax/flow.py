@@ -156,6 +156,15 @@ def network_input(
     return NetworkInput(latents, times, mask, seen)
 
 
+def observed_input(observed: Array, views: Views | None = None) -> NetworkInput:
+    """`network_input` of the observed latent frames alone, [b, condition latents, h, w, c].
+
+    All of them are clean, so there is no noise level.
+    """
+    sigma = jnp.full((len(observed), 1), CONDITION_SIGMA)
+    return network_input(observed, observed, sigma, jnp.ones(observed.shape[:2]), views)
+
+
 def denoise(
     velocity: Callable[[NetworkInput], Array],
     noisy: Array,

@@ -119,6 +119,7 @@ RULES: dict[str, Rule] = {
     "max_bad_share": SHARE,
     "validation_share": SHARE,
     "context_layer": COUNT_OR_NONE,
+    "context_frames": Choice(("all", "observed")),
     "lora.rank": COUNT_OR_NONE,  # 0: everything learns
     "lora.alpha": Number(0),
     "sampler.video_steps": COUNT,

@@ -23,7 +23,7 @@ import psutil
 from jax.sharding import NamedSharding, PartitionSpec
 
 from data_pipelines.cameras import View
-from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL
+from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL, tokens
 from data_pipelines.normalize import Normalizer
 from data_pipelines.representations import Mode
 from launch.benchmarks.training_speed import take_turns
@@ -82,7 +82,7 @@ def compile_parts(policy: Policy, inputs: Inputs) -> dict[str, Any]:
         return program, result
 
     def choose(decoder, context_kv, proprio, noise):
-        sigma = jnp.float32(model.sampling.stop_sigma)
+        sigma = jnp.float32(model.context_sigma)
         return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
     def whole() -> Any:
@@ -171,11 +171,11 @@ def part_flops(policy: Policy) -> dict[str, float]:
     model, sampling = policy.model, policy.model.sampling
     clip, backbone, decoder = model.clip, model.backbone.config, model.decoder.config
     text = policy.text_encoder.encode(["text"]).shape[1]
-    views = clip.view_shapes
-    video = partial(video_dit_flops, backbone, clip.latent_shape, text, views=views.values())
+    read, *views = clip.read_shapes(model.observed_only)
     keys_values, actions = sampling_flops(
-        decoder, clip.all_tokens, sampling.draws, sampling.action_steps
+        decoder, sum(map(tokens, (read, *views))), sampling.draws, sampling.action_steps
     )
+    evaluation = partial(video_dit_flops, backbone, text_length=text, views=views)
     seen, *others = (
         jax.ShapeDtypeStruct((1, clip.observed_frames, view.height, view.width, 3), np.uint8)
         for view in policy.views
@@ -185,7 +185,8 @@ def part_flops(policy: Policy) -> dict[str, float]:
     flops = {
         # Counted by the compiler: the borders of convolutions are not worth a formula.
         "encode": (encode.cost_analysis() or {}).get("flops", 0.0),
-        "video": sampling.stop_step * video() + video(layers=model.layer),
+        "video": sampling.stop_step * evaluation(clip.latent_shape)
+        + evaluation(read, layers=model.layer),
         "context": keys_values,
         "actions": actions,
     }
@@ -265,7 +266,12 @@ def untrained_policy(
     ways = split_ways("batch", mesh, rules)
     return Policy(
         model=VideoActionModel(
-            experiment.clip, config.context_layer, video_network(video_dit), decoder, sampling
+            experiment.clip,
+            config.context_layer,
+            video_network(video_dit),
+            decoder,
+            sampling,
+            experiment.context_frames,
         ),
         weights=(tokenizer, backbone_params, decoder_params),
         text_encoder=NoiseTextEncoder(config.text.length, config.text.dim),

@@ -27,6 +27,7 @@ from launch.benchmarks.torch_networks import (
 from mvjax.experiment import Experiment
 from mvjax.flow import TAIL_SIGMA, Trajectory, advance, published_noise, schedule
 from mvjax.models.stand_ins import LinearTokenizer
+from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.models.wan_vae import WanVAE
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
@@ -159,6 +160,7 @@ class TorchStep:
             flops: Of our step, so that both are measured alike.
             compiled: Use `torch.compile`.
         """
+        _check_published(experiment.context_frames == "observed", experiment.video)
         start, config = time.perf_counter(), experiment.config
         self.flops, self.batch_size = flops, config.training.batch_size
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -264,6 +266,14 @@ def choose_attention(heads: int, tokens: int, head_dim: int) -> dict[str, float]
     return times
 
 
+def _check_published(observed_only: bool, video_dit: VideoDiTConfig) -> None:
+    if observed_only or video_dit.observed_latents:
+        raise ValueError(
+            "PyTorch computes what was published, with context_frames='all' and "
+            "video_model.attention_to='all': use these, or measure mvjax alone with --notorch."
+        )
+
+
 # --- The policy, with our weights ---
 
 Context = list[tuple[Tensor, Tensor]]
@@ -281,7 +291,11 @@ class TorchPolicy:
         Args:
             policy: One without oracle. Where its weights are shapes, random ones are taken.
             compiled: Use `torch.compile` for the video DiT and the decoder.
+
+        Raises:
+            ValueError: If it is not one as published.
         """
+        _check_published(policy.model.observed_only, policy.model.backbone.config)
         self._policy, self._model = policy, policy.model
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backbone, decoder = self._model.backbone.config, self._model.decoder.config

@@ -106,6 +106,8 @@ def evaluate(
         robot = trained_robot(config)
         sees = check_suite(robot, protocol.suite, suite.embodiment, suite.size)
         predicted = [c for view in robot.views if view.name == VIDEO for c in view.cameras] or None
+        for setting in settings.values():  # which raises where a setting would change nothing
+            experiment.sampling(stop_step=setting.stop_step or 0, oracle=setting.mode == "oracle")
         find_checkpoint(checkpoint)  # before `folder` is made
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
     process = jax.process_index()

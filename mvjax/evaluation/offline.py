@@ -77,7 +77,8 @@ def evaluate_offline(
     Args:
         experiment, checkpoint: a stage-2 run and its training directory.
         folder: receives the results.
-        stop_steps: denoising steps at which to read the video.
+        stop_steps: denoising steps at which to read the video; (0,) for a policy that reads the
+            observed frames alone, whose errors with the true video are those with its own.
         count: moments per dataset.
         batch: moments computed at once.
 
@@ -89,6 +90,8 @@ def evaluate_offline(
             policy was trained on episodes that would count as held out.
         OSError: another process evaluates into the folder.
     """
+    for k in stop_steps:
+        experiment.sampling(stop_step=k)  # which raises where it would change nothing
     check_held_out(experiment.config, find_checkpoint(checkpoint))
     # Process 0 writes for all.
     with run_lock(folder) if jax.process_index() == 0 else nullcontext():
@@ -228,7 +231,7 @@ def _batch_errors(
     policy: Policy, batch: list[Window], stop_steps: Sequence[int]
 ) -> Iterator[WindowErrors]:
     model, clip, sigmas = policy.model, policy.model.clip, policy.model.sampling.sigmas
-    inputs = policy.inputs([window.observation for window in batch], with_future=True)
+    inputs = policy.inputs([w.observation for w in batch], with_future=True, video=True)
     from_true, from_generated = [], []
     with policy.devices():
         clean = _encode(model, policy.weights, inputs)
@@ -271,6 +274,7 @@ def _encode(model: VideoActionModel, weights: Weights, inputs: Inputs) -> Scene:
 def _act(model, weights: Weights, x, clean, sigma, inputs: Inputs) -> jax.Array:
     level = jnp.full((len(x), 1), sigma)
     context = model.read(weights[1], x, clean, level, inputs.text)
+    sigma = jnp.float32(model.context_sigma) if model.observed_only else sigma
     chunks = model.actions(weights[2], context, sigma, inputs.proprio, inputs.action_noise)
     return medoid(chunks)
 

@@ -4,7 +4,8 @@ In this order: `attend`, for queries, keys and values that are ready; `on_shards
 sharding; the kernels and the choice among them; the module `Attention`.
 
 What attends may be several streams of tokens, such as a video and the views beside it: each keeps
-its own sharding, and the queries of each read the keys of all. A single one is a stream, too.
+its own sharding, and the queries of each read the keys of all, or of those that are named
+(`Reads`), which takes the place of a mask. A single one is a stream, too.
 
 "xla" writes the logits of every query and key to memory; "cudnn" (NVIDIA GPUs) and "splash" (TPUs,
 `mvjax.models.splash`) keep them on the chip, which is what makes tens of thousands of tokens
@@ -12,7 +13,8 @@ possible.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 
 import chex
 import jax
@@ -39,6 +41,9 @@ Kernel = Callable[[Array, Array, Array], Array]  # q, k, v [b, length, heads, he
 KeysValues = tuple[Array, Array]
 Streams = Sequence[Array]  # of the same samples and width, each of its own length
 Rope = tuple[Array, Array]  # cosines and sines of `rope_table`
+# The streams of keys that the queries of each stream read, by number, in parts: a part's keys are
+# joined for a kernel with blocks that fit their length.
+Reads = Sequence[Sequence[Sequence[int]]]
 
 KERNELS = ("auto", "xla", "cudnn", "splash")
 
@@ -68,44 +73,77 @@ def attend(
     return attend_streams([q_blhd], [k_bmhd], [v_bmhd], kernel, name)[0]
 
 
+def reads_all(queries: Streams, keys: Streams) -> Reads:
+    """Every stream reads all: the first, which is long, and all others as a part of their own."""
+    others = range(1, len(keys))
+    return [[[0], others] if others else [[0]]] * len(queries)
+
+
 def attend_streams(
     q_blhd: Streams,
     k_bmhd: Streams,
     v_bmhd: Streams,
     kernel: str = "auto",
     name: str | None = None,
+    reads: Reads | None = None,
 ) -> list[Array]:
-    """As `attend`, of the queries of every stream to the joined keys of all streams."""
+    """As `attend`, of the queries of every stream to the keys of the streams that it reads.
+
+    Without `reads` it reads all.
+    """
     b, _, num_heads, head_dim = q_blhd[0].shape
     # Fewer heads of keys than of queries would be shared between them, and not refused.
     for k, v in zip(k_bmhd, v_bmhd):
         chex.assert_shape([k, v], (b, k.shape[1], num_heads, head_dim))
     kernel = choose_kernel(kernel, q_blhd[0], sum(k.shape[1] for k in k_bmhd))
+    reads = reads or reads_all(q_blhd, k_bmhd)
     if kernel == "xla":
+        k, v = ([constrain(x, "batch", None, "heads", None) for x in xs] for xs in (k_bmhd, v_bmhd))
         k, v = (
-            joined([constrain(x, "batch", None, "heads", None) for x in xs], 1)
-            for xs in (k_bmhd, v_bmhd)
+            _of_each(reads, lambda read, xs=xs: joined([xs[i] for i in read], 1)) for xs in (k, v)
         )
-        return [xla(constrain(q, "batch", "length", "heads", None), k, v, name) for q in q_blhd]
+        q = [constrain(x, "batch", "length", "heads", None) for x in q_blhd]
+        return [xla(*qkv, name) for qkv in zip(q, k, v)]
     on_device = functools.partial(
         {"cudnn": cudnn, "splash": splash_length_first}[kernel], name=name
     )
-    return on_shards(on_device, q_blhd, k_bmhd, v_bmhd)
+    return on_shards(on_device, q_blhd, k_bmhd, v_bmhd, reads)
 
 
-def on_shards(kernel: Kernel, q_blhd: Streams, k_bmhd: Streams, v_bmhd: Streams) -> list[Array]:
+def _of_each(reads: Reads, make: Callable[[tuple[int, ...]], Array]) -> Iterator[Array]:
+    """What `make` makes of the streams that each reads, once for those that read the same."""
+    made: dict[tuple[int, ...], Array] = {}
+    for parts in reads:
+        read = tuple(chain.from_iterable(parts))
+        if read not in made:
+            made[read] = make(read)
+        yield made[read]
+
+
+def on_shards(
+    kernel: Kernel,
+    q_blhd: Streams,
+    k_bmhd: Streams,
+    v_bmhd: Streams,
+    reads: Reads | None = None,
+) -> list[Array]:
     """A kernel for one device on every device's share of `attend_streams`'s arguments.
 
     The compiler cannot split such a kernel: each device calls it with its samples, heads and
     queries, and with all keys and values of those, gathered over `context`. The gradients of keys
     and values are summed and scattered on the way back.
     """
-    axes = ("batch", "length", "heads", None)
+    axes, reads = ("batch", "length", "heads", None), reads or reads_all(q_blhd, k_bmhd)
     queries, keys = ([activation_spec(x.shape, *axes) for x in xs] for xs in (q_blhd, k_bmhd))
+    split = [spec and spec[1] for spec in keys]
 
     def local(q, k, v):
-        k, v = (join_shards(xs, [spec and spec[1] for spec in keys], 1) for xs in (k, v))
-        return [kernel(x, k, v) for x in q]
+        def whole(xs: Streams) -> Iterator[Array]:
+            return _of_each(
+                reads, lambda read: join_shards([xs[i] for i in read], [split[i] for i in read], 1)
+            )
+
+        return [kernel(*qkv) for qkv in zip(q, whole(k), whole(v))]
 
     arguments = (list(xs) for xs in (q_blhd, k_bmhd, v_bmhd))
     if queries[0] is None:
@@ -124,30 +162,33 @@ def splash_on_shards(
     scales: tuple[Array, Array],
     ropes: Sequence[Rope] | None,
     name: str | None = None,
+    reads: Reads | None = None,
     *,
     interpret: bool = False,
 ) -> list[Array]:
     """`splash_projected` on every device's share, as `on_shards` does for a kernel.
 
     Args:
-        q, k, v: as projected, [b, length, heads · 128] of every stream.
+        q, k, v: as projected, [b, length, heads · 128] of every stream. Where there are fewer
+            streams of queries than of keys, they are those of the last.
         scales: of the norms of queries and keys.
-        ropes: of every stream, to rotate its queries and keys alike; None for no rotation.
-        name: see `attend`.
+        ropes: of every stream of keys, to rotate its queries and keys alike; None for no rotation.
+        name, reads: see `attend` and `attend_streams`.
         interpret: see `splash`.
     """
+    reads = reads or reads_all(q, k)
     queries, keys = ([activation_spec(x.shape, *_projected_axes(x)) for x in xs] for xs in (q, k))
 
     def local(q, k, v, scales, ropes):
         tables = None if ropes is None else [rotation_tables(*rope) for rope in ropes]
         split = [spec and spec[1] for spec in keys]
-        return splash_projected(q, k, v, *scales, tables, name, split, interpret=interpret)
+        return splash_projected(q, k, v, *scales, tables, reads, name, split, interpret=interpret)
 
     arguments = *(list(xs) for xs in (q, k, v)), scales, None if ropes is None else list(ropes)
     if queries[0] is None:
         return local(*arguments)
     whole = PartitionSpec()
-    positions = None if ropes is None else [PartitionSpec(spec[1]) for spec in queries]
+    positions = None if ropes is None else [PartitionSpec(spec[1]) for spec in keys]
     shards = jax.shard_map(
         local, in_specs=(queries, keys, keys, whole, positions), out_specs=queries, check_vma=False
     )
@@ -300,8 +341,17 @@ class Attention(nnx.Module):
             return self._attend([self.q_proj(x)], [k], [v], ropes)[0]
         return self.streams([x], None if context is x else context, ropes)[0]
 
+    def projected(self, x: Array) -> KeysValues:
+        """Keys and values of a stream [b, l, d] as `streams` takes them for `known`: [b, l, d]."""
+        return tuple(linears(x, self.k_proj, self.v_proj))
+
     def streams(
-        self, xs: Streams, context: Array | None = None, ropes: Sequence[Rope] | None = None
+        self,
+        xs: Streams,
+        context: Array | None = None,
+        ropes: Sequence[Rope] | None = None,
+        reads: Reads | None = None,
+        known: Sequence[KeysValues] = (),
     ) -> list[Array]:
         """Attends from every stream to the tokens of all, or to a context that all of them read.
 
@@ -309,21 +359,24 @@ class Attention(nnx.Module):
             xs: tokens of every stream [b, l, d].
             context: [b, m, d_context]; None in self-attention.
             ropes: of every stream, in self-attention; None for no rotation.
+            reads: in self-attention, the streams that each reads; None for all.
+            known: `projected` of streams that come before `xs` and are only read.
         """
         if context is None:
             q, k, v = zip(*(linears(x, self.q_proj, self.k_proj, self.v_proj) for x in xs))
             k, v = ([keep(x, PROJECTED) for x in projected] for projected in (k, v))
+            k, v = ([pair[i] for pair in known] + xs for i, xs in enumerate((k, v)))
         else:
             q = [self.q_proj(x) for x in xs]
             k, v = ([x] for x in linears(context, self.k_proj, self.v_proj))
         q = [keep(x, PROJECTED) for x in q]
         if self._splash(q, k):
             scales = self.q_norm.scale[...], self.k_norm.scale[...]
-            y = splash_on_shards(q, k, v, scales, ropes, self.name)
+            y = splash_on_shards(q, k, v, scales, ropes, self.name, reads)
             return [self.output_proj(x) for x in y]
         turned = ropes or [None] * len(k)
         k, v = zip(*(self._keys_values(*one) for one in zip(k, v, turned)))
-        return self._attend(q, k, v, ropes)
+        return self._attend(q, k, v, ropes and ropes[-len(q) :], reads)
 
     def _splash(self, q: Streams, k: Streams) -> bool:
         """Whether the TPU's kernels take queries and keys as they are projected."""
@@ -334,11 +387,16 @@ class Attention(nnx.Module):
         return can_project(q[0].shape[-1], self.num_heads, *lengths)
 
     def _attend(
-        self, q: Streams, k: Streams, v: Streams, ropes: Sequence[Rope] | None
+        self,
+        q: Streams,
+        k: Streams,
+        v: Streams,
+        ropes: Sequence[Rope] | None,
+        reads: Reads | None = None,
     ) -> list[Array]:
         turned = ropes or [None] * len(q)
         q = [self._ready(x, self.q_norm, rope) for x, rope in zip(q, turned)]
-        y = attend_streams(q, k, v, self.kernel, self.name)
+        y = attend_streams(q, k, v, self.kernel, self.name, reads)
         return [self.output_proj(x.reshape(*x.shape[:2], -1)) for x in y]
 
     def _keys_values(self, k: Array, v: Array, rope: Rope | None) -> KeysValues:

@@ -93,7 +93,7 @@ def step_flops(experiment: Any) -> float:
     LoRA, and one for the frozen backbone of stage 2, to its last block that is read.
     """
     config, model, text = experiment.config, experiment.video, experiment.config.text.length
-    latents = experiment.clip.latent_shape, *experiment.clip.view_shapes.values()
+    latents = experiment.read_shapes
     if experiment.stage == "video":
         return _video_dit(model, latents, text, None, model.lora).training
     backbone = _video_dit(model, latents, text, config.context_layer, None)  # adapters are merged
@@ -120,6 +120,10 @@ def _video_dit(
     """Of latents (frames, height, width, ...): the video's, then those of the views."""
     video, *views = latents
     n, d, rank = sum(map(tokens, latents)), config.width, config.adaln_rank
+    pairs = n * n  # of a query and a key
+    if 0 < config.observed_latents < video[0]:
+        later = tokens((video[0] - config.observed_latents, *video[1:]))
+        pairs -= (n - later) * later  # the present does not attend to what comes later
     t = video[0] + len(views)  # all frames of a view have the same time
 
     def kernel(name: str, rows: int, d_in: int, d_out: int) -> Products:
@@ -134,7 +138,7 @@ def _video_dit(
         return kernel("adaln", times, d, rank) + kernel("adaln", times, rank, chunks * d)
 
     # Attention is two products, with both factors needing a gradient: q kᵀ, and weights with v.
-    block = Products(learned=4.0 * n * n * d + 4.0 * n * text_length * d)
+    block = Products(learned=4.0 * pairs * d + 4.0 * n * text_length * d)
     for rows, width in ((n, d), (text_length, config.text_dim)):  # self- and cross-attention
         block += kernel("q_proj", n, d, d) + kernel("output_proj", n, d, d)
         block += kernel("k_proj", rows, width, d) + kernel("v_proj", rows, width, d)

@@ -105,7 +105,7 @@ WAN_VAES = {
 
 def video_section(model: VideoDiTConfig) -> dict[str, Any]:
     """The section `video_model` of a configuration that describes this video DiT."""
-    elsewhere = {"latent_channels", "lora", "views"}
+    elsewhere = {"latent_channels", "lora", "views", "observed_latents"}
     if not model.text_projection_dim:
         elsewhere.add("text_dim")  # then it is `text.dim`
     return _fields(model, elsewhere)

@@ -204,6 +204,7 @@ def splash_projected(
     q_scale: Array,
     k_scale: Array,
     tables: Sequence[Tables] | None,
+    reads: Sequence[Sequence[Sequence[int]]],
     name: str | None = None,
     split: Sequence[str | tuple[str, ...] | None] = (None,),
     *,
@@ -211,14 +212,17 @@ def splash_projected(
 ) -> list[Array]:
     """softmax(q' k'ᵀ / √d) v of normalised, rotated q' and k', on one device.
 
-    The queries of every stream attend to the keys of all streams.
+    The queries of every stream attend to the keys of those that it reads.
 
     Args:
         q: queries of every stream as projected [b, l, heads · 128].
-        k, v: keys and values as projected [b, m, heads · 128], of the same streams or of others.
+        k, v: keys and values as projected [b, m, heads · 128], of the same streams and perhaps of
+            some before them; or of others, where nothing is rotated.
         q_scale, k_scale: of the RMS norms of a head [128].
-        tables: of `rotation_tables`, for the queries and keys of every stream; None for no
-            rotation.
+        tables: of `rotation_tables`, for every stream of keys and the queries of the same; None for
+            no rotation.
+        reads: streams of keys that the queries of each stream read, in parts
+            (`mvjax.models.attention.Reads`).
         name: see `splash`.
         split: the mesh axis that splits the keys of a stream, if any: heads are exchanged for
             them, or keys and values are gathered.
@@ -227,7 +231,7 @@ def splash_projected(
     Returns:
         [b, l, heads · 128] of every stream.
     """
-    q = _ready(q, q_scale, tables, HEAD_DIM**-0.5, interpret)
+    q = _ready(q, q_scale, tables and tables[-len(q) :], HEAD_DIM**-0.5, interpret)
     k = _ready(k, k_scale, tables, 1.0, interpret)
     v = [x.reshape(*x.shape[:2], -1, HEAD_DIM).swapaxes(1, 2) for x in v]
     context = split[0]
@@ -240,9 +244,10 @@ def splash_projected(
         q, k, v = ([_exchanged(x, context, 1, 2) for x in xs] for xs in (q, k, v))
     elif ways > 1:
         k, v = ([join_shards([x], [axes], 2) for x, axes in zip(xs, split)] for xs in (k, v))
-    # The first stream, which is long, and all others.
-    k, v = ([xs[0], *([joined(xs[1:], 2)] if xs[1:] else [])] for xs in (k, v))
-    y = [splash_parts(x, k, v, name, interpret=interpret) for x in q]
+    y = []
+    for x, parts in zip(q, reads):
+        own_k, own_v = ([joined([xs[i] for i in part], 2) for part in parts] for xs in (k, v))
+        y.append(splash_parts(x, own_k, own_v, name, interpret=interpret))
     y = [(_exchanged(x, context, 2, 1) if exchange else x).swapaxes(1, 2) for x in y]
     return [x.reshape(*x.shape[:2], -1) for x in y]
 

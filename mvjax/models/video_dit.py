@@ -4,12 +4,18 @@ Beside the video that it predicts, the network may read observed views, such as 
 is a stream of tokens of its own, with positions, sizes and a time of its own. Every layer treats
 the streams alike, and self-attention joins them: each token attends to those of all streams.
 
+With attention "observed_first" the observed frames of the video are a stream of their own. They and
+the views attend to each other alone, and the frames after them to everything. What the network
+makes of the present then does not depend on the future: it is the same with and without it, and is
+computed once for a video that is denoised in many steps.
+
 In this order: sizes; the DiT block; the network; its embedding of time and its patches.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any, NamedTuple
 
 import chex
 import jax
@@ -17,8 +23,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from data_pipelines.clip import PATCH
-from mvjax.models.attention import Attention, Rope, Streams, check_context, check_kernel
+from data_pipelines.clip import PATCH, tokens
+from mvjax.flow import NetworkInput
+from mvjax.models.attention import (
+    Attention,
+    KeysValues,
+    Reads,
+    Rope,
+    Streams,
+    check_context,
+    check_kernel,
+)
 from mvjax.models.layers import (
     MLP,
     OUTPUT,
@@ -45,6 +60,10 @@ from mvjax.parallel import constrain, joined
 
 Array = jax.Array
 View = tuple[Array, Array]  # latents, and the time of all of them [b, 1]
+# Keys and values as projected of the observed streams, [blocks, b, tokens, width] each.
+Memory = list[tuple[Array, Array]]
+
+ATTENTION_TO = ("all", "observed_first")
 
 
 @dataclass(frozen=True)
@@ -56,6 +75,8 @@ class VideoDiTConfig:
         rope_ratio_thw: rotary extrapolation ratios, see `mvjax.models.rope.rope_table`.
         text_projection_dim: width of the text that enters, projected to `text_dim` (Predict2.5:
             100352); 0 where it enters as it is (Predict2).
+        attention_to: "all", every token attends to every other (published), or "observed_first".
+        observed_latents: with "observed_first", latent frames of the video that are observed.
         views: names of the observed views beside the video.
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
         precision: one of `mvjax.models.layers.PRECISIONS`.
@@ -77,12 +98,23 @@ class VideoDiTConfig:
     attention: str = "auto"
     remat: str = "none"
     lora: LoRA | None = None
+    attention_to: str = "all"
+    observed_latents: int = 0
     views: tuple[str, ...] = ()
 
     def __post_init__(self):
         compute_dtype(self.precision)
         check_kernel(self.attention)
         check_remat(self.remat)
+        if self.attention_to not in ATTENTION_TO:
+            raise ValueError(
+                f"attention_to must be one of {', '.join(ATTENTION_TO)}; got {self.attention_to!r}."
+            )
+        if (self.attention_to == "observed_first") != (self.observed_latents > 0):
+            raise ValueError(
+                "observed_latents must be positive with attention_to='observed_first' and 0 "
+                f"otherwise; got {self.observed_latents} with {self.attention_to!r}."
+            )
         if len(self.rope_ratio_thw) != 3 or min(self.rope_ratio_thw) <= 0:
             raise ValueError(
                 "rope_ratio_thw must be three positive ratios, of time, height and width; got "
@@ -144,6 +176,8 @@ class Block(nnx.Module):
         shared: Array,
         text: Array,
         ropes: Sequence[Rope],
+        reads: Reads | None = None,
+        known: Sequence[KeysValues] = (),
     ) -> list[Array]:
         """One block on the tokens [b, l, d] of every stream.
 
@@ -152,38 +186,82 @@ class Block(nnx.Module):
             times: how many times each stream has: one for each of its latent frames, or for all.
             embedding, shared: of the times of all streams, one after another [b, sum, ...].
             text: what all of them read.
-            ropes: positions of each stream.
+            ropes: positions of each stream, and before them of those in `known`.
+            reads: the streams that each attends to; None for all.
+            known: `keys_values` of streams that are only attended to.
         """
-        tokens = [x.shape for x in xs]
+        shapes = [x.shape for x in xs]
         xs = [by_frame(x, count) for x, count in zip(xs, times)]
 
         def sublayer(
             xs: Streams, layer: Modulation, f: Callable[[list[Array]], list[Array]]
         ) -> list[Array]:
-            # One product for all streams: kernels are read, and their gradients summed, once.
-            modulations = (m[:, :, None] for m in layer(embedding, shared))
-            shifts, scales, gates = (by_stream(m, times) for m in modulations)
-            us = [
-                apart(modulate(x, shift, scale).reshape(shape))
-                for x, shift, scale, shape in zip(xs, shifts, scales, tokens)
-            ]
+            us, gates = _modulated(layer, xs, times, embedding, shared)
+            us = [u.reshape(shape) for u, shape in zip(us, shapes)]
             return [
                 x + gate * keep(apart(y), OUTPUT).reshape(x.shape)
-                for x, gate, y in zip(xs, gates, f(us))
+                for x, gate, y in zip(xs, gates, f([apart(u) for u in us]))
             ]
 
-        xs = sublayer(xs, self.adaln_self_attn, lambda us: self.self_attn.streams(us, None, ropes))
+        attend = lambda us: self.self_attn.streams(us, None, ropes, reads, known)  # noqa: E731
+        xs = sublayer(xs, self.adaln_self_attn, attend)
         xs = sublayer(xs, self.adaln_cross_attn, lambda us: self.cross_attn.streams(us, text))
         xs = sublayer(xs, self.adaln_mlp, lambda us: [self.mlp(u) for u in us])
         # The residual stream is what lives between blocks: said here, it stays split over context.
         return [
-            constrain(x.reshape(shape), "batch", "length", None) for x, shape in zip(xs, tokens)
+            constrain(x.reshape(shape), "batch", "length", None) for x, shape in zip(xs, shapes)
         ]
 
+    def keys_values(
+        self, xs: Streams, times: Sequence[int], embedding: Array, shared: Array
+    ) -> list[KeysValues]:
+        """What self-attention reads of every stream; arguments as in `__call__`."""
+        frames = [by_frame(x, count) for x, count in zip(xs, times)]
+        us, _ = _modulated(self.adaln_self_attn, frames, times, embedding, shared)
+        return [self.self_attn.projected(u.reshape(x.shape)) for u, x in zip(us, xs)]
 
-def by_stream(x: Array, counts: Sequence[int]) -> list[Array]:
+
+def _modulated(
+    layer: Modulation, xs: Streams, times: Sequence[int], embedding: Array, shared: Array
+) -> tuple[list[Array], list[Array]]:
+    """Streams [b, t, n, d] as a sublayer reads them, and the gates of what it gives."""
+    # One product for all streams: kernels are read, and their gradients summed, once.
+    modulations = (m[:, :, None] for m in layer(embedding, shared))
+    shifts, scales, gates = (by_stream(m, times) for m in modulations)
+    return [modulate(*one) for one in zip(xs, shifts, scales)], gates
+
+
+def by_stream(x: Array, counts: Sequence[int], axis: int = 1) -> list[Array]:
     """[b, sum of the counts, ...] as arrays of these lengths."""
-    return [x] if len(counts) == 1 else jnp.split(x, list(accumulate(counts))[:-1], axis=1)
+    return [x] if len(counts) == 1 else jnp.split(x, list(accumulate(counts))[:-1], axis)
+
+
+class Stream(NamedTuple):
+    """What the network is given of a video, of a part of it, or of a view.
+
+    Attributes:
+        latents: [b, t, h, w, c].
+        times: of every latent frame [b, t], or of all [b, 1].
+        condition, padding: masks that broadcast to the latents' [b, t, h, w].
+        view: its name; None for the video.
+    """
+
+    latents: Array
+    times: Array
+    condition: Array
+    padding: Array
+    view: str | None = None
+
+
+def _observed_first(streams: int) -> Reads:
+    """Who reads whom: observed frames, the frames after them, and then the views.
+
+    The present reads the present: the observed frames and the views. Keys of the video are one
+    part, those of the views another, see `Reads`.
+    """
+    views = [[*range(2, streams)]] if streams > 2 else []
+    present, everything = [[0], *views], [[0, 1], *views]
+    return [present, everything, *[present] * (streams - 2)]
 
 
 class VideoDiT(nnx.Module):
@@ -240,10 +318,44 @@ class VideoDiT(nnx.Module):
         Later blocks are not run. The t·h/2·w/2 tokens of the video come first, then those of the
         views in the order of `config.views`, all in (t, h, w) row-major order. Published name:
         `return_only_hidden_states_up_to`.
+
+        Of a network with attention "observed_first", the states of the observed frames and of the
+        views are the same whether the latents go on after them or end with them.
         """
-        inputs = latents, timesteps, text, condition_mask, padding_mask, views
-        xs, *_ = self._run(*inputs, layer=layer)
+        streams = self._streams(latents, timesteps, condition_mask, padding_mask, views)
+        xs, *_ = self._run(streams, text, layer=layer)
         return xs[0] if len(xs) == 1 else constrain(joined(xs, 1), "batch", "length", None)
+
+    def velocity(self, i: NetworkInput, text: Array, memory: Memory | None = None) -> Array:
+        """As `__call__`, of what `mvjax.flow.network_input` makes."""
+        return self(i.latents, i.timesteps, text, i.condition_mask, views=i.views, memory=memory)
+
+    def remember(self, i: NetworkInput, text: Array) -> Memory | None:
+        """What every block reads of the present, if that does not depend on the future.
+
+        One memory then serves all steps in which a video is denoised: with it, `__call__` computes
+        the frames after the observed ones alone.
+
+        Args:
+            i: what the network is called with; of the video, the observed frames are read.
+            text: as in `__call__`.
+
+        Returns:
+            None where attention is to "all".
+        """
+        if not 0 < self.config.observed_latents < i.latents.shape[1]:
+            return None
+        streams = self._streams(i.latents, i.timesteps, i.condition_mask, None, i.views)
+        present = [0, *range(2, len(streams))]
+        ropes = [self._ropes(streams)[i] for i in present]
+        streams, text = [streams[i] for i in present], self._text(text)
+        times, embedding, shared = self._time(streams)
+
+        def step(xs: list[Array], block: Block) -> tuple[list[Array], Memory]:
+            known = block.keys_values(xs, times, embedding, shared)
+            return block(xs, times, embedding, shared, text, ropes), known
+
+        return jax.lax.scan(step, self._embed(streams), self.blocks)[1]
 
     def __call__(
         self,
@@ -253,46 +365,117 @@ class VideoDiT(nnx.Module):
         condition_mask: Array,
         padding_mask: Array | None = None,
         views: Mapping[str, View] | None = None,
+        memory: Memory | None = None,
     ) -> Array:
-        """The flow velocity ε - x0 of the video, float32 [b, t, h, w, c]."""
-        inputs = latents, timesteps, text, condition_mask, padding_mask, views
-        (x, *_), embedding, shared = self._run(*inputs, layer=self.config.num_blocks)
-        frames = timesteps.shape[1]
-        if self.config.views:  # which end here, and so do their times
-            embedding, shared = embedding[:, :frames], shared[:, :frames]
-        shift, scale = (m[:, :, None] for m in self.final_layer.adaln(embedding, shared))
-        x = self.final_layer(by_frame(x, frames), shift, scale)
-        return unpatchify(x, latents.shape).astype(jnp.float32)
+        """The flow velocity ε - x0 of the video, float32 [b, t, h, w, c].
+
+        With a `memory` of the same text, observed frames and views, that of the observed frames is
+        zero: it is not computed.
+        """
+        streams = self._streams(latents, timesteps, condition_mask, padding_mask, views)
+        layer, video = self.config.num_blocks, len(streams) - len(self.config.views)
+        xs, embedding, shared = self._run(streams, text, layer=layer, memory=memory)
+        if memory is not None:  # of what is computed, nothing but the frames after the present
+            streams, video = streams[1:2], 1
+        frames = [one.times.shape[1] for one in streams[:video]]
+        if sum(frames) < embedding.shape[1]:  # views end here, and so do their times
+            embedding, shared = embedding[:, : sum(frames)], shared[:, : sum(frames)]
+        modulation = (m[:, :, None] for m in self.final_layer.adaln(embedding, shared))
+        velocity = [
+            unpatchify(self.final_layer(by_frame(x, count), *by), one.latents.shape)
+            for x, count, one, *by in zip(
+                xs, frames, streams, *(by_stream(m, frames) for m in modulation)
+            )
+        ]
+        if memory is not None:
+            observed = latents[:, : self.config.observed_latents]
+            velocity.insert(0, jnp.zeros_like(observed, velocity[0].dtype))
+        return joined(velocity, 1).astype(jnp.float32)
 
     def _run(
-        self, latents, timesteps, text, condition_mask, padding_mask, views, *, layer: int
+        self,
+        streams: Sequence[Stream],
+        text: Array,
+        *,
+        layer: int,
+        memory: Memory | None = None,
     ) -> tuple[list[Array], Array, Array]:
-        """The tokens of every stream after block `layer`, and both results of `_time`."""
+        """The tokens of every stream after block `layer`, and both results of `_time`.
+
+        With a memory, of the frames after the present alone.
+        """
         config = self.config
         if not 0 <= layer <= config.num_blocks:
             raise ValueError(
                 f"Layer {layer} does not exist: this video DiT has blocks 1 to "
                 f"{config.num_blocks} (0 is the patch embedding)."
             )
-        seen = self._views(views)
-        embedding, shared = self._time(timesteps, seen)
-        xs = self._embed(latents, timesteps, text, condition_mask, padding_mask, seen)
-        # Made here and not stored: no parameter depends on the size of the video. Every view has
-        # positions of its own, from 0 on.
-        angles = "bfloat16" if config.precision == "published" else "float32"
-        shapes = [x.shape[1:4] for x in (latents, *(view for view, _ in seen))]
-        ropes = [
-            rope_table((t, h // PATCH, w // PATCH), config.head_dim, config.rope_ratio_thw, angles)
-            for t, h, w in shapes
-        ]
-        text = text.astype(config.dtype)
-        if self.text_projection is not None:
-            text = gelu(self.text_projection(text))
-        times = [timesteps.shape[1], *(1 for _ in seen)]
-        step = lambda xs, block: block(xs, times, embedding, shared, text, ropes)  # noqa: E731
-        return run_blocks(step, xs, self.blocks, layer, config.remat), embedding, shared
+        ran, reads = streams, None
+        if memory is not None:
+            ran = streams[1:2]
+        elif len(streams) > 1 + len(config.views):
+            reads = _observed_first(len(streams))
+        times, embedding, shared = self._time(ran)
+        xs = self._embed(ran)
+        ropes = self._ropes(streams)
+        if memory is not None:  # the one that runs is the last, after those that it only reads
+            ropes = [ropes[0], *ropes[2:], ropes[1]]
+            views = range(1, len(ropes) - 1)
+            reads = [[[0, len(views) + 1], *([views] if views else [])]]
+        text = self._text(text)
 
-    def _views(self, views: Mapping[str, View] | None) -> list[View]:
+        def step(xs: list[Array], block: Any) -> list[Array]:
+            block, known = block if memory is not None else (block, ())
+            return block(xs, times, embedding, shared, text, ropes, reads, known)
+
+        blocks = self.blocks if memory is None else (self.blocks, memory)
+        return run_blocks(step, xs, blocks, layer, config.remat), embedding, shared
+
+    def _streams(
+        self, latents, timesteps, condition_mask, padding_mask, views: Mapping[str, View] | None
+    ) -> list[Stream]:
+        """The video, in one stream or in its observed frames and those after, and the views."""
+        b, t, h, w, _ = latents.shape
+        # What is too short in one of these would be broadcast.
+        chex.assert_shape(latents, (b, t, h, w, self.config.latent_channels))
+        chex.assert_shape(timesteps, (b, {1, t}))
+        chex.assert_shape(condition_mask, (b, t) if condition_mask.ndim == 2 else (b, t, h, w))
+        if condition_mask.ndim == 2:
+            condition_mask = condition_mask[:, :, None, None]
+        padding = jnp.zeros((b, h, w)) if padding_mask is None else padding_mask
+        streams = [Stream(latents, timesteps, condition_mask, padding[:, None])]
+        if 0 < (observed := self.config.observed_latents) < t:
+            whole = latents, jnp.broadcast_to(timesteps, (b, t)), condition_mask
+            streams = [
+                Stream(*(x[:, part] for x in whole), padding[:, None])
+                for part in (slice(observed), slice(observed, t))
+            ]
+        for name, (view, time) in self._views(views).items():
+            chex.assert_shape(view, (b, None, None, None, self.config.latent_channels))
+            chex.assert_shape(time, (b, 1))
+            ones, zeros = jnp.ones((b, 1, 1, 1)), jnp.zeros((b, 1, 1, 1))
+            streams.append(Stream(view, time, ones, zeros, name))
+        return streams
+
+    def _ropes(self, streams: Sequence[Stream]) -> list[Rope]:
+        """The positions of every stream: of the video's as one, of every view from 0 on."""
+        # Made here and not stored: no parameter depends on the size of the video.
+        config = self.config
+        angles = "bfloat16" if config.precision == "published" else "float32"
+
+        def table(*streams: Stream) -> Rope:
+            t = sum(one.latents.shape[1] for one in streams)
+            h, w = streams[0].latents.shape[2:4]
+            grid = (t, h // PATCH, w // PATCH)
+            return rope_table(grid, config.head_dim, config.rope_ratio_thw, angles)
+
+        video = [one for one in streams if one.view is None]
+        whole = table(*video)
+        counts = [tokens(one.latents.shape[1:]) for one in video]
+        ropes = [*zip(*(by_stream(x, counts, axis=0) for x in whole))]
+        return [*ropes, *(table(one) for one in streams if one.view is not None)]
+
+    def _views(self, views: Mapping[str, View] | None) -> dict[str, View]:
         """The views in the order of the configuration."""
         given, wanted = views or {}, self.config.views
         if set(given) != set(wanted):
@@ -300,43 +483,37 @@ class VideoDiT(nnx.Module):
                 f"This video DiT reads the views {', '.join(wanted) or '(none)'} beside the video; "
                 f"got {', '.join(sorted(given)) or 'none'}."
             )
-        return [given[name] for name in wanted]
+        return {name: given[name] for name in wanted}
 
-    def _time(self, timesteps: Array, views: Sequence[View]) -> tuple[Array, Array]:
-        """The time embedding [b, t, d] and the modulation that all sublayers share [b, t, 3 d].
-
-        The times of the views come after those of the video.
+    def _time(self, streams: Sequence[Stream]) -> tuple[list[int], Array, Array]:
+        """How many times each stream has; of all, the time embedding [b, t, d] and the modulation
+        that all sublayers share [b, t, 3 d].
         """
         config = self.config
-        timesteps = joined([timesteps, *(time for _, time in views)], 1)
+        timesteps = joined([one.times for one in streams], 1)
         tau = rounded(timesteps.astype(jnp.float32) * config.timestep_scale, config.precision)
         sinusoid = time_sinusoid(tau, config.width).astype(time_dtype(config.precision))
         # As published: what each sublayer reads is normalised, what they share is not.
         embedding, shared = self.t_embedding_norm(sinusoid), self.t_embedder(sinusoid)
-        return embedding.astype(config.dtype), shared.astype(config.dtype)
+        times = [one.times.shape[1] for one in streams]
+        return times, embedding.astype(config.dtype), shared.astype(config.dtype)
 
-    def _embed(
-        self, latents, timesteps, text, condition_mask, padding_mask, views: Sequence[View]
-    ) -> list[Array]:
+    def _text(self, text: Array) -> Array:
+        """What cross-attention reads of a text [b, l, text_input_dim]."""
+        chex.assert_shape(text, (None, None, self.config.text_input_dim))
+        text = text.astype(self.config.dtype)
+        return text if self.text_projection is None else gelu(self.text_projection(text))
+
+    def _embed(self, streams: Sequence[Stream]) -> list[Array]:
         """The tokens of every stream that enter the first block [b, l, d]."""
-        b, t, h, w, _ = latents.shape
-        # What is too short in one of these would be broadcast.
-        chex.assert_shape(latents, (b, t, h, w, self.config.latent_channels))
-        chex.assert_shape(timesteps, (b, {1, t}))
-        chex.assert_shape(text, (b, None, self.config.text_input_dim))
-        chex.assert_shape(condition_mask, (b, t) if condition_mask.ndim == 2 else (b, t, h, w))
-        if condition_mask.ndim == 2:
-            condition_mask = condition_mask[:, :, None, None]
-        padding = jnp.zeros((b, h, w)) if padding_mask is None else padding_mask
-        patches = [self._patches(latents, condition_mask, padding[:, None])]
-        check_context(patches[0].shape[1])
-        for view, time in views:
-            chex.assert_shape(view, (b, None, None, None, self.config.latent_channels))
-            chex.assert_shape(time, (b, 1))
-            patches.append(self._patches(view, jnp.ones((b, 1, 1, 1)), jnp.zeros((b, 1, 1, 1))))
+        patches = [self._patches(one.latents, one.condition, one.padding) for one in streams]
+        for x, one in zip(patches, streams):
+            if one.view is None:
+                check_context(x.shape[1])
         xs = [self.x_embedder(x) for x in patches]
-        for i, name in enumerate(self.config.views, start=1):
-            xs[i] += self.view_embedding[name][...].astype(xs[i].dtype)
+        for i, one in enumerate(streams):
+            if one.view is not None:
+                xs[i] += self.view_embedding[one.view][...].astype(xs[i].dtype)
         return [constrain(x, "batch", "length", None) for x in xs]
 
     def _patches(self, latents: Array, condition: Array, padding: Array) -> Array:

@@ -198,6 +198,7 @@ def _abstract_policy(experiment: Experiment, mesh: Mesh) -> tuple[VideoActionMod
         video_network(video_dit),
         decoder,
         experiment.sampling(),
+        experiment.context_frames,
     )
     return model, (tokenizer, backbone, decoder_params)
 
@@ -238,7 +239,7 @@ def _abstract_inputs(
         views={name: pictures(clip.observed_frames, size) for name, size in clip.views.items()},
         text=placed(text.length, text.dim),
         proprio=placed(sizes.proprio_horizon, sizes.proprio_dim),
-        video_noise=placed(*clip.latent_shape),
+        video_noise=placed(*((0,) if model.observed_only else clip.latent_shape)),
         action_noise=placed(model.sampling.draws, sizes.action_horizon, sizes.action_dim),
     )
 
@@ -254,7 +255,7 @@ def _stages(model: VideoActionModel, weights: Any, i: Inputs) -> dict[str, Any]:
     tokenizer, backbone, decoder = weights
 
     def choose(decoder, context_kv, proprio, noise):
-        sigma = jnp.float32(model.sampling.stop_sigma)
+        sigma = jnp.float32(model.context_sigma)
         return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
 
     encode, clean = _compiled(model.encode, tokenizer, i.video, i.views)

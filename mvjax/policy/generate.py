@@ -28,6 +28,7 @@ from mvjax.flow import (
     advance,
     condition_mask,
     denoise,
+    network_input,
     published_noise,
     schedule,
     start,
@@ -35,6 +36,7 @@ from mvjax.flow import (
 from mvjax.models.layers import rounded
 from mvjax.models.network import Network, Params
 from mvjax.models.presets import video_network
+from mvjax.models.video_dit import Memory
 from mvjax.parallel import DEFAULT_RULES, Rules, make_mesh, use_rules
 from mvjax.policy.load import check_identity, load_text_encoder, load_video_tokenizer
 from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
@@ -87,34 +89,47 @@ class VideoModel:
         here, conditions = jax.device_put((here, conditions), whole)
         with jax.set_mesh(self.mesh), use_rules(self.rules):
             # `flow.sample_video` in Python: a compiled loop cannot report progress.
+            memory = self._remember(self.params, conditions)
             for done, numbers in enumerate(zip(*schedule(sampling.sigmas)), 1):
-                here = self._step(self.params, here, conditions, *numbers)
+                here = self._step(self.params, here, conditions, memory, *numbers)
                 here.x.block_until_ready()  # dispatch is asynchronous
                 progress(done)
         return np.asarray(here.x)
 
     @partial(jax.jit, static_argnums=0, donate_argnums=2)
-    def _step(self, params, here: Trajectory, conditions, sigma, coefficients) -> Trajectory:
+    def _step(
+        self, params, here: Trajectory, conditions, memory, sigma, coefficients
+    ) -> Trajectory:
         """One evaluation; σ is an input, so that all steps share a compilation."""
-        x0 = self._clean_prediction(params, here.x, conditions, sigma)
+        x0 = self._clean_prediction(params, here.x, conditions, memory, sigma)
         whole = PartitionSpec()  # the input's sharding, or the next step would be compiled anew
         return jax.lax.with_sharding_constraint(advance(here, x0, coefficients), whole)
 
-    def _clean_prediction(self, params, x, conditions, sigma) -> Array:
-        _, mask, text, guidance, _ = conditions
-        copies = len(text)
+    @partial(jax.jit, static_argnums=0)
+    def _remember(self, params, conditions) -> Memory | None:
+        """What all evaluations share (`VideoDiT.remember`)."""
+        clean, mask, views = self._for_each_text(conditions)
+        level = jnp.ones((len(clean), 1))  # of the future, which is not remembered
+        i = network_input(clean, clean, level, mask, views)
+        return self.network.bind(params).remember(i, conditions.text)
+
+    def _clean_prediction(self, params, x, conditions, memory, sigma) -> Array:
+        text, copies = conditions.text, len(conditions.text)
+        clean, mask, views = self._for_each_text(conditions)
+        velocity = partial(self.network.bind(params).velocity, text=text, memory=memory)
+        x, level = jnp.repeat(x, copies, axis=0), jnp.full((copies, 1), sigma)
+        x0 = denoise(velocity, x, clean, level, mask, views)
+        return x0 if copies == 1 else x0[:1] + conditions.guidance * (x0[:1] - x0[1:])
+
+    def _for_each_text(self, conditions) -> tuple[Array, Array, dict[str, Array]]:
+        """Clean latents, mask and views, once for the text and once for the negative one."""
+        copies = len(conditions.text)
 
         def repeated(latents: Array) -> Array:
             return jnp.repeat(rounded(latents, self.network.config.precision), copies, axis=0)
 
         clean, views = jax.tree.map(repeated, (conditions.clean, conditions.views))
-        x, mask = (jnp.repeat(array, copies, axis=0) for array in (x, mask))
-        net = self.network.bind(params)
-        velocity = lambda i: net(  # noqa: E731
-            i.latents, i.timesteps, text, i.condition_mask, views=i.views
-        )
-        x0 = denoise(velocity, x, clean, jnp.full((copies, 1), sigma), mask, views)
-        return x0 if copies == 1 else x0[:1] + guidance * (x0[:1] - x0[1:])
+        return clean, jnp.repeat(conditions.mask, copies, axis=0), views
 
 
 def generate(

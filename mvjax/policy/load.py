@@ -259,6 +259,10 @@ def _load_policy(
         },
         "settings": {
             **{name: config[name] for name in ("clip", "policy_io", "text", "context_layer")},
+            # Earlier versions knew no other, and results of theirs go on.
+            **(
+                {"context_frames": frames} if (frames := experiment.context_frames) != "all" else {}
+            ),
             "backbone": _decisive(video_dit),
             "decoder": _decisive(experiment.decoder),
         },
@@ -276,6 +280,7 @@ def _load_policy(
             video_network(video_dit),
             experiment.decoder_network,
             sampling,
+            experiment.context_frames,
         ),
         weights=(tokenizer, backbone_params, decoder_params),
         text_encoder=text_encoder,
@@ -291,9 +296,9 @@ def _load_policy(
 def _decisive(network: Any) -> dict[str, Any]:
     """The settings of a network that change what it answers by more than a rounding."""
     settings = {k: v for k, v in asdict(network).items() if k not in ("attention", "remat")}
-    if not settings.get("views"):  # earlier versions had none, and results of theirs go on
-        settings.pop("views", None)
-    return settings
+    # Earlier versions had none of these, and results of theirs go on.
+    later = {"views": (), "attention_to": "all", "observed_latents": 0}
+    return {k: v for k, v in settings.items() if k not in later or v != later[k]}
 
 
 def _normalizer(decoder: Checkpoint, config: Any) -> Normalizer:

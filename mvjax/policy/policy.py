@@ -17,12 +17,14 @@ from data_pipelines.clip import Clip
 from data_pipelines.lru import LRU
 from data_pipelines.normalize import Normalizer
 from mvjax.flow import (
+    CONDITION_SIGMA,
     Sampling,
     Trajectory,
     condition_mask,
     denoise,
     euler_times,
     network_input,
+    observed_input,
     published_noise,
     sample_actions,
     sample_video,
@@ -31,6 +33,7 @@ from mvjax.flow import (
 from mvjax.models.attention import KeysValues
 from mvjax.models.layers import rounded
 from mvjax.models.network import Network, Params
+from mvjax.models.video_dit import Memory
 from mvjax.parallel import Rules, make_mesh, make_rules, spec, split_ways, use_rules
 from mvjax.policy.observation import Observation
 
@@ -53,7 +56,8 @@ class Inputs(NamedTuple):
         views: the observed frames of every other view, uint8 [b, observed, its h, its w, 3].
         text: embeddings float32 [b, l, d].
         proprio: normalised float32 [b, proprio_horizon, dim].
-        video_noise: standard normal [b, latent_frames, h/8, w/8, 16].
+        video_noise: standard normal [b, latent_frames, h/8, w/8, 16]; [b, 0] where no video is
+            denoised or read.
         action_noise: standard normal [b, draws, horizon, dim].
     """
 
@@ -86,6 +90,8 @@ class VideoActionModel:
         layer: k, the block after which the decoder reads the video DiT.
         backbone, decoder: the video DiT and the action decoder.
         sampling: how video and actions are sampled.
+        context_frames: "all", or "observed": the decoder reads the observed frames alone, so that
+            no noise of the video enters.
     """
 
     clip: Clip
@@ -93,6 +99,17 @@ class VideoActionModel:
     backbone: Network
     decoder: Network
     sampling: Sampling
+    context_frames: str = "all"
+
+    @property
+    def observed_only(self) -> bool:
+        """Whether the chunks depend on no future frames."""
+        return self.context_frames == "observed"
+
+    @property
+    def context_sigma(self) -> float:
+        """The video's noise level that the decoder is told of."""
+        return CONDITION_SIGMA if self.observed_only else self.sampling.stop_sigma
 
     def encode(self, tokenizer: Any, video: Array, views: Mapping[str, Array]) -> Scene:
         """Encodes pictures as of `Inputs`; zeros for frames of the video that are not given."""
@@ -109,6 +126,8 @@ class VideoActionModel:
     def context(self, params: Params, clean: Scene, text: Array, noise: Array) -> Array:
         """Returns the hidden states after block k of the video at noise level σ_K.
 
+        Or of its observed frames alone, where these are the context: then the noise is not used.
+
         Args:
             params: of the video DiT.
             clean: of `encode`.
@@ -118,6 +137,8 @@ class VideoActionModel:
         Returns:
             [b, tokens, width].
         """
+        if self.observed_only:
+            return self.read(params, noise, clean, jnp.zeros(()), text)
         if self.sampling.oracle:
             x = self._true_future(clean, noise)
         else:
@@ -126,21 +147,38 @@ class VideoActionModel:
         return self.read(params, x, clean, self._sigma(len(x)), text)
 
     def read(self, params: Params, x: Array, clean: Scene, sigma: Array, text: Array) -> Array:
-        """Returns the hidden states after block k of noisy latents `x` at noise level [b, 1]."""
-        i = network_input(x, clean.video, sigma, self._condition_mask(len(x)), clean.views)
+        """Returns the hidden states after block k of noisy latents `x` at noise level [b, 1].
+
+        Where the context is of the observed frames alone, `x` and its level are not read.
+        """
+        if self.observed_only:
+            i = observed_input(clean.video[:, : self.clip.condition_latents], clean.views)
+        else:
+            i = network_input(x, clean.video, sigma, self._condition_mask(len(x)), clean.views)
         net = self.backbone.bind(params)
         return net.hidden(
             i.latents, i.timesteps, text, i.condition_mask, views=i.views, layer=self.layer
         )
 
-    def denoised(self, params: Params, x: Array, clean: Scene, sigma: Array, text: Array) -> Array:
+    def denoised(
+        self,
+        params: Params,
+        x: Array,
+        clean: Scene,
+        sigma: Array,
+        text: Array,
+        memory: Memory | None = None,
+    ) -> Array:
         """Returns the clean latents that the video DiT predicts from `x` at noise level [b, 1]."""
-        net = self.backbone.bind(params)
-        velocity = lambda i: net(  # noqa: E731
-            i.latents, i.timesteps, text, i.condition_mask, views=i.views
-        )
+        velocity = partial(self.backbone.bind(params).velocity, text=text, memory=memory)
         mask = self._condition_mask(len(x))
         return denoise(velocity, x, clean.video, sigma, mask, clean.views)
+
+    def memory(self, params: Params, clean: Scene, text: Array) -> Memory | None:
+        """Returns what the video DiT computes once for all steps of a video, if it can."""
+        mask, level = self._condition_mask(len(text)), self._sigma(len(text))
+        i = network_input(clean.video, clean.video, level, mask, clean.views)
+        return self.backbone.bind(params).remember(i, text)
 
     def actions(
         self, params: Params, context: Array, sigma: Array, proprio: Array, noise: Array
@@ -209,7 +247,7 @@ class VideoActionModel:
         return self._chunks(decoder, context, inputs), to_pixels(tokenizer, end.x)
 
     def _chunks(self, decoder: Params, context: Array, inputs: Inputs) -> Array:
-        sigma = jnp.float32(self.sampling.stop_sigma)
+        sigma = jnp.float32(self.context_sigma)
         return medoid(self.actions(decoder, context, sigma, inputs.proprio, inputs.action_noise))
 
     def _true_future(self, clean: Scene, noise: Array) -> Array:
@@ -219,7 +257,8 @@ class VideoActionModel:
         self, params: Params, here: Trajectory, clean: Scene, text: Array, **steps: int
     ) -> Trajectory:
         """`sample_video` with the video DiT; `steps` are its `first` and `last`."""
-        denoise = lambda x, sigma: self.denoised(params, x, clean, sigma, text)  # noqa: E731
+        memory = self.memory(params, clean, text)
+        denoise = lambda x, sigma: self.denoised(params, x, clean, sigma, text, memory)  # noqa: E731
         return sample_video(denoise, here, self.sampling.sigmas, **steps)
 
     def _sigma(self, samples: int) -> Array:
@@ -309,12 +348,12 @@ class Policy:
         oracle mode the chunks are read from the true future.
         """
         program, oracle = self.model.act_and_predict, self.model.sampling.oracle
-        chunks, video = self._answer(program, observations, oracle)
+        chunks, video = self._answer(program, observations, oracle, video=True)
         return self.normalizer.unnormalize("actions", chunks), video
 
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
         """Returns fully denoised video, observed frames first, uint8 [n, frames, h, w, 3]."""
-        return self._answer(self.model.predict, observations, with_future=False)
+        return self._answer(self.model.predict, observations, with_future=False, video=True)
 
     def sampled(self, sampling: Sampling) -> "Policy":
         """Returns the policy with other sampling; both share weights and text embeddings."""
@@ -348,8 +387,13 @@ class Policy:
         with jax.set_mesh(self.mesh), use_rules(self.rules):
             yield
 
-    def inputs(self, batch: Sequence[Observation], with_future: bool) -> Inputs:
-        """Checks `batch_size` queries and moves them to the devices, with their futures or not."""
+    def inputs(
+        self, batch: Sequence[Observation], with_future: bool, video: bool = False
+    ) -> Inputs:
+        """Checks `batch_size` queries and moves them to the devices, with their futures or not.
+
+        `video` says that a video is denoised, for which chunks alone may need no noise.
+        """
         pictures = [self._pictures(observation, with_future) for observation in batch]
         video, *views = (
             self._split(np.stack([one[view.name] for one in pictures])) for view in self.views
@@ -359,7 +403,7 @@ class Policy:
             video,
             {view.name: array for view, array in zip(self.views[1:], views)},
             *map(self._split, (self._text(batch), proprio)),
-            *self._noise(batch),
+            *self._noise(batch, video or not self.model.observed_only),
         )
 
     def _answer(
@@ -367,11 +411,12 @@ class Policy:
         program: Callable[[Weights, Inputs], Any],
         observations: Sequence[Observation],
         with_future: bool,
+        video: bool = False,
     ) -> Any:
         """The results of a program of the model, one per observation, on the host."""
         answers = []
         for batch in self.batches(observations):
-            inputs = self.inputs(batch, with_future)
+            inputs = self.inputs(batch, with_future, video)
             with self.devices():
                 answers.append(jax.device_get(program(self.weights, inputs)))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(observations)], *answers)
@@ -409,29 +454,35 @@ class Policy:
             [self._texts.get(t, lambda t=t: self.text_encoder.encode([t])[0]) for t in texts]
         )
 
-    def _noise(self, batch: Sequence[Observation]) -> tuple[jax.Array, jax.Array]:
-        """Video noise [b, t, h, w, c] and action noise [b, draws, horizon, dim] of a full batch."""
+    def _noise(self, batch: Sequence[Observation], video: bool) -> tuple[jax.Array, jax.Array]:
+        """Video noise [b, t, h, w, c], or [b, 0], and action noise [b, draws, horizon, dim]."""
         if not self.model.sampling.fresh_noise:
-            return self._fixed_noise
+            of_video, of_actions = self._fixed_noise
+            return of_video if video else self._split(_nothing(batch)), of_actions
         # By name: neither the rest of the batch nor the last bit of an observation changes it.
-        seed = self.model.sampling.seed
-        drawn = [self._draw(*_query_seeds(seed, query.noise_key)) for query in batch]
-        return tuple(self._split(np.stack(noise)) for noise in zip(*drawn))
+        seeds = [_query_seeds(self.model.sampling.seed, query.noise_key) for query in batch]
+        # A million numbers take longer than a query that does not read them.
+        of_video = [self._video_noise(seed) for seed, _ in seeds] if video else _nothing(batch)
+        of_actions = [self._action_noise(seed) for _, seed in seeds]
+        return self._split(np.stack(of_video)), self._split(np.stack(of_actions))
 
     @cached_property
     def _fixed_noise(self) -> tuple[jax.Array, jax.Array]:
         # Cached: drawing a million numbers takes longer than a query.
         seed = self.model.sampling.seed  # of both, as published
-        drawn = self._draw(seed, seed)
+        drawn = self._video_noise(seed), self._action_noise(seed)
         return tuple(self._split(np.stack([noise] * self.batch_size)) for noise in drawn)
 
-    def _draw(self, video: int, action: int) -> tuple[np.ndarray, np.ndarray]:
-        """The noise of one query, from a seed for each."""
+    def _video_noise(self, seed: int) -> np.ndarray:
+        return published_noise(seed, (1, *self.model.clip.latent_shape))[0]
+
+    def _action_noise(self, seed: int) -> np.ndarray:
         config, draws = self.model.decoder.config, self.model.sampling.draws
-        return (
-            published_noise(video, (1, *self.model.clip.latent_shape))[0],
-            published_noise(action, (draws, config.action_horizon, config.action_dim)),
-        )
+        return published_noise(seed, (draws, config.action_horizon, config.action_dim))
+
+
+def _nothing(batch: Sequence[Observation]) -> np.ndarray:
+    return np.zeros((len(batch), 0), np.float32)
 
 
 def _query_seeds(seed: int, noise_key: tuple[str, int] | None) -> tuple[int, int]:

@@ -378,7 +378,8 @@ def load_decoder(
             networks or inputs than the decoder was trained with.
     """
     config = experiment.config
-    sections = ("clip", "video_model", "text", "context_layer", "policy_io", "decoder")
+    sections = ("clip", "video_model", "text", "policy_io", "decoder")
+    sections += ("context_layer", "context_frames")
     found = find_checkpoint(directory, step)
     stored = _checked_config(found, config, "action", sections)
     if "backbone" in stored and _untrained_seed(stored) != _untrained_seed(config):
@@ -409,14 +410,11 @@ def _checked_config(
         )
     stored = meta["config"]
     _check_views(*(_views(one) for one in (stored, config)), directory)
+    here = {s: config[s] for s in sections if s in config}
+    there = {s: stored[s] for s in sections if s in stored}
     if "converted" in meta:  # converted weights decide some settings and leave others open
-        config = _common_settings(config, stored)
-        sections = [s for s in sections if s in stored]
-    different = [
-        d
-        for s in sections
-        for d in differences(_without_compute(stored[s]), _without_compute(config[s]), s)
-    ]
+        here = _common_settings(here, there)
+    different = differences(_without_compute(there), _without_compute(here))
     if different:
         raise CheckpointMismatch(
             f"{directory} was trained with other settings: {'; '.join(different)}. Use those, or "
@@ -472,7 +470,11 @@ def _common_settings(config: Any, stored: Any) -> Any:
 def _without_compute(section: Any) -> Any:
     if not isinstance(section, Mapping | ConfigDict):
         return section
-    return {name: value for name, value in section.items() if name not in COMPUTE_SETTINGS}
+    return {
+        name: _without_compute(value)
+        for name, value in section.items()
+        if name not in COMPUTE_SETTINGS
+    }
 
 
 def _frozen(model: VideoDiTConfig, experiment: Experiment) -> VideoDiTConfig:

@@ -6,6 +6,7 @@ latents. Stage 2, `action_stage`: the action decoder learns to read the frozen D
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +16,13 @@ from jax.sharding import Mesh
 from data_pipelines.records import entry
 from mvjax.experiment import Experiment
 from mvjax.flow import (
+    CONDITION_SIGMA,
     action_loss,
     condition_mask,
     denoise,
     flow_time,
     network_input,
+    observed_input,
     sample_action_time,
     sample_video_sigma,
     video_loss,
@@ -112,10 +115,7 @@ def video_stage(experiment: Experiment) -> Stage:
         x0, text, sigma = batch["latents"], batch["text"], draws["sigma"]
         mask = condition_mask(draws["observed"], clip.latent_frames)
         noisy = x0 + sigma[..., None, None, None] * draws["noise"]
-        net = network.bind(params)
-        velocity = lambda i: net(  # noqa: E731
-            i.latents, i.timesteps, text, i.condition_mask, views=i.views
-        )
+        velocity = partial(network.bind(params).velocity, text=text)
         # Views enter whole, however little of the video is observed.
         prediction = denoise(velocity, noisy, x0, sigma, mask, batch_views(experiment, batch))
         error = video_loss(x0, prediction, sigma)
@@ -142,6 +142,9 @@ def action_stage(
 ) -> Stage:
     """The published objective: action velocity loss, video noise and action noise independent.
 
+    Where `config.context_frames` is "observed", the video DiT is given the observed frames alone,
+    and there is no noise of the video: the decoder learns at the level of what is observed.
+
     One backbone pass serves `flow.action_draws` draws of action noise and time (1 is the published
     recipe); the loss is their mean. A share `flow.sampling_sigma_share` of the samples takes the
     noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
@@ -157,29 +160,42 @@ def action_stage(
     model, frozen = backbone_of(experiment, mesh)
     backbone = video_network(model)
 
-    def draw(batch: Batch, key: jax.Array) -> Batch:
-        video_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
-        sigma_key, share_key, video_noise_key = jax.random.split(video_key, 3)
-        samples, (horizon, dim) = len(batch["latents"]), batch["actions"].shape[1:]
+    observed_only = experiment.context_frames == "observed"
+
+    def video_draw(batch: Batch, key: jax.Array) -> Batch:
+        sigma_key, share_key, noise_key = jax.random.split(key, 3)
+        samples = len(batch["latents"])
         sigma = sample_video_sigma(sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail)
         at_sampling = jax.random.bernoulli(share_key, flow.sampling_sigma_share, (samples, 1))
+        return {
+            "sigma": jnp.where(at_sampling, config.sampler.sigma_max, sigma),
+            "video_noise": jax.random.normal(noise_key, batch["latents"].shape),
+        }
+
+    def draw(batch: Batch, key: jax.Array) -> Batch:
+        video_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
+        samples, (horizon, dim) = len(batch["latents"]), batch["actions"].shape[1:]
         time = sample_action_time(
             time_key, samples * draws, alpha=flow.action_time_alpha, beta=flow.action_time_beta
         )
         noise = jax.random.normal(noise_key, (samples * draws, horizon, dim))
         return {
-            "sigma": jnp.where(at_sampling, config.sampler.sigma_max, sigma),
-            "video_noise": jax.random.normal(video_noise_key, batch["latents"].shape),
+            **({} if observed_only else video_draw(batch, video_key)),
             "time": time.reshape(samples, draws, 1),
             "noise": noise.reshape(samples, draws, horizon, dim),
             "drop": jax.random.bernoulli(drop_key, flow.proprio_dropout, (samples, draws)),
         }
 
     def objective(params: Params, frozen: Params, batch: Batch, random: Batch) -> Loss:
-        x0, sigma = batch["latents"], random["sigma"]
-        noisy = x0 + sigma[..., None, None, None] * random["video_noise"]
-        mask = condition_mask(jnp.full(len(x0), clip.condition_latents), clip.latent_frames)
-        i = network_input(noisy, x0, sigma, mask, batch_views(experiment, batch))
+        x0, views = batch["latents"], batch_views(experiment, batch)
+        if observed_only:
+            sigma = jnp.full((len(x0), 1), CONDITION_SIGMA)
+            i = observed_input(x0[:, : clip.condition_latents], views)
+        else:
+            sigma = random["sigma"]
+            noisy = x0 + sigma[..., None, None, None] * random["video_noise"]
+            mask = condition_mask(jnp.full(len(x0), clip.condition_latents), clip.latent_frames)
+            i = network_input(noisy, x0, sigma, mask, views)
         context = backbone.bind(frozen).hidden(
             i.latents, i.timesteps, batch["text"], i.condition_mask, views=i.views, layer=layer
         )

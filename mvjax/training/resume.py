@@ -35,7 +35,16 @@ from mvjax.training.step import TrainState, create_state
 log = logging.getLogger(__name__)
 
 # The settings that make a finished run what it is: its networks and what they see, ...
-_NETWORKS = ("clip", "video_model", "lora", "text", "context_layer", "decoder", "policy_io")
+_NETWORKS = (
+    "clip",
+    "video_model",
+    "lora",
+    "text",
+    "context_layer",
+    "context_frames",
+    "decoder",
+    "policy_io",
+)
 # ... and how they were trained.
 _RECIPE = ("flow", "optimizer", "init_from", "backbone")
 _TRAINING = ("batch_size", "seed", "ema_decay", "episodes_per_task")

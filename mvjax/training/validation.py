@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from data_pipelines.settings import other_networks
 from data_pipelines.video import write_video
 from mvjax.experiment import Experiment
-from mvjax.flow import condition_mask, denoise, sample_video, start
+from mvjax.flow import condition_mask, denoise, network_input, sample_video, start
 from mvjax.models.network import Params
 from mvjax.parallel import sharding_tree, split_ways, use_rules
 from mvjax.policy.load import load_video_tokenizer
@@ -160,11 +160,11 @@ class ValidationVideos:
         views = batch_views(self._experiment, batch)
         with use_rules(self._rules):
             net = self._network.bind(params)
+            level = jnp.ones((len(x0), 1))  # of the future, which is not remembered
+            memory = net.remember(network_input(x0, x0, level, mask, views), text)
+            velocity = partial(net.velocity, text=text, memory=memory)
 
             def clean(noisy: jax.Array, sigma: jax.Array) -> jax.Array:
-                velocity = lambda i: net(  # noqa: E731
-                    i.latents, i.timesteps, text, i.condition_mask, views=i.views
-                )
                 return denoise(velocity, noisy, x0, sigma, mask, views)
 
             noise = jax.random.normal(jax.random.key(0), x0.shape)
