@@ -49,10 +49,36 @@ def add_datasets(config: ConfigDict, **datasets: dict[str, Any]) -> None:
     }
 
 
+_VIDEO_NOISE = dict(sigma_scale=4.0, sigma_tail=0.05)
+_ACTION_NOISE = dict(
+    action_time_alpha=1.0,  # the paper's density is Beta(1.5, 1)
+    action_time_beta=1.0,
+    proprio_dropout=0.2,
+)
+
+
 def video_stage(config: ConfigDict, **flow: Any) -> None:
     """Makes it stage 1, with the published noise and what is given for `config.flow`."""
     config.stage = "video"
-    config.flow = dict(sigma_scale=4.0, sigma_tail=0.05, min_condition_latents=1, **flow)
+    config.flow = dict(**_VIDEO_NOISE, min_condition_latents=1, **flow)
+
+
+def joint_stage(config: ConfigDict, **flow: Any) -> None:
+    """Makes it joint training, with the published noise and what is given for `config.flow`.
+
+    Args:
+        config: changed in place.
+        **flow: video_weight, action_weight, sampling_sigma_share, action_draws.
+    """
+    config.stage = "joint"
+    config.decoder_init_from = ""  # init_from is the backbone's
+    config.optimizer.backbone_rate = 1.0  # times the learning rate
+    config.flow = dict(
+        **_VIDEO_NOISE,
+        **_ACTION_NOISE,
+        action_gradient=True,  # False: the action loss trains the decoder alone
+        **flow,
+    )
 
 
 def action_stage(
@@ -68,11 +94,4 @@ def action_stage(
     """
     config.stage = "action"
     config.backbone = dict(checkpoint=backbone, precision=precision)
-    config.flow = dict(
-        sigma_scale=4.0,
-        sigma_tail=0.05,
-        action_time_alpha=1.0,  # the paper's density is Beta(1.5, 1)
-        action_time_beta=1.0,
-        proprio_dropout=0.2,
-        **flow,
-    )
+    config.flow = dict(**_VIDEO_NOISE, **_ACTION_NOISE, **flow)

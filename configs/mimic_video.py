@@ -1,4 +1,4 @@
-"""What the published configurations share: lengths, networks, data, and the two recipes.
+"""What the published configurations share: lengths, networks, data, and the recipes.
 
 Everything follows the first public release of mimic-video. Where its code and the paper disagree
 (batch sizes, steps), the file names of the release decide. The data are the release's own episodes,
@@ -46,6 +46,7 @@ from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS, decoder_section, v
 
 LIBERO_SUITES = ("goal", "object", "spatial")
 LIBERO_SHARES = {"full": 50, "half": 25, "tenth": 5, "one": 1}  # demonstrations per task
+VIDEO_RATE = 10**-3.75  # of stage 1, 1.778e-4
 LIBERO_CAMERAS = ("single", "tiled", "observed")  # see `libero`
 
 
@@ -175,10 +176,8 @@ def libero_words(arguments: str) -> tuple[str, str, str]:
 def video_stage(config: ConfigDict, *, steps: int, batch_size: int) -> ConfigDict:
     """Stage 1 as published: LoRA of rank 256 and all adaLN weights, from Cosmos-Predict2."""
     base.video_stage(config, loss_scale=100.0)
-    config.init_from = "weights/cosmos2b"
-    config.lora.update(rank=256, alpha=32.0)
-    config.rules.lora = ("fsdp",)  # else half of the adapters would be whole on every chip
-    config.optimizer.learning_rate = 10**-3.75  # 1.778e-4
+    _adapters(config)
+    config.optimizer.learning_rate = VIDEO_RATE
     config.training.update(steps=steps, batch_size=batch_size)
     return config
 
@@ -203,6 +202,34 @@ def action_stage(
         action_draws=1,
         loss_scale=10.0,
     )
+    _decoder_schedule(config)
+    config.training.update(steps=steps, batch_size=batch_size)
+    return config
+
+
+def joint_stage(config: ConfigDict, *, steps: int, batch_size: int) -> ConfigDict:
+    """Both stages in one run, each with its published loss and rate; this is not published.
+
+    LoRA as in stage 1, from Cosmos-Predict2; the decoder starts at random.
+    """
+    base.joint_stage(
+        config, video_weight=100.0, action_weight=10.0, sampling_sigma_share=0.0, action_draws=1
+    )
+    _adapters(config)
+    _decoder_schedule(config)
+    # The rate of stage 1; it follows the decoder's schedule.
+    config.optimizer.backbone_rate = VIDEO_RATE / config.optimizer.learning_rate
+    config.training.update(steps=steps, batch_size=batch_size)
+    return config
+
+
+def _adapters(config: ConfigDict) -> None:
+    config.init_from = "weights/cosmos2b"
+    config.lora.update(rank=256, alpha=32.0)
+    config.rules.lora = ("fsdp",)  # else half of the adapters would be whole on every chip
+
+
+def _decoder_schedule(config: ConfigDict) -> None:
     config.optimizer.update(
         learning_rate=1e-4,
         schedule="linear",
@@ -210,8 +237,6 @@ def action_stage(
         decay_steps=500_000,
         final_fraction=0.2,
     )
-    config.training.update(steps=steps, batch_size=batch_size)
-    return config
 
 
 def video_model(preset: str) -> dict:

@@ -30,6 +30,20 @@ from mvjax.models.video_dit import VideoDiTConfig
 from mvjax.parallel import Rules, make_mesh, make_rules, split_ways
 from mvjax.ranges import check_ranges
 
+STAGES = ("video", "action", "joint")
+# Settings of joint training alone, and those of the other stages that it does not read.
+JOINT_SETTINGS = (
+    "flow.video_weight",
+    "flow.action_weight",
+    "flow.action_gradient",
+    "optimizer.backbone_rate",
+)
+_ELSEWHERE = {
+    "flow.loss_scale": "flow.video_weight and flow.action_weight scale the two losses",
+    "flow.min_condition_latents": "all observed latents are clean, as the policy has them",
+    "backbone": "it trains its own backbone, which init_from may name the start of",
+}
+
 
 @dataclass(frozen=True, eq=False)
 class Experiment:
@@ -67,12 +81,23 @@ class Experiment:
 
     @property
     def stage(self) -> str:
-        """The network that is trained: "video" or "action"."""
-        if self.config.stage not in ("video", "action"):
+        """What is trained: "video" or "action", one network, or "joint", both."""
+        if self.config.stage not in STAGES:
+            *others, last = map(repr, STAGES)
             raise ValueError(
-                f"config.stage must be 'video' or 'action', got {self.config.stage!r}."
+                f"config.stage must be {', '.join(others)} or {last}, got {self.config.stage!r}."
             )
         return self.config.stage
+
+    @property
+    def learns_video(self) -> bool:
+        """Whether the stage trains the video DiT."""
+        return self.stage in ("video", "joint")
+
+    @property
+    def learns_actions(self) -> bool:
+        """Whether the stage trains the action decoder."""
+        return self.stage in ("action", "joint")
 
     @cached_property
     def clip(self) -> Clip:
@@ -97,6 +122,12 @@ class Experiment:
     def tokens(self) -> int:
         """Length of the video DiT's sequence: the video and all views."""
         return sum(map(tokens, self.read_shapes))
+
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the video DiT that the decoder reads."""
+        shapes = self.clip.read_shapes(observed_only=self.context_frames == "observed")
+        return sum(map(tokens, shapes))
 
     @cached_property
     def video(self) -> VideoDiTConfig:
@@ -209,7 +240,7 @@ class Experiment:
         would teach nothing.
         """
         every = self.config.datasets.values()
-        return [d for d in every if d.action or self.stage == "video"]
+        return [d for d in every if d.action or self.learns_video]
 
     @property
     def batch_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -217,7 +248,7 @@ class Experiment:
         text = self.config.text
         shapes = {"latents": self.clip.latent_shape, "text": (text.length, text.dim)}
         shapes |= {entry(name): shape for name, shape in self.clip.view_shapes.items()}
-        if self.stage == "action":
+        if self.learns_actions:
             io = self.config.policy_io
             action = (io.action.horizon, io.action.dim)
             proprio = (io.proprio.horizon, io.proprio.dim)
@@ -232,14 +263,45 @@ class Experiment:
             _ = self.clip
         if {"video_model", "lora", "text"} <= set(config):
             _ = self.video
-        if config.get("stage") == "action":
-            _ = self.decoder
+        if "stage" in config:
+            self._check_stage()
         if "rules" in config:
             _ = self.rules
         if "sampler" in config:
             self.sampling()
         if "stage" in config and "flow" in config:
             self._check_flow()
+
+    def _check_stage(self) -> None:
+        """Refuses settings that would have no effect in this stage."""
+        config, joint = self.config, self.stage == "joint"
+        if self.learns_actions:
+            _ = self.decoder
+        if not joint:
+            for name in ("decoder_init_from", *JOINT_SETTINGS):
+                if named := _setting(config, name):
+                    raise ValueError(
+                        f"{name} is {named[0]!r}, but config.stage is {self.stage!r}: only joint "
+                        "training (stage 'joint') has it, so remove it."
+                    )
+            return
+        for name, instead in _ELSEWHERE.items():
+            if named := _setting(config, name):
+                raise ValueError(
+                    f"{name} is {named[0]!r}, but joint training does not read it: {instead}."
+                )
+        if "datasets" in config and not any(d.action for d in config.datasets.values()):
+            raise ValueError(
+                "None of config.datasets has actions, so there is nothing for the decoder to "
+                "learn: add one that has, or train stage 1 (config.stage='video')."
+            )
+        first = config.video_model.get("attention_to", "all") == "observed_first"
+        if self.context_frames == "observed" and not first:
+            raise ValueError(
+                "context_frames is 'observed', but in joint training the observed frames attend to "
+                "the noisy future, which the policy will not have: set "
+                "video_model.attention_to='observed_first', or context_frames='all'."
+            )
 
     def _check_flow(self) -> None:
         flow = self.config.flow
@@ -251,3 +313,10 @@ class Experiment:
                 f"{self.clip.observed_frames} observed frames it must be between 1 and "
                 f"{self.clip.condition_latents}."
             )
+
+
+def _setting(config: ConfigDict, name: str) -> tuple[Any, ...]:
+    """The value of a setting by its dotted name; () where it is missing or empty."""
+    section, _, last = name.rpartition(".")
+    value = (config.get(section, {}) if section else config).get(last, "")
+    return () if value == "" else (value,)

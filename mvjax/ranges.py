@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mvjax.models.attention import KERNELS
 from mvjax.models.layers import POLICIES, PRECISIONS
+from mvjax.models.video_dit import ATTENTION_TO
 
 
 @dataclass(frozen=True)
@@ -135,6 +136,7 @@ RULES: dict[str, Rule] = {
     "mesh.tensor": AXIS,
     "optimizer.learning_rate": SHARE,
     "optimizer.schedule": Choice(("constant", "linear", "cosine")),
+    "optimizer.backbone_rate": POSITIVE,
     "optimizer.warmup_steps": COUNT_OR_NONE,
     "optimizer.decay_steps": COUNT_OR_NONE,
     "optimizer.final_fraction": SHARE,
@@ -167,6 +169,9 @@ RULES: dict[str, Rule] = {
     "flow.proprio_dropout": SHARE,
     "flow.sampling_sigma_share": SHARE,
     "flow.action_draws": COUNT,
+    "flow.video_weight": POSITIVE,
+    "flow.action_weight": POSITIVE,
+    "flow.action_gradient": SWITCH,
     "clip.height": COUNT,
     "clip.width": COUNT,
     "clip.observed_frames": COUNT,
@@ -182,6 +187,7 @@ RULES: dict[str, Rule] = {
     "text.length": COUNT,
     "text.dim": COUNT,
     **{f"video_model.{name}": rule for name, rule in _NETWORK.items()},
+    "video_model.attention_to": Choice(ATTENTION_TO),
     "video_model.text_dim": COUNT,
     "video_model.rope_ratio_thw": Numbers(POSITIVE, 3),
     "video_model.text_projection_dim": COUNT_OR_NONE,

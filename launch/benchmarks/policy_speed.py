@@ -243,14 +243,13 @@ def untrained_policy(
         abstract: Make shapes with shardings of the networks' weights, to compile with.
 
     Raises:
-        ValueError: If the configuration is not one of stage 2.
+        ValueError: If the configuration trains no decoder.
     """
-    if experiment.stage != "action":
+    if not experiment.learns_actions:
         raise ValueError(
-            "a policy needs a stage-2 configuration (config.stage 'action'), got one of stage "
-            f"{experiment.stage!r}."
+            "a policy needs a configuration that trains a decoder (config.stage 'action' or "
+            f"'joint'), got one of stage {experiment.stage!r}."
         )
-    experiment = experiment.changed({"backbone.checkpoint": ""})
     config, rules, decoder = experiment.config, experiment.rules, experiment.decoder_network
     mesh = experiment.mesh(jax.local_devices())
     whole = NamedSharding(mesh, PartitionSpec())
@@ -260,7 +259,7 @@ def untrained_policy(
             video_dit, backbone_params = abstract_backbone(experiment, mesh)
             decoder_params = jax.tree.map(_placed, decoder.abstract, shardings)
         else:
-            video_dit, backbone_params = load_backbone(experiment, mesh)
+            video_dit, backbone_params = load_backbone(experiment, mesh, directory="")
             decoder_params = jax.jit(decoder.init, out_shardings=shardings)(jax.random.key(1))
         tokenizer = _tokenizer(Path(config.tokenizer), whole, abstract)
     ways = split_ways("batch", mesh, rules)

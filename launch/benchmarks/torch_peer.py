@@ -164,6 +164,10 @@ class TorchStep:
         start, config = time.perf_counter(), experiment.config
         self.flops, self.batch_size = flops, config.training.batch_size
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if experiment.stage not in OBJECTIVES:
+            raise ValueError(
+                f"PyTorch has no stage {experiment.stage!r}: measure mvjax alone with --notorch."
+            )
         with self._device:
             self._objective = OBJECTIVES[experiment.stage](experiment)
         if compiled:

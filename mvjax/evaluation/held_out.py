@@ -59,8 +59,9 @@ def check_held_out(config: ConfigDict, checkpoint: Checkpoint) -> None:
             f"trained with {share[0]}: it learned from episodes that would count as held out. Use "
             "that share, or train again with this one."
         )
-    if config.backbone.checkpoint:
-        backbone = find_checkpoint(config.backbone.checkpoint)
+    # In a joint run it is the same checkpoint.
+    if directory := config.get("backbone", {}).get("checkpoint"):
+        backbone = find_checkpoint(directory)
         if share := _larger_share(config, backbone):
             log.warning(
                 "config.validation_share is %s, but the video model in %s was trained with %s: it "

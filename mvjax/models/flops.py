@@ -90,18 +90,20 @@ def step_flops(experiment: Any) -> float:
     """Operations of a training step of an `Experiment`, per sample of the batch.
 
     Three forward passes for what learns, two for the products with kernels that stay fixed under
-    LoRA, and one for the frozen backbone of stage 2, to its last block that is read.
+    LoRA, and one for the frozen backbone of stage 2, to its last block that is read. In joint
+    training one pass of the whole backbone serves both networks.
     """
     config, model, text = experiment.config, experiment.video, experiment.config.text.length
     latents = experiment.read_shapes
-    if experiment.stage == "video":
-        return _video_dit(model, latents, text, None, model.lora).training
-    backbone = _video_dit(model, latents, text, config.context_layer, None)  # adapters are merged
-    draws = config.flow.action_draws
-    return (
-        backbone.forward
-        + _action_decoder(experiment.decoder, experiment.tokens, draws, draws, draws).training
-    )
+    if experiment.learns_video:
+        video = _video_dit(model, latents, text, None, model.lora).training
+    else:  # frozen, with its adapters merged
+        video = _video_dit(model, latents, text, config.context_layer, None).forward
+    if not experiment.learns_actions:
+        return video
+    decoder, draws = experiment.decoder, config.flow.action_draws
+    context = experiment.context_tokens
+    return video + _action_decoder(decoder, context, draws, draws, draws).training
 
 
 def peak_flops(device: jax.Device) -> float | None:

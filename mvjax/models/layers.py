@@ -423,21 +423,50 @@ def run_blocks(step: Callable[[Any, Any], Any], x: Any, blocks: Any, count: int,
         count: how many blocks to run.
         remat: a key of `POLICIES`.
     """
-
-    def body(x, block):
-        return step(x, block), None
-
-    if remat != "none":
-        # Inside a scan there is nothing that common-subexpression elimination could undo.
-        body = jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
-    # A scan, so that one block is compiled however many there are. A CPU copies what a scan keeps
-    # for the backward pass to and from the stacks of all blocks: there a few blocks are unrolled.
+    body = _scanned(step, remat)
     if count == jax.tree.leaves(blocks)[0].shape[0]:
-        few = remat == "none" and count <= FEW_BLOCKS and platform() == "cpu"
-        return jax.lax.scan(body, x, blocks, unroll=count if few else 1)[0]
+        return jax.lax.scan(body, x, blocks, unroll=_unrolled(count, remat))[0]
 
     # Scanning over a slice of the stack would copy the parameters of these blocks.
     def indexed(x, i):
         return body(x, jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, 0, False), blocks))
 
     return jax.lax.scan(indexed, x, jnp.arange(count))[0]
+
+
+def run_all_blocks(
+    step: Callable[[Any, Any], Any], x: Any, blocks: Any, layer: int, remat: str
+) -> tuple[Any, Any]:
+    """As `run_blocks` for all blocks: what the last one gives, and what block `layer` gave (0: x).
+
+    One scan and not two: the gradients of blocks that are sliced out of the stack would be added
+    into a stack of zeros, and their parameters copied.
+    """
+    body, count = _scanned(step, remat), jax.tree.leaves(blocks)[0].shape[0]
+
+    def seeing(carried, numbered):
+        (x, seen), (number, block) = carried, numbered
+        x = body(x, block)[0]  # what is seen passes it by, so that no block keeps it
+        return (x, jax.tree.map(partial(jnp.where, number == layer), x, seen)), None
+
+    blocks = jnp.arange(1, count + 1), blocks
+    return jax.lax.scan(seeing, (x, x), blocks, unroll=_unrolled(count, remat))[0]
+
+
+def _scanned(step: Callable[[Any, Any], Any], remat: str) -> Callable[[Any, Any], tuple[Any, None]]:
+    """One block as a scan takes it."""
+
+    def body(x, block):
+        return step(x, block), None
+
+    # Inside a scan there is nothing that common-subexpression elimination could undo.
+    return (
+        body if remat == "none" else jax.checkpoint(body, policy=POLICIES[remat], prevent_cse=False)
+    )
+
+
+def _unrolled(count: int, remat: str) -> int:
+    # A scan, so that one block is compiled however many there are. A CPU copies what a scan keeps
+    # for the backward pass to and from the stacks of all blocks: there a few blocks are unrolled.
+    few = remat == "none" and count <= FEW_BLOCKS and platform() == "cpu"
+    return count if few else 1

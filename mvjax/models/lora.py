@@ -1,5 +1,6 @@
 """LoRA: low-rank adapters on linear layers, what learns with them, and their merging."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import jax
@@ -38,6 +39,11 @@ def learns_with_lora(path: tuple[str, ...]) -> bool:
     if path[-1] in ("lora_a", "lora_b") or path[0] == "view_embedding":
         return True
     return any(part.startswith("adaln") for part in path)
+
+
+def learning(lora: LoRA | None) -> Callable[[tuple[str, ...]], bool]:
+    """Which parameters of a video DiT learn, by their paths: all, or those that do with LoRA."""
+    return learns_with_lora if lora else lambda path: True
 
 
 # --- The product with an adapter ---

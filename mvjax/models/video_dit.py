@@ -49,6 +49,7 @@ from mvjax.models.layers import (
     keep,
     modulate,
     rounded,
+    run_all_blocks,
     run_blocks,
     silu,
     stack,
@@ -264,6 +265,11 @@ def _observed_first(streams: int) -> Reads:
     return [present, everything, *[present] * (streams - 2)]
 
 
+def _one_sequence(xs: Sequence[Array]) -> Array:
+    """The tokens of all streams as one sequence."""
+    return xs[0] if len(xs) == 1 else constrain(joined(xs, 1), "batch", "length", None)
+
+
 class VideoDiT(nnx.Module):
     """Predicts the flow velocity of a latent video; its residual stream is the decoder's context.
 
@@ -324,11 +330,31 @@ class VideoDiT(nnx.Module):
         """
         streams = self._streams(latents, timesteps, condition_mask, padding_mask, views)
         xs, *_ = self._run(streams, text, layer=layer)
-        return xs[0] if len(xs) == 1 else constrain(joined(xs, 1), "batch", "length", None)
+        return _one_sequence(xs)
 
     def velocity(self, i: NetworkInput, text: Array, memory: Memory | None = None) -> Array:
         """As `__call__`, of what `mvjax.flow.network_input` makes."""
         return self(i.latents, i.timesteps, text, i.condition_mask, views=i.views, memory=memory)
+
+    def velocity_and_hidden(
+        self, i: NetworkInput, text: Array, *, layer: int, observed_only: bool = False
+    ) -> tuple[Array, Array]:
+        """`velocity` and `hidden` of one pass.
+
+        With `observed_only` the hidden states are those of the observed frames and of the views,
+        as `hidden` gives them without the future: attention must be "observed_first".
+        """
+        streams = self._streams(i.latents, i.timesteps, i.condition_mask, None, i.views)
+        if observed_only and not 0 < self.config.observed_latents < i.latents.shape[1]:
+            raise ValueError(
+                "The states of the observed frames depend on the frames after them, unless the "
+                f"video DiT has attention_to='observed_first'; it has {self.config.attention_to!r}."
+            )
+        count = self.config.num_blocks
+        (xs, seen), *time = self._run(streams, text, layer=count, see=layer)
+        if observed_only:
+            del seen[1]
+        return self._velocity(xs, streams, *time), _one_sequence(seen)
 
     def remember(self, i: NetworkInput, text: Array) -> Memory | None:
         """What every block reads of the present, if that does not depend on the future.
@@ -373,10 +399,20 @@ class VideoDiT(nnx.Module):
         zero: it is not computed.
         """
         streams = self._streams(latents, timesteps, condition_mask, padding_mask, views)
-        layer, video = self.config.num_blocks, len(streams) - len(self.config.views)
-        xs, embedding, shared = self._run(streams, text, layer=layer, memory=memory)
-        if memory is not None:  # of what is computed, nothing but the frames after the present
-            streams, video = streams[1:2], 1
+        layer = self.config.num_blocks
+        xs, *time = self._run(streams, text, layer=layer, memory=memory)
+        if memory is None:
+            return self._velocity(xs, streams, *time)
+        # Nothing is computed but the frames after the present.
+        velocity = self._velocity(xs, streams[1:2], *time)
+        observed = latents[:, : self.config.observed_latents]
+        return joined([jnp.zeros_like(observed, velocity.dtype), velocity], 1)
+
+    def _velocity(
+        self, xs: Sequence[Array], streams: Sequence[Stream], embedding: Array, shared: Array
+    ) -> Array:
+        """The velocity of the video, from the tokens after the last block and both of `_time`."""
+        video = sum(one.view is None for one in streams)
         frames = [one.times.shape[1] for one in streams[:video]]
         if sum(frames) < embedding.shape[1]:  # views end here, and so do their times
             embedding, shared = embedding[:, : sum(frames)], shared[:, : sum(frames)]
@@ -387,9 +423,6 @@ class VideoDiT(nnx.Module):
                 xs, frames, streams, *(by_stream(m, frames) for m in modulation)
             )
         ]
-        if memory is not None:
-            observed = latents[:, : self.config.observed_latents]
-            velocity.insert(0, jnp.zeros_like(observed, velocity[0].dtype))
         return joined(velocity, 1).astype(jnp.float32)
 
     def _run(
@@ -398,16 +431,18 @@ class VideoDiT(nnx.Module):
         text: Array,
         *,
         layer: int,
+        see: int | None = None,
         memory: Memory | None = None,
-    ) -> tuple[list[Array], Array, Array]:
+    ) -> tuple[Any, Array, Array]:
         """The tokens of every stream after block `layer`, and both results of `_time`.
 
-        With a memory, of the frames after the present alone.
+        With a memory, of the frames after the present alone. With `see`, after the last block and
+        after block `see`.
         """
-        config = self.config
-        if not 0 <= layer <= config.num_blocks:
+        config, wanted = self.config, layer if see is None else see
+        if not 0 <= wanted <= config.num_blocks:
             raise ValueError(
-                f"Layer {layer} does not exist: this video DiT has blocks 1 to "
+                f"Layer {wanted} does not exist: this video DiT has blocks 1 to "
                 f"{config.num_blocks} (0 is the patch embedding)."
             )
         ran, reads = streams, None
@@ -428,6 +463,8 @@ class VideoDiT(nnx.Module):
             block, known = block if memory is not None else (block, ())
             return block(xs, times, embedding, shared, text, ropes, reads, known)
 
+        if see is not None:
+            return run_all_blocks(step, xs, self.blocks, see, config.remat), embedding, shared
         blocks = self.blocks if memory is None else (self.blocks, memory)
         return run_blocks(step, xs, blocks, layer, config.remat), embedding, shared
 

@@ -38,10 +38,10 @@ class Estimate:
         devices, slices: Of the whole pod.
         mesh: Devices per axis.
         batch_size: Samples per step of the whole pod.
-        kept: What stage 1 keeps for the backward pass, `video_model.remat` with "auto" resolved; ""
-            in stage 2.
-        parameters, trainable, frozen: Numbers of parameters: of the trained network, those of them
-            that learn, and of the frozen backbone.
+        kept: What a video DiT that learns keeps for the backward pass, `video_model.remat` with
+            "auto" resolved; "" in stage 2.
+        parameters, trainable, frozen: Numbers of parameters: of what is trained, those of them that
+            learn, and of the frozen backbone.
         array_bytes: State, frozen backbone and batch, by their shapes.
         argument_bytes: The same as the compiler lays them out, padded to the tiles of the chip.
         peak_bytes: The most that is in memory at once, arguments included.
@@ -175,7 +175,7 @@ def batch_size(per_chip: float, devices: int) -> int:
 
 
 def _kept(experiment: Experiment, program: Program, kind: Chip) -> str:
-    if experiment.stage != "video":
+    if not experiment.learns_video:
         return ""
     remat = experiment.video.remat
     return most_kept(experiment, program.mesh, kind.hbm_bytes) if remat == "auto" else remat

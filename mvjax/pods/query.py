@@ -88,18 +88,18 @@ def estimate_queries(
     """Compiles the stages of the answer to a batch of queries for devices of a pod.
 
     Args:
-        experiment: Of stage 2; no checkpoint that it names is read.
+        experiment: Of stage 2 or of a joint run; no checkpoint that it names is read.
         devices: Of `pod_devices`, one chip or several that share the batch by `config.mesh`.
         queries: At a time.
 
     Raises:
         DoesNotFit: If the weights and a batch need more memory than a device has.
-        ValueError: If the experiment is not of stage 2, or mesh and devices do not go together.
+        ValueError: If the experiment trains no decoder, or mesh and devices do not go together.
     """
-    if experiment.stage != "action":
+    if not experiment.learns_actions:
         raise ValueError(
-            "a policy needs a stage-2 configuration (config.stage 'action'), got one of stage "
-            f"{experiment.stage!r}."
+            "a policy needs a configuration that trains a decoder (config.stage 'action' or "
+            f"'joint'), got one of stage {experiment.stage!r}."
         )
     kind, mesh, rules = chip(devices[0].device_kind), experiment.mesh(devices), experiment.rules
     assert kind is not None  # every generation of `pod_devices` is in the table of chips

@@ -28,8 +28,9 @@ def report(experiment: Experiment, topology: str, found: Estimate) -> str:
     host = f", {as_bytes(found.host_bytes)} in the host" if found.host_bytes else ""
     lora = experiment.video.lora
     training = f"LoRA of rank {lora.rank}" if lora else "full training"
-    video = f"video, {training}, remat {found.kept}"
-    what = video if experiment.stage == "video" else "action decoder"
+    learns = [f"video, {training}, remat {found.kept}"] * experiment.learns_video
+    learns += ["action decoder"] * experiment.learns_actions
+    what = ", and ".join(learns)
     rows = [
         ("step", f"{what}, {experiment.tokens:,} tokens per clip"),
         ("pod", f"{slices}{topology}, {found.devices} x {found.device}"),

@@ -35,7 +35,7 @@ class Found:
         """The flags that give a training run this mesh, rematerialisation and batch."""
         config = self.experiment.config
         sizes = [f"--config.mesh.{axis}={config.mesh[axis]}" for axis in MESH_AXES]
-        if self.experiment.stage == "video":
+        if self.experiment.learns_video:
             sizes.append(f"--config.video_model.remat={config.video_model.remat}")
         return " ".join([*sizes, f"--config.training.batch_size={config.training.batch_size}"])
 
@@ -123,7 +123,7 @@ class _Budget:
         config = experiment.config
         sizes = " ".join(f"{axis}={config.mesh[axis]}" for axis in MESH_AXES)
         head = f"[{self.made}/{self._most}] {sizes}, {config.training.batch_size} clips"
-        if experiment.stage == "video":
+        if experiment.learns_video:
             head += f", remat {config.video_model.remat}"
         try:
             result = self._compiled(experiment)
@@ -159,7 +159,7 @@ def _other_remats(
     tenth more memory than there is.
     """
     own = experiment.config.video_model.remat
-    if experiment.stage != "video" or own == "none":  # nothing is kept, or everything
+    if not experiment.learns_video or own == "none":  # nothing is kept, or everything
         return []
     # "offload" keeps what "attention" keeps, in the host.
     at = LADDER.index(own) if own in LADDER else LADDER.index("attention")
@@ -227,7 +227,7 @@ def _candidates(
         settings = {f"mesh.{axis}": size for axis, size in sizes.items()}
         candidate = experiment.changed(settings | {"training.batch_size": batch_size or least})
         mesh = abstract_mesh(sizes, devices)
-        if candidate.stage == "video" and config.video_model.remat == "auto":
+        if candidate.learns_video and config.video_model.remat == "auto":
             remat = most_kept(candidate, mesh, hbm_bytes)
             candidate = candidate.changed({"video_model.remat": remat})
         try:

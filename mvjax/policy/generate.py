@@ -220,7 +220,7 @@ def generation_config(checkpoint: Path, given: ConfigDict | None = None) -> Conf
     """Returns the configuration stored with a video model, completed for a converted one.
 
     Args:
-        checkpoint: a stage-1 training directory or a converted video DiT.
+        checkpoint: a training directory of stage 1 or of a joint run, or a converted video DiT.
         given: a stage-1 configuration, which replaces all but the sizes of the network.
 
     Returns:
@@ -233,10 +233,10 @@ def generation_config(checkpoint: Path, given: ConfigDict | None = None) -> Conf
             than the given configuration.
     """
     meta = read_meta(checkpoint)
-    if meta["stage"] != "video":
+    if meta["stage"] not in ("video", "joint"):
         raise CheckpointMismatch(
             f"{checkpoint} holds a checkpoint of stage {meta['stage']!r}, expected a video model: "
-            "give a stage-1 training directory or a converted video DiT."
+            "give a training directory of stage 1 or of a joint run, or a converted video DiT."
         )
     config = ConfigDict(meta["config"])
     if given is not None:
@@ -349,7 +349,9 @@ def read_embedding(path: Path, length: int, dim: int) -> np.ndarray:
 
 def load_video_model(checkpoint: Path, precision: str) -> VideoModel:
     """Loads a video DiT, its parameters and tokens split over all devices of this process."""
-    config = ConfigDict(read_meta(checkpoint)["config"])
+    # Without its stage: what is asked here is how a backbone is read.
+    stored = read_meta(checkpoint)["config"]
+    config = ConfigDict({name: value for name, value in stored.items() if name != "stage"})
     config.backbone = dict(checkpoint=str(checkpoint), precision=precision)
     # There is only one sample, so the devices share its tokens.
     config.rules = {**DEFAULT_RULES, "batch": None, "length": "fsdp"}

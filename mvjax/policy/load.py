@@ -161,7 +161,7 @@ def _fingerprint(params: Params) -> str:
 
 
 def load_trained(directory: str | Path, stop_step: int = 0, batch_size: int = 1) -> Policy:
-    """Loads the policy of a stage-2 run with the configuration that it was trained with.
+    """Loads the policy of a stage-2 or joint run with the configuration it was trained with.
 
     Relative paths in that configuration (backbone, tokenizer) belong to the folder in which the run
     was trained: call this from there.
@@ -185,9 +185,10 @@ def load_trained(directory: str | Path, stop_step: int = 0, batch_size: int = 1)
 def load_policy(
     experiment: Experiment, decoder_directory: Path, sampling: Sampling, batch_size: int
 ) -> Policy:
-    """Loads the policy of a stage-2 run, and fixes what it is (`Policy.identity`).
+    """Loads the policy of a stage-2 or joint run, and fixes what it is (`Policy.identity`).
 
     The decoder's newest step is chosen once, and of the backbone the step that it was trained on.
+    In a joint run that is the same one, which holds both.
 
     Args:
         experiment: of the run; `config.embodiment` selects the robot if it was trained on several.
@@ -226,11 +227,20 @@ def _load_policy(
     """Appends what it reads to `chosen`."""
     config, rules = experiment.config, experiment.rules
     # Chosen before anything large is read, which also names a wrong directory.
-    decoder = find_checkpoint(decoder_directory)
-    chosen.append(decoder)
+    held = find_checkpoint(decoder_directory)
+    chosen.append(held)
+    decoder = held.network("action")
+    if (config.stage == "joint") != bool(decoder.part):
+        raise CheckpointMismatch(
+            f"{decoder_directory} is a run of stage {held.meta['stage']!r}, but this configuration "
+            f"is of stage {config.stage!r}: take its own (without --config)."
+        )
     # Converted weights do not know their backbone: any will do.
     trained = None if "converted" in decoder.meta else decoder.meta.get("backbone", {})
-    backbone = backbone_checkpoint(experiment, trained, str(decoder_directory))
+    if decoder.part:
+        backbone = held.network("video")
+    else:
+        backbone = backbone_checkpoint(experiment, trained, str(decoder_directory))
     chosen += [backbone] if backbone else []
     check_trained(config, decoder.meta, decoder_directory)
     robot = trained_robot(config)
@@ -242,8 +252,8 @@ def _load_policy(
     # Every process answers its own queries on its own devices.
     mesh = experiment.mesh(jax.local_devices())
     with jax.set_mesh(mesh):
-        step = None if backbone is None else backbone.step
-        video_dit, backbone_params = load_backbone(experiment, mesh, step=step)
+        of = {} if backbone is None else dict(step=backbone.step, directory=backbone.directory)
+        video_dit, backbone_params = load_backbone(experiment, mesh, **of)
         decoder_params = load_decoder(experiment, decoder_directory, mesh, step=decoder.step)
         tokenizer = jax.device_put(tokenizer, NamedSharding(mesh, PartitionSpec()))
     ways = split_ways("batch", mesh, rules)
@@ -269,7 +279,7 @@ def _load_policy(
     }
     read = {
         "decoder": str(decoder_directory),
-        "backbone": config.backbone.checkpoint,
+        "backbone": str(decoder_directory) if decoder.part else config.backbone.checkpoint,
         "tokenizer": str(config.tokenizer),
         "text_encoder": str(config.text_encoder),
     }

@@ -2,7 +2,8 @@
 
 Stage 2, the policy and the evaluation start from a stage-1 directory. Only the parameters are
 read, straight onto the reader's own mesh and dtype: each device reads its part, and optimizer
-state is never touched.
+state is never touched. The directory of a joint run holds both networks, and serves as that of
+either.
 """
 
 import dataclasses
@@ -47,6 +48,11 @@ log = logging.getLogger(__name__)
 # Settings of how a network is computed, which its weights do not depend on.
 COMPUTE_SETTINGS = ("precision", "attention", "remat")
 
+# The networks of a joint run, as parts of its tree of parameters, and the stages that train each
+# alone.
+BACKBONE, DECODER = "backbone", "decoder"
+_PART_OF = {"video": BACKBONE, "action": DECODER}
+
 # (experiment, mesh) -> configuration and parameters of the backbone that stage 2 is built with.
 Backbone = Callable[[Experiment, Mesh], tuple[VideoDiTConfig, Params]]
 
@@ -55,7 +61,12 @@ Backbone = Callable[[Experiment, Mesh], tuple[VideoDiTConfig, Params]]
 
 
 def restore_params(
-    directory: Path, abstract: Params, *, use_ema: bool = True, step: int | None = None
+    directory: Path,
+    abstract: Params,
+    *,
+    use_ema: bool = True,
+    step: int | None = None,
+    part: str = "",
 ) -> Params:
     """Reads the parameters of a finished or running training directory.
 
@@ -65,6 +76,7 @@ def restore_params(
             it must have exactly the stored parameters.
         use_ema: Take the moving average of a parameter where one is stored.
         step: Which checkpoint; the newest when None.
+        part: Of a joint run, the network that is read (`Checkpoint.part`); "" for all.
 
     Raises:
         FileNotFoundError: If there is no such checkpoint.
@@ -73,28 +85,43 @@ def restore_params(
     """
     where = step_folder(directory, step)
     with damage_reported(where):
-        stored = stored_tree(where)
+        stored = stored_params(where, part)
         check_match(leaf_paths(stored["params"]), leaf_paths(abstract), where)
-        stored_averages = flatten_dict(stored.get("ema", {})) if use_ema else {}
+        stored_averages = flatten_dict(stored["ema"]) if use_ema else {}
         averaged, raw = split(abstract, lambda path: path in stored_averages)
-        wanted = {name: tree for name, tree in (("params", raw), ("ema", averaged)) if tree}
+        wanted = {
+            name: {part: tree} if part else tree
+            for name, tree in (("params", raw), ("ema", averaged))
+            if tree
+        }
         restored = read_arrays(where, wanted, partial=True)
+        if part:
+            restored = {name: tree[part] for name, tree in restored.items()}
         params = merge(restored.get("params", {}), restored.get("ema", {}))
         if use_ema:
-            _check_digest(where, leaf_paths(params), leaf_paths(_as_read(stored)))
+            _check_digest(where, leaf_paths(params), leaf_paths(_as_read(stored)), part)
     return params
+
+
+def stored_params(where: Path, part: str = "") -> dict[str, Params]:
+    """Shapes and dtypes of a checkpoint's "params" and "ema" ({} without averages)."""
+    stored = stored_tree(where)
+    trees = {"params": stored["params"], "ema": stored.get("ema") or {}}
+    return {name: tree.get(part, {}) for name, tree in trees.items()} if part else trees
 
 
 def _as_read(stored: Params) -> Params:
     """The parameters that other programs read: averaged where there is an average."""
-    return merge(stored["params"], stored.get("ema", {}))
+    return merge(stored["params"], stored["ema"])
 
 
-def _check_digest(where: Path, restored: Mapping[str, Any], stored: Mapping[str, Any]) -> None:
+def _check_digest(
+    where: Path, restored: Mapping[str, Any], stored: Mapping[str, Any], part: str
+) -> None:
     # Of arrays in another dtype than stored, the digest is another one.
     if any(leaf.dtype != stored[name].dtype for name, leaf in restored.items()):
         return
-    saved = read_json(where / "meta").get("digest")
+    saved = _saved_digest(read_json(where / "meta"), part)
     if saved and saved != (found := digest(restored)):
         raise CheckpointDamaged(
             f"its parameters have the digest {found}, but had {saved} when they were saved: a file "
@@ -102,11 +129,15 @@ def _check_digest(where: Path, restored: Mapping[str, Any], stored: Mapping[str,
         )
 
 
-def abstract_params(directory: Path, *, step: int | None = None) -> Params:
+def _saved_digest(meta: Mapping[str, Any], part: str) -> str | None:
+    return meta.get("part_digests", {}).get(part) if part else meta.get("digest")
+
+
+def abstract_params(directory: Path, *, step: int | None = None, part: str = "") -> Params:
     """Shapes and dtypes of the stored parameters, without shardings and without reading them."""
     where = step_folder(directory, step)
     with damage_reported(where):
-        stored = stored_tree(where)["params"]
+        stored = stored_params(where, part)["params"]
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), stored)
 
 
@@ -178,25 +209,45 @@ class Checkpoint:
 
     A program chooses it once and reads everything from it: a training that goes on meanwhile writes
     newer ones and deletes older ones.
+
+    Attributes:
+        directory, step, meta: Of the checkpoint.
+        part: Of a joint run, BACKBONE or DECODER where only that network is meant; "" for all that
+            the checkpoint holds.
     """
 
     directory: Path
     step: int
     meta: Mapping[str, Any]
+    part: str = ""
+
+    def network(self, stage: str) -> "Checkpoint":
+        """This checkpoint as that of one network, which stage "video" or "action" trains.
+
+        Raises:
+            CheckpointMismatch: If it holds neither that network alone nor both.
+        """
+        held = self.meta["stage"]
+        if held not in (stage, "joint"):
+            raise CheckpointMismatch(
+                f"{self.directory} is a run of stage {held!r}, but a run of stage {stage!r} is "
+                "needed here."
+            )
+        return self if held == stage else dataclasses.replace(self, part=_PART_OF[stage])
 
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Step and digest of the parameters that other programs read, and how adapters merge."""
-        lora = self.meta["config"].get("lora", {})
+        lora = {} if self.part == DECODER else self.meta["config"].get("lora", {})
         adapters = {"lora": {k: lora[k] for k in ("rank", "alpha")}} if lora.get("rank") else {}
-        weights = self.meta.get("digest")
+        weights = _saved_digest(self.meta, self.part)
         if not weights:
             log.warning(
                 "%s does not store a digest of its weights, as in earlier versions: it is computed "
                 "from the files.",
                 step_folder(self.directory, self.step),
             )
-            weights = stored_digest(self.directory, self.step)
+            weights = stored_digest(self.directory, self.step, self.part)
         return {"step": self.step, "digest": weights, **adapters}
 
 
@@ -206,18 +257,19 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Checkpoint:
     return Checkpoint(Path(directory), int(where.name), read_meta(directory, step=int(where.name)))
 
 
-def stored_digest(directory: Path, step: int) -> str:
+def stored_digest(directory: Path, step: int, part: str = "") -> str:
     """The digest of a checkpoint's parameters, read leaf by leaf into the host's memory."""
-    where = step_folder(directory, step)
+    where, below = step_folder(directory, step), (part,) if part else ()
     with damage_reported(where):
-        stored = stored_tree(where)
+        stored = stored_params(where, part)
         host = jax.sharding.SingleDeviceSharding(_host_device())
-        averages, sums = flatten_dict(stored.get("ema", {})), {}
+        averages, sums = flatten_dict(stored["ema"]), {}
         for path, leaf in flatten_dict(stored["params"]).items():
             item = "ema" if path in averages else "params"
             leaf = averages.get(path, leaf)
             wanted = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=host)
-            read = read_arrays(where, {item: unflatten_dict({path: wanted})}, partial=True)
+            tree = unflatten_dict({(*below, *path): wanted})
+            read = read_arrays(where, {item: tree}, partial=True)
             (array,) = jax.tree.leaves(read)
             sums["/".join(path)] = (array.shape, array.dtype, piece_sums(array))
     return digest_of_sums(sums)
@@ -239,7 +291,8 @@ def backbone_checkpoint(
     """Chooses the stage-1 checkpoint that stage 2 reads; None for an untrained backbone.
 
     Args:
-        experiment: `config.backbone.checkpoint` is a stage-1 training directory, or "".
+        experiment: `config.backbone.checkpoint` is a training directory of stage 1 or of a joint
+            run, or "".
         trained: The `backbone_identity` that a decoder was trained on: that step is taken, or
             another one with the same weights. None for a new training, which takes the newest
             step. {} if an earlier version did not store it: the newest step is taken with a
@@ -259,7 +312,7 @@ def backbone_checkpoint(
         )
     if not directory:
         return None
-    newest = find_checkpoint(directory)
+    newest = find_checkpoint(directory).network("video")
     if not trained:
         if trained is not None:
             log.warning(
@@ -274,7 +327,8 @@ def backbone_checkpoint(
     wanted = {key: value for key, value in trained.items() if key in ("digest", "lora")}
     held = f"{directory} now holds the steps {steps}"
     for step in sorted(steps, key=lambda step: (step != trained["step"], -step)):
-        found, same_step = find_checkpoint(directory, step), step == trained["step"]
+        found = find_checkpoint(directory, step).network("video")
+        same_step = step == trained["step"]
         if not same_step and "digest" not in found.meta:
             continue  # computing the digests of all steps would take too long
         unlike = different(wanted, {k: v for k, v in found.identity.items() if k != "step"})
@@ -319,16 +373,21 @@ def abstract_backbone(experiment: Experiment, mesh: Mesh) -> tuple[VideoDiTConfi
 
 
 def load_backbone(
-    experiment: Experiment, mesh: Mesh, *, step: int | None = None
+    experiment: Experiment,
+    mesh: Mesh,
+    *,
+    step: int | None = None,
+    directory: str | Path | None = None,
 ) -> tuple[VideoDiTConfig, Params]:
-    """Restores a stage-1 backbone onto this mesh, every device reading only its part.
+    """Restores a trained backbone onto this mesh, every device reading only its part.
 
     Args:
-        experiment: `config.backbone.checkpoint` is a stage-1 training directory, or "" for an
-            untrained backbone drawn from `training.seed` (the baseline of sample-efficiency
-            studies). The settings of the video model must agree with what was trained, except
-            those of how it is computed.
+        experiment: The settings of the video model must agree with what was trained, except those
+            of how it is computed.
         step: Which checkpoint, of `backbone_checkpoint`; the newest when None.
+        directory: The training directory, of stage 1 or of a joint run; None for
+            `config.backbone.checkpoint`, which may be "" for an untrained backbone drawn from
+            `training.seed` (the baseline of sample-efficiency studies).
 
     Returns:
         The backbone's configuration without LoRA, and its parameters: float32 where it
@@ -338,7 +397,9 @@ def load_backbone(
         CheckpointMismatch: If the directory holds another stage or another model.
     """
     config, rules = experiment.config, experiment.rules
-    if not config.backbone.checkpoint:
+    if directory is None:
+        directory = config.backbone.checkpoint
+    if not directory:
         model = _frozen(experiment.video, experiment)
         dtype, network = model.dtype, video_network(model)
         make = jax.jit(
@@ -346,9 +407,9 @@ def load_backbone(
             out_shardings=sharding_tree(network.axes, mesh, rules, network.abstract),
         )
         return model, make(jax.random.key(config.training.seed))
-    directory = Path(config.backbone.checkpoint)
-    found = find_checkpoint(directory, step)
-    stored = _checked_config(found, config, "video", ("clip", "video_model", "text"))
+    directory = Path(directory)
+    found = find_checkpoint(directory, step).network("video")
+    stored = _checked_config(found, config, ("clip", "video_model", "text"))
     _warn_of_other_cameras(stored, config, directory)
     # Only this, so that settings of then which are out of range today do not matter.
     sections = ("clip", "video_model", "lora", "text")
@@ -357,9 +418,9 @@ def load_backbone(
     dtype = model.dtype
     if trained.lora is None:
         abstract = _abstract(video_network(model), mesh, rules, dtype)
-        return model, restore_params(directory, abstract, step=found.step)
+        return model, restore_params(directory, abstract, step=found.step, part=found.part)
     abstract = _abstract(video_network(trained), mesh, rules)
-    adapted = restore_params(directory, abstract, step=found.step)
+    adapted = restore_params(directory, abstract, step=found.step, part=found.part)
     # Merged in float32 and then cast: a small update would be lost in bfloat16.
     merged = jax.jit(
         lambda p: _cast(merge_lora(p, trained.lora), dtype),
@@ -371,7 +432,7 @@ def load_backbone(
 def load_decoder(
     experiment: Experiment, directory: Path, mesh: Mesh, *, step: int | None = None
 ) -> Params:
-    """Restores the action decoder of a stage-2 run onto this mesh; the newest if `step` is None.
+    """Restores the decoder of a stage-2 or joint run onto this mesh; the newest for `step` None.
 
     Raises:
         CheckpointMismatch: If the directory holds another stage, or the experiment has other
@@ -380,8 +441,8 @@ def load_decoder(
     config = experiment.config
     sections = ("clip", "video_model", "text", "policy_io", "decoder")
     sections += ("context_layer", "context_frames")
-    found = find_checkpoint(directory, step)
-    stored = _checked_config(found, config, "action", sections)
+    found = find_checkpoint(directory, step).network("action")
+    stored = _checked_config(found, config, sections)
     if "backbone" in stored and _untrained_seed(stored) != _untrained_seed(config):
         raise CheckpointMismatch(
             f"{directory} was trained with backbone.checkpoint={stored.backbone.checkpoint!r} and "
@@ -390,7 +451,7 @@ def load_decoder(
             "the same only with the same seed."
         )
     abstract = _abstract(experiment.decoder_network, mesh, experiment.rules)
-    return restore_params(directory, abstract, step=found.step)
+    return restore_params(directory, abstract, step=found.step, part=found.part)
 
 
 def _untrained_seed(config: Any) -> int | None:
@@ -398,16 +459,9 @@ def _untrained_seed(config: Any) -> int | None:
     return None if config.backbone.checkpoint else config.training.seed
 
 
-def _checked_config(
-    checkpoint: Checkpoint, config: Any, stage: str, sections: Sequence[str]
-) -> ConfigDict:
+def _checked_config(checkpoint: Checkpoint, config: Any, sections: Sequence[str]) -> ConfigDict:
     """The stored configuration, if its sections agree with `config` in all that weights need."""
     meta, directory = checkpoint.meta, checkpoint.directory
-    if meta["stage"] != stage:
-        raise CheckpointMismatch(
-            f"{directory} is a run of stage {meta['stage']!r}, but a run of stage {stage!r} is "
-            "needed here."
-        )
     stored = meta["config"]
     _check_views(*(_views(one) for one in (stored, config)), directory)
     here = {s: config[s] for s in sections if s in config}
@@ -480,8 +534,10 @@ def _without_compute(section: Any) -> Any:
 def _frozen(model: VideoDiTConfig, experiment: Experiment) -> VideoDiTConfig:
     """The network without LoRA, computed as this program says and not as its training did."""
     config = experiment.config
-    here = {n: config.video_model[n] for n in ("attention", "remat") if n in config.video_model}
-    return dataclasses.replace(model, lora=None, precision=config.backbone.precision, **here)
+    here = {n: config.video_model[n] for n in COMPUTE_SETTINGS if n in config.video_model}
+    if "backbone" in config:  # in a joint run the decoder learns to read what is computed there
+        here["precision"] = config.backbone.precision
+    return dataclasses.replace(model, lora=None, **here)
 
 
 def _abstract(network: Network, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:

@@ -12,8 +12,8 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from mvjax.experiment import Experiment
-from mvjax.models.lora import learns_with_lora
-from mvjax.models.network import split
+from mvjax.models.lora import learning
+from mvjax.models.network import Network, split
 from mvjax.parallel import GB, chip, sharding_tree, split_ways
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ WORKING_ACTIVATIONS = 70
 
 
 def chosen_remat(experiment: Experiment, mesh: Mesh | AbstractMesh) -> str:
-    """The policy for stage 1 on this mesh: "auto" resolved, any other as it is.
+    """The policy for a video DiT that learns, on this mesh: "auto" resolved, any other as it is.
 
     The most that fits the memory of a device, by an estimate that is on the safe side; "attention"
     where the memory is not known (a CPU, an unknown device).
@@ -54,7 +54,7 @@ def most_kept(experiment: Experiment, mesh: Mesh | AbstractMesh, hbm_bytes: int)
 
 
 def step_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh, remat: str) -> float:
-    """About what a step of stage 1 needs on a device."""
+    """About what a step that trains the video DiT needs on a device."""
     training, model = experiment.config.training, experiment.video
     rules, samples = experiment.rules, training.batch_size / training.accumulate
     clips = samples / split_ways("batch", mesh, rules)
@@ -63,6 +63,11 @@ def step_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh, remat: str) ->
     activation = tokens * model.width * itemsize
     state, block = _parameter_bytes(experiment, mesh)
     kept = model.num_blocks * kept_widths(remat, model.mlp_ratio) * activation
+    if experiment.learns_actions:  # keys and values of the context, in each of its blocks
+        decoder = experiment.decoder
+        read = clips * experiment.context_tokens / split_ways("length", mesh, rules)
+        kept += 2 * decoder.num_blocks * read * decoder.width * itemsize
+        kept += activation  # what the decoder reads, seen on the way
     # Of two blocks at a time the weights are gathered.
     return state + 2 * block * itemsize + (WORKING_ACTIVATIONS + 1) * activation + kept
 
@@ -83,19 +88,26 @@ def kept_widths(remat: str, mlp_ratio: int) -> int:
 def _parameter_bytes(experiment: Experiment, mesh: Mesh | AbstractMesh) -> tuple[float, float]:
     """Of the state and gradients on a device, and the number of parameters of one block."""
     network = experiment.video_network
+    sizes = _shard_sizes(network, experiment, mesh)
+    every, trainable = _total(sizes), _total(split(sizes, learning(experiment.video.lora))[0])
+    if experiment.learns_actions:
+        decoder = _total(_shard_sizes(experiment.decoder_network, experiment, mesh))
+        every, trainable = every + decoder, trainable + decoder
+    averages = 1 if experiment.config.training.ema_decay > 0 else 0
+    # Parameters, and of those that learn a gradient, two moments and perhaps an average; float32.
+    state = 4 * (every + (3 + averages) * trainable)
+    blocks = jax.tree.map(lambda leaf: leaf.size, network.abstract["blocks"])
+    return state, _total(blocks) / experiment.video.num_blocks
+
+
+def _shard_sizes(network: Network, experiment: Experiment, mesh: Mesh | AbstractMesh) -> Any:
+    """Of every parameter, the numbers on a device."""
     shardings = sharding_tree(network.axes, mesh, experiment.rules, network.abstract)
-    sizes = jax.tree.map(
+    return jax.tree.map(
         lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)),
         network.abstract,
         shardings,
     )
-    learns = learns_with_lora if experiment.video.lora else lambda path: True
-    trainable = _total(split(sizes, learns)[0])
-    averages = 1 if experiment.config.training.ema_decay > 0 else 0
-    # Parameters, and of those that learn a gradient, two moments and perhaps an average; float32.
-    state = 4 * (_total(sizes) + (3 + averages) * trainable)
-    blocks = jax.tree.map(lambda leaf: leaf.size, network.abstract["blocks"])
-    return state, _total(blocks) / experiment.video.num_blocks
 
 
 def _total(tree: Any) -> int:

@@ -19,7 +19,15 @@ from flax.traverse_util import flatten_dict
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
-from mvjax.training.bridge import COMPUTE_SETTINGS, abstract_params, restore_params
+from mvjax.training.bridge import (
+    BACKBONE,
+    COMPUTE_SETTINGS,
+    DECODER,
+    abstract_params,
+    find_checkpoint,
+    read_meta,
+    restore_params,
+)
 from mvjax.training.checkpoint import (
     Arrays,
     Store,
@@ -46,7 +54,7 @@ _NETWORKS = (
     "policy_io",
 )
 # ... and how they were trained.
-_RECIPE = ("flow", "optimizer", "init_from", "backbone")
+_RECIPE = ("flow", "optimizer", "init_from", "decoder_init_from", "backbone")
 _TRAINING = ("batch_size", "seed", "ema_decay", "episodes_per_task")
 # What decides which samples a batch holds.
 _ORDER = ("batch_size", "seed", "episodes_per_task")
@@ -68,7 +76,9 @@ def first_state(
     2. `config.init_from`, a training directory or converted weights: its parameters (averaged
        where it has averages), at step 0, with a new optimizer and the loader's beginning. Where
        this run has LoRA adapters that `init_from` lacks, new ones are added that change nothing
-       yet; where it has views that `init_from` lacks, their embeddings start at zero.
+       yet; where it has views that `init_from` lacks, their embeddings start at zero. A joint run
+       takes its backbone from there and its decoder from `config.decoder_init_from`, or both from
+       another joint run; either may be left out.
     3. Parameters drawn from `training.seed`.
 
     Args:
@@ -92,11 +102,8 @@ def first_state(
             log_once(line)
         loader.set_state(restored.position)
         return restored.state
-    config, seed, params = experiment.config, int(experiment.config.training.seed), None
-    if config.init_from:
-        log_once(f"starting from the parameters of {config.init_from}.")
-        params = _initial_params(Path(config.init_from), abstract.params)
-    return create_state(stage, optimizer, abstract, seed, params)
+    params = _given_params(experiment.config, stage, abstract.params)
+    return create_state(stage, optimizer, abstract, int(experiment.config.training.seed), params)
 
 
 def _carry_over(
@@ -203,11 +210,35 @@ def log_once(line: str) -> None:
         log.info(line)
 
 
-def _initial_params(directory: Path, abstract: Params) -> Params:
+def _given_params(config: Any, stage: Stage, abstract: Params) -> Params | None:
+    """The parameters that a configuration names for the start of a run; None where it names none.
+
+    A joint run may be given those of one of its networks alone.
+    """
+    start = config.init_from
+    if not stage.parts:
+        return _initial_params(start, abstract, stage.name) if start else None
+    of_decoder = config.get("decoder_init_from")
+    if not of_decoder and start and read_meta(Path(start))["stage"] == stage.name:
+        of_decoder = start
+    parts = (BACKBONE, start, "video"), (DECODER, of_decoder, "action")
+    return {
+        name: _initial_params(directory, abstract[name], trains, f" the {name}")
+        for name, directory, trains in parts
+        if directory
+    }
+
+
+def _initial_params(directory: str, abstract: Params, stage: str, which: str = "") -> Params:
+    """The parameters of the network that a stage trains, for those that are asked for."""
+
     def is_adapter(path: tuple[str, ...]) -> bool:
         return path[-1] in ("lora_a", "lora_b")
 
-    stored = abstract_params(directory)
+    log_once(f"starting{which} from the parameters of {directory}.")
+    found = find_checkpoint(Path(directory)).network(stage)
+    of = dict(step=found.step, part=found.part)
+    stored = abstract_params(found.directory, **of)
     there, here = (set(params.get("view_embedding", ())) for params in (stored, abstract))
     if dropped := sorted(there - here):
         raise CheckpointMismatch(
@@ -222,7 +253,7 @@ def _initial_params(directory: Path, abstract: Params) -> Params:
     if adapters:
         log_once(f"{directory} has no LoRA adapters; new ones are added.")
     is_new = lambda path: path[0] == "view_embedding" and path[-1] in new  # noqa: E731
-    return restore_params(directory, split(base, is_new)[1])
+    return restore_params(found.directory, split(base, is_new)[1], **of)
 
 
 def _check_same_data(stored: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -42,27 +42,28 @@ from mvjax.training.validation import make_validation
 def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Record:
     """Trains the stage of an experiment on its encoded datasets; see `train`.
 
-    Stage 1 reads every dataset. Stage 2 reads those with actions, since its video model is frozen
-    and a window without actions would teach nothing, and writes `normalizer.json` beside its
-    checkpoints.
+    Stage 1 and joint training read every dataset. Stage 2 reads those with actions, since its video
+    model is frozen and a window without actions would teach nothing. Where actions are learned,
+    `normalizer.json` is written beside the checkpoints, of the datasets that have them.
     """
     config, settings, workdir = experiment.config, experiment.config.training, Path(workdir)
-    acting, chosen = experiment.stage == "action", experiment.datasets
+    acting, chosen = experiment.learns_actions, experiment.datasets
     if config.wandb and jax.process_index() == 0:  # the only process that writes there
         require_wandb(config.wandb)
     tell = jax.process_index() == 0
     datasets = [open_records(config, d, acting=acting, tell=tell) for d in chosen]
     identity = _identity(datasets)
     _check_encoders(config, identity)
-    trained = trained_backbone(workdir)
-    backbone = backbone_checkpoint(experiment, trained, str(workdir)) if acting else None
+    trained, frozen = trained_backbone(workdir), not experiment.learns_video
+    backbone = backbone_checkpoint(experiment, trained, str(workdir)) if frozen else None
     if backbone is not None:
         _check_backbone(backbone, identity)
     mesh, rules = experiment.mesh(), experiment.rules
     experiment.check_batch(mesh)  # before any data is read
     mask_padding = acting and config.policy_io.action.get("mask_padding", False)
     choice = (settings.episodes_per_task, settings.seed, mask_padding)
-    normalizers = _normalizers(datasets, choice, workdir) if acting else None
+    with_actions = [d for d in datasets if "actions" in d.shapes]
+    normalizers = _normalizers(with_actions, choice, workdir) if acting else None
 
     def batches(split: str, batch_size: int, **reading: int) -> Batches:
         return make_loader(
@@ -87,6 +88,7 @@ def run(experiment: Experiment, workdir: Path, *, profile: bool = False) -> Reco
     if normalizers is not None:
         meta["normalizer_fingerprint"] = normalizers.fingerprint
         meta["normalizer_digest"] = digest_of_json(workdir / "normalizer.json")
+    if frozen:
         meta["backbone"] = backbone_identity(experiment, backbone)
     return train(
         experiment,

@@ -24,7 +24,7 @@ from mvjax.parallel import (
     sharding_tree,
     use_rules,
 )
-from mvjax.training.bridge import Backbone, load_backbone
+from mvjax.training.bridge import BACKBONE, Backbone, load_backbone
 from mvjax.training.objectives import Batch, Loss, Stage, make_stage
 
 Gradient = tuple[Loss, Params]
@@ -82,7 +82,7 @@ def make_step(
     The metrics are float32 scalars: loss, the stage's own, grad_norm (before clipping),
     update_norm, param_norm (both of the trainable parameters), learning_rate, and skipped and
     skipped_in_a_row (steps left out because the gradient was not finite); and "by_level" of
-    `error_by_level` where the stage has it.
+    `error_by_level`, one or several, where the stage has it.
     """
     settings, rules = experiment.config.training, experiment.rules
     schedule = make_schedule(experiment.config.optimizer)
@@ -199,8 +199,10 @@ def mean_gradient(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
     sums, metrics = jax.lax.scan(add, (jnp.zeros(()), placed(zeros)), parts)
     loss, grads = jax.tree.map(lambda total: total / count, sums)
-    # Sums and counts by noise level add up; everything else is a mean over the samples.
-    merged = {k: m.sum(0) if k == "by_level" else m.mean(0) for k, m in metrics.items()}
+    levels = metrics.pop("by_level", None)
+    merged = {name: value.mean(0) for name, value in metrics.items()}  # over the samples
+    if levels is not None:  # sums and counts add up
+        merged["by_level"] = jax.tree.map(lambda x: x.sum(0), levels)
     return (loss, merged), grads
 
 
@@ -351,7 +353,8 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
 
     Args:
         config: What `make_schedule` reads, and b1, b2, eps, weight_decay, clip_norm (0: no clip),
-            mu_dtype ("bfloat16" halves the memory of the first moment; "" keeps it float32).
+            mu_dtype ("bfloat16" halves the memory of the first moment; "" keeps it float32), and in
+            joint training backbone_rate, a factor of the learning rate of the backbone.
     """
     # A place of its own also where nothing is clipped: the state must not depend on settings.
     norm = config.clip_norm
@@ -364,8 +367,19 @@ def make_optimizer(config: Any) -> optax.GradientTransformation:
             ),
             optax.add_decayed_weights(config.weight_decay),
             optax.scale_by_learning_rate(make_schedule(config)),
+            *([_scaled_backbone(config.backbone_rate)] if "backbone_rate" in config else []),
         )
     )
+
+
+def _scaled_backbone(rate: float) -> optax.GradientTransformation:
+    """Multiplies the updates of a joint run's backbone."""
+
+    def scale(updates: Params, params: Params) -> Params:
+        del params
+        return updates | {BACKBONE: jax.tree.map(lambda u: rate * u, updates[BACKBONE])}
+
+    return optax.stateless(scale)
 
 
 def _skip_nonfinite(inner: optax.GradientTransformation) -> optax.GradientTransformation:

@@ -1,4 +1,4 @@
-"""The training loop, the same for both stages."""
+"""The training loop, the same for all stages."""
 
 import sys
 import time
@@ -111,8 +111,11 @@ def train(
                 with timer("save"):
                     # A record must be on disk before the checkpoint that makes its step final.
                     writer.flush()
-                    weights = digest(leaf_paths(merge(state.params, state.ema)))
-                    meta = {**description, "digest": weights}
+                    weights = merge(state.params, state.ema)
+                    meta = {**description, "digest": digest(leaf_paths(weights))}
+                    if stage.parts:  # by which other programs know the networks one by one
+                        parts = {name: digest(leaf_paths(weights[name])) for name in stage.parts}
+                        meta["part_digests"] = parts
                     for pause in (*SAVING_PAUSES, None) if final else (None,):
                         try:
                             store.save(step, state, position, meta)

@@ -1,4 +1,4 @@
-"""Validation while training: the loss of held-out windows, and in stage 1 the video it generates.
+"""Validation while training: the loss of held-out windows, and generated video if it is learned.
 
 All randomness comes from fixed keys and nothing of the run is changed: with and without
 validation, a run gives the same losses.
@@ -21,6 +21,7 @@ from mvjax.flow import condition_mask, denoise, network_input, sample_video, sta
 from mvjax.models.network import Params
 from mvjax.parallel import sharding_tree, split_ways, use_rules
 from mvjax.policy.load import load_video_tokenizer
+from mvjax.training.bridge import BACKBONE
 from mvjax.training.channels import BestEffort
 from mvjax.training.objectives import Batch, Stage, batch_views, named_levels
 from mvjax.training.prefetch import device_batches
@@ -43,8 +44,8 @@ def make_validation(
 ) -> Validation | None:
     """The validation that a run makes every `training.sample_every` steps; None for 0.
 
-    The loss is measured on one micro-batch of windows, which fits the devices. In stage 1,
-    `training.sample_count` videos are generated.
+    The loss is measured on one micro-batch of windows, which fits the devices. Where the video DiT
+    learns, `training.sample_count` videos are generated.
 
     Args:
         experiment, stage, mesh, workdir: Of the run.
@@ -65,7 +66,7 @@ def make_validation(
         return next(device_batches(loader, shardings, ahead=0))[0]
 
     batch, videos = windows(settings.batch_size // settings.accumulate), None
-    if stage.name == "video" and settings.sample_count > 0:
+    if experiment.learns_video and settings.sample_count > 0:
         tokenizer = None
         if jax.process_index() == 0:
             tokenizer, ours = load_video_tokenizer(config.tokenizer)
@@ -91,7 +92,7 @@ def make_validation(
         levels = metrics.pop("by_level", None)
         numbers = {"loss": value, **metrics, **named_levels([] if levels is None else [levels])}
         numbers = {f"validation/{name}": float(number) for name, number in numbers.items()}
-        return numbers, videos(step, params) if videos else {}
+        return numbers, videos(step, params[BACKBONE] if stage.parts else params) if videos else {}
 
     return validation
 
