@@ -98,6 +98,12 @@ class Experiment:
         """Length of the video DiT's sequence: the video and all views."""
         return sum(map(tokens, self.read_shapes))
 
+    @property
+    def context_tokens(self) -> int:
+        """Tokens of the video DiT that the decoder reads."""
+        shapes = self.clip.read_shapes(observed_only=self.context_frames == "observed")
+        return sum(map(tokens, shapes))
+
     @cached_property
     def video(self) -> VideoDiTConfig:
         """The video DiT, with LoRA where `lora.rank` is not 0."""

@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from mvjax.models.attention import KERNELS
 from mvjax.models.layers import POLICIES, PRECISIONS
+from mvjax.models.video_dit import ATTENTION_TO
 
 
 @dataclass(frozen=True)
@@ -182,6 +183,7 @@ RULES: dict[str, Rule] = {
     "text.length": COUNT,
     "text.dim": COUNT,
     **{f"video_model.{name}": rule for name, rule in _NETWORK.items()},
+    "video_model.attention_to": Choice(ATTENTION_TO),
     "video_model.text_dim": COUNT,
     "video_model.rope_ratio_thw": Numbers(POSITIVE, 3),
     "video_model.text_projection_dim": COUNT_OR_NONE,
