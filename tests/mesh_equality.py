@@ -29,7 +29,7 @@ from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.objectives import make_stage
 from mvjax.training.step import TrainState, assemble, compile_step, create_state
 
-KINDS = ("full", "lora", "action", "views", "action_views")
+KINDS = ("full", "lora", "action", "views", "action_views", "observed_first_views")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1), (1, 1, 8, 1))
 STEPS = 5
 
@@ -76,6 +76,8 @@ def config_of(kind: str) -> ConfigDict:
     if kind.endswith("views"):
         config.clip.views = VIEWS
     config.training.batch_size = 16
+    if kind.startswith("observed_first"):
+        config.video_model.attention_to = "observed_first"
     if kind in ("lora", "views"):
         config.lora.update(rank=8, alpha=8.0)
         config.rules.lora = ("fsdp",)  # as published LoRA runs split their adapters

@@ -1,5 +1,6 @@
 """The same queries on one device and on meshes of eight: prints the largest difference of each,
-of a policy of a single camera and of one with an observed view.
+of a policy of a single camera, of one with an observed view, and of one of that kind that reads
+nothing but the observed frames.
 
 python tests/policy_meshes.py 8,1,1,1 1,2,2,2 ...   (with eight devices)
 """
@@ -29,12 +30,17 @@ def on_mesh(policy, sizes):
 
 
 if __name__ == "__main__":
-    for cameras, number in (("single", 1), ("observed", 2)):
+    for kind in ("single", "observed", "observed context"):
+        cameras, _, context = kind.partition(" ")
         policy, _ = tiny_policy(cameras=cameras)
+        if context:
+            model = dataclasses.replace(policy.model, context_frames="observed")
+            policy = dataclasses.replace(policy, model=model)
+        number = 1 if cameras == "single" else 2
         queries = [random_observation(seed, cameras=number) for seed in range(5)]
         with quick_compiles():
             expected = np.concatenate([policy.act([query]) for query in queries])
             for argument in sys.argv[1:]:
                 ours = on_mesh(policy, [int(size) for size in argument.split(",")]).act(queries)
                 difference = np.linalg.norm(ours - expected) / np.linalg.norm(expected)
-                print(f"{argument}/{cameras}", difference)
+                print(f"{argument}/{kind}", difference)

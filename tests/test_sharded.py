@@ -20,7 +20,7 @@ from mvjax.training.step import assemble
 
 pytestmark = pytest.mark.usefixtures("quickly")
 CASES = ["lora:8,1,1,1:2", "lora:1,8,1,1:1", "lora:1,1,8,1:1"]
-CASES += ["views:2,2,2,1:2", "action_views:1,2,2,2:1"]
+CASES += ["views:2,2,2,1:2", "action_views:1,2,2,2:1", "observed_first_views:1,2,2,2:1"]
 
 
 def run(program, *arguments):
@@ -108,7 +108,7 @@ def test_the_parameters_were_split_and_the_checkpoints_agree(one, eight):
 
 def test_other_arrangements_equal_one_device():
     """LoRA on the other meshes, on two of them with every batch in two parts; both stages with
-    views beside the video.
+    views beside the video, and stage 1 with attention of the present to itself.
     """
     results = [json.loads(line) for line in run("mesh_equality", *CASES).splitlines()]
     assert {result["case"] for result in results} == set(CASES)
@@ -129,6 +129,7 @@ def test_stage_2_on_two_devices_reads_what_stage_1_saved_on_eight(tmp_path):
 def test_a_policy_on_eight_devices_answers_as_on_one():
     meshes = ("8,1,1,1", "1,8,1,1", "1,2,2,2")
     lines = run("policy_meshes", *meshes).splitlines()
-    differences = {mesh: float(number) for mesh, number in map(str.split, lines)}
-    asked = {f"{mesh}/{cameras}" for mesh in meshes for cameras in ("single", "observed")}
+    differences = {mesh: float(number) for mesh, number in (line.rsplit(" ", 1) for line in lines)}
+    kinds = ("single", "observed", "observed context")
+    asked = {f"{mesh}/{kind}" for mesh in meshes for kind in kinds}
     assert differences.keys() == asked and max(differences.values()) < 1e-5, differences

@@ -83,22 +83,32 @@ def streams(lengths, heads=2):
     return (q, k, v, *several[0][0][3:]), [gradient for _, gradient in several], ropes
 
 
-def joined_layers(ropes):
-    """What the kernels compute of streams, by the layers: as one sequence."""
+# Of a video's observed frames, of those after them and of a view: the present reads the present.
+OBSERVED_FIRST = [[[0], [2]], [[0, 1], [2]], [[0], [2]]]
+
+
+def joined_layers(ropes, reads=None):
+    """What the kernels compute of streams, by the layers: of the keys that each reads, joined."""
 
     def plain(q, k, v, q_scale, k_scale):
-        queries = jnp.concatenate([ready(x, q_scale, rope) for x, rope in zip(q, ropes)], 1)
-        keys = jnp.concatenate([ready(x, k_scale, rope) for x, rope in zip(k, ropes)], 1)
-        values = jnp.concatenate(v, 1).reshape(keys.shape)
-        y = attend(queries, keys, values, "xla").reshape(*keys.shape[:2], -1)
-        return jnp.split(y, np.cumsum([x.shape[1] for x in q])[:-1], axis=1)
+        queries = [ready(x, q_scale, rope) for x, rope in zip(q, ropes[-len(q) :])]
+        keys = [ready(x, k_scale, rope) for x, rope in zip(k, ropes)]
+        values = [x.reshape(key.shape) for x, key in zip(v, keys)]
+
+        def one(query, parts):
+            read = [i for part in parts for i in part]
+            own = (jnp.concatenate([xs[i] for i in read], 1) for xs in (keys, values))
+            return attend(query, *own, "xla").reshape(*query.shape[:2], -1)
+
+        return [one(*both) for both in zip(queries, reads or [[range(len(k))]] * len(q))]
 
     return plain
 
 
-def of_streams(ropes):
+def of_streams(ropes, reads=None):
     def interpreted(q, k, v, q_scale, k_scale):
-        return splash_on_shards(q, k, v, (q_scale, k_scale), ropes, interpret=True)
+        scales = q_scale, k_scale
+        return splash_on_shards(q, k, v, scales, ropes, reads=reads, interpret=True)
 
     return interpreted
 
@@ -119,14 +129,16 @@ def main():
             with jax.set_mesh(make_mesh(mesh)), use_rules(make_rules()):
                 ours = result_and_gradients(kernels(turned), arguments, gradient)
             assert_close(ours, expected, 1e-5)
-    for lengths, count, mesh in (
-        ((576, 544), 4, dict(fsdp=2) | heads),  # exchanged with the video's
-        ((576, 544, 40), 2, everywhere),  # gathered; a short view is whole everywhere
+    for lengths, count, mesh, reads in (
+        ((576, 544), 4, dict(fsdp=2) | heads, None),  # exchanged with the video's
+        ((576, 544, 40), 2, everywhere, None),  # gathered; a short view is whole everywhere
+        ((544, 576, 576), 4, dict(fsdp=2) | heads, OBSERVED_FIRST),
+        ((544, 576, 40), 2, everywhere, OBSERVED_FIRST),
     ):
         arguments, gradient, ropes = streams(lengths, count)
-        expected = result_and_gradients(joined_layers(ropes), arguments, gradient)
+        expected = result_and_gradients(joined_layers(ropes, reads), arguments, gradient)
         with jax.set_mesh(make_mesh(mesh)), use_rules(make_rules()):
-            ours = result_and_gradients(of_streams(ropes), arguments, gradient)
+            ours = result_and_gradients(of_streams(ropes, reads), arguments, gradient)
         assert_close(*map(jax.tree.leaves, (ours, expected)), 1e-5)
 
 
@@ -167,6 +179,19 @@ def test_every_stream_reads_the_keys_of_all():
     ours = result_and_gradients(of_streams(ropes), arguments, gradient)
     theirs = result_and_gradients(joined_layers(ropes), arguments, gradient)
     assert_close(*map(jax.tree.leaves, (ours, theirs)), 1e-5)
+
+
+def test_the_present_reads_the_present_and_may_be_known_already():
+    """Keys of streams that ask nothing themselves come first, as when a video is denoised."""
+    (q, k, v, *scales), gradient, ropes = streams((128, 256, 40))
+    arguments = q, k, v, *scales
+    ours = result_and_gradients(of_streams(ropes, OBSERVED_FIRST), arguments, gradient)
+    theirs = result_and_gradients(joined_layers(ropes, OBSERVED_FIRST), arguments, gradient)
+    assert_close(*map(jax.tree.leaves, (ours, theirs)), 1e-5)
+    order = 0, 2, 1
+    k, v, ropes = ([xs[i] for i in order] for xs in (k, v, ropes))
+    (known,) = of_streams(ropes, [[[0, 2], [1]]])(q[1:2], k, v, *scales)
+    np.testing.assert_allclose(known, ours[0][1], atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["TPU v5", "TPU v5 lite", "TPU v6 lite"])

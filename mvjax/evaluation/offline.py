@@ -231,7 +231,7 @@ def _batch_errors(
     policy: Policy, batch: list[Window], stop_steps: Sequence[int]
 ) -> Iterator[WindowErrors]:
     model, clip, sigmas = policy.model, policy.model.clip, policy.model.sampling.sigmas
-    inputs = policy.inputs([w.observation for w in batch], with_future=True, video=True)
+    inputs = policy.inputs([w.observation for w in batch], with_future=True, predicts=True)
     from_true, from_generated = [], []
     with policy.devices():
         clean = _encode(model, policy.weights, inputs)

@@ -348,12 +348,12 @@ class Policy:
         oracle mode the chunks are read from the true future.
         """
         program, oracle = self.model.act_and_predict, self.model.sampling.oracle
-        chunks, video = self._answer(program, observations, oracle, video=True)
+        chunks, video = self._answer(program, observations, oracle, predicts=True)
         return self.normalizer.unnormalize("actions", chunks), video
 
     def predict_video(self, observations: Sequence[Observation]) -> np.ndarray:
         """Returns fully denoised video, observed frames first, uint8 [n, frames, h, w, 3]."""
-        return self._answer(self.model.predict, observations, with_future=False, video=True)
+        return self._answer(self.model.predict, observations, with_future=False, predicts=True)
 
     def sampled(self, sampling: Sampling) -> "Policy":
         """Returns the policy with other sampling; both share weights and text embeddings."""
@@ -388,11 +388,11 @@ class Policy:
             yield
 
     def inputs(
-        self, batch: Sequence[Observation], with_future: bool, video: bool = False
+        self, batch: Sequence[Observation], with_future: bool, predicts: bool = False
     ) -> Inputs:
         """Checks `batch_size` queries and moves them to the devices, with their futures or not.
 
-        `video` says that a video is denoised, for which chunks alone may need no noise.
+        `predicts` says that a video is denoised: chunks alone may need none of its noise.
         """
         pictures = [self._pictures(observation, with_future) for observation in batch]
         video, *views = (
@@ -403,7 +403,7 @@ class Policy:
             video,
             {view.name: array for view, array in zip(self.views[1:], views)},
             *map(self._split, (self._text(batch), proprio)),
-            *self._noise(batch, video or not self.model.observed_only),
+            *self._noise(batch, predicts or not self.model.observed_only),
         )
 
     def _answer(
@@ -411,12 +411,12 @@ class Policy:
         program: Callable[[Weights, Inputs], Any],
         observations: Sequence[Observation],
         with_future: bool,
-        video: bool = False,
+        predicts: bool = False,
     ) -> Any:
         """The results of a program of the model, one per observation, on the host."""
         answers = []
         for batch in self.batches(observations):
-            inputs = self.inputs(batch, with_future, video)
+            inputs = self.inputs(batch, with_future, predicts)
             with self.devices():
                 answers.append(jax.device_get(program(self.weights, inputs)))
         return jax.tree.map(lambda *parts: np.concatenate(parts)[: len(observations)], *answers)

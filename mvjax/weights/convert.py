@@ -251,7 +251,7 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
         dtype: Type of the tensors; "" keeps that of the checkpoint.
 
     Raises:
-        WeightsError: That kind of network has no such layout, or the checkpoint has views.
+        WeightsError: That kind of network has no such layout, or does not compute as published.
         FileNotFoundError: The directory has no checkpoint.
     """
     meta = read_meta(directory)
@@ -262,10 +262,10 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
             f"for {target}; possible is {', '.join(kind.exports) if kind else 'nothing'}."
         )
     layout, config = kind.exports[target], meta["config"]
-    if views := sorted(config.get("clip", {}).get("views") or ()):
+    if unlike := _unpublished(config):
         raise WeightsError(
-            f"{directory} was trained with the views {', '.join(views)} beside the video, for "
-            f"which the published {kind.title} has no place: it cannot be written for {target}."
+            f"{directory} was trained with {unlike}, for which the published {kind.title} has no "
+            f"place: it cannot be written for {target}."
         )
     reader = ParameterReader(directory)
     stored = leaf_paths(reader.tree)
@@ -283,6 +283,19 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
     }
     files = tuple(p for name in TOKENIZER_FILES if (p := directory / name).is_file())
     return Export(kind, layout, config, tensors, files)
+
+
+def _unpublished(config: Mapping[str, Any]) -> str:
+    """What a network was trained with that its tensors do not say and other programs do not do."""
+    if views := sorted(config.get("clip", {}).get("views") or ()):
+        return f"the views {', '.join(views)} beside the video"
+    for section, name in (
+        (config.get("video_model", {}), "attention_to"),
+        (config, "context_frames"),
+    ):
+        if (value := section.get(name, "all")) != "all":
+            return f"{name}={value!r}"
+    return ""
 
 
 def write_export(
