@@ -7,8 +7,9 @@ The first command imports. SOURCE is recognised by its content: a .pt file of NV
 with a video DiT, action decoder or VAE; a folder of diffusers or Hugging Face (also T5); the
 released statistics of a dataset, or a run's normalizer.json (both become DEST/normalizer.json).
 `launch.train`, `launch.evaluate` and `launch.generate` take DEST as a checkpoint. The second
-command exports: SOURCE is a training directory or a converted checkpoint. PyTorch need not be
-installed, and code inside a file is never run.
+command exports: SOURCE is a training directory or a converted checkpoint; of a joint run,
+mimic-video's two files are written into the folder DEST. PyTorch need not be installed, and code
+inside a file is never run.
 """
 
 from pathlib import Path
@@ -27,7 +28,7 @@ from mvjax.weights.convert import (
     describe_export,
     give_statistics,
     prepare,
-    prepare_export,
+    prepare_exports,
     write,
     write_export,
 )
@@ -93,12 +94,14 @@ def _import(source: Path, destination: Path) -> None:
 
 
 def _export(source: Path, destination: Path) -> None:
-    export = prepare_export(source, TO.value, lora=LORA.value, dtype=DTYPE.value)
-    print(describe_export(export, source, destination))
+    exports = prepare_exports(source, destination, TO.value, lora=LORA.value, dtype=DTYPE.value)
+    for path, export in exports.items():
+        print(describe_export(export, source, path))
     if DRY_RUN.value:
         return
-    with _bar(sum(tensor.nbytes for tensor in export.tensors.values())) as bar:
-        write_export(export, destination, bar.update)
+    with _bar(sum(t.nbytes for export in exports.values() for t in export.tensors.values())) as bar:
+        for path, export in exports.items():
+            write_export(export, path, bar.update)
 
 
 def _statistics(source: Path, destination: Path) -> None:

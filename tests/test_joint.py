@@ -1,22 +1,50 @@
 """Joint training: each network learns as in its own stage, and one directory serves as both."""
 
+import shutil
+
+import forked
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_stages import VIEWS, build_stage, tiny_batch, tiny_config
+from encode_toys import SIZE
+from run_records import without_times
+from test_converted_run import HINTS, start, stored
+from test_two_embodiments import config_of, encode
+from tiny_stages import VIEWS, build_stage, quick_compiles, tiny_batch, tiny_config
 
+from data_pipelines.normalize import load_normalizers
 from mvjax.experiment import Experiment
-from mvjax.training.objectives import action_stage, joint_stage, video_stage
+from mvjax.models.lora import LoRA, merge_lora
+from mvjax.parallel import make_mesh
+from mvjax.policy.generate import load_video_model
+from mvjax.policy.load import load_policy, load_trained
+from mvjax.policy.observation import Observation
+from mvjax.training.bridge import (
+    backbone_checkpoint,
+    backbone_identity,
+    find_checkpoint,
+    load_backbone,
+    stored_digest,
+)
+from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.metrics import read_records
+from mvjax.training.objectives import action_stage, video_stage
+from mvjax.training.run import run
+from mvjax.training.step import make_optimizer
+from mvjax.weights.convert import prepare, prepare_exports, write, write_export
+from mvjax.weights.source import open_source
 
 pytestmark = pytest.mark.usefixtures("quickly")
 KEY = jax.random.key(5)
+NETWORKS = ("video", "action")
 WEIGHTS = dict(video_weight=3.0, action_weight=0.5)
 
 
 def joint_config(**flow):
     config = tiny_config("joint")
     config.video_model.num_blocks = 3  # one of them after the context
+    config.video_model.remat = "full"  # one block is compiled instead of three
     config.context_layer = 2
     config.flow.update(**WEIGHTS, **flow)
     return config
@@ -38,11 +66,10 @@ def assert_close(tree, other, scale):
         assert np.linalg.norm(x - scale * y) <= 1e-5 * scale * (np.linalg.norm(y) + 0.01 * whole)
 
 
-@pytest.mark.parametrize("views", [{}, VIEWS], ids=["video", "views"])
-def test_without_the_actions_gradient_each_network_learns_as_in_its_own_stage(views):
-    """The same numbers are drawn as in stage 2, and stage 1 is given them."""
+def test_without_the_actions_gradient_each_network_learns_as_in_its_own_stage():
+    """The same numbers are drawn as in stage 2, and stage 1 is given them; with views."""
     config = joint_config(action_gradient=False)
-    config.clip.views = views
+    config.clip.views = VIEWS
     stage = build_stage(config)[0]
     batch, params = tiny_batch(config), random_params(stage)
     batch["action_mask"][:3] = 0
@@ -85,3 +112,139 @@ def test_without_the_actions_gradient_each_network_learns_as_in_its_own_stage(vi
     ours, apart = kernel(reaching), kernel(grads)
     np.testing.assert_allclose(ours[2], apart[2], rtol=1e-4, atol=1e-7)
     assert all(np.abs(ours[i] - apart[i]).max() > 1e-3 * np.abs(apart[i]).max() for i in (0, 1))
+
+
+# --- A run on a robot's records and on videos of people, with adapters ---
+
+
+def run_config(folder):
+    config = config_of("joint", folder)
+    del config.datasets["giant"]
+    config.lora.update(rank=4, alpha=8.0)
+    config.training.update(steps=2, checkpoint_every=1, keep=2, ema_decay=0.9)
+    return config
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Records of an arm and of people, and a joint training directory of two steps on them."""
+    folder = tmp_path_factory.mktemp("joint")
+    encode(run_config(folder), folder)
+    with quick_compiles():
+        run(Experiment.from_config(run_config(folder)), folder / "joint")
+    return folder
+
+
+def test_windows_without_actions_teach_the_video_model_alone(folder):
+    for record in read_records(folder / "joint"):
+        assert record["action/share"] == 0.5
+        counts = [
+            sum(v for k, v in record.items() if k.startswith(f"{loss}/samples/"))
+            for loss in NETWORKS
+        ]
+        assert counts == [8, 4 * 2]  # windows, and draws for those of the arm
+        assert np.isfinite([record["video/velocity_mse"], record["action/velocity_mse"]]).all()
+    assert set(load_normalizers(folder / "joint/normalizer.json").by_embodiment) == {"arm"}
+    changed = {"datasets.human.action": "action", "datasets.human.proprio": "state"}
+    experiment = Experiment.from_config(run_config(folder)).changed(changed)
+    with pytest.raises(ValueError, match=r"dataset\.action is '' there, 'action' here"):
+        run(experiment, folder / "another")
+
+
+def test_it_goes_on_bit_for_bit_and_on_eight_devices(folder, tmp_path):
+    before, ends = read_records(folder / "joint"), {}
+    for name in ("one", "eight"):
+        shutil.copytree(folder / "joint", tmp_path / name)
+        shutil.rmtree(tmp_path / name / "checkpoints/2")
+        ends[name] = tmp_path / name
+    run(Experiment.from_config(run_config(folder)), ends["one"])
+    assert without_times(read_records(ends["one"])) == without_times(before)
+    digests = [find_checkpoint(f).meta["digest"] for f in (ends["one"], folder / "joint")]
+    assert digests[0] == digests[1]
+    said = forked.run("joint_meshes", folder, ends["eight"], devices=8)
+    assert said.code == 0, said.err
+    other = read_records(ends["eight"])[-1]
+    for name in ("loss", "grad_norm", "video/velocity_mse", "action/velocity_mse"):
+        assert other[name] == pytest.approx(before[-1][name], rel=1e-5), name
+
+
+def test_its_directory_is_that_of_a_policy_of_a_backbone_and_of_a_video_model(folder):
+    directory = folder / "joint"
+    held = find_checkpoint(directory)
+    policy = load_trained(directory)
+    frames = np.random.default_rng(0).integers(0, 256, (5, SIZE, SIZE, 3), np.uint8)
+    query = Observation(frames, np.zeros((1, 4), np.float32), "open the drawer", noise_key=("a", 0))
+    (chunk,) = policy.act([query])
+    assert chunk.shape == (4, 4) and np.isfinite(chunk).all()
+    what = policy.identity["what"]
+    assert what["decoder"] == held.network("action").identity
+    assert what["backbone"] == held.network("video").identity
+    assert what["backbone"]["lora"] == {"rank": 4, "alpha": 8.0} and "lora" not in what["decoder"]
+    for part, stage in (("backbone", "video"), ("decoder", "action")):
+        assert stored_digest(directory, 2, part) == held.network(stage).identity["digest"]
+
+    later = config_of("action", folder)
+    later.backbone.checkpoint = str(directory)
+    experiment = Experiment.from_config(later)
+    chosen = backbone_checkpoint(experiment)
+    trained = backbone_identity(experiment, chosen)
+    assert backbone_checkpoint(experiment, trained, "a decoder").identity == chosen.identity
+    mesh = make_mesh(later.mesh)
+    with jax.set_mesh(mesh):
+        params = load_backbone(experiment, mesh)[1]
+    jax.tree.map(np.testing.assert_array_equal, params, policy.weights[1])
+    jax.tree.map(
+        np.testing.assert_array_equal, params, load_video_model(directory, "float32").params
+    )
+    with pytest.raises(CheckpointMismatch, match="stage 'joint', but this configuration is of"):
+        load_policy(experiment, directory, experiment.sampling(), 1)
+
+
+def test_the_releases_two_files_of_a_run_are_where_another_starts(folder, tmp_path):
+    """Adapters kept, everything comes back bit for bit; merged, the backbone is the policy's."""
+    directory, config = folder / "joint", run_config(folder)
+    exports = {}
+    for lora in ("keep", "merge"):
+        exports = prepare_exports(directory, tmp_path / lora, "mimic-video", lora=lora)
+        for path, export in exports.items():
+            write_export(export, path)
+        for name, path in zip(("video", "action"), exports, strict=True):
+            conversion = prepare(open_source(path, HINTS), lora=lora, alpha=8.0)
+            write(conversion, tmp_path / lora / name)
+    config.init_from = str(tmp_path / "keep/video")
+    config.decoder_init_from = str(tmp_path / "keep/action")
+    _, state = start(config, tmp_path / "run")
+    expected = stored(directory, state.params)
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+    config.update(init_from=str(directory), decoder_init_from="")  # both from another joint run
+    _, state = start(config, tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, state.params, expected)
+
+    config.update(init_from=str(tmp_path / "merge/video"))
+    config.lora.rank = 0
+    _, state = start(config, tmp_path / "run")
+    merged = merge_lora(expected["backbone"], LoRA(4, 8.0, ()))
+    for ours, theirs in zip(*map(jax.tree.leaves, (state.params["backbone"], merged))):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-6, atol=1e-7)
+    assert not np.array_equal(  # drawn
+        state.params["decoder"]["context_norm"]["scale"],
+        expected["decoder"]["context_norm"]["scale"],
+    )
+    config.init_from = str(tmp_path / "keep/action")
+    with pytest.raises(CheckpointMismatch, match="stage 'action', but a run of stage 'video'"):
+        start(config, tmp_path / "run")
+    (path,) = prepare_exports(directory, tmp_path / "diffusers", "diffusers")
+    assert path == tmp_path / "diffusers"
+
+
+def test_the_backbone_has_a_rate_of_its_own():
+    config = joint_config().optimizer
+    params = {name: {"kernel": jnp.ones(3)} for name in ("backbone", "decoder")}
+    updates = {}
+    for rate in (1.0, 0.25):
+        config.backbone_rate = rate
+        optimizer = make_optimizer(config)
+        updates[rate] = optimizer.update(params, optimizer.init(params), params)[0]
+    same, slower = (updates[rate] for rate in (1.0, 0.25))
+    np.testing.assert_array_equal(slower["backbone"]["kernel"], 0.25 * same["backbone"]["kernel"])
+    np.testing.assert_array_equal(slower["decoder"]["kernel"], same["decoder"]["kernel"])

@@ -21,7 +21,8 @@ from mvjax.training.run import run
 UNITS = {"arm": dict(scale=1.0), "giant": dict(scale=1000.0, offset=500.0)}
 
 
-def _config(stage, folder):
+def config_of(stage, folder):
+    """A stage on the records of both robots, and of people."""
     config = tiny_config(stage, steps=2, sample_every=0, ema_decay=0.0)
     robot = dict(config.datasets.robot, video="front", anchor_fps=20.0, weight=1.0)
     robot |= dict(action="action", proprio="state")
@@ -42,8 +43,16 @@ def _config(stage, folder):
 def folder(tmp_path_factory):
     """A folder with the records of the three, and a directory of either stage."""
     folder = tmp_path_factory.mktemp("embodiments")
+    encode(config_of("video", folder), folder)
+    with quick_compiles():
+        for stage in ("video", "action"):
+            run(Experiment.from_config(config_of(stage, folder)), folder / stage)
+    return folder
+
+
+def encode(config, folder):
+    """Writes the records of the datasets of a configuration, and the tokenizer."""
     save_linear_tokenizer(folder / "tokenizer.npz", random_tokenizer())
-    config = _config("video", folder)
     tokenizer, tokenizer_identity = load_video_tokenizer(config.tokenizer)
     text_encoder, text_identity = load_text_encoder(config)
     for number, (name, dataset) in enumerate(config.datasets.items()):
@@ -60,10 +69,6 @@ def folder(tmp_path_factory):
             anchor_fps=dataset.anchor_fps,
             validation_share=config.validation_share,
         )
-    with quick_compiles():
-        for stage in ("video", "action"):
-            run(Experiment.from_config(_config(stage, folder)), folder / stage)
-    return folder
 
 
 def test_a_run_that_says_otherwise_than_its_records_is_refused(folder, tmp_path):
@@ -76,7 +81,7 @@ def test_a_run_that_says_otherwise_than_its_records_is_refused(folder, tmp_path)
         ("video", {"validation_share": 0.1}, "validation_share is 0.0 there"),
         ("video", {"tokenizer": str(tmp_path / "other.npz")}, r"identity\.tokenizer is"),
     ):
-        config = _config(stage, folder)
+        config = config_of(stage, folder)
         config.update_from_flattened_dict(change)
         with pytest.raises(ValueError, match=words):
             run(Experiment.from_config(config), tmp_path / "run")
@@ -84,7 +89,7 @@ def test_a_run_that_says_otherwise_than_its_records_is_refused(folder, tmp_path)
 
 
 def _policy(folder, embodiment):
-    config = _config("action", folder)
+    config = config_of("action", folder)
     config.embodiment = embodiment
     return load_policy(
         Experiment.from_config(config),

@@ -31,7 +31,16 @@ from mvjax.models.t5 import FILES as TOKENIZER_FILES
 from mvjax.training.bridge import find_checkpoint, read_meta
 from mvjax.training.checkpoint import check_match, leaf_paths, library_versions
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
-from mvjax.weights.kinds import ACTION, KINDS, NO_LORA, TEXT, Config, Kind, with_adapters_config
+from mvjax.weights.kinds import (
+    ACTION,
+    KINDS,
+    NO_LORA,
+    TEXT,
+    VIDEO,
+    Config,
+    Kind,
+    with_adapters_config,
+)
 from mvjax.weights.match import Parameter, check_shapes, collapse, match
 from mvjax.weights.names import Layout, Rule, has_adapters, merge_adapters
 from mvjax.weights.pt_files import write_pt
@@ -226,6 +235,7 @@ def _contiguous(array: np.ndarray) -> np.ndarray:
 
 
 TARGETS = ("diffusers", "nvidia", "mimic-video")
+JOINT_FILES = {VIDEO.stage: "video_dit.pt", ACTION.stage: "action_decoder.pt"}
 
 
 @dataclass(frozen=True)
@@ -239,7 +249,28 @@ class Export:
     tokenizer_files: tuple[Path, ...]  # copied into the folder
 
 
-def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: str = "") -> Export:
+def prepare_exports(
+    directory: Path, destination: Path, target: str, **options: str
+) -> dict[Path, Export]:
+    """What to write for a checkpoint, by where: at `destination`, or in it what a joint run holds.
+
+    Of a joint run "mimic-video" has both networks, as `JOINT_FILES`; the other targets have no
+    decoders, and are given the video DiT alone. Arguments and errors as of `prepare_export`.
+    """
+    if read_meta(directory)["stage"] != "joint":
+        return {destination: prepare_export(directory, target, **options)}
+    if target == "mimic-video":
+        return {
+            destination / name: prepare_export(directory, target, stage=stage, **options)
+            for stage, name in JOINT_FILES.items()
+        }
+    log.warning("%s has no layout for action decoders: only the video DiT is written.", target)
+    return {destination: prepare_export(directory, target, stage=VIDEO.stage, **options)}
+
+
+def prepare_export(
+    directory: Path, target: str, *, stage: str = "", lora: str = "merge", dtype: str = ""
+) -> Export:
     """Determines what to write for a checkpoint; the arrays are read while they are written.
 
     Moving averages are taken where the run has them, as in the policy.
@@ -247,6 +278,7 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
     Args:
         directory: A training directory or converted checkpoint.
         target: One of TARGETS.
+        stage: Of a joint run, the stage that trains the network alone: "video" or "action".
         lora: "merge" adds adapters to the kernels, "keep" writes them as peft does.
         dtype: Type of the tensors; "" keeps that of the checkpoint.
 
@@ -254,11 +286,12 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
         WeightsError: That kind of network has no such layout, or does not compute as published.
         FileNotFoundError: The directory has no checkpoint.
     """
-    meta = read_meta(directory)
-    kind = next((kind for kind in KINDS if kind.stage == meta["stage"]), None)
+    found = find_checkpoint(directory)
+    meta, stage = found.meta, stage or found.meta["stage"]
+    kind = next((kind for kind in KINDS if kind.stage == stage), None)
     if kind is None or target not in kind.exports:
         raise WeightsError(
-            f"{directory} holds a checkpoint of stage {meta['stage']!r}, which cannot be written "
+            f"{directory} holds a checkpoint of stage {stage!r}, which cannot be written "
             f"for {target}; possible is {', '.join(kind.exports) if kind else 'nothing'}."
         )
     layout, config = kind.exports[target], meta["config"]
@@ -267,7 +300,7 @@ def prepare_export(directory: Path, target: str, *, lora: str = "merge", dtype: 
             f"{directory} was trained with {unlike}, for which the published {kind.title} has no "
             f"place: it cannot be written for {target}."
         )
-    reader = ParameterReader(directory)
+    reader = ParameterReader(directory, found.network(stage).part)
     stored = leaf_paths(reader.tree)
     check_match(stored, leaf_paths(kind.network(config).abstract), directory)
     read = partial(_read_merged, reader, stored, config) if lora == "merge" else reader.read

@@ -25,8 +25,8 @@ from data_pipelines.atomic import write_json
 from data_pipelines.lock import LOCK, run_lock
 from mvjax.identity import digest_of_sums, piece_sums
 from mvjax.models.network import Params
-from mvjax.training.bridge import step_folder
-from mvjax.training.checkpoint import SPARE_BYTES, checkpoint_folder, leaf_paths, stored_tree
+from mvjax.training.bridge import step_folder, stored_params
+from mvjax.training.checkpoint import SPARE_BYTES, checkpoint_folder, leaf_paths
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,13 @@ class ParameterReader:
         tree: Nested dict of the stored shapes and dtypes.
     """
 
-    def __init__(self, directory: Path):
+    def __init__(self, directory: Path, part: str = ""):
+        """Opens the newest checkpoint; `part` is a network of a joint run, "" all there is."""
         where = step_folder(directory, None)
-        self._state = (where / "state").absolute()
-        stored = stored_tree(where)
+        self._state, self._part = (where / "state").absolute(), part
+        stored = stored_params(where, part)
         self.tree: Params = stored["params"]
-        self._averaged = leaf_paths(stored.get("ema", {}))
+        self._averaged = leaf_paths(stored["ema"])
         self._array = lru_cache(maxsize=4)(self._open)  # a kernel and its adapters
 
     def read(self, path: str, block: int | None = None) -> np.ndarray:
@@ -200,7 +201,7 @@ class ParameterReader:
     def _open(self, path: str) -> ts.TensorStore:
         """Opens the Zarr array in which Orbax keeps a leaf: a folder, or a part of an OCDBT."""
         item = "ema" if path in self._averaged else "params"
-        name = ".".join([item, *path.split("/")])
+        name = ".".join([item, *[self._part] * bool(self._part), *path.split("/")])
         kvstore: dict[str, Any] = {"driver": "file", "path": f"{self._state}/{name}/"}
         if not (self._state / name).is_dir():
             base = {"driver": "file", "path": f"{self._state}/"}
