@@ -5,8 +5,7 @@
 
 This is a recipe of mvjax, not a published one: the losses, rates and adapters of both published
 stages, in one run. After the colon follow suite, share and cameras as for
-configs/libero_action.py. Records, data and weights are those of configs/libero_video.py, and one
-encoding serves all three. To start from a trained stage 1, and from its decoder:
+configs/libero_action.py. To start from a trained stage 1, and from its decoder:
 
     python -m launch.train --config=configs/libero_joint.py:goal --workdir=runs/libero_goal/joint \
         --config.init_from=runs/libero_goal/video \
@@ -14,6 +13,9 @@ encoding serves all three. To start from a trained stage 1, and from its decoder
 
 `--config.flow.action_gradient=False` keeps the action loss away from the video model, which then
 learns from video alone.
+
+Data and weights: as for configs/libero_video.py, with the same records. Chips and memory:
+docs/pods.md.
 """
 
 from ml_collections import ConfigDict

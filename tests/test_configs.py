@@ -80,7 +80,12 @@ def test_stages_take_the_batches_that_the_lengths_say(name, size):
     params = jax.eval_shape(stage.init, jax.random.key(0))
     loss, metrics = jax.eval_shape(stage.loss, params, stage.frozen, batch, jax.random.key(0))
     assert loss.shape == () and loss.dtype == "float32"
-    assert set(metrics) == {"velocity_mse", "by_level"}
+    if config.stage != "joint":
+        assert set(metrics) == {"velocity_mse", "by_level"}
+        return
+    assert set(metrics["by_level"]) == {"video", "action"}
+    named = {"video/velocity_mse", "action/velocity_mse", "action/share", "by_level"}
+    assert set(metrics) == named
 
 
 def test_the_run_folder_moves_every_path():
@@ -183,7 +188,7 @@ def test_impossible_stage_settings_are_explained():
             build_stage(config)
     config = tiny_config("video")
     config.stage = "both"
-    with pytest.raises(ValueError, match="must be 'video' or 'action', got 'both'"):
+    with pytest.raises(ValueError, match="must be 'video', 'action' or 'joint', got 'both'"):
         make_stage(Experiment.from_config(config), None)
 
 

@@ -7,7 +7,7 @@ from tiny_stages import tiny_batch, tiny_config
 
 from mvjax.experiment import Experiment
 
-STAGES = ("video", "action")
+STAGES = ("video", "action", "joint")
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -19,7 +19,7 @@ def test_derived_values_agree(stage):
     assert experiment.video.text_input_dim == experiment.batch_shapes["text"][1]
     given = tiny_batch(config)
     assert {k: given[k].shape[1:] for k in experiment.batch_shapes} == experiment.batch_shapes
-    assert ("actions" in experiment.batch_shapes) == (stage == "action")
+    assert ("actions" in experiment.batch_shapes) == (stage != "video")
     assert experiment.decoder.context_dim == experiment.video.width
     assert experiment.sampling(stop_step=1).stop_step == 1
     # Worked out once: the same network each time, so that its shapes are traced once.
@@ -39,13 +39,13 @@ def test_a_later_change_of_the_configuration_changes_nothing():
     assert experiment.clip.height == 32
 
 
-def test_stage_2_learns_from_data_with_actions_and_stage_1_from_all():
+def test_stage_2_learns_from_data_with_actions_and_the_others_from_all():
     names = {
         stage: {d.name for d in Experiment.from_config(tiny_config(stage)).datasets}
         for stage in STAGES
     }
     everything = set(tiny_config("video").datasets)
-    assert names["video"] == everything and names["action"] < everything
+    assert names["video"] == names["joint"] == everything and names["action"] < everything
 
 
 def test_a_partial_configuration_is_enough_for_what_follows_from_it():
@@ -65,7 +65,7 @@ def test_sections_that_the_stage_does_not_use_are_not_checked():
 @pytest.mark.parametrize(
     ("stage", "settings", "words"),
     [
-        ("video", {"stage": "both"}, "config.stage must be 'video' or 'action'"),
+        ("video", {"stage": "both"}, "config.stage must be 'video', 'action' or 'joint'"),
         ("video", {"clip.height": 40}, "clip.height"),
         ("video", {"clip.future_frames": 6}, "clip.future_frames"),
         ("video", {"lora.rank": -1}, "lora.rank"),
@@ -85,11 +85,28 @@ def test_sections_that_the_stage_does_not_use_are_not_checked():
         ("video", {"policy_io.action.horizon": 0}, "policy_io.action.horizon"),
         ("video", {"flow.min_condition_latents": 3}, "min_condition_latents is 3"),
         ("action", {"context_layer": 3}, "context_layer is 3.* blocks 1 to 2"),
+        ("joint", {"context_layer": 3}, "context_layer is 3.* blocks 1 to 2"),
+        ("joint", {"flow.action_weight": 0.0}, "flow.action_weight must be .* above 0"),
+        ("joint", {"flow.loss_scale": 2.0}, "loss_scale is 2.0, but .*action_weight scale the two"),
+        ("joint", {"flow.min_condition_latents": 1}, "min_condition_latents is 1, but joint"),
+        ("joint", {"datasets.robot.action": ()}, "None of config.datasets has actions"),
+        ("joint", {"context_frames": "observed"}, "attention_to='observed_first'"),
+        ("action", {"flow.video_weight": 1.0}, "video_weight is 1.0, but config.stage is 'action'"),
+        ("video", {"optimizer.backbone_rate": 2.0}, "backbone_rate is 2.0, but .*only joint"),
+        ("video", {"decoder_init_from": "runs/a"}, "decoder_init_from is 'runs/a', but .*only joi"),
     ],
 )
 def test_a_mistake_is_named_before_anything_runs(stage, settings, words):
     with pytest.raises(ValueError, match=words):
         Experiment.from_config(_with(tiny_config(stage), **settings))
+
+
+def test_joint_training_has_no_backbone_but_its_own():
+    config = tiny_config("joint")
+    config.backbone = dict(checkpoint="runs/video", precision="float32")
+    with pytest.raises(ValueError, match="section backbone, but joint .*init_from") as error:
+        Experiment.from_config(config)
+    assert "\n" not in str(error.value)
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused_with_both_numbers():

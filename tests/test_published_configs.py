@@ -45,6 +45,7 @@ ARGUMENTS = {
     "bridge_action": ["", "finetuned", "pretrained"],
     "libero_video": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,observed"],
     "libero_action": ["", *SUITES, *SUITE_AND_SHARE, "goal,full,tiled", "goal,full,observed"],
+    "libero_joint": ["", *SUITES, "goal,tenth", "goal,full,tiled", "goal,full,observed"],
     "droid_video": [""],
     "droid_action": [""],
     "aloha_video": [""],
@@ -107,7 +108,7 @@ def test_lengths_and_widths_are_the_released_ones(name, argument):
         control_stride(config.policy_io.action.fps, fps)
     settings = config.training
     assert 1 <= settings.log_every <= settings.checkpoint_every <= settings.steps
-    assert config.stage in ("video", "action")
+    assert config.stage in ("video", "action", "joint")
     assert name.endswith(config.stage) or argument in (config.stage, "")
     for key, dataset in config.datasets.items():
         assert dataset.name == key and dataset.records == f"{config.run_dir}/records/{key}"
@@ -257,6 +258,27 @@ def test_adapters_and_adaln_weights_learn_in_stage_1(name):
     assert trainable(name) == (TWO_BILLION + ADAPTERS, ADAPTERS + ADALN)
     config = get(name)
     assert (config.lora.rank, config.lora.alpha, config.init_from) == (256, 32, "weights/cosmos2b")
+
+
+def test_joint_training_is_both_published_stages_in_one_run():
+    """Not published itself: the same adapters, decoder, losses and rates."""
+    video, action, joint = (get(f"libero_{stage}") for stage in ("video", "action", "joint"))
+    stage = make_stage(Experiment.from_config(joint), make_mesh(dict(fsdp=-1)))
+    params = jax.eval_shape(stage.init, jax.random.key(0))
+    learning = sizes(split(params, stage.trainable)[0])
+    decoder = decoder_network(ACTION_DECODERS["libero"]).num_parameters
+    assert sizes(params) == TWO_BILLION + ADAPTERS + decoder
+    assert learning == ADAPTERS + ADALN + decoder
+    for section in ("clip", "video_model", "lora", "decoder", "policy_io", "sampler", "datasets"):
+        told = video if section == "lora" else action
+        assert not differences(joint[section], told[section]), section
+    for name in ("sigma_scale", "sigma_tail", "action_draws", "proprio_dropout"):
+        assert joint.flow[name] == action.flow[name]
+    weights = joint.flow.video_weight, joint.flow.action_weight
+    assert weights == (video.flow.loss_scale, action.flow.loss_scale)
+    rates = [c.optimizer.learning_rate for c in (video, action, joint)]
+    assert rates[2] == rates[1] and joint.optimizer.backbone_rate * rates[2] == rates[0]
+    assert joint.init_from == video.init_from and joint.decoder_init_from == ""
 
 
 def test_everything_learns_in_full_training():
