@@ -1,4 +1,4 @@
-"""Both stages on eight simulated devices, in several arrangements, compared with one device.
+"""All stages on eight simulated devices, in several arrangements, compared with one device.
 
 python tests/mesh_equality.py [KIND:DATA,FSDP,CONTEXT,TENSOR:ACCUMULATE ...]
 
@@ -29,7 +29,7 @@ from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.objectives import make_stage
 from mvjax.training.step import TrainState, assemble, compile_step, create_state
 
-KINDS = ("full", "lora", "action", "views", "action_views", "observed_first_views")
+KINDS = ("full", "lora", "action", "joint", "views", "action_views", "observed_first_views")
 MESHES = ((8, 1, 1, 1), (1, 8, 1, 1), (1, 2, 2, 2), (2, 2, 2, 1), (1, 1, 8, 1))
 STEPS = 5
 
@@ -72,13 +72,14 @@ def parse(word: str) -> Case:
 
 def config_of(kind: str) -> ConfigDict:
     """Tiny sizes that every axis divides; micro-batches of eight samples."""
-    config = tiny_config("action" if kind.startswith("action") else "video", ema_decay=0.0)
+    stage = kind.partition("_")[0]
+    config = tiny_config(stage if stage in ("action", "joint") else "video", ema_decay=0.0)
     if kind.endswith("views"):
         config.clip.views = VIEWS
     config.training.batch_size = 16
     if kind.startswith("observed_first"):
         config.video_model.attention_to = "observed_first"
-    if kind in ("lora", "views"):
+    if kind in ("lora", "joint", "views"):
         config.lora.update(rank=8, alpha=8.0)
         config.rules.lora = ("fsdp",)  # as published LoRA runs split their adapters
     return config

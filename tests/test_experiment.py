@@ -104,7 +104,7 @@ def test_a_mistake_is_named_before_anything_runs(stage, settings, words):
 def test_joint_training_has_no_backbone_but_its_own():
     config = tiny_config("joint")
     config.backbone = dict(checkpoint="runs/video", precision="float32")
-    with pytest.raises(ValueError, match="section backbone, but joint .*init_from") as error:
+    with pytest.raises(ValueError, match=r"section backbone, but joint .*init_from") as error:
         Experiment.from_config(config)
     assert "\n" not in str(error.value)
 

@@ -136,6 +136,7 @@ def test_the_decoder_equals_the_traced_products(draws):
         ("action", 0, {}),
         ("video", 4, VIEWS),
         ("action", 0, VIEWS),
+        ("joint", 4, VIEWS),
     ],
 )
 def test_a_training_step_is_what_its_gradient_computes(stage, rank, views):

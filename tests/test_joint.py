@@ -54,8 +54,11 @@ def joint_config(**flow):
 
 def random_params(stage):
     """Parameters of networks that have left their start, where modulations are zero."""
-    rng, params = np.random.default_rng(0), jax.jit(stage.init)(jax.random.key(1))
-    return jax.tree.map(lambda p: p + 0.1 * rng.normal(size=p.shape).astype(np.float32), params)
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(stage.init, jax.random.key(1))
+    widths = lambda p: p.shape[-2] if len(p.shape) > 1 else 4  # noqa: E731
+    return jax.tree.map(
+        lambda p: (rng.normal(size=p.shape) / np.sqrt(widths(p))).astype(np.float32), shapes
+    )
 
 
 def gradient(stage, params, frozen, batch, draws):

@@ -36,6 +36,7 @@ from mvjax.identity import described, different, digest_of, environment, read_id
 from mvjax.training.metrics import read_records
 
 STAGES = {"Stage 1: video model": "video", "Stage 2: action decoder": "action"}
+JOINT = {"Joint training": "joint"}  # which few runs have
 ROLLOUTS_PER_TASK = 3
 MODES = ("policy", "oracle", "expert", "none")  # in the order of the report
 
@@ -50,7 +51,7 @@ def build_report(run_dir: Path, out: Path) -> None:
         "predicted_by": read_identity(run_dir / "predictions"),
         "losses": {
             title: loss_figure(curves, f"{title}: loss") if curves else None
-            for title, folder in STAGES.items()
+            for title, folder in (STAGES | (JOINT if (run_dir / "joint").is_dir() else {})).items()
             for curves in [_read_losses(run_dir / folder)]
         },
         "study": study,
