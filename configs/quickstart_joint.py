@@ -5,7 +5,7 @@
 It reads the quickstart's records: those of the robot teach both networks, the videos without
 actions the video model alone. Its directory serves as that of a policy, and as a backbone:
 
-    python -m launch.evaluate --checkpoint=runs/quickstart/joint
+    python -m launch.evaluate --checkpoint=runs/quickstart/joint --out=runs/quickstart/eval_joint
 """
 
 from ml_collections import ConfigDict

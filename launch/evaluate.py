@@ -42,7 +42,9 @@ from mvjax.evaluation.rollout import Setting
 from mvjax.experiment import Experiment
 
 CONFIG = config_flag()
-CHECKPOINT = flags.DEFINE_string("checkpoint", "", "Training directory of the stage-2 run.")
+CHECKPOINT = flags.DEFINE_string(
+    "checkpoint", "", "Training directory of the stage-2 or joint run."
+)
 OUT = path_flag(
     "out", "Folder for the results; results of a simulator have a sub-folder per setting."
 )

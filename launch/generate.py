@@ -3,7 +3,8 @@ r"""Generates a video from a picture or the end of a video, and a prompt.
     python -m launch.generate --checkpoint=runs/quickstart/video --image=start.png \
         --prompt="open the drawer" --out=video.mp4
 
-The checkpoint is a stage-1 training directory, whose settings are the defaults, or a converted one.
+The checkpoint is a training directory, of stage 1 or joint, whose settings are the defaults, or a
+converted one.
 Converted weights know only their network: --config names the configuration that they were trained
 with, or the flags --tokenizer and --text_encoder (or --text_embedding) complete the released sizes:
 

@@ -27,7 +27,7 @@ from mvjax.serving.notices import camera_sizes
 from mvjax.serving.server import PolicyServer, Serving, make_server
 
 CONFIG = config_flag()
-CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 run.")
+CHECKPOINT = path_flag("checkpoint", "Training directory of the stage-2 or joint run.")
 CLIENT = flags.DEFINE_enum("client", "plain", list(CLIENTS), "The kind of client.")
 HOST = flags.DEFINE_string("host", "0.0.0.0", "Address to listen on; 0.0.0.0: all addresses.")
 PORT = flags.DEFINE_integer("port", 8000, "Port; 0: any free one.", 0, 65535)

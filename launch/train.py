@@ -1,4 +1,4 @@
-"""Trains one stage: the video model (stage 1) or the action decoder (stage 2).
+"""Trains the video model (stage 1), the action decoder (stage 2), or both together (joint).
 
     python -m launch.train --config=configs/quickstart_video.py --workdir=runs/quickstart/video
 

@@ -11,10 +11,11 @@ from encode_toys import SIZE
 from run_records import without_times
 from test_converted_run import HINTS, stored
 from test_two_embodiments import config_of, encode
-from tiny_stages import build_stage, quick_compiles, tiny_batch, tiny_config
+from tiny_stages import VIEWS, build_stage, quick_compiles, tiny_batch, tiny_config
 
 from data_pipelines.normalize import load_normalizers
 from mvjax.experiment import Experiment
+from mvjax.flow import condition_mask, network_input, observed_input
 from mvjax.models.lora import LoRA, merge_lora
 from mvjax.parallel import make_mesh
 from mvjax.policy.generate import load_video_model
@@ -30,7 +31,7 @@ from mvjax.training.bridge import (
 )
 from mvjax.training.damage import CheckpointMismatch
 from mvjax.training.metrics import read_records
-from mvjax.training.objectives import action_stage, video_stage
+from mvjax.training.objectives import action_stage, batch_views, video_stage
 from mvjax.training.resume import _given_params
 from mvjax.training.run import run
 from mvjax.training.step import abstract_state, make_optimizer
@@ -52,9 +53,9 @@ def joint_config(**flow):
     return config
 
 
-def random_params(stage):
+def random_params(network):
     """Parameters of networks that have left their start, where modulations are zero."""
-    rng, shapes = np.random.default_rng(0), jax.eval_shape(stage.init, jax.random.key(1))
+    rng, shapes = np.random.default_rng(0), jax.eval_shape(network.init, jax.random.key(1))
     widths = lambda p: p.shape[-2] if len(p.shape) > 1 else 4  # noqa: E731
     return jax.tree.map(
         lambda p: (rng.normal(size=p.shape) / np.sqrt(widths(p))).astype(np.float32), shapes
@@ -117,6 +118,37 @@ def test_without_the_actions_gradient_each_network_learns_as_in_its_own_stage():
     ours, apart = kernel(reaching), kernel(grads)
     np.testing.assert_allclose(ours[2], apart[2], rtol=1e-4, atol=1e-7)
     assert all(np.abs(ours[i] - apart[i]).max() > 1e-3 * np.abs(apart[i]).max() for i in (0, 1))
+
+
+@pytest.mark.parametrize("frames", ["all", "observed"])
+def test_one_pass_gives_the_velocity_of_stage_1_and_the_context_of_the_policy(frames):
+    """With observed frames alone, the policy's pass has no future; the joint one has."""
+    config = joint_config()
+    config.clip.views, config.context_frames = VIEWS, frames
+    if frames == "observed":
+        config.video_model.attention_to = "observed_first"
+    experiment = Experiment.from_config(config)
+    network, batch = experiment.video_network, tiny_batch(config)
+    params = random_params(network)
+    x0, text, views = batch["latents"], batch["text"], batch_views(experiment, batch)
+    mask = condition_mask(jnp.full(len(x0), 2), x0.shape[1])
+    i = network_input(2 * x0[::-1], x0, jnp.full((len(x0), 1), 1.5), mask, views)
+    read = i if frames == "all" else observed_input(x0[:, :2], views)
+
+    @jax.jit
+    def apart(params):
+        net = network.bind(params)
+        arguments = read.latents, read.timesteps, text, read.condition_mask
+        return net.velocity(i, text), net.hidden(*arguments, views=read.views, layer=2)
+
+    @jax.jit
+    def together(params):
+        net = network.bind(params)
+        return net.velocity_and_hidden(i, text, layer=2, observed_only=frames == "observed")
+
+    for ours, theirs in zip(together(params), apart(params), strict=True):
+        assert ours.shape == theirs.shape
+        np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4 * np.abs(theirs).max())
 
 
 # --- A run on a robot's records and on videos of people, with adapters ---
