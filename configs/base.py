@@ -63,14 +63,16 @@ def video_stage(config: ConfigDict, **flow: Any) -> None:
     config.flow = dict(**_VIDEO_NOISE, min_condition_latents=1, **flow)
 
 
-def joint_stage(config: ConfigDict, **flow: Any) -> None:
+def joint_stage(config: ConfigDict, precision: str, **flow: Any) -> None:
     """Makes it joint training, with the published noise and what is given for `config.flow`.
 
     Args:
         config: changed in place.
+        precision: of the backbone in a policy.
         **flow: video_weight, action_weight, sampling_sigma_share, action_draws.
     """
     config.stage = "joint"
+    config.backbone = dict(precision=precision)
     config.decoder_init_from = ""  # init_from is the backbone's
     config.optimizer.backbone_rate = 1.0  # times the learning rate
     config.flow = dict(

@@ -213,7 +213,12 @@ def joint_stage(config: ConfigDict, *, steps: int, batch_size: int) -> ConfigDic
     LoRA as in stage 1, from Cosmos-Predict2; the decoder starts at random.
     """
     base.joint_stage(
-        config, video_weight=100.0, action_weight=10.0, sampling_sigma_share=0.0, action_draws=1
+        config,
+        precision="bfloat16",
+        video_weight=100.0,
+        action_weight=10.0,
+        sampling_sigma_share=0.0,
+        action_draws=1,
     )
     _adapters(config)
     _decoder_schedule(config)

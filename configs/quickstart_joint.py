@@ -20,6 +20,11 @@ def get_config(recipe: str = "full") -> ConfigDict:
     """
     config = quickstart.get_config(recipe)
     base.joint_stage(
-        config, video_weight=1.0, action_weight=1.0, sampling_sigma_share=0.25, action_draws=2
+        config,
+        precision="float32",
+        video_weight=1.0,
+        action_weight=1.0,
+        sampling_sigma_share=0.25,
+        action_draws=2,
     )
     return config

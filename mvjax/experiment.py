@@ -41,7 +41,7 @@ JOINT_SETTINGS = (
 _ELSEWHERE = {
     "flow.loss_scale": "flow.video_weight and flow.action_weight scale the two losses",
     "flow.min_condition_latents": "all observed latents are clean, as the policy has them",
-    "backbone": "it trains its own backbone, which init_from may name the start of",
+    "backbone.checkpoint": "it trains its own backbone, which init_from may name the start of",
 }
 
 
@@ -287,9 +287,9 @@ class Experiment:
             return
         for name, instead in _ELSEWHERE.items():
             if named := _setting(config, name):
-                section = isinstance(named[0], ConfigDict)
-                what = f"config has a section {name}" if section else f"{name} is {named[0]!r}"
-                raise ValueError(f"{what}, but joint training does not read it: {instead}.")
+                raise ValueError(
+                    f"{name} is {named[0]!r}, but joint training does not read it: {instead}."
+                )
         if "datasets" in config and not any(d.action for d in config.datasets.values()):
             raise ValueError(
                 "None of config.datasets has actions, so there is nothing for the decoder to "

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from mvjax.models.attention import KERNELS
 from mvjax.models.layers import POLICIES, PRECISIONS
-from mvjax.models.video_dit import ATTENTION_TO
+from mvjax.models.video_dit import ATTENTION_TO, BACKBONE_PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -194,7 +194,7 @@ RULES: dict[str, Rule] = {
     "video_model.timestep_scale": POSITIVE,
     **{f"decoder.{name}": rule for name, rule in _NETWORK.items()},
     "decoder.time_rank": COUNT,
-    "backbone.precision": Choice(tuple(PRECISIONS)),
+    "backbone.precision": Choice(BACKBONE_PRECISIONS),
     "datasets.*.weight": Number(0),  # those that a stage reads need more
     "datasets.*.anchor_fps": Number(0, above=True, also=(None,)),
     "evaluation.episodes_per_task": COUNT,

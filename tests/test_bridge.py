@@ -60,7 +60,9 @@ def test_weights_fit_every_precision_whatever_they_were_trained_in(video_run):
     model, narrow = load(video_run, "published", **{"video_model.precision": "bfloat16"})
     assert model.precision == "published" and model.dtype == "bfloat16"
     assert_is_cast(narrow, wide)
-    with pytest.raises(ValueError, match=r"one of 'float32', 'bfloat16', 'published', got 'half'"):
+    with pytest.raises(
+        ValueError, match=r"one of 'float32', 'bfloat16', 'published', 'int8', got 'half'"
+    ):
         load(video_run, "half")
 
 

@@ -89,6 +89,7 @@ def test_sections_that_the_stage_does_not_use_are_not_checked():
         ("joint", {"flow.action_weight": 0.0}, "flow.action_weight must be .* above 0"),
         ("joint", {"flow.loss_scale": 2.0}, "loss_scale is 2.0, but .*action_weight scale the two"),
         ("joint", {"flow.min_condition_latents": 1}, "min_condition_latents is 1, but joint"),
+        ("joint", {"backbone.checkpoint": "runs/v"}, "backbone.checkpoint is 'runs/v', but joint"),
         ("joint", {"datasets.robot.action": ()}, "None of config.datasets has actions"),
         ("joint", {"context_frames": "observed"}, "attention_to='observed_first'"),
         ("action", {"flow.video_weight": 1.0}, "video_weight is 1.0, but config.stage is 'action'"),
@@ -99,14 +100,6 @@ def test_sections_that_the_stage_does_not_use_are_not_checked():
 def test_a_mistake_is_named_before_anything_runs(stage, settings, words):
     with pytest.raises(ValueError, match=words):
         Experiment.from_config(_with(tiny_config(stage), **settings))
-
-
-def test_joint_training_has_no_backbone_but_its_own():
-    config = tiny_config("joint")
-    config.backbone = dict(checkpoint="runs/video", precision="float32")
-    with pytest.raises(ValueError, match=r"section backbone, but joint .*init_from") as error:
-        Experiment.from_config(config)
-    assert "\n" not in str(error.value)
 
 
 def test_a_batch_that_the_mesh_cannot_split_is_refused_with_both_numbers():

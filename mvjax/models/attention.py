@@ -297,6 +297,7 @@ class Attention(nnx.Module):
         kernel: see `choose_kernel`.
         kept: whether rematerialisation may keep the result. It is as large for a few keys as for
             many, so it should be worth the memory.
+        int8: see `Linear`.
     """
 
     def __init__(
@@ -309,14 +310,15 @@ class Attention(nnx.Module):
         *,
         kernel: str = "auto",
         kept: bool = True,
+        int8: bool = False,
     ):
         q, k, v, out = jax.random.split(key, 4)
-        self.num_heads = num_heads
+        self.num_heads, kinds = num_heads, dict(lora=lora, int8=int8)
         self.kernel, self.name = kernel, ATTENTION if kept else None
-        self.q_proj = Linear(q, d, d, ("embed", "heads"), name="q_proj", lora=lora)
-        self.k_proj = Linear(k, d_context, d, ("embed", "heads"), name="k_proj", lora=lora)
-        self.v_proj = Linear(v, d_context, d, ("embed", "heads"), name="v_proj", lora=lora)
-        self.output_proj = Linear(out, d, d, ("heads", "embed"), name="output_proj", lora=lora)
+        self.q_proj = Linear(q, d, d, ("embed", "heads"), name="q_proj", **kinds)
+        self.k_proj = Linear(k, d_context, d, ("embed", "heads"), name="k_proj", **kinds)
+        self.v_proj = Linear(v, d_context, d, ("embed", "heads"), name="v_proj", **kinds)
+        self.output_proj = Linear(out, d, d, ("heads", "embed"), name="output_proj", **kinds)
         self.q_norm = RMSNorm(d // num_heads)
         self.k_norm = RMSNorm(d // num_heads)
 

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental.layout import Layout, with_layout_constraint
 
+from mvjax.models.int8 import product, quantize
 from mvjax.models.lora import LoRA, with_adapter
 from mvjax.parallel import platform
 
@@ -100,6 +101,7 @@ class Linear(nnx.Module):
         lora: adapters to add, or None.
         bias: whether there is a bias, started at zero.
         init: initialisation of the kernel.
+        int8: whether the kernel is kept and multiplied in int8, for a layer that does not learn.
     """
 
     def __init__(
@@ -113,9 +115,13 @@ class Linear(nnx.Module):
         lora: LoRA | None = None,
         bias: bool = False,
         init: Init = truncated_normal,
+        int8: bool = False,
     ):
         kernel_key, lora_key = jax.random.split(key)
-        self.kernel = nnx.Param(init(kernel_key, (d_in, d_out), d_in), axes=axes)
+        kernel = init(kernel_key, (d_in, d_out), d_in)
+        kernel, scale = quantize(kernel, -2) if int8 else (kernel, None)
+        self.kernel = nnx.Param(kernel, axes=axes)
+        self.kernel_scale = nnx.Param(scale, axes=axes[1:]) if int8 else None
         self.bias = nnx.Param(jnp.zeros(d_out), axes=(axes[1],)) if bias else None
         self.adapted = lora is not None and name in lora.targets
         if self.adapted:
@@ -131,6 +137,9 @@ class Linear(nnx.Module):
         `low` is x A, flat, where it has been computed already (`linears`).
         """
         shape, x = x.shape, flat(x)
+        if self.kernel_scale is not None:
+            y = product(x, self.kernel[...], self.kernel_scale[...])
+            return y.reshape(*shape[:-1], y.shape[-1])
         # Kernels that learn are float32 and cast at use: the optimizer needs their last digits.
         kernel = self.kernel[...].astype(x.dtype)
         if self.adapted:
@@ -272,10 +281,10 @@ def silu(x: Array) -> Array:
 class MLP(nnx.Module):
     """Linear → exact GELU → Linear, no biases."""
 
-    def __init__(self, key: Array, d: int, hidden: int, lora: LoRA | None = None):
-        keys = jax.random.split(key)
-        self.layer1 = Linear(keys[0], d, hidden, ("embed", "mlp"), name="layer1", lora=lora)
-        self.layer2 = Linear(keys[1], hidden, d, ("mlp", "embed"), name="layer2", lora=lora)
+    def __init__(self, key: Array, d: int, hidden: int, lora: LoRA | None = None, *, int8=False):
+        keys, kinds = jax.random.split(key), dict(lora=lora, int8=int8)
+        self.layer1 = Linear(keys[0], d, hidden, ("embed", "mlp"), name="layer1", **kinds)
+        self.layer2 = Linear(keys[1], hidden, d, ("mlp", "embed"), name="layer2", **kinds)
 
     def __call__(self, x: Array) -> Array:
         """Maps [..., d] to [..., d]."""

@@ -37,6 +37,7 @@ from mvjax.models.attention import (
 from mvjax.models.layers import (
     MLP,
     OUTPUT,
+    PRECISIONS,
     FinalLayer,
     Linear,
     Modulation,
@@ -65,6 +66,8 @@ View = tuple[Array, Array]  # latents, and the time of all of them [b, 1]
 Memory = list[tuple[Array, Array]]
 
 ATTENTION_TO = ("all", "observed_first")
+# "int8": as "bfloat16", with the large products of the blocks in int8 (`mvjax.models.int8`).
+BACKBONE_PRECISIONS = (*PRECISIONS, "int8")
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,7 @@ class VideoDiTConfig:
         observed_latents: with "observed_first", latent frames of the video that are observed.
         views: names of the observed views beside the video.
         timestep_scale: τ of one unit of `timesteps`; 0.001 where they go to 1000 (Predict2.5).
-        precision: one of `mvjax.models.layers.PRECISIONS`.
+        precision: one of `BACKBONE_PRECISIONS`; "int8" for a network that does not learn.
         attention: kernel, see `mvjax.models.attention.choose_kernel`.
         remat: what the backward pass computes again, see `mvjax.models.layers.POLICIES`.
     """
@@ -104,7 +107,7 @@ class VideoDiTConfig:
     views: tuple[str, ...] = ()
 
     def __post_init__(self):
-        compute_dtype(self.precision)
+        _ = self.dtype
         check_kernel(self.attention)
         check_remat(self.remat)
         if self.attention_to not in ATTENTION_TO:
@@ -145,7 +148,7 @@ class VideoDiTConfig:
     @property
     def dtype(self) -> str:
         """The dtype of matmuls and the residual stream."""
-        return compute_dtype(self.precision)
+        return compute_dtype("bfloat16" if self.precision == "int8" else self.precision)
 
 
 class Block(nnx.Module):
@@ -158,13 +161,12 @@ class Block(nnx.Module):
     def __init__(self, key: Array, config: VideoDiTConfig):
         keys = jax.random.split(key, 6)
         d, heads, lora = config.width, config.num_heads, config.lora
-        kernel = config.attention
-        self.self_attn = Attention(keys[0], d, d, heads, lora, kernel=kernel)
+        int8 = config.precision == "int8"
+        kinds = dict(kernel=config.attention, int8=int8)
+        self.self_attn = Attention(keys[0], d, d, heads, lora, **kinds)
         # Not kept for the backward pass: attending to a text again is cheap.
-        self.cross_attn = Attention(
-            keys[1], d, config.text_dim, heads, lora, kernel=kernel, kept=False
-        )
-        self.mlp = MLP(keys[2], d, config.mlp_ratio * d, lora)
+        self.cross_attn = Attention(keys[1], d, config.text_dim, heads, lora, kept=False, **kinds)
+        self.mlp = MLP(keys[2], d, config.mlp_ratio * d, lora, int8=int8)
         self.adaln_self_attn = Modulation(keys[3], d, d, config.adaln_rank, 3)
         self.adaln_cross_attn = Modulation(keys[4], d, d, config.adaln_rank, 3)
         self.adaln_mlp = Modulation(keys[5], d, d, config.adaln_rank, 3)

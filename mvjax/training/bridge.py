@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
@@ -23,6 +24,7 @@ from ml_collections import ConfigDict
 from data_pipelines.settings import differences, plain
 from mvjax.experiment import Experiment
 from mvjax.identity import different, digest, digest_of_sums, piece_sums
+from mvjax.models.int8 import quantize_params
 from mvjax.models.lora import merge_lora
 from mvjax.models.network import Network, Params, merge, split
 from mvjax.models.presets import video_network
@@ -415,18 +417,20 @@ def load_backbone(
     sections = ("clip", "video_model", "lora", "text")
     trained = Experiment.from_config({k: stored[k] for k in sections if k in stored}).video
     model = _frozen(trained, experiment)
-    dtype = model.dtype
-    if trained.lora is None:
-        abstract = _abstract(video_network(model), mesh, rules, dtype)
-        return model, restore_params(directory, abstract, step=found.step, part=found.part)
-    abstract = _abstract(video_network(trained), mesh, rules)
-    adapted = restore_params(directory, abstract, step=found.step, part=found.part)
-    # Merged in float32 and then cast: a small update would be lost in bfloat16.
-    merged = jax.jit(
-        lambda p: _cast(merge_lora(p, trained.lora), dtype),
-        out_shardings=sharding_tree(video_network(model).axes, mesh, rules),
-    )
-    return model, merged(adapted)
+    network, dtype = video_network(model), model.dtype
+    shardings = sharding_tree(network.axes, mesh, rules, network.abstract)
+
+    def finished(params: Params) -> Params:
+        params = _cast(merge_lora(params, trained.lora) if trained.lora else params, dtype)
+        return quantize_params(params, network.abstract) if model.precision == "int8" else params
+
+    # Adapters are merged in float32 and then cast: a small update would be lost in bfloat16.
+    read = "float32" if trained.lora else dtype
+    abstract = _abstract(video_network(trained), mesh, rules, read)
+    stored = restore_params(directory, abstract, step=found.step, part=found.part)
+    if trained.lora is None and model.precision != "int8":
+        return model, stored
+    return model, jax.jit(finished, out_shardings=shardings)(stored)
 
 
 def load_decoder(
@@ -535,7 +539,7 @@ def _frozen(model: VideoDiTConfig, experiment: Experiment) -> VideoDiTConfig:
     """The network without LoRA, computed as this program says and not as its training did."""
     config = experiment.config
     here = {n: config.video_model[n] for n in COMPUTE_SETTINGS if n in config.video_model}
-    if "backbone" in config:  # in a joint run the decoder learns to read what is computed there
+    if "backbone" in config:  # else as it is trained
         here["precision"] = config.backbone.precision
     return dataclasses.replace(model, lora=None, **here)
 
@@ -543,11 +547,18 @@ def _frozen(model: VideoDiTConfig, experiment: Experiment) -> VideoDiTConfig:
 def _abstract(network: Network, mesh: Mesh, rules: Rules, dtype: str = "float32") -> Params:
     shardings = sharding_tree(network.axes, mesh, rules, network.abstract)
     return jax.tree.map(
-        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=sharding),
-        network.abstract,
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        jax.eval_shape(lambda: _cast(jax.tree.map(jnp.zeros_like, network.abstract), dtype)),
         shardings,
     )
 
 
 def _cast(params: Params, dtype: str) -> Params:
-    return jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+    """Parameters in a dtype, but for int8 kernels and their scales, which stay as they are."""
+    kept = {path[:-1] for path, leaf in flatten_dict(params).items() if leaf.dtype == jnp.int8}
+    return unflatten_dict(
+        {
+            path: leaf if path[:-1] in kept else leaf.astype(dtype)
+            for path, leaf in flatten_dict(params).items()
+        }
+    )
