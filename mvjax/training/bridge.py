@@ -447,7 +447,8 @@ def load_decoder(
     sections += ("context_layer", "context_frames")
     found = find_checkpoint(directory, step).network("action")
     stored = _checked_config(found, config, sections)
-    if "backbone" in stored and _untrained_seed(stored) != _untrained_seed(config):
+    own = not found.part  # of a joint run the backbone is in the same checkpoint
+    if own and "backbone" in stored and _untrained_seed(stored) != _untrained_seed(config):
         raise CheckpointMismatch(
             f"{directory} was trained with backbone.checkpoint={stored.backbone.checkpoint!r} and "
             f"training.seed={stored.training.seed}, this configuration has "
