@@ -276,16 +276,16 @@ def _action_draws(
     video_key, time_key, noise_key, drop_key = jax.random.split(key, 4)
     samples, (horizon, dim) = len(batch["latents"]), batch["actions"].shape[1:]
     draws, drawn = flow.action_draws, {}
+    time = sample_action_time(
+        time_key, samples * draws, alpha=flow.action_time_alpha, beta=flow.action_time_beta
+    )
+    noise = jax.random.normal(noise_key, (samples * draws, horizon, dim))
     if of_video:
         sigma_key, share_key, video_noise_key = jax.random.split(video_key, 3)
         sigma = sample_video_sigma(sigma_key, samples, scale=flow.sigma_scale, tail=flow.sigma_tail)
         at_sampling = jax.random.bernoulli(share_key, flow.sampling_sigma_share, (samples, 1))
         drawn["sigma"] = jnp.where(at_sampling, config.sampler.sigma_max, sigma)
         drawn["video_noise"] = jax.random.normal(video_noise_key, batch["latents"].shape)
-    time = sample_action_time(
-        time_key, samples * draws, alpha=flow.action_time_alpha, beta=flow.action_time_beta
-    )
-    noise = jax.random.normal(noise_key, (samples * draws, horizon, dim))
     return {
         **drawn,
         "time": time.reshape(samples, draws, 1),

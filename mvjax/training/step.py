@@ -199,10 +199,11 @@ def mean_gradient(
     zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), trainable)
     sums, metrics = jax.lax.scan(add, (jnp.zeros(()), placed(zeros)), parts)
     loss, grads = jax.tree.map(lambda total: total / count, sums)
-    levels = metrics.pop("by_level", None)
-    merged = {name: value.mean(0) for name, value in metrics.items()}  # over the samples
-    if levels is not None:  # sums and counts add up
-        merged["by_level"] = jax.tree.map(lambda x: x.sum(0), levels)
+    # Sums and counts by noise level add up; everything else is a mean over the samples.
+    merged = {
+        name: jax.tree.map(lambda x, name=name: x.sum(0) if name == "by_level" else x.mean(0), m)
+        for name, m in metrics.items()
+    }
     return (loss, merged), grads
 
 
