@@ -5,12 +5,14 @@
 
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.clip import VIDEO
+from data_pipelines.augment import Augment, without_augment
 from data_pipelines.cutting import (
     EpisodeWindows,
     StreamMismatch,
@@ -54,7 +56,10 @@ class EpisodeCutter:
     _shapes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def __call__(self, index: int) -> tuple[Row, Iterator[Window]]:
-        """The row and the windows of an episode; StreamMismatch if the config fitted none yet."""
+        """The row and the windows of an episode; StreamMismatch if the config fitted none yet.
+
+        The variants of a window follow each other, and `count` in the row counts them once.
+        """
         row: Row = {"id": f"number {index}", "instructions": [], "count": 0}
         cuts, findings = None, []
         try:
@@ -76,13 +81,14 @@ class EpisodeCutter:
             return row, iter(())
         self.config_fits = True
         row |= {"count": len(cuts.texts), "digest": cuts.digest()}
-        return row, _windows(index, cuts)
+        return row, _windows(index, cuts, Augment.of(self.dataset).variants)
 
     def windows(self, episode: Episode) -> EpisodeWindows:
         """The windows of an episode; ValueError if it cannot be used."""
         if isinstance(self.text_encoder, StoredTexts):  # or it would raise at the end of the job
             self.text_encoder.check(episode)
-        cuts = cut_episode(episode, self.dataset, self.clip, self.policy_io, self.anchor_fps)
+        settings = self.dataset, self.clip, self.policy_io, self.anchor_fps
+        cuts = cut_episode(episode, *settings, variants=True)
         check_finite(cuts.columns)
         self._check_shapes(episode)
         return cuts
@@ -99,12 +105,14 @@ class EpisodeCutter:
                 )
 
 
-def _windows(index: int, cuts: EpisodeWindows) -> Iterator[Window]:
-    views = {VIDEO: cuts.video, **cuts.views}
-    for i, text in enumerate(cuts.texts):
-        numbers = {name: column[i] for name, column in cuts.columns.items()}
-        numbers |= {"episode": np.int64(index), "text": text}
-        yield {name: shown.window(i) for name, shown in views.items()}, numbers
+def _windows(index: int, cuts: EpisodeWindows, variants: int) -> Iterator[Window]:
+    # Pillow changes pictures outside the interpreter's lock.
+    with ThreadPoolExecutor(variants) as pool:
+        for i, text in enumerate(cuts.texts):
+            numbers = {name: column[i] for name, column in cuts.columns.items()}
+            numbers |= {"episode": np.int64(index), "text": text}
+            for pictures in pool.map(partial(cuts.pictures, i), range(variants)):
+                yield pictures, numbers
 
 
 def report_skipped(row: Row, progress: Bar) -> None:
@@ -124,7 +132,8 @@ def sample_clips(
 ) -> Iterator[np.ndarray]:
     """Yields the clips of one episode at a time, evenly spread over every source.
 
-    Episodes that cannot be read are reported and left out, as in the encoding job.
+    Episodes that cannot be read are reported and left out, as in the encoding job. Pictures are
+    not augmented, so that a tokenizer does not depend on it.
 
     Args:
         sources: Pairs of episodes and their dataset's config section.
@@ -142,7 +151,7 @@ def sample_clips(
     """
     bad = BadShare(max_bad_share, "sampled episodes", LEAST_EPISODES, "Repair them")
     cutters = [
-        EpisodeCutter(episodes, dataset, clip, policy_io, None, None, 0.0)
+        EpisodeCutter(episodes, without_augment(dataset), clip, policy_io, None, None, 0.0)
         for episodes, dataset in sources
     ]
     chosen = [
