@@ -218,4 +218,10 @@ def _beyond(centre: float, reach: float, length: int) -> int:
 
 
 def _each(frames: np.ndarray, change: Callable[[Image.Image], Image.Image]) -> np.ndarray:
-    return np.stack([np.asarray(change(Image.fromarray(frame))) for frame in frames])
+    changed = (change(Image.fromarray(frame)) for frame in frames)
+    first = np.asarray(next(changed))
+    out = np.empty((len(frames), *first.shape), np.uint8)
+    out[0] = first
+    for i, picture in enumerate(changed, 1):
+        out[i] = picture
+    return out

@@ -3,11 +3,14 @@
 `sample_clips` yields some windows of every dataset, to which a linear tokenizer is fitted.
 """
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from itertools import product, starmap
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
@@ -27,6 +30,7 @@ from data_pipelines.shards import Row, StoredTexts, TextEncoder, count
 # View -> its pictures uint8 [t, h, w, 3], and the numeric columns.
 Window = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
+_THREADS = min(8, os.cpu_count() or 1)  # that augment pictures; each holds some 200 MB of 61 large frames
 LEAST_EPISODES = 20  # read before the share of bad ones may stop the job
 
 
@@ -106,13 +110,25 @@ class EpisodeCutter:
 
 
 def _windows(index: int, cuts: EpisodeWindows, variants: int) -> Iterator[Window]:
-    # Pillow changes pictures outside the interpreter's lock.
-    with ThreadPoolExecutor(variants) as pool:
-        for i, text in enumerate(cuts.texts):
-            numbers = {name: column[i] for name, column in cuts.columns.items()}
-            numbers |= {"episode": np.int64(index), "text": text}
-            for pictures in pool.map(partial(cuts.pictures, i), range(variants)):
-                yield pictures, numbers
+    shown = product(range(len(cuts.texts)), range(variants))
+    made = starmap(cuts.pictures, shown) if variants == 1 else _ahead(cuts.pictures, shown)
+    for i, text in enumerate(cuts.texts):
+        numbers = {name: column[i] for name, column in cuts.columns.items()}
+        numbers |= {"episode": np.int64(index), "text": text}
+        for _ in range(variants):
+            yield next(made), numbers
+
+
+def _ahead(function: Callable[..., Any], tasks: Iterable[tuple]) -> Iterator[Any]:
+    """As `starmap`, some tasks ahead: Pillow changes pictures outside the interpreter's lock."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting = deque()
+        for task in tasks:
+            waiting.append(pool.submit(function, *task))
+            if len(waiting) > _THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def report_skipped(row: Row, progress: Bar) -> None:
