@@ -30,7 +30,8 @@ from data_pipelines.shards import Row, StoredTexts, TextEncoder, count
 # View -> its pictures uint8 [t, h, w, 3], and the numeric columns.
 Window = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
-_THREADS = min(8, os.cpu_count() or 1)  # that augment pictures; each holds some 200 MB of 61 large frames
+# That augment pictures. With 61 frames of 480x640, each holds up to 200 MB.
+_THREADS = min(8, os.cpu_count() or 1)
 LEAST_EPISODES = 20  # read before the share of bad ones may stop the job
 
 
