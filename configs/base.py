@@ -39,15 +39,6 @@ def skeleton(run_dir: str) -> ConfigDict:
     return config
 
 
-def add_datasets(config: ConfigDict, **datasets: dict[str, Any]) -> None:
-    """Adds datasets by name; `name` and `records` follow from it."""
-    run = config.get_ref("run_dir")
-    config.datasets = {
-        name: dict(dataset, name=name, records=run + f"/records/{name}")
-        for name, dataset in datasets.items()
-    }
-
-
 def augment(
     config: ConfigDict,
     *,
@@ -73,6 +64,15 @@ def augment(
             saturation=saturation,
             hue=hue,
         )
+
+
+def add_datasets(config: ConfigDict, **datasets: dict[str, Any]) -> None:
+    """Adds datasets by name; `name` and `records` follow from it."""
+    run = config.get_ref("run_dir")
+    config.datasets = {
+        name: dict(dataset, name=name, records=run + f"/records/{name}")
+        for name, dataset in datasets.items()
+    }
 
 
 def video_stage(config: ConfigDict, **flow: Any) -> None:
