@@ -53,7 +53,7 @@ def main() -> None:
     recipe += f",{quickstart.AUGMENTED}" * AUGMENT.value
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
-    require(folder)
+    require(folder, disk_gb=3 if AUGMENT.value else 2)
     with run_lock(folder):
         _run(run_dir, folder, recipe)
 

@@ -25,6 +25,7 @@ from ml_collections import ConfigDict
 from record_folders import flip_bits, ids, make_records, take
 from tiny_stages import quick_compiles, save_untrained, tiny_config
 
+from configs import quickstart
 from data_pipelines.augment import Augment, Variation, window_name
 from data_pipelines.cameras import View, arrange
 from data_pipelines.cutting import cut_episode
@@ -148,6 +149,16 @@ def test_settings_that_make_no_sense_are_refused():
     Experiment.from_config(config)
     with pytest.raises(ValueError, match=r"robot\.augment\.crop must be a number above 0"):
         Experiment.from_config(config).changed({"datasets.robot.augment.crop": 0.0})
+
+
+def test_the_quickstarts_last_word_augments_all_of_its_datasets():
+    config = quickstart.get_config("smoke,tiled,augmented")
+    assert config.clip.width == 128
+    assert [d.augment.variants for d in config.datasets.values()] == [2, 2]
+    assert [Augment.of(d).crop for d in config.datasets.values()] == [0.9, 0.9]
+    assert "augment" not in quickstart.get_config("smoke,tiled").datasets.robot
+    with pytest.raises(ValueError, match="'augmented' must be the quickstart's last word"):
+        quickstart.get_config("smoke,augmented,tiled")
 
 
 # --- Records ---
