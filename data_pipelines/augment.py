@@ -200,7 +200,9 @@ def without_augment(dataset: ConfigDict) -> ConfigDict:
     return ConfigDict({name: value for name, value in dataset.items() if name != "augment"})
 
 
-def _colours(brightness: float, contrast: float, saturation: float, hue: float) -> tuple:
+def _colours(
+    brightness: float, contrast: float, saturation: float, hue: float
+) -> tuple[float, ...]:
     """The map of colours [3, 4] by rows: hue and saturation, then contrast, then brightness."""
     if (brightness, contrast, saturation, hue) == (1, 1, 1, 0):
         return ()

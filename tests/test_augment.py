@@ -375,7 +375,7 @@ def test_a_policy_sees_variant_0_of_what_its_cameras_show(folder, quickly):
 
 def test_another_crop_is_another_policy(folder, caplog, quickly):
     other = {"datasets.arm.augment.crop": 0.5}
-    with pytest.raises(ValueError, match=r"arm\.crop is 0\.75 there, 0\.5 here"):
+    with pytest.raises(ValueError, match=r"arm\.augment\.crop is 0\.75 there, 0\.5 here"):
         _policy(folder, **other)
     with pytest.raises(ValueError, match=r"augment\.crop is 0\.75 there, 0\.5 here"):
         run(Experiment.from_config(_config("action", folder)).changed(other), folder / "other")
@@ -392,6 +392,6 @@ def test_generation_begins_with_the_crop_of_training(folder, caplog):
     config, frames = _config("video", folder), RNG.integers(0, 256, (5, 40, 60, 3), np.uint8)
     assert cropped(config, frames).shape == (5, 30, 45, 3)
     assert cropped(config, frames, tiled=True) is frames
-    assert "nothing is cropped for a tiled picture" in caplog.text
+    assert "a tiled picture is not cropped" in caplog.text
     del config.datasets
     assert cropped(config, frames) is frames

@@ -19,7 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from data_pipelines.augment import Variation
+from data_pipelines.augment import Augment, Variation
 from data_pipelines.cameras import dataset_views
 from data_pipelines.clip import VIDEO, Clip
 from data_pipelines.frames import cover
@@ -296,15 +296,15 @@ def cropped(config: ConfigDict, frames: np.ndarray, tiled: bool = False) -> np.n
         tiled: whether they are tiled; then they are left as they are.
     """
     datasets = (config.get("datasets") or {}).values()
-    crops = {dataset_views(dataset, config.clip)[0].crop for dataset in datasets}
+    crops = {Augment.of(dataset).crop for dataset in datasets}
     if crops <= {1.0}:
         return frames
     if tiled or len(crops) > 1:
-        why = "a tiled picture" if tiled else f"datasets that were cropped differently, {crops}"
         log.warning(
-            "this model was trained on cropped pictures, but nothing is cropped for %s: give the "
-            "centre of each camera's picture, of the size that training kept (augment.crop %s).",
-            *(why, " or ".join(map(str, sorted(crops)))),
+            "this model was trained on cropped pictures (augment.crop is %s), but %s: give what "
+            "training kept of each camera's picture, its centre.",
+            " or ".join(map(str, sorted(crops))),
+            "a tiled picture is not cropped" if tiled else "which one is meant is not known",
         )
         return frames
     (crop,) = crops

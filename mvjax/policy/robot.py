@@ -421,5 +421,5 @@ def _words(dataset: Any, views: Iterable[str]) -> dict[str, Any]:
     return parts | {
         "video": camera_rows(dataset["video"]),
         "views": {name: view_rows(shown[name]) for name in views if name in shown},
-        "crop": Augment.of(dataset).crop,
+        "augment": {"crop": Augment.of(dataset).crop},  # all that a policy sees of it
     }
