@@ -32,6 +32,7 @@ VIDEO_TASKS = (
 )
 
 CAMERAS = ("single", "tiled", "observed")  # see `_add_gripper`
+AUGMENTED = "augmented"  # the last word of a recipe with `base.augment`
 
 
 def get_config(recipe: str = "full") -> ConfigDict:
@@ -40,11 +41,15 @@ def get_config(recipe: str = "full") -> ConfigDict:
     Args:
         recipe: "full", or "smoke": two tasks and a few steps, to see every phase run in a minute
             (`--config=configs/quickstart.py:smoke`). Its policy has learned nothing. A second word
-            adds the gripper's camera: "full,tiled" or "full,observed", see `_add_gripper`.
+            adds the gripper's camera: "full,tiled" or "full,observed", see `_add_gripper`. The last
+            word "augmented" augments the pictures: "full,augmented" or "full,tiled,augmented".
     """
-    size, _, cameras = recipe.partition(",")
+    words, _, augmented = recipe.partition(f",{AUGMENTED}")
+    size, _, cameras = words.partition(",")
     if size not in ("", "full", "smoke"):
         raise ValueError(f"The quickstart's size must be full or smoke, got {size!r}.")
+    if augmented:
+        raise ValueError(f"{AUGMENTED!r} must be the quickstart's last word, got {recipe!r}.")
     if cameras not in ("", *CAMERAS):
         raise ValueError(
             f"The quickstart's cameras must be one of {', '.join(CAMERAS)}, got {cameras!r}."
@@ -147,6 +152,8 @@ def get_config(recipe: str = "full") -> ConfigDict:
     )
     if cameras in ("tiled", "observed"):
         _add_gripper(config, tiled=cameras == "tiled")
+    if recipe.endswith(f",{AUGMENTED}"):
+        base.augment(config, variants=2 if smoke else 4)
     return config
 
 

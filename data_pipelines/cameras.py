@@ -10,12 +10,13 @@ the arrangement from here.
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 
+from data_pipelines.augment import WHOLE, Augment, Variation
 from data_pipelines.clip import VIDEO
-from data_pipelines.frames import resize_area
 
 Rows = tuple[tuple[str, ...], ...]  # camera names, see `camera_rows`
 
@@ -28,42 +29,52 @@ class View:
         name: "video" for the one that it predicts.
         rows: the cameras (see `camera_rows`); () if they are not known.
         height, width: of the picture, pixels.
+        crop: the share of each camera's height and width that is shown, around the centre.
     """
 
     name: str
     rows: Rows
     height: int
     width: int
+    crop: float = 1.0
 
     @property
     def cameras(self) -> tuple[str, ...]:
         """Its distinct cameras, the clock first; () if they are not known."""
         return cameras(self.rows)
 
-    def picture(self, frames: Mapping[str, np.ndarray]) -> np.ndarray:
+    def picture(
+        self,
+        frames: Mapping[str, np.ndarray],
+        variations: Mapping[str, Variation] = MappingProxyType({}),
+    ) -> np.ndarray:
         """Tiles its cameras' frames, uint8 [t, any h, any w, 3] each: uint8 [t, height, width, 3].
 
         Args:
             frames: by camera, of these and others. Of cameras that are not known there is one, of
                 any name.
+            variations: by camera; one without shows its centre crop.
         """
+        plain = Variation(self.crop)
         if not self.rows:
-            return resize_area(next(iter(frames.values())), self.height, self.width)
-        return tile(self.rows, frames, self.height, self.width)
+            return plain.picture(next(iter(frames.values())), self.height, self.width)
+        chosen = {name: variations.get(name, plain) for name in self.cameras}
+        return tile(self.rows, frames, self.height, self.width, chosen)
 
 
 def dataset_views(dataset: Any, clip: Any) -> tuple[View, ...]:
     """The views of a model on a dataset, "video" first, then the observed ones by name.
 
     Args:
-        dataset: its section of a config: `video` and `views`.
+        dataset: its section of a config: `video`, `views` and `augment`.
         clip: height, width and `views`.
 
     Raises:
         ValueError: the dataset does not say which cameras a view shows.
     """
     rows = camera_rows(dataset.video) if "video" in dataset else ()
-    views = [View(VIDEO, rows, clip.height, clip.width)]
+    crop = Augment.of(dataset).crop
+    views = [View(VIDEO, rows, clip.height, clip.width, crop)]
     sizes, shown = clip.get("views") or {}, dataset.get("views") or {}
     for name in sorted(sizes):
         if name not in shown:
@@ -72,7 +83,7 @@ def dataset_views(dataset: Any, clip: Any) -> tuple[View, ...]:
                 'does not say which camera shows it; set it to one, or to "" for black pictures'
             )
         rows = view_rows(shown[name], f"views.{name}")
-        views.append(View(name, rows, sizes[name].height, sizes[name].width))
+        views.append(View(name, rows, sizes[name].height, sizes[name].width, crop))
     return tuple(views)
 
 
@@ -185,24 +196,33 @@ def cameras(rows: Rows) -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for row in rows for name in row if name))
 
 
-def tile(rows: Rows, frames: Mapping[str, np.ndarray], height: int, width: int) -> np.ndarray:
+def tile(
+    rows: Rows,
+    frames: Mapping[str, np.ndarray],
+    height: int,
+    width: int,
+    variations: Mapping[str, Variation] = MappingProxyType({}),
+) -> np.ndarray:
     """Tiles the cameras' frames, each resized by area to fill its cell.
 
     Args:
         rows: from `camera_rows`.
         frames: camera -> uint8 [t, any h, any w, 3].
         height, width: size of the tiled frame, pixels.
+        variations: camera -> what else is done to its frames.
 
     Returns:
         uint8 [t, height, width, 3]; a single camera's own array if it has that size.
     """
     if len(rows) == len(rows[0]) == 1 and rows[0][0]:
-        return resize_area(frames[rows[0][0]], height, width)
+        (name,) = rows[0]
+        return variations.get(name, WHOLE).picture(frames[name], height, width)
     whole = np.zeros((len(next(iter(frames.values()))), height, width, 3), np.uint8)
     for names, top, bottom in zip(rows, *_edges(height, len(rows))):
         for name, left, right in zip(names, *_edges(width, len(names))):
             if name:
-                cell = resize_area(frames[name], bottom - top, right - left)
+                shown = variations.get(name, WHOLE)
+                cell = shown.picture(frames[name], bottom - top, right - left)
                 whole[:, top:bottom, left:right] = cell
     return whole
 

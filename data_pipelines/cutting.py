@@ -13,9 +13,12 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from data_pipelines import findings
+from data_pipelines.augment import Augment, kept_size, window_name
 from data_pipelines.cameras import View, camera_rows, cameras, dataset_views, view_cameras
+from data_pipelines.clip import VIDEO
 from data_pipelines.episode import Episode
 from data_pipelines.findings import BLACK, Asked
+from data_pipelines.frames import resize_area
 from data_pipelines.representations import Part
 from data_pipelines.vectors import StreamMismatch, bases, dims, parse, read, streams
 from data_pipelines.windows import (
@@ -40,6 +43,31 @@ class Shown(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Variants:
+    """What the further variants of an episode's windows are made from; see `augment.py`."""
+
+    augment: Augment
+    dataset: str
+    episode: str
+    views: dict[str, View]
+    # View -> camera -> its frames as decoded, uint8 [n, any h, any w, 3], beside `Shown.frames`.
+    frames: dict[str, dict[str, np.ndarray]]
+
+    def pictures(
+        self, view: str, frames: np.ndarray, anchor: int, variant: int
+    ) -> np.ndarray | None:
+        """Those of a view at indices into `Shown.frames`; None of a view without a camera."""
+        if view not in self.frames:
+            return None
+        draws = {
+            name: self.augment.draw(variant, window_name(self.dataset, self.episode, anchor, name))
+            for name in self.frames[view]
+        }
+        shown = {name: pictures[frames] for name, pictures in self.frames[view].items()}
+        return self.views[view].picture(shown, draws)
+
+
+@dataclass(frozen=True)
 class EpisodeWindows:
     """All windows of one episode."""
 
@@ -54,6 +82,19 @@ class EpisodeWindows:
     texts: np.ndarray
     sectioned: bool = False  # whether the task changes during the episode
     findings: tuple[str, ...] = ()  # as of `Episode`, about the windows
+    variants: Variants | None = None  # None: there is variant 0 alone
+
+    def pictures(self, index: int, variant: int = 0) -> dict[str, np.ndarray]:
+        """The pictures of a window in a variant by view, uint8 [any, h, w, 3]."""
+        shown = {VIDEO: self.video, **self.views}
+        if variant == 0:
+            return {name: one.window(index) for name, one in shown.items()}
+        at = int(self.columns["anchor"][index])
+        made = {}
+        for name, one in shown.items():
+            varied = self.variants.pictures(name, one.clips[index], at, variant)
+            made[name] = one.window(index) if varied is None else varied
+        return made
 
     def digest(self) -> str:
         """Hash of the content; of the texts only where they are not the episode's own in turn."""
@@ -71,15 +112,20 @@ def cut_episode(
     clip: ConfigDict,
     policy_io: ConfigDict,
     anchor_fps: float | None = None,
+    *,
+    variants: bool = False,
 ) -> EpisodeWindows:
     """Decodes an episode's video once, in order, and cuts it into windows.
 
     Args:
         episode: the episode.
-        dataset: `video` and `views` (see `cameras.py`), `action` and `proprio` (see `vectors.py`).
+        dataset: `video` and `views` (see `cameras.py`), `action` and `proprio` (see `vectors.py`),
+            `augment` (see `augment.py`).
         clip: height, width, observed_frames, future_frames, fps, views.
         policy_io: `action {horizon, fps, shift, dim}` and `proprio {horizon, fps, dim}`.
         anchor_fps: windows per second of video; None makes one per frame.
+        variants: also keep the frames that variants of `dataset.augment` are made from, which take
+            memory until the episode's windows are read.
 
     Raises:
         StreamMismatch: the config does not fit the dataset, which stops a job.
@@ -93,11 +139,16 @@ def cut_episode(
     future = WindowSpec(clock, clip.future_frames, clip.fps, shift=1 / clip.fps)
     before = request_times(observed, at)
     times = np.concatenate([before, request_times(future, at)], axis=1)
-    reader = _Reader(episode)
+    augment = Augment.of(dataset)
+    reader = _Reader(episode, keep=variants and augment.variants > 1)
     shown = reader.shown(video, times)
     views = {view.name: reader.shown(view, before) for view in others}
     asked = [Asked(name, wanted, clip.fps) for name, wanted in reader.wanted.items()]
     texts = texts_at(episode, at)
+    kept = None
+    if reader.keep:
+        by_name = {view.name: view for view in (video, *others)}
+        kept = Variants(augment, dataset.name, episode.id, by_name, reader.kept)
     given = [(episode.instructions or ("",))[i].strip() for i in np.unique(texts)]
     return EpisodeWindows(
         shown,
@@ -111,14 +162,20 @@ def cut_episode(
             *findings.in_times(episode, dataset, policy_io, at, asked),
             *findings.in_numbers(episode, dataset),
         ),
+        variants=kept,
     )
 
 
 class _Reader:
-    """Reads the pictures of an episode's views; notes the cameras that are always black."""
+    """Reads the pictures of an episode's views; notes the cameras that are always black.
 
-    def __init__(self, episode: Episode):
+    With `keep` it also keeps the frames that they are made from.
+    """
+
+    def __init__(self, episode: Episode, keep: bool = False):
         self._episode, self._sizes, self._seen = episode, {}, set[str]()
+        self.keep = keep
+        self.kept: dict[str, dict[str, np.ndarray]] = {}  # view -> camera -> frames
         self.wanted: dict[str, np.ndarray] = {}  # camera -> the first view's times
 
     @property
@@ -147,7 +204,18 @@ class _Reader:
             for name, some in pictures.items():
                 self._note(name, some)
             frames[start : start + len(part)] = view.picture(pictures)
+            if self.keep:
+                self._keep(view, pictures, start, len(used))
         return Shown(frames, clips.reshape(times.shape))
+
+    def _keep(self, view: View, pictures: Mapping[str, np.ndarray], start: int, n: int) -> None:
+        """Keeps frames number `start` and following of `n`, as small as their variants permit."""
+        kept = self.kept.setdefault(view.name, {})
+        for name, some in pictures.items():
+            size = kept_size(some.shape[1:3], view.crop, (view.height, view.width))
+            if name not in kept:
+                kept[name] = np.empty((n, *size, 3), np.uint8)
+            kept[name][start : start + len(some)] = resize_area(some, *size)
 
     def _note(self, camera: str, pictures: np.ndarray) -> None:
         size = pictures.shape[1:3]

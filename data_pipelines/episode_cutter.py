@@ -3,14 +3,19 @@
 `sample_clips` yields some windows of every dataset, to which a linear tokenizer is fitted.
 """
 
+import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import product, starmap
+from typing import Any
 
 import numpy as np
 from ml_collections import ConfigDict
 
-from data_pipelines.clip import VIDEO
+from data_pipelines.augment import Augment, without_augment
 from data_pipelines.cutting import (
     EpisodeWindows,
     StreamMismatch,
@@ -25,6 +30,8 @@ from data_pipelines.shards import Row, StoredTexts, TextEncoder, count
 # View -> its pictures uint8 [t, h, w, 3], and the numeric columns.
 Window = tuple[dict[str, np.ndarray], dict[str, np.ndarray]]
 
+# That augment pictures. With 61 frames of 480x640, each holds up to 200 MB.
+_THREADS = min(8, os.cpu_count() or 1)
 LEAST_EPISODES = 20  # read before the share of bad ones may stop the job
 
 
@@ -54,7 +61,10 @@ class EpisodeCutter:
     _shapes: dict[str, tuple[str, tuple[int, ...]]] = field(default_factory=dict)
 
     def __call__(self, index: int) -> tuple[Row, Iterator[Window]]:
-        """The row and the windows of an episode; StreamMismatch if the config fitted none yet."""
+        """The row and the windows of an episode; StreamMismatch if the config fitted none yet.
+
+        The variants of a window follow each other, and `count` in the row counts them once.
+        """
         row: Row = {"id": f"number {index}", "instructions": [], "count": 0}
         cuts, findings = None, []
         try:
@@ -76,13 +86,14 @@ class EpisodeCutter:
             return row, iter(())
         self.config_fits = True
         row |= {"count": len(cuts.texts), "digest": cuts.digest()}
-        return row, _windows(index, cuts)
+        return row, _windows(index, cuts, Augment.of(self.dataset).variants)
 
     def windows(self, episode: Episode) -> EpisodeWindows:
         """The windows of an episode; ValueError if it cannot be used."""
         if isinstance(self.text_encoder, StoredTexts):  # or it would raise at the end of the job
             self.text_encoder.check(episode)
-        cuts = cut_episode(episode, self.dataset, self.clip, self.policy_io, self.anchor_fps)
+        settings = self.dataset, self.clip, self.policy_io, self.anchor_fps
+        cuts = cut_episode(episode, *settings, variants=True)
         check_finite(cuts.columns)
         self._check_shapes(episode)
         return cuts
@@ -99,12 +110,26 @@ class EpisodeCutter:
                 )
 
 
-def _windows(index: int, cuts: EpisodeWindows) -> Iterator[Window]:
-    views = {VIDEO: cuts.video, **cuts.views}
+def _windows(index: int, cuts: EpisodeWindows, variants: int) -> Iterator[Window]:
+    shown = product(range(len(cuts.texts)), range(variants))
+    made = starmap(cuts.pictures, shown) if variants == 1 else _ahead(cuts.pictures, shown)
     for i, text in enumerate(cuts.texts):
         numbers = {name: column[i] for name, column in cuts.columns.items()}
         numbers |= {"episode": np.int64(index), "text": text}
-        yield {name: shown.window(i) for name, shown in views.items()}, numbers
+        for _ in range(variants):
+            yield next(made), numbers
+
+
+def _ahead(function: Callable[..., Any], tasks: Iterable[tuple]) -> Iterator[Any]:
+    """As `starmap`, some tasks ahead: Pillow changes pictures outside the interpreter's lock."""
+    with ThreadPoolExecutor(_THREADS) as pool:
+        waiting = deque()
+        for task in tasks:
+            waiting.append(pool.submit(function, *task))
+            if len(waiting) > _THREADS:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def report_skipped(row: Row, progress: Bar) -> None:
@@ -124,7 +149,8 @@ def sample_clips(
 ) -> Iterator[np.ndarray]:
     """Yields the clips of one episode at a time, evenly spread over every source.
 
-    Episodes that cannot be read are reported and left out, as in the encoding job.
+    Episodes that cannot be read are reported and left out, as in the encoding job. Pictures are
+    not augmented, so that a tokenizer does not depend on it.
 
     Args:
         sources: Pairs of episodes and their dataset's config section.
@@ -142,7 +168,7 @@ def sample_clips(
     """
     bad = BadShare(max_bad_share, "sampled episodes", LEAST_EPISODES, "Repair them")
     cutters = [
-        EpisodeCutter(episodes, dataset, clip, policy_io, None, None, 0.0)
+        EpisodeCutter(episodes, without_augment(dataset), clip, policy_io, None, None, 0.0)
         for episodes, dataset in sources
     ]
     chosen = [

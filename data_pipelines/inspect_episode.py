@@ -5,6 +5,7 @@ Every error becomes a problem of the episode.
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import combinations, product
 from typing import Any, NamedTuple
@@ -14,14 +15,17 @@ import numpy as np
 from ml_collections import ConfigDict
 from PIL import Image
 
+from data_pipelines.augment import Augment, window_name
+from data_pipelines.cameras import dataset_views
 from data_pipelines.cutting import check_finite, cut_numbers
 from data_pipelines.episode import NANOSECONDS, ODD_TEXT, Episode, Stream
 from data_pipelines.findings import BLACK
+from data_pipelines.frames import side_by_side
 from data_pipelines.pickles import PickleRefused
 from data_pipelines.representations import seams
 from data_pipelines.shards import StoredTexts
 from data_pipelines.video import VideoFile
-from data_pipelines.windows import usual_steps
+from data_pipelines.windows import nearest_indices, usual_steps
 
 _CURVE_POINTS = 200
 _THUMBNAIL = (240, 180)  # maximum size, pixels
@@ -30,6 +34,7 @@ _SAME_PERIODS = 1.5  # streams may begin or end this many periods of the slower 
 _BOX = 8  # pixels; averaging boxes removes compression noise
 _STILL = 4.0  # grey levels by which the boxes of a still picture may differ after compression
 _DECODED_FRAMES = 16  # in memory at a time
+_VARIANTS = 8  # of a window, on the page
 _WIDEST = 64  # dimensions of a stream that may be an action or a state
 # Streams that no policy takes, and that are rarely other than 0.
 _BOOKKEEPING = re.compile(
@@ -142,6 +147,33 @@ def _check_wanted(summary: EpisodeSummary, episode: Episode, wanted: Wanted) -> 
         check_finite(columns)
     except ValueError as error:
         summary.add_problem("skipped by the encoding job", _text(error))
+        return
+    if summary.sampled:
+        with suppress(Exception):  # frames that cannot be read are a problem already
+            _add_variants(summary, episode, wanted, columns["anchor"])
+
+
+def _add_variants(
+    summary: EpisodeSummary, episode: Episode, wanted: Wanted, anchors: np.ndarray
+) -> None:
+    """Adds the variants of the present picture of the middle window, for every view."""
+    augment, anchor = Augment.of(wanted.dataset), int(anchors[len(anchors) // 2])
+    for view in dataset_views(wanted.dataset, wanted.clip) if augment.variants > 1 else ():
+        frames = {}
+        for name in view.cameras:
+            stream = episode.streams[name]
+            at = nearest_indices(stream.timestamps, np.array([anchor]))
+            frames[name] = np.asarray(stream.values.read(at))
+        shown = []
+        for variant in range(min(augment.variants, _VARIANTS) if frames else 0):
+            window = wanted.dataset.name, episode.id, anchor
+            draws = {name: augment.draw(variant, window_name(*window, name)) for name in frames}
+            picture = Image.fromarray(view.picture(frames, draws)[0])
+            picture.thumbnail(_THUMBNAIL)
+            shown.append(np.asarray(picture))
+        if shown:
+            title = f"{view.name}: variants 0 to {len(shown) - 1} of a window"
+            summary.pictures[title] = [side_by_side(shown)]
 
 
 # Kinds of errors: the types of an error or of its causes, and words of the sources' own checks,

@@ -4,6 +4,7 @@ import json
 import math
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ def inspect_records(path: Path, *, thorough: bool = False) -> Inspection:
         ("format", "records"),
         ("dataset", dataset.name),
         ("windows", ", ".join(f"{count:,} {split}" for split, count in splits.items())),
+        *([("variants", f"{dataset.variants} of each window")] if dataset.variants > 1 else []),
         ("episodes", f"{found.readable:,} of {len(dataset.episodes):,}"),
         ("shards", f"{len(list(path.glob('*.arrayrecord'))):,}, finished"),
         ("size", f"{size / 1e9:,.3f} GB"),
@@ -115,10 +117,12 @@ def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> 
     if counted != total:
         text = f"the manifest lists {counted} records, the shards hold {total}"
         found.add_problem("records missing", ALL, text)
-    chosen = spread(total, total if thorough else _SAMPLED_RECORDS)
-    for index in Bar(chosen, desc="inspect", unit="record"):
+    chosen = spread(total, total if thorough else _SAMPLED_RECORDS).tolist()
+    every = range(dataset.variants)
+    reads = [(i, v) for i in chosen for v in every] if thorough else [*zip(chosen, cycle(every))]
+    for index, variant in Bar(reads, desc="inspect", unit="record"):
         try:
-            record = dataset[int(index)]
+            record = dataset.read(index, variant)
         except Exception as error:
             found.add_problem("unreadable record", f"record {index}", str(error))
             continue
@@ -128,7 +132,7 @@ def _read_records(found: Inspection, dataset: RecordDataset, thorough: bool) -> 
             # A single NaN in the latents would spoil a whole run.
             if not np.isfinite(value.astype(np.float32)).all():
                 found.add_problem("NaN or infinity", owner, f"{name} of record {index}")
-    found.facts.append(("records read", f"{len(chosen):,} of {total:,}"))
+    found.facts.append(("records read", f"{len(reads):,} of {total * dataset.variants:,}"))
 
 
 def _read_columns(found: Inspection, dataset: RecordDataset) -> None:

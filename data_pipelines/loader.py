@@ -193,8 +193,9 @@ def record_mixture(
     """Mixes datasets; element n is a pure function of the arguments and n.
 
     Each dataset is shuffled and repeated by itself (every epoch in another order), then the
-    datasets are interleaved in proportion to their weights. A damaged record is replaced by the
-    next one in this order; each is counted, and logged once.
+    datasets are interleaved in proportion to their weights. Of a window with n variants an epoch
+    shows one, and n epochs in a row show each once; the validation split shows variant 0. A
+    damaged record is replaced by the next one in this order; each is counted, and logged once.
 
     Args:
         datasets: datasets whose latents and texts have the same shapes.
@@ -232,7 +233,8 @@ def record_mixture(
         digest = hashlib.md5(f"{seed}/{dataset.name}".encode()).digest()
         name_seed = int.from_bytes(digest[:4], "big")
         order = grain.MapDataset.source(indices).seed(name_seed).shuffle().repeat()
-        read, vectors = _reader(dataset, order, bad), lambda record: {}
+        variant = _variant(dataset, len(indices), seed, split)
+        read, vectors = _reader(dataset, order, variant, bad), lambda record: {}
         if normalizers is not None:
             vectors = _vectors(dataset, normalizers, acting, mask_padding)
 
@@ -269,26 +271,51 @@ def samples_of_each(weights: Sequence[float], samples: int) -> list[int]:
     return [taken.get(i, 0) for i in range(len(weights))]
 
 
+def _variant(
+    dataset: RecordDataset, windows: int, seed: int, split: str
+) -> Callable[[int, int], int]:
+    """From a place of the order and the window there to its variant.
+
+    Args:
+        dataset, seed, split: as of `record_mixture`.
+        windows: in an epoch.
+    """
+    if dataset.variants == 1 or split == "validation":
+        return lambda place, index: 0
+
+    def variant(place: int, index: int) -> int:
+        # Each window begins with another one, so every epoch shows all kinds.
+        digest = hashlib.md5(f"{seed}/{dataset.name}/{index}".encode()).digest()
+        return (int.from_bytes(digest[:4], "big") + place // windows) % dataset.variants
+
+    return variant
+
+
 def _reader(
-    dataset: RecordDataset, order: grain.MapDataset, bad: BadShare
+    dataset: RecordDataset,
+    order: grain.MapDataset,
+    variant: Callable[[int, int], int],
+    bad: BadShare,
 ) -> Callable[[int], Window]:
     """Reads the record at a place of the order, or the next undamaged one."""
-    named: set[int] = set()
+    named: set[tuple[int, int]] = set()
     lock = threading.Lock()
 
     def read(place: int) -> Window:
         damage = None
         for step in range(_TRIES):
-            index = int(order[(place + step) % len(order)])
+            at = (place + step) % len(order)
+            index = int(order[at])
+            shown = variant(at, index)
             try:
-                record = dataset[index]
+                record = dataset.read(index, shown)
             except DamagedRecord as error:
                 if damage is None:  # a sample counts once, however many records it takes
                     bad.count_bad(f"record {index} of {dataset.name!r}", str(error))
                 damage = error
                 with lock:  # several threads may read it at once
-                    is_new = index not in named
-                    named.add(index)
+                    is_new = (index, shown) not in named
+                    named.add((index, shown))
                 if is_new:
                     log.warning("replaced a sample that cannot be read: %s.", error)
                 continue

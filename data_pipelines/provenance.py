@@ -14,6 +14,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from data_pipelines.augment import Augment
 from data_pipelines.cameras import Rows, camera_rows, view_rows
 from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode
@@ -24,7 +25,8 @@ from data_pipelines.sources.formats import FORMATS, open_config
 from data_pipelines.vectors import StreamMismatch, parse
 
 # Settings of a dataset that say what its windows hold; they are part of the fingerprint.
-_CONTENT = ("name", "video", "views", "action", "proprio", "embodiment")
+_CONTENT = ("name", "video", "views", "action", "proprio", "embodiment", "augment")
+_AS_WRITTEN = ("name", "video", "action", "proprio", "embodiment")
 # Those that say nothing about it; the others (format, path, options, ...) say where it comes from.
 _ELSEWHERE = ("records", "weight", "anchor_fps")
 _TRAINING_ONLY = ("mask_padding",)  # settings of policy_io that records do not depend on
@@ -42,10 +44,12 @@ def encoding_settings(
     """Every setting that the records depend on; arguments as of `mvjax.encode.encode_dataset`."""
     windows = policy_io if dataset.action or dataset.proprio else {}
     source = {k: v for k, v in dataset.items() if k not in (*_CONTENT, *_ELSEWHERE)}
-    described = {name: dataset[name] for name in _CONTENT if name in dataset and name != "views"}
+    described = {name: dataset[name] for name in _AS_WRITTEN if name in dataset}
     if views := clip.get("views"):  # a dataset may describe more
         shown = dataset.get("views") or {}
         described["views"] = {name: shown[name] for name in views if name in shown}
+    if augment := Augment.of(dataset).settings():
+        described["augment"] = augment
     settings = {
         "dataset": described,
         "source": source,
@@ -65,6 +69,7 @@ def changes(stored: Mapping[str, Any], wanted: Mapping[str, Any], tell: bool = T
     """
     before, after = plain(stored), plain(wanted)
     described, asked = before["dataset"], after["dataset"]
+    described.setdefault("augment", {})  # earlier versions had none, which is a setting, too
     for key, form in _FORMS.items():
         if key in described and key in asked and _same(form, described[key], asked[key]):
             asked[key] = described[key]

@@ -3,7 +3,7 @@
 A records folder holds
 
     plan.json                 the settings of the encoding job (written first)
-    shard_00000.arrayrecord   one record per window, episodes in order
+    shard_00000.arrayrecord   one record per window and variant, episodes in order
     shard_00000.npz           the shard's numeric columns and episode rows; written when it is done
     texts.npz                 the distinct instructions and their embeddings
     manifest.json             everything that a reader needs (written last)
@@ -75,6 +75,7 @@ class RecordDataset:
         normalization: how numbers are normalised, where a configuration says it otherwise than the
             encoding job; see `provenance.open_records`.
         settings: settings of the encoding job (streams, clip, policy_io, identity of the networks).
+        variants: of every window (`data_pipelines.augment`); 1 if pictures were not augmented.
         shapes: shape of each array in a record.
         episodes: one row per episode of the source, in its order.
         skipped: episodes skipped while encoding: {"id", "reason"}.
@@ -99,6 +100,7 @@ class RecordDataset:
             EpisodeRow(**{**row, "instructions": tuple(row["instructions"])})
             for row in manifest["episodes"]
         ]
+        self.variants: int = (self.settings["dataset"].get("augment") or {}).get("variants", 1)
         self._shards = [self.path / shard for shard in manifest["shards"]]
         # Counted in the .npz, because a damaged .arrayrecord has lost its count.
         counts = [len(columns.get("anchor", ())) for columns in self._columns("anchor")]
@@ -108,10 +110,19 @@ class RecordDataset:
         self.shapes = self._first_shapes()
 
     def __len__(self) -> int:
+        """The windows; each counts once, however many variants it has."""
         return self._firsts[-1]
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        """Variant 0 of a window; see `read`."""
+        return self.read(index)
+
+    def read(self, index: int, variant: int = 0) -> dict[str, np.ndarray]:
         """One window, as read-only arrays.
+
+        Args:
+            index: of the window.
+            variant: of its pictures; only latents differ between them.
 
         Returns:
             latents bfloat16 [t', h', w', 16], and of every observed view `views/<name>` bfloat16
@@ -125,8 +136,10 @@ class RecordDataset:
         """
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
+        if not 0 <= variant < self.variants:
+            raise IndexError(f"variant {variant} of {self.variants}")
         shard = bisect.bisect_right(self._firsts, index) - 1
-        position = index - self._firsts[shard]
+        position = (index - self._firsts[shard]) * self.variants + variant
         try:
             data = self._reader(shard).read([position])[0]
         except Exception as error:  # the library's types differ between versions
@@ -142,7 +155,8 @@ class RecordDataset:
     def _reader(self, shard: int) -> ArrayRecordReader:
         with self._lock:
             if shard not in self._readers:
-                path, count = self._shards[shard], self._firsts[shard + 1] - self._firsts[shard]
+                path, windows = self._shards[shard], self._firsts[shard + 1] - self._firsts[shard]
+                count = windows * self.variants
                 if not path.exists():
                     raise FileNotFoundError("the file is missing")
                 reader = ArrayRecordReader(str(path), **_READER)
@@ -199,7 +213,7 @@ class RecordDataset:
     def record_indices(
         self, split: str | None = None, episodes_per_task: episode.PerTask = None, seed: int = 0
     ) -> np.ndarray:
-        """Indices of the records to use: int64 [n], ascending.
+        """Indices of the windows to use: int64 [n], ascending.
 
         Args:
             split: "train", "validation", or None for both.

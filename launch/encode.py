@@ -134,7 +134,9 @@ def _tell(name: str, records: RecordDataset) -> None:
         texts, count = len(records.instructions), len(records.episodes)
         skipped, share = len(records.skipped), len(records.skipped) / count
         more = f", {skipped} skipped ({100 * share:.3g} %)" if skipped else ""
-        print(f"{name}: {len(records)} windows of {count} episodes{more}, {texts} instructions.")
+        each = f" in {records.variants} variants" if records.variants > 1 else ""
+        windows = f"{len(records)} windows{each} of {count} episodes"
+        print(f"{name}: {windows}{more}, {texts} instructions.")
         found = sorted(records.findings.items(), key=lambda finding: -len(finding[1]))
         for text, episodes in found[:_FINDINGS]:
             print(f"{name}: {text} ({len(episodes)} of {count} episodes)")

@@ -29,6 +29,7 @@ from mvjax.models.layers import PRECISIONS
 from mvjax.policy.generate import (
     check_tiled,
     check_views,
+    cropped,
     embed_texts,
     generate,
     generation_config,
@@ -99,6 +100,8 @@ def main() -> None:
     }
     check_views(config.clip.get("views") or {}, observed, views)  # before weights are read
     check_tiled(config, observed, TILED.value, views)
+    observed = cropped(config, observed, TILED.value)
+    views = {name: cropped(config, pictures, TILED.value) for name, pictures in views.items()}
     clip = _clip(config, len(observed))
     tokenizer = load_matching_tokenizer(config.tokenizer, checkpoint)
     text, negative = _texts(config, checkpoint)

@@ -40,6 +40,7 @@ CAMERAS = flags.DEFINE_enum(
     quickstart.CAMERAS,
     "single, or two: the gripper's tiled beside the corner's, or observed without a future.",
 )
+AUGMENT = flags.DEFINE_bool("augment", False, "Crop, turn and colour the pictures, four variants.")
 STUDY = flags.DEFINE_bool("study", False, "Add the sample-efficiency study.")
 
 BACKBONES = {"trained": "backbone trained on video", "untrained": "untrained backbone"}
@@ -49,9 +50,10 @@ def main() -> None:
     """Runs all phases, then draws the report."""
     run_dir, folder = RUN_DIR.value, Path(RUN_DIR.value)
     recipe = SIZE.value + ("" if CAMERAS.value == "single" else f",{CAMERAS.value}")
+    recipe += f",{quickstart.AUGMENTED}" * AUGMENT.value
     if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
         os.environ["MUJOCO_GL"] = find_rendering_backend() or ""
-    require(folder)
+    require(folder, disk_gb=3 if AUGMENT.value else 2)
     with run_lock(folder):
         _run(run_dir, folder, recipe)
 

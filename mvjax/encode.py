@@ -1,7 +1,8 @@
 """The encoding job: episodes -> windows -> latents, once, before training.
 
 Every anchor of every episode becomes one record: the latents of its clip (observed frames ending at
-the anchor, future frames starting 1/fps later), its action chunk and its proprioception. The
+the anchor, future frames starting 1/fps later), its action chunk and its proprioception. Where the
+dataset is augmented, it becomes one for each variant of its pictures, in their order. The
 processes of a job divide the shards among them; a job that was killed continues with the unfinished
 shards, in any number of processes. The tokenizer and the text encoder are any objects with the
 right `encode`.
@@ -23,6 +24,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from data_pipelines.atomic import wait_until, write_npz
+from data_pipelines.augment import Augment
 from data_pipelines.clip import Clip
 from data_pipelines.episode import BadShare, Episode
 from data_pipelines.episode_cutter import LEAST_EPISODES, EpisodeCutter, Window, report_skipped
@@ -87,8 +89,9 @@ def encode_dataset(
     Episodes that cannot be read are reported, counted and named in the manifest with the reason.
 
     Args:
-        dataset: `name`, `embodiment`, `video` and `views` (see `data_pipelines.cameras`), and the
-            parts of `action` and `proprio` ("" where absent; see `vectors.vector`).
+        dataset: `name`, `embodiment`, `video` and `views` (see `data_pipelines.cameras`), the
+            parts of `action` and `proprio` ("" where absent; see `vectors.vector`), and `augment`
+            (see `data_pipelines.augment`).
         clip: height, width, observed_frames, future_frames, fps, views.
         policy_io: Action and proprioception windows, see `cut_episode`.
         path: The records folder, shared by all processes.
@@ -154,7 +157,8 @@ def encode_dataset(
         if not is_complete(path, shards):
             bad = BadShare(max_bad_share, f"episodes of {dataset.name!r}", LEAST_EPISODES, REMEDY)
             title = f"encode {dataset.name}" if process == 0 else ""
-            _encode(ours, cut, tokenizer, batch_size, bad, title)
+            variants = Augment.of(dataset).variants
+            _encode(ours, cut, tokenizer, batch_size, variants, bad, title)
             if process == 0:
                 wait_until(lambda: all(map(is_finished, shards)))
                 return finish(path, settings, text_encoder, episodes, max_bad_share)
@@ -167,6 +171,7 @@ def _encode(
     cut: Cut,
     tokenizer: VideoTokenizer,
     batch_size: int,
+    variants: int,
     bad: BadShare,
     title: str,
 ) -> None:
@@ -182,7 +187,7 @@ def _encode(
                 progress.update(len(span))
             else:
                 mark_unfinished(shard)  # one of its two files may have been deleted
-                _encode_shard(shard, cut, span, tokenizer, batch_size, bad, progress)
+                _encode_shard(shard, cut, span, tokenizer, batch_size, variants, bad, progress)
 
 
 def _check_same_data(
@@ -222,6 +227,7 @@ def _encode_shard(
     indices: range,
     tokenizer: VideoTokenizer,
     batch_size: int,
+    variants: int,
     bad: BadShare,
     progress: Bar,
 ) -> None:
@@ -238,8 +244,11 @@ def _encode_shard(
 
     columns = defaultdict(list)
     with RecordWriter(shard) as writer:
-        for latents, numbers in _tokenise(windows(), tokenizer, batch_size):
+        encoded = _tokenise(windows(), tokenizer, batch_size)
+        for record, (latents, numbers) in enumerate(encoded):
             writer.write({**latents, **numbers})
+            if record % variants:  # the numbers of variant 0 are those of all
+                continue
             for name, value in numbers.items():
                 columns[name].append(value)
     # The rows come last and in one file: a shard is finished exactly when this file exists.

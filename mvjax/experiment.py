@@ -19,6 +19,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data_pipelines.augment import Augment
 from data_pipelines.clip import CHANNELS, Clip, tokens
 from data_pipelines.records import entry
 from mvjax.flow import Sampling
@@ -259,6 +260,7 @@ class Experiment:
         """Every check that needs neither data nor devices."""
         config = self.config
         check_ranges(config)
+        self._check_crops()
         if "clip" in config:
             _ = self.clip
         if {"video_model", "lora", "text"} <= set(config):
@@ -302,6 +304,22 @@ class Experiment:
                 "the noisy future, which the policy will not have: set "
                 "video_model.attention_to='observed_first', or context_frames='all'."
             )
+
+    def _check_crops(self) -> None:
+        """Every `augment` is possible, and those of one robot show a policy the same crop."""
+        first: dict[str, str] = {}
+        datasets = self.config.get("datasets") or {}
+        crops = {key: Augment.of(dataset).crop for key, dataset in datasets.items()}
+        for key, dataset in datasets.items():
+            if not dataset.get("action"):
+                continue
+            other = first.setdefault(dataset.get("embodiment") or "", key)
+            if crops[key] != crops[other]:
+                raise ValueError(
+                    f"datasets.{other} and datasets.{key} are of the same robot, but a policy would"
+                    f" see {crops[other]} of the pictures of one and {crops[key]} of the other "
+                    "(augment.crop; 1 without augment): give both the same crop."
+                )
 
     def _check_flow(self) -> None:
         flow = self.config.flow

@@ -197,6 +197,13 @@ RULES: dict[str, Rule] = {
     "backbone.precision": Choice(BACKBONE_PRECISIONS),
     "datasets.*.weight": Number(0),  # those that a stage reads need more
     "datasets.*.anchor_fps": Number(0, above=True, also=(None,)),
+    "datasets.*.augment.variants": COUNT,  # 1: off
+    "datasets.*.augment.crop": Number(0, 1, above=True),
+    "datasets.*.augment.rotation": Number(0, 45),
+    "datasets.*.augment.brightness": SHARE,
+    "datasets.*.augment.contrast": SHARE,
+    "datasets.*.augment.saturation": SHARE,
+    "datasets.*.augment.hue": Number(0, 0.5),
     "evaluation.episodes_per_task": COUNT,
     "evaluation.first_seed": SEED,
     "evaluation.execute": COUNT,

@@ -25,10 +25,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_configure(config):
-    """What is compiled once serves all tests of this process, and the processes that they start."""
-    config.stash[COMPILED] = tempfile.TemporaryDirectory(prefix="mvjax_compiled_")
+    """What is compiled once serves all tests, of this process, of pytest-xdist's others, and of the
+    processes that they start.
+    """
+    if hasattr(config, "workerinput"):
+        folder = os.environ["JAX_COMPILATION_CACHE_DIR"]  # of the process that started this one
+    else:
+        config.stash[COMPILED] = tempfile.TemporaryDirectory(prefix="mvjax_compiled_")
+        folder = config.stash[COMPILED].name
     for name, value in {
-        "jax_compilation_cache_dir": config.stash[COMPILED].name,
+        "jax_compilation_cache_dir": folder,
         "jax_persistent_cache_min_compile_time_secs": 0.0,
         "jax_persistent_cache_min_entry_size_bytes": -1,
     }.items():
@@ -37,7 +43,8 @@ def pytest_configure(config):
 
 
 def pytest_unconfigure(config):
-    config.stash[COMPILED].cleanup()
+    if COMPILED in config.stash:
+        config.stash[COMPILED].cleanup()
 
 
 @pytest.fixture(scope="module")

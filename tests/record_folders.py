@@ -22,9 +22,10 @@ def make_records(
     embodiment: str = "arm",
     action: object = "action",
     scale: float = 1.0,
+    variants: int = 1,
     **more_columns: np.ndarray,
 ) -> RecordDataset:
-    """Records whose latents hold (number, record); of every four episodes one is validation.
+    """Records whose latents hold (number, record, variant); one episode of four is validation.
 
     Args:
         path: a new folder; its name is the dataset's.
@@ -35,6 +36,7 @@ def make_records(
         shards: files they are in.
         embodiment, action: of the dataset.
         scale: of the actions.
+        variants: of every window.
         more_columns: of all records.
     """
     rng, rows = np.random.default_rng(number), []
@@ -47,11 +49,14 @@ def make_records(
     for file, part in zip(files, np.array_split(np.arange(records), shards)):
         with RecordWriter(path / file) as writer:
             for i in part:
-                latents = np.zeros((2, latent_size, 2, 4), ml_dtypes.bfloat16)
-                latents[0], latents[1] = number, i
-                row = {"latents": latents, "episode": np.int64(i // PER_EPISODE)}
-                row |= {key: value[i] for key, value in columns.items()}
-                writer.write(row | {"text": np.int64(0)})
+                row = {"latents": None, "episode": np.int64(i // PER_EPISODE)}
+                row |= {key: value[i] for key, value in columns.items()} | {"text": np.int64(0)}
+                for variant in range(variants):
+                    latents = np.zeros((2, latent_size, 2, 4), ml_dtypes.bfloat16)
+                    latents[0], latents[1] = number, i
+                    if variants > 1:
+                        latents[..., -1] = variant
+                    writer.write(row | {"latents": latents})
         write_npz((path / file).with_suffix(".npz"), **{k: v[part] for k, v in columns.items()})
     for e in range(records // PER_EPISODE):
         split = "validation" if e % 4 == 3 else "train"
@@ -59,6 +64,8 @@ def make_records(
         rows.append(row | {"split": split})
     write_texts(path / "texts.npz", ["a", "b"], np.arange(1, 25.0).reshape(2, 3, 4))
     dataset = dict(name=path.name, embodiment=embodiment, action=action, proprio="state")
+    if variants > 1:
+        dataset["augment"] = dict(variants=variants)
     manifest = dict(settings={"dataset": dataset}, fingerprint=path.name)
     manifest |= dict(shards=files, skipped=[], episodes=rows)
     write_json(path / "manifest.json", manifest)

@@ -14,6 +14,7 @@ from mvjax.ranges import RULES, Choice, Number, Numbers, check_ranges, rule_of, 
 
 CONFIGS = [*ALL, *((name, size) for name in NAMES for size in SIZES)]
 CONFIGS += [(f"libero_small{stage}", "smoke") for stage in ("", "_video", "_action")]
+CONFIGS += [("quickstart", "smoke,augmented")]
 
 
 def config_with(name: str, value: object) -> dict:

@@ -88,7 +88,8 @@ def predict(experiment: Experiment, checkpoint: Path, folder: Path, count: int) 
     with run_lock(folder):
         policy = load_policy(experiment, checkpoint, experiment.sampling(), batch_size=1)
         what = dict(policy.identity["what"], sampling=asdict(policy.model.sampling))
-        settings = {name: what["settings"][name] for name in ("clip", "text", "backbone")}
+        sections = ("clip", "text", "backbone", "crop")
+        settings = {k: v for k, v in what["settings"].items() if k in sections}
         # The decoder is not used.
         what = {
             name: what[name] for name in ("backbone", "tokenizer", "text_encoder", "sampling")

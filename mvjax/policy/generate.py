@@ -4,6 +4,7 @@ The policy samples in one compiled program. Generating a long video takes minute
 progress, so here a Python loop calls one compiled step.
 """
 
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from data_pipelines.augment import Augment, Variation
 from data_pipelines.cameras import dataset_views
 from data_pipelines.clip import VIDEO, Clip
 from data_pipelines.frames import cover
@@ -43,6 +45,8 @@ from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
 from mvjax.training.damage import CheckpointMismatch
 
 Array = jax.Array
+
+log = logging.getLogger(__name__)
 
 
 class Conditions(NamedTuple):
@@ -296,6 +300,31 @@ def check_tiled(
                 f"{f'a tiled one of {h}x{w}' if tiled else 'the picture of one camera'}: give a "
                 f"picture tiled in the same way, of {size[0]}x{size[1]}, with --tiled."
             )
+
+
+def cropped(config: ConfigDict, frames: np.ndarray, tiled: bool = False) -> np.ndarray:
+    """The part of observed frames that the pictures of training show (`augment.crop`).
+
+    Args:
+        config: of `generation_config`; converted weights do not know their datasets.
+        frames: of one camera or tiled, uint8 [n, h, w, 3].
+        tiled: whether they are tiled; then they are left as they are.
+    """
+    datasets = (config.get("datasets") or {}).values()
+    crops = {Augment.of(dataset).crop for dataset in datasets}
+    if crops <= {1.0}:
+        return frames
+    if tiled or len(crops) > 1:
+        log.warning(
+            "this model was trained on cropped pictures (augment.crop is %s), but %s: give what "
+            "training kept of each camera's picture, its centre.",
+            " or ".join(map(str, sorted(crops))),
+            "a tiled picture is not cropped" if tiled else "which one is meant is not known",
+        )
+        return frames
+    (crop,) = crops
+    height, width = (round(crop * side) for side in frames.shape[1:3])
+    return Variation(crop).picture(frames, height, width)
 
 
 def load_matching_tokenizer(path: str | Path, checkpoint: Path) -> Any:

@@ -258,6 +258,7 @@ def _load_policy(
         tokenizer = jax.device_put(tokenizer, NamedSharding(mesh, PartitionSpec()))
     ways = split_ways("batch", mesh, rules)
     weights = backbone_identity(experiment, backbone)
+    crop = min((view.crop for view in robot.views), default=1.0)
     what = {
         "decoder": decoder.identity,
         "backbone": {k: v for k, v in weights.items() if k != "directory"},
@@ -275,6 +276,7 @@ def _load_policy(
             ),
             "backbone": _decisive(video_dit),
             "decoder": _decisive(experiment.decoder),
+            **({"crop": crop} if crop < 1 else {}),  # results of earlier versions go on
         },
     }
     read = {

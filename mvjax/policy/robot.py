@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipelines.augment import Augment
 from data_pipelines.cameras import View, camera_rows, dataset_views, view_cameras, view_rows
 from data_pipelines.representations import REPRESENTATIONS, Mode, Part
 from data_pipelines.settings import differences, plain
@@ -420,4 +421,5 @@ def _words(dataset: Any, views: Iterable[str]) -> dict[str, Any]:
     return parts | {
         "video": camera_rows(dataset["video"]),
         "views": {name: view_rows(shown[name]) for name in views if name in shown},
+        "augment": {"crop": Augment.of(dataset).crop},  # all that a policy sees of it
     }

@@ -21,6 +21,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from data_pipelines.augment import Augment
 from data_pipelines.settings import differences, plain
 from mvjax.experiment import Experiment
 from mvjax.identity import different, digest, digest_of_sums, piece_sums
@@ -508,12 +509,13 @@ def _warn_of_other_cameras(stored: Any, config: Any, directory: Path) -> None:
             continue
         cameras = [
             plain({key: dataset[key] for key in ("video", "views") if dataset.get(key)})
+            | {"augment.crop": Augment.of(dataset).crop}
             for dataset in (then, datasets[name])
         ]
         if different := differences(*cameras, f"datasets.{name}"):
             log.warning(
-                "The backbone %s was trained on other cameras, or on the same ones arranged "
-                "otherwise, than the decoder sees (%s).",
+                "The backbone %s was trained on other cameras, or on the same ones arranged or "
+                "cropped otherwise, than the decoder sees (%s).",
                 directory,
                 "; ".join(different),
             )

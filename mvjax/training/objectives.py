@@ -312,9 +312,10 @@ def _action_error(
         return net(proprio, noisy, time, sigma, context, drop)
 
     error = action_loss(velocity, actions, noise, time, action_mask)
+    mse = jnp.mean(error)
     # A sample without actions belongs to no level.
     level = jnp.where(_has_actions(action_mask), time[:, 0], jnp.nan)
-    return jnp.mean(error), error_by_level(error, level)
+    return mse, error_by_level(error, level)
 
 
 def _has_actions(action_mask: jax.Array) -> jax.Array:
