@@ -276,6 +276,8 @@ def _load_policy(
             video_network(video_dit),
             experiment.decoder_network,
             sampling,
+            # Of the training and not of `config`, which may be another one; earlier runs had none.
+            prefix=decoder.meta.get("config", {}).get("flow", {}).get("prefix", 0),
         ),
         weights=(tokenizer, backbone_params, decoder_params),
         text_encoder=text_encoder,

@@ -146,6 +146,9 @@ def action_stage(
     recipe); the loss is their mean. A share `flow.sampling_sigma_share` of the samples takes the
     noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
 
+    With `flow.prefix` = n, the first actions of each draw are given, uniformly 0 to n of them: so a
+    policy learns to continue what the robot is executing (published: 0; see `flow.action_loss`).
+
     `action_mask` marks the numbers of a chunk that are learned. The loss is the mean over the
     samples of the mean over their learned numbers, so that it is linear in the samples: one
     without actions counts as zero.
@@ -154,6 +157,7 @@ def action_stage(
     """
     config, clip, decoder = experiment.config, experiment.clip, experiment.decoder_network
     flow, layer, draws = config.flow, config.context_layer, config.flow.action_draws
+    longest = flow.get("prefix", 0)  # earlier versions have none
     model, frozen = backbone_of(experiment, mesh)
     backbone = video_network(model)
 
@@ -167,7 +171,11 @@ def action_stage(
             time_key, samples * draws, alpha=flow.action_time_alpha, beta=flow.action_time_beta
         )
         noise = jax.random.normal(noise_key, (samples * draws, horizon, dim))
-        return {
+        given = {}
+        if longest:  # a key of its own: the other random numbers are those without a prefix
+            prefix_key = jax.random.fold_in(key, 4)
+            given = {"prefix": jax.random.randint(prefix_key, (samples, draws), 0, longest + 1)}
+        return given | {
             "sigma": jnp.where(at_sampling, config.sampler.sigma_max, sigma),
             "video_noise": jax.random.normal(video_noise_key, batch["latents"].shape),
             "time": time.reshape(samples, draws, 1),
@@ -183,8 +191,9 @@ def action_stage(
         context = backbone.bind(frozen).hidden(
             i.latents, i.timesteps, batch["text"], i.condition_mask, views=i.views, layer=layer
         )
-        time, noise, drop = (
-            random[name].reshape(-1, *random[name].shape[2:]) for name in ("time", "noise", "drop")
+        time, noise, drop, prefix = (
+            random[name].reshape(-1, *random[name].shape[2:]) if name in random else None
+            for name in ("time", "noise", "drop", "prefix")
         )
         # The context is not repeated: the decoder shares it among the draws of a sample.
         actions, action_mask, proprio, sigma = (
@@ -196,10 +205,14 @@ def action_stage(
         def velocity(noisy, time):
             return net(proprio, noisy, time, sigma, context, drop)
 
-        error = action_loss(velocity, actions, noise, time, action_mask)
+        error = action_loss(velocity, actions, noise, time, action_mask, prefix)
         mse = jnp.mean(error)
-        # A sample without actions belongs to no level.
-        level = jnp.where(action_mask.any(axis=(1, 2)), time[:, 0], jnp.nan)
+        # A sample without actions, or with given ones alone, belongs to no level.
+        learned = action_mask
+        if prefix is not None:
+            later = jnp.arange(actions.shape[1]) >= prefix[:, None]
+            learned = action_mask * later[..., None]
+        level = jnp.where(learned.any(axis=(1, 2)), time[:, 0], jnp.nan)
         levels = error_by_level(error, level)
         return flow.loss_scale * mse, {"velocity_mse": mse, "by_level": levels}
 
