@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from running_server import Running
 from tiny_policy import random_observation, tiny_policy
 from toy_simulator import Rail
 
@@ -27,7 +28,7 @@ from mvjax.flow import (
 from mvjax.policy.observation import ObservationSpec
 from mvjax.policy.robot import Robot
 from mvjax.serving.adapters import make_adapter
-from mvjax.serving.client import Overlap
+from mvjax.serving.client import Client, Overlap, QueryRefused
 from mvjax.serving.messages import RequestError
 from mvjax.serving.notices import Notices
 from mvjax.serving.session import DELAY, PENDING, Session, SessionSpec
@@ -307,6 +308,28 @@ def test_a_client_says_what_it_still_has_to_execute():
     none = session(adapter, "none")
     assert none.observe(message([0, 0], **{PENDING: rest})).observation.pending is None
     assert "is not read" in none.notices.take()[0]
+
+
+def test_a_servers_chunk_continues_what_its_client_sends():
+    running = Running("tiny_policy", "sizes=1", "chunking=guided")
+    try:
+        seen = random_observation(1)
+        query = {
+            "observation/image_history": seen.frames,
+            "observation/state": seen.proprio[0],
+            "prompt": seen.instruction,
+        }
+        with Client(running.uri) as client:
+            assert client.metadata["chunking"] == "guided"
+            alone = client.infer(query)["actions"]
+            left = alone[1:] + 0.5
+            chunk = client.infer({**query, PENDING: left, DELAY: 2})["actions"]
+            np.testing.assert_array_equal(client.infer(query)["actions"], alone)
+            assert np.abs(chunk - alone)[0].max() > 0.01
+            with pytest.raises(QueryRefused, match="between 0 and the 3 that are pending"):
+                client.infer({**query, PENDING: left, DELAY: 4})
+    finally:
+        running.stop()
 
 
 def test_relative_actions_are_expressed_from_the_present_state():
