@@ -18,7 +18,12 @@ def skeleton(run_dir: str) -> ConfigDict:
     config.max_bad_share = 0.05  # of unreadable episodes or records; above it the work stops
     config.embodiment = ""  # whose normalizer a policy takes, where a run has those of several
     config.lora = dict(rank=0, alpha=32.0, targets=PUBLISHED_LORA_TARGETS)  # rank 0: all learns
-    config.sampler = dict(action_steps=10, sigma_max=80.0, seed=0)
+    config.sampler = dict(
+        action_steps=10,
+        sigma_max=80.0,
+        seed=0,
+        chunking="none",  # "prefix" or "guided": chunks continue the one being executed
+    )
     config.mesh = dict(context=1, tensor=1)
     config.rules = dict(DEFAULT_RULES)
     config.context_frames = "all"  # "observed": stage 2 and the policy have no future frames
@@ -81,6 +86,7 @@ _ACTION_NOISE = dict(
     action_time_alpha=1.0,  # the paper's density is Beta(1.5, 1)
     action_time_beta=1.0,
     proprio_dropout=0.2,
+    prefix=0,  # the largest number of given actions, where chunks shall continue one another
 )
 
 

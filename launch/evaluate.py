@@ -62,6 +62,11 @@ VARIANT = flags.DEFINE_string(
 SUITE = flags.DEFINE_string(
     "suite", "", '"offline", "predictions", or a simulator other than that of the configuration.'
 )
+DELAY = flags.DEFINE_list(
+    "delay",
+    ["0"],
+    "Control steps from a query to its answer, such as 0,4: the old chunk is executed meanwhile.",
+)
 MOMENTS = flags.DEFINE_integer(
     "moments",
     None,
@@ -75,6 +80,8 @@ BATCH = flags.DEFINE_integer(
 
 def main() -> None:
     """Evaluates, and prints one line per setting or stop step."""
+    if DELAY.value != ["0"] and SUITE.value in ("offline", "predictions"):
+        raise ValueError(f"--delay is of no effect with --suite={SUITE.value}: leave it out.")
     with parallel.initialized():
         if SUITE.value == "offline":
             offline(CONFIG.value)
@@ -99,9 +106,12 @@ def play(config: ConfigDict) -> None:
         raise ValueError("--modes must name at least one mode: policy, oracle, expert or none.")
     video_steps = config.sampler.video_steps
     steps = _stop_steps(STOP_STEPS.value or ["0"], video_steps)
+    if DELAY.value != ["0"] and not {"policy", "oracle"} & set(MODES.value):
+        raise ValueError("--delay is that of a policy: name --modes=policy or oracle.")
+    delays, chunking = _whole("--delay", DELAY.value), config.sampler.get("chunking", "none")
     chosen: dict[str, Setting] = {}  # by folder name, all of them before the first is played
     for mode in MODES.value:
-        chosen |= settings_for(mode, steps, video_steps, VARIANT.value)
+        chosen |= settings_for(mode, steps, video_steps, VARIANT.value, delays, chunking)
     if any(s.stop_step is not None for s in chosen.values()):
         _require_checkpoint()
     out = Path(OUT.value)
@@ -159,17 +169,19 @@ def _require_checkpoint() -> None:
 
 
 def _stop_steps(given: list[str], video_steps: int) -> list[int]:
-    if not given or not all(k.isdecimal() for k in given):
-        raise ValueError(
-            f"--stop_steps must be whole numbers such as 0,5,10; got {','.join(given)!r}."
-        )
-    steps = [int(k) for k in given]
+    steps = _whole("--stop_steps", given)
     if max(steps) > video_steps:
         raise ValueError(
             f"--stop_steps must be between 0 and sampler.video_steps = {video_steps}, got "
             f"{max(steps)}."
         )
     return steps
+
+
+def _whole(flag: str, given: list[str]) -> list[int]:
+    if not given or not all(k.isdecimal() for k in given):
+        raise ValueError(f"{flag} must be whole numbers such as 0,5,10; got {','.join(given)!r}.")
+    return [int(k) for k in given]
 
 
 if __name__ == "__main__":

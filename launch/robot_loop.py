@@ -35,18 +35,29 @@ def main() -> None:
     """Plays one episode, and prints its outcome and latencies."""
     robot = MetaWorld(TASK.value)
     with Client(SERVER.value, patience=PATIENCE.value) as policy:
-        overlap = Overlap(policy.infer)
+        # A robot that waits for every answer has nothing that a chunk could continue.
+        continues = OVERLAP.value and policy.metadata.get("chunking", "none") != "none"
+        overlap = Overlap(policy.infer, period(robot) if continues else 0.0)
         try:
             done, steps, seconds = drive(robot, policy.metadata, overlap)
         finally:
             overlap.close()
             robot.close()
     latency = np.percentile(overlap.latencies, [50, 95]) * 1000
+    steps_late = np.ceil(np.array(overlap.latencies) / period(robot))
     print(
         f"{'Success' if done else 'No success'} after {steps} steps in {seconds:.2f} s; "
-        f"{len(overlap.latencies)} queries, p50 {latency[0]:.0f} ms, p95 {latency[1]:.0f} ms; the "
-        f"robot waited {overlap.waited:.2f} s"
+        f"{len(overlap.latencies)} queries, p50 {latency[0]:.0f} ms, p95 {latency[1]:.0f} ms, a "
+        f"delay of up to {steps_late.max():.0f} control steps; the robot waited "
+        f"{overlap.waited:.2f} s"
     )
+    if overlap.delays:
+        print(f"Chunks continued the one before, held for {np.mean(overlap.delays):.1f} steps.")
+
+
+def period(robot: MetaWorld) -> float:
+    """Seconds of a control step."""
+    return 1 / (robot.control_hz * SPEED.value)
 
 
 def check_policy(robot: MetaWorld, metadata: dict) -> None:
@@ -96,7 +107,6 @@ def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int
     )
     history = History(spec, robot.control_hz)
     robot.reset(SEED.value)
-    period = 1 / (robot.control_hz * SPEED.value)
     began = tick = time.monotonic()
     for step in range(STEPS.value):
         history.record(
@@ -108,7 +118,7 @@ def drive(robot: MetaWorld, metadata: dict, overlap: Overlap) -> tuple[bool, int
                 overlap.wait()
         if robot.step(overlap.action(step)):
             return True, step + 1, time.monotonic() - began
-        tick = max(tick + period, time.monotonic())  # a late robot does not catch up
+        tick = max(tick + period(robot), time.monotonic())  # a late robot does not catch up
         time.sleep(max(0.0, tick - time.monotonic()))
     return False, STEPS.value, time.monotonic() - began
 

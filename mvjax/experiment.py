@@ -323,6 +323,13 @@ class Experiment:
 
     def _check_flow(self) -> None:
         flow = self.config.flow
+        if self.stage == "action":
+            longest, horizon = flow.get("prefix", 0), self.config.policy_io.action.horizon
+            if longest >= horizon:
+                raise ValueError(
+                    f"flow.prefix is {longest}, but a chunk has {horizon} actions "
+                    "(policy_io.action.horizon): it must be less, or nothing is left to learn."
+                )
         if self.stage == "video" and not (
             1 <= flow.min_condition_latents <= self.clip.condition_latents
         ):

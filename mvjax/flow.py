@@ -12,11 +12,12 @@ actions are kept on the line itself and scaled to unit variance for the network 
 release).
 
 In the order of this file: noise levels; the video's loss; how a video is sampled (`sample_video` is
-the one denoising loop); the actions' loss and how they are sampled; the settings of a query.
+the one denoising loop); the actions' loss and how they are sampled, also as the continuation of a
+chunk that is still being executed; the settings of a query.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -300,7 +301,7 @@ def scale_noisy_actions(noisy: Array, time: Array) -> Array:
 
     Args:
         noisy: [b, horizon, dim].
-        time: flow time [b, 1].
+        time: flow time [b, 1], or of every action [b, horizon].
     """
     return noisy / jnp.sqrt((1 - time) ** 2 + time**2)[..., None]
 
@@ -311,21 +312,31 @@ def action_loss(
     noise: Array,
     time: Array,
     mask: Array | None = None,
+    prefix: Array | None = None,
 ) -> Array:
     """Mean squared error of the velocity ε - x0, per sample [b].
 
     Args:
-        velocity: called with the scaled noisy actions and their time [b, 1].
+        velocity: called with the scaled noisy actions and their time [b, 1], with a prefix [b,
+            horizon].
         actions, noise: [b, horizon, dim].
         time: flow time [b, 1].
         mask: [b, horizon, dim], 1 where an action is to be learned and 0 elsewhere; None for all.
             The mean is over the former, and 0 for a sample that has none.
+        prefix: how many actions at the chunk's beginning are given, [b]: they are clean, at time 0,
+            and not learned (Black et al. 2025, arXiv 2512.05964); None for none.
     """
+    if prefix is not None:
+        chex.assert_shape([time, prefix], [(len(actions), 1), (len(actions),)])
+        given = jnp.arange(actions.shape[1]) < prefix[:, None]
+        time = jnp.where(given, 0.0, time)
+        learned = jnp.broadcast_to(1.0 - given[..., None], actions.shape)
+        mask = learned if mask is None else mask * learned
     noisy = (1 - time)[..., None] * actions + time[..., None] * noise
     v = velocity(scale_noisy_actions(noisy, time), time)
     # As in `network_input`: each of these would broadcast.
     chex.assert_equal_shape([v, actions, noise] + ([] if mask is None else [mask]))
-    chex.assert_shape(time, (len(actions), 1))
+    chex.assert_shape(time, (len(actions), 1 if prefix is None else actions.shape[1]))
     error = (v - (noise - actions)) ** 2
     if mask is None:
         return jnp.mean(error, axis=(1, 2))
@@ -340,8 +351,79 @@ def euler_times(steps: int) -> np.ndarray:
     return np.cumsum([1.0] + [-1 / steps] * (steps - 1), dtype=np.float32)
 
 
+class Pending(NamedTuple):
+    """What a robot still has to execute of its last chunk, as a batch of queries is answered.
+
+    Attributes:
+        actions: from the moment of the observation on, [b, horizon, dim], normalised; zeros after
+            the last one.
+        count: how many there are, int32 [b]; 0: the query begins an episode.
+        delay: how many will be executed before the answer arrives, int32 [b].
+    """
+
+    actions: Array
+    count: Array
+    delay: Array
+
+    @property
+    def held(self) -> Array:
+        """The actions that are executed whatever the answer, bool [b, horizon]."""
+        held = jnp.minimum(self.delay, self.count)
+        return jnp.arange(self.actions.shape[1]) < held[:, None]
+
+
+GUIDANCE = 5.0  # the largest weight of the guidance (β of Black et al. 2025)
+
+
+def pending_weights(pending: Pending) -> Array:
+    """How much each action of the new chunk shall be that of the last one: [b, horizon], 0 to 1.
+
+    1 for those that are executed meanwhile, then falling to 0 at the last one that there is
+    (real-time chunking, Black et al. 2025, arXiv 2506.07339, eq. 5: H - s is `count`, d `delay`).
+    """
+    index = jnp.arange(pending.actions.shape[1])
+    end = pending.count[:, None]
+    start = jnp.minimum(pending.delay[:, None], end)
+    c = jnp.clip((end - index) / (end - start + 1), 0.0, 1.0)
+    falling = jnp.where(index < end, c * jnp.expm1(c) / (np.e - 1), 0.0)
+    return jnp.where(index < start, 1.0, falling)
+
+
+def guided_velocity(
+    velocity: Callable[[Array], Array], x: Array, time: Array, pending: Pending
+) -> Array:
+    """The velocity, turned so that the chunk ends near what is pending.
+
+    Real-time chunking (Black et al. 2025, arXiv 2506.07339, eq. 2 to 4), whose time 1 - t runs from
+    noise to data: v - min(β, ((1 - t)² + t²) / (t (1 - t))) · ∂x0/∂xᵀ W (Y - x0), with the clean
+    prediction x0 = x - t v(x) and the `pending_weights` W.
+
+    Args:
+        velocity: of noisy actions on the line, before `scale_noisy_actions`.
+        x: those actions, float32 [b, horizon, dim].
+        time: their flow time, one number.
+        pending: what the chunk shall continue.
+    """
+
+    def clean(x: Array) -> tuple[Array, Array]:
+        v = velocity(x)
+        return x - time * v, v
+
+    x0, pull, v = jax.vjp(clean, x, has_aux=True)
+    (correction,) = pull(pending_weights(pending)[..., None] * (pending.actions - x0))
+    # At pure noise the quotient is infinite, and β is the smaller.
+    quotient = ((1 - time) ** 2 + time**2) / jnp.maximum(time * (1 - time), 1e-9)
+    return v - jnp.minimum(GUIDANCE, quotient) * correction
+
+
 def sample_actions(
-    velocity: Callable[[Array, Any], Array], noise: Array, steps: int, levels: Any = None
+    velocity: Callable[[Array, Any], Array],
+    noise: Array,
+    steps: int,
+    levels: Any = None,
+    *,
+    chunking: str = "none",
+    pending: Pending | None = None,
 ) -> Array:
     """Integrates from noise (t = 1) to actions (t = 0) with `steps` Euler steps.
 
@@ -352,16 +434,38 @@ def sample_actions(
         steps: number of steps; the release uses 10.
         levels: arrays [steps, ...], of which `velocity` gets a step's entry in place of the time:
             what it has computed from all `euler_times` at once.
+        chunking: one of `CHUNKING`: how the chunk continues what is pending. With "prefix" the
+            velocity is called with the time of every action [b, horizon].
+        pending: needed unless that is "none".
+
+    Returns:
+        [b, horizon, dim] in the dtype of the noise; with "prefix" float32, whose actions that are
+        executed meanwhile are those of `pending` to the last bit.
     """
+    if chunking == "prefix":
+        held = pending.held
+
+        def given(x: Array) -> Array:
+            return jnp.where(held[..., None], pending.actions, x)
 
     def step(x, time_and_level):
-        time, level = time_and_level
-        wide, time = x.astype(jnp.float32), jnp.full((x.shape[0], 1), time)
-        noisy = scale_noisy_actions(wide, time)
-        wide -= velocity(noisy, time if levels is None else level) / steps
+        moment, level = time_and_level
+        wide, time = x.astype(jnp.float32), jnp.full((x.shape[0], 1), moment)
+        if chunking == "prefix":
+            wide, time = given(wide), jnp.where(held, 0.0, time)
+
+        def at(wide: Array) -> Array:
+            return velocity(scale_noisy_actions(wide, time), time if levels is None else level)
+
+        guided = chunking == "guided"
+        wide -= (guided_velocity(at, wide, moment, pending) if guided else at(wide)) / steps
         return wide.astype(x.dtype), None
 
-    return jax.lax.scan(step, noise, (euler_times(steps), levels))[0]
+    end = jax.lax.scan(step, noise, (euler_times(steps), levels))[0]
+    return given(end.astype(jnp.float32)) if chunking == "prefix" else end
+
+
+CHUNKING = ("none", "prefix", "guided")
 
 
 @dataclass(frozen=True)
@@ -382,6 +486,10 @@ class Sampling:
             the error that noise brings repeats.
         draws: action chunks sampled per query; the one nearest to all others (the medoid) is
             executed. They share one context, so a draw costs ten small Euler steps (published: 1).
+        chunking: how a chunk continues the one that the robot is executing meanwhile
+            (`Observation.pending`): "none" (published) does not know it; "prefix" begins with its
+            actions, for a decoder trained with `flow.prefix`; "guided" turns the Euler steps
+            towards it, for any decoder, at about three times their cost.
     """
 
     video_steps: int = 35
@@ -393,8 +501,13 @@ class Sampling:
     seed: int = 0
     fresh_noise: bool = False
     draws: int = 1
+    chunking: str = "none"
 
     def __post_init__(self):
+        if self.chunking not in CHUNKING:
+            raise ValueError(
+                f"sampler.chunking must be one of {', '.join(CHUNKING)}, got {self.chunking!r}."
+            )
         if not 0 <= self.stop_step <= self.video_steps:
             raise ValueError(
                 f"stop_step must be between 0 and video_steps = {self.video_steps}, got "
@@ -420,6 +533,14 @@ class Sampling:
     def stop_sigma(self) -> float:
         """σ_K, the noise level at which the plan is read."""
         return float(self.sigmas[self.stop_step])
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The fields, for the identity of results; those that earlier versions lack if they act."""
+        fields = asdict(self)
+        if self.chunking == "none":
+            del fields["chunking"]
+        return fields
 
     @property
     def evaluations(self) -> int:

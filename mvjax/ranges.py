@@ -12,6 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from mvjax.flow import CHUNKING
 from mvjax.models.attention import KERNELS
 from mvjax.models.layers import POLICIES, PRECISIONS
 from mvjax.models.video_dit import ATTENTION_TO, BACKBONE_PRECISIONS
@@ -130,6 +131,7 @@ RULES: dict[str, Rule] = {
     "sampler.seed": SEED,
     "sampler.draws": COUNT,
     "sampler.fresh_noise": SWITCH,
+    "sampler.chunking": Choice(CHUNKING),
     "mesh.data": AXIS,
     "mesh.fsdp": AXIS,
     "mesh.context": AXIS,
@@ -172,6 +174,7 @@ RULES: dict[str, Rule] = {
     "flow.video_weight": POSITIVE,
     "flow.action_weight": POSITIVE,
     "flow.action_gradient": SWITCH,
+    "flow.prefix": COUNT_OR_NONE,  # 0: no action of a chunk is given
     "clip.height": COUNT,
     "clip.width": COUNT,
     "clip.observed_frames": COUNT,
@@ -256,6 +259,19 @@ def check_ranges(config: Mapping[str, Any]) -> None:
             _check_name(name)
         if rule is not None and not rule.holds(value):
             raise ValueError(f"{name} must be {rule}, got {value!r}.")
+
+
+# Settings that earlier versions lack, and what these did.
+_SINCE = (("flow", "prefix", 0), ("sampler", "chunking", "none"))
+
+
+def completed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored configuration with the settings of `now` that its version did not have."""
+    whole = dict(stored)
+    for section, name, off in _SINCE:
+        if section in whole and name in now.get(section, {}):
+            whole[section] = {name: off, **whole[section]}
+    return whole
 
 
 def rule_of(name: str) -> Rule | None:

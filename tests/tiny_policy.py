@@ -5,6 +5,7 @@ python tests/tiny_policy.py [client=plain] [cameras=tiled] [max_clients=8] [ping
 
 import asyncio
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -144,6 +145,7 @@ def main(
     api_key: str = "",
     sizes: str = "1,4",
     cameras: str = "single",
+    chunking: str = "none",
     **numbers: str,
 ) -> None:
     """Serves until it is killed; prints the port when clients can connect."""
@@ -154,6 +156,7 @@ def main(
     serving = Serving(host="127.0.0.1", port=0, api_key=api_key, **limits)
     batching = Batching(tuple(int(size) for size in sizes.split(",")), window)
     policy, config = tiny_policy(client, cameras=cameras)
+    policy = policy.sampled(replace(policy.model.sampling, chunking=chunking))
     with quick_compiles():
         adapter = make_adapter(client, trained_robot(config))
         server = make_server(policy, config, adapter, serving, batching=batching)

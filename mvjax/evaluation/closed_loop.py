@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
@@ -14,6 +13,7 @@ import numpy as np
 from data_pipelines.cameras import VIDEO
 from data_pipelines.lock import run_lock
 from data_pipelines.settings import plain
+from data_pipelines.vectors import bases
 from mvjax.evaluation.rollout import (
     EpisodeResult,
     Setting,
@@ -21,24 +21,30 @@ from mvjax.evaluation.rollout import (
     run_rollouts,
     write_setting,
 )
-from mvjax.evaluation.suites.suite import SUITES, Convert, Suite, worker_versions
+from mvjax.evaluation.suites.suite import SUITES, Suite, worker_versions
 from mvjax.experiment import Experiment
 from mvjax.identity import claim, digest_of, here
 from mvjax.policy.load import load_policy
-from mvjax.policy.observation import Act, Observation, ObservationSpec
+from mvjax.policy.observation import ObservationSpec
 from mvjax.policy.policy import Policy
-from mvjax.policy.robot import check_gripper, check_suite, trained_robot
+from mvjax.policy.robot import Robot, check_gripper, check_suite, trained_robot
 from mvjax.training.bridge import find_checkpoint
 
 log = logging.getLogger(__name__)
 
 
 def settings_for(
-    mode: str, stop_steps: Sequence[int], video_steps: int, variant: str = ""
+    mode: str,
+    stop_steps: Sequence[int],
+    video_steps: int,
+    variant: str = "",
+    delays: Sequence[int] = (0,),
+    chunking: str = "none",
 ) -> dict[str, Setting]:
-    """Returns the settings of one mode by folder name: one per stop step, or one without a policy.
+    """Returns the settings of one mode by folder name, or one without a policy.
 
-    The policy at stop step 0 is the report's headline.
+    There is one for each stop step and delay. The policy at stop step 0 without a delay is the
+    report's headline.
     """
     if mode == "expert":
         return {"expert": Setting("scripted expert", mode)}
@@ -48,15 +54,19 @@ def settings_for(
         raise ValueError(f"mode must be policy, oracle, expert or none, got {mode!r}.")
     reads = {"policy": "stop after", "oracle": "true future, noise of step"}[mode]
     name, label = (f"{variant}_", f"{variant}: ") if variant else ("", "")
+    how, said = ("", "") if chunking == "none" else (f"_{chunking}", f", {chunking} chunks")
     return {
-        f"{name}{mode}_k{k}": Setting(
-            f"{label}{reads} {k} of {video_steps}",
+        f"{name}{mode}_k{k}{how}{f'_delay{delay}' if delay else ''}": Setting(
+            f"{label}{reads} {k} of {video_steps}{said}{f', delay {delay}' if delay else ''}",
             mode,
             k,
-            main=mode == "policy" and k == 0 and not variant,
+            main=mode == "policy" and k == 0 and not delay and not variant,
             variant=variant,
+            delay=delay,
+            chunking=chunking,
         )
         for k in stop_steps
+        for delay in delays
     }
 
 
@@ -109,6 +119,7 @@ def evaluate(
         for setting in settings.values():  # which raises where a setting would change nothing
             experiment.sampling(stop_step=setting.stop_step or 0, oracle=setting.mode == "oracle")
         find_checkpoint(checkpoint)  # before `folder` is made
+        _check_chunks(experiment, robot, settings.values())
     seeds = [protocol.first_seed + i for i in range(protocol.episodes_per_task)]
     process = jax.process_index()
     beyond = sum(seed >= suite.states for seed in seeds) if suite.states else 0
@@ -119,13 +130,6 @@ def evaluate(
             *(protocol.suite, suite.states, beyond, len(seeds)),
         )
     proprio = config.policy_io.proprio
-    spec = ObservationSpec(
-        observed_frames=experiment.clip.observed_frames,
-        fps=experiment.clip.fps,
-        proprio_horizon=proprio.horizon,
-        proprio_fps=proprio.fps,
-        execute=protocol.execute,
-    )
     # What draws is recorded only: many pictures differ by roundings, from one machine to the next.
     simulator, drawn = {}, {}
     for name, version in worker_versions(protocol.suite).items():
@@ -142,22 +146,40 @@ def evaluate(
                 "simulator": simulator,
                 "protocol": {k: protocol[k] for k in ("execute", "max_steps", "first_seed")},
             }
+            if setting.delay:  # earlier versions had none
+                what["protocol"]["delay"] = setting.delay
+            spec = ObservationSpec(
+                observed_frames=experiment.clip.observed_frames,
+                fps=experiment.clip.fps,
+                proprio_horizon=proprio.horizon,
+                proprio_fps=proprio.fps,
+                execute=protocol.execute,
+                delay=setting.delay,
+            )
             where = here() | {"simulator": drawn}
             controller, oracle = setting.mode, setting.mode == "oracle"
-            cameras = {"": main}  # for the videos alone
+            cameras, units = {"": main}, 1.0  # for the videos alone
             if setting.mode in ("policy", "oracle"):
                 cameras = sees
-                sampling = experiment.sampling(stop_step=setting.stop_step, oracle=oracle)
+                sampling = experiment.sampling(
+                    stop_step=setting.stop_step, oracle=oracle, chunking=setting.chunking
+                )
                 if policy is None:
                     policy = load_policy(experiment, checkpoint, sampling, protocol.workers)
                     _check_gripper(policy, suite, protocol.suite)
                 policy = policy.sampled(sampling)
-                what["policy"] = {**policy.identity["what"], "sampling": asdict(sampling)}
+                if setting.chunking == "prefix" and setting.delay > policy.model.prefix:
+                    raise ValueError(
+                        f"--delay={setting.delay} is more than the {policy.model.prefix} actions "
+                        "that this decoder was given in training (flow.prefix): evaluate a "
+                        "shorter delay, or --config.sampler.chunking=guided."
+                    )
+                what["policy"] = {**policy.identity["what"], "sampling": sampling.identity}
                 if [*sees.values()] != [main]:  # results of earlier versions are of the main one
                     tiled = {view.name: view.rows for view in robot.views}
                     what["cameras"] = plain({"shown": sees, "tiled": tiled})
                 where |= policy.identity["where"]
-                controller = partial(_act_in_simulator, policy.act, suite.convert)
+                controller, units = policy.act, _units(policy)
             begun = has_results(folder / name)
             apart = "--out or --variant" if callable(controller) else "--out"  # no variants of it
             claim(folder / name, what, where, begun=begun, process=process, apart=apart)
@@ -175,6 +197,8 @@ def evaluate(
                 predicted=predicted,
                 folder=folder / name,
                 config_hash=digest_of(what),
+                convert=suite.convert,
+                units=units,
                 oracle_frames=experiment.clip.future_frames if oracle else 0,
                 max_steps=protocol.max_steps,
                 workers=protocol.workers,
@@ -194,12 +218,29 @@ def _check_gripper(policy: Policy, suite: Suite, name: str) -> None:
         check_gripper(least, f"number {number} of its actions", f"the suite {name!r}")
 
 
-def _act_in_simulator(
-    act: Act, convert: Convert, observations: Sequence[Observation]
-) -> np.ndarray:
-    """The policy's chunks in the simulator's own actions."""
-    chunks = zip(act(observations), observations)
-    return np.stack([convert(chunk, seen.proprio[-1]) for chunk, seen in chunks])
+def _units(policy: Policy) -> np.ndarray | float:
+    """What is one in the policy's normalised actions, in its raw ones."""
+    affine = policy.normalizer.affines.get("actions")
+    return 1.0 if affine is None else 1 / np.asarray(affine.scale)
+
+
+def _check_chunks(experiment: Experiment, robot: Robot, settings: Iterable[Setting]) -> None:
+    """Raises ValueError for delays and chunking that this policy cannot have."""
+    execute = experiment.config.evaluation.execute
+    horizon = experiment.config.policy_io.action.horizon
+    for setting in settings:
+        if setting.delay > execute or setting.delay + execute > horizon:
+            raise ValueError(
+                f"--delay={setting.delay} is too long: an answer must be there before the next "
+                f"query, evaluation.execute = {execute} control steps later, and a chunk of "
+                f"{horizon} actions must last until the next one is there (execute + delay)."
+            )
+        if setting.chunking != "none" and (relative := bases(robot.action)):
+            raise ValueError(
+                f"sampler.chunking is {setting.chunking!r}, but the actions of this policy are "
+                f"relative to {', '.join(relative)} at the moment of a query, so those of an "
+                "earlier chunk mean something else: use --config.sampler.chunking=none."
+            )
 
 
 # Success rates with confidence intervals.

@@ -111,7 +111,7 @@ def _evaluate(
     episodes = {name: open_config(dataset) for name, dataset in sections.items()}
     policy = load_policy(experiment, checkpoint, sampling, batch)
     identity = {
-        "what": plain({**policy.identity["what"], "sampling": asdict(sampling)}),
+        "what": plain({**policy.identity["what"], "sampling": sampling.identity}),
         "where": policy.identity["where"],
     }
     begun = (folder / FILE).exists() and any((folder / "moments").glob("*.npz"))
@@ -275,8 +275,8 @@ def _act(model, weights: Weights, x, clean, sigma, inputs: Inputs) -> jax.Array:
     level = jnp.full((len(x), 1), sigma)
     context = model.read(weights[1], x, clean, level, inputs.text)
     sigma = jnp.float32(model.context_sigma) if model.observed_only else sigma
-    chunks = model.actions(weights[2], context, sigma, inputs.proprio, inputs.action_noise)
-    return medoid(chunks)
+    queries = inputs.proprio, inputs.action_noise, inputs.pending
+    return medoid(model.actions(weights[2], context, sigma, *queries))
 
 
 @partial(jax.jit, static_argnums=0)

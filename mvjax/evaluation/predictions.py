@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -87,7 +86,7 @@ def predict(experiment: Experiment, checkpoint: Path, folder: Path, count: int) 
     check_held_out(config, find_checkpoint(checkpoint))
     with run_lock(folder):
         policy = load_policy(experiment, checkpoint, experiment.sampling(), batch_size=1)
-        what = dict(policy.identity["what"], sampling=asdict(policy.model.sampling))
+        what = dict(policy.identity["what"], sampling=policy.model.sampling.identity)
         sections = ("clip", "text", "backbone", "crop")
         settings = {k: v for k, v in what["settings"].items() if k in sections}
         # The decoder is not used.

@@ -88,6 +88,7 @@ def _write(out: Path, title: str, results: Path, run: dict[str, Any] | None = No
         columns=columns,
         tasks=[(task, [column.get(task) for column in rates]) for task in tasks],
         sweep=_sweep(evaluations),
+        delays=_delays(evaluations),
         identities=_identities(evaluations),
         mixed=_mixed(evaluations, (run or {}).get("predicted_by")),
         run=run,
@@ -119,6 +120,19 @@ class Evaluated:
         queries = sum(result.queries for result in self.results)
         return 1e3 * sum(r.plan_seconds for r in self.results) / queries if queries else None
 
+    @property
+    def jump(self) -> float | None:
+        """The mean `EpisodeResult.jump`; None without any."""
+        jumps = [result.jump for result in self.results if result.jump is not None]
+        return float(np.mean(jumps)) if jumps else None
+
+    @property
+    def way(self) -> str:
+        """Whose policy it is and how its chunks continue one another, for a curve."""
+        chunking = self.setting.chunking
+        how = "" if chunking == "none" else f"{chunking} chunks"
+        return ", ".join(filter(None, (self.setting.variant, how))) or "policy"
+
 
 def read_evaluations(folder: Path) -> list[Evaluated]:
     """Reads the settings that have at least one finished episode: by mode, then by stop step."""
@@ -133,7 +147,8 @@ def read_evaluations(folder: Path) -> list[Evaluated]:
             mean, identity = mean_success(tasks), read_identity(path.parent)
             evaluations.append(Evaluated(path.parent, setting, results, tasks, mean, identity))
     return sorted(
-        evaluations, key=lambda e: (MODES.index(e.setting.mode), e.setting.stop_step or 0)
+        evaluations,
+        key=lambda e: (MODES.index(e.setting.mode), e.setting.stop_step or 0, e.setting.delay),
     )
 
 
@@ -164,9 +179,8 @@ def _sweep(evaluations: list[Evaluated]) -> str | None:
     """Success over video denoising steps, of every variant with several stop steps."""
     curves: dict[str, list[tuple[int, SuccessRate]]] = {}
     for e in evaluations:
-        if e.setting.mode == "policy" and e.setting.stop_step is not None:
-            name = e.setting.variant or "policy"
-            curves.setdefault(name, []).append((e.setting.stop_step, e.mean))
+        if e.setting.mode == "policy" and e.setting.stop_step is not None and not e.setting.delay:
+            curves.setdefault(e.way, []).append((e.setting.stop_step, e.mean))
     curves = {name: points for name, points in curves.items() if len(points) > 1}
     if not curves:
         return None
@@ -174,6 +188,25 @@ def _sweep(evaluations: list[Evaluated]) -> str | None:
     lines = [replace(e.mean, name=e.setting.label) for e in others]
     steps = "video denoising steps before the context is read"
     return success_figure(curves, steps, "How far to denoise the video", lines)
+
+
+def _delays(evaluations: list[Evaluated]) -> dict[str, Any] | None:
+    """Success over the delay, and a row for each setting of such a curve; None without any."""
+    curves: dict[tuple[int, str], list[Evaluated]] = {}
+    for e in evaluations:
+        if e.setting.mode == "policy" and e.setting.stop_step is not None:
+            curves.setdefault((e.setting.stop_step, e.way), []).append(e)
+    shown = {key: some for key, some in curves.items() if len(some) > 1}
+    if not shown:
+        return None
+    several = len({stop for stop, _ in shown}) > 1
+    points = {
+        f"{way}, stop after {stop}" if several else way: [(e.setting.delay, e.mean) for e in some]
+        for (stop, way), some in shown.items()
+    }
+    label = "delay of an answer, control steps"
+    figure = success_figure(points, label, "How late an answer may be")
+    return {"figure": figure, "rows": [e for some in shown.values() for e in some]}
 
 
 def _identities(evaluations: Sequence[Evaluated]) -> list[tuple[str, dict[str, str]]]:
@@ -211,7 +244,8 @@ def _mixed(evaluations: Sequence[Evaluated], predicted: dict[str, Any] | None = 
         policy = {k: v for k, v in what.get("policy", {}).items() if k != "sampling"}
         # A variant is another policy on purpose.
         parts = {"simulator": {"suite": what["suite"], "simulator": what["simulator"]}}
-        parts |= {"protocol": what["protocol"]}
+        # So is another delay.
+        parts |= {"protocol": {k: v for k, v in what["protocol"].items() if k != "delay"}}
         parts |= {"policy": policy} if policy and not e.setting.variant else {}
         for name, part in parts.items():
             label, before = first.setdefault(name, (e.setting.label, part))

@@ -18,7 +18,7 @@ import sys
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from multiprocessing import Pipe
 from multiprocessing.connection import wait
@@ -30,7 +30,7 @@ import numpy as np
 from data_pipelines.atomic import wait_until, write_json
 from data_pipelines.progress import Bar
 from mvjax.evaluation.suites.mujoco_camera import draw_off_screen
-from mvjax.evaluation.suites.suite import MakeSimulator
+from mvjax.evaluation.suites.suite import Convert, MakeSimulator
 from mvjax.evaluation.worker import Job, Order, Outcome, Query
 from mvjax.policy.observation import Act, Observation, ObservationSpec
 
@@ -57,6 +57,10 @@ class EpisodeResult:
         mode: "policy", "oracle", "expert" or "none".
         config_hash: digest of the identity in the setting's `identity.json`.
         video: the recording, relative to the setting's folder, or None.
+        jump: at the step where a chunk takes over from the one before, how far its action is from
+            what the one before had planned for that step: the root mean square over the numbers of
+            an action, in normalised units (of most modes, standard deviations), averaged over the
+            takeovers; None without any, without a policy, or where the chunk before had ended.
     """
 
     suite: str
@@ -69,6 +73,7 @@ class EpisodeResult:
     mode: str
     config_hash: str
     video: str | None
+    jump: float | None = None
 
 
 @dataclass(frozen=True)
@@ -83,6 +88,8 @@ class Setting:
         main: whether this is the result of the report's headline.
         variant: the difference from the run's own policy (another checkpoint, layer, share of the
             data); "" for none.
+        delay: control steps from a query to its answer.
+        chunking: how a chunk continues the one before (`sampler.chunking`).
     """
 
     label: str
@@ -90,11 +97,17 @@ class Setting:
     stop_step: int | None = None
     main: bool = False
     variant: str = ""
+    delay: int = 0
+    chunking: str = "none"
 
 
 def write_setting(folder: Path, setting: Setting) -> None:
     """Writes `setting.json` into a setting's folder."""
-    write_json(folder / "setting.json", asdict(setting))
+    fields = asdict(setting)
+    for name in ("delay", "chunking"):  # which earlier versions do not know
+        if fields[name] == getattr(Setting, name):
+            del fields[name]
+    write_json(folder / "setting.json", fields)
 
 
 def read_setting(folder: Path) -> Setting:
@@ -164,6 +177,8 @@ def run_rollouts(
     cameras: Mapping[str, str],
     folder: Path,
     config_hash: str,
+    convert: Convert = lambda chunk, proprio: chunk,
+    units: np.ndarray | float = 1.0,
     oracle_frames: int = 0,
     predicted: Sequence[str] | None = None,
     max_steps: int | None = None,
@@ -184,11 +199,14 @@ def run_rollouts(
             `functools.partial` of one), since workers are processes of their own.
         episodes: (task, seed) pairs.
         controller: a policy, "expert" (the simulator's scripted expert) or "none" (zero actions).
+            Its queries say what is pending of the chunk before (`Observation.pending`).
         spec: how observations are made and how many actions are executed per query.
         cameras: the name of a camera in `Observation.frames` -> the simulator's camera. Recorded
             videos show all of them side by side.
         folder: receives `results.jsonl` and `videos`.
         config_hash: digest of the identity; results of another one are refused.
+        convert: makes the policy's actions the simulator's.
+        units: of the policy's actions, in which jumps are measured, [] or [horizon, action_dim].
         oracle_frames: true future frames per observation; 0 without the oracle.
         predicted: the names of the cameras of which the oracle gives the future; None: of all.
         max_steps: control steps after which an episode has failed; None: the simulator's limit.
@@ -228,7 +246,8 @@ def run_rollouts(
             job = Job(make_simulator, spec, mode, dict(cameras), shown, oracle_frames, max_steps)
             for _ in range(min(workers or os.cpu_count() or 1, len(left))):
                 simulators.append(WorkerProcess(job, interpreter))
-            for played in _play(simulators, Schedule(left), controller, spec.execute):
+            play = _play(simulators, Schedule(left), controller, spec, convert, units)
+            for played in play:
                 result = EpisodeResult(suite=suite, mode=mode, config_hash=config_hash, **played)
                 append_result(ours, result)
                 done[result.task, result.seed] = result
@@ -254,7 +273,12 @@ def run_rollouts(
 
 
 def _play(
-    simulators: list["WorkerProcess"], schedule: "Schedule", controller: Act | str, execute: int
+    simulators: list["WorkerProcess"],
+    schedule: "Schedule",
+    controller: Act | str,
+    spec: ObservationSpec,
+    convert: Convert,
+    units: np.ndarray | float,
 ) -> Iterator[dict[str, Any]]:
     """Plays the whole schedule in waves; yields the fields of each episode's result as it ends."""
     for simulator in simulators:
@@ -267,7 +291,7 @@ def _play(
             for simulator in [s for s in owing if s.connection in ready]:
                 message, order = simulator.receive(), simulator.order
                 if isinstance(message, Query):
-                    queries[simulator] = message.observation
+                    queries[simulator] = simulator.continued(message.observation, spec)
                     continue
                 yield {
                     "task": order.task,
@@ -277,29 +301,32 @@ def _play(
                     "queries": simulator.queries,
                     "plan_seconds": round(simulator.plan_seconds, 6),
                     "video": order.video and f"videos/{Path(order.video).name}",
+                    "jump": round(float(np.mean(jumps)), 6) if (jumps := simulator.jumps) else None,
                 }
                 simulator.play(schedule.next(order.task))
         if queries:
             # In the order of the simulators, so that batches do not depend on timing.
             asking = [simulator for simulator in simulators if simulator in queries]
             start = time.perf_counter()
-            actions = _checked_actions(controller, [queries[s] for s in asking], execute)
+            chunks = _checked_chunks(controller, [queries[s] for s in asking], spec)
             share = (time.perf_counter() - start) / len(asking)
-            for simulator, chunk in zip(asking, actions):
-                simulator.act(chunk, share)
+            for simulator, chunk in zip(asking, chunks):
+                simulator.note_jump(chunk, spec, units)
+                actions = convert(chunk, queries[simulator].proprio[-1])
+                simulator.act(chunk, actions[: spec.execute + spec.delay], share)
 
 
-def _checked_actions(act: Act, observations: list[Observation], execute: int) -> np.ndarray:
-    """The actions to execute [b, execute, action_dim]."""
-    actions = np.asarray(act(observations), np.float32)
-    if actions.ndim != 3 or len(actions) != len(observations) or actions.shape[1] < execute:
+def _checked_chunks(act: Act, observations: list[Observation], spec: ObservationSpec) -> np.ndarray:
+    """The policy's chunks [b, horizon, action_dim], which must last until the next is there."""
+    chunks, least = np.asarray(act(observations), np.float32), spec.execute + spec.delay
+    if chunks.ndim != 3 or len(chunks) != len(observations) or chunks.shape[1] < least:
         raise ValueError(
-            f"The policy returned actions of shape {list(actions.shape)} for {len(observations)} "
-            f"observations, expected [{len(observations)}, at least {execute}, action_dim]."
+            f"The policy returned actions of shape {list(chunks.shape)} for {len(observations)} "
+            f"observations, expected [{len(observations)}, at least {least}, action_dim]."
         )
-    if not np.isfinite(actions).all():
+    if not np.isfinite(chunks).all():
         raise ValueError("The policy returned actions that are not finite.")
-    return actions[:, :execute]
+    return chunks
 
 
 def _orders(episodes: Sequence[tuple[str, int]], folder: Path, videos_per_task: int) -> list[Order]:
@@ -377,6 +404,8 @@ class WorkerProcess:
         order: the episode being played, or None.
         queries: queries in this episode.
         plan_seconds: their share of the inference time.
+        chunk: the policy's last one in this episode, or None.
+        jumps: from chunk to chunk, in this episode.
     """
 
     def __init__(self, job: Job, interpreter: Path | None = None) -> None:
@@ -396,11 +425,30 @@ class WorkerProcess:
         """Starts the next episode; None leaves the worker idle."""
         self.order = order
         self.queries, self.plan_seconds = 0, 0.0
+        self.chunk: np.ndarray | None = None
+        self.jumps: list[float] = []
         if order is not None:
             self._send(order)
 
-    def act(self, actions: np.ndarray, plan_seconds: float) -> None:
-        """Answers a query with actions [execute, action_dim]."""
+    def continued(self, observation: Observation, spec: ObservationSpec) -> Observation:
+        """A query with what is still to be executed of the last chunk."""
+        if self.chunk is None:
+            return observation
+        return replace(observation, pending=self.chunk[spec.execute :], delay=spec.delay)
+
+    def note_jump(
+        self, chunk: np.ndarray, spec: ObservationSpec, units: np.ndarray | float
+    ) -> None:
+        """Notes how far a chunk is from the last one's plan where it takes over."""
+        planned = spec.execute + spec.delay
+        if self.chunk is not None and planned < len(self.chunk):
+            difference = chunk[spec.delay] - self.chunk[planned]
+            unit = np.broadcast_to(units, chunk.shape)[spec.delay]
+            self.jumps.append(float(np.sqrt(np.mean((difference / unit) ** 2))))
+
+    def act(self, chunk: np.ndarray, actions: np.ndarray, plan_seconds: float) -> None:
+        """Answers a query with the actions of a chunk [execute + delay, any]."""
+        self.chunk = chunk
         self.queries += 1
         self.plan_seconds += plan_seconds
         self._send(actions)

@@ -120,7 +120,7 @@ def play(simulator: Simulator, order: Order, job: Job, connection: Connection) -
         return connection.recv()
 
     observe()
-    for action in _actions(simulator, job.mode, ask):
+    for action in _actions(simulator, job, ask):
         success, steps = bool(simulator.step(action)), steps + 1
         if success or steps >= max_steps:
             break
@@ -143,13 +143,16 @@ def _side_by_side(frame: Mapping[str, np.ndarray]) -> np.ndarray:
     return side_by_side([*frame.values()])
 
 
-def _actions(
-    simulator: Simulator, mode: str, ask: Callable[[], np.ndarray]
-) -> Iterator[np.ndarray]:
+def _actions(simulator: Simulator, job: Job, ask: Callable[[], np.ndarray]) -> Iterator[np.ndarray]:
     """The endless actions of an episode, each computed when it is needed."""
-    if mode == "none":
+    if job.mode == "none":
         yield from itertools.repeat(np.zeros(simulator.action_dim, np.float32))
-    while mode == "expert":
+    while job.mode == "expert":
         yield simulator.expert_action()
+    execute, delay = job.spec.execute, job.spec.delay
+    chunk = ask()  # the robot waits for the first answer
+    yield from chunk[:execute]
     while True:
-        yield from ask()
+        before, chunk = chunk, ask()  # asked now, and there `delay` steps later
+        yield from before[execute : execute + delay]
+        yield from chunk[delay:execute]

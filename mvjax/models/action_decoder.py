@@ -88,15 +88,18 @@ class Levels(NamedTuple):
     """What pairs of noise levels, of actions and video, do to the decoder.
 
     Proprioception has one time and all actions of a chunk another: two rows, whatever the chunk's
-    length. They are not per sample: every sample is at the same levels.
+    length. They are not per sample: every sample is at the same levels. Where some actions are
+    given, a third row is that of clean actions, and `given` chooses by sample and action.
 
     Attributes:
-        blocks: shift, scale and gate of every sublayer of every block, [s, num_blocks, 2, d].
-        final: shift and scale of the final layer, [s, 2, d].
+        blocks: shift, scale and gate of every sublayer of every block, [s, num_blocks, 2 or 3, d].
+        final: shift and scale of the final layer, [s, 2 or 3, d].
+        given: which actions are clean, bool [b, action_horizon]; None: none of them.
     """
 
     blocks: Any
     final: list[Array]
+    given: Array | None = None
 
 
 class Block(nnx.Module):
@@ -196,7 +199,7 @@ class ActionDecoder(nnx.Module):
             proprio: normalised proprioception [b, proprio_horizon, proprio_dim].
             noisy_actions: (1 - t) x0 + t ε, scaled by `flow.scale_noisy_actions`,
                 [b, action_horizon, action_dim].
-            action_time: flow time of the actions [b, 1].
+            action_time: flow time of the actions [b, 1], or of every action [b, action_horizon].
             video_sigma: noise level σ of the video the context comes from [b, 1].
             context: hidden states of the video DiT [b, m, context_dim], or what
                 `context_keys_values` made of them.
@@ -205,23 +208,26 @@ class ActionDecoder(nnx.Module):
         Returns:
             float32 [b, action_horizon, action_dim].
         """
-        chex.assert_shape(action_time, (len(proprio), 1))
-        time = self._time(_with_proprio(action_time), video_sigma)
+        chex.assert_shape(action_time, (len(proprio), {1, self.config.action_horizon}))
+        each = self.config.proprio_horizon if action_time.shape[1] > 1 else 1
+        time = self._time(_with_proprio(action_time, each), video_sigma)
         out = self._tokens(proprio, noisy_actions, time, context, drop_proprio)
         return out[:, self.config.proprio_horizon :]
 
-    def levels(self, action_times: Array, video_sigma: Array) -> Levels:
+    def levels(self, action_times: Array, video_sigma: Array, *, clean: bool = False) -> Levels:
         """The decoder's modulation at s action times [s] and one noise level of the video.
 
         It depends on nothing else: `at_levels` takes it, so that sampling computes it once for all
-        Euler steps, queries and draws.
+        Euler steps, queries and draws. `clean` adds the row of given actions, which have time 0.
         """
         # One sample with the times of all steps: as samples, steps would be split over devices.
-        times = _with_proprio(action_times[:, None]).reshape(1, -1)
-        time = self._time(times, jnp.full((1, 1), video_sigma))
+        rows = _with_proprio(action_times[:, None])
+        if clean:
+            rows = jnp.pad(rows, ((0, 0), (0, 1)))
+        time = self._time(rows.reshape(1, -1), jnp.full((1, 1), video_sigma))
 
         def by_step(modulations: Any) -> Any:
-            return jax.tree.map(lambda m: m.reshape(-1, 2, m.shape[-1]), modulations)
+            return jax.tree.map(lambda m: m.reshape(-1, 2 + clean, m.shape[-1]), modulations)
 
         blocks = jax.vmap(lambda block: by_step(block.modulations(*time)), out_axes=1)(self.blocks)
         return Levels(blocks, by_step(self.final_layer.adaln(*time)))
@@ -250,8 +256,10 @@ class ActionDecoder(nnx.Module):
     def _tokens(self, proprio, noisy_actions, time, context, drop_proprio) -> Array:
         x = self._embed(proprio, noisy_actions, drop_proprio)
         x = self._run(x, time, context, self.config.num_blocks)
-        final = time.final if isinstance(time, Levels) else self.final_layer.adaln(*time)
-        return self.final_layer(x, *self._per_token(final)).astype(jnp.float32)
+        known = isinstance(time, Levels)
+        final = time.final if known else self.final_layer.adaln(*time)
+        spread = self._per_token(final, time.given if known else None)
+        return self.final_layer(x, *spread).astype(jnp.float32)
 
     def _time(self, times: Array, video_sigma: Array) -> tuple[Array, Array]:
         """The time embedding [b, k, rank] and the modulation that all sublayers share [b, k, 3 d].
@@ -264,12 +272,16 @@ class ActionDecoder(nnx.Module):
         both = self.t_embedding_norm(z), shared
         return tuple(constrain(e.astype(self.config.dtype), "batch", None, None) for e in both)
 
-    def _per_token(self, modulation: Any) -> Any:
-        """[..., k, d] of `_time` as [..., tokens, d]."""
+    def _per_token(self, modulation: Any, given: Array | None = None) -> Any:
+        """[..., k, d] of `_time` as [..., tokens, d]; with `given` [3, d] as [b, tokens, d]."""
         p, a = self.config.proprio_horizon, self.config.action_horizon
         is_action = np.arange(p + a)[:, None] >= p
+        if given is not None:
+            is_clean = jnp.pad(given, ((0, 0), (p, 0)))[..., None]
 
         def spread(m: Array) -> Array:
+            if given is not None:
+                return jnp.where(is_clean, m[2], jnp.where(is_action, m[1], m[0]))
             if m.shape[-2] == p + a:
                 return m
             return jnp.where(is_action, m[..., 1:, :], m[..., :1, :])
@@ -295,21 +307,23 @@ class ActionDecoder(nnx.Module):
 
     def _run(self, x, time, context: Array | KeysValues, layer: int) -> Array:
         ready, known = isinstance(context, tuple), isinstance(time, Levels)
+        given = time.given if known else None
         keys_values, whole = (context, None) if ready else (None, self._normalised(context))
 
         # What differs from block to block is scanned with the blocks.
         def step(x, block_and_its):
             block, kv, modulations = block_and_its
             modulations = modulations if known else block.modulations(*time)
-            return block(x, self._per_token(modulations), kv if ready else whole)
+            return block(x, self._per_token(modulations, given), kv if ready else whole)
 
         each = self.blocks, keys_values, time.blocks if known else None
         return run_blocks(step, x, each, layer, self.config.remat)
 
 
-def _with_proprio(action_time: Array) -> Array:
-    """[b, 1] as [b, 2]: proprioception is clean, so its tokens have a time of their own, near 0."""
-    return jnp.concatenate([jnp.full_like(action_time, PROPRIO_TIME), action_time], axis=1)
+def _with_proprio(action_time: Array, count: int = 1) -> Array:
+    """[b, k] as [b, count + k]: proprioception is clean: its tokens have a time near 0."""
+    proprio = jnp.full_like(action_time, PROPRIO_TIME, shape=(len(action_time), count))
+    return jnp.concatenate([proprio, action_time], axis=1)
 
 
 def embedder_widths(d_in: int, d: int) -> list[int]:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL
 from mvjax.experiment import Experiment
+from mvjax.flow import Pending
 from mvjax.models.network import Params
 from mvjax.models.presets import WAN_VAES, vae_network, video_network
 from mvjax.models.stand_ins import LinearTokenizer, Projection
@@ -199,6 +200,7 @@ def _abstract_policy(experiment: Experiment, mesh: Mesh) -> tuple[VideoActionMod
         decoder,
         experiment.sampling(),
         experiment.context_frames,
+        prefix=experiment.config.flow.get("prefix", 0),
     )
     return model, (tokenizer, backbone, decoder_params)
 
@@ -234,13 +236,17 @@ def _abstract_inputs(
     def pictures(count: int, size: Mapping[str, int]) -> jax.ShapeDtypeStruct:
         return placed(count, size["height"], size["width"], 3, dtype=jnp.uint8)
 
+    queries = sizes.action_horizon, sizes.action_dim
+    count = placed(dtype=jnp.int32)
+    chunking = model.sampling.chunking != "none"
     return Inputs(
         video=pictures(frames, dict(height=clip.height, width=clip.width)),
         views={name: pictures(clip.observed_frames, size) for name, size in clip.views.items()},
         text=placed(text.length, text.dim),
         proprio=placed(sizes.proprio_horizon, sizes.proprio_dim),
         video_noise=placed(*((0,) if model.observed_only else clip.latent_shape)),
-        action_noise=placed(model.sampling.draws, sizes.action_horizon, sizes.action_dim),
+        action_noise=placed(model.sampling.draws, *queries),
+        pending=Pending(placed(*queries), count, count) if chunking else None,
     )
 
 
@@ -254,14 +260,14 @@ def _stages(model: VideoActionModel, weights: Any, i: Inputs) -> dict[str, Any]:
     """The stages of a query as compiled programs; each takes what the one before leaves."""
     tokenizer, backbone, decoder = weights
 
-    def choose(decoder, context_kv, proprio, noise):
+    def choose(decoder, context_kv, *queries):
         sigma = jnp.float32(model.context_sigma)
-        return medoid(model.sample(decoder, context_kv, sigma, proprio, noise))
+        return medoid(model.sample(decoder, context_kv, sigma, *queries))
 
     encode, clean = _compiled(model.encode, tokenizer, i.video, i.views)
     video, hidden = _compiled(model.context, backbone, clean, i.text, i.video_noise)
     context, context_kv = _compiled(model.keys_values, decoder, hidden)
-    actions, _ = _compiled(choose, decoder, context_kv, i.proprio, i.action_noise)
+    actions, _ = _compiled(choose, decoder, context_kv, i.proprio, i.action_noise, i.pending)
     return dict(encode=encode, video=video, context=context, actions=actions)
 
 

@@ -293,6 +293,8 @@ def _load_policy(
             experiment.decoder_network,
             sampling,
             experiment.context_frames,
+            # Of the training and not of `config`, which may be another one; earlier runs had none.
+            prefix=decoder.meta.get("config", {}).get("flow", {}).get("prefix", 0),
         ),
         weights=(tokenizer, backbone_params, decoder_params),
         text_encoder=text_encoder,

@@ -27,6 +27,10 @@ class Observation:
             (`sampler.fresh_noise`) is seeded by. Two queries of one name get equal noise.
         arranged: `frames` and `future` are finished pictures by view, as datasets are cut
             (`data_pipelines.cameras.arrange`), and not those of cameras.
+        pending: what the robot still has to execute of its last chunk, from this moment on, float32
+            [n, action_dim] in the units of the policy's actions; None at the beginning of an
+            episode. Only read where `sampler.chunking` is not "none".
+        delay: how many of these will be executed before the answer arrives.
     """
 
     frames: Frames
@@ -35,6 +39,8 @@ class Observation:
     future: Frames | None = None
     noise_key: tuple[str, int] | None = None
     arranged: bool = False
+    pending: np.ndarray | None = None
+    delay: int = 0
 
 
 Act = Callable[[Sequence[Observation]], np.ndarray]
@@ -51,6 +57,7 @@ class ObservationSpec:
         proprio_horizon: proprioceptive states per observation.
         proprio_fps: their rate in hertz.
         execute: control steps executed between two queries.
+        delay: control steps from a query to its answer, in which the last chunk is executed.
     """
 
     observed_frames: int
@@ -58,11 +65,17 @@ class ObservationSpec:
     proprio_horizon: int
     proprio_fps: float
     execute: int
+    delay: int = 0
 
     def __post_init__(self) -> None:
         for name in ("observed_frames", "proprio_horizon", "execute"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+        if not 0 <= self.delay <= self.execute:
+            raise ValueError(
+                f"The delay must be between 0 and execute = {self.execute} control steps, so that "
+                f"an answer is there before the next query; got {self.delay}."
+            )
 
 
 def control_stride(control_hz: float, fps: float, what: str = "clip.fps") -> int:

@@ -18,6 +18,7 @@ from data_pipelines.lru import LRU
 from data_pipelines.normalize import Normalizer
 from mvjax.flow import (
     CONDITION_SIGMA,
+    Pending,
     Sampling,
     Trajectory,
     condition_mask,
@@ -30,6 +31,7 @@ from mvjax.flow import (
     sample_video,
     start,
 )
+from mvjax.models.action_decoder import Levels
 from mvjax.models.attention import KeysValues
 from mvjax.models.layers import rounded
 from mvjax.models.network import Network, Params
@@ -59,6 +61,7 @@ class Inputs(NamedTuple):
         video_noise: standard normal [b, latent_frames, h/8, w/8, 16]; [b, 0] where no video is
             denoised or read.
         action_noise: standard normal [b, draws, horizon, dim].
+        pending: what the robots still have to execute; None where `sampler.chunking` is "none".
     """
 
     video: Array
@@ -67,6 +70,7 @@ class Inputs(NamedTuple):
     proprio: Array
     video_noise: Array
     action_noise: Array
+    pending: Pending | None = None
 
 
 class Scene(NamedTuple):
@@ -92,6 +96,7 @@ class VideoActionModel:
         sampling: how video and actions are sampled.
         context_frames: "all", or "observed": the decoder reads the observed frames alone, so that
             no noise of the video enters.
+        prefix: the largest number of given actions that the decoder was trained with.
     """
 
     clip: Clip
@@ -100,6 +105,15 @@ class VideoActionModel:
     decoder: Network
     sampling: Sampling
     context_frames: str = "all"
+    prefix: int = 0
+
+    def __post_init__(self):
+        if self.sampling.chunking == "prefix" and not self.prefix:
+            raise ValueError(
+                "sampler.chunking is 'prefix', but this decoder was trained with flow.prefix = 0, "
+                "so it has never been given the beginning of a chunk: train it with flow.prefix, "
+                "or use --config.sampler.chunking=guided, which takes any decoder."
+            )
 
     @property
     def observed_only(self) -> bool:
@@ -181,7 +195,13 @@ class VideoActionModel:
         return self.backbone.bind(params).remember(i, text)
 
     def actions(
-        self, params: Params, context: Array, sigma: Array, proprio: Array, noise: Array
+        self,
+        params: Params,
+        context: Array,
+        sigma: Array,
+        proprio: Array,
+        noise: Array,
+        pending: Pending | None = None,
     ) -> Array:
         """Samples normalised chunks, float32 [b, draws, horizon, dim].
 
@@ -191,26 +211,42 @@ class VideoActionModel:
             sigma: its noise level, one number.
             proprio: normalised [b, proprio_horizon, dim].
             noise: standard normal [b, draws, horizon, dim].
+            pending: as in `Inputs`.
         """
         # Keys and values of the context are computed once, for all draws and all Euler steps.
-        return self.sample(params, self.keys_values(params, context), sigma, proprio, noise)
+        context_kv = self.keys_values(params, context)
+        return self.sample(params, context_kv, sigma, proprio, noise, pending)
 
     def keys_values(self, params: Params, context: Array) -> KeysValues:
         """Returns the keys and values of the context in every block of the decoder."""
         return self.decoder.bind(params).context_keys_values(context)
 
     def sample(
-        self, params: Params, context_kv: KeysValues, sigma: Array, proprio: Array, noise: Array
+        self,
+        params: Params,
+        context_kv: KeysValues,
+        sigma: Array,
+        proprio: Array,
+        noise: Array,
+        pending: Pending | None = None,
     ) -> Array:
         """Samples chunks as `actions` does, from the keys and values of the context."""
         decoder, draws = self.decoder.bind(params), noise.shape[1]
         proprio, steps = jnp.repeat(proprio, draws, axis=0), self.sampling.action_steps
-        levels = decoder.levels(euler_times(steps), sigma)
-        velocity = lambda a, level: decoder.at_levels(level, proprio, a, context_kv)  # noqa: E731
+        # Where nothing can be pending, as in a comparison offline, a chunk continues nothing.
+        chunking, given = "none" if pending is None else self.sampling.chunking, None
+        if chunking != "none":
+            pending = jax.tree.map(lambda x: jnp.repeat(x, draws, axis=0), pending)
+            given = pending.held if chunking == "prefix" else None
+        levels = decoder.levels(euler_times(steps), sigma, clean=given is not None)
+
+        def velocity(actions: Array, level: Levels) -> Array:
+            return decoder.at_levels(level._replace(given=given), proprio, actions, context_kv)
+
         sample = noise.reshape(-1, *noise.shape[2:])
         if self.decoder.config.precision == "published":
             sample = sample.astype(jnp.bfloat16)  # the release integrates in bfloat16
-        chunks = sample_actions(velocity, sample, steps, levels)
+        chunks = sample_actions(velocity, sample, steps, levels, chunking=chunking, pending=pending)
         return chunks.reshape(noise.shape).astype(jnp.float32)
 
     @partial(jax.jit, static_argnums=0)
@@ -248,7 +284,8 @@ class VideoActionModel:
 
     def _chunks(self, decoder: Params, context: Array, inputs: Inputs) -> Array:
         sigma = jnp.float32(self.context_sigma)
-        return medoid(self.actions(decoder, context, sigma, inputs.proprio, inputs.action_noise))
+        queries = inputs.proprio, inputs.action_noise, inputs.pending
+        return medoid(self.actions(decoder, context, sigma, *queries))
 
     def _true_future(self, clean: Scene, noise: Array) -> Array:
         return clean.video + self.sampling.stop_sigma * noise
@@ -404,6 +441,7 @@ class Policy:
             {view.name: array for view, array in zip(self.views[1:], views)},
             *map(self._split, (self._text(batch), proprio)),
             *self._noise(batch, predicts or not self.model.observed_only),
+            self._pending(batch),
         )
 
     def _answer(
@@ -453,6 +491,45 @@ class Policy:
         return np.stack(
             [self._texts.get(t, lambda t=t: self.text_encoder.encode([t])[0]) for t in texts]
         )
+
+    def _pending(self, batch: Sequence[Observation]) -> Pending | None:
+        """What the robots of a batch still have to execute, on the devices."""
+        if self.model.sampling.chunking == "none":
+            return None
+        config = self.model.decoder.config
+        horizon, dim = config.action_horizon, config.action_dim
+        actions = np.zeros((len(batch), horizon, dim), np.float32)
+        counts, delays = np.zeros((2, len(batch)), np.int32)
+        for i, query in enumerate(batch):
+            if query.pending is None:
+                continue
+            rest = np.asarray(query.pending, np.float32)
+            if rest.ndim != 2 or rest.shape[1] != dim or not np.isfinite(rest).all():
+                raise ValueError(
+                    f"Observation.pending must be finite numbers [n, {dim}], one row for each "
+                    f"action that is still to be executed; got shape {list(rest.shape)}."
+                )
+            self._check_delay(query.delay, len(rest))
+            counts[i], delays[i] = min(len(rest), horizon), query.delay
+            actions[i, : counts[i]] = rest[:horizon]
+        # Zeros would be normalised to something else.
+        there = (np.arange(horizon) < counts[:, None])[..., None]
+        actions = np.where(there, self.normalizer.normalize("actions", actions), 0)
+        return Pending(*map(self._split, (actions.astype(np.float32), counts, delays)))
+
+    def _check_delay(self, delay: int, count: int) -> None:
+        if not 0 <= delay <= min(count, self.model.decoder.config.action_horizon):
+            raise ValueError(
+                f"An observation's delay is {delay} actions, but {count} are pending and chunks "
+                f"have {self.model.decoder.config.action_horizon}: ask earlier."
+            )
+        longest = self.model.prefix
+        if self.model.sampling.chunking == "prefix" and delay > longest:
+            raise ValueError(
+                f"An observation's delay is {delay} actions, but this decoder was trained with "
+                f"flow.prefix = {longest}: give at most that, or use "
+                "--config.sampler.chunking=guided."
+            )
 
     def _noise(self, batch: Sequence[Observation], video: bool) -> tuple[jax.Array, jax.Array]:
         """Video noise [b, t, h, w, c], or [b, 0], and action noise [b, draws, horizon, dim]."""

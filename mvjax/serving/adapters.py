@@ -7,6 +7,7 @@ client's: arrays of equal widths need not mean the same.
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from mvjax.serving.conversions import (
     check_rotations,
     columns_by_stream,
     converted,
+    expressed_anew,
     state_streams,
     stored_widths,
 )
@@ -27,7 +29,8 @@ log = logging.getLogger(__name__)
 
 def plain(robot: Robot) -> Adapter:
     """This package's own client: a picture of each camera, the policy's own vectors."""
-    if relative := bases(robot.action):
+    relative = bases(robot.action)
+    if relative:
         log.warning(
             "the policy's actions are relative to %s (%s), and --client=plain returns them so: a "
             "robot that executes them as recorded needs --client=dataset.",
@@ -44,6 +47,8 @@ def plain(robot: Robot) -> Adapter:
         state=("observation/state",),
         state_size=robot.proprio_dim,
         proprio=proprio,
+        # Those that are relative to an earlier moment mean something else now.
+        pending=None if relative else lambda actions, state: actions,
     )
 
 
@@ -78,7 +83,7 @@ def dataset(robot: Robot) -> Adapter:
         state=("observation/state",),
         state_size=int(ends[-1]),
     )
-    return converted(own, robot, split)
+    return replace(converted(own, robot, split), pending=expressed_anew(robot, split))
 
 
 def own_images(cameras: Sequence[str]) -> dict[str, tuple[str, ...]]:

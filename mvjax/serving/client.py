@@ -10,6 +10,7 @@ One query and its answer:
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -169,9 +170,13 @@ class Client:
 # A robot that waits for every answer stands still for the policy's latency. Here the query runs in
 # the background while the robot executes the chunk it has. The first actions of the answer belong
 # to steps that have passed meanwhile and are skipped: a chunk must cover the steps between two
-# queries plus those of one latency.
+# queries plus those of one latency. A server whose chunks continue one another is told what is left
+# of the chunk at hand, and how many steps of it will have passed when the answer is there.
 
 Infer = Callable[[Mapping[str, Any]], Mapping[str, Any]]  # such as Client.infer
+
+
+RECENT = 10  # queries whose slowest is taken for the next one's latency
 
 
 class Overlap:
@@ -179,18 +184,24 @@ class Overlap:
 
     Args:
         infer: asks the policy; called from one other thread only.
+        period: seconds of a control step, for a server whose metadata have a "chunking" other than
+            "none": queries then say what is left of the chunk at hand ("pending/actions") and how
+            many steps of it will have passed when the answer is there ("pending/delay"), which is
+            the latency of the slowest of the recent queries. 0: queries are sent as they are.
 
     Attributes:
         latencies: seconds of every answered query.
+        delays: the delay that each query said, in control steps.
         waited: seconds that the robot stood still because no chunk covered the present step.
     """
 
-    def __init__(self, infer: Infer) -> None:
-        self._infer = infer
+    def __init__(self, infer: Infer, period: float = 0.0) -> None:
+        self._infer, self._period = infer, period
         self._thread = ThreadPoolExecutor(1, "query")
         self._asked: tuple[int, Future] | None = None
         self._start, self._chunk = 0, np.zeros((0, 0), np.float32)
         self.latencies: list[float] = []
+        self.delays: list[int] = []
         self.waited = 0.0
 
     @property
@@ -202,7 +213,8 @@ class Overlap:
         """Sends a query for the actions from control step `step` on, where this was observed."""
         if self.asking:
             raise RuntimeError(f"The query of step {self._asked[0]} has not been answered yet.")
-        self._asked = step, self._thread.submit(self._timed, dict(observation))
+        message = {**observation, **(self._pending(step) if self._period else {})}
+        self._asked = step, self._thread.submit(self._timed, message)
 
     def action(self, step: int) -> np.ndarray:
         """Returns the action [action_dim] of control step `step` from the latest chunk.
@@ -233,6 +245,15 @@ class Overlap:
     def close(self) -> None:
         """Ends the background thread, after the pending query."""
         self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def _pending(self, step: int) -> dict[str, Any]:
+        left = self._chunk[max(0, step - self._start) :]
+        if not len(left) or step < self._start:
+            return {}  # the robot will wait for the answer
+        # Rounded up: a step that has begun when the answer comes is still the old chunk's.
+        delay = min(math.ceil(max(self.latencies[-RECENT:]) / self._period), len(left))
+        self.delays.append(delay)
+        return {"pending/actions": left, "pending/delay": delay}
 
     def _timed(self, observation: Mapping[str, Any]) -> np.ndarray:
         began = time.monotonic()

@@ -26,6 +26,8 @@ class Adapter:
         proprio: states [h, state_size] -> the policy's proprioception [h, proprio_dim].
         actions: the policy's chunk [horizon, action_dim] and the state [state_size] it starts from
             -> the client's actions [horizon, any].
+        pending: its inverse, for what a client still has to execute: [n, any] and the present state
+            -> the policy's actions [n, action_dim]; None for clients that do not say it.
         prompt: the client's instruction -> the policy's.
         jump: a new episode begins when the first three numbers of the state (metres) move farther
             than this between two messages; None: only when the message says so.
@@ -42,6 +44,7 @@ class Adapter:
     state_size: int
     proprio: Callable[[np.ndarray], np.ndarray] = lambda states: states
     actions: Callable[[np.ndarray, np.ndarray], np.ndarray] = lambda chunk, state: chunk
+    pending: Callable[[np.ndarray, np.ndarray], np.ndarray] | None = None
     prompt: Callable[[str], str] = str
     jump: float | None = None
     control_hz: float = 0.0
@@ -97,6 +100,25 @@ def converted(
         return np.concatenate(flat, axis=1).astype(np.float32)
 
     return replace(adapter, proprio=proprio, actions=actions)
+
+
+def expressed_anew(
+    robot: Robot, split: Callable[[np.ndarray], Mapping[str, np.ndarray]]
+) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
+    """`Adapter.pending` of an adapter that `converted` made with this `split`.
+
+    Actions as the dataset stores them are expressed again, relative to the present state.
+    """
+    learned, names = columns_by_stream(robot.action, robot.action_dim), streams(robot.action)
+    ends = np.cumsum([max(learned[name]) + 1 for name in names])
+
+    def pending(actions: np.ndarray, state: np.ndarray) -> np.ndarray:
+        if actions.shape[1] != ends[-1]:
+            raise ValueError(f"actions have {ends[-1]} numbers, not {actions.shape[1]}")
+        stored = dict(zip(names, np.split(actions, ends[:-1], axis=1)))
+        return vector(robot.action, stored, split(state), robot.action_dim)
+
+    return pending
 
 
 def check_rotations(parts: Sequence[Part], vectors: np.ndarray) -> None:

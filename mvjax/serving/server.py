@@ -292,6 +292,13 @@ def make_server(
     if (number := adapter.signed_gripper) is not None and learned is not None:
         who = f"--client={adapter.name}"
         check_gripper(np.min(learned.low[..., number]), learned.labels[number], who)
+    chunking = policy.model.sampling.chunking
+    if chunking != "none" and adapter.pending is None:
+        raise ValueError(
+            f"sampler.chunking is {chunking!r}, but clients of --client={adapter.name} do not say "
+            "what they still have to execute, or their actions are relative to an earlier state: "
+            "use --config.sampler.chunking=none, or --client=dataset."
+        )
     batching = batching or Batching()
     act = act_in_sizes(policy, batching.sizes)
     metadata = {
@@ -313,6 +320,8 @@ def make_server(
         "actions": described(robot.action),
         "identity": digest_of(what) if what else "",
     }
+    if chunking != "none":
+        metadata["chunking"] = chunking
     if len(adapter.images) == 1:
         metadata["camera"] = next(iter(adapter.images))
     if adapter.execute > sizes.action_horizon:
@@ -337,6 +346,9 @@ def make_server(
         proprio_fps=io.proprio.fps,
         proprio=Ranges.of(policy.normalizer, "proprio", names[0]),
         actions=learned,
+        chunking=chunking,
+        action_size=sizes.action_dim,
+        longest_delay=policy.model.prefix if chunking == "prefix" else sizes.action_horizon,
     )
     return PolicyServer(serving, adapter, spec, batcher, metadata, what)
 

@@ -21,6 +21,7 @@ from mvjax.serving.messages import (
 from mvjax.serving.notices import Camera, Notices, Ranges, Trained, unread_pictures
 
 IMAGE_HISTORY, STATE_HISTORY = "observation/image_history", "observation/state_history"
+PENDING, DELAY = "pending/actions", "pending/delay"
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,9 @@ class SessionSpec:
             do, and nothing is said of them.
         fps, proprio_fps: pictures and states per second in the histories; 0 if unknown.
         proprio, actions: what training saw of the vectors, if it is known.
+        chunking: how chunks continue what a client still has to execute (`sampler.chunking`).
+        action_size: numbers of the policy's action; only read where chunks continue others.
+        longest_delay: the largest number of actions that it may execute meanwhile.
     """
 
     observed_frames: int
@@ -44,6 +48,9 @@ class SessionSpec:
     proprio_fps: float = 0.0
     proprio: Ranges | None = None
     actions: Ranges | None = None
+    chunking: str = "none"
+    action_size: int = 0
+    longest_delay: int = 0
 
 
 class Seen(NamedTuple):
@@ -110,6 +117,7 @@ class Session:
             frames, states = self._histories(message), self._state_history(message)
             self._check_last(message, frames, states[-1])
             observation = self._observation(frames, states, prompt)
+            observation = self._continuing(observation, message, states[-1])
             self._note_unread(message, self._history_keys)
             return Seen(self._named(observation), states[-1])
         picture, state = self._pictures(message), self._state(message)
@@ -132,6 +140,7 @@ class Session:
             _padded(states, spec.proprio_horizon) if history is None else history,
             prompt,
         )
+        observation = self._continuing(observation, message, state)
         self._note_unread(message, adapter.images)
         if begins:
             self.reset()
@@ -151,6 +160,42 @@ class Session:
         raise RequestError(
             "The policy's actions are NaN or infinite; is the state in the units of training?"
         )
+
+    def _continuing(
+        self, observation: Observation, message: Mapping[str, Any], state: np.ndarray
+    ) -> Observation:
+        """An observation with what the client still has to execute, if it says so."""
+        if PENDING not in message and DELAY not in message:
+            return observation
+        if self._spec.chunking == "none":
+            self.notices.add("pending_unread", _PENDING_UNREAD)
+            return observation
+        delay = message.get(DELAY, 0)
+        value = find(message, [PENDING])
+        if np.ndim(value) != 2:
+            raise RequestError(f"{PENDING!r} must be actions [n, any], the next one first.")
+        rest = read_numbers(value, PENDING, np.shape(value))
+        if isinstance(delay, bool) or not isinstance(delay, int) or not 0 <= delay <= len(rest):
+            raise RequestError(
+                f"{DELAY!r} must be a whole number of actions between 0 and the {len(rest)} that "
+                f"are pending, got {delay!r}."
+            )
+        if not len(rest):
+            return observation
+        try:
+            pending = self._adapter.pending(rest, state)
+        except ValueError as error:
+            raise RequestError(f"{PENDING!r} is not valid: {error}.") from error
+        if pending.shape[1] != self._spec.action_size or not np.isfinite(pending).all():
+            raise RequestError(
+                f"{PENDING!r} must be finite actions of {self._spec.action_size} numbers, as the "
+                f"server's answers have them; got shape {list(rest.shape)}."
+            )
+        if delay > self._spec.longest_delay:
+            # A robot in motion is better off with a jump than without an answer.
+            self.notices.add("delay_long", _DELAY_LONG.format(delay, self._spec.longest_delay))
+            delay = self._spec.longest_delay
+        return replace(observation, pending=pending, delay=delay)
 
     def _named(self, observation: Observation) -> Observation:
         if self._names is None:
@@ -300,6 +345,13 @@ _STATE = {
         "The state is far outside the training data in {}; are its units those of training?"
     ),
 }
+_PENDING_UNREAD = (
+    f"{PENDING!r} is not read: this server's chunks do not continue one another (sampler.chunking)."
+)
+_DELAY_LONG = (
+    "The answer is expected after {} actions, but only the first {} of a chunk can be held: there "
+    "may be a jump. Answer faster, or serve a decoder trained with a larger flow.prefix."
+)
 _ACTIONS_OUTSIDE = "The policy's actions are far outside the training data in {}."
 
 

@@ -154,6 +154,9 @@ def action_stage(
     recipe); the loss is their mean. A share `flow.sampling_sigma_share` of the samples takes the
     noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
 
+    With `flow.prefix` = n, the first actions of each draw are given, uniformly 0 to n of them: so a
+    policy learns to continue what the robot is executing (published: 0; see `flow.action_loss`).
+
     `action_mask` marks the numbers of a chunk that are learned. The loss is the mean over the
     samples of the mean over their learned numbers, so that it is linear in the samples: one
     without actions counts as zero.
@@ -286,6 +289,10 @@ def _action_draws(
         at_sampling = jax.random.bernoulli(share_key, flow.sampling_sigma_share, (samples, 1))
         drawn["sigma"] = jnp.where(at_sampling, config.sampler.sigma_max, sigma)
         drawn["video_noise"] = jax.random.normal(video_noise_key, batch["latents"].shape)
+    if longest := flow.get("prefix", 0):  # earlier versions have none
+        # A key of its own: the other random numbers are those without a prefix.
+        prefix_key = jax.random.fold_in(key, 4)
+        drawn["prefix"] = jax.random.randint(prefix_key, (samples, draws), 0, longest + 1)
     return {
         **drawn,
         "time": time.reshape(samples, draws, 1),
@@ -299,8 +306,9 @@ def _action_error(
 ) -> tuple[jax.Array, jax.Array]:
     """The mean error of the actions' velocity, and its `error_by_level` by the actions' time."""
     draws = random["time"].shape[1]
-    time, noise, drop = (
-        random[name].reshape(-1, *random[name].shape[2:]) for name in ("time", "noise", "drop")
+    time, noise, drop, prefix = (
+        random[name].reshape(-1, *random[name].shape[2:]) if name in random else None
+        for name in ("time", "noise", "drop", "prefix")
     )
     # The context is not repeated: the decoder shares it among the draws of a sample.
     actions, action_mask, proprio, sigma = (
@@ -311,10 +319,13 @@ def _action_error(
     def velocity(noisy, time):
         return net(proprio, noisy, time, sigma, context, drop)
 
-    error = action_loss(velocity, actions, noise, time, action_mask)
-    mse = jnp.mean(error)
-    # A sample without actions belongs to no level.
-    level = jnp.where(_has_actions(action_mask), time[:, 0], jnp.nan)
+    error = action_loss(velocity, actions, noise, time, action_mask, prefix)
+    mse, learned = jnp.mean(error), action_mask
+    if prefix is not None:
+        later = jnp.arange(actions.shape[1]) >= prefix[:, None]
+        learned = action_mask * later[..., None]
+    # A sample without actions, or with given ones alone, belongs to no level.
+    level = jnp.where(_has_actions(learned), time[:, 0], jnp.nan)
     return mse, error_by_level(error, level)
 
 
