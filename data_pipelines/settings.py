@@ -15,7 +15,7 @@ def plain(value: Any) -> Any:
 
 _NOTHING = (None, {})
 # What earlier versions did, whose settings lack these names.
-ABSENT = {"attention_to": "all", "context_frames": "all"}
+ABSENT = {"attention_to": "all", "context_frames": "all", "prefix": 0, "chunking": "none"}
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:

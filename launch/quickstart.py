@@ -27,7 +27,6 @@ from launch.phases import Phase, run_phases
 from launch.preflight import find_rendering_backend, require
 from mvjax.evaluation.report import build_report, write_environment
 from mvjax.evaluation.rollout import read_results
-from mvjax.ranges import completed
 
 RUN_DIR = flags.DEFINE_string(
     "run_dir", "runs/quickstart", "Folder for everything that the quickstart writes."
@@ -241,7 +240,7 @@ def check_settings(folder: Path, settings: Sequence[dict[str, Any]]) -> None:
     if not file.exists():
         write_json(file, settings)
     pairs = zip(json.loads(file.read_text()), settings)
-    found = [d for s, here in pairs for d in differences(completed(s, here), here, "config")]
+    found = [d for there, here in pairs for d in differences(there, here, "config")]
     if found := list(dict.fromkeys(found)):
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         raise ValueError(

@@ -261,19 +261,6 @@ def check_ranges(config: Mapping[str, Any]) -> None:
             raise ValueError(f"{name} must be {rule}, got {value!r}.")
 
 
-# Settings that earlier versions lack, and what these did.
-_SINCE = (("flow", "prefix", 0), ("sampler", "chunking", "none"))
-
-
-def completed(stored: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored configuration with the settings of `now` that its version did not have."""
-    whole = dict(stored)
-    for section, name, off in _SINCE:
-        if section in whole and name in now.get(section, {}):
-            whole[section] = {name: off, **whole[section]}
-    return whole
-
-
 def rule_of(name: str) -> Rule | None:
     """The rule of a setting by its dotted name, or None."""
     return RULES.get(name) or RULES.get(_general(name))

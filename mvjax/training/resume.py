@@ -19,7 +19,6 @@ from flax.traverse_util import flatten_dict
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
-from mvjax.ranges import completed
 from mvjax.training.bridge import (
     BACKBONE,
     COMPUTE_SETTINGS,
@@ -94,8 +93,7 @@ def first_state(
     if restored is not None:
         _check_same_data(restored.meta, meta)
         _check_same_networks(restored.meta, meta, f"the run in {store.folder.parent}")
-        stored = completed(restored.meta.get("config", {}), meta["config"])
-        changes = differences(stored, meta["config"])
+        changes = differences(restored.meta.get("config", {}), meta["config"])
         log_once(f"continuing {store.folder.parent} at step {int(restored.state.step)}.")
         if changes:
             log_once(f"settings changed since that checkpoint: {'; '.join(changes)}.")
@@ -190,8 +188,7 @@ def check_finished(
     """
     _check_same_data(stored, now)
     _check_same_networks(stored, now, f"{workdir} is trained to step {step}, but it")
-    whole = {**stored, "config": completed(stored["config"], now["config"])}
-    before, after = _identifying_settings(whole), _identifying_settings(now)
+    before, after = _identifying_settings(stored), _identifying_settings(now)
     recipe = differences(before["recipe"], after["recipe"])
     other = f", with other settings ({'; '.join(recipe)}): not trained again" if recipe else ""
     log_once(f"{workdir} is already trained to step {step}{other}.")
