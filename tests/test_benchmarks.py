@@ -211,7 +211,7 @@ def test_a_batch_that_does_not_fit_is_reported(monkeypatch):
 
 
 def test_only_stage_two_makes_a_policy():
-    with pytest.raises(ValueError, match=r"stage-2 configuration.*'video'"):
+    with pytest.raises(ValueError, match=r"trains a decoder .*'video'"):
         untrained_policy(Experiment.from_config(tiny_config("video")), Sampling())
 
 
