@@ -5,6 +5,7 @@ import logging
 import shlex
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from ml_collections import ConfigDict
 
 from data_pipelines.atomic import write_json
 
@@ -38,6 +40,31 @@ class Phase:
     proof: str = ""
 
 
+def command(module: str, *arguments: str) -> tuple[str, ...]:
+    """The words that run a module with this Python."""
+    return (sys.executable, "-m", module, *arguments)
+
+
+def recording(what: ConfigDict, folder: str) -> tuple[str, ...]:
+    """The command that records the demonstrations of an entry of `config.recording`."""
+    cameras = what.get("cameras", ())
+    return command(
+        "launch.record",
+        f"--out={folder}",
+        f"--kind={what.kind}",
+        f"--tasks={','.join(what.tasks)}",
+        f"--episodes={what.episodes}",
+        f"--seed={what.seed}",
+        *([f"--cameras={','.join(cameras)}"] if cameras else []),
+    )
+
+
+def training(name: str, workdir: str, *arguments: str) -> Phase:
+    """A training: interrupted, it ends with code 0, too."""
+    words = command("launch.train", *arguments, f"--workdir={workdir}")
+    return Phase(name, words, proof=f"{workdir}/finished")
+
+
 def run_phases(phases: Sequence[Phase], record: Path) -> None:
     """Runs every phase that is not recorded as finished with the same command.
 
@@ -53,15 +80,15 @@ def run_phases(phases: Sequence[Phase], record: Path) -> None:
     rows = {row["name"]: row for row in json.loads(record.read_text())} if record.exists() else {}
     with _noted_signals() as signals:
         for number, phase in enumerate(phases, start=1):
-            command = ["python", *phase.command[1:]]
+            words = ["python", *phase.command[1:]]
             row = rows.get(phase.name)
             title = f"[{number}/{len(phases)}] {phase.name}"
-            if row and row["command"] == command and row["finished"]:
+            if row and row["command"] == words and row["finished"]:
                 print(f"{title}: done before ({row['seconds']:.0f} s)", flush=True)
                 continue
-            if not row or row["command"] != command:
-                row = {"name": phase.name, "command": command, "seconds": 0.0, "peak_mb": 0}
-            print(f"{title}\n    {shlex.join(command)}", flush=True)
+            if not row or row["command"] != words:
+                row = {"name": phase.name, "command": words, "seconds": 0.0, "peak_mb": 0}
+            print(f"{title}\n    {shlex.join(words)}", flush=True)
             code, seconds, peak = _measure(phase.command, signals)
             row["seconds"] = round(row["seconds"] + seconds, 1)
             row["peak_mb"] = max(row["peak_mb"], peak)
@@ -90,14 +117,14 @@ def _noted_signals() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _measure(command: Sequence[str], signals: Sequence[int]) -> tuple[int, float, int]:
+def _measure(words: Sequence[str], signals: Sequence[int]) -> tuple[int, float, int]:
     """Runs a command; its exit code, seconds, and peak memory in MB.
 
     A terminal sends Ctrl-C to the child as well, which saves and ends; SIGTERM comes alone and is
     handed on, or the child would go on by itself and meet the next call in the same folder.
     """
     start = time.monotonic()
-    child = subprocess.Popen(command)
+    child = subprocess.Popen(words)
     peak, handed_on = 0, False
     while child.poll() is None:
         peak = max(peak, _memory_mb(child.pid))

@@ -23,7 +23,7 @@ from data_pipelines.lock import run_lock
 from data_pipelines.settings import differences
 from launch import cli
 from launch.entry import run
-from launch.phases import Phase, run_phases
+from launch.phases import Phase, command, recording, run_phases, training
 from launch.preflight import find_rendering_backend, require
 from mvjax.evaluation.report import build_report, write_environment
 from mvjax.evaluation.rollout import read_results
@@ -82,34 +82,25 @@ def phases(run_dir: str, recipe: str) -> list[Phase]:
         _configuration(f"quickstart{stage}", run_dir, recipe) for stage in ("", "_video", "_action")
     )
 
-    def record(name: str) -> tuple[str, ...]:
-        what = config.recording[name]
-        cameras = what.get("cameras", ())
-        return _python(
-            "launch.record",
-            f"--out={run_dir}/data/{name}",
-            f"--kind={what.kind}",
-            f"--tasks={','.join(what.tasks)}",
-            f"--episodes={what.episodes}",
-            f"--seed={what.seed}",
-            *([f"--cameras={','.join(cameras)}"] if cameras else []),
-        )
+    record = {
+        name: recording(what, f"{run_dir}/data/{name}") for name, what in config.recording.items()
+    }
 
     def evaluate(*how: str, out: str = "evaluation") -> tuple[str, ...]:
         checkpoint = f"--checkpoint={run_dir}/action"
-        return _python("launch.evaluate", *action, checkpoint, f"--out={run_dir}/{out}", *how)
+        return command("launch.evaluate", *action, checkpoint, f"--out={run_dir}/{out}", *how)
 
     few = f"--config.evaluation.episodes_per_task={config.evaluation.sweep_episodes}"
     oracle_step, full = config.evaluation.oracle_step, config.sampler.video_steps
     sweep = f"--stop_steps={full // 2},{full}"
     predictions = evaluate("--suite=predictions", out="predictions")
     return [
-        Phase("record robot demonstrations", record("robot")),
-        Phase("record video without actions", record("video")),
-        Phase("fit the video tokenizer", _python("launch.encode", *shared, "--only=tokenizer")),
-        Phase("encode", _python("launch.encode", *shared)),
-        _training("stage 1: video model", f"{run_dir}/video", *video),
-        _training("stage 2: action decoder", f"{run_dir}/action", *action),
+        Phase("record robot demonstrations", record["robot"]),
+        Phase("record video without actions", record["video"]),
+        Phase("fit the video tokenizer", command("launch.encode", *shared, "--only=tokenizer")),
+        Phase("encode", command("launch.encode", *shared)),
+        training("stage 1: video model", f"{run_dir}/video", *video),
+        training("stage 2: action decoder", f"{run_dir}/action", *action),
         Phase("evaluate the policy", evaluate("--modes=policy")),
         Phase("evaluate the baselines", evaluate("--modes=expert,none")),
         Phase("sweep the stop step", evaluate("--modes=policy", sweep, few)),
@@ -124,15 +115,6 @@ def phases(run_dir: str, recipe: str) -> list[Phase]:
 def _configuration(name: str, run_dir: str, recipe: str) -> tuple[str, str]:
     suffix = "" if recipe == "full" else f":{recipe}"
     return f"--config={name}{suffix}", f"--config.run_dir={run_dir}"
-
-
-def _python(module: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", module, *arguments)
-
-
-def _training(name: str, workdir: str, *flags: str) -> Phase:
-    command = _python("launch.train", *flags, f"--workdir={workdir}")
-    return Phase(name, command, proof=f"{workdir}/finished")  # interrupted, it ends with 0, too
 
 
 # The study: what is video training worth when action demonstrations are few?
@@ -156,7 +138,7 @@ def study_phases(run_dir: str, recipe: str, study: ConfigDict) -> list[Phase]:
     )
     checkpoints = {"trained": f"{run_dir}/study/video", "untrained": ""}
     phases = [
-        _training(
+        training(
             "study: train the backbone",
             checkpoints["trained"],
             *video,
@@ -174,9 +156,9 @@ def study_phases(run_dir: str, recipe: str, study: ConfigDict) -> list[Phase]:
             f"--config.evaluation.episodes_per_task={study.episodes_per_task}",
         ]
         name = f"{BACKBONES[backbone]}, {demonstrations} demonstrations per task, seed {seed}"
-        play = _python("launch.evaluate", *flags, f"--checkpoint={folder}", f"--out={folder}")
+        play = command("launch.evaluate", *flags, f"--checkpoint={folder}", f"--out={folder}")
         phases += [
-            _training(f"study: train, {name}", folder, *flags),
+            training(f"study: train, {name}", folder, *flags),
             Phase(f"study: play, {name}", play),
         ]
     return phases

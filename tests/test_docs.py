@@ -19,6 +19,7 @@ from docs_fences import (
     LANGUAGES,
     ROOT,
     Call,
+    Fence,
     calls,
     fences,
     indented_commands,
@@ -221,6 +222,29 @@ def test_every_flag_and_setting_of_a_page_exists():
                 found += calls(fence)
         found += inline_calls(page, text)
     assert len(found) > 20
+    wrong = wrong_calls(found)
+    assert not wrong, "\n".join(wrong)
+
+
+STUDIES = {  # with what their phases are asked for
+    "cameras": '"out"',
+    "chunking": '"run", "out", "smoke"',
+    "contexts": '"out", "smoke", 2',
+}
+
+
+def test_every_flag_and_setting_of_a_study_exists():
+    found = []
+    for study, asked in STUDIES.items():
+        code = (
+            "import shlex\n"
+            f"from launch.benchmarks.{study} import phases\n"
+            f"for phase in phases({asked}):\n"
+            "    print(shlex.join(['python', *phase.command[1:]]))"
+        )
+        script = subprocess.check_output([sys.executable, "-c", code], text=True)
+        found += calls(Fence(study, 0, "bash", None, script))
+    assert len(found) > 80
     wrong = wrong_calls(found)
     assert not wrong, "\n".join(wrong)
 

@@ -8,14 +8,13 @@ stopped. What came out: docs/results.md.
 """
 
 import statistics
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from configs import camera_study, quickstart
 from launch.entry import run
-from launch.phases import Phase, run_phases
+from launch.phases import Phase, command, recording, run_phases, training
 from mvjax.evaluation.closed_loop import wilson_interval
 from mvjax.evaluation.rollout import read_results
 from mvjax.experiment import Experiment
@@ -36,15 +35,8 @@ def phases(out: str) -> list[Phase]:
     """One recording; then for each policy an encoding, two trainings, an evaluation, and a few
     episodes one after the other, whose queries are timed.
     """
-    recording = camera_study.get_config("video,tiled").recording.robot
-    record = (
-        f"--out={out}/robot",
-        f"--kind={recording.kind}",
-        f"--tasks={','.join(recording.tasks)}",
-        f"--episodes={recording.episodes}",
-        f"--cameras={','.join(recording.cameras)}",
-    )
-    found = [Phase("record", _command("launch.record", *record))]
+    robot = camera_study.get_config("video,tiled").recording.robot
+    found = [Phase("record", recording(robot, f"{out}/robot"))]
     for cameras in quickstart.CAMERAS:
         folder = f"{out}/{cameras}"
         video, action = (
@@ -55,23 +47,18 @@ def phases(out: str) -> list[Phase]:
             )
             for stage in ("video", "action")
         )
-        fit = _command("launch.encode", *video, "--only=tokenizer")
+        fit = command("launch.encode", *video, "--only=tokenizer")
         found.append(Phase(f"{cameras}: fit the tokenizer", fit))
-        found.append(Phase(f"{cameras}: encode", _command("launch.encode", *video)))
+        found.append(Phase(f"{cameras}: encode", command("launch.encode", *video)))
         for stage, words in (("video", video), ("action", action)):
-            command = _command("launch.train", *words, f"--workdir={folder}/{stage}")
-            found.append(Phase(f"{cameras}: {stage}", command, f"{folder}/{stage}/finished"))
+            found.append(training(f"{cameras}: {stage}", f"{folder}/{stage}", *words))
         how = *action, f"--checkpoint={folder}/action", "--modes=policy"
-        evaluate = _command("launch.evaluate", *how, f"--out={folder}/evaluation")
+        evaluate = command("launch.evaluate", *how, f"--out={folder}/evaluation")
         found.append(Phase(f"{cameras}: evaluate", evaluate))
         alone = "--config.evaluation.workers=1", "--config.evaluation.episodes_per_task=2"
-        timed = _command("launch.evaluate", *how, *alone, f"--out={folder}/timed")
+        timed = command("launch.evaluate", *how, *alone, f"--out={folder}/timed")
         found.append(Phase(f"{cameras}: time a query", timed))
     return found
-
-
-def _command(module: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", module, *arguments)
 
 
 def row(out: Path, cameras: str) -> str:

@@ -9,13 +9,12 @@ that size. What the words mean: docs/serving.md.
 """
 
 import statistics
-import sys
 from pathlib import Path
 
 from absl import flags
 
 from launch.entry import run
-from launch.phases import Phase, run_phases
+from launch.phases import Phase, command, run_phases, training
 from mvjax.evaluation.rollout import read_results
 
 RUN = flags.DEFINE_string("run", "runs/quickstart", "Folder of the quickstart's run.")
@@ -47,12 +46,11 @@ def phases(run_dir: str, out: str, size: str) -> list[Phase]:
     recipe = "quickstart_action" + ("" if size == "full" else f":{size}")
     settings = f"--config={recipe}", f"--config.run_dir={run_dir}"
     given = f"--config.flow.prefix={max(DELAYS)}"
-    train = _command("launch.train", *settings, given, f"--workdir={out}/action")
-    found = [Phase("train with given actions", train, f"{out}/action/finished")]
+    found = [training("train with given actions", f"{out}/action", *settings, given)]
     delays = f"--delay={','.join(map(str, DELAYS))}"
     for chunking in CHUNKING:
         ours = chunking == "prefix"
-        evaluate = _command(
+        evaluate = command(
             "launch.evaluate",
             *settings,
             f"--config.sampler.chunking={chunking}",
@@ -63,10 +61,6 @@ def phases(run_dir: str, out: str, size: str) -> list[Phase]:
         )
         found.append(Phase(f"evaluate: {chunking}", evaluate))
     return found
-
-
-def _command(module: str, *arguments: str) -> tuple[str, ...]:
-    return (sys.executable, "-m", module, *arguments)
 
 
 def row(evaluation: Path, chunking: str) -> str:

@@ -24,6 +24,7 @@ LEGEND_ROW_INCHES = 0.17
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", "-.", ":")
 POINTS_DRAWN = 400
+TICKS = 8  # more would run into each other
 
 Curve = tuple[np.ndarray, np.ndarray]  # x [n], y [n]
 
@@ -63,7 +64,7 @@ def curves_figure(curves: Mapping[str, Curve], x_label: str, y_label: str, title
 
 
 def success_figure(
-    curves: Mapping[str, Sequence[tuple[int, SuccessRate]]],
+    curves: Mapping[str, Sequence[tuple[float, SuccessRate]]],
     x_label: str,
     title: str,
     lines: Sequence[SuccessRate] = (),
@@ -87,7 +88,9 @@ def success_figure(
         style = dict(color=colour, marker=marker, markersize=5, capsize=3, linewidth=1.8)
         axes.errorbar(x, y, errors, **style, label=name)
         said.append(f"{name}: " + ", ".join(f"{y:.3g} % at {x}" for x, y in zip(x, y)))
-    axes.set_xticks(sorted({x for points in curves.values() for x, _ in points}))
+    ticks = sorted({x for points in curves.values() for x, _ in points})
+    if len(ticks) <= TICKS:
+        axes.set_xticks(ticks)
     for line, colour, dash in zip(lines, colours, cycle(("--", ":", "-."))):
         axes.axhline(100 * line.rate, color=colour, linestyle=dash, linewidth=1.4, label=line.name)
         said.append(f"{line.name}: {100 * line.rate:.3g} %")
