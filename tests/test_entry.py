@@ -145,7 +145,7 @@ def test_mistakes_in_the_other_commands(complains):
 def test_help_lists_every_flag_of_a_command(command):
     said = command("launch.train", "--help").out
     assert command("launch.train", "-h") == (0, said, "")
-    assert "Trains the video model (stage 1)" in said and "--config:" in said and "--workdir:" in said
+    assert "Trains the video model" in said and "--config:" in said and "--workdir:" in said
 
 
 def test_shipped_configurations_are_found_from_any_folder(tmp_path):
