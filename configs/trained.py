@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from mvjax.training.bridge import trained_config
+from mvjax.training.directory import trained_config
 
 
 def get_config(workdir: str) -> ConfigDict:

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from mvjax.chunking import CHUNKING, Pending, guided_velocity
+
 Array = jax.Array
 Views = Mapping[str, Array]  # clean latents [b, t', h', w', c] of observed views by their names
 
@@ -351,71 +353,6 @@ def euler_times(steps: int) -> np.ndarray:
     return np.cumsum([1.0] + [-1 / steps] * (steps - 1), dtype=np.float32)
 
 
-class Pending(NamedTuple):
-    """What a robot still has to execute of its last chunk, as a batch of queries is answered.
-
-    Attributes:
-        actions: from the moment of the observation on, [b, horizon, dim], normalised; zeros after
-            the last one.
-        count: how many there are, int32 [b]; 0: the query begins an episode.
-        delay: how many will be executed before the answer arrives, int32 [b].
-    """
-
-    actions: Array
-    count: Array
-    delay: Array
-
-    @property
-    def held(self) -> Array:
-        """The actions that are executed whatever the answer, bool [b, horizon]."""
-        held = jnp.minimum(self.delay, self.count)
-        return jnp.arange(self.actions.shape[1]) < held[:, None]
-
-
-GUIDANCE = 5.0  # the largest weight of the guidance (β of Black et al. 2025)
-
-
-def pending_weights(pending: Pending) -> Array:
-    """How much each action of the new chunk shall be that of the last one: [b, horizon], 0 to 1.
-
-    1 for those that are executed meanwhile, then falling to 0 at the last one that there is
-    (real-time chunking, Black et al. 2025, arXiv 2506.07339, eq. 5: H - s is `count`, d `delay`).
-    """
-    index = jnp.arange(pending.actions.shape[1])
-    end = pending.count[:, None]
-    start = jnp.minimum(pending.delay[:, None], end)
-    c = jnp.clip((end - index) / (end - start + 1), 0.0, 1.0)
-    falling = jnp.where(index < end, c * jnp.expm1(c) / (np.e - 1), 0.0)
-    return jnp.where(index < start, 1.0, falling)
-
-
-def guided_velocity(
-    velocity: Callable[[Array], Array], x: Array, time: Array, pending: Pending
-) -> Array:
-    """The velocity, turned so that the chunk ends near what is pending.
-
-    Real-time chunking (Black et al. 2025, arXiv 2506.07339, eq. 2 to 4), whose time 1 - t runs from
-    noise to data: v - min(β, ((1 - t)² + t²) / (t (1 - t))) · ∂x0/∂xᵀ W (Y - x0), with the clean
-    prediction x0 = x - t v(x) and the `pending_weights` W.
-
-    Args:
-        velocity: of noisy actions on the line, before `scale_noisy_actions`.
-        x: those actions, float32 [b, horizon, dim].
-        time: their flow time, one number.
-        pending: what the chunk shall continue.
-    """
-
-    def clean(x: Array) -> tuple[Array, Array]:
-        v = velocity(x)
-        return x - time * v, v
-
-    x0, pull, v = jax.vjp(clean, x, has_aux=True)
-    (correction,) = pull(pending_weights(pending)[..., None] * (pending.actions - x0))
-    # At pure noise the quotient is infinite, and β is the smaller.
-    quotient = ((1 - time) ** 2 + time**2) / jnp.maximum(time * (1 - time), 1e-9)
-    return v - jnp.minimum(GUIDANCE, quotient) * correction
-
-
 def sample_actions(
     velocity: Callable[[Array, Any], Array],
     noise: Array,
@@ -463,9 +400,6 @@ def sample_actions(
 
     end = jax.lax.scan(step, noise, (euler_times(steps), levels))[0]
     return given(end.astype(jnp.float32)) if chunking == "prefix" else end
-
-
-CHUNKING = ("none", "prefix", "guided")
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mvjax.flow import CHUNKING
+from mvjax.chunking import CHUNKING
 from mvjax.models.attention import KERNELS
 from mvjax.models.layers import POLICIES, PRECISIONS
 from mvjax.models.video_dit import ATTENTION_TO, BACKBONE_PRECISIONS

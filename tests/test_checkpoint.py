@@ -16,9 +16,9 @@ from toy_training import toy_config, toy_loader, toy_stage, train_toy
 from mvjax.models.network import merge
 from mvjax.parallel import make_mesh, make_rules
 from mvjax.training import damage
-from mvjax.training.bridge import abstract_params, read_meta, restore_params
 from mvjax.training.checkpoint import Store, checkpoint_folder
 from mvjax.training.damage import CheckpointDeleted, CheckpointMismatch
+from mvjax.training.directory import abstract_params, read_meta, restore_params
 from mvjax.training.step import abstract_state, make_optimizer
 
 

@@ -13,18 +13,11 @@ from tiny_policy import random_observation, tiny_policy
 from toy_simulator import Rail
 
 from data_pipelines.vectors import parse
+from mvjax.chunking import GUIDANCE, Pending, pending_weights
 from mvjax.evaluation.closed_loop import settings_for
 from mvjax.evaluation.rollout import read_results, read_setting, run_rollouts, write_setting
 from mvjax.evaluation.worker import Job, _actions
-from mvjax.flow import (
-    GUIDANCE,
-    Pending,
-    Sampling,
-    action_loss,
-    euler_times,
-    pending_weights,
-    sample_actions,
-)
+from mvjax.flow import Sampling, action_loss, euler_times, sample_actions
 from mvjax.policy.observation import ObservationSpec
 from mvjax.policy.robot import Robot
 from mvjax.serving.adapters import make_adapter

@@ -22,8 +22,8 @@ from data_pipelines.lock import run_lock
 from data_pipelines.normalize import load_normalizers, released_normalizer
 from data_pipelines.statistics import compute_statistics
 from mvjax.models.presets import ACTION_DECODERS, VIDEO_DITS
-from mvjax.training.bridge import abstract_params, read_meta, restore_params, stored_digest
 from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.directory import abstract_params, read_meta, restore_params, stored_digest
 from mvjax.weights.convert import prepare, prepare_export, write, write_export
 from mvjax.weights.files import TorchTensor, WeightsError
 from mvjax.weights.kinds import ACTION, TEXT, VAE, VIDEO, Hints, video_sections

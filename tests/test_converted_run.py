@@ -26,9 +26,10 @@ from mvjax.policy.load import (
     load_video_tokenizer,
 )
 from mvjax.policy.observation import Observation
-from mvjax.training.bridge import find_checkpoint, load_backbone, restore_params
+from mvjax.training.bridge import load_backbone
 from mvjax.training.checkpoint import Store
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import find_checkpoint, restore_params
 from mvjax.training.resume import describe, first_state
 from mvjax.training.step import abstract_state, make_optimizer
 from mvjax.weights.convert import give_statistics, prepare, write

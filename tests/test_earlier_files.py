@@ -22,9 +22,10 @@ from mvjax.parallel import make_mesh
 from mvjax.policy import policy as policy_module
 from mvjax.policy.load import load_trained
 from mvjax.policy.observation import Observation
-from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
+from mvjax.training.bridge import load_backbone
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import find_checkpoint, read_meta
 from mvjax.training.metrics import read_records
 from mvjax.training.run import run
 

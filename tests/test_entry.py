@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from configs import trained
 from data_pipelines.video import write_video
 from mvjax.parallel import make_rules
-from mvjax.training.bridge import read_meta
+from mvjax.training.directory import read_meta
 from mvjax.training.step import make_schedule
 
 ROOT = Path(__file__).parents[1]

@@ -29,13 +29,12 @@ from mvjax.training import damage
 from mvjax.training.bridge import (
     backbone_checkpoint,
     backbone_identity,
-    find_checkpoint,
     load_backbone,
-    stored_digest,
     trained_backbone,
 )
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import find_checkpoint, stored_digest
 
 pytestmark = pytest.mark.usefixtures("quickly")
 
@@ -179,7 +178,7 @@ def test_a_run_that_cannot_be_read_for_a_while_is_not_a_new_one(video_run, tmp_p
     def away(item):
         raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
-    monkeypatch.setattr("mvjax.training.bridge.read_json", away)
+    monkeypatch.setattr("mvjax.training.directory.read_json", away)
     with pytest.raises(OSError, match="nothing shows that it is damaged"):
         trained_backbone(tmp_path / "run")
 

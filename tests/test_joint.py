@@ -21,15 +21,9 @@ from mvjax.parallel import make_mesh
 from mvjax.policy.generate import load_video_model
 from mvjax.policy.load import load_policy, load_trained
 from mvjax.policy.observation import Observation
-from mvjax.training.bridge import (
-    abstract_params,
-    backbone_checkpoint,
-    backbone_identity,
-    find_checkpoint,
-    load_backbone,
-    stored_digest,
-)
+from mvjax.training.bridge import backbone_checkpoint, backbone_identity, load_backbone
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import abstract_params, find_checkpoint, stored_digest
 from mvjax.training.metrics import read_records
 from mvjax.training.objectives import action_stage, batch_views, video_stage
 from mvjax.training.resume import _given_params

@@ -13,8 +13,8 @@ from mvjax.models.layers import Linear, linears
 from mvjax.models.lora import LoRA, joined_inputs, joined_outputs, learns_with_lora, merge_lora
 from mvjax.models.network import merge, split
 from mvjax.models.presets import video_network
-from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import abstract_params, restore_params
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

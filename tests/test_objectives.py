@@ -14,7 +14,7 @@ from mvjax.flow import (
     sample_action_time,
     sample_video_sigma,
 )
-from mvjax.training.bridge import abstract_params
+from mvjax.training.directory import abstract_params
 from mvjax.training.metrics import read_records
 from mvjax.training.train import train
 

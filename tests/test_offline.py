@@ -35,7 +35,7 @@ from mvjax.evaluation.held_out import (
 from mvjax.evaluation.offline import summarise, window_errors, write_offline
 from mvjax.evaluation.predictions import psnr, ssim, write_predictions
 from mvjax.identity import read_identity
-from mvjax.training.bridge import Checkpoint
+from mvjax.training.directory import Checkpoint
 
 pytestmark = pytest.mark.usefixtures("quickly")
 

@@ -32,7 +32,7 @@ from mvjax.identity import read_identity
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.serving.client import Client, QueryRefused
-from mvjax.training.bridge import abstract_params, read_meta
+from mvjax.training.directory import abstract_params, read_meta
 from mvjax.training.metrics import read_records
 
 pytestmark = pytest.mark.timeout(900)

@@ -13,8 +13,8 @@ import pytest
 from tiny_stages import build_stage, five_steps, train_tiny
 
 from mvjax.experiment import Experiment
-from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import Store
+from mvjax.training.directory import abstract_params, restore_params
 from mvjax.training.metrics import read_records
 from mvjax.training.step import assemble
 

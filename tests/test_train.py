@@ -17,9 +17,9 @@ from toy_training import toy_config, toy_loader, toy_stage, train_toy
 
 from data_pipelines.lock import run_lock
 from mvjax.parallel import make_mesh, make_rules
-from mvjax.training.bridge import abstract_params, restore_params
 from mvjax.training.checkpoint import Store
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import abstract_params, restore_params
 from mvjax.training.metrics import read_records
 from mvjax.training.step import abstract_state, make_optimizer
 from mvjax.training.train import TrainingDiverged, _say_end_of_schedule

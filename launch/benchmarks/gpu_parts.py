@@ -53,8 +53,9 @@ from mvjax.models.network import Params
 from mvjax.models.stand_ins import save_linear_tokenizer
 from mvjax.parallel import chip
 from mvjax.policy.load import load_policy
-from mvjax.training.bridge import abstract_backbone, backbone_identity, find_checkpoint
+from mvjax.training.bridge import abstract_backbone, backbone_identity
 from mvjax.training.checkpoint import Store, leaf_paths
+from mvjax.training.directory import find_checkpoint
 from mvjax.training.objectives import make_stage
 from mvjax.training.resume import describe, first_state
 from mvjax.training.step import TrainState, make_program

@@ -17,8 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import psutil
 
-from mvjax.training.bridge import restore_params
 from mvjax.training.checkpoint import leaf_paths
+from mvjax.training.directory import restore_params
 from mvjax.weights.convert import Conversion
 from mvjax.weights.kinds import TEXT, VAE, VIDEO, Config
 from mvjax.weights.match import Parameter, match

@@ -28,7 +28,7 @@ from mvjax.policy.load import load_policy
 from mvjax.policy.observation import ObservationSpec
 from mvjax.policy.policy import Policy
 from mvjax.policy.robot import Robot, check_gripper, check_suite, trained_robot
-from mvjax.training.bridge import find_checkpoint
+from mvjax.training.directory import find_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -14,7 +14,7 @@ from data_pipelines.clip import VIDEO
 from data_pipelines.cutting import cut_episode
 from data_pipelines.episode import Episode, split_of
 from mvjax.policy.observation import Observation
-from mvjax.training.bridge import Checkpoint, find_checkpoint
+from mvjax.training.directory import Checkpoint, find_checkpoint
 
 log = logging.getLogger(__name__)
 

@@ -54,7 +54,7 @@ from mvjax.policy.policy import (
     medoid,
     to_pixels,
 )
-from mvjax.training.bridge import find_checkpoint
+from mvjax.training.directory import find_checkpoint
 
 _UNREADABLE = "unreadable"  # key of the reason in the file of a moment that could not be read
 

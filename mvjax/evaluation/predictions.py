@@ -22,7 +22,7 @@ from mvjax.identity import claim, digest_of
 from mvjax.policy.load import load_policy
 from mvjax.policy.observation import Observation
 from mvjax.policy.policy import Policy
-from mvjax.training.bridge import find_checkpoint
+from mvjax.training.directory import find_checkpoint
 
 PEAK = 255.0
 UPSCALE = 3  # small frames are hard to look at: every pixel becomes 3x3

@@ -19,8 +19,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from data_pipelines.clip import CHANNELS, SPATIAL, TEMPORAL
+from mvjax.chunking import Pending
 from mvjax.experiment import Experiment
-from mvjax.flow import Pending
 from mvjax.models.network import Params
 from mvjax.models.presets import WAN_VAES, vae_network, video_network
 from mvjax.models.stand_ins import LinearTokenizer, Projection

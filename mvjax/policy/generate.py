@@ -41,8 +41,9 @@ from mvjax.models.presets import video_network
 from mvjax.models.video_dit import Memory
 from mvjax.parallel import DEFAULT_RULES, Rules, make_mesh, use_rules
 from mvjax.policy.load import check_identity, load_text_encoder, load_video_tokenizer
-from mvjax.training.bridge import find_checkpoint, load_backbone, read_meta
+from mvjax.training.bridge import load_backbone
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import find_checkpoint, read_meta
 
 Array = jax.Array
 

@@ -26,19 +26,21 @@ from mvjax.parallel import split_ways
 from mvjax.policy.policy import Policy, VideoActionModel
 from mvjax.policy.robot import check_trained, trained_robot
 from mvjax.training.bridge import (
-    Checkpoint,
-    abstract_params,
     backbone_checkpoint,
     backbone_identity,
-    checkpoint_steps,
-    find_checkpoint,
     load_backbone,
     load_decoder,
-    restore_params,
-    trained_config,
 )
 from mvjax.training.checkpoint import leaf_paths
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import (
+    Checkpoint,
+    abstract_params,
+    checkpoint_steps,
+    find_checkpoint,
+    restore_params,
+    trained_config,
+)
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ from data_pipelines.cameras import VIDEO, View, arrange, view_cameras
 from data_pipelines.clip import Clip
 from data_pipelines.lru import LRU
 from data_pipelines.normalize import Normalizer
+from mvjax.chunking import Pending
 from mvjax.flow import (
     CONDITION_SIGMA,
-    Pending,
     Sampling,
     Trajectory,
     condition_mask,

@@ -34,7 +34,8 @@ from mvjax.models.flops import step_flops
 from mvjax.models.lora import learning
 from mvjax.models.network import Params
 from mvjax.models.presets import video_network
-from mvjax.training.bridge import BACKBONE, DECODER, Backbone, load_backbone
+from mvjax.training.bridge import Backbone, load_backbone
+from mvjax.training.directory import BACKBONE, DECODER
 from mvjax.training.memory import chosen_remat
 
 Batch = dict[str, jax.Array]

@@ -19,15 +19,7 @@ from flax.traverse_util import flatten_dict
 from data_pipelines.settings import differences
 from mvjax.experiment import Experiment
 from mvjax.models.network import Params, split
-from mvjax.training.bridge import (
-    BACKBONE,
-    COMPUTE_SETTINGS,
-    DECODER,
-    abstract_params,
-    find_checkpoint,
-    read_meta,
-    restore_params,
-)
+from mvjax.training.bridge import COMPUTE_SETTINGS
 from mvjax.training.checkpoint import (
     Arrays,
     Store,
@@ -37,6 +29,14 @@ from mvjax.training.checkpoint import (
     read_json,
 )
 from mvjax.training.damage import CheckpointMismatch
+from mvjax.training.directory import (
+    BACKBONE,
+    DECODER,
+    abstract_params,
+    find_checkpoint,
+    read_meta,
+    restore_params,
+)
 from mvjax.training.objectives import Stage
 from mvjax.training.step import TrainState, create_state
 

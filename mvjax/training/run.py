@@ -26,12 +26,12 @@ from mvjax.experiment import Experiment
 from mvjax.identity import digest_of_json
 from mvjax.parallel import spec
 from mvjax.training.bridge import (
-    Checkpoint,
     backbone_checkpoint,
     backbone_identity,
     load_backbone,
     trained_backbone,
 )
+from mvjax.training.directory import Checkpoint
 from mvjax.training.metrics import Record, require_wandb
 from mvjax.training.objectives import make_stage
 from mvjax.training.prefetch import local_rows

@@ -24,7 +24,8 @@ from mvjax.parallel import (
     sharding_tree,
     use_rules,
 )
-from mvjax.training.bridge import BACKBONE, Backbone, load_backbone
+from mvjax.training.bridge import Backbone, load_backbone
+from mvjax.training.directory import BACKBONE
 from mvjax.training.objectives import Batch, Loss, Stage, make_stage
 
 Gradient = tuple[Loss, Params]

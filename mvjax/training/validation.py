@@ -21,8 +21,8 @@ from mvjax.flow import condition_mask, denoise, network_input, sample_video, sta
 from mvjax.models.network import Params
 from mvjax.parallel import sharding_tree, split_ways, use_rules
 from mvjax.policy.load import load_video_tokenizer
-from mvjax.training.bridge import BACKBONE
 from mvjax.training.channels import BestEffort
+from mvjax.training.directory import BACKBONE
 from mvjax.training.objectives import Batch, Stage, batch_views, named_levels
 from mvjax.training.prefetch import device_batches
 

@@ -28,8 +28,8 @@ from data_pipelines.normalize import VECTORS, Normalizer
 from mvjax.models.lora import LoRA, merge_lora
 from mvjax.models.network import Params
 from mvjax.models.t5 import FILES as TOKENIZER_FILES
-from mvjax.training.bridge import find_checkpoint, read_meta
 from mvjax.training.checkpoint import check_match, leaf_paths, library_versions
+from mvjax.training.directory import find_checkpoint, read_meta
 from mvjax.weights.files import Tensors, TorchTensor, WeightsError
 from mvjax.weights.kinds import (
     ACTION,

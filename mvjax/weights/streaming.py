@@ -25,8 +25,8 @@ from data_pipelines.atomic import write_json
 from data_pipelines.lock import LOCK, run_lock
 from mvjax.identity import digest_of_sums, piece_sums
 from mvjax.models.network import Params
-from mvjax.training.bridge import step_folder, stored_params
 from mvjax.training.checkpoint import SPARE_BYTES, checkpoint_folder, leaf_paths
+from mvjax.training.directory import step_folder, stored_params
 
 
 @dataclass(frozen=True)
