@@ -306,7 +306,10 @@ def test_the_latency_of_a_query_and_where_it_goes(tmp_path):
 @needs_libtpu
 def test_a_policy_is_of_stage_two():
     done = estimated(VIDEO, "--topology=v5e:1x1", "--policy")
-    assert done.returncode == 2 and "a policy needs a stage-2 configuration" in done.stderr
+    assert (
+        done.returncode == 2
+        and "a policy needs a configuration that trains a decoder" in done.stderr
+    )
 
 
 def estimated(*arguments: str) -> subprocess.CompletedProcess:
