@@ -56,7 +56,8 @@ class Robot:
 
 
 def trained_robot(config: Any) -> Robot:
-    """Returns the robot `config.embodiment`, or the only one, of a stage-2 configuration.
+    """Returns the robot `config.embodiment`, or the only one, of a configuration
+    whose stage trains a decoder.
 
     Raises:
         ValueError: it is not among the datasets with actions, there are several to choose from, or

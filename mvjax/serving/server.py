@@ -273,7 +273,7 @@ def make_server(
     prompt: str = "",
     camera_sizes: Mapping[str, tuple[int, int]] | None = None,
 ) -> PolicyServer:
-    """Compiles a policy of a stage-2 configuration for every batch size, and makes its server.
+    """Compiles a policy for every batch size, and makes its server.
 
     Args:
         policy, config, adapter, serving, batching: what is served, and how.
