@@ -56,8 +56,7 @@ class Robot:
 
 
 def trained_robot(config: Any) -> Robot:
-    """Returns the robot `config.embodiment`, or the only one, of a configuration
-    whose stage trains a decoder.
+    """Returns the robot that a policy is trained for: `config.embodiment`, or the only one.
 
     Raises:
         ValueError: it is not among the datasets with actions, there are several to choose from, or
