@@ -87,6 +87,7 @@ _ACTION_NOISE = dict(
     action_time_beta=1.0,
     proprio_dropout=0.2,
     prefix=0,  # the largest number of given actions, where chunks shall continue one another
+    prefix_share=0.5,  # of the draws that have given actions
 )
 
 

@@ -15,7 +15,13 @@ def plain(value: Any) -> Any:
 
 _NOTHING = (None, {})
 # What earlier versions did, whose settings lack these names.
-ABSENT = {"attention_to": "all", "context_frames": "all", "prefix": 0, "chunking": "none"}
+ABSENT = {
+    "attention_to": "all",
+    "context_frames": "all",
+    "prefix": 0,
+    "prefix_share": 0.5,
+    "chunking": "none",
+}
 
 
 def differences(before: Any, after: Any, prefix: str = "") -> list[str]:

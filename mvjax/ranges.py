@@ -175,6 +175,7 @@ RULES: dict[str, Rule] = {
     "flow.action_weight": POSITIVE,
     "flow.action_gradient": SWITCH,
     "flow.prefix": COUNT_OR_NONE,  # 0: no action of a chunk is given
+    "flow.prefix_share": SHARE,
     "clip.height": COUNT,
     "clip.width": COUNT,
     "clip.observed_frames": COUNT,

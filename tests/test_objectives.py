@@ -144,3 +144,15 @@ def test_proprioception_dropout_hides_the_proprioception(video_run):
     assert loss(params, stage.frozen, {**batch, "proprio": batch["proprio"] + 1}, KEY)[0] == before
     params["proprio_mask_token"] = -params["proprio_mask_token"]  # what is seen in its place
     assert loss(params, stage.frozen, batch, KEY)[0] != before
+
+
+def test_given_actions_are_drawn_beside_what_is_drawn_without_them():
+    """A share has 1 to `flow.prefix` of them, each number as often, and the others have none."""
+    plain = with_flow("action", action_draws=500)
+    given = with_flow("action", action_draws=500, prefix=3, prefix_share=0.25)
+    drawn = [build_stage(config)[0].draw(tiny_batch(config), KEY) for config in (plain, given)]
+    count = np.asarray(drawn[1].pop("prefix"))
+    jax.tree.map(np.testing.assert_array_equal, *drawn)
+    assert count.shape == (8, 500)
+    shares = np.bincount(count.ravel(), minlength=5) / count.size
+    np.testing.assert_allclose(shares, [0.75, *[0.25 / 3] * 3, 0], atol=0.03)

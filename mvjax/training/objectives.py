@@ -155,8 +155,9 @@ def action_stage(
     recipe); the loss is their mean. A share `flow.sampling_sigma_share` of the samples takes the
     noise level at which the policy runs (σ_max) instead of a drawn one (published: 0).
 
-    With `flow.prefix` = n, the first actions of each draw are given, uniformly 0 to n of them: so a
-    policy learns to continue what the robot is executing (published: 0; see `flow.action_loss`).
+    With `flow.prefix` = n, the first actions are given, uniformly 1 to n of them, in a share
+    `flow.prefix_share` of the draws: so a policy learns to continue what the robot is executing
+    (published: 0; see `flow.action_loss`).
 
     `action_mask` marks the numbers of a chunk that are learned. The loss is the mean over the
     samples of the mean over their learned numbers, so that it is linear in the samples: one
@@ -291,9 +292,11 @@ def _action_draws(
         drawn["sigma"] = jnp.where(at_sampling, config.sampler.sigma_max, sigma)
         drawn["video_noise"] = jax.random.normal(video_noise_key, batch["latents"].shape)
     if longest := flow.get("prefix", 0):  # earlier versions have none
-        # A key of its own: the other random numbers are those without a prefix.
-        prefix_key = jax.random.fold_in(key, 4)
-        drawn["prefix"] = jax.random.randint(prefix_key, (samples, draws), 0, longest + 1)
+        # Keys of their own: the other random numbers are those without a prefix.
+        count_key, given_key = jax.random.split(jax.random.fold_in(key, 4))
+        count = jax.random.randint(count_key, (samples, draws), 1, longest + 1)
+        given = jax.random.bernoulli(given_key, flow.prefix_share, (samples, draws))
+        drawn["prefix"] = jnp.where(given, count, 0)
     return {
         **drawn,
         "time": time.reshape(samples, draws, 1),
