@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 from launch import entry
-from mvjax.training import bridge
+from mvjax.training import directory
 
 _OPEN = "--config=quickstart_action:smoke"  # any would do: all have the same settings
 _PLACEHOLDERS = ("...", "…", "FILE.py", "CONFIG")
@@ -68,7 +68,7 @@ def _in_a_fork(module: str, words: list[str], complete: bool, positional: tuple[
 
 
 def _parse(module: str, words: list[str], complete: bool, positional: tuple[str, ...]) -> int:
-    bridge.read_meta = _meta  # configs/trained.py takes it from there
+    directory.read_meta = _meta  # configs/trained.py takes it from there
     own = [_with_a_configuration(word) for word in words]
     if not complete and not any(word.startswith(("--config=", "--checkpoint")) for word in own):
         own = [_OPEN, *own] if any(word.startswith("--config.") for word in own) else own

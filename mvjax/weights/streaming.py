@@ -178,7 +178,7 @@ def _new_folder(directory: Path) -> Iterator[None]:
 class ParameterReader:
     """Reads the newest parameters of a training directory one by one, as NumPy arrays.
 
-    It prefers moving averages where they are stored. `bridge.restore_params` reads whole trees.
+    It prefers moving averages where they are stored. `directory.restore_params` reads whole trees.
 
     Attributes:
         tree: Nested dict of the stored shapes and dtypes.
