@@ -323,12 +323,17 @@ class Experiment:
 
     def _check_flow(self) -> None:
         flow = self.config.flow
-        if self.stage == "action":
-            longest, horizon = flow.get("prefix", 0), self.config.policy_io.action.horizon
+        if self.learns_actions and (longest := flow.get("prefix", 0)):
+            horizon = self.config.policy_io.action.horizon
             if longest >= horizon:
                 raise ValueError(
                     f"flow.prefix is {longest}, but a chunk has {horizon} actions "
                     "(policy_io.action.horizon): it must be less, or nothing is left to learn."
+                )
+            if not flow.prefix_share:
+                raise ValueError(
+                    f"flow.prefix is {longest}, but flow.prefix_share is 0, so no draw would have "
+                    "given actions: raise the share, or set flow.prefix to 0."
                 )
         if self.stage == "video" and not (
             1 <= flow.min_condition_latents <= self.clip.condition_latents

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from running_server import Running
 from tiny_policy import random_observation, tiny_policy
+from tiny_stages import tiny_config
 from toy_simulator import Rail
 
 from data_pipelines.vectors import parse
@@ -17,6 +18,7 @@ from mvjax.chunking import GUIDANCE, Pending, pending_weights
 from mvjax.evaluation.closed_loop import settings_for
 from mvjax.evaluation.rollout import read_results, read_setting, run_rollouts, write_setting
 from mvjax.evaluation.worker import Job, _actions
+from mvjax.experiment import Experiment
 from mvjax.flow import Sampling, action_loss, euler_times, sample_actions
 from mvjax.policy.observation import ObservationSpec
 from mvjax.policy.robot import Robot
@@ -362,3 +364,18 @@ def test_a_moving_robot_sends_what_is_left_and_how_late_the_answer_was():
     assert sent[0] == {}
     np.testing.assert_array_equal(sent[1]["pending/actions"][:, 0], [14, 15, 16, 17])
     assert 3 <= sent[1]["pending/delay"] == overlap.delays[0] <= 4  # all that is left, at most
+
+
+@pytest.mark.parametrize("stage", ["action", "joint"])
+@pytest.mark.parametrize(
+    ("flow", "message"),
+    [
+        (dict(prefix=4), r"flow\.prefix is 4, but a chunk has 4 actions"),
+        (dict(prefix=2, prefix_share=0.0), r"flow\.prefix is 2, but flow\.prefix_share is 0"),
+    ],
+)
+def test_a_prefix_that_teaches_nothing_is_refused(stage, flow, message):
+    config = tiny_config(stage)
+    config.flow.update(flow)
+    with pytest.raises(ValueError, match=message):
+        Experiment.from_config(config)
